@@ -1,0 +1,214 @@
+"""Builds the native core ``lift_fast._C`` from csrc/: C++ for the CPU, CUDA C++ where a CUDA compiler is found.
+
+No PyTorch header is included, so no PyTorch is needed to build and one binary serves every version of it.
+
+Environment:
+    LIFT_FAST_NATIVE=0       install without the native core; everything falls back to plain PyTorch
+    LIFT_FAST_CUDA=auto|1|0  CUDA part: if nvcc is found (default) | required | left out
+    TORCH_CUDA_ARCH_LIST     architectures as PyTorch writes them, e.g. "8.0 9.0+PTX"
+    MAX_JOBS                 compilers to run at one time
+    CXX, CUDA_HOME           compilers to use
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# A source whose name ends so is compiled for that instruction set; the core chooses among them at run time.
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+ISA_FLAGS["_avx512_bf16"] = [*ISA_FLAGS["_avx512"], "-mavx512bf16"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]
+
+
+def fail(message: str) -> SystemExit:
+    return SystemExit(f"lift_fast: {message}")
+
+
+def choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise fail(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler; on failure show its whole output."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    sys.stderr.write(done.stderr)
+    return done.stdout
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """The CUDA compiler, or where it was looked for. Whether a GPU is present does not matter."""
+    looked = []
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            looked.append(str(Path(os.environ[variable], "bin", "nvcc")))
+    on_path = shutil.which("nvcc")
+    candidates = [*looked, *([on_path] if on_path else []), "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if Path(candidate).is_file():
+            return Path(candidate), ""
+    return None, "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+
+
+def architectures(nvcc: Path) -> tuple[list[str], list[str]]:
+    """nvcc's flags, and the architectures' names, from TORCH_CUDA_ARCH_LIST or what this nvcc knows of the default."""
+    known = {int(number) for number in re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))}
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    flags, names = [], []
+    for item in re.split(r"[\s;,]+", (wanted or DEFAULT_ARCHITECTURES).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not match:
+            raise fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is no architecture; expected e.g. '8.0 9.0+PTX'")
+        number, suffix, ptx = int(match[1] + match[2]), match[3], match[4]
+        if number not in known:
+            if wanted:
+                raise fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {sorted(known)}")
+            continue
+        flags.append(f"-gencode=arch=compute_{number}{suffix},code=sm_{number}{suffix}")
+        names.append(f"sm_{number}{suffix}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number}{suffix},code=compute_{number}{suffix}")
+            names[-1] += "+PTX"
+    return flags, names
+
+
+class BuildNative(build_ext):
+    """Compiles each source with its own flags, several at a time, and only those that are out of date."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        windows = sys.platform == "win32"
+        if windows:
+            raise fail("the native core is not built on Windows; set LIFT_FAST_NATIVE=0 to install without it")
+        objects_folder = Path(self.build_temp, "objects")
+        objects_folder.mkdir(parents=True, exist_ok=True)
+        self.headers_changed = max(
+            path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.h*"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
+        )
+
+        cxx = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+        compiler = cxx.split()
+        if shutil.which(compiler[0]) is None:
+            raise fail(f"no C++ compiler ({compiler[0]}); install one, or set LIFT_FAST_NATIVE=0 to install without it")
+        openmp = self.openmp_flags(compiler)
+        includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *WARNINGS, *includes]
+
+        cuda_flags, cuda_names, cuda_reason, nvcc = self.cuda()
+        described = ", ".join(cuda_names)
+        macros = [
+            f'-DLIFT_FAST_CUDA_ARCHITECTURES="{described}"',
+            f'-DLIFT_FAST_CUDA_REASON="{cuda_reason}"',
+            f"-DLIFT_FAST_CUDA={int(nvcc is not None)}",
+        ]
+        jobs: list[tuple[Path, Path, list[str]]] = []
+        for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
+            isa = next((s for s in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(s)), None)
+            if isa and not X86:
+                continue
+            target = objects_folder / f"{source.stem}.o"
+            flags = [*compiler, *common, *openmp, *macros, *(ISA_FLAGS[isa] if isa else [])]
+            jobs.append((source, target, [*flags, "-c", str(source), "-o", str(target)]))
+        if nvcc is not None:
+            host = ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+            device = ["-std=c++17", "-O3", "-DNDEBUG", "--threads", "2", "-Werror", "all-warnings"]
+            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+                target = objects_folder / f"{source.stem}.cu.o"
+                flags = [str(nvcc), *device, *host, *cuda_flags, *macros, f"-I{ROOT / 'csrc'}"]
+                jobs.append((source, target, [*flags, "-c", str(source), "-o", str(target)]))
+        workers = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 8))
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(self.compile, jobs))
+            objects = [str(target) for _, target, _ in jobs]
+            if nvcc is None:
+                link = [*compiler, "-shared", *openmp, *objects]
+            else:
+                # nvcc knows where its static runtime lies; the binary then needs no CUDA library to load.
+                link = [
+                    str(nvcc),
+                    "-shared",
+                    "--cudart",
+                    "static",
+                    *(f"-Xcompiler={flag}" for flag in openmp),
+                    *objects,
+                ]
+            if sys.platform == "darwin":
+                link += ["-undefined", "dynamic_lookup"]
+            output = Path(self.get_ext_fullpath(ext.name))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            run([*link, "-o", str(output)])
+        except RuntimeError as error:
+            hint = " (LIFT_FAST_CUDA=0 builds without CUDA, LIFT_FAST_NATIVE=0 without any native code)"
+            raise fail(f"the native core does not compile{hint}:\n{error}") from None
+        isas = "avx512, avx2, baseline" if X86 else "baseline"
+        cuda = f"CUDA for {described}" if nvcc is not None else f"no CUDA: {cuda_reason}"
+        print(
+            f"lift_fast: built the native core for the CPU ({isas}{'' if openmp else ', no OpenMP'}) and {cuda}"
+            if nvcc
+            else f"lift_fast: built the native core for the CPU only ({isas}{'' if openmp else ', no OpenMP'}); {cuda}",
+            flush=True,
+        )
+
+    def compile(self, job: tuple[Path, Path, list[str]]) -> None:
+        source, target, command = job
+        stamp = target.with_suffix(".command")
+        fresh = target.exists() and stamp.exists() and stamp.read_text() == " ".join(command)
+        if fresh and target.stat().st_mtime > max(source.stat().st_mtime, self.headers_changed):
+            return
+        run(command)
+        stamp.write_text(" ".join(command))
+
+    def openmp_flags(self, compiler: list[str]) -> list[str]:
+        """-fopenmp where the compiler takes it (Apple's clang does not)."""
+        probe = Path(self.build_temp, "openmp.cpp")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        try:
+            run([*compiler, "-fopenmp", str(probe), "-o", str(probe.with_suffix(".out"))])
+        except RuntimeError:
+            return []
+        return ["-fopenmp"]
+
+    @staticmethod
+    def cuda() -> tuple[list[str], list[str], str, Path | None]:
+        """Compiler flags, architectures, the reason where there is no CUDA part, and nvcc."""
+        wish = choice("LIFT_FAST_CUDA", ("auto", "1", "0"))
+        if wish == "0":
+            return [], [], "LIFT_FAST_CUDA=0", None
+        nvcc, reason = find_nvcc()
+        if nvcc is None:
+            if wish == "1":
+                raise fail(f"LIFT_FAST_CUDA=1, but there is {reason}; install the CUDA toolkit or set CUDA_HOME")
+            return [], [], reason, None
+        flags, names = architectures(nvcc)
+        return flags, names, "", nvcc
+
+
+native = choice("LIFT_FAST_NATIVE", ("1", "0")) == "1"
+setup(
+    ext_modules=[Extension("lift_fast._C", sources=[])] if native else [],
+    cmdclass={"build_ext": BuildNative},
+)
