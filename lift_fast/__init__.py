@@ -1,0 +1,63 @@
+"""LiFT for dense features of frozen Vision Transformers, and exact matching of the result.
+
+Importing touches no CUDA device, compiles nothing and needs neither timm nor Triton until they are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from .lift import LiFT
+from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
+from .ops.plan_cache import clear_plans
+
+if TYPE_CHECKING:
+    from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
+    from .backends import backends
+    from .checkpoints import load_lift, save_lift
+    from .extractor import ViTLiFTExtractor
+
+__version__ = version("lift_fast")
+
+__all__ = [
+    "DenseMatches",
+    "FrozenViT",
+    "LiFT",
+    "NearestResult",
+    "ViTLiFTExtractor",
+    "WeightsNotFoundError",
+    "Window",
+    "__version__",
+    "backends",
+    "clear_plans",
+    "dense_match",
+    "load_backbone",
+    "load_lift",
+    "nearest",
+    "save_lift",
+]
+
+# Names that pull in more than PyTorch are imported when they are first used.
+_LAZY = {
+    "FrozenViT": ".backbones",
+    "ViTLiFTExtractor": ".extractor",
+    "WeightsNotFoundError": ".backbones",
+    "backends": ".backends",
+    "load_backbone": ".backbones",
+    "load_lift": ".checkpoints",
+    "save_lift": ".checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

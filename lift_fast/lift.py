@@ -1,0 +1,277 @@
+"""The LiFT module: doubles the resolution of a frozen ViT's features with help from the image.
+
+Source: "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors", ECCV 2024, section 3.
+State-dict keys, their order and shapes are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .ops.lift_forward import lift_forward
+from .ops.plan_cache import forget_plan
+from .plan import Architecture
+
+_REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convolutions without bias, each followed by BatchNorm and ReLU; keeps the grid."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.double_conv = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.double_conv(x)
+        return out
+
+
+class Up(nn.Module):
+    """Transposed 2x2 convolution (doubles the grid, halves the channels), joined with the image branch; DoubleConv."""
+
+    def __init__(self, in_channels: int, out_channels: int, fine_channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
+        self.conv_1 = DoubleConv(in_channels // 2 + fine_channels, out_channels // 2)
+
+    def forward(self, x: Tensor, fine: Tensor | None) -> Tensor:
+        x = self.up(x)
+        if fine is not None:
+            x = torch.cat([x, fine], dim=1)
+        out: Tensor = self.conv_1(x)
+        return out
+
+
+def _conv_block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, stride=stride),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+class LiFT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="lift_fast",
+    tags=_REPOSITORY_TAGS,
+    license="mit",
+):
+    """Lightweight Feature Transform: ``[B, T, C]`` backbone tokens to ``[B, 4T, C]`` tokens on the doubled grid.
+
+    In evaluation mode without gradients the forward pass runs a folded, composed plan of the same function
+    (:mod:`lift_fast.plan`), built once from the weights and rebuilt when one of them changes; set ``fused = False``
+    to force the plain graph. Training, and evaluation with gradients, always run the plain graph. Changes of a weight
+    through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or :func:`lift_fast.clear_plans`
+    after them.
+    Forward hooks on submodules run in the plain graph only.
+
+    Args:
+        in_channels: C, channels of the backbone's features, at least 2.
+        patch_size: pixels per token along one side. 8 and 16 are the published networks; for any other size the
+            image is resized (bilinear, antialiased) to 16 pixels per token and treated as patch 16.
+        pre_shape: ``x`` arrives as tokens ``[B, T, C]`` instead of a map ``[B, C, h, w]``.
+        post_shape: return tokens ``[B, 4T, C]`` instead of a map ``[B, C, 2h, 2w]``.
+        use_image: False builds the "no image" ablation: no image encoders, and a smaller state dict.
+        image_channels: width of the image encoders (32 in the paper).
+        extra_image_blocks: further 3x3 convolution blocks, stride 1, at the end of the first image encoder
+            (the ViT-B variant for detectors has one).
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    fused: bool
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        pre_shape: bool = True,
+        post_shape: bool = True,
+        *,
+        use_image: bool = True,
+        image_channels: int = 32,
+        extra_image_blocks: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_integer("in_channels", in_channels, 2)
+        _check_integer("patch_size", patch_size, 1)
+        _check_integer("image_channels", image_channels, 1)
+        _check_integer("extra_image_blocks", extra_image_blocks, 0)
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.pre_shape = pre_shape
+        self.post_shape = post_shape
+        self.use_image = use_image
+        self.fused = True
+
+        # Registered in the order of the published network: the same seed gives the same initial weights.
+        width = image_channels if use_image else 0
+        self.up1 = Up(in_channels + width, in_channels, width)
+        self.outc = nn.Conv2d(in_channels // 2, in_channels, kernel_size=1)
+        if use_image:
+            blocks = _conv_block(3, width, stride=2) + _conv_block(width, width, stride=2)
+            for _ in range(extra_image_blocks):
+                blocks += _conv_block(width, width, stride=1)
+            self.image_convs_1 = nn.Sequential(*blocks)
+            self.scale_adapter = nn.Identity() if patch_size == 8 else nn.MaxPool2d(2, 2)
+            self.image_convs_2 = nn.Sequential(*_conv_block(width, width, stride=2))
+
+    def forward(self, imgs: Tensor, x: Tensor) -> Tensor:
+        """Upsample backbone features by two.
+
+        Args:
+            imgs: ``[B, 3, H, W]`` normalised pictures, floating point. When H or W is no multiple of the patch size
+                the image branch sees the centred crop of whole patches.
+            x: ``[B, T, C]`` tokens without class token if ``pre_shape`` (row-major, ``T = (H // p) * (W // p)``),
+                else ``[B, C, H // p, W // p]``; dtype and device of ``imgs``.
+
+        Returns:
+            ``[B, 4T, C]`` if ``post_shape``, else ``[B, C, 2h, 2w]``, in the dtype of ``x`` (of autocast, if active).
+            The memory is token-major (NHWC) on the fused path.
+
+        Raises:
+            ValueError: for shapes, dtypes or devices that do not fit each other or the module; for weights that are
+                not finite when the plan is built.
+        """
+        h, w = self._check(imgs, x)
+        x_map = x.transpose(1, 2).unflatten(2, (h, w)) if self.pre_shape else x
+        if self._needs_plain_graph(imgs, x):
+            out = self._forward_plain(self._align(imgs, h, w), x_map)
+            return out.flatten(2).transpose(1, 2) if self.post_shape else out
+
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            imgs, x_map = imgs.to(dtype), x_map.to(dtype)
+        weights, epsilons = self._plan_sources()
+        architecture = self.architecture
+        # The no-image network reads nothing of the pictures: hand over an empty tensor instead of a resized picture.
+        aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
+        tokens = lift_forward(aligned, x_map.permute(0, 2, 3, 1), weights, epsilons, architecture)
+        return tokens.flatten(1, 2) if self.post_shape else tokens.permute(0, 3, 1, 2)
+
+    def train(self, mode: bool = True) -> LiFT:
+        """Switch between training and evaluation mode; the inference plan is made anew after it."""
+        # Weights changed through ``.data`` count no versions; such code runs between train() and eval() as a rule.
+        forget_plan(self._plan_sources()[0])
+        return super().train(mode)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the plan must know beside the weights."""
+        if not self.use_image:
+            return Architecture(image_blocks=0, pool=False)
+        return Architecture(image_blocks=len(self.image_convs_1) // 3, pool=self.patch_size != 8)
+
+    def _forward_plain(self, imgs: Tensor, x: Tensor) -> Tensor:
+        """The published graph. ``imgs`` is aligned (8 or 16 pixels per token), ``x`` is ``[B, C, h, w]``."""
+        fine = None
+        if self.use_image:
+            fine = self.scale_adapter(self.image_convs_1(imgs))
+            x = torch.cat([x, self.image_convs_2(fine)], dim=1)
+        out: Tensor = self.outc(self.up1(x, fine))
+        return out
+
+    def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
+        """Centred crop to whole patches; other patch sizes than 8 and 16 are resized to 16 pixels per token."""
+        p = self.patch_size
+        top, left = (imgs.shape[2] - p * h) // 2, (imgs.shape[3] - p * w) // 2
+        imgs = imgs[:, :, top : top + p * h, left : left + p * w]
+        if p in (8, 16) or not self.use_image:
+            return imgs
+        # The antialiased filter exists for neither half precision on the CPU nor bfloat16 everywhere.
+        resized = F.interpolate(imgs.float(), size=(16 * h, 16 * w), mode="bilinear", antialias=True)
+        return resized.to(imgs.dtype)
+
+    def _batch_norms(self) -> list[nn.BatchNorm2d]:
+        norms = [self.image_convs_1[3 * i + 1] for i in range(len(self.image_convs_1) // 3)] if self.use_image else []
+        if self.use_image:
+            norms.append(self.image_convs_2[1])
+        double = self.up1.conv_1.double_conv
+        return [*norms, double[1], double[4]]  # type: ignore[list-item]
+
+    def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
+        """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon."""
+        convs: list[Any] = []
+        if self.use_image:
+            convs = [self.image_convs_1[3 * i] for i in range(len(self.image_convs_1) // 3)]
+            convs.append(self.image_convs_2[0])
+        norms = self._batch_norms()
+        weights: list[Tensor] = []
+        for conv, norm in zip(convs, norms, strict=False):
+            weights += [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]  # type: ignore[list-item]
+        weights += [self.up1.up.weight, self.up1.up.bias]  # type: ignore[list-item]
+        double = self.up1.conv_1.double_conv
+        for conv, norm in zip((double[0], double[3]), norms[len(convs) :], strict=True):
+            weights += [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]  # type: ignore[list-item]
+        weights += [self.outc.weight, self.outc.bias]  # type: ignore[list-item]
+        return weights, [norm.eps for norm in norms]
+
+    def _needs_plain_graph(self, imgs: Tensor, x: Tensor) -> bool:
+        if not self.fused or self.training or any(norm.training for norm in self._batch_norms()):
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        return imgs.requires_grad or x.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _check(self, imgs: Tensor, x: Tensor) -> tuple[int, int]:
+        """Check the inputs against each other and the module; returns the coarse grid (h, w)."""
+        p, channels = self.patch_size, self.in_channels
+        if not isinstance(imgs, Tensor) or not isinstance(x, Tensor):
+            raise ValueError(f"LiFT expects tensors imgs and x, got {type(imgs).__name__} and {type(x).__name__}")
+        if imgs.dim() != 4 or imgs.shape[1] != 3:
+            raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
+        if not imgs.is_floating_point() or not x.is_floating_point():
+            raise ValueError(
+                f"imgs and x must be floating point, got {imgs.dtype} and {x.dtype}; "
+                "normalise the pictures first (ViTLiFTExtractor.preprocess does)"
+            )
+        batch, height, width = imgs.shape[0], imgs.shape[2], imgs.shape[3]
+        h, w = height // p, width // p
+        if h == 0 or w == 0:
+            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+        if self.pre_shape:
+            expected, layout = [batch, h * w, channels], "[B, T, C]"
+        else:
+            expected, layout = [batch, channels, h, w], "[B, C, h, w]"
+        if list(x.shape) != expected:
+            raise ValueError(
+                f"x must be {layout} = {expected} for imgs of {height} x {width} pixels, patch size {p} (a grid of "
+                f"{h} x {w} tokens without class token) and in_channels={channels}, got {list(x.shape)}"
+            )
+        if batch == 0:
+            raise ValueError("LiFT got an empty batch (B = 0); pass at least one picture")
+        weight = self.outc.weight
+        if imgs.device != x.device or x.device != weight.device:
+            raise ValueError(
+                f"imgs are on {imgs.device}, x on {x.device}, LiFT's weights on {weight.device}; move all to one"
+            )
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not autocast and (imgs.dtype != x.dtype or x.dtype != weight.dtype):
+            raise ValueError(
+                f"imgs are {imgs.dtype}, x is {x.dtype}, LiFT's weights are {weight.dtype}; "
+                "convert them to one dtype or use torch.autocast"
+            )
+        return h, w
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, patch_size={self.patch_size}, use_image={self.use_image}"
+
+
+def _check_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")

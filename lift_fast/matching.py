@@ -1,0 +1,222 @@
+"""Exact matching of descriptors: ``nearest`` between two sets, ``dense_match`` between two pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import dense_match as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
+from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Window(NamedTuple):
+    """Restricts :func:`nearest` to keys near the query on a grid (the neighbourhood of video label propagation)."""
+
+    radius: int
+    """Cells of the key grid in each direction, >= 0; the neighbourhood is a square of side 2 * radius + 1."""
+    query_grid: tuple[int, int]
+    """(h, w) with h * w = N, queries row-major."""
+    key_grid: tuple[int, int] | None = None
+    """(h, w), by default the query grid. The M keys may be several such grids one after the other (frames)."""
+
+
+class NearestResult(NamedTuple):
+    """Result of :func:`nearest`."""
+
+    similarity: Tensor
+    """[..., N, k] float32 (float64 for float64 input), descending; -inf where there is no match."""
+    index: Tensor  # type: ignore[assignment]  # the fixed public name; hides tuple.index
+    """[..., N, k] int64 rows of ``key``; -1 where there is no match."""
+    valid: Tensor
+    """[..., N] bool: the best match exists and passes the mutual and the ratio test, where asked for."""
+
+
+class DenseMatches(NamedTuple):
+    """Result of :func:`dense_match`."""
+
+    similarity: Tensor
+    """[B, P] float32 (float64 for float64 input); -inf where there is no match."""
+    xy: Tensor
+    """[B, P, 2] int64 (x, y) pixels of the key picture; (-1, -1) where there is no match."""
+    valid: Tensor
+    """[B, P] bool: a match exists and, with ``mutual``, leads back to the query pixel."""
+
+
+def nearest(
+    query: Tensor,
+    key: Tensor,
+    *,
+    k: int = 1,
+    mutual: bool = False,
+    ratio: float | None = None,
+    window: Window | tuple[int, tuple[int, int]] | tuple[int, tuple[int, int], tuple[int, int] | None] | None = None,
+    normalize: bool = True,
+    precision: str = "exact",
+) -> NearestResult:
+    """For each query descriptor the ``k`` most similar key descriptors. Never holds an N x M matrix. No gradients.
+
+    Equal similarities go to the lowest index. A descriptor that holds NaN or infinity takes no part: as a key it is
+    never chosen, as a query it gets index -1, similarity -inf and ``valid`` False. A zero vector has similarity 0 to
+    everything. Where fewer than ``k`` keys can be chosen, the rest is index -1 and similarity -inf.
+
+    Args:
+        query: ``[..., N, C]`` float32, bfloat16, float16 or float64.
+        key: ``[..., M, C]``, same dtype and device; leading dimensions broadcast.
+        k: matches per query, >= 1.
+        mutual: keep a match only if the query is also the best one of that key.
+        ratio: Lowe's ratio test, 0 < ratio <= 1: the distance to the best key is at most ``ratio`` times that to the
+            second; for unit vectors ``1 - s1 <= ratio**2 * (1 - s2)``. Needs ``normalize``.
+        window: only keys within a square neighbourhood on a grid, see :class:`Window`. Grids of different size are
+            compared by cell centres, measured in cells of the key grid.
+        normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product.
+        precision: ``"exact"``: equal to the float32 argmax; ``"fast"`` permits similarities in error by up to 2^-7
+            (bfloat16 operands) where a device gains speed from it. On every present path both give the exact result.
+
+    Returns:
+        :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
+
+    Raises:
+        TypeError: for inputs that are no tensors or of another dtype.
+        ValueError: for shapes, devices or options that do not fit.
+    """
+    _check_pair("query", query, "key", key)
+    if query.dim() < 2 or key.dim() < 2:
+        raise ValueError(f"query must be [..., N, C] and key [..., M, C], got {_shape(query)} and {_shape(key)}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same number of channels, got {_shape(query)} and {_shape(key)}")
+    _check_int("k", k, 1)
+    if precision not in ("exact", "fast"):
+        raise ValueError(f'precision must be "exact" or "fast", got {precision!r}')
+    if ratio is not None:
+        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {ratio!r}")
+        if not normalize:
+            raise ValueError("ratio compares distances of unit vectors: it needs normalize=True")
+    n, m = query.shape[-2], key.shape[-2]
+    try:
+        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"leading dimensions of query {_shape(query)} and key {_shape(key)} do not broadcast"
+        ) from None
+    flat_window = None if window is None else _flat_window(Window(*window), n, m)
+    channels = query.shape[-1]
+    similarity, index, valid = torch.ops.lift_fast.nearest(
+        query.expand(*leading, n, channels).reshape(math.prod(leading), n, channels),
+        key.expand(*leading, m, channels).reshape(math.prod(leading), m, channels),
+        k,
+        mutual,
+        None if ratio is None else float(ratio),
+        flat_window,
+        normalize,
+    )
+    return NearestResult(similarity.view(*leading, n, k), index.view(*leading, n, k), valid.view(*leading, n))
+
+
+def dense_match(
+    query_map: Tensor,
+    key_map: Tensor,
+    query_size: Sequence[int],
+    key_size: Sequence[int],
+    *,
+    points: Tensor | None = None,
+    normalize: str | None = "grid",
+    mutual: bool = False,
+) -> DenseMatches:
+    """Match pixels of the query picture to all pixels of the key picture, both given as coarse descriptor maps.
+
+    The descriptor of a pixel is the bilinear interpolation (align_corners=False) of its map; the match of a query
+    pixel is the key pixel with the largest dot product, the lowest row-major one among equals. Exact for every size.
+    A pixel whose interpolation touches a cell with NaN or infinity takes no part: it is never chosen, and as a query
+    gets xy (-1, -1), similarity -inf and ``valid`` False. Zero cells have similarity 0. No gradients.
+
+    Args:
+        query_map, key_map: ``[B, C, h, w]``, floating point, same B, C, dtype and device; grids may differ.
+        query_size, key_size: ``(H, W)`` in pixels.
+        points: ``[B, P, 2]`` (x, y) pixels of the query picture, rounded down to whole pixels; None for every pixel
+            in row-major order (``P = H * W``).
+        normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
+            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are.
+        mutual: valid only where the matched pixel's own best query pixel is the one it came from.
+
+    Returns:
+        :class:`DenseMatches` ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
+
+    Raises:
+        TypeError: for inputs that are no tensors or of another dtype.
+        ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the picture.
+    """
+    _check_pair("query_map", query_map, "key_map", key_map)
+    for name, tensor in (("query_map", query_map), ("key_map", key_map)):
+        if tensor.dim() != 4 or 0 in tensor.shape:
+            raise ValueError(f"{name} must be [B, C, h, w] without empty dimensions, got {_shape(tensor)}")
+    if query_map.shape[:2] != key_map.shape[:2]:
+        raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
+    if normalize not in ("grid", "pixel", None):
+        raise ValueError(f'normalize must be "grid", "pixel" or None, got {normalize!r}')
+    query_hw, key_hw = _check_size("query_size", query_size), _check_size("key_size", key_size)
+    if points is not None:
+        _check_points(points, query_map)
+    similarity, xy, valid = torch.ops.lift_fast.dense_match(
+        query_map, key_map, query_hw, key_hw, points, normalize or "none", mutual
+    )
+    return DenseMatches(similarity, xy, valid)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    for label, value in ((name, tensor), (other_name, other)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{label} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in _FLOATS:
+            raise TypeError(f"{label} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} and {other_name} must have one dtype, got {tensor.dtype} and {other.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}")
+
+
+def _check_int(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _check_size(name: str, size: Sequence[int]) -> list[int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be (H, W) in pixels, got {size!r}") from None
+    _check_int(f"{name}[0]", height, 1)
+    _check_int(f"{name}[1]", width, 1)
+    return [height, width]
+
+
+def _flat_window(window: Window, n: int, m: int) -> list[int]:
+    _check_int("window.radius", window.radius, 0)
+    query_grid = _check_size("window.query_grid", window.query_grid)
+    key_grid = query_grid if window.key_grid is None else _check_size("window.key_grid", window.key_grid)
+    if query_grid[0] * query_grid[1] != n:
+        raise ValueError(f"window.query_grid {tuple(query_grid)} does not hold the {n} queries")
+    if m % (key_grid[0] * key_grid[1]):
+        raise ValueError(f"window.key_grid {tuple(key_grid)} does not divide the {m} keys into whole grids")
+    return [window.radius, *query_grid, *key_grid]
+
+
+def _check_points(points: Tensor, query_map: Tensor) -> None:
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a torch.Tensor or None, got {type(points).__name__}")
+    if points.dtype == torch.bool or points.is_complex():
+        raise TypeError(f"points must be real numbers, got {points.dtype}")
+    if points.dim() != 3 or points.shape[0] != query_map.shape[0] or points.shape[2] != 2:
+        raise ValueError(f"points must be [B, P, 2] with B = {query_map.shape[0]}, got {_shape(points)}")
+    if points.device != query_map.device:
+        raise ValueError(f"points are on {points.device}, the maps on {query_map.device}; move them to one device")

@@ -1,0 +1,161 @@
+"""``lift_forward``: LiFT's evaluation-mode forward pass as one operator, executed from the composed plan.
+
+The plain PyTorch implementation (reference, baseline and fallback) is the module's own graph,
+``LiFT._forward_plain``; :func:`run_plan` executes the plan with PyTorch's convolutions on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..plan import Architecture, ImageConv, Plan
+from . import library
+from .plan_cache import prepared_plan
+
+library.define(
+    "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool) -> Tensor",
+    # The plan is looked up by the weights' versions on the host at each call, which a replayed graph would not see.
+    tags=[torch.Tag.cudagraph_unsafe],
+)
+
+
+def lift_forward(
+    imgs: Tensor, x: Tensor, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture
+) -> Tensor:
+    """LiFT in evaluation mode.
+
+    Args:
+        imgs: ``[B, 3, s*h, s*w]`` pictures aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
+        x: ``[B, h, w, C]`` backbone features in the dtype in which to compute.
+        weights, epsilons, architecture: the network, see :func:`lift_fast.plan.build_plan`; any floating dtype.
+
+    Returns:
+        ``[B, 2h, 2w, C]``, contiguous, in the dtype of ``x``.
+
+    Raises:
+        ValueError: if the weights are not finite.
+    """
+    out: Tensor = torch.ops.lift_fast.lift_forward.default(
+        imgs, x, list(weights), list(epsilons), architecture.image_blocks, architecture.pool
+    )
+    return out
+
+
+class TorchPlan(NamedTuple):
+    """The plan's tensors in one dtype, in the layouts that PyTorch's convolutions take (channels last)."""
+
+    image_convs_1: tuple[ImageConv, ...]
+    pool: bool
+    image_convs_2: tuple[ImageConv, ...]
+    phase: Tensor
+    """[4c, K padded, 2, 2]"""
+    fine: Tensor
+    """[c, F, 3, 3]"""
+    bias: Tensor
+    conv: Tensor
+    """[c, c, 3, 3]"""
+    conv_bias: Tensor
+    out: Tensor
+    """[C, c]"""
+    out_bias: Tensor
+
+
+# Tensor cores want channel counts that are multiples of 8; the ones channel would spoil that, so zeros follow it.
+_CHANNEL_MULTIPLE = 8
+
+
+def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> TorchPlan:
+    """Lay the plan out for :func:`run_plan`."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype)
+
+    def kernel(tensor: Tensor) -> Tensor:
+        return cast(tensor).contiguous(memory_format=torch.channels_last)
+
+    def encoder(convs: tuple[ImageConv, ...]) -> tuple[ImageConv, ...]:
+        return tuple(ImageConv(kernel(conv.weight), cast(conv.bias), conv.stride) for conv in convs)
+
+    channels = plan.phase.shape[-1]
+    phase = F.pad(plan.phase, (0, 0, 0, -plan.phase.shape[-2] % _CHANNEL_MULTIPLE))
+    return TorchPlan(
+        image_convs_1=encoder(plan.image_convs_1),
+        pool=plan.pool,
+        image_convs_2=encoder(plan.image_convs_2),
+        phase=kernel(phase.permute(0, 1, 5, 4, 2, 3).reshape(4 * channels, -1, 2, 2)),
+        fine=kernel(plan.fine.permute(3, 2, 0, 1)),
+        bias=cast(plan.bias),
+        conv=kernel(plan.conv.permute(3, 2, 0, 1)),
+        conv_bias=cast(plan.conv_bias),
+        out=cast(plan.out.t()).contiguous(),
+        out_bias=cast(plan.out_bias),
+    )
+
+
+def encode_image(
+    convs_1: Sequence[ImageConv], pool: bool, convs_2: Sequence[ImageConv], imgs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Image encoders: ``imgs [B, 3, s*h, s*w]`` to f ``[B, F, 2h, 2w]`` and g ``[B, F, h, w]``, channels last."""
+    f = imgs.contiguous(memory_format=torch.channels_last)
+    for conv in convs_1:
+        f = F.conv2d(f, conv.weight, conv.bias, conv.stride, padding=1).relu_()
+    if pool:
+        f = F.max_pool2d(f, 2)
+    g = f
+    for conv in convs_2:
+        g = F.conv2d(g, conv.weight, conv.bias, conv.stride, padding=1).relu_()
+    return f, g
+
+
+def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
+    """Execute the plan with PyTorch's own convolutions; shapes as :func:`lift_forward`."""
+    batch, h, w, _ = x.shape
+    coarse = [x.permute(0, 3, 1, 2)]
+    if plan.image_convs_1:
+        f, g = encode_image(plan.image_convs_1, plan.pool, plan.image_convs_2, imgs)
+        coarse.append(g)
+        u = F.conv2d(f, plan.fine, plan.bias, padding=1)
+    else:
+        u = x.new_empty((batch, 2 * h, 2 * w, plan.bias.shape[0])).permute(0, 3, 1, 2)
+        u.copy_(plan.bias.view(1, -1, 1, 1).expand_as(u))
+    coarse.append(x.new_ones((1, 1, 1, 1)).expand(batch, 1, h, w))
+    coarse.append(x.new_zeros((1, 1, 1, 1)).expand(batch, plan.phase.shape[1] - sum(c.shape[1] for c in coarse), h, w))
+    # One ring of zeros; every phase then is a 2x2 window of the padded grid, starting at its own corner.
+    padded = F.pad(torch.cat(coarse, dim=1), (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    windows = F.conv2d(padded, plan.phase).unflatten(1, (2, 2, -1))
+    for a in (0, 1):
+        for b in (0, 1):
+            u[:, :, a::2, b::2] += windows[:, a, b, :, a : a + h, b : b + w]
+    v = F.conv2d(u.relu_(), plan.conv, plan.conv_bias, padding=1).relu_()
+    return F.linear(v.permute(0, 2, 3, 1), plan.out, plan.out_bias).contiguous()
+
+
+def _lift_forward(
+    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool
+) -> Tensor:
+    device, dtype = x.device, x.dtype
+    plan = prepared_plan(
+        weights,
+        epsilons,
+        Architecture(image_blocks, pool),
+        variant=("torch", device, dtype),
+        prepare=lambda plan: prepare_torch(plan, device, dtype),
+    )
+    # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
+    with torch.autocast(device.type, enabled=False):
+        return run_plan(plan, imgs, x)
+
+
+def _fake_lift_forward(
+    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool
+) -> Tensor:
+    batch, h, w, channels = x.shape
+    return x.new_empty((batch, 2 * h, 2 * w, channels))
+
+
+library.implement("lift_forward", _lift_forward, fake=_fake_lift_forward)

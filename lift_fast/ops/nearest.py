@@ -1,0 +1,221 @@
+"""``nearest``: for each query descriptor its most similar key descriptors, without ever forming the N x M matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import _env, _native
+from . import library
+
+# Bytes of similarities that exist at one time in the plain implementation.
+PRODUCT_BUDGET = 64 << 20
+# A shorter row counts as a zero vector of cosine 0; torch.nn.functional.normalize uses the same bound.
+NORM_FLOOR = 1e-12
+
+library.define(
+    "nearest(Tensor query, Tensor key, int k, bool mutual, float? ratio, int[]? window, bool normalize)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Divide each vector of the last dimension by max(its norm, 1e-12); the norm in float64, so it cannot overflow."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64).clamp_min(NORM_FLOOR)
+    return (rows / norm).to(rows.dtype)
+
+
+@contextmanager
+def full_matmul_precision() -> Iterator[None]:
+    """Keep TF32 and bfloat16 shortcuts, where the user allowed them, out of products that must be exact."""
+    previous = torch.get_float32_matmul_precision()
+    if previous == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+def nearest_plain(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    mutual: bool,
+    ratio: float | None,
+    window: list[int] | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain PyTorch implementation: reference, baseline and fallback. ``query [B, N, C]``, ``key [B, M, C]``.
+
+    Similarities are computed in tiles of at most ``PRODUCT_BUDGET`` bytes. Equal similarities go to the lowest index.
+    """
+    batch, n, _ = query.shape
+    m = key.shape[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    similarity = query.new_full((batch, n, k), -torch.inf, dtype=dtype)
+    index = torch.full((batch, n, k), -1, dtype=torch.int64, device=query.device)
+    valid = torch.zeros((batch, n), dtype=torch.bool, device=query.device)
+    # The ratio test needs the runner-up also where one match is asked for.
+    depth = k if ratio is None else max(k, 2)
+    columns = max(1, min(m, 1 << 14))
+    rows = max(1, PRODUCT_BUDGET // (columns * dtype.itemsize))
+    with full_matmul_precision():
+        for b in range(batch):
+            queries, keys = query[b].to(dtype), key[b].to(dtype)
+            if normalize:
+                queries, keys = unit_rows(queries), unit_rows(keys)
+            best = query.new_full((n, depth), -torch.inf, dtype=dtype)
+            best_index = torch.full((n, depth), -1, dtype=torch.int64, device=query.device)
+            back = query.new_full((m,), -torch.inf, dtype=dtype)
+            back_index = torch.full((m,), -1, dtype=torch.int64, device=query.device)
+            for row in range(0, n, rows):
+                row_slice = slice(row, row + rows)
+                for column in range(0, m, columns):
+                    column_slice = slice(column, column + columns)
+                    tile = queries[row_slice] @ keys[column_slice].t()
+                    tile.masked_fill_(~torch.isfinite(tile), -torch.inf)
+                    if window is not None:
+                        tile.masked_fill_(_outside(window, row, column, tile), -torch.inf)
+                    _merge(best, best_index, row_slice, tile, column)
+                    if mutual:
+                        value, position = tile.max(0)
+                        better = value > back[column_slice]
+                        back[column_slice] = torch.where(better, value, back[column_slice])
+                        back_index[column_slice] = torch.where(better, position + row, back_index[column_slice])
+            similarity[b], index[b] = best[:, :k], best_index[:, :k]
+            valid[b] = accept(best, best_index, back_index if mutual else None, ratio)
+    return similarity, index, valid
+
+
+def _merge(best: Tensor, best_index: Tensor, rows: slice, tile: Tensor, column: int) -> None:
+    """Fold one tile ``[R, S]`` of similarities, whose first key is ``column``, into the running best ``depth``."""
+    depth = best.shape[1]
+    if depth == 1:
+        # ``max`` promises the first of equal values; an earlier tile keeps its place against an equal later one.
+        value, position = tile.max(1, keepdim=True)
+    else:
+        value, position = _top(tile, min(depth, tile.shape[1]))
+    merged = torch.cat([best[rows], value], dim=1)
+    merged_index = torch.cat([best_index[rows], torch.where(value == -torch.inf, -1, position + column)], dim=1)
+    # A stable sort keeps earlier, lower indices in front of equal later ones.
+    merged, order = torch.sort(merged, dim=1, descending=True, stable=True)
+    best[rows] = merged[:, :depth]
+    best_index[rows] = merged_index.gather(1, order)[:, :depth]
+
+
+def _top(tile: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The largest ``depth`` of each row in descending order, lowest index first among equals."""
+    # topk promises no order among equals: all that are larger than its last value belong to the result, and of
+    # those equal to it the first ones.
+    smallest = torch.topk(tile, depth, dim=1).values[:, -1:]
+    above, level = tile > smallest, tile == smallest
+    room = depth - above.sum(1, keepdim=True)
+    chosen = above | (level & (level.cumsum(1) <= room))
+    # Each row has exactly ``depth`` of them, and nonzero lists them by ascending index.
+    position = chosen.nonzero()[:, 1].view(-1, depth)
+    value, order = torch.sort(tile.gather(1, position), dim=1, descending=True, stable=True)
+    return value, position.gather(1, order)
+
+
+def _outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
+    """Which pairs of a tile lie further apart on the grid than the window's radius."""
+    radius, query_h, query_w, key_h, key_w = window
+    query = torch.arange(row, row + tile.shape[0], device=tile.device)[:, None]
+    key = torch.arange(column, column + tile.shape[1], device=tile.device)[None]
+    # Cell centres compared in units that keep integers exact: (2 y' + 1) / key_h against (2 y + 1) / query_h.
+    key = key % (key_h * key_w)
+    dy = (2 * (key // key_w) + 1) * query_h - (2 * (query // query_w) + 1) * key_h
+    dx = (2 * (key % key_w) + 1) * query_w - (2 * (query % query_w) + 1) * key_w
+    return (dy.abs() > 2 * radius * query_h) | (dx.abs() > 2 * radius * query_w)
+
+
+def accept(best: Tensor, best_index: Tensor, back_index: Tensor | None, ratio: float | None) -> Tensor:
+    """Which queries keep their match: ``best``, ``best_index [N, >=1]``; ``back_index [M]`` for the mutual check."""
+    first = best_index[:, 0]
+    valid = first >= 0
+    if back_index is not None and back_index.numel():
+        rows = torch.arange(first.shape[0], device=first.device)
+        valid = valid & (back_index[first.clamp_min(0)] == rows)
+    if ratio is not None:
+        # |a - b|^2 = 2 - 2 cos for unit vectors: Lowe's ratio of distances, squared. No runner-up (-inf) passes.
+        valid = valid & (1 - best[:, 0] <= ratio**2 * (1 - best[:, 1]))
+    return valid
+
+
+def _nearest_native(
+    query: Tensor, key: Tensor, mutual: bool, ratio: float | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One match per query from the native core's fused similarity and argmax, float32."""
+    batch, n, channels = query.shape
+    m = key.shape[1]
+    queries, keys = query.float().contiguous(), key.float().contiguous()
+    similarity = torch.empty((batch, n), dtype=torch.float32)
+    index = torch.empty((batch, n), dtype=torch.int64)
+    second = torch.empty((batch, n), dtype=torch.float32) if ratio is not None else None
+    back = torch.empty((batch, m), dtype=torch.float32) if mutual else None
+    back_index = torch.empty((batch, m), dtype=torch.int64) if mutual else None
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    _native.require().nearest_f32(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        batch,
+        n,
+        m,
+        channels,
+        normalize,
+        similarity.data_ptr(),
+        index.data_ptr(),
+        address(second),
+        address(back),
+        address(back_index),
+        torch.get_num_threads(),
+        _env.cpu_isa(),
+    )
+    best = similarity[..., None] if second is None else torch.stack([similarity, second], dim=-1)
+    valid = torch.stack(
+        [accept(best[b], index[b, :, None], None if back_index is None else back_index[b], ratio) for b in range(batch)]
+    )
+    return similarity[..., None], index[..., None], valid
+
+
+def _nearest(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    mutual: bool,
+    ratio: float | None,
+    window: list[int] | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = query.detach(), key.detach()
+    fits = query.device.type == "cpu" and query.dtype != torch.float64 and k == 1 and window is None
+    if fits and query.shape[0] and _native.can_run()[0]:
+        return _nearest_native(query, key, mutual, ratio, normalize)
+    return nearest_plain(query, key, k, mutual, ratio, window, normalize)
+
+
+def _fake_nearest(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    mutual: bool,
+    ratio: float | None,
+    window: list[int] | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    similarity = query.new_empty((batch, n, k), dtype=dtype)
+    return similarity, query.new_empty((batch, n, k), dtype=torch.int64), query.new_empty((batch, n), dtype=torch.bool)
+
+
+library.implement("nearest", _nearest, fake=_fake_nearest)

@@ -1,0 +1,114 @@
+"""One plan per set of weights, found again by the weights themselves and never used once one of them changed.
+
+The plan lives here and not in the module, so the operator is a pure function of its inputs: compiled and exported
+graphs see the raw weights, and moving, copying or pickling a module needs no care.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..plan import Architecture, Plan, build_plan
+
+_CAPACITY = 32
+
+
+class _Witness:
+    """Remembers one weight: tells whether a tensor is the same memory with the same contents."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.pointer = weight.data_ptr()
+        # Holding the storage weakly keeps its address from being handed out again unnoticed.
+        self.storage = StorageWeakRef(weight.untyped_storage())
+        # Tensors made in inference mode count no versions: their contents are compared instead.
+        self.version = -1 if weight.is_inference() else weight._version
+        self.contents = weight.detach().clone() if weight.is_inference() else None
+
+    def recognises(self, weight: Tensor) -> bool:
+        if weight.data_ptr() != self.pointer or self.storage.expired():
+            return False
+        if weight.is_inference():
+            return self.contents is not None and torch.equal(weight, self.contents)
+        return weight._version == self.version
+
+
+class _Entry:
+    def __init__(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> None:
+        self.witnesses = [_Witness(weight) for weight in weights]
+        self.epsilons = list(epsilons)
+        self.architecture = architecture
+        self.plan = build_plan(weights, epsilons, architecture)
+        self.prepared: dict[Hashable, Any] = {}
+
+    def fits(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> bool:
+        return (
+            len(weights) == len(self.witnesses)
+            and list(epsilons) == self.epsilons
+            and architecture == self.architecture
+            and all(witness.recognises(weight) for witness, weight in zip(self.witnesses, weights, strict=True))
+        )
+
+    def expired(self) -> bool:
+        return any(witness.storage.expired() for witness in self.witnesses)
+
+
+_entries: OrderedDict[tuple[torch.device, int], _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _key(weights: Sequence[Tensor]) -> tuple[torch.device, int]:
+    # outc.weight stands for its network.
+    return weights[-2].device, weights[-2].data_ptr()
+
+
+def prepared_plan(
+    weights: Sequence[Tensor],
+    epsilons: Sequence[float],
+    architecture: Architecture,
+    variant: Hashable,
+    prepare: Callable[[Plan], Any],
+) -> Any:
+    """What ``prepare`` makes of the plan of these weights, kept under the name ``variant`` while they stay unchanged.
+
+    Raises:
+        ValueError: from :func:`lift_fast.plan.build_plan`, if the weights are not sound.
+    """
+    key = _key(weights)
+    entry = _entries.get(key)
+    if entry is None or not entry.fits(weights, epsilons, architecture):
+        # Preparing inside inference mode would make tensors that later calls outside of it cannot all use.
+        with torch.inference_mode(False), torch.no_grad():
+            entry = _Entry(weights, epsilons, architecture)
+        with _lock:
+            _entries[key] = entry
+            _entries.move_to_end(key)
+            for old in [name for name, other in _entries.items() if other.expired()]:
+                del _entries[old]
+            while len(_entries) > _CAPACITY:
+                _entries.popitem(last=False)
+    if variant not in entry.prepared:
+        with torch.inference_mode(False), torch.no_grad():
+            entry.prepared[variant] = prepare(entry.plan)
+    return entry.prepared[variant]
+
+
+def clear_plans() -> None:
+    """Forget every inference plan; the next forward pass in evaluation mode builds its plan anew.
+
+    Needed only after weights were changed in ways PyTorch does not count: through ``.data``, NumPy or a raw pointer.
+    """
+    with _lock:
+        _entries.clear()
+
+
+def forget_plan(weights: Sequence[Tensor]) -> None:
+    """Forget the plan of one network."""
+    with _lock:
+        _entries.pop(_key(weights), None)

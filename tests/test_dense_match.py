@@ -1,0 +1,233 @@
+"""``dense_match`` against interpolate-then-argmax, written as published evaluation code does it, in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lift_fast import dense_match
+from lift_fast.ops import dense_match as op
+
+TIE = 1e-6
+
+
+def brute_force(query_map, key_map, query_size, key_size, normalize):
+    """[Hq * Wq, Hk * Wk] similarities of one picture pair."""
+
+    def descriptors(maps, size):
+        maps = maps.double()
+        if normalize == "grid":
+            maps = maps / maps.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        wide = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
+        return wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12) if normalize == "pixel" else wide
+
+    table = descriptors(query_map, query_size) @ descriptors(key_map, key_size).T
+    return table.masked_fill(~torch.isfinite(table), -torch.inf)
+
+
+def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
+    result = dense_match(query_map, key_map, query_size, key_size, normalize=normalize, points=points, mutual=True)
+    one_way = dense_match(query_map, key_map, query_size, key_size, normalize=normalize, points=points)
+    assert torch.equal(result.xy, one_way.xy)
+    for b in range(query_map.shape[0]):
+        table = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
+        # Where cells nearly cancel, dividing by the small interpolated norm magnifies the rounding.
+        tie = (10 * TIE if normalize == "pixel" else TIE) * max(
+            1.0, table[torch.isfinite(table)].abs().max().item() if torch.isfinite(table).any() else 1.0
+        )
+        if points is None:
+            rows = torch.arange(table.shape[0])
+        else:
+            at = points[b].floor().long()
+            rows = at[:, 1] * query_size[1] + at[:, 0]
+        best = table[rows].amax(1)
+        lost = best == -torch.inf
+        assert torch.equal(one_way.valid[b], ~lost)
+        assert (result.xy[b][lost] == -1).all()
+        assert (result.similarity[b][lost] == -math.inf).all()
+        x, y = result.xy[b][~lost].unbind(1)
+        assert ((x >= 0) & (x < key_size[1]) & (y >= 0) & (y < key_size[0])).all()
+        found = y * key_size[1] + x
+        chosen = table[rows[~lost], found]
+        assert (chosen >= best[~lost] - tie).all()
+        assert (result.similarity[b][~lost].double() - chosen).abs().le(tie).all()
+        # Mutual: judged only where no other query pixel comes within rounding of the best.
+        columns = table[:, found]
+        back = columns.amax(0)
+        clear = (columns >= back - 2 * tie).sum(0) == 1
+        mutual = columns.argmax(0) == rows[~lost]
+        assert torch.equal(result.valid[b][~lost][clear], mutual[clear])
+    return result
+
+
+sides = st.integers(1, 6)
+pixels = st.integers(1, 23)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    query_grid=st.tuples(sides, sides),
+    key_grid=st.tuples(sides, sides),
+    query_size=st.tuples(pixels, pixels),
+    key_size=st.tuples(pixels, pixels),
+    channels=st.sampled_from((1, 2, 7)),
+    batch=st.sampled_from((1, 2)),
+    normalize=st.sampled_from(("grid", "pixel", None)),
+    seed=st.integers(0, 1 << 30),
+)
+def test_against_brute_force(query_grid, key_grid, query_size, key_size, channels, batch, normalize, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query_map = torch.randn(batch, channels, *query_grid, generator=generator)
+    key_map = torch.randn(batch, channels, *key_grid, generator=generator)
+    check(query_map, key_map, query_size, key_size, normalize)
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_bounds_prune_without_loss(normalize, smooth, monkeypatch):
+    # Large enough that patches are skipped; smooth maps leave many bounds open, rough ones prove at once.
+    query_map, key_map = torch.randn(2, 1, 16, 24, 20)
+    if smooth:
+        query_map, key_map = (F.avg_pool2d(m, 5, stride=1, padding=2) for m in (query_map, key_map))
+    looked = []
+    exhaustive = op.match_exhaustive
+    monkeypatch.setattr(op, "match_exhaustive", lambda d, *rest: looked.append(len(d)) or exhaustive(d, *rest))
+    check(query_map, key_map, (61, 50), (70, 83), normalize)
+    if normalize != "pixel" and not smooth:
+        assert sum(looked) < 61 * 50 // 10
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
+def test_bounded_equals_exhaustive(normalize):
+    query_map, key_map = torch.randn(2, 1, 8, 19, 23)
+    arguments = query_map, key_map, [40, 52], [90, 71], None, normalize, True
+    bounded, exhaustive = op.dense_match(*arguments), op.dense_match(*arguments, exhaustive=True)
+    torch.testing.assert_close(bounded[0], exhaustive[0], rtol=0, atol=1e-5)
+    assert (bounded[1] != exhaustive[1]).float().mean() < 2e-3
+
+
+def test_points_are_rounded_down_and_equal_the_full_result():
+    query_map, key_map = torch.randn(2, 2, 5, 4, 6)
+    full = dense_match(query_map, key_map, (17, 31), (20, 9), mutual=True)
+    points = torch.rand(2, 40, 2) * torch.tensor([31.0, 17.0])
+    some = check(query_map, key_map, (17, 31), (20, 9), points=points)
+    at = points.long()
+    for b in range(2):
+        rows = at[b, :, 1] * 31 + at[b, :, 0]
+        assert torch.equal(some.xy[b], full.xy[b][rows])
+        assert torch.equal(some.valid[b], full.valid[b][rows])
+    assert dense_match(query_map, key_map, (17, 31), (20, 9), points=points[:, :0]).xy.shape == (2, 0, 2)
+
+
+def test_a_picture_matches_itself():
+    maps = torch.randn(1, 32, 9, 12)
+    result = dense_match(maps, maps, (36, 48), (36, 48), normalize="pixel")
+    where = torch.stack(torch.meshgrid(torch.arange(36), torch.arange(48), indexing="ij")[::-1], -1).view(-1, 2)
+    # Beyond the centres of the outermost cells the interpolation is constant: the lowest pixel stands for all.
+    inner = ((where >= 2) & (where < torch.tensor([46, 34]))).all(1)
+    assert torch.equal(result.xy[0][inner], where[inner])
+    torch.testing.assert_close(result.similarity, torch.ones_like(result.similarity))
+
+
+def test_equal_similarities_go_to_the_lowest_pixel():
+    result = dense_match(torch.ones(1, 4, 3, 3), torch.ones(1, 4, 5, 7), (6, 6), (40, 30), normalize=None)
+    assert (result.xy == 0).all()
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[0, 0, 1:3, 1:3] = 1
+    result = dense_match(torch.ones(1, 1, 1, 1), maps, (1, 1), (16, 16), normalize=None)
+    # The plateau of ones begins at the centre of cell (1, 1), between pixels 5 and 6.
+    assert result.xy.tolist() == [[[6, 6]]]
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_cells_that_are_not_finite_take_no_part(normalize, poison):
+    query_map, key_map = torch.randn(2, 1, 6, 5, 5)
+    query_map[0, 0, 1, 1] = key_map[0, 3, 2, 3] = poison
+    result = dense_match(query_map, key_map, (20, 20), (20, 20), normalize=normalize)
+    spoiled = F.interpolate((~torch.isfinite(query_map)).any(1, keepdim=True).float(), size=(20, 20), mode="bilinear")
+    spoiled = spoiled.flatten() > 0
+    assert not result.valid[0][spoiled].any()
+    touched = F.interpolate((~torch.isfinite(key_map)).any(1, keepdim=True).float(), size=(20, 20), mode="bilinear")
+    x, y = result.xy[0][result.valid[0]].unbind(1)
+    assert (touched[0, 0, y, x] == 0).all()
+    assert result.valid.any()
+
+
+def test_zero_cells_have_similarity_zero():
+    result = dense_match(torch.zeros(1, 3, 2, 2), torch.randn(1, 3, 4, 4), (5, 5), (9, 9))
+    assert (result.similarity == 0).all()
+    assert (result.xy == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    query_map, key_map = torch.randn(2, 1, 8, 6, 7).to(dtype)
+    result = check(query_map, key_map, (13, 20), (25, 11))
+    assert result.similarity.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+MAPS = torch.randn(2, 1, 3, 4, 4)
+BAD_CALLS = {
+    "list": (TypeError, "list", lambda a, b: dense_match([1], b, (8, 8), (8, 8))),
+    "integers": (TypeError, "int64", lambda a, b: dense_match(a.long(), b.long(), (8, 8), (8, 8))),
+    "three dimensions": (ValueError, r"\[B, C, h, w\]", lambda a, b: dense_match(a[0], b[0], (8, 8), (8, 8))),
+    "empty": (ValueError, "without empty", lambda a, b: dense_match(a[:0], b[:0], (8, 8), (8, 8))),
+    "channels": (ValueError, "agree in B and C", lambda a, b: dense_match(a[:, :2], b, (8, 8), (8, 8))),
+    "size": (ValueError, r"query_size must be \(H, W\)", lambda a, b: dense_match(a, b, 8, (8, 8))),
+    "size zero": (
+        ValueError,
+        r"key_size\[1\] must be an integer >= 1, got 0",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 0)),
+    ),
+    "size float": (ValueError, "integer", lambda a, b: dense_match(a, b, (8.0, 8), (8, 8))),
+    "mode": (ValueError, '"grid", "pixel" or None', lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize="cell")),
+    "point shape": (
+        ValueError,
+        r"\[B, P, 2\]",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.zeros(3, 2)),
+    ),
+    "point outside": (
+        ValueError,
+        r"1 of 2 do not, the first is \[8, 0\]",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.tensor([[[0, 0], [8, 0]]])),
+    ),
+    "point negative": (
+        ValueError,
+        "inside",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.tensor([[[-0.1, 0]]])),
+    ),
+    "point NaN": (
+        ValueError,
+        "nan",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.full((1, 1, 2), math.nan)),
+    ),
+    "point bool": (
+        TypeError,
+        "bool",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.ones(1, 1, 2).bool()),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(case):
+    error, message, call = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call(*MAPS)
+
+
+@pytest.mark.parametrize("points", [None, torch.tensor([[[0, 0], [7, 5]]])])
+@pytest.mark.parametrize("mutual", [True, False])
+def test_opcheck(points, mutual):
+    torch.library.opcheck(torch.ops.lift_fast.dense_match.default, (*MAPS, [6, 8], [5, 9], points, "grid", mutual))
+
+
+def test_compile_full_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: dense_match(a, b, (6, 8), (5, 9)), fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(*MAPS), dense_match(*MAPS, (6, 8), (5, 9)), strict=True):
+        assert torch.equal(ours, expected)

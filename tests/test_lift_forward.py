@@ -1,0 +1,277 @@
+"""The inference plan against the plain module, and the operator that executes it."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lift_fast import LiFT, clear_plans
+from lift_fast.ops import plan_cache
+from lift_fast.plan import build_plan, compose_upsample, weight_names
+from lift_fast.testing import AWKWARD_GRIDS, randomize, relative_error
+
+# (C, patch, H, W, options): both patch sizes, patch 14, both published widths, odd and one-token grids, variants.
+CASES = [
+    (384, 16, 96, 64, {}),
+    (384, 8, 40, 56, {}),
+    (768, 16, 48, 80, {}),
+    (768, 8, 24, 24, {}),
+    (384, 14, 70, 42, {}),
+    (384, 16, 16, 16, {}),
+    (384, 8, 8, 8, {}),
+    (7, 8, 30, 41, {}),
+    (33, 16, 17, 100, {}),
+    (32, 16, 48, 64, {"use_image": False}),
+    (32, 8, 24, 40, {"extra_image_blocks": 1, "image_channels": 24}),
+]
+
+
+def network(channels, patch, seed, **options):
+    torch.manual_seed(seed)
+    return randomize(LiFT(channels, patch, **options), seed).eval()
+
+
+def inputs(patch, height, width, channels, batch=2):
+    return torch.randn(batch, 3, height, width), torch.randn(batch, (height // patch) * (width // patch), channels)
+
+
+def plain(lift, imgs, x, dtype):
+    twin = copy.deepcopy(lift).to(dtype)
+    twin.fused = False
+    with torch.no_grad():
+        return twin(imgs.to(dtype), x.to(dtype))
+
+
+@pytest.mark.parametrize(("channels", "patch", "height", "width", "options"), CASES)
+def test_plan_equals_the_plain_module(channels, patch, height, width, options):
+    seed = int(torch.randint(1 << 30, ()))
+    lift = network(channels, patch, seed, **options)
+    imgs, x = inputs(patch, height, width, channels)
+    exact = plain(lift, imgs, x, torch.float64)
+    with torch.no_grad():
+        assert relative_error(copy.deepcopy(lift).double()(imgs.double(), x.double()), exact) < 1e-13, seed
+        assert relative_error(lift(imgs, x), exact) <= 1e-5, seed
+        for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+            ours = relative_error(copy.deepcopy(lift).to(dtype)(imgs.to(dtype), x.to(dtype)), exact)
+            theirs = relative_error(plain(lift, imgs, x, dtype), exact)
+            # The direct plan stays near the plain graph's own rounding; Winograd kernels may double it.
+            assert ours <= min(limit, 3 * theirs + 1e-4), (dtype, ours, theirs, seed)
+
+
+@pytest.mark.parametrize("grid", AWKWARD_GRIDS)
+def test_composed_upsample_equals_the_two_layers(grid):
+    generator = torch.Generator().manual_seed(grid[0] * 100 + grid[1])
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    conv, up_weight, up_bias, coarse = random(4, 3, 3, 3), random(5, 3, 2, 2), random(3), random(1, 5, *grid)
+    expected = F.conv2d(F.conv_transpose2d(coarse, up_weight, up_bias, stride=2), conv, padding=1)
+    phase = compose_upsample(conv, up_weight, up_bias)
+    padded = F.pad(torch.cat([coarse, torch.ones_like(coarse[:, :1])], 1), (1, 1, 1, 1))
+    h, w = grid
+    actual = torch.full_like(expected, torch.nan)
+    for a in (0, 1):
+        for b in (0, 1):
+            window = padded[:, :, a : a + h + 1, b : b + w + 1]
+            actual[:, :, a::2, b::2] = F.conv2d(window, phase[a, b].permute(3, 2, 0, 1))
+    assert relative_error(actual, expected) < 1e-13
+
+
+def test_composition_is_differentiable():
+    arguments = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 3, 3), (3, 2, 2, 2), (2,))]
+    assert torch.autograd.gradcheck(compose_upsample, arguments)
+
+
+def test_edge_bias_is_the_share_of_the_ones_channel():
+    lift = network(6, 8, seed=1)
+    weights, epsilons = lift._plan_sources()
+    plan = build_plan(weights, epsilons, lift.architecture)
+    up_bias, conv = (
+        lift.up1.up.bias.double(),
+        lift.up1.conv_1.double_conv[0].weight.double()[:, : lift.up1.up.weight.shape[1]],
+    )
+    norm = lift.up1.conv_1.double_conv[1].double()
+    constant = up_bias.view(1, -1, 1, 1).expand(1, -1, 3, 3)
+    with torch.no_grad():
+        expected = norm(F.conv2d(constant, conv, padding=1))[0].permute(1, 2, 0)
+    assert relative_error(plan.edge_bias(), expected) < 1e-13
+
+
+def test_weight_names_are_the_state_dict_entries():
+    for options in ({}, {"use_image": False}, {"extra_image_blocks": 2}):
+        lift = LiFT(6, 8, **options)
+        state = lift.state_dict(keep_vars=True)
+        names = weight_names(lift.architecture)
+        assert sorted(names) == sorted(name for name in state if not name.endswith("num_batches_tracked"))
+        assert all(state[name] is weight for name, weight in zip(names, lift._plan_sources()[0], strict=True))
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Counts how often a plan is built."""
+    clear_plans()
+    calls = []
+    build = plan_cache.build_plan
+    monkeypatch.setattr(plan_cache, "build_plan", lambda *a: calls.append(1) or build(*a))
+    return calls
+
+
+def test_plan_is_built_once_and_again_after_any_change(built):
+    lift = network(8, 8, seed=2)
+    imgs, x = inputs(8, 24, 16, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            lift(imgs, x)
+        assert len(built) == 1
+        for number, (name, tensor) in enumerate(lift.state_dict().items(), start=2):
+            if name.endswith("num_batches_tracked"):
+                continue
+            before = lift(imgs, x)
+            tensor.mul_(1.5).add_(0.1)
+            after = lift(imgs, x)
+            assert not torch.equal(before, after), f"a change of {name} (number {number}) went unnoticed"
+            assert relative_error(after, plain(lift, imgs, x, torch.float64)) < 1e-5, name
+
+
+def test_plan_follows_loading_training_and_replacement(built):
+    lift = network(8, 8, seed=3)
+    other = network(8, 8, seed=4)
+    imgs, x = inputs(8, 24, 16, 8)
+
+    def check():
+        with torch.no_grad():
+            assert relative_error(lift(imgs, x), plain(lift, imgs, x, torch.float64)) < 1e-5
+
+    check()
+    lift.load_state_dict(other.state_dict())
+    check()
+    optimizer = torch.optim.SGD(lift.parameters(), lr=0.1)
+    lift.train()(imgs, x).square().mean().backward()
+    optimizer.step()
+    lift.eval()
+    check()
+    lift.outc = torch.nn.Conv2d(4, 8, 1)
+    check()
+    lift.up1.conv_1.double_conv[1].eps = 0.5
+    check()
+    # ``.data`` bypasses the version counters; switching modes looks again all the same.
+    lift.outc.bias.data.add_(1)
+    lift.eval()
+    check()
+    lift.double().float()
+    check()
+
+
+def test_plan_of_inference_tensors_follows_changes():
+    with torch.inference_mode():
+        lift = network(8, 8, seed=5)
+        imgs, x = inputs(8, 16, 16, 8)
+        first = lift(imgs, x)
+        lift.outc.bias.add_(1)
+        torch.testing.assert_close(lift(imgs, x), first + 1)
+
+
+def test_a_plan_made_in_inference_mode_serves_outside_of_it(built):
+    lift = network(8, 8, seed=6)
+    imgs, x = inputs(8, 16, 16, 8)
+    with torch.inference_mode():
+        first = lift(imgs, x)
+    with torch.no_grad():
+        assert torch.equal(lift(imgs, x), first)
+    assert len(built) == 1
+
+
+def test_plans_of_deleted_networks_are_dropped():
+    clear_plans()
+    imgs, x = inputs(8, 16, 16, 8)
+    with torch.no_grad():
+        for seed in range(3):
+            network(8, 8, seed=seed)(imgs, x)
+    assert len(plan_cache._entries) <= 1 + 1
+
+
+def test_fused_false_forces_the_plain_graph(built):
+    lift = network(8, 8, seed=7)
+    lift.fused = False
+    with torch.no_grad():
+        lift(*inputs(8, 16, 16, 8))
+    assert not built
+
+
+def test_autocast_computes_in_its_dtype():
+    lift = network(16, 8, seed=8)
+    imgs, x = inputs(8, 32, 24, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = lift(imgs, x)
+        lift.fused = False
+        direct = lift(imgs, x)
+    assert fused.dtype == direct.dtype == torch.bfloat16
+    assert relative_error(fused, direct) < 2e-2
+
+
+def test_layouts_of_the_inputs_do_not_matter():
+    lift = network(8, 8, seed=9)
+    imgs, x = inputs(8, 24, 40, 8)
+    strided = torch.randn(2, 15, 16)[:, :, ::2].copy_(x)
+    with torch.no_grad():
+        expected = lift(imgs, x)
+        torch.testing.assert_close(lift(imgs.to(memory_format=torch.channels_last), strided), expected)
+        torch.testing.assert_close(lift(imgs.flip(0).flip(0), x), expected)
+    assert expected.is_contiguous()
+
+
+def operator_arguments(seed, dtype=torch.float32, **options):
+    lift = network(8, 8, seed=seed, **options)
+    weights, epsilons = lift._plan_sources()
+    weights = [weight.detach() for weight in weights]
+    return (
+        torch.randn(2, 3, 24, 16, dtype=dtype),
+        torch.randn(2, 3, 2, 8, dtype=dtype),
+        weights,
+        epsilons,
+        *lift.architecture,
+    )
+
+
+def test_opcheck():
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
+        torch.library.opcheck(torch.ops.lift_fast.lift_forward.default, operator_arguments(seed, dtype))
+
+
+def test_compile_full_graph_follows_weights_without_recompiling():
+    lift = network(8, 8, seed=10)
+    imgs, x = inputs(8, 24, 16, 8)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lift, fullgraph=True, backend=backend, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(imgs, x), lift(imgs, x))
+        lift.outc.bias.add_(1)
+        torch.testing.assert_close(compiled(imgs, x), lift(imgs, x))
+        compiled(imgs + 1, x)
+    assert len(graphs) == 1
+    assert any("lift_forward" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    lift = network(8, 8, seed=11)
+    imgs, x = inputs(8, 24, 16, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(lift, fullgraph=True)(imgs, x), lift(imgs, x))
+
+
+def test_export():
+    lift = network(8, 14, seed=12)
+    imgs, x = inputs(14, 28, 42, 8)
+    with torch.no_grad():
+        program = torch.export.export(lift, (imgs, x))
+        torch.testing.assert_close(program.module()(imgs, x), lift(imgs, x))
+    assert set(program.state_dict) == set(lift.state_dict())
