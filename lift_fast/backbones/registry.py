@@ -1,0 +1,229 @@
+"""Names of backbones, where their weights come from, and the function that puts both together."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoints import Checkpoint, load_state, position_grid, read_checkpoint
+from .pretrained import find_pretrained
+from .vit import FrozenViT
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_VIT_MODULES = ("vision_transformer", "eva", "deit")
+# Files of these projects are normalised with ImageNet's statistics, whatever name they are loaded under.
+_IMAGENET_LAYOUTS = ("dino", "moco_v3", "leopart", "selfpatch")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a name stands for: timm architecture (and pretrained tag), normalisation, position rule.
+
+    ``file_only`` says why there are no weights to download; ``arguments`` go to timm's constructor.
+    """
+
+    architecture: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    position_rule: str | None = None
+    file_only: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def _dino(architecture: str, **extra: Any) -> Backbone:
+    return Backbone(architecture, *IMAGENET, "dino", **extra)
+
+
+def _supervised(architecture: str, **extra: Any) -> Backbone:
+    # The published LiFT features of supervised ViTs run in DINO's network, hence with its position rule.
+    return Backbone(architecture, *HALF, "dino", **extra)
+
+
+_MOCO = "MoCo v3 weights are not in timm"
+_LEOPART = "Leopart weights are not in timm"
+_SELFPATCH = "SelfPatch weights are not in timm"
+_NO_CLASS_TOKEN = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+
+OFFICIAL: dict[str, Backbone] = {
+    "dino_vits16": _dino("vit_small_patch16_224.dino"),
+    "dino_vits8": _dino("vit_small_patch8_224.dino"),
+    "dino_vitb16": _dino("vit_base_patch16_224.dino"),
+    "dino_vitb8": _dino("vit_base_patch8_224.dino"),
+    "vit_small_patch16_224": _supervised("vit_small_patch16_224"),
+    "vit_small_patch8_224": _supervised(
+        "vit_small_patch8_224",
+        file_only="timm publishes no supervised weights for it (its default weights are DINO's: use 'dino_vits8')",
+    ),
+    "vit_base_patch16_224": _supervised("vit_base_patch16_224"),
+    "vit_base_patch8_224": _supervised("vit_base_patch8_224"),
+    "mocov3_vits16": _dino("vit_small_patch16_224", file_only=_MOCO, arguments={"num_heads": 12}),
+    "mocov3_vitb16": _dino("vit_base_patch16_224", file_only=_MOCO),
+    "leopart_vits16": _dino("vit_small_patch16_224", file_only=_LEOPART),
+    "leopart_vitb8": _dino("vit_base_patch8_224", file_only=_LEOPART),
+    "selfpatch_vits16": _dino("vit_small_patch16_224", file_only=_SELFPATCH, arguments=_NO_CLASS_TOKEN),
+}
+
+
+class WeightsNotFoundError(RuntimeError):
+    """Pretrained weights are neither in the cache nor can they be downloaded."""
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    random_weights: bool = False,
+    facet: str = "key",
+    layer: int | None = None,
+    stride: int | None = None,
+    head_order: str = "concatenated",
+    position_rule: str | None = None,
+    checkpoint_key: str | None = None,
+    seed: int = 0,
+) -> FrozenViT:
+    """Build a frozen backbone by name.
+
+    Args:
+        name: an official name (:data:`OFFICIAL`) or any timm VisionTransformer or Eva, with or without pretrained tag.
+        weights: local checkpoint file (DINO, MoCo v3, Leopart, SelfPatch or timm layout); None takes timm's pretrained
+            weights from the cache, else downloads them.
+        random_weights: random weights from ``seed`` instead, for trying things out; the global random state of PyTorch
+            is left as it was. Never chosen silently.
+        facet, layer, stride, head_order: see :class:`FrozenViT`.
+        position_rule: ``"dino"`` or ``"timm"``; None takes DINO's for the official names and for files in the layout of
+            DINO, MoCo v3, Leopart or SelfPatch, timm's otherwise.
+        checkpoint_key: entry of the checkpoint file to take, for example ``"student"``; None: the teacher, if any.
+        seed: of ``random_weights``.
+
+    Returns:
+        :class:`FrozenViT` on the CPU in float32. Its ``mean`` and ``std`` are ImageNet's for DINO, 0.5 for the official
+        supervised names, those of the file's project where its layout shows it, and the model's own config otherwise.
+
+    Raises:
+        ValueError: for an unknown name, a model that is no supported ViT, contradicting arguments, or a file that does
+            not fit.
+        FileNotFoundError: if ``weights`` does not exist.
+        WeightsNotFoundError: if no weights were given and none can be found or downloaded.
+    """
+    if random_weights and weights is not None:
+        raise ValueError(f"random_weights=True and weights={str(weights)!r} exclude each other; give one of them")
+    spec = _lookup(name)
+    mean, std, rule = spec.mean, spec.std, position_rule or spec.position_rule
+    if random_weights:
+        model = _random(spec, seed)
+    elif weights is None:
+        model = _pretrained(name, spec)
+    else:
+        checkpoint = read_checkpoint(weights, key=checkpoint_key)
+        model = _from_file(spec, checkpoint)
+        if checkpoint.layout in _IMAGENET_LAYOUTS:
+            mean, std = IMAGENET
+            rule = rule or "dino"
+    return FrozenViT(
+        model,
+        facet=facet,
+        layer=layer,
+        stride=stride,
+        head_order=head_order,
+        position_rule=rule,
+        mean=mean,
+        std=std,
+        name=name,
+        random_weights=random_weights,
+    )
+
+
+def _lookup(name: str) -> Backbone:
+    import timm
+    from timm.models import is_model_in_modules
+
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string such as 'dino_vits16', got {name!r}")
+    if name in OFFICIAL:
+        return OFFICIAL[name]
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*OFFICIAL, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"unknown backbone {name!r}{hint} Official names: {', '.join(OFFICIAL)}; beyond them any timm ViT"
+        )
+    if not is_model_in_modules(architecture, _VIT_MODULES):
+        raise ValueError(
+            f"{name!r} is no Vision Transformer that can be read; supported are the official names "
+            f"({', '.join(OFFICIAL)}) and timm's VisionTransformer and Eva models"
+        )
+    if tag:
+        tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
+        if tag not in tags:
+            raise ValueError(f"timm knows no pretrained tag {tag!r} of {architecture}; it knows {', '.join(tags)}")
+    return Backbone(name)
+
+
+def _create(spec: Backbone, **extra: Any) -> nn.Module:
+    """Without head; the grid may follow the picture, so that timm's own forward stays usable as the reference."""
+    import timm
+
+    with torch.device("cpu"):
+        arguments = {"num_classes": 0, "dynamic_img_size": True, **spec.arguments, **extra}
+        model: nn.Module = timm.create_model(spec.architecture, **arguments)
+    return model
+
+
+def _random(spec: Backbone, seed: int) -> nn.Module:
+    # torch.manual_seed would also reseed every CUDA generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return _create(spec)
+
+
+def _pretrained(name: str, spec: Backbone) -> nn.Module:
+    if spec.file_only is not None:
+        raise WeightsNotFoundError(
+            f"no weights to download for {name!r}: {spec.file_only}. Give the checkpoint file (weights=FILE, on the "
+            "command line --weights FILE), or try things out with random_weights=True (--random-weights)"
+        )
+    try:
+        file = find_pretrained(spec.architecture)
+    except LookupError as error:
+        raise WeightsNotFoundError(
+            f"no pretrained weights for {name!r}: {error}. Connect to the network once, or give a local checkpoint "
+            "file (weights=FILE, on the command line --weights FILE), or try things out with random_weights=True "
+            "(--random-weights)"
+        ) from error
+    return _load_pretrained(spec, file)
+
+
+def _load_pretrained(spec: Backbone, file: Path) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _create(spec, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    except Exception as error:
+        raise ValueError(f"the cached weights {file} cannot be loaded, delete them and try again: {error}") from error
+
+
+def _from_file(spec: Backbone, checkpoint: Checkpoint) -> nn.Module:
+    arguments: dict[str, Any] = {}
+    if checkpoint.layout == "moco_v3" and checkpoint.state["patch_embed.proj.weight"].shape[0] == 384:
+        arguments["num_heads"] = 12
+    if checkpoint.layout == "selfpatch":
+        arguments.update(_NO_CLASS_TOKEN)
+    with torch.random.fork_rng(devices=[]):
+        model: Any = _create(spec, **arguments)
+        # A network built for the file's own grid keeps its position embeddings as they were trained.
+        grid = position_grid(checkpoint, model.num_prefix_tokens)
+        if grid is not None and grid != model.patch_embed.grid_size and model.pos_embed is not None:
+            model = _create(spec, img_size=grid[0] * model.patch_embed.patch_size[0], **arguments)
+    if checkpoint.layout == "selfpatch":
+        model.norm = nn.Identity()
+    load_state(model, checkpoint)
+    network: nn.Module = model
+    return network

@@ -1,0 +1,323 @@
+"""A frozen Vision Transformer that computes one facet of one layer, and nothing that the facet does not need."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import in_place
+from .position import RULES, Grid
+from .projection import FACETS, HEAD_ORDERS, FacetProjection
+
+_CACHED_GRIDS = 8
+_Module = TypeVar("_Module", bound=nn.Module)
+_Position = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class FrozenViT(nn.Module):
+    """Dense features of a frozen timm Vision Transformer.
+
+    Blocks after ``layer`` never run. For the facets query, key and value, block ``layer`` runs only its first LayerNorm
+    and the C rows of its qkv projection on the patch tokens: no attention, output projection or MLP, no final norm.
+    Gradients with respect to the pictures are possible; the weights have none, and the module stays in evaluation mode
+    whatever ``train()`` its parents receive.
+
+    The given model is not changed: the wrapper holds a copy of its modules that shares the weight storage. In-place
+    updates of the given model (``load_state_dict``, optimiser steps) are therefore seen, moving it to another device or
+    dtype is not.
+
+    Args:
+        model: a timm ``VisionTransformer`` (also distilled) or ``Eva`` with a convolutional, square patch embedding.
+        facet: ``"key"``, ``"query"``, ``"value"``: output of the linear projection with bias, before q/k normalisation
+            and rotary position embedding; ``"token"``: output of block ``layer``, never through the final norm (as in
+            Amir et al., "Deep ViT Features as Dense Visual Descriptors").
+        layer: index of the block, negative from the end; None is the last.
+        stride: pixels between patches, 1 to the patch size; None is the patch size. The weights are unchanged; absolute
+            and rotary position embeddings follow the grid ``1 + (H - p) // s``.
+        head_order: ``"concatenated"``: channel ``head * head_dim + d``. ``"interleaved"``: channel
+            ``d * heads + head``, the order in which Amir et al. and published LiFT checkpoints see these facets.
+        position_rule: ``"dino"`` or ``"timm"``, how absolute position embeddings reach another grid
+            (:mod:`lift_fast.backbones.position`); None takes DINO's for DINO weights of timm, timm's otherwise.
+        mean, std: normalisation that pictures must have, three values each; None reads the model's ``pretrained_cfg``.
+        name: what error messages and ``repr`` call the model.
+        random_weights: True if the weights are random, for callers that must say so.
+
+    Attributes:
+        patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
+        mean, std, name, random_weights; ``model`` is the wrapped copy.
+
+    Raises:
+        ValueError: for a model that is no supported ViT, or an argument out of range.
+        TypeError: if ``model`` is no ``nn.Module``.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        facet: str = "key",
+        layer: int | None = None,
+        stride: int | None = None,
+        head_order: str = "concatenated",
+        position_rule: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str | None = None,
+        random_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        patch = _check_model(model)
+        config = getattr(model, "pretrained_cfg", None) or {}
+        self.name = name or config.get("architecture") or type(model).__name__
+        self.facet = _choice("facet", facet, FACETS)
+        self.head_order = _choice("head_order", head_order, HEAD_ORDERS)
+        dino = config.get("tag") == "dino"
+        self.position_rule = _choice("position_rule", position_rule or ("dino" if dino else "timm"), tuple(RULES))
+        self.mean = _triple("mean", mean if mean is not None else config.get("mean"), (0.485, 0.456, 0.406))
+        self.std = _triple("std", std if std is not None else config.get("std"), (0.229, 0.224, 0.225))
+        self.random_weights = random_weights
+
+        vit: Any = shared_copy(model)
+        self.model = vit
+        self.patch_size = patch
+        self.depth = len(vit.blocks)
+        self.layer = self._resolve_layer(layer)
+        self.stride = patch if stride is None else stride
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or not 1 <= self.stride <= patch:
+            raise ValueError(f"stride must be an integer from 1 to the patch size {patch}, got {stride!r}")
+        self._projection: FacetProjection | None = None
+        self.embed_dim = int(vit.embed_dim)
+        if facet != "token":
+            self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
+            self.embed_dim = self._projection.width
+        self._positions: OrderedDict[Grid, tuple[tuple[Any, ...], _Position]] = OrderedDict()
+        self.train(False)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""
+        p, s = self.patch_size, self.stride
+        return 1 + (height - p) // s, 1 + (width - p) // s
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` normalised pictures to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
+
+        Pixels beyond the last whole patch (right and bottom) are not read. Any memory format; float32, bfloat16 or
+        float16 as the weights, any of them under autocast. NaN pixels give NaN tokens.
+
+        Raises:
+            TypeError: if ``imgs`` is no tensor.
+            ValueError: for a wrong shape, dtype or device, an empty batch, or a picture smaller than one patch.
+        """
+        grid = self._check(imgs)
+        model = self.model
+        tokens, rotary = self._embed(imgs, grid)
+        last = self.layer if self._projection is not None else self.layer + 1
+        blocks = list(model.blocks[:last])
+        if in_place.applies(blocks, tokens):
+            tokens = in_place.run(blocks, tokens)
+        else:
+            for index, block in enumerate(blocks):
+                tokens = self._run(block, index, tokens, rotary)
+        tokens = tokens[:, model.num_prefix_tokens :]
+        if self._projection is None:
+            return tokens.contiguous()
+        return self._projection(model.blocks[self.layer], tokens)
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stays in evaluation mode: the backbone is frozen, also when a parent module trains."""
+        super().train(False)
+        return self
+
+    def _embed(self, imgs: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        embed = self.model.patch_embed
+        x = F.conv2d(imgs, embed.proj.weight, embed.proj.bias, stride=self.stride)
+        x = embed.norm(x.flatten(2).transpose(1, 2))
+        prefix, position, rotary = self._position(grid)
+        if position is not None:
+            x = x + position
+        if prefix is not None:
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        # Without a class token the tokens are still a transposed view, on which every residual sum would stay slow.
+        return self.model.norm_pre(x.contiguous()), rotary
+
+    def _run(self, block: nn.Module, index: int, tokens: Tensor, rotary: Tensor | None) -> Tensor:
+        if rotary is None:
+            out: Tensor = block(tokens)
+        else:
+            out = block(tokens, rope=rotary[index] if getattr(self.model, "rope_mixed", False) else rotary)
+        return out
+
+    def _position(self, grid: Grid) -> _Position:
+        """Class and register tokens with their position, patch positions, rotary embedding for ``grid``."""
+        if torch.compiler.is_compiling():
+            return self._build_position(grid)
+        stamp = tuple(_stamp(tensor) for tensor in self._position_sources())
+        cached = self._positions.get(grid)
+        if cached is not None and cached[0] == stamp:
+            self._positions.move_to_end(grid)
+            return cached[1]
+        device = self.model.patch_embed.proj.weight.device.type
+        # Built outside inference mode and autocast: the cache outlives both.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            position = self._build_position(grid)
+        self._positions[grid] = (stamp, position)
+        while len(self._positions) > _CACHED_GRIDS:
+            self._positions.popitem(last=False)
+        return position
+
+    def _build_position(self, grid: Grid) -> _Position:
+        model = self.model
+        tokens = [t for t in (getattr(model, n, None) for n in _PREFIX) if t is not None]
+        prefix = torch.cat([t.detach() for t in tokens], dim=1) if tokens else None
+        position = model.pos_embed
+        if position is not None:
+            count = 0 if model.no_embed_class else model.num_prefix_tokens
+            position = position.detach()
+            if count and prefix is not None:
+                prefix = prefix + position[:, :count]
+            old = _pretrained_grid(model, position.shape[1] - count)
+            position = RULES[self.position_rule](position[:, count:], old, grid)
+        return prefix, position, self._rotary(grid)
+
+    def _rotary(self, grid: Grid) -> Tensor | None:
+        rope = getattr(self.model, "rope", None)
+        if rope is None:
+            return None
+        shape = list(grid)
+        # Modules built for one fixed grid ignore the shape argument; they are ours, so they may be moved to another.
+        if getattr(rope, "feat_shape", None) is not None and list(rope.feat_shape) != shape:
+            rope.update_feat_shape(shape)
+        out: Tensor = rope.get_embed(shape=shape)
+        return out.detach()
+
+    def _position_sources(self) -> list[Tensor]:
+        model = self.model
+        sources = [getattr(model, n, None) for n in (*_PREFIX, "pos_embed")]
+        rope = getattr(model, "rope", None)
+        # Parameters alone: the buffers of rotary modules are caches that reading them may rewrite.
+        learned = list(rope.parameters()) if isinstance(rope, nn.Module) else []
+        return [t for t in (*sources, *learned, model.patch_embed.proj.weight) if t is not None]
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> FrozenViT:
+        self._positions.clear()
+        super()._apply(fn, *args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_positions": OrderedDict()}
+
+    def _resolve_layer(self, layer: int | None) -> int:
+        if layer is None:
+            return self.depth - 1
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -self.depth <= layer < self.depth:
+            raise ValueError(
+                f"layer must be an integer from {-self.depth} to {self.depth - 1} for {self.name} with "
+                f"{self.depth} blocks, got {layer!r}"
+            )
+        return layer % self.depth
+
+    def _check(self, imgs: Tensor) -> Grid:
+        if not isinstance(imgs, Tensor):
+            raise TypeError(f"imgs must be a tensor [B, 3, H, W], got {type(imgs).__name__}")
+        if imgs.dim() != 4 or imgs.shape[1] != 3:
+            raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
+        if imgs.shape[0] == 0:
+            raise ValueError("imgs is an empty batch (B = 0); pass at least one picture")
+        p, (height, width) = self.patch_size, imgs.shape[2:]
+        if height < p or width < p:
+            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+        if not imgs.is_floating_point():
+            raise ValueError(
+                f"imgs must be floating point and normalised with mean {self.mean} and std {self.std}, got {imgs.dtype}"
+            )
+        weight = self.model.patch_embed.proj.weight
+        if imgs.device != weight.device:
+            raise ValueError(f"imgs are on {imgs.device}, the backbone is on {weight.device}; move one of them")
+        if imgs.dtype != weight.dtype and not torch.is_autocast_enabled(imgs.device.type):
+            raise ValueError(
+                f"imgs are {imgs.dtype}, the backbone is {weight.dtype}; convert one of them or use torch.autocast"
+            )
+        return self.grid(height, width)
+
+    def extra_repr(self) -> str:
+        return (
+            f"name={self.name!r}, facet={self.facet!r}, layer={self.layer}, patch_size={self.patch_size}, "
+            f"stride={self.stride}, embed_dim={self.embed_dim}, random_weights={self.random_weights}"
+        )
+
+
+# In the order in which timm puts them before the patch tokens.
+_PREFIX = ("cls_token", "dist_token", "reg_token")
+
+
+def _check_model(model: nn.Module) -> int:
+    """Patch size of a supported model; says what is supported otherwise."""
+    from timm.layers import PatchEmbed
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    supported = "supported are timm's VisionTransformer (also distilled) and Eva models with a plain patch embedding"
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}; {supported}")
+    kind = type(model)
+    bases = [base for base in (VisionTransformerDistilled, VisionTransformer, Eva) if isinstance(model, base)]
+    if not bases:
+        raise ValueError(f"{kind.__name__} is no Vision Transformer that can be read; {supported}")
+    changed = [n for n in ("_pos_embed", "forward_features") if getattr(kind, n) is not getattr(bases[0], n)]
+    if changed:
+        raise ValueError(f"{kind.__name__} changes {', '.join(changed)} of timm's {bases[0].__name__}; {supported}")
+    embed: Any = model.patch_embed
+    projection = getattr(embed, "proj", None)
+    if not isinstance(embed, PatchEmbed) or not isinstance(projection, nn.Conv2d):
+        raise ValueError(f"patch embedding {type(embed).__name__} of {kind.__name__} cannot be read; {supported}")
+    if projection.in_channels != 3:
+        raise ValueError(f"the model reads {projection.in_channels} channels; pictures have 3")
+    height, width = projection.kernel_size
+    if height != width:
+        raise ValueError(f"patches must be square, got {height} x {width} pixels")
+    return int(height)
+
+
+def shared_copy(model: _Module) -> _Module:
+    """The same modules over the same storage, with frozen parameters of their own."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo.update({id(b): b.detach() for b in model.buffers()})
+    return copy.deepcopy(model, memo)
+
+
+def _pretrained_grid(model: Any, tokens: int) -> Grid:
+    grid = model.patch_embed.grid_size
+    if grid is not None and grid[0] * grid[1] == tokens:
+        return int(grid[0]), int(grid[1])
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} position embeddings form no square grid, and the model states no other")
+    return side, side
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+def _choice(argument: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _triple(argument: str, value: Sequence[float] | None, default: Sequence[float]) -> tuple[float, float, float]:
+    values = tuple(float(v) for v in (default if value is None else value))
+    if len(values) != 3:
+        raise ValueError(f"{argument} must be three values (red, green, blue), got {value!r}")
+    return values

@@ -1,0 +1,321 @@
+"""Drop-in extractor: a frozen ViT, followed by LiFT if there is one.
+
+Same constructor and methods as ``ViTLiFTExtractor`` of the published LiFT code; everything beyond it is keyword-only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from . import images
+from .backbones import FrozenViT, load_backbone
+from .backbones.vit import shared_copy
+from .images import LoadSize
+
+
+class _Default(int):
+    """An integer default whose identity tells it from the same number typed by the caller."""
+
+
+_CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _Default(11)
+
+
+class ViTLiFTExtractor(nn.Module):
+    """Dense descriptors of pictures: ViT tokens, doubled in resolution by LiFT if ``lift_path`` or ``lift`` is given.
+
+    ``channel``, ``patch``, ``stride`` and ``layer`` describe the backbone. Left out or None they are read from it, so
+    that ``ViTLiFTExtractor("dino_vits16")`` has patch and stride 16 (the published class would run it with stride 8);
+    the default 768 of ``channel`` does not fit the default ``dino_vits8``, and is not enforced. A number that was typed
+    and contradicts the backbone is an error.
+
+    With a stride below the patch size each token stands for the ``stride x stride`` pixels in the middle of its patch.
+    LiFT then sees just the pixels that the grid covers (from ``(patch - stride) // 2`` on), enlarged to its patch size.
+
+    Args:
+        model_type: name for :func:`lift_fast.backbones.load_backbone`.
+        lift_path: LiFT checkpoint; None runs the backbone alone.
+        channel, patch, stride, layer: see above; ``layer`` may be negative.
+        facet: ``"key"``, ``"query"``, ``"value"`` or ``"token"``.
+        model: use this timm ViT or :class:`FrozenViT` instead of building ``model_type``; it is not moved or changed. A
+            FrozenViT keeps its own facet, layer, stride and head order.
+        device: where both networks run; None is CUDA if available, else the CPU.
+        silent: do not print what was loaded.
+        lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
+        random_lift: a LiFT with random weights, for trying things out.
+        weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
+        dtype: of weights and descriptors; None is float32.
+        fused: False forces LiFT's plain graph.
+        head_order: channel order of key, query and value, ``"concatenated"`` (head after head) or ``"interleaved"``
+            (the published extractor's). None takes interleaved with a LiFT, since published LiFT weights were trained
+            on it and would otherwise see permuted channels, and concatenated for the backbone alone. Cosines between
+            descriptors of one order do not depend on it.
+
+    Attributes:
+        backbone, lift, channel, patch (also ``p``), stride, layer, facet, mean, std, device, dtype, model_type,
+        lift_path; ``load_size`` and ``num_patches``: pixels ``(H, W)`` and backbone grid ``(h, w)`` of the last batch.
+
+    Raises:
+        ValueError: for contradicting or impossible arguments.
+        WeightsNotFoundError, FileNotFoundError: as :func:`load_backbone`.
+        RuntimeError: if CUDA is asked for and not available.
+    """
+
+    def __init__(
+        self,
+        model_type: str = "dino_vits8",
+        lift_path: str | os.PathLike[str] | None = None,
+        channel: int | None = _CHANNEL,
+        patch: int | None = _PATCH,
+        stride: int | None = _STRIDE,
+        layer: int | None = _LAYER,
+        facet: str = "key",
+        model: nn.Module | None = None,
+        device: str | torch.device | None = "cuda",
+        silent: bool = False,
+        *,
+        lift: nn.Module | None = None,
+        random_lift: bool = False,
+        weights: str | os.PathLike[str] | None = None,
+        random_weights: bool = False,
+        checkpoint_key: str | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        fused: bool = True,
+        head_order: str | None = None,
+    ) -> None:
+        super().__init__()
+        given = [n for n, v in (("lift_path", lift_path), ("lift", lift), ("random_lift", random_lift or None)) if v]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if head_order is None:
+            head_order = "interleaved" if given else "concatenated"
+        place = _device(device)
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+
+        options: dict[str, Any] = {"facet": facet, "layer": _typed(layer), "stride": _typed(stride)}
+        if model is None:
+            backbone = load_backbone(
+                model_type,
+                weights=weights,
+                random_weights=random_weights,
+                checkpoint_key=checkpoint_key,
+                seed=seed,
+                head_order=head_order,
+                **options,
+            )
+        elif weights is not None or random_weights:
+            raise ValueError("weights and random_weights have no meaning with model=, which brings its own; drop them")
+        elif isinstance(model, FrozenViT):
+            backbone = _agree(model, options)
+        else:
+            backbone = FrozenViT(model, head_order=head_order, **options)
+        _expect("channel", _typed(channel), backbone.embed_dim, backbone.name)
+        _expect("patch", _typed(patch), backbone.patch_size, backbone.name)
+
+        self.model_type = backbone.name if model is not None else model_type
+        self.lift_path = lift_path
+        self.channel = backbone.embed_dim
+        self.patch = self.p = backbone.patch_size
+        self.stride = backbone.stride
+        self.layer = backbone.layer
+        self.facet = backbone.facet
+        self.mean, self.std = backbone.mean, backbone.std
+        self.load_size: tuple[int, int] | None = None
+        self.num_patches: tuple[int, int] | None = None
+        self.backbone = backbone.to(place, dtype)
+        self.lift = self._prepare_lift(lift, random_lift, seed, fused)
+        self.eval()
+        if not silent:
+            self._report(random_lift)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is now."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the backbone's weights, and so of the descriptors."""
+        return next(self.backbone.parameters()).dtype
+
+    def preprocess(
+        self, image_path: str | os.PathLike[str] | Image.Image, load_size: LoadSize = None
+    ) -> tuple[Tensor, Image.Image]:
+        """Read, resize and normalise a picture.
+
+        Args:
+            image_path: file, or a Pillow picture.
+            load_size: pixels of the shorter side, ``(height, width)``, or None for the picture's own size.
+
+        Returns:
+            ``([1, 3, H, W] float32 on the CPU, the resized RGB picture)``.
+        """
+        image = image_path if isinstance(image_path, Image.Image) else images.read_image(image_path)
+        image = images.resize(images.to_rgb(image), load_size)
+        return images.to_tensor(image, self.mean, self.std), image
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Same as :meth:`extract_descriptors`."""
+        return self.extract_descriptors(batch)
+
+    def extract_descriptors(self, batch: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` normalised pictures to ``[B, T, C]`` descriptors, row-major on :meth:`grid`.
+
+        The batch is moved to the extractor's device and dtype. With LiFT ``T`` is four times the backbone's.
+
+        Raises:
+            TypeError, ValueError: as :meth:`FrozenViT.forward`.
+        """
+        return self.extract_descriptors_iterative_lift(batch, lift_iter=1)
+
+    @overload
+    def extract_descriptors_iterative_lift(
+        self, batch: Tensor, lift_iter: int = ..., return_inter: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def extract_descriptors_iterative_lift(
+        self, batch: Tensor, lift_iter: int = ..., *, return_inter: Literal[True]
+    ) -> dict[str, Tensor]: ...
+
+    def extract_descriptors_iterative_lift(
+        self, batch: Tensor, lift_iter: int = 1, return_inter: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """Apply LiFT ``lift_iter`` times, each time to its own output with the picture enlarged 2x (bilinear).
+
+        Args:
+            batch: ``[B, 3, H, W]`` normalised pictures.
+            lift_iter: number of applications; step n returns ``4**n`` times the backbone's tokens. 0 is the backbone
+                alone. Without LiFT it has no effect.
+            return_inter: return every stage.
+
+        Returns:
+            ``[B, T, C]``; with ``return_inter`` a dictionary of ``"back"`` (backbone), ``"lift_1"``, ``"lift_2"``, ...
+
+        Raises:
+            TypeError, ValueError: as :meth:`FrozenViT.forward`; ValueError for a negative ``lift_iter``.
+        """
+        if isinstance(lift_iter, bool) or not isinstance(lift_iter, int) or lift_iter < 0:
+            raise ValueError(f"lift_iter must be an integer >= 0, got {lift_iter!r}")
+        if isinstance(batch, Tensor) and batch.is_floating_point():
+            batch = batch.to(self.device, self.dtype)
+        tokens = self.backbone(batch)
+        self.load_size = (batch.shape[-2], batch.shape[-1])
+        self.num_patches = self.backbone.grid(*self.load_size)
+        stages = {"back": tokens}
+        if self.lift is not None and lift_iter > 0:
+            seen = self._seen_by_lift(batch, self.num_patches, whole_patches=lift_iter > 1)
+            for step in range(1, lift_iter + 1):
+                tokens = self.lift(seen, tokens)
+                stages[f"lift_{step}"] = tokens
+                if step < lift_iter:
+                    seen = F.interpolate(seen, scale_factor=2, mode="bilinear", align_corners=False)
+        return stages if return_inter else tokens
+
+    def descriptor_map(self, batch: Tensor) -> Tensor:
+        """:meth:`extract_descriptors` as ``[B, C, h, w]`` (a view with NHWC memory)."""
+        tokens = self.extract_descriptors(batch)
+        out: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid(batch.shape[-2], batch.shape[-1]))
+        return out
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Grid ``(h, w)`` of :meth:`extract_descriptors` for pictures of ``height x width`` pixels."""
+        h, w = self.backbone.grid(height, width)
+        return (h, w) if self.lift is None else (2 * h, 2 * w)
+
+    def _seen_by_lift(self, batch: Tensor, grid: tuple[int, int], whole_patches: bool) -> Tensor:
+        p, s, (h, w) = self.patch, self.stride, grid
+        if s == p:
+            if not whole_patches:
+                return batch
+            # LiFT crops to whole patches itself; before an enlargement the crop must come first, or grids disagree.
+            top, left = (batch.shape[2] - p * h) // 2, (batch.shape[3] - p * w) // 2
+            return batch[:, :, top : top + p * h, left : left + p * w]
+        start = (p - s) // 2
+        covered = batch[:, :, start : start + s * h, start : start + s * w]
+        # The antialiased filter does not exist for half precision on the CPU.
+        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=True)
+        return resized.to(batch.dtype)
+
+    def _prepare_lift(self, lift: nn.Module | None, random_lift: bool, seed: int, fused: bool) -> nn.Module | None:
+        if self.lift_path is not None:
+            from .checkpoints import load_lift
+
+            lift = load_lift(self.lift_path, patch_size=self.patch)
+        elif random_lift:
+            from .lift import LiFT
+
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(seed)
+                lift = LiFT(self.channel, self.patch)
+        if lift is None:
+            return None
+        source = "lift" if self.lift_path is None else str(self.lift_path)
+        for name, wanted in (("in_channels", self.channel), ("patch_size", self.patch)):
+            has = getattr(lift, name, wanted)
+            if has != wanted:
+                raise ValueError(
+                    f"{source} has {name}={has}, but {self.backbone.name} (facet {self.facet!r}) needs {wanted}; "
+                    "use the LiFT weights that were trained for this backbone"
+                )
+        if not (getattr(lift, "pre_shape", True) and getattr(lift, "post_shape", True)):
+            raise ValueError(f"{source} must take and return tokens (pre_shape=True, post_shape=True)")
+        lift = lift.to(self.device, self.dtype).eval().requires_grad_(False)
+        if not fused:
+            lift.fused = False  # type: ignore[assignment]
+        return lift
+
+    def _report(self, random_lift: bool) -> None:
+        note = " (random weights)" if self.backbone.random_weights else ""
+        print(f"Loaded backbone: {self.model_type}{note}")
+        if self.lift is None:
+            print("No LiFT: backbone only")
+        else:
+            name = Path(self.lift_path).name if self.lift_path is not None else type(self.lift).__name__
+            print(f"Loaded LiFT: {name}{' (random weights)' if random_lift else ''}")
+
+
+def _typed(value: int | None) -> int | None:
+    return None if isinstance(value, _Default) else value
+
+
+def _expect(argument: str, value: int | None, actual: int, name: str) -> None:
+    if value is not None and value != actual:
+        raise ValueError(
+            f"{argument}={value} does not fit {name}, whose {argument} is {actual}; leave it out or pass None to take "
+            "it from the backbone"
+        )
+
+
+def _agree(model: FrozenViT, options: dict[str, Any]) -> FrozenViT:
+    """A ready backbone keeps its settings; arguments that say otherwise are errors."""
+    if options["layer"] is not None and options["layer"] < 0:
+        options = {**options, "layer": options["layer"] % model.depth}
+    for argument, value in options.items():
+        if value is not None and value != getattr(model, argument):
+            raise ValueError(
+                f"{argument}={value!r} does not fit the given FrozenViT, which has {argument}="
+                f"{getattr(model, argument)!r}; build it with that {argument}, or pass the same value here"
+            )
+    return shared_copy(model)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "
+            "to take what is there"
+        )
+    return device

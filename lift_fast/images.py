@@ -1,0 +1,143 @@
+"""Read pictures from disk and bring them into the form that backbones expect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+LoadSize = int | tuple[int, int] | None
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture as 8-bit RGB, upright.
+
+    The EXIF orientation is applied. Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
+    floating point pictures must lie in 0 to 1. Of several frames the first is taken.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no picture, is truncated, or has more pixels than Pillow's limit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no picture at {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a picture")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path} is too large: {error}. If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def list_images(path: str | os.PathLike[str]) -> list[Path]:
+    """Pictures in a folder and its subfolders, sorted; a file is returned as it is.
+
+    Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped.
+
+    Raises:
+        FileNotFoundError: if ``path`` does not exist.
+        ValueError: if the folder holds no picture.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder at {path}")
+    if path.is_file():
+        return [path]
+    found = [
+        p
+        for p in path.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        and p.is_file()
+    ]
+    if not found:
+        raise ValueError(f"no pictures in {path} (suffixes {', '.join(sorted(SUFFIXES))})")
+    return sorted(found)
+
+
+def resize(image: Image.Image, load_size: LoadSize) -> Image.Image:
+    """Lanczos resize.
+
+    Args:
+        image: picture of any mode that Pillow can filter.
+        load_size: an integer is the length of the shorter side, the other follows (rounded down, as torchvision's
+            ``Resize``); ``(height, width)`` exactly; None keeps the size.
+
+    Raises:
+        ValueError: for a size that is not positive, or not one of these forms.
+    """
+    if load_size is None:
+        return image
+    width, height = image.size
+    if isinstance(load_size, (tuple, list)):
+        if len(load_size) != 2 or not all(_positive(v) for v in load_size):
+            raise ValueError(f"load_size must be (height, width) in pixels, both at least 1, got {load_size!r}")
+        new = (int(load_size[1]), int(load_size[0]))
+    elif _positive(load_size):
+        short, size = min(width, height), int(load_size)
+        new = (size, size * height // short) if width <= height else (size * width // short, size)
+    else:
+        raise ValueError(f"load_size must be pixels (at least 1), (height, width) or None, got {load_size!r}")
+    return image if new == image.size else image.resize(new, Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``[1, 3, H, W]`` float32: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each)."""
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std must be three values each, got {mean!r} and {std!r}")
+    array = np.array(image if image.mode == "RGB" else to_rgb(image))
+    pixels = torch.from_numpy(array).permute(2, 0, 1).float().div(255)
+    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).unsqueeze(0).contiguous()
+
+
+def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize (:func:`resize`) and normalise (:func:`to_tensor`): picture to ``[1, 3, H, W]`` float32.
+
+    The order and filter are those of Amir et al.'s extractor, which published LiFT weights were trained behind.
+    """
+    return to_tensor(resize(image, load_size), mean, std)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as :func:`read_image` makes it: transparency laid on white, more than 8 bits scaled."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_numbers(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_numbers(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit integer (Pillow's form of some 16-bit files) and floating point grey pictures."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"floating point pictures must lie in 0 to 1, got {values.min():g} to {values.max():g} (NaN included)"
+            )
+        scaled = values * 255
+    else:
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels must lie in 0 to 65535, got {values.min():g} to {values.max():g}")
+        scaled = values / 257
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1

@@ -1,0 +1,331 @@
+"""Local checkpoint files: layouts of the projects, conversion, and clear words for files that do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lift_fast.backbones import (
+    FrozenViT,
+    WeightsNotFoundError,
+    extract_hooked,
+    load_backbone,
+    pretrained,
+    read_checkpoint,
+    registry,
+)
+
+NAME = "vit_tiny_patch16_224"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Random initialisation is many tiny operations; on busy cores several threads make them ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(seed: int = 0, **extra: object) -> nn.Module:
+    model = timm.create_model(NAME, num_classes=0, dynamic_img_size=True, **extra)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def other() -> nn.Module:
+    return tiny(1)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+def dino_head(prefix: str) -> dict[str, Tensor]:
+    return prefixed(prefix + "head.", {"mlp.0.weight": torch.zeros(4, 192), "last_layer.weight_g": torch.ones(4, 1)})
+
+
+def plain(good: dict, bad: dict) -> dict:
+    return good
+
+
+def timm_with_classifier(good: dict, bad: dict) -> dict:
+    return {**good, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
+
+
+def deit(good: dict, bad: dict) -> dict:
+    return {"model": timm_with_classifier(good, bad)}
+
+
+def dino_full(good: dict, bad: dict) -> dict:
+    return {
+        "student": {**prefixed("module.backbone.", bad), **dino_head("module.")},
+        "teacher": {**prefixed("backbone.", good), **dino_head("")},
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_tiny", patch_size=16),
+        "dino_loss": {"center": torch.zeros(1, 4)},
+    }
+
+
+def dino_teacher_under_ddp(good: dict, bad: dict) -> dict:
+    return {"teacher": {**prefixed("module.backbone.", good), **dino_head("module.")}}
+
+
+def moco(good: dict, bad: dict) -> dict:
+    heads = {"head.0.weight": torch.zeros(8, 192), "head.1.running_mean": torch.zeros(8)}
+    return {
+        "epoch": 300,
+        "arch": "vit_tiny",
+        "state_dict": {
+            **prefixed("module.base_encoder.", {**good, **heads}),
+            **prefixed("module.momentum_encoder.", {**bad, **heads}),
+            "module.predictor.0.weight": torch.zeros(8, 8),
+        },
+        "optimizer": {},
+    }
+
+
+def leopart_heads() -> dict[str, Tensor]:
+    return {"projection_head.0.weight": torch.zeros(8, 192), "prototypes.weight": torch.zeros(4, 8)}
+
+
+def leopart(good: dict, bad: dict) -> dict:
+    return prefixed("model.", {**good, **leopart_heads()})
+
+
+def leopart_lightning(good: dict, bad: dict) -> dict:
+    state = {**prefixed("teacher.", {**bad, **leopart_heads()}), **prefixed("model.", {**good, **leopart_heads()})}
+    return {"epoch": 1, "pytorch-lightning_version": "1.3", "state_dict": state, "lr_schedulers": []}
+
+
+LAYOUTS: dict[str, tuple[Callable[[dict, dict], dict], str]] = {
+    "plain": (plain, "plain"),
+    "timm_with_classifier": (timm_with_classifier, "plain"),
+    "deit": (deit, "plain"),
+    "dino_full": (dino_full, "dino"),
+    "dino_teacher_under_ddp": (dino_teacher_under_ddp, "dino"),
+    "moco": (moco, "moco_v3"),
+    "leopart": (leopart, "leopart"),
+    "leopart_lightning": (leopart_lightning, "leopart"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, model: nn.Module, other: nn.Module, tmp_path: Path) -> None:
+    write, expected = LAYOUTS[layout]
+    file = tmp_path / "checkpoint.pth"
+    torch.save(write(model.state_dict(), other.state_dict()), file)
+    assert read_checkpoint(file).layout == expected
+    backbone = load_backbone(NAME, weights=file)
+    imgs = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(backbone(imgs), extract_hooked(model, imgs), rtol=1e-5, atol=1e-5)
+    assert not backbone.random_weights
+    if expected != "plain":
+        assert backbone.mean == IMAGENET_MEAN
+        assert backbone.position_rule == "dino"
+
+
+def test_safetensors_and_choice_of_key(model: nn.Module, other: nn.Module, tmp_path: Path) -> None:
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    torch.save(dino_full(model.state_dict(), other.state_dict()), tmp_path / "full.pth")
+    imgs = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        for file, key, source in (("a.safetensors", None, model), ("full.pth", "student", other)):
+            backbone = load_backbone(NAME, weights=tmp_path / file, checkpoint_key=key)
+            assert torch.allclose(backbone(imgs), extract_hooked(source, imgs), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"full\.pth has no entry 'ema'.*student, teacher"):
+        load_backbone(NAME, weights=tmp_path / "full.pth", checkpoint_key="ema")
+
+
+def test_selfpatch_has_neither_class_token_nor_final_norm(tmp_path: Path) -> None:
+    model = tiny(class_token=False, global_pool="avg", fc_norm=False)
+    model.norm = nn.Identity()
+    heads = {"ca_head.cls_token": torch.zeros(1, 1, 192), "c_head.mlp.0.weight": torch.zeros(4, 192)}
+    heads["ca_head.cls_blocks.0.attn.q.weight"] = torch.zeros(192, 192)
+    full = {"teacher": {**prefixed("backbone.", model.state_dict()), **heads}, "args": argparse.Namespace()}
+    imgs = torch.randn(1, 3, 224, 224)
+    for content in (full, {**model.state_dict(), **heads}, model.state_dict()):
+        torch.save(content, tmp_path / "selfpatch.pth")
+        assert read_checkpoint(tmp_path / "selfpatch.pth").layout == "selfpatch"
+        backbone = load_backbone(NAME, weights=tmp_path / "selfpatch.pth")
+        with torch.no_grad():
+            assert torch.allclose(backbone(imgs), extract_hooked(model, imgs), rtol=1e-5, atol=1e-5)
+        assert backbone.mean == IMAGENET_MEAN
+
+
+def test_mocov3_small_gets_twelve_heads(tmp_path: Path) -> None:
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12)
+    torch.save(moco(model.state_dict(), model.state_dict()), tmp_path / "vit-s-300ep.pth.tar")
+    for name in ("mocov3_vits16", "vit_small_patch16_224"):
+        backbone = load_backbone(name, weights=tmp_path / "vit-s-300ep.pth.tar")
+        assert backbone.model.blocks[0].attn.num_heads == 12
+        assert backbone.mean == IMAGENET_MEAN
+
+
+@pytest.mark.parametrize("rule", ["dino", "timm"])
+def test_position_embeddings_of_another_grid(rule: str, tmp_path: Path) -> None:
+    model = tiny(img_size=160)
+    torch.save({"teacher": model.state_dict()}, tmp_path / "small.pth")
+    backbone = load_backbone(NAME, weights=tmp_path / "small.pth", position_rule=rule)
+    for size in (160, 224):
+        imgs = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            assert torch.equal(backbone(imgs), FrozenViT(model, position_rule=rule)(imgs))
+
+
+def test_half_precision_file_and_dinov3_names(tmp_path: Path) -> None:
+    torch.save({k: v.half() for k, v in tiny().state_dict().items()}, tmp_path / "half.pth")
+    backbone = load_backbone(NAME, weights=tmp_path / "half.pth")
+    assert backbone(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    name = "vit_small_patch16_dinov3"
+    dinov3 = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    torch.save(dinov3.state_dict(), tmp_path / "dinov3.pth")
+    imgs = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load_backbone(name, weights=tmp_path / "dinov3.pth")(imgs), extract_hooked(dinov3, imgs))
+
+
+def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "blocks.1.attn.qkv.bias"), r"1 missing \(blocks\.1\.attn\.qkv\.bias\)"),
+        (lambda s: {**s, "blocks.0.adapter.weight": torch.zeros(1)}, r"1 unexpected \(blocks\.0\.adapter\.weight\)"),
+        (lambda s: {**s, "norm.weight": torch.zeros(7)}, r"norm\.weight: file \[7\], model \[192\]"),
+        (lambda s: {**s, "cls_token": torch.full((1, 1, 192), float("nan"))}, "192 of 192 values of 'cls_token'"),
+        (lambda s: {"layer1.conv.weight": torch.zeros(1)}, "no ViT backbone.*layer1.conv.weight"),
+        (lambda s: {"epoch": 3}, "holds no tensors; its entries are epoch"),
+        (lambda s: [1, 2], "holds a list"),
+        (lambda s: {"model": nn.Linear(1, 1)}, "Python objects beside tensors.*weights_only=False"),
+    ],
+)
+def test_files_that_do_not_fit(
+    change: Callable[[dict], object], message: str, model: nn.Module, tmp_path: Path
+) -> None:
+    file = tmp_path / "wrong.pth"
+    torch.save(change(model.state_dict()), file)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(NAME, weights=file)
+    assert str(file) in str(caught.value)
+
+
+def test_file_of_another_architecture_says_which(model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    with pytest.raises(ValueError, match=r"tiny.pth.*width 192, patch size 16, 12 blocks"):
+        load_backbone("dino_vits16", weights=tmp_path / "tiny.pth")
+
+
+def test_corrupt_and_missing_files(model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:100_000])
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 64)
+    for name in ("cut.pth", "text.pth", "empty.pth", "bad.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
+            load_backbone(NAME, weights=tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth"):
+        load_backbone(NAME, weights=tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_backbone(NAME, weights=tmp_path)
+    with pytest.raises(ValueError, match="exclude each other"):
+        load_backbone(NAME, weights=tmp_path / "whole.pth", random_weights=True)
+
+
+def hub_cache(folder: Path, repository: str, model: nn.Module) -> None:
+    """The cache folder as the hub's client writes it."""
+    root = folder / ("models--" + repository.replace("/", "--"))
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("abc")
+    (root / "snapshots" / "abc").mkdir(parents=True)
+    save_file(model.state_dict(), root / "snapshots" / "abc" / "model.safetensors")
+
+
+def test_cached_weights_are_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(url: str) -> str:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(pretrained, "_unreachable", no_network)
+    source = timm.create_model("vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True).eval()
+    hub_cache(tmp_path, "timm/vit_small_patch16_224.dino", source)
+    monkeypatch.setattr(pretrained, "_cached", lambda repository, name, _: _lookup(tmp_path, repository, name))
+    imgs = torch.randn(1, 3, 224, 224)
+    backbone = load_backbone("dino_vits16")
+    with torch.no_grad():
+        assert torch.equal(backbone(imgs), extract_hooked(source, imgs))
+    assert not backbone.random_weights
+
+
+def _lookup(folder: Path, repository: str, name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name, cache_dir=folder)
+    return found if isinstance(found, str) else None
+
+
+def test_without_network_the_message_names_file_place_and_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrained, "_cached", lambda *args: None)
+    monkeypatch.setattr(pretrained, "_unreachable", lambda url: "no route")
+    with pytest.raises(WeightsNotFoundError) as caught:
+        load_backbone("dino_vits16")
+    message = str(caught.value)
+    for part in (
+        "'dino_vits16'",
+        "model.safetensors of timm/vit_small_patch16_224.dino",
+        "cache",
+        "no route",
+        "weights=FILE",
+        "--weights FILE",
+        "random_weights=True",
+        "--random-weights",
+    ):
+        assert part in message
+    with pytest.raises(WeightsNotFoundError, match="use 'dino_vits8'"):
+        load_backbone("vit_small_patch8_224")
+
+
+def test_unreachable_host_is_noticed_quickly() -> None:
+    start = time.perf_counter()
+    assert pretrained._unreachable("http://127.0.0.1:9/") is not None
+    assert time.perf_counter() - start < 12
+
+
+def test_offline_switch_forbids_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(pretrained, "_cached", lambda *args: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsNotFoundError, match="HF_HUB_OFFLINE forbids"):
+        load_backbone("dino_vits16")
+
+
+def test_damaged_cached_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
+    monkeypatch.setattr(registry, "find_pretrained", lambda name: tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"cached weights .*model\.safetensors cannot be loaded"):
+        load_backbone("dino_vits16")
