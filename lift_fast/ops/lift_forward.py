@@ -1,7 +1,8 @@
 """``lift_forward``: LiFT's evaluation-mode forward pass as one operator, executed from the composed plan.
 
-The plain PyTorch implementation (reference, baseline and fallback) is the module's own graph,
-``LiFT._forward_plain``; :func:`run_plan` executes the plan with PyTorch's convolutions on any device.
+The plain PyTorch implementation (reference and baseline) is the module's own graph, ``LiFT._forward_plain``.
+:func:`run_plan` executes the plan with PyTorch's convolutions on any device; on the CPU :func:`run_native_plan` takes
+over everything behind the image encoder where the native core is there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _env, _native
 from ..plan import Architecture, ImageConv, Plan
 from . import library
 from .plan_cache import prepared_plan
@@ -65,6 +67,20 @@ class TorchPlan(NamedTuple):
     out_bias: Tensor
 
 
+class NativePlan(NamedTuple):
+    """The image encoder as in :class:`TorchPlan`, and the decoder's weights as the native core packs them."""
+
+    image_convs_1: tuple[ImageConv, ...]
+    pool: bool
+    image_convs_2: tuple[ImageConv, ...]
+    packed: Tensor
+    """uint8"""
+    hidden: int
+    """c"""
+    dtype: str
+    isa: str
+
+
 # Tensor cores want channel counts that are multiples of 8; the ones channel would spoil that, so zeros follow it.
 _CHANNEL_MULTIPLE = 8
 
@@ -78,15 +94,12 @@ def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> Torch
     def kernel(tensor: Tensor) -> Tensor:
         return cast(tensor).contiguous(memory_format=torch.channels_last)
 
-    def encoder(convs: tuple[ImageConv, ...]) -> tuple[ImageConv, ...]:
-        return tuple(ImageConv(kernel(conv.weight), cast(conv.bias), conv.stride) for conv in convs)
-
     channels = plan.phase.shape[-1]
     phase = F.pad(plan.phase, (0, 0, 0, -plan.phase.shape[-2] % _CHANNEL_MULTIPLE))
     return TorchPlan(
-        image_convs_1=encoder(plan.image_convs_1),
+        image_convs_1=_prepare_encoder(plan.image_convs_1, device, dtype),
         pool=plan.pool,
-        image_convs_2=encoder(plan.image_convs_2),
+        image_convs_2=_prepare_encoder(plan.image_convs_2, device, dtype),
         phase=kernel(phase.permute(0, 1, 5, 4, 2, 3).reshape(4 * channels, -1, 2, 2)),
         fine=kernel(plan.fine.permute(3, 2, 0, 1)),
         bias=cast(plan.bias),
@@ -94,6 +107,39 @@ def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> Torch
         conv_bias=cast(plan.conv_bias),
         out=cast(plan.out.t()).contiguous(),
         out_bias=cast(plan.out_bias),
+    )
+
+
+def _prepare_encoder(convs: tuple[ImageConv, ...], device: torch.device, dtype: torch.dtype) -> tuple[ImageConv, ...]:
+    return tuple(
+        ImageConv(
+            conv.weight.to(device, dtype).contiguous(memory_format=torch.channels_last),
+            conv.bias.to(device, dtype),
+            conv.stride,
+        )
+        for conv in convs
+    )
+
+
+def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
+    """Pack the plan for :func:`run_native_plan`; ``dtype`` float32 or bfloat16."""
+    core, name = _native.require(), str(dtype).removeprefix("torch.")
+    image = plan.fine.shape[2]
+    hidden, channels = plan.out.shape
+    parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, plan.out, plan.out_bias]
+    parts = [part.cpu().contiguous() for part in parts]
+    packed = torch.empty(core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8)
+    addresses = [part.data_ptr() for part in parts]
+    core.lift_decoder_pack(*addresses, channels, hidden, image, image, name, packed.data_ptr(), packed.numel(), isa)
+    device = torch.device("cpu")
+    return NativePlan(
+        image_convs_1=_prepare_encoder(plan.image_convs_1, device, dtype),
+        pool=plan.pool,
+        image_convs_2=_prepare_encoder(plan.image_convs_2, device, dtype),
+        packed=packed,
+        hidden=hidden,
+        dtype=name,
+        isa=isa,
     )
 
 
@@ -135,19 +181,48 @@ def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
     return F.linear(v.permute(0, 2, 3, 1), plan.out, plan.out_bias).contiguous()
 
 
+def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
+    """Execute the plan on the CPU with the native core's decoder; shapes as :func:`lift_forward`."""
+    batch, h, w, channels = x.shape
+    x = x.contiguous()
+    out = x.new_empty((batch, 2 * h, 2 * w, channels))
+    f_address = g_address = image = 0
+    if plan.image_convs_1:
+        f, g = encode_image(plan.image_convs_1, plan.pool, plan.image_convs_2, imgs)
+        f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
+        f_address, g_address, image = f.data_ptr(), g.data_ptr(), f.shape[3]
+    _native.require().lift_decoder(
+        x.data_ptr(),
+        g_address,
+        f_address,
+        plan.packed.data_ptr(),
+        plan.packed.numel(),
+        out.data_ptr(),
+        batch,
+        h,
+        w,
+        channels,
+        plan.hidden,
+        image,
+        image,
+        plan.dtype,
+        torch.get_num_threads(),
+        plan.isa,
+    )
+    return out
+
+
 def _lift_forward(
     imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool
 ) -> Tensor:
-    device, dtype = x.device, x.dtype
-    plan = prepared_plan(
-        weights,
-        epsilons,
-        Architecture(image_blocks, pool),
-        variant=("torch", device, dtype),
-        prepare=lambda plan: prepare_torch(plan, device, dtype),
-    )
+    device, dtype, network = x.device, x.dtype, (weights, epsilons, Architecture(image_blocks, pool))
     # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
     with torch.autocast(device.type, enabled=False):
+        if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native.can_run()[0]:
+            isa = _env.cpu_isa()
+            native = prepared_plan(*network, ("native", dtype, isa), lambda plan: prepare_native(plan, dtype, isa))
+            return run_native_plan(native, imgs, x)
+        plan = prepared_plan(*network, ("torch", device, dtype), lambda plan: prepare_torch(plan, device, dtype))
         return run_plan(plan, imgs, x)
 
 

@@ -1,0 +1,44 @@
+"""Loads the native core ``lift_fast._C``; keeps the reason when it cannot be loaded."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch  # noqa: F401  first, so that the core shares PyTorch's OpenMP runtime instead of loading another
+
+from . import _env
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return import_module("lift_fast._C"), ""
+    except ImportError as error:
+        return None, f"lift_fast._C cannot be imported: {error}"
+
+
+def load() -> ModuleType | None:
+    """The native core, or None where :func:`can_run` says why not."""
+    return None if _env.native_disabled() else _load()[0]
+
+
+def can_run() -> tuple[bool, str]:
+    """Whether the native core can be used, and the reason if not."""
+    if _env.native_disabled():
+        return False, "switched off by LIFT_FAST_DISABLE_NATIVE=1"
+    module, reason = _load()
+    return module is not None, reason
+
+
+def require() -> ModuleType:
+    """The native core.
+
+    Raises:
+        RuntimeError: if it cannot be used; says why.
+    """
+    module = load()
+    if module is None:
+        raise RuntimeError(f"the native core is needed here: {can_run()[1]}; reinstall lift_fast with a C++ compiler")
+    return module

@@ -1,0 +1,84 @@
+"""What runs where on this machine, and the reason for each part that does not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import import_module
+
+import torch
+
+from . import _env, _native
+
+
+@dataclass(frozen=True)
+class Part:
+    """One accelerated part."""
+
+    name: str
+    runs: bool
+    detail: str
+    """What it is where it runs; the reason where it does not."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Result of :func:`backends`; prints as a table."""
+
+    parts: tuple[Part, ...]
+
+    def __getitem__(self, name: str) -> Part:
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(f"no part {name!r}; there are {', '.join(part.name for part in self.parts)}")
+
+    def __str__(self) -> str:
+        return "\n".join(f"{part.name:12} {'yes' if part.runs else 'no':4} {part.detail}" for part in self.parts)
+
+    def as_dict(self) -> dict[str, dict[str, object]]:
+        """For JSON."""
+        return {part.name: {k: v for k, v in asdict(part).items() if k != "name"} for part in self.parts}
+
+
+def backends() -> Backends:
+    """What runs on the CPU and on the GPU here. May initialise CUDA, which importing the package does not.
+
+    Returns:
+        :class:`Backends` with the parts ``pytorch``, ``cpu native``, ``triton`` and ``cuda native``.
+    """
+    return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native()))
+
+
+def _pytorch() -> Part:
+    where = f"on {torch.cuda.get_device_name()} and the CPU" if torch.cuda.is_available() else "on the CPU"
+    return Part("pytorch", True, f"plain implementations of every operator, PyTorch {torch.__version__} {where}")
+
+
+def _cpu_native() -> Part:
+    module = _native.load()
+    if module is None:
+        return Part("cpu native", False, _native.can_run()[1])
+    available, wish = module.cpu_isas(), _env.cpu_isa()
+    if wish != "auto" and wish not in available:
+        return Part("cpu native", False, f"LIFT_FAST_CPU_ISA={wish}, but this CPU can run {', '.join(available)}")
+    isa = available[0] if wish == "auto" else wish
+    threads = (
+        f"{torch.get_num_threads()} threads" if module.build_info()["openmp"] else "one thread, built without OpenMP"
+    )
+    return Part("cpu native", True, f"nearest, LiFT decoder; {isa} of {', '.join(available)}; {threads}")
+
+
+def _triton() -> Part:
+    # Imported only here: Triton is optional and slow to load.
+    runs, reason = import_module("lift_fast.kernels").can_run()
+    return Part("triton", runs, reason)
+
+
+def _cuda_native() -> Part:
+    module = _native.load()
+    if module is None:
+        return Part("cuda native", False, _native.can_run()[1])
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    runs, reason = module.cuda_probe(device)
+    built = module.build_info()["cuda_architectures"]
+    return Part("cuda native", runs, f"{reason} (built for {built})" if built else reason)
