@@ -1,0 +1,52 @@
+"""The command line: ``lift-fast match | extract | info``. PyTorch is imported only once a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import extract, info, match
+from .errors import UsageError
+
+_EPILOG = "Each command has its own --help with an example."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="lift-fast", description="Dense features of frozen Vision Transformers with LiFT.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for module in (match, extract, info):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 on success, 1 if some inputs had to be skipped, 2 for input that cannot be used (said on stderr), 130 after
+        an interrupt.
+    """
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"lift_fast {version('lift_fast')}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = arguments.run(arguments)
+    except UsageError as error:
+        print(f"lift-fast {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nlift-fast {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    return status

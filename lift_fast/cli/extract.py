@@ -1,0 +1,186 @@
+"""``lift-fast extract``: dense descriptors of pictures, one .npz file each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, as_usage_error
+from .options import add_model_options, add_output_options, build_extractor, positive
+
+if TYPE_CHECKING:
+    import torch
+
+_DESCRIPTION = """Write the descriptors of pictures: one .npz file each with descriptors [h, w, C], image_size (height,
+width of the loaded picture), file_size (of the file) and settings (JSON). The folder structure of INPUT is kept. A
+picture that cannot be read is named and skipped (exit status 1); files that exist are kept unless --overwrite is
+given, so an interrupted run goes on where it stopped."""
+_EXAMPLE = "example: lift-fast extract photos/ --out features/ --lift lift_dino_vits16.pth --batch-size 8"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's ``commands``."""
+    parser = commands.add_parser(
+        "extract", help="descriptors of pictures or folders", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="pictures or folders")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing"
+    )
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="pictures at once (%(default)s)")
+    parser.add_argument(
+        "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="compute again what is there already")
+    add_model_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Extract all pictures. Returns the exit status."""
+    from tqdm import tqdm
+
+    with as_usage_error():
+        jobs = _jobs(arguments.input, arguments.out)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.exists()}
+    skipped = len(jobs) - len(waiting)
+    if skipped and not arguments.quiet:
+        print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
+    failed: list[str] = []
+    start = time.perf_counter()
+    if waiting:
+        extractor = build_extractor(arguments)
+        settings = json.dumps(
+            {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(arguments).items()
+                if name
+                in (
+                    "model",
+                    "weights",
+                    "random_weights",
+                    "lift",
+                    "random_lift",
+                    "iterations",
+                    "facet",
+                    "layer",
+                    "stride",
+                    "size",
+                    "dtype",
+                    "seed",
+                )
+            }
+        )
+        # Shown where somebody watches, unless switched off.
+        hidden = True if arguments.quiet else None
+        with tqdm(total=len(waiting), unit="picture", disable=hidden, file=sys.stderr) as bar:
+            for batch, members in _batches(extractor, waiting, arguments, failed, bar):
+                _extract(extractor, batch, members, arguments, settings)
+                bar.update(len(members))
+    for message in failed:
+        print(f"skipped: {message}", file=sys.stderr)
+    figures = {
+        "out": str(arguments.out),
+        "written": len(waiting) - len(failed),
+        "kept": skipped,
+        "failed": failed,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if arguments.json:
+        print(json.dumps(figures))
+    elif not arguments.quiet:
+        print(
+            f"wrote {figures['written']} files to {arguments.out} in {figures['seconds']} s"
+            + (f", {len(failed)} pictures could not be read" if failed else ""),
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
+    """Each picture with the file for its result; results of different pictures never share a file."""
+    from lift_fast.images import list_images
+
+    jobs: dict[Path, Path] = {}
+    taken: dict[Path, Path] = {}
+    for entry in inputs:
+        for source in list_images(entry):
+            inside = source.relative_to(entry) if entry.is_dir() else Path(source.name)
+            target = out / inside.with_suffix(".npz")
+            if target in taken and taken[target] != source:
+                # a.jpg beside a.png, or one name in two inputs: the suffix, then the input's name tells them apart.
+                target = out / inside.with_name(inside.name + ".npz")
+            if target in taken and taken[target] != source:
+                target = (
+                    out / (entry.name if entry.is_dir() else entry.parent.name) / inside.with_name(inside.name + ".npz")
+                )
+            if target in taken and taken[target] != source:
+                raise UsageError(f"{source} and {taken[target]} would both be written to {target}; extract them apart")
+            taken[target] = source
+            jobs[source] = target
+    return jobs
+
+
+def _batches(
+    extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
+) -> Iterator[tuple[list[torch.Tensor], list[tuple[Path, tuple[int, int]]]]]:
+    """Neighbouring pictures of one size, up to ``--batch-size``; pictures that cannot be read go to ``failed``."""
+    from lift_fast.images import read_image
+
+    batch: list[torch.Tensor] = []
+    members: list[tuple[Path, tuple[int, int]]] = []
+    for source, target in waiting.items():
+        try:
+            picture = read_image(source)
+            tensor, _ = extractor.preprocess(picture, arguments.size)
+            extractor.backbone.grid(*tensor.shape[2:])
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+            bar.update()
+            continue
+        if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
+            yield batch, members
+            batch, members = [], []
+        batch.append(tensor)
+        members.append((target, (picture.height, picture.width)))
+    if batch:
+        yield batch, members
+
+
+def _extract(
+    extractor: Any,
+    batch: list[torch.Tensor],
+    members: list[tuple[Path, tuple[int, int]]],
+    arguments: argparse.Namespace,
+    settings: str,
+) -> None:
+    import numpy as np
+    import torch
+
+    from lift_fast._files import atomic_path
+
+    pictures = torch.cat(batch)
+    height, width = pictures.shape[2:]
+    with torch.inference_mode(), as_usage_error():
+        tokens = extractor.extract_descriptors_iterative_lift(pictures, arguments.iterations)
+    grid = extractor.backbone.grid(height, width)
+    if extractor.lift is not None:
+        grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
+    stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
+    for descriptors, (target, file_size) in zip(stored, members, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                descriptors=descriptors,
+                image_size=np.array([height, width]),
+                file_size=np.array(file_size),
+                settings=np.array(settings),
+            )

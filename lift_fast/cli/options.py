@@ -1,0 +1,120 @@
+"""Options that several commands share, and what is built from them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from .errors import UsageError, as_usage_error
+
+if TYPE_CHECKING:
+    from lift_fast.extractor import ViTLiFTExtractor
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer >= 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def load_size(text: str) -> int | tuple[int, int]:
+    """argparse type: ``448`` (the shorter side) or ``480x640`` (height x width)."""
+    height, cross, width = text.lower().partition("x")
+    return (positive(height), positive(width)) if cross else positive(text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that choose backbone, LiFT and device."""
+    group = parser.add_argument_group("features")
+    group.add_argument(
+        "--model", default="dino_vits16", help="backbone: an official name or any timm ViT (%(default)s)"
+    )
+    group.add_argument("--weights", metavar="FILE", help="local checkpoint of the backbone")
+    group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
+    group.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone")
+    group.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
+    group.add_argument("--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)")
+    group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
+    group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
+    group.add_argument("--stride", type=positive, help="pixels between patches (the patch size)")
+    group.add_argument(
+        "--size",
+        type=load_size,
+        default=448,
+        metavar="S",
+        help="load pictures with this shorter side, or HxW exactly (%(default)s)",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
+    group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
+    group.add_argument("--seed", type=int, default=0, help="of random weights (%(default)s)")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options for what goes to the terminal."""
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no remarks")
+
+
+def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
+    """The extractor that the options describe.
+
+    Raises:
+        UsageError: if it cannot be built; says which option helps.
+    """
+    import torch
+
+    from lift_fast.extractor import ViTLiFTExtractor
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
+        raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
+    with as_usage_error():
+        try:
+            device = None if arguments.device is None else torch.device(arguments.device)
+            return ViTLiFTExtractor(
+                arguments.model,
+                arguments.lift,
+                channel=None,
+                patch=None,
+                stride=arguments.stride,
+                layer=arguments.layer,
+                facet=arguments.facet,
+                device=device,
+                silent=True,
+                random_lift=arguments.random_lift,
+                weights=arguments.weights,
+                random_weights=arguments.random_weights,
+                seed=arguments.seed,
+                dtype=getattr(torch, arguments.dtype),
+            )
+        except RuntimeError as error:
+            # A device that does not exist, by its name or on this machine.
+            if arguments.device is not None and type(error) is RuntimeError:
+                raise UsageError(f"--device {arguments.device}: {error}") from error
+            raise
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """One line on where the features come from."""
+    backbone = f"{arguments.model} {arguments.facet}s" if arguments.facet != "token" else f"{arguments.model} tokens"
+    if arguments.random_weights:
+        backbone += " (random weights)"
+    elif arguments.weights:
+        backbone += f" ({os.path.basename(arguments.weights)})"
+    if arguments.random_lift:
+        lift = "LiFT (random weights)"
+    elif arguments.lift:
+        lift = f"LiFT ({os.path.basename(arguments.lift)})"
+    else:
+        return f"{backbone}, no LiFT"
+    return f"{backbone} + {lift}" + (f" x {arguments.iterations}" if arguments.iterations > 1 else "")

@@ -1,0 +1,246 @@
+"""The command line, run as a newcomer would: help, matches, descriptors, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+import lift_fast._files
+from lift_fast.cli import main
+
+TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "64"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two real photographs, small."""
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    paths = folder / "astronaut.jpg", folder / "deep" / "coffee.png"
+    for path, array in zip(paths, (skimage.data.astronaut(), skimage.data.coffee()), strict=True):
+        picture = Image.fromarray(array)
+        picture.thumbnail((160, 160))
+        picture.save(path)
+    return paths
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", [[], ["match"], ["extract"], ["info"]])
+def test_help_in_a_subprocess(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "lift_fast", *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "usage: lift-fast" in done.stdout
+    assert "example" in done.stdout
+    assert done.stderr == ""
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("lift_fast 0.")
+
+
+def test_no_command_prints_help(capsys):
+    assert run() == 2
+    assert "match two photographs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lift", [[], ["--random-lift"], ["--random-lift", "--iterations", "2"]])
+def test_match(pictures, tmp_path, capsys, lift):
+    out = tmp_path / "result.png"
+    assert run("match", *pictures, "--out", out, *TINY, *lift, "--mutual", "--json", "--step", "3") == 0
+    figures = json.loads(capsys.readouterr().out)
+    size_a, size_b = figures["size_a"], figures["size_b"]
+    assert min(size_a) == min(size_b) == 64
+    factor = {0: 1, 1: 2, 3: 4}[len(lift)]
+    assert figures["grid"] == [factor * (size_a[0] // 16), factor * (size_a[1] // 16)]
+    assert set(figures["seconds"]) == {"model", "read", "features", "match", "draw"}
+    with Image.open(out) as sheet:
+        assert sheet.size[0] == 1600
+        assert sheet.getpixel((2, 2)) == (176, 32, 32)
+    with np.load(out.with_suffix(".npz")) as data:
+        assert data["points"].shape == data["matches"].shape == (figures["points"], 2)
+        assert int(data["valid"].sum()) == figures["valid"]
+        assert (data["matches"] < [size_b[1], size_b[0]]).all()
+        with Image.open(pictures[0]) as original:
+            assert data["original_size_a"].tolist() == [original.height, original.width]
+            assert (data["points_original"] <= [original.width, original.height]).all()
+        assert data["points_original"][:, 0].max() > 0.9 * data["original_size_a"][1]
+    assert {p.name for p in tmp_path.iterdir()} == {"pictures", "result.png", "result.npz"}
+
+
+def test_a_picture_matches_itself(pictures, tmp_path):
+    out = tmp_path / "same.png"
+    assert run("match", pictures[0], pictures[0], "--out", out, *TINY, "--normalize", "pixel", "--quiet") == 0
+    with np.load(out.with_suffix(".npz")) as data:
+        inner = ((data["points"] >= 8) & (data["points"] < 56)).all(1)
+        assert np.abs(data["points"] - data["matches"])[inner].max() <= 1
+        assert data["similarity"][inner].min() > 0.9999
+
+
+def test_match_says_what_it_does(pictures, tmp_path, capsys):
+    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY) == 0
+    said = capsys.readouterr().err
+    assert "no LiFT checkpoint was given" in said
+    assert "--lift FILE" in said
+    assert "features" in said
+    assert str(tmp_path / "m.npz") in said
+    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+BAD = {
+    "missing picture": (["match", "nowhere.jpg", "b.jpg", *TINY], "no picture at nowhere.jpg"),
+    "suffix": (["match", "{a}", "{b}", "--out", "m.jpg", *TINY], "--out must end in .png, got m.jpg"),
+    "folder": (["match", "{a}", "{b}", "--out", "no/m.png", *TINY], "the folder no does not exist"),
+    "model": (["match", "{a}", "{b}", "--model", "resnet50", "--random-weights"], "resnet50"),
+    "lift": (["match", "{a}", "{b}", "--lift", "gone.pth", *TINY], "gone.pth"),
+    "weights": (["match", "{a}", "{b}", "--model", "dino_vits16", "--weights", "gone.pth"], "gone.pth"),
+    "iterations": (["match", "{a}", "{b}", "--iterations", "2", *TINY], "give --lift FILE"),
+    "device": (["match", "{a}", "{b}", "--device", "abacus", *TINY], "abacus"),
+    "small": (["match", "{a}", "{b}", "--model", "vit_tiny_patch16_224", "--random-weights", "--size", "9"], "patch"),
+    "extract": (["extract", "nowhere", "--out", "o", *TINY], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_input_that_cannot_be_used_is_said_plainly(case, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    assert run(*(a.format(a=pictures[0], b=pictures[1]) for a in arguments)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.splitlines()[-1].startswith(f"lift-fast {arguments[0]}: ")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("size", ["0", "-3", "448.5", "64x", "x64"])
+def test_bad_sizes_are_refused_by_the_parser(size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("match", "a.jpg", "b.jpg", "--size", size)
+    assert stop.value.code == 2
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_offline_without_weights_names_file_and_options(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lift_fast", "match", *map(str, pictures), "--out", str(tmp_path / "m.png")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "vit_small_patch16_224.dino" in done.stderr
+    assert "--weights" in done.stderr
+    assert "--random-weights" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "m.png").exists()
+
+
+def test_corrupt_picture_is_named(pictures, tmp_path, capsys):
+    pictures[1].write_bytes(pictures[1].read_bytes()[:200])
+    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY) == 2
+    assert "coffee.png" in capsys.readouterr().err
+
+
+def test_extract_keeps_the_folders(pictures, tmp_path, capsys):
+    out = tmp_path / "features"
+    folder = pictures[0].parent
+    assert run("extract", folder, "--out", out, *TINY, "--random-lift", "--dtype-out", "float16", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["written"] == 2
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.npz")) == ["astronaut.npz", "deep/coffee.npz"]
+    with np.load(out / "astronaut.npz") as data:
+        height, width = data["image_size"]
+        assert data["descriptors"].shape == (2 * (height // 16), 2 * (width // 16), 192)
+        assert data["descriptors"].dtype == np.float16
+        assert np.isfinite(data["descriptors"]).all()
+        assert json.loads(str(data["settings"]))["model"] == "vit_tiny_patch16_224"
+    assert run("extract", folder, "--out", out, *TINY, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 2
+    assert run("extract", folder, "--out", out, *TINY, "--overwrite", "--json", "--batch-size", "4") == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 2
+
+
+def test_extract_in_batches_equals_one_by_one(pictures, tmp_path):
+    folder = tmp_path / "same"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(skimage.data.chelsea()[: 200 + number, :250]).resize((80, 64)).save(folder / f"{number}.png")
+    assert run("extract", folder, "--out", tmp_path / "one", *TINY, "--quiet") == 0
+    assert run("extract", folder, "--out", tmp_path / "two", *TINY, "--quiet", "--batch-size", "2") == 0
+    for number in range(3):
+        with np.load(tmp_path / "one" / f"{number}.npz") as one, np.load(tmp_path / "two" / f"{number}.npz") as two:
+            np.testing.assert_allclose(one["descriptors"], two["descriptors"], atol=1e-4)
+
+
+def test_extract_skips_and_names_corrupt_pictures(pictures, tmp_path, capsys):
+    (pictures[0].parent / "broken.jpg").write_bytes(b"no picture")
+    assert run("extract", pictures[0].parent, "--out", tmp_path / "out", *TINY, "--json") == 1
+    captured = capsys.readouterr()
+    assert "broken.jpg" in captured.err
+    figures = json.loads(captured.out)
+    assert figures["written"] == 2
+    assert len(figures["failed"]) == 1
+
+
+def test_extract_never_lets_two_pictures_share_a_file(pictures, tmp_path):
+    Image.open(pictures[0]).save(pictures[0].with_suffix(".png"))
+    assert (
+        run("extract", *[pictures[0], pictures[0].with_suffix(".png")], "--out", tmp_path / "out", *TINY, "--quiet")
+        == 0
+    )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"astronaut.npz", "astronaut.png.npz"}
+
+
+def test_interrupted_extract_leaves_no_half_written_file(pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    save = np.savez
+
+    def interrupted(file, **arrays):
+        if out.joinpath("astronaut.npz").exists():
+            file.write(b"half")
+            raise KeyboardInterrupt
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    assert run("extract", pictures[0].parent, "--out", out, *TINY, "--quiet") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()] == ["astronaut.npz"]
+    monkeypatch.undo()
+    assert run("extract", pictures[0].parent, "--out", out, *TINY, "--quiet") == 0
+    assert len(list(out.rglob("*.npz"))) == 2
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    text = capsys.readouterr().out
+    assert "torch" in text
+    assert "cpu native" in text
+    assert "LIFT_FAST_CPU_ISA" in text
+    assert run("info", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data["backends"]) == {"pytorch", "cpu native", "triton", "cuda native"}
+    assert all(part["detail"] for part in data["backends"].values())
+
+
+def test_bugs_keep_their_traceback(pictures, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(lift_fast._files.os, "replace", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("match", *pictures, "--out", Path(tmp_path) / "m.png", *TINY)
