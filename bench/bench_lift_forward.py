@@ -1,0 +1,64 @@
+"""LiFT forward, ViT-S width (C = 384), patch 16: the inference plan against the plain module in float32.
+
+The baseline is what people run today: the plain module, NCHW, float32, eager; beside it the plain module compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lift_fast import LiFT
+from lift_fast.testing import randomize, relative_error
+
+CASES = [(1, 224), (8, 224), (1, 448), (1, 896)]
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def lift(device):
+    torch.manual_seed(0)
+    return randomize(LiFT(384, 16), seed=0).eval().requires_grad_(False).to(device)
+
+
+def inputs(batch, size, device):
+    return torch.randn(batch, 3, size, size, device=device), torch.randn(batch, (size // 16) ** 2, 384, device=device)
+
+
+def plain_module(lift):
+    twin = copy.deepcopy(lift)
+    twin.fused = False
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("batch", "size"), CASES, ids=lambda value: str(value))
+def test_plan(benchmark, compare, lift, device, batch, size, dtype):
+    benchmark.group = f"LiFT forward, {device}, B{batch} {size}"
+    imgs, x = inputs(batch, size, device)
+    plain, ours = plain_module(lift), copy.deepcopy(lift).to(dtype)
+    cast_imgs, cast_x = imgs.to(dtype), x.to(dtype)
+    with torch.inference_mode():
+        error = relative_error(ours(cast_imgs, cast_x), plain(imgs, x))
+        compare(lambda: ours(cast_imgs, cast_x), lambda: plain(imgs, x), error=error, limit=LIMITS[dtype])
+
+
+@pytest.mark.parametrize("variant", ["plain bfloat16 channels_last", "plain float32 compiled"])
+@pytest.mark.parametrize(("batch", "size"), CASES, ids=lambda value: str(value))
+def test_other_ways(benchmark, compare, lift, device, batch, size, variant):
+    """What a user may try instead of this package, on the same scale: speed-up over the plain module in float32."""
+    benchmark.group = f"LiFT forward, {device}, B{batch} {size}"
+    imgs, x = inputs(batch, size, device)
+    plain = plain_module(lift)
+    if "compiled" in variant:
+        torch._dynamo.reset()
+        other = torch.compile(plain_module(lift), dynamic=False)
+        cast_imgs, cast_x, limit = imgs, x, 1e-5
+    else:
+        other = plain_module(lift).to(torch.bfloat16, memory_format=torch.channels_last)
+        cast_imgs, cast_x, limit = imgs.bfloat16().contiguous(memory_format=torch.channels_last), x.bfloat16(), 2e-2
+    with torch.inference_mode():
+        error = relative_error(other(cast_imgs, cast_x), plain(imgs, x))
+        compare(lambda: other(cast_imgs, cast_x), lambda: plain(imgs, x), error=error, limit=limit)

@@ -1,0 +1,85 @@
+"""Timing two functions against each other so that the machine's drift cancels."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+# Rounds shrink with the length of one call, so that a whole run takes minutes.
+_SECONDS, _FEWEST, _MOST = 1.5, 5, 40
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, the device's queue drained before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _compare(
+    benchmark: Any,
+    ours: Callable[[], Any],
+    plain: Callable[[], Any],
+    *,
+    device: str,
+    error: float,
+    limit: float,
+) -> None:
+    """Benchmark ``ours``; record beside it the speed-up over ``plain``, run in turn with it: A B A B ...
+
+    The equality gate comes first: with an ``error`` above ``limit`` nothing is timed.
+    """
+    if not error <= limit:
+        pytest.fail(f"results differ by {error:.2e}, more than {limit:.0e}: no figure is printed")
+    benchmark.extra_info["error"] = error
+    for _ in range(2):
+        seconds(ours, device)
+        seconds(plain, device)
+    rounds = max(_FEWEST, min(_MOST, int(_SECONDS / max(seconds(plain, device), 1e-6))))
+    ratios, plain_times, own_times = [], [], []
+    gc.collect()
+    for _ in range(rounds):
+        own_times.append(seconds(ours, device))
+        plain_times.append(seconds(plain, device))
+        ratios.append(plain_times[-1] / own_times[-1])
+    quartiles = statistics.quantiles(ratios, n=4)
+    benchmark.extra_info.update(
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        plain_ms=1e3 * statistics.median(plain_times),
+        paired_ms=1e3 * statistics.median(own_times),
+        speedup=statistics.median(ratios),
+        speedup_quartiles=[quartiles[0], quartiles[2]],
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+    )
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ours()
+        torch.cuda.synchronize()
+        benchmark.extra_info["peak_memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    benchmark.pedantic(lambda: seconds(ours, device), rounds=rounds, warmup_rounds=1)
+
+
+@pytest.fixture(params=["cpu", "cuda"], scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture
+def compare(benchmark: Any, device: str) -> Callable[..., None]:
+    """``compare(ours, plain, error=..., limit=...)`` on the benchmark's device."""
+    return partial(_compare, benchmark, device=device)
