@@ -163,7 +163,7 @@ class BuildNative(build_ext):
         except RuntimeError as error:
             hint = " (LIFT_FAST_CUDA=0 builds without CUDA, LIFT_FAST_NATIVE=0 without any native code)"
             raise fail(f"the native core does not compile{hint}:\n{error}") from None
-        isas = "avx512, avx2, baseline" if X86 else "baseline"
+        isas = "avx512, avx512_bf16, avx2, baseline" if X86 else "baseline"
         cuda = f"CUDA for {described}" if nvcc is not None else f"no CUDA: {cuda_reason}"
         print(
             f"lift_fast: built the native core for the CPU ({isas}{'' if openmp else ', no OpenMP'}) and {cuda}"

@@ -92,7 +92,9 @@ void pack_phases(const DecoderWeights& w, const DecoderChannels& n, const Decode
           for (std::int64_t j = 0; j < width; ++j) {
             double total = 0;
             for (int p = 0; p < 2; ++p) {
-              for (int q = 0; q < 2; ++q) total += kPhaseFilter[row][p] * kPhaseFilter[column][q] * weight(p, q, k, first + j);
+              for (int q = 0; q < 2; ++q) {
+                total += kPhaseFilter[row][p] * kPhaseFilter[column][q] * weight(p, q, k, first + j);
+              }
             }
             panel.set(k, j, total);
           }

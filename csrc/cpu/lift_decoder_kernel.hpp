@@ -7,11 +7,8 @@
 // DecoderLayout.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "lift_decoder.hpp"
+#include "threads.hpp"
 
 namespace lift_fast {
 namespace {
@@ -69,14 +66,6 @@ inline std::int64_t at_most(std::int64_t a, std::int64_t b) { return a < b ? a :
 inline std::int64_t at_least(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
-
-inline std::int64_t thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // K blocks [first, first + count) of an activation matrix; a GEMM reads up to five such ranges in weight order.
 struct Range {
@@ -209,6 +198,7 @@ class Decoder {
     scratch_words_ = round_up(scratch_words_, kPageWords);
   }
 
+  // Pictures are taken together while their u stays within a last-level cache.
   static constexpr std::int64_t kGroupBytes = std::int64_t{24} << 20;
   static constexpr std::int64_t kPageWords = 1024;
 
@@ -323,7 +313,9 @@ class Decoder {
         std::int64_t depth = layout_.coarse_side_blocks();
         for (int sub = 0; sub < 4; ++sub) {
           if (!fine_needed(a, kPhaseSide, point / kPhaseSide, sub / 2) ||
-              !fine_needed(b, kPhaseSide, point % kPhaseSide, sub % 2)) continue;
+              !fine_needed(b, kPhaseSide, point % kPhaseSide, sub % 2)) {
+            continue;
+          }
           ranges.add(layout_.coarse_side_blocks() + sub * layout_.fine_blocks, layout_.fine_blocks);
           depth += layout_.fine_blocks;
         }
@@ -378,7 +370,9 @@ class Decoder {
         Vec rows[kPhaseTile][kPhaseSide];
         for (int j = 0; j < kPhaseSide; ++j) {
           Vec m[kPhaseSide], s[kPhaseTile];
-          for (int p = 0; p < kPhaseSide; ++p) m[p] = load(products + ((p * kPhaseSide + j) * tiles + i) * kPanel + half);
+          for (int p = 0; p < kPhaseSide; ++p) {
+            m[p] = load(products + ((p * kPhaseSide + j) * tiles + i) * kPanel + half);
+          }
           phase_output_points(m, s);
           for (int e = 0; e < kPhaseTile; ++e) rows[e][j] = s[e];
         }

@@ -6,9 +6,8 @@
 // bitwise equal similarities, so ties are real ties, and the result does not depend on tiles or threads.
 #pragma once
 
-#include <omp.h>
-
 #include "nearest.hpp"
+#include "threads.hpp"
 
 namespace lift_fast {
 namespace {
@@ -175,7 +174,7 @@ void match(const NearestCall& call) {
 
 #pragma omp parallel num_threads(call.threads)
   {
-    char* scratch = call.scratch + omp_get_thread_num() * call.scratch_bytes;
+    char* scratch = call.scratch + thread_index() * call.scratch_bytes;
     float* packed = reinterpret_cast<float*>(scratch + at.packed_queries);
     float* best = reinterpret_cast<float*>(scratch + at.best);
     float* second = reinterpret_cast<float*>(scratch + at.second);
@@ -234,7 +233,7 @@ void match(const NearestCall& call) {
         for (std::int64_t i = 0; i < call.m; ++i) {
           float value = -kInfinity;
           std::int64_t index = -1;
-          for (int t = 0; t < omp_get_num_threads(); ++t) {
+          for (int t = 0; t < thread_count(); ++t) {
             const char* other = call.scratch + t * call.scratch_bytes;
             const float theirs = reinterpret_cast<const float*>(other + at.reverse_best)[i];
             const std::int64_t row = reinterpret_cast<const std::int32_t*>(other + at.reverse_index)[i];
