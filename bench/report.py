@@ -33,9 +33,7 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
         if "speedup" not in info:
             continue
         parameters = bench.get("params") or {}
-        name = (
-            parameters.get("variant") or f"lift_fast {str(parameters.get('dtype', '')).removeprefix('torch.')}".strip()
-        )
+        name = parameters.get("variant") or f"lift_fast {parameters.get('dtype', '')}".strip()
         rows.append({"group": bench["group"], "name": name, **info})
     if not rows:
         raise SystemExit("the run holds no paired benchmarks; expected the JSON of: pytest bench/ --benchmark-only")
