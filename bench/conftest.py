@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # Rounds shrink with the length of one call, so that a whole run takes minutes.
-_SECONDS, _FEWEST, _MOST = 1.5, 5, 40
+_SECONDS, _FEWEST, _MOST = 2.0, 9, 40
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:

@@ -21,6 +21,7 @@ from lift_fast._files import atomic_path
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 _OURS, _OTHER = "#0072b2", "#b0b0b0"
 
@@ -37,7 +38,9 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({"group": bench["group"], "name": name, **info})
     if not rows:
         raise SystemExit("the run holds no paired benchmarks; expected the JSON of: pytest bench/ --benchmark-only")
-    return rows
+    # Everything done for one piece of work stands together.
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    return sorted(rows, key=lambda row: groups.index(row["group"]))
 
 
 def environment(run: dict[str, Any]) -> dict[str, Any]:
@@ -76,23 +79,29 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 0.36 * len(rows) + 1.2), layout="constrained")
     labels = [f"{row['group']}\n{row['name']}" for row in rows]
     speedups = [row["speedup"] for row in rows]
     spread = [
-        [s - r["speedup_quartiles"][0] for s, r in zip(speedups, rows, strict=True)],
-        [r["speedup_quartiles"][1] - s for s, r in zip(speedups, rows, strict=True)],
+        [max(0.0, row["speedup"] - row["speedup_quartiles"][0]) for row in rows],
+        [max(0.0, row["speedup_quartiles"][1] - row["speedup"]) for row in rows],
     ]
     colours = [_OURS if row["name"].startswith("lift_fast") else _OTHER for row in rows]
-    bars = axes.barh(labels, speedups, xerr=[[max(0.0, v) for v in side] for side in spread], color=colours)
+    # Bars begin at 1: on a logarithmic axis the length of a bar then is the gain.
+    bars = axes.barh(labels, [value - 1 for value in speedups], left=1, xerr=spread, color=colours)
     axes.bar_label(bars, labels=[f"{value:.2f}x" for value in speedups], padding=6, fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.8, 0.9 * min(speedups)), 1.5 * max(speedups))
+    low, high = min(0.9, 0.9 * min(speedups)), 1.8 * max(speedups)
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("speed-up over the plain implementation (blue: lift_fast, grey: other ways)")
     axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
 
 
