@@ -268,6 +268,14 @@ def test_compile_with_inductor():
         torch.testing.assert_close(torch.compile(lift, fullgraph=True)(imgs, x), lift(imgs, x))
 
 
+def test_fake_tensors_pass_through():
+    with torch._subclasses.FakeTensorMode():
+        lift = LiFT(8, 16).train().eval()
+        with torch.no_grad():
+            out = lift(torch.empty(2, 3, 48, 32), torch.empty(2, 6, 8))
+    assert out.shape == (2, 24, 8)
+
+
 def test_export():
     lift = network(8, 14, seed=12)
     imgs, x = inputs(14, 28, 42, 8)

@@ -22,7 +22,8 @@ from .plan_cache import prepared_plan
 library.define(
     "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool) -> Tensor",
     # The plan is looked up by the weights' versions on the host at each call, which a replayed graph would not see.
-    tags=[torch.Tag.cudagraph_unsafe],
+    # Releases of PyTorch without this tag leave such operators to the caller.
+    tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [],
 )
 
 

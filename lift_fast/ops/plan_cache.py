@@ -64,8 +64,8 @@ _lock = threading.Lock()
 
 
 def _key(weights: Sequence[Tensor]) -> tuple[torch.device, int]:
-    # outc.weight stands for its network.
-    return weights[-2].device, weights[-2].data_ptr()
+    # outc.weight stands for its network. The storage's identity, unlike its address, exists for fake tensors too.
+    return weights[-2].device, weights[-2].untyped_storage()._cdata
 
 
 def prepared_plan(
