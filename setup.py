@@ -26,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # A source whose name ends so is compiled for that instruction set; the core chooses among them at run time.
 ISA_FLAGS = {
@@ -74,17 +74,19 @@ def find_nvcc() -> tuple[Path | None, str]:
 def architectures(nvcc: Path) -> tuple[list[str], list[str]]:
     """nvcc's flags, and the architectures' names, from TORCH_CUDA_ARCH_LIST or what this nvcc knows of the default."""
     known = {int(number) for number in re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))}
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    default = [name for name in DEFAULT_ARCHITECTURES.split() if int(name.replace(".", "")) in known]
+    if not wanted and not default:
+        raise fail(f"{nvcc} knows none of {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST or LIFT_FAST_CUDA=0")
     flags, names = [], []
-    for item in re.split(r"[\s;,]+", (wanted or DEFAULT_ARCHITECTURES).strip()):
+    # PTX of the newest lets later GPUs run too.
+    for item in re.split(r"[\s;,]+", wanted or " ".join(default) + "+PTX"):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
             raise fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is no architecture; expected e.g. '8.0 9.0+PTX'")
         number, suffix, ptx = int(match[1] + match[2]), match[3], match[4]
         if number not in known:
-            if wanted:
-                raise fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {sorted(known)}")
-            continue
+            raise fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {sorted(known)}")
         flags.append(f"-gencode=arch=compute_{number}{suffix},code=sm_{number}{suffix}")
         names.append(f"sm_{number}{suffix}")
         if ptx:

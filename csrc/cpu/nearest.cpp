@@ -1,6 +1,7 @@
 #include "nearest.hpp"
 
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -45,6 +46,20 @@ void nearest_run(NearestCall call, CpuIsa isa) {
     throw std::invalid_argument("nearest: reverse_similarity and reverse_index come together");
   }
   if (call.threads < 1) throw std::invalid_argument("nearest: threads must be at least 1");
+  const std::int64_t queries = call.batch * call.n, all_keys = call.batch * call.m;
+  if ((queries > 0 && (call.similarity == nullptr || call.index == nullptr)) ||
+      (call.c > 0 && ((queries > 0 && call.query == nullptr) || (all_keys > 0 && call.key == nullptr)))) {
+    throw std::invalid_argument("nearest: query, key, similarity and index must not be null");
+  }
+  // Padding is told from rows by its values: rows without channels become rows of one zero.
+  std::unique_ptr<void, Free> zeros;
+  if (call.c == 0) {
+    const std::int64_t bytes = (queries > all_keys ? queries : all_keys) * 4;
+    zeros = allocate(bytes);
+    std::memset(zeros.get(), 0, static_cast<std::size_t>(bytes));
+    call.query = call.key = static_cast<const float*>(zeros.get());
+    call.c = 1;
+  }
 
   const NearestTiling cut = tiling(isa);
   const std::int64_t padded_keys = (call.m + cut.key_rows - 1) / cut.key_rows * cut.key_rows;

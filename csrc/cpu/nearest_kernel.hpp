@@ -43,7 +43,7 @@ inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a :
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // What a row is multiplied by; NaN for a row that takes no part.
-inline float row_scale(const float* row, std::int64_t c, bool normalize) {
+inline double row_scale(const float* row, std::int64_t c, bool normalize) {
   double sums[8] = {};
   std::int64_t i = 0;
   for (; i + 8 <= c; i += 8) {
@@ -52,11 +52,11 @@ inline float row_scale(const float* row, std::int64_t c, bool normalize) {
   for (; i < c; ++i) sums[0] += static_cast<double>(row[i]) * row[i];
   const double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   // Squares of finite floats never overflow a double.
-  if (!(sum < __builtin_inf())) return kNaN;
-  if (!normalize) return 1.0f;
+  if (!(sum < __builtin_inf())) return __builtin_nan("");
+  if (!normalize) return 1.0;
   const double norm = __builtin_sqrt(sum);
-  // As a double the reciprocal of the smallest allowed norm is exact enough, as a float it would still be finite.
-  return static_cast<float>(1.0 / (norm > 1e-12 ? norm : 1e-12));
+  // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
+  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
 }
 
 // Rows [first, first + width) as [c][width], scaled; rows beyond `count` and rows that take no part become NaN.
@@ -68,8 +68,8 @@ inline void pack(const float* rows, std::int64_t first, std::int64_t count, std:
       continue;
     }
     const float* row = rows + (first + r) * c;
-    const float scale = row_scale(row, c, normalize);
-    for (std::int64_t k = 0; k < c; ++k) packed[k * width + r] = row[k] * scale;
+    const double scale = row_scale(row, c, normalize);
+    for (std::int64_t k = 0; k < c; ++k) packed[k * width + r] = static_cast<float>(row[k] * scale);
   }
 }
 
@@ -195,7 +195,8 @@ void match(const NearestCall& call) {
           reverse_index[i] = -1;
         }
       }
-#pragma omp for schedule(dynamic, 1)
+// Each thread must meet its tasks in order, or the reverse direction would not keep the lowest query.
+#pragma omp for schedule(monotonic : dynamic, 1)
       for (std::int64_t task = 0; task < tasks; ++task) {
         const std::int64_t first = task * per_task, panels = smaller(per_task, query_panels - first);
         for (std::int64_t p = 0; p < panels; ++p) {

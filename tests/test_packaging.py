@@ -1,0 +1,253 @@
+"""What the build says, and what the source distribution and the wheel hold."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("lift_fast", "kernels", "csrc", "tests", "bench")
+
+
+def sources():
+    """Names of the project's own files, relative to its root."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return [name for name in names if name and (ROOT / name).is_file()]
+    files = [path for path in ROOT.iterdir() if path.suffix in (".py", ".toml", ".md", ".in") or path.name == "LICENSE"]
+    files += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    return [str(path.relative_to(ROOT)) for path in files if path.is_file() and path.suffix != ".so"]
+
+
+def copy_tree(target):
+    """A copy to build in: nothing is left in the checkout, and none of its old objects are found."""
+    for name in sources():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def run_build(tree, *options, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LIFT_FAST_", "TORCH_CUDA_ARCH"))}
+    command = [sys.executable, "-m", "build", "--outdir", str(tree / "dist"), *options, str(tree)]
+    if importlib.util.find_spec("pybind11"):
+        # Isolation would fetch the build requirements again, and needs a network for it.
+        command.insert(3, "--no-isolation")
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tree.parent, env={**inherited, **environment}
+    )
+
+
+def names_in_wheel(folder):
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return wheel, archive.namelist()
+
+
+def import_from(wheel, folder, code):
+    """Run code with the unpacked wheel in front; without ``site``, so that no editable install is found."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    paths = [str(folder), str(Path(torch.__file__).parents[1])]
+    prefix = f"import json, sys; sys.path[:0] = {paths!r}\n"
+    command = [sys.executable, "-I", "-S", "-c", prefix + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The tree after building a source distribution, and from it a wheel, without CUDA."""
+    tree = copy_tree(tmp_path_factory.mktemp("packaging") / "tree")
+    done = run_build(tree, LIFT_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tree, done.stdout
+
+
+def test_build_says_in_one_line_what_it_built(built):
+    _, output = built
+    lines = [line.strip() for line in output.splitlines() if "lift_fast: built" in line]
+    assert len(lines) == 1, output
+    assert lines[0].startswith("lift_fast: built the native core for the CPU only")
+    assert lines[0].endswith("no CUDA: LIFT_FAST_CUDA=0")
+
+
+def test_wheel_holds_the_package_alone(built):
+    tree, _ = built
+    _, names = names_in_wheel(tree / "dist")
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"lift_fast"}
+    for folder, place in (("lift_fast", "lift_fast"), ("kernels", "lift_fast/kernels")):
+        wanted = {f"{place}/{path.relative_to(tree / folder)}" for path in (tree / folder).rglob("*.py")}
+        assert wanted <= set(names), wanted - set(names)
+    assert "lift_fast/kernels/__init__.py" in names
+    assert "lift_fast/py.typed" in names
+    assert len([name for name in names if name.startswith("lift_fast/_C.") and name.endswith(".so")]) == 1
+    assert any(name.endswith("/LICENSE") for name in names)
+    allowed = (".py", ".so", "py.typed")
+    assert [n for n in names if ".dist-info/" not in n and not n.endswith(allowed)] == []
+
+
+def test_source_distribution_is_complete(built):
+    tree, _ = built
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {name for name in sources() if name.startswith(FOLDERS) and not name.startswith("bench/results")}
+    wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in"}
+    assert wanted <= names, wanted - names
+    assert [name for name in names if name.endswith((".so", ".pyc", ".o"))] == []
+
+
+def test_wheel_works_from_another_folder(built, tmp_path):
+    tree, _ = built
+    wheel, _ = names_in_wheel(tree / "dist")
+    code = """
+import torch, lift_fast, lift_fast.kernels
+index = lift_fast.nearest(torch.eye(40), torch.eye(40).flip(0)).index[:, 0]
+right = torch.equal(index, torch.arange(40).flip(0))
+print(json.dumps([lift_fast.__file__, right, lift_fast.backends().as_dict()]))
+"""
+    file, right, parts = import_from(wheel, tmp_path, code)
+    assert Path(file).is_relative_to(tmp_path)
+    assert right
+    assert parts["cpu native"]["runs"], parts
+    assert parts["cuda native"] == {"runs": False, "detail": "built without CUDA: LIFT_FAST_CUDA=0"}
+
+
+def test_wheel_without_native_code(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    done = run_build(tree, "--wheel", LIFT_FAST_NATIVE="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel, names = names_in_wheel(tree / "dist")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in names)
+    code = """
+import torch, lift_fast
+index = lift_fast.nearest(torch.eye(5), torch.eye(5)).index[:, 0].tolist()
+print(json.dumps([index, lift_fast.backends().as_dict()["cpu native"]]))
+"""
+    index, part = import_from(wheel, tmp_path / "unpacked", code)
+    assert index == [0, 1, 2, 3, 4]
+    assert not part["runs"]
+    assert "No module named 'lift_fast._C'" in part["detail"]
+
+
+def fake_nvcc(folder, architectures=(80, 86, 90)):
+    """A CUDA folder whose compiler can do no more than list its architectures."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    listed = " ".join(f"compute_{number}" for number in architectures)
+    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {listed}\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LIFT_FAST_CUDA": "maybe"}, "LIFT_FAST_CUDA must be one of auto, 1, 0, got 'maybe'"),
+        ({"LIFT_FAST_NATIVE": "2"}, "LIFT_FAST_NATIVE must be one of 1, 0, got '2'"),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0 hopper"}, "TORCH_CUDA_ARCH_LIST: 'hopper' is no architecture"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
+    ],
+)
+def test_build_names_what_is_wrong(environment, message, tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    fake_nvcc(tmp_path / "cuda")
+    done = run_build(tree, "--wheel", CUDA_HOME=str(tmp_path / "cuda"), **environment)
+    assert done.returncode != 0
+    assert f"lift_fast: {message}" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    """setup.py's functions, with the call that builds taken out."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("LIFT_FAST_CUDA", "LIFT_FAST_NATIVE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("lift_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hide_nvcc(monkeypatch):
+    # One may lie in the default folder, which no variable hides.
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    monkeypatch.setenv("PATH", "")
+
+
+def test_cuda_without_a_compiler(setup_module, monkeypatch):
+    hide_nvcc(monkeypatch)
+    assert setup_module.BuildNative.cuda() == ([], [], "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda", None)
+    monkeypatch.setenv("LIFT_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"LIFT_FAST_CUDA=1, but there is no nvcc in .*; install"):
+        setup_module.BuildNative.cuda()
+
+
+def test_cuda_home_comes_first(setup_module, monkeypatch, tmp_path):
+    first, second, third = (fake_nvcc(tmp_path / name) for name in ("first", "second", "third"))
+    monkeypatch.setenv("PATH", str(third.parent))
+    assert setup_module.find_nvcc() == (third, "")
+    monkeypatch.setenv("CUDA_PATH", str(second.parents[1]))
+    assert setup_module.find_nvcc() == (second, "")
+    monkeypatch.setenv("CUDA_HOME", str(first.parents[1]))
+    assert setup_module.find_nvcc() == (first, "")
+    monkeypatch.setenv("LIFT_FAST_CUDA", "0")
+    assert setup_module.BuildNative.cuda() == ([], [], "LIFT_FAST_CUDA=0", None)
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        ((70, 80, 86, 89, 90, 100, 120), ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX"]),
+        # An older compiler leaves out what it does not know; PTX of its newest still serves newer devices.
+        ((50, 80, 86, 89, 90), ["sm_80", "sm_86", "sm_89", "sm_90+PTX"]),
+    ],
+)
+def test_default_architectures(known, names, setup_module, tmp_path):
+    flags, described = setup_module.architectures(fake_nvcc(tmp_path, known))
+    assert described == names
+    newest = names[-1].removeprefix("sm_").removesuffix("+PTX")
+    assert flags[-1] == f"-gencode=arch=compute_{newest},code=compute_{newest}"
+    assert len(flags) == len(names) + 1
+
+
+@pytest.mark.parametrize("wanted", ["8.0;9.0a+PTX", "8.0 9.0a+PTX", " 8.0, 9.0a+PTX "])
+def test_wanted_architectures(wanted, setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    flags, names = setup_module.architectures(fake_nvcc(tmp_path))
+    assert names == ["sm_80", "sm_90a+PTX"]
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("9.0 8.x", "'8.x' is no architecture"), ("99.0", r"does not know 99.0; it knows \[80, 86, 90\]")],
+)
+def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: .*{message}"):
+        setup_module.architectures(fake_nvcc(tmp_path))
+
+
+def test_a_compiler_too_old_for_every_architecture(setup_module, tmp_path):
+    with pytest.raises(SystemExit, match="knows none of"):
+        setup_module.architectures(fake_nvcc(tmp_path, (50, 60)))
