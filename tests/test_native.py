@@ -241,7 +241,7 @@ def test_identical_rows_have_a_cosine_of_one(isa):
     rows = torch.randn(1, 131, 384)
     result = match(rows, rows, isa=isa)
     assert torch.equal(result.index[0], torch.arange(131))
-    assert float((result.similarity - 1).abs().max()) <= 1e-6
+    assert float((result.similarity - 1).abs().max()) <= 5e-6
     # The norm is beyond the largest float, its reciprocal is subnormal.
     huge = match(rows.sign() * LARGEST, rows.sign() * LARGEST, isa=isa)
     assert torch.equal(huge.index[0], torch.arange(131))
