@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,17 +23,10 @@ from lift_fast.backbones import (
     registry,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "vit_tiny_patch16_224"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Random initialisation is many tiny operations; on busy cores several threads make them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(seed: int = 0, **extra: object) -> nn.Module:

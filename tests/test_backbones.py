@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -19,16 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.backbones import OFFICIAL, FrozenViT, WeightsNotFoundError, extract_hooked, load_backbone
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACETS = ("key", "query", "value", "token")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are many tiny operations; on busy cores several threads make them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

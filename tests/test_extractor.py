@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,7 @@ from lift_fast.backbones import FrozenViT, extract_hooked
 from lift_fast.extractor import ViTLiFTExtractor
 from lift_fast.lift import LiFT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are many tiny operations; on busy cores several threads make them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_vit(patch: int = 8) -> VisionTransformer:
