@@ -16,6 +16,7 @@ namespace py = pybind11;
 
 namespace lift_fast {
 
+void bind_dense_match(py::module_& m);
 void bind_lift_decoder(py::module_& m);
 
 namespace {
@@ -101,5 +102,6 @@ PYBIND11_MODULE(_C, m) {
         "[batch, n] float32, the runner-up's similarity, and reverse_similarity, reverse_index [batch, m], the best "
         "query of each key. Equal similarities go to the lowest index. A row with NaN or infinity takes no part: "
         "index -1, similarity -inf.");
+  lift_fast::bind_dense_match(m);
   lift_fast::bind_lift_decoder(m);
 }

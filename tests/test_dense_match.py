@@ -28,16 +28,26 @@ def brute_force(query_map, key_map, query_size, key_size, normalize):
     return table.masked_fill(~torch.isfinite(table), -torch.inf)
 
 
+def cancellation(maps, size):
+    """How much shorter than the cells an interpolated descriptor can be."""
+    maps = maps.double()
+    wide = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].norm(dim=0)
+    wide = wide[torch.isfinite(wide) & (wide > 0)]
+    cells = maps.norm(dim=0)
+    return float(cells[torch.isfinite(cells)].max() / wide.min()) if wide.numel() else 1.0
+
+
 def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     result = dense_match(query_map, key_map, query_size, key_size, normalize=normalize, points=points, mutual=True)
     one_way = dense_match(query_map, key_map, query_size, key_size, normalize=normalize, points=points)
     assert torch.equal(result.xy, one_way.xy)
     for b in range(query_map.shape[0]):
         table = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
-        # Where cells nearly cancel, dividing by the small interpolated norm magnifies the rounding.
-        tie = (10 * TIE if normalize == "pixel" else TIE) * max(
-            1.0, table[torch.isfinite(table)].abs().max().item() if torch.isfinite(table).any() else 1.0
-        )
+        largest = table[torch.isfinite(table)].abs().max().item() if torch.isfinite(table).any() else 1.0
+        tie = TIE * max(1.0, largest)
+        if normalize == "pixel":
+            # Where cells nearly cancel, dividing by the small interpolated norm magnifies the rounding.
+            tie *= max(10.0, cancellation(query_map[b], query_size), cancellation(key_map[b], key_size))
         if points is None:
             rows = torch.arange(table.shape[0])
         else:
@@ -67,7 +77,7 @@ sides = st.integers(1, 6)
 pixels = st.integers(1, 23)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     query_grid=st.tuples(sides, sides),
     key_grid=st.tuples(sides, sides),
@@ -76,19 +86,23 @@ pixels = st.integers(1, 23)
     channels=st.sampled_from((1, 2, 7)),
     batch=st.sampled_from((1, 2)),
     normalize=st.sampled_from(("grid", "pixel", None)),
+    native=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_against_brute_force(query_grid, key_grid, query_size, key_size, channels, batch, normalize, seed):
+def test_against_brute_force(query_grid, key_grid, query_size, key_size, channels, batch, normalize, native, seed):
     generator = torch.Generator().manual_seed(seed)
     query_map = torch.randn(batch, channels, *query_grid, generator=generator)
     key_map = torch.randn(batch, channels, *key_grid, generator=generator)
-    check(query_map, key_map, query_size, key_size, normalize)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIFT_FAST_DISABLE_NATIVE", "0" if native else "1")
+        check(query_map, key_map, query_size, key_size, normalize)
 
 
 @pytest.mark.parametrize("normalize", ["grid", "pixel", None])
 @pytest.mark.parametrize("smooth", [True, False])
 def test_bounds_prune_without_loss(normalize, smooth, monkeypatch):
     # Large enough that patches are skipped; smooth maps leave many bounds open, rough ones prove at once.
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
     query_map, key_map = torch.randn(2, 1, 16, 24, 20)
     if smooth:
         query_map, key_map = (F.avg_pool2d(m, 5, stride=1, padding=2) for m in (query_map, key_map))
@@ -100,8 +114,10 @@ def test_bounds_prune_without_loss(normalize, smooth, monkeypatch):
         assert sum(looked) < 61 * 50 // 10
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
-def test_bounded_equals_exhaustive(normalize):
+def test_bounded_equals_exhaustive(normalize, native, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", native)
     query_map, key_map = torch.randn(2, 1, 8, 19, 23)
     arguments = query_map, key_map, [40, 52], [90, 71], None, normalize, True
     bounded, exhaustive = op.dense_match(*arguments), op.dense_match(*arguments, exhaustive=True)

@@ -3,15 +3,19 @@
 Bilinear interpolation commutes with the dot product: the similarities of one query descriptor to all key pixels are
 the bilinear enlargement of its similarities to the coarse key cells, so pixel descriptors are never formed. And a
 bilinear patch never exceeds its four corners, so only patches with a corner above the best value can hold the match.
+The native core goes further on the CPU: it interpolates on the query's side too, bounds all query pixels between four
+cells at once, and looks only at a patch's four outermost pixels, one of which is its largest.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _env, _native
 from . import library
 from .nearest import NORM_FLOOR, full_matmul_precision, unit_rows
 
@@ -22,6 +26,8 @@ library.define(
 
 # Bytes of similarities that exist at one time; small enough to stay in a processor's cache.
 _BUDGET = 4 << 20
+# Bytes of the native core's table of cell similarities.
+_TABLE_BUDGET = 64 << 20
 # How many of the most promising patches to evaluate before the bound is checked, for the queries still open. About 4
 # patches per query can hold the match on real photographs; flat similarities need more.
 _STAGES = (8, 64, 512)
@@ -43,7 +49,22 @@ def bilinear_axis(position: Tensor, cells: int, pixels: int, dtype: torch.dtype)
     return Axis(low, (low + 1).clamp_(max=cells - 1), (source - low).to(dtype))
 
 
-def sample_bilinear(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor) -> Tensor:
+def _inverse_norms(rows: Tensor) -> Tensor | None:
+    """1 / max(norm, 1e-12) of ``rows [n, C]``; None where squares pass the range of their dtype."""
+    # Faster than vector_norm, which reads a map across its layout.
+    square = (rows * rows).sum(1)
+    return None if bool(torch.isinf(square).any()) else square.sqrt_().clamp_min_(NORM_FLOOR).reciprocal_()
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    """:func:`unit_rows` with the norm in the dtype of ``rows`` where that has the range."""
+    inverse = _inverse_norms(rows)
+    return unit_rows(rows) if inverse is None else rows * inverse[:, None]
+
+
+def sample_bilinear(
+    tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor, unnormalized: bool = False
+) -> Tensor:
     """Bilinear interpolation of a map at pixels.
 
     Args:
@@ -51,15 +72,21 @@ def sample_bilinear(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]
         grid: ``(h, w)``.
         size: ``(H, W)``, pixels over which the map is stretched.
         points: ``[P, 2]`` int64, (x, y) pixels.
+        unnormalized: divide each cell by its norm first.
 
     Returns:
         ``[P, C]``.
     """
+
+    def cell(row: Tensor, column: Tensor) -> Tensor:
+        cells = tokens[row * grid[1] + column]
+        return _unit_rows(cells) if unnormalized else cells
+
     x = bilinear_axis(points[:, 0], grid[1], size[1], tokens.dtype)
     y = bilinear_axis(points[:, 1], grid[0], size[0], tokens.dtype)
-    low, high, weight = y.low * grid[1], y.high * grid[1], x.weight[:, None]
-    top = torch.lerp(tokens[low + x.low], tokens[low + x.high], weight)
-    bottom = torch.lerp(tokens[high + x.low], tokens[high + x.high], weight)
+    weight = x.weight[:, None]
+    top = torch.lerp(cell(y.low, x.low), cell(y.low, x.high), weight)
+    bottom = torch.lerp(cell(y.high, x.low), cell(y.high, x.high), weight)
     return torch.lerp(top, bottom, y.weight[:, None])
 
 
@@ -93,6 +120,8 @@ class Picture(NamedTuple):
     tokens: Tensor
     grid: tuple[int, int]
     size: tuple[int, int]
+    unnormalized: bool = False
+    """The cells have yet to be divided by their norms; the native core does so with those that it needs."""
 
     @property
     def pixels(self) -> int:
@@ -107,13 +136,33 @@ class Picture(NamedTuple):
         return y, x
 
     def inverse_norms(self) -> Tensor:
-        """``[H, W]``: what the interpolated descriptor of each pixel is multiplied by to have length one."""
-        step = max(1, _BUDGET // (4 * self.tokens.shape[1] * self.tokens.element_size()))
-        norms = []
-        for start in range(0, self.pixels, step):
-            at = pixel_grid(self.size, start, min(start + step, self.pixels), self.tokens.device)
-            norms.append(sample_bilinear(self.tokens, self.grid, self.size, at).norm(dim=1))
-        return torch.cat(norms).clamp_min(NORM_FLOOR).reciprocal().view(self.size)
+        """``[H, W]``: what the interpolated descriptor of each pixel is multiplied by to have length one.
+
+        The squared norm is bilinear in each of its two factors, so it follows from the products of neighbouring cells;
+        in float64, for cells that nearly cancel.
+        """
+        y, x = self.axes()
+        cells = self.tokens.unflatten(0, self.grid)
+
+        def products(down: int, right: int) -> Tensor:
+            """[h, w]: each cell times the one so far away, itself at the border."""
+            rows = (torch.arange(self.grid[0], device=cells.device) + down).clamp_(max=self.grid[0] - 1)
+            columns = (torch.arange(self.grid[1], device=cells.device) + right).clamp_(0, self.grid[1] - 1)
+            other = cells[rows][:, columns] if down or right else cells
+            return (cells.double() * other.double()).sum(-1)
+
+        own, right, down, diagonal, back = (products(*step) for step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)))
+        # Along x first: the squares of a row's descriptors, and their products with the row below.
+        w = x.weight.double()
+
+        def along(near: Tensor, between: Tensor, far: Tensor) -> Tensor:
+            return (1 - w) ** 2 * near + (1 - w) * w * between + w**2 * far
+
+        square = along(own[:, x.low], 2 * right[:, x.low], own[:, x.high])
+        mixed = along(down[:, x.low], diagonal[:, x.low] + back[:, x.high], down[:, x.high])
+        v = y.weight.double()[:, None]
+        norm = (1 - v) ** 2 * square[y.low] + 2 * (1 - v) * v * mixed[y.low] + v**2 * square[y.high]
+        return norm.clamp_min(0).sqrt().clamp_min(NORM_FLOOR).reciprocal().to(self.tokens.dtype)
 
 
 def match_exhaustive(descriptors: Tensor, key: Picture, inverse_norms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -224,10 +273,142 @@ def match_bounded(descriptors: Tensor, key: Picture, inverse_norms: Tensor | Non
     return best, best_index
 
 
+class _Strips(NamedTuple):
+    """One axis of the key picture as the native core takes it: the pixels between neighbouring cells."""
+
+    cells: int
+    pixels: int
+    low: Tensor
+    """[strips] int32"""
+    high: Tensor
+    first: Tensor
+    """[strips + 1] int32"""
+    weight: Tensor
+    """[pixels] float32"""
+
+    def arguments(self) -> tuple[int, ...]:
+        strips = self.low.shape[0]
+        return (self.cells, self.pixels, strips, *(part.data_ptr() for part in self[2:]))
+
+
+@lru_cache(maxsize=64)
+def _cut_strips(cells: int, pixels: int) -> _Strips:
+    rule = bilinear_axis(torch.arange(pixels), cells, pixels, torch.float32)
+    _, count = torch.unique_consecutive(rule.low, return_counts=True)
+    end = count.cumsum(0)
+    begin = end - count
+    first = torch.cat([begin, end[-1:]]).int()
+    return _Strips(cells, pixels, rule.low[begin].int(), rule.high[begin].int(), first, rule.weight.contiguous())
+
+
+def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:
+    """The result of :func:`match_exhaustive` from the native core, float32 on the CPU.
+
+    Many points: similarities of the cells are interpolated on both sides, and points between the same four query
+    cells share their bounds. Few points: similarities of each point's own descriptor, interpolated on the key's side.
+    """
+    at = pixel_grid(query.size, 0, query.pixels, query.tokens.device) if points is None else points
+    count, cells = at.shape[0], key.tokens.shape[0]
+    similarity, index = query.tokens.new_empty(count), torch.empty(count, dtype=torch.int64)
+    y, x = (_cut_strips(c, p) for c, p in zip(key.grid, key.size, strict=True))
+    scale = key.inverse_norms().contiguous() if per_pixel else None
+
+    def search(table: Tensor, corners: Tensor, start: Tensor, weights: Tensor, part: slice) -> None:
+        table, corners, weights = table.contiguous(), corners.int().contiguous(), weights.float().contiguous()
+        found, where = similarity[part], index[part]
+        _native.require().dense_match_f32(
+            table.data_ptr(),
+            table.shape[0],
+            corners.shape[0],
+            corners.data_ptr(),
+            start.data_ptr(),
+            weights.data_ptr(),
+            y.arguments(),
+            x.arguments(),
+            0 if scale is None else scale.data_ptr(),
+            found.data_ptr(),
+            where.data_ptr(),
+            torch.get_num_threads(),
+            _env.cpu_isa(),
+        )
+
+    if count < query.tokens.shape[0]:
+        step = max(1, _TABLE_BUDGET // (4 * max(cells, query.tokens.shape[1])))
+        # Cheaper than another map: the similarities divided by the key's norms.
+        inverse = _inverse_norms(key.tokens) if key.unnormalized else None
+        keys = unit_rows(key.tokens) if key.unnormalized and inverse is None else key.tokens
+        for begin in range(0, count, step):
+            part = slice(begin, min(begin + step, count))
+            descriptors = sample_bilinear(query.tokens, query.grid, query.size, at[part], query.unnormalized)
+            if per_pixel:
+                descriptors = unit_rows(descriptors)
+            table = descriptors @ keys.t()
+            if inverse is not None:
+                table *= inverse
+            rows = torch.arange(part.stop - part.start)
+            start = torch.arange(part.stop - part.start + 1)
+            search(table, rows[:, None].expand(-1, 4), start, torch.zeros(len(rows), 2), part)
+        return similarity, index
+
+    axis_x = bilinear_axis(at[:, 0], query.grid[1], query.size[1], torch.float32)
+    axis_y = bilinear_axis(at[:, 1], query.grid[0], query.size[0], torch.float32)
+    width = query.grid[1]
+    group, order = torch.sort(axis_y.low * width + axis_x.low)
+    axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
+    weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
+    queries, keys = (_unit_rows(p.tokens) if p.unnormalized else p.tokens for p in (query, key))
+    # As many rows of query cells at one time as the budget for their similarities allows.
+    band = max(1, _TABLE_BUDGET // (4 * cells * width) - 1)
+    for top in range(0, query.grid[0], band):
+        begin, end = torch.searchsorted(group, torch.tensor([top * width, (top + band) * width])).tolist()
+        if begin == end:
+            continue
+        part = slice(begin, end)
+        _, sizes = torch.unique_consecutive(group[part], return_counts=True)
+        start = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        leader = begin + start[:-1]
+        corners = torch.stack(
+            [
+                cell_y[leader] * width + cell_x[leader] - top * width
+                for cell_y in (axis_y.low, axis_y.high)
+                for cell_x in (axis_x.low, axis_x.high)
+            ],
+            dim=1,
+        )
+        table = queries[top * width : (top + band + 1) * width] @ keys.t()
+        search(table, corners, start, weights[part], part)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(count)
+    similarity, index = similarity[back], index[back]
+    if per_pixel:
+        norms = query.inverse_norms().flatten()
+        scaled = similarity * (norms if points is None else norms[at[:, 1] * query.size[1] + at[:, 0]])
+        similarity = torch.where(index < 0, similarity, scaled)
+    return similarity, index
+
+
+def _fits_native(tokens: Tensor) -> bool:
+    return tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _native.can_run()[0]
+
+
+def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool) -> Picture:
+    """Prepare one map ``[C, h, w]``, cast already."""
+    grid = (cells.shape[1], cells.shape[2])
+    tokens = cells.flatten(1).t()
+    if normalize != "grid":
+        return Picture(tokens.contiguous(), grid, size)
+    if not exhaustive and _fits_native(tokens):
+        return Picture(tokens, grid, size, unnormalized=True)
+    return Picture(unit_rows(tokens).contiguous(), grid, size)
+
+
 def _match(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [P, 2]`` (None: all pixels) of one picture; returns similarity [P], pixel index [P] or -1."""
+    # The native core numbers pixels in 32 bits.
+    if not exhaustive and _fits_native(query.tokens) and key.pixels < 2**31:
+        return match_native(query, key, points, per_pixel)
     search = match_exhaustive if exhaustive else match_bounded
     inverse_norms = key.inverse_norms() if per_pixel else None
     count = query.pixels if points is None else points.shape[0]
@@ -262,19 +443,14 @@ def dense_match(
     query_map, key_map = query_map.detach(), key_map.detach()
     dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
     query_hw, key_hw = (query_size[0], query_size[1]), (key_size[0], key_size[1])
-    query_grid, key_grid = (query_map.shape[2], query_map.shape[3]), (key_map.shape[2], key_map.shape[3])
     if points is not None:
         points = whole_pixels(points, query_hw)
-    query_tokens = query_map.flatten(2).transpose(1, 2).to(dtype)
-    key_tokens = key_map.flatten(2).transpose(1, 2).to(dtype)
-    if normalize == "grid":
-        query_tokens, key_tokens = unit_rows(query_tokens), unit_rows(key_tokens)
     per_pixel = normalize == "pixel"
     similarity, indices, valid = [], [], []
     with full_matmul_precision():
         for b in range(query_map.shape[0]):
-            query = Picture(query_tokens[b].contiguous(), query_grid, query_hw)
-            key = Picture(key_tokens[b].contiguous(), key_grid, key_hw)
+            query = _picture(query_map[b].to(dtype), query_hw, normalize, exhaustive)
+            key = _picture(key_map[b].to(dtype), key_hw, normalize, exhaustive)
             at = None if points is None else points[b]
             values, index = _match(query, key, at, per_pixel, exhaustive)
             good = index >= 0

@@ -1,0 +1,63 @@
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/dense_match.hpp"
+
+namespace py = pybind11;
+
+namespace lift_fast {
+namespace {
+
+template <class T>
+T* pointer(const py::handle& address) {
+  return reinterpret_cast<T*>(address.cast<std::uintptr_t>());
+}
+
+// (cells, pixels, strips, low, high, first, weight)
+DenseMatchAxis axis(const py::tuple& t) {
+  if (t.size() != 7) throw py::value_error("dense_match: an axis is (cells, pixels, strips, low, high, first, weight)");
+  return {t[0].cast<std::int64_t>(),         t[1].cast<std::int64_t>(),         t[2].cast<std::int64_t>(),
+          pointer<const std::int32_t>(t[3]), pointer<const std::int32_t>(t[4]), pointer<const std::int32_t>(t[5]),
+          pointer<const float>(t[6])};
+}
+
+void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const py::handle& corners,
+         const py::handle& start, const py::handle& weights, const py::tuple& y, const py::tuple& x,
+         const py::handle& scale, const py::handle& similarity, const py::handle& index, int threads,
+         const std::string& isa) {
+  DenseMatchCall call{};
+  call.table = pointer<const float>(table);
+  call.rows = rows;
+  call.groups = groups;
+  call.corners = pointer<const std::int32_t>(corners);
+  call.start = pointer<const std::int64_t>(start);
+  call.weights = pointer<const float>(weights);
+  call.y = axis(y);
+  call.x = axis(x);
+  call.scale = pointer<const float>(scale);
+  call.similarity = pointer<float>(similarity);
+  call.index = pointer<std::int64_t>(index);
+  call.threads = threads;
+  const CpuIsa target = cpu_isa(isa);
+  py::gil_scoped_release release;
+  dense_match_run(call, target);
+}
+
+}  // namespace
+
+void bind_dense_match(py::module_& m) {
+  m.def("dense_match_f32", &run, py::arg("table"), py::arg("rows"), py::arg("groups"), py::arg("corners"),
+        py::arg("start"), py::arg("weights"), py::arg("y"), py::arg("x"), py::arg("scale"), py::arg("similarity"),
+        py::arg("index"), py::arg("threads"), py::arg("isa") = "auto",
+        "For each query pixel the key pixel of the largest bilinearly interpolated similarity, the lowest row-major one "
+        "of equals. Addresses of contiguous arrays: table [rows, y cells * x cells] float32, similarities of query to "
+        "key cells; corners [groups, 4] int32 rows of the table, start [groups + 1] int64, weights [points, 2] float32 "
+        "(x, y): query pixels grouped by the four cells around them; scale [y pixels, x pixels] float32, a positive "
+        "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
+        "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
+        "[points] int64; -inf and -1 where every value is NaN or infinite.");
+}
+
+}  // namespace lift_fast

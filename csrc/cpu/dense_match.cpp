@@ -1,0 +1,142 @@
+#include "dense_match.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lift_fast {
+namespace {
+
+struct Free {
+  void operator()(void* data) const { std::free(data); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+Floats allocate(std::int64_t words) {
+  void* data = std::aligned_alloc(64, (static_cast<std::size_t>(words) * 4 + 127) / 64 * 64);
+  if (data == nullptr) throw std::bad_alloc();
+  return Floats(static_cast<float*>(data));
+}
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("dense_match: " + what);
+}
+
+void check(const DenseMatchAxis& axis, const std::string& name) {
+  constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
+  require(axis.cells > 0 && axis.pixels > 0 && axis.strips > 0, name + " needs cells, pixels and strips");
+  require(axis.cells <= limit && axis.pixels <= limit && axis.strips <= axis.pixels, name + " is too large");
+  require(axis.low != nullptr && axis.high != nullptr && axis.first != nullptr && axis.weight != nullptr,
+          name + " must not be null");
+  require(axis.first[0] == 0 && axis.first[axis.strips] == axis.pixels, name + " strips must cover the pixels");
+  for (std::int64_t s = 0; s < axis.strips; ++s) {
+    require(axis.first[s] < axis.first[s + 1], name + " strips must ascend");
+    require(axis.low[s] >= 0 && axis.low[s] < axis.cells && axis.high[s] >= 0 && axis.high[s] < axis.cells,
+            name + " names a cell that does not exist");
+  }
+}
+
+}  // namespace
+
+void dense_match_run(DenseMatchCall call, CpuIsa isa) {
+  require(call.threads >= 1, "threads must be at least 1");
+  require(call.groups >= 0 && call.rows >= 0, "sizes must not be negative");
+  if (call.groups == 0) return;
+  check(call.y, "y");
+  check(call.x, "x");
+  // Cells, patches and pixels are numbered in 32 bits inside the kernel.
+  constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
+  require(call.y.pixels <= limit / call.x.pixels && call.y.cells <= limit / call.x.cells &&
+              call.y.strips <= limit / (call.x.strips + 16),
+          "the key picture must have fewer than 2^31 pixels");
+  require(call.table != nullptr && call.corners != nullptr && call.start != nullptr && call.weights != nullptr &&
+              call.similarity != nullptr && call.index != nullptr,
+          "table, corners, start, weights, similarity and index must not be null");
+  require(call.start[0] == 0, "groups must start with the first point");
+  for (std::int64_t g = 0; g < call.groups; ++g) {
+    require(call.start[g] <= call.start[g + 1], "groups must ascend");
+    for (int i = 0; i < 4; ++i) {
+      require(call.corners[4 * g + i] >= 0 && call.corners[4 * g + i] < call.rows, "a group names a row that does not exist");
+    }
+  }
+
+  // Widest vectors, whatever the instruction set.
+  constexpr std::int64_t lanes = 16;
+  const DenseMatchAxis &x = call.x, &y = call.y;
+  call.strips_padded = (x.strips + lanes - 1) / lanes * lanes;
+  std::int64_t widest = 0;
+  for (std::int64_t s = 0; s < x.strips; ++s) widest = std::max<std::int64_t>(widest, x.first[s + 1] - x.first[s]);
+  call.width_padded = (widest + lanes - 1) / lanes * lanes;
+  const Floats weights = allocate(x.strips * call.width_padded);
+  for (std::int64_t s = 0; s < x.strips; ++s) {
+    for (std::int64_t i = 0; i < call.width_padded; ++i) {
+      const std::int64_t pixel = x.first[s] + i;
+      weights.get()[s * call.width_padded + i] = pixel < x.first[s + 1] ? x.weight[pixel] : std::nanf("");
+    }
+  }
+  call.strip_weights = weights.get();
+
+  call.scale_largest = 1.0f;
+  Floats scale, high, low;
+  if (call.scale != nullptr) {
+    const std::int64_t pixels = y.pixels * x.pixels;
+    // A strip is read in whole vectors: its padding, thrown away, may lie beyond the last pixel.
+    scale = allocate(pixels + call.width_padded);
+    std::memcpy(scale.get(), call.scale, static_cast<std::size_t>(pixels) * 4);
+    std::memset(scale.get() + pixels, 0, static_cast<std::size_t>(call.width_padded) * 4);
+    call.scale_largest = 0.0f;
+    high = allocate(y.strips * call.strips_padded);
+    low = allocate(y.strips * call.strips_padded);
+    for (std::int64_t sy = 0; sy < y.strips; ++sy) {
+      for (std::int64_t sx = 0; sx < call.strips_padded; ++sx) {
+        float most = 0.0f, least = sx < x.strips ? std::numeric_limits<float>::infinity() : 0.0f;
+        for (std::int64_t row = y.first[sy]; sx < x.strips && row < y.first[sy + 1]; ++row) {
+          for (std::int64_t column = x.first[sx]; column < x.first[sx + 1]; ++column) {
+            const float value = call.scale[row * x.pixels + column];
+            if (value > most) most = value;
+            if (value < least) least = value;
+          }
+        }
+        high.get()[sy * call.strips_padded + sx] = most;
+        // Not NaN, which marks pixels that take no part.
+        call.scale_largest = std::max(call.scale_largest, most);
+        low.get()[sy * call.strips_padded + sx] = least;
+      }
+    }
+    call.padded_scale = scale.get();
+    call.scale_high = high.get();
+    call.scale_low = low.get();
+  }
+
+  std::vector<std::int32_t> y_strip, x_strip, row_best(static_cast<std::size_t>(call.rows));
+  for (auto [strip, axis] : {std::pair{&y_strip, &y}, std::pair{&x_strip, &x}}) {
+    strip->assign(static_cast<std::size_t>(axis->cells), -1);
+    for (std::int64_t s = 0; s < axis->strips; ++s) (*strip)[axis->high[s]] = static_cast<std::int32_t>(s);
+    for (std::int64_t s = 0; s < axis->strips; ++s) (*strip)[axis->low[s]] = static_cast<std::int32_t>(s);
+  }
+  call.y_strip = y_strip.data();
+  call.x_strip = x_strip.data();
+  call.row_best = row_best.data();
+
+  if (call.groups < call.threads) call.threads = static_cast<int>(call.groups);
+  call.scratch_words = DenseMatchScratch(call).end;
+  const Floats scratch = allocate(call.scratch_words * call.threads);
+  call.scratch = scratch.get();
+  switch (isa) {
+#if defined(__x86_64__)
+    case CpuIsa::avx512: dense_match_kernel_avx512(call); return;
+    case CpuIsa::avx2: dense_match_kernel_avx2(call); return;
+#endif
+    default: dense_match_kernel_baseline(call); return;
+  }
+}
+
+}  // namespace lift_fast

@@ -1,0 +1,75 @@
+// Dense matching from similarities of coarse cells: for each query pixel the key pixel whose bilinearly interpolated
+// similarity is largest, looking only at those patches of the key picture that can hold it.
+//
+// A patch is the set of key pixels between the same four cells; no value inside passes its corners. Query pixels
+// between the same four query cells form a group, whose similarities to a key cell lie between those of the corners.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.hpp"
+
+namespace lift_fast {
+
+// How one axis of the key picture is cut: strips of pixels between two neighbouring cells.
+struct DenseMatchAxis {
+  std::int64_t cells, pixels, strips;
+  const std::int32_t* low;    // [strips] cell on the near side
+  const std::int32_t* high;   // [strips] cell on the far side; low itself at the border
+  const std::int32_t* first;  // [strips + 1] first pixel of each strip, ascending from 0; the last is `pixels`
+  const float* weight;        // [pixels] share of the far cell
+};
+
+struct DenseMatchCall {
+  const float* table;  // [rows, y.cells * x.cells] similarities of query cells to key cells
+  std::int64_t rows;
+  std::int64_t groups;
+  const std::int32_t* corners;  // [groups, 4] rows of the table: near near, near far, far near, far far (y before x)
+  const std::int64_t* start;    // [groups + 1] first point of each group, ascending from 0
+  const float* weights;         // [points, 2] share of the far cells in x and in y
+  DenseMatchAxis y, x;
+  const float* scale;  // [y.pixels, x.pixels] factor of each key pixel, positive, or null
+  float* similarity;   // [points]; -inf where there is no match
+  std::int64_t* index;  // [points] row-major key pixel, the lowest of equals; -1 where there is no match
+  int threads;
+  // Set by dense_match_run.
+  std::int64_t strips_padded, width_padded, scratch_words;
+  const float* strip_weights;  // [x.strips, width_padded], NaN beyond the strip
+  const float* padded_scale;   // scale, readable one vector beyond its end
+  const float* scale_high;     // [y.strips, strips_padded]
+  const float* scale_low;
+  float scale_largest;
+  const std::int32_t* y_strip;  // [y.cells] a strip that begins or ends at the cell, or -1
+  const std::int32_t* x_strip;
+  std::int32_t* row_best;  // [rows] most similar key cell
+  float* scratch;  // one stretch for each thread
+};
+
+constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
+
+// Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc.
+void dense_match_run(DenseMatchCall call, CpuIsa isa);
+
+// One per translation unit.
+void dense_match_kernel_baseline(const DenseMatchCall& call);
+void dense_match_kernel_avx2(const DenseMatchCall& call);
+void dense_match_kernel_avx512(const DenseMatchCall& call);
+
+// One thread's working memory in 4-byte words, shared between its sizing and its use; multiples of 16.
+struct DenseMatchScratch {
+  std::int64_t upper, rows, bounds, weights, best, index, end;
+  explicit DenseMatchScratch(const DenseMatchCall& call) {
+    const auto align = [](std::int64_t words) { return (words + 15) / 16 * 16; };
+    constexpr std::int64_t block = dense_match_block;
+    const std::int64_t patches = call.y.strips * call.strips_padded;
+    upper = 0;
+    rows = upper + align(call.y.cells * call.x.cells + 16);
+    bounds = rows + call.y.cells * call.strips_padded;
+    weights = bounds + patches;
+    best = weights + 3 * block;
+    index = best + block;
+    end = index + block;
+  }
+};
+
+}  // namespace lift_fast

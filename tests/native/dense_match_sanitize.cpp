@@ -1,0 +1,97 @@
+// Runs the dense matcher on exactly sized heap blocks, so that a sanitizer sees every byte read or written outside, and
+// from several threads at once.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cpu/dense_match.hpp"
+
+using namespace lift_fast;
+
+namespace {
+
+template <class T>
+std::unique_ptr<T[]> exactly(const std::vector<T>& values) {
+  std::unique_ptr<T[]> copy(new T[values.size()]);
+  for (std::size_t i = 0; i < values.size(); ++i) copy[i] = values[i];
+  return copy;
+}
+
+// The rule of bilinear interpolation along one axis.
+struct Axis {
+  std::vector<std::int32_t> low, high, first;
+  std::vector<float> weight;
+  Axis(int cells, int pixels) {
+    for (int i = 0; i < pixels; ++i) {
+      const double source = std::fmin(std::fmax((i + 0.5) * cells / pixels - 0.5, 0.0), cells - 1.0);
+      const int cell = static_cast<int>(source);
+      weight.push_back(static_cast<float>(source - cell));
+      if (!low.empty() && low.back() == cell) continue;
+      low.push_back(cell);
+      high.push_back(cell + 1 < cells ? cell + 1 : cell);
+      first.push_back(i);
+    }
+    first.push_back(pixels);
+  }
+};
+
+void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scaled) {
+  const Axis y(h, height), x(w, width);
+  const auto y_low = exactly(y.low), y_high = exactly(y.high), y_first = exactly(y.first);
+  const auto x_low = exactly(x.low), x_high = exactly(x.high), x_first = exactly(x.first);
+  const auto y_weight = exactly(y.weight), x_weight = exactly(x.weight);
+  const int rows = 5, cells = h * w;
+  std::unique_ptr<float[]> table(new float[rows * cells]), weights(new float[2 * points]);
+  for (int i = 0; i < rows * cells; ++i) {
+    table[i] = i % 97 == 11 ? NAN : i % 89 == 7 ? INFINITY : 0.01f * static_cast<float>((i * 37) % 101 - 50);
+  }
+  for (int i = 0; i < 2 * points; ++i) weights[i] = static_cast<float>(i % 8) / 8;
+  const auto corners = exactly<std::int32_t>({0, 1, 2, 3, 4, 4, 4, 4, 1, 1, 3, 3});
+  const auto start = exactly<std::int64_t>({0, points / 3, points / 3, points});
+  std::unique_ptr<float[]> scale(new float[height * width]), similarity(new float[points]);
+  for (int i = 0; i < height * width; ++i) scale[i] = 0.5f + static_cast<float>(i % 5);
+  std::unique_ptr<std::int64_t[]> index(new std::int64_t[points]);
+  DenseMatchCall call{};
+  call.table = table.get();
+  call.rows = rows;
+  call.groups = 3;
+  call.corners = corners.get();
+  call.start = start.get();
+  call.weights = weights.get();
+  call.y = {h, height, static_cast<std::int64_t>(y.low.size()), y_low.get(), y_high.get(), y_first.get(), y_weight.get()};
+  call.x = {w, width, static_cast<std::int64_t>(x.low.size()), x_low.get(), x_high.get(), x_first.get(), x_weight.get()};
+  call.scale = scaled ? scale.get() : nullptr;
+  call.similarity = similarity.get();
+  call.index = index.get();
+  call.threads = 3;
+  dense_match_run(call, isa);
+  for (int i = 0; i < points; ++i) {
+    if (index[i] < -1 || index[i] >= static_cast<std::int64_t>(height) * width) std::abort();
+  }
+}
+
+void all(CpuIsa isa) {
+  const int grids[][2] = {{1, 1}, {1, 9}, {7, 1}, {3, 5}, {17, 16}, {8, 33}};
+  const int sizes[][2] = {{1, 1}, {3, 50}, {40, 2}, {61, 67}};
+  for (const auto& grid : grids) {
+    for (const auto& size : sizes) {
+      for (int points : {0, 1, 7, 64, 201}) {
+        for (bool scaled : {false, true}) run(isa, grid[0], grid[1], size[0], size[1], points, scaled);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
+    if (!cpu_has(isa)) continue;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 2; ++i) threads.emplace_back(all, isa);
+    for (std::thread& thread : threads) thread.join();
+    std::printf("%s ok\n", cpu_isa_name(isa));
+  }
+}

@@ -1,0 +1,249 @@
+"""The native core's dense matcher against the exhaustive plain version, on every instruction set that this CPU has."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lift_fast import _native
+from lift_fast.ops import dense_match as op
+from lift_fast.ops.nearest import unit_rows
+
+if not _native.can_run()[0]:
+    pytest.skip(_native.can_run()[1], allow_module_level=True)
+
+native = _native.require()
+ISAS = native.cpu_isas()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture(tokens, grid, size):
+    return op.Picture(tokens, grid, size)
+
+
+def exact(query, key, points, per_pixel):
+    """Similarities of every pair in float64: [P, H * W]."""
+    at = op.pixel_grid(query.size, 0, query.pixels, torch.device("cpu")) if points is None else points
+    every = op.pixel_grid(key.size, 0, key.pixels, torch.device("cpu"))
+    a = op.sample_bilinear(query.tokens.double(), query.grid, query.size, at)
+    b = op.sample_bilinear(key.tokens.double(), key.grid, key.size, every)
+    if per_pixel:
+        a, b = unit_rows(a), unit_rows(b)
+    table = a @ b.T
+    return table.masked_fill(~torch.isfinite(table), -torch.inf)
+
+
+def check(query, key, points, per_pixel, limit=2e-6):
+    similarity, index = op.match_native(query, key, points, per_pixel)
+    table = exact(query, key, points, per_pixel)
+    best = table.amax(1)
+    lost = best == -torch.inf
+    assert torch.equal(index < 0, lost)
+    assert bool((similarity[lost] == -torch.inf).all())
+    assert bool((index < key.pixels).all())
+    scale = float(table[torch.isfinite(table)].abs().max()) if bool(torch.isfinite(table).any()) else 1.0
+    chosen = table[~lost].gather(1, index[~lost, None])[:, 0]
+    assert bool((chosen >= best[~lost] - limit * max(scale, 1e-30)).all())
+    assert bool((similarity[~lost] - chosen).abs().le(limit * max(scale, 1e-30)).all())
+
+
+def random_pictures(generator, grids, sizes, channels):
+    tokens = [torch.randn(h * w, channels, generator=generator) for h, w in grids]
+    return [picture(t, g, s) for t, g, s in zip(tokens, grids, sizes, strict=True)]
+
+
+sides = st.integers(1, 7)
+pixels = st.integers(1, 40)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(
+    grids=st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)),
+    sizes=st.tuples(st.tuples(pixels, pixels), st.tuples(pixels, pixels)),
+    channels=st.sampled_from((2, 9)),
+    seed=st.integers(0, 1 << 30),
+)
+def test_equals_brute_force(isa, grids, sizes, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIFT_FAST_CPU_ISA", isa)
+        query, key = random_pictures(generator, grids, sizes, channels)
+        check(query, key, None, False)
+        # Few points take the other way through: similarities of their own descriptors.
+        few = op.pixel_grid(query.size, 0, min(3, query.pixels), torch.device("cpu")).flip(0)
+        check(query, key, few, False)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    # Strips of more and of fewer pixels than a vector, and pictures smaller than their map.
+    for sizes in (((61, 50), (70, 83)), ((40, 40), (17, 400)), ((33, 21), (9, 7))):
+        query, key = random_pictures(torch.Generator().manual_seed(1), ((16, 24), (20, 19)), sizes, 16)
+        check(query, key, None, per_pixel, 2e-5 if per_pixel else 2e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    query, key = random_pictures(torch.Generator().manual_seed(2), ((9, 11), (12, 7)), ((50, 60), (70, 40)), 8)
+    expected = op.match_native(query, key, None, False)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for ours, theirs in zip(op.match_native(query, key, None, False), expected, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)
+    # One or two rows of query cells at a time; products of another shape may round in another way.
+    for budget in (1, 4 * 84 * 11 * 3):
+        monkeypatch.setattr(op, "_TABLE_BUDGET", budget)
+        similarity, index = op.match_native(query, key, None, False)
+        torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-5)
+        assert float((index != expected[1]).float().mean()) < 1e-2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    ones, more = torch.ones(35, 1), torch.ones(12, 1)
+    query, key = picture(more, (3, 4), (20, 30)), picture(ones, (5, 7), (40, 30))
+    for points in (None, torch.tensor([[29, 19], [0, 0]])):
+        similarity, index = op.match_native(query, key, points, False)
+        assert bool((index == 0).all())
+        assert bool((similarity == 1).all())
+    # A plateau inside: the first pixel beyond the centre of cell (1, 1).
+    cells = torch.zeros(4, 4)
+    cells[1:3, 1:3] = 1
+    query, key = picture(torch.ones(1, 1), (1, 1), (1, 1)), picture(cells.view(16, 1), (4, 4), (16, 16))
+    assert op.match_native(query, key, None, False)[1].tolist() == [6 * 16 + 6]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("per_pixel", [False, True])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_cells_that_are_not_finite_take_no_part(poison, per_pixel, isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    query, key = random_pictures(torch.Generator().manual_seed(3), ((6, 5), (7, 6)), ((30, 20), (41, 37)), 5)
+    query.tokens[7, 2] = key.tokens[20, 1] = poison
+    check(query, key, None, per_pixel, 1e-4 if per_pixel else 2e-6)
+    key.tokens[:] = poison
+    similarity, index = op.match_native(query, key, None, per_pixel)
+    assert bool((index == -1).all())
+    assert bool((similarity == -torch.inf).all())
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-13, 1e15, 1e25])
+def test_magnitudes(scale):
+    maps = torch.randn(2, 1, 6, 5, 7, generator=torch.Generator().manual_seed(4))
+    size = [23, 31]
+    expected = op.dense_match(*maps, size, size, None, "grid", False, exhaustive=True)
+    for points in (None, torch.tensor([[[3, 4], [30, 22]]])):
+        ours = op.dense_match(*(maps * scale), size, size, points, "grid", False)
+        reference = op.dense_match(*(maps * scale), size, size, points, "grid", False, exhaustive=True)
+        torch.testing.assert_close(ours[0], reference[0], rtol=2e-6, atol=2e-6 if scale > 1e-12 else 1e-30)
+    if scale > 1e-12:
+        torch.testing.assert_close(op.dense_match(*(maps * scale), size, size, None, "grid", False)[0], expected[0])
+
+
+def axis(cells=3, pixels=9, low=(0, 1, 2), high=(1, 2, 2), first=(0, 3, 6, 9)):
+    tensors = [torch.tensor(part, dtype=torch.int32) for part in (low, high, first)]
+    return (cells, pixels, len(low), *tensors, torch.rand(pixels))
+
+
+def call(y=None, x=None, **changes):
+    y, x = y or axis(), x or axis()
+    table = torch.randn(4, y[0] * x[0])
+    corners, start = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), torch.tensor([0, 5])
+    weights, similarity, index = torch.rand(5, 2), torch.zeros(5), torch.zeros(5, dtype=torch.int64)
+    if "corners" in changes:
+        corners = torch.tensor([changes.pop("corners")], dtype=torch.int32)
+    if "start" in changes:
+        start = torch.tensor(changes.pop("start"))
+    arguments = {
+        "table": table.data_ptr(),
+        "rows": 4,
+        "groups": 1,
+        "corners": corners.data_ptr(),
+        "start": start.data_ptr(),
+        "weights": weights.data_ptr(),
+        "y": tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in y),
+        "x": tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in x),
+        "scale": 0,
+        "similarity": similarity.data_ptr(),
+        "index": index.data_ptr(),
+        "threads": 1,
+    }
+    native.dense_match_f32(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"isa": "sse9"}, "sse9"),
+        ({"threads": 0}, "threads"),
+        ({"groups": -1}, "negative"),
+        ({"rows": -1}, "negative"),
+        ({"rows": 3}, "a row that does not exist"),
+        ({"corners": (0, 1, -1, 2)}, "a row that does not exist"),
+        ({"start": [0, -1]}, "ascend"),
+        ({"start": [1, 2]}, "start with the first"),
+        ({"table": 0}, "null"),
+        ({"index": 0}, "null"),
+        ({"y": (1, 2)}, "an axis is"),
+        ({"x": axis(high=(1, 2, 3))}, "a cell that does not exist"),
+        ({"x": axis(low=(-1, 1, 2))}, "a cell that does not exist"),
+        ({"y": axis(first=(0, 3, 3, 9))}, "strips must ascend"),
+        ({"y": axis(first=(1, 3, 6, 9))}, "cover the pixels"),
+        ({"y": axis(first=(0, 3, 6, 8))}, "cover the pixels"),
+        ({"y": axis(cells=0)}, "needs cells"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    call()
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(sanitizer, tmp_path):
+    """Exactly sized heap blocks under AddressSanitizer and UBSan; several threads under ThreadSanitizer."""
+    # libgomp is not instrumented: its barriers look like races, so the team is made of one thread's worth of calls.
+    openmp = [] if sanitizer == "thread" else ["-fopenmp"]
+    flags = [
+        *openmp,
+        f"-fsanitize={sanitizer}",
+        "-g",
+        "-O1",
+        "-std=c++17",
+        f"-I{ROOT / 'csrc'}",
+        "-Wno-unknown-pragmas",
+    ]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip("g++ has no such sanitizer libraries")
+    sources = ["cpu/isa.cpp", "cpu/dense_match.cpp", "cpu/dense_match_baseline.cpp"]
+    extra = {}
+    if "avx2" in ISAS:
+        extra = {"cpu/dense_match_avx2.cpp": ["-mavx2", "-mfma"]}
+        extra["cpu/dense_match_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+    objects = []
+    main = ROOT / "tests" / "native" / "dense_match_sanitize.cpp"
+    for source in [*(ROOT / "csrc" / name for name in [*sources, *extra]), main]:
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        isa = extra.get(f"cpu/{source.name}", [])
+        subprocess.run(["g++", *flags, *isa, "-c", str(source), "-o", objects[-1]], check=True)
+    subprocess.run(["g++", *flags, *objects, "-pthread", "-o", str(tmp_path / "run")], check=True)
+    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "baseline ok" in done.stdout
