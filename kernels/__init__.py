@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from .. import _env
 
-def can_run() -> tuple[bool, str]:
-    """Whether Triton kernels can run here, and the reason if they cannot. May initialise CUDA."""
+
+def can_run(device: torch.device | None = None) -> tuple[bool, str]:
+    """Whether Triton kernels can run on a CUDA device (the current one), and the reason if not. May initialise CUDA."""
+    if _env.triton_disabled():
+        return False, "switched off by LIFT_FAST_DISABLE_TRITON=1"
     try:
         import triton
     except ImportError as error:
         return False, f"Triton cannot be imported: {error}"
     if not torch.cuda.is_available():
         return False, f"Triton {triton.__version__} is installed, but PyTorch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return False, f"needs compute capability 8.0 or later, the device has {capability[0]}.{capability[1]}"
     return True, f"Triton {triton.__version__}"

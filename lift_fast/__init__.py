@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from .backends import backends
     from .checkpoints import load_lift, save_lift
     from .extractor import ViTLiFTExtractor
+    from .graphs import CapturedExtractor, capture
+    from .tuning import tune
 
 __version__ = version("lift_fast")
 
 __all__ = [
+    "CapturedExtractor",
     "DenseMatches",
     "FrozenViT",
     "LiFT",
@@ -31,23 +34,28 @@ __all__ = [
     "Window",
     "__version__",
     "backends",
+    "capture",
     "clear_plans",
     "dense_match",
     "load_backbone",
     "load_lift",
     "nearest",
     "save_lift",
+    "tune",
 ]
 
 # Names that pull in more than PyTorch are imported when they are first used.
 _LAZY = {
+    "CapturedExtractor": ".graphs",
     "FrozenViT": ".backbones",
     "ViTLiFTExtractor": ".extractor",
     "WeightsNotFoundError": ".backbones",
     "backends": ".backends",
+    "capture": ".graphs",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
     "save_lift": ".checkpoints",
+    "tune": ".tuning",
 }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 _CPU_ISAS = ("auto", "avx512", "avx2", "baseline")
 # Every variable with what it does, for ``lift-fast info`` and the documentation.
 VARIABLES = {
     "LIFT_FAST_DISABLE_NATIVE": "1: run without the native core, as if it were not installed",
+    "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
+    "LIFT_FAST_CACHE": "folder for measured tile shapes; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
     "LIFT_FAST_CPU_ISA": f"instruction set of the native core on the CPU: {', '.join(_CPU_ISAS)}",
 }
 
@@ -26,6 +29,21 @@ def native_disabled() -> bool:
         ValueError: for another value than 0 or 1.
     """
     return _choice("LIFT_FAST_DISABLE_NATIVE", ("0", "1")) == "1"
+
+
+def triton_disabled() -> bool:
+    """LIFT_FAST_DISABLE_TRITON.
+
+    Raises:
+        ValueError: for another value than 0 or 1.
+    """
+    return _choice("LIFT_FAST_DISABLE_TRITON", ("0", "1")) == "1"
+
+
+def cache_folder() -> Path:
+    """LIFT_FAST_CACHE, or the user's cache folder; it may not exist yet."""
+    given = os.environ.get("LIFT_FAST_CACHE", "")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lift_fast"
 
 
 def cpu_isa() -> str:

@@ -71,7 +71,9 @@ def _cpu_native() -> Part:
 def _triton() -> Part:
     # Imported only here: Triton is optional and slow to load.
     runs, reason = import_module("lift_fast.kernels").can_run()
-    return Part("triton", runs, reason)
+    return Part(
+        "triton", runs, f"{reason}: upsample, head and image encoder of the LiFT forward pass" if runs else reason
+    )
 
 
 def _cuda_native() -> Part:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,20 @@ class Plan:
     """[c, C]"""
     out_bias: Tensor
     """[C]"""
+
+    def in_basis(self) -> Plan:
+        """The same network with its output in an orthonormal basis of the descriptors' span (identity 3).
+
+        The C-channel descriptors are W v + b, of rank c + 1 at most. With the thin QR decomposition [W | b] = Q R they
+        are Q (R [v; 1]): this plan yields the coordinates R [v; 1], c + 1 channels, whose inner products and norms are
+        those of the descriptors.
+        """
+        # On the CPU: small, and the same coordinates on every device.
+        _, r = torch.linalg.qr(torch.cat([self.out.t(), self.out_bias[:, None]], dim=1).cpu())
+        # The decomposition leaves each coordinate's sign open.
+        r = r * torch.where(r.diagonal() < 0, -1.0, 1.0)[:, None]
+        r = r.to(self.out.device)
+        return replace(self, out=r[:, :-1].t().contiguous(), out_bias=r[:, -1].contiguous())
 
     def edge_bias(self) -> Tensor:
         """The bias and the ones channel's share together, ``[3, 3, c]``, for executors without a ones channel.

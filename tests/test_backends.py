@@ -84,7 +84,8 @@ def test_bad_values_name_the_variable(variable, value, monkeypatch):
 
 
 def test_every_variable_is_described():
-    assert set(_env.VARIABLES) == {"LIFT_FAST_DISABLE_NATIVE", "LIFT_FAST_CPU_ISA"}
+    names = ("LIFT_FAST_DISABLE_NATIVE", "LIFT_FAST_DISABLE_TRITON", "LIFT_FAST_CACHE", "LIFT_FAST_CPU_ISA")
+    assert tuple(_env.VARIABLES) == names
 
 
 def test_an_empty_variable_is_the_default(monkeypatch):

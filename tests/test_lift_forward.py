@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lift_fast import LiFT, clear_plans
 from lift_fast.ops import plan_cache
+from lift_fast.ops.lift_forward import lift_forward
 from lift_fast.plan import build_plan, compose_upsample, weight_names
 from lift_fast.testing import AWKWARD_GRIDS, randomize, relative_error
 
@@ -235,9 +236,45 @@ def operator_arguments(seed, dtype=torch.float32, **options):
     )
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("channels", "patch"), [(2, 8), (7, 8), (64, 16)])
+def test_basis_and_normalized_outputs(channels, patch, native, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "0" if native else "1")
+    lift = network(channels, patch, seed=channels)
+    imgs, x = inputs(patch, 3 * patch, 2 * patch, channels)
+    exact = plain(lift, imgs, x, torch.float64).flatten(0, 1)
+    operands = (imgs, x.view(2, 3, 2, channels), *lift._plan_sources(), lift.architecture)
+    with torch.no_grad():
+        unit = lift_forward(*operands, normalize=True)
+        basis = lift_forward(*operands, basis=True)
+        both = lift_forward(*operands, basis=True, normalize=True)
+    directions = F.normalize(exact, dim=-1)
+    assert relative_error(unit.flatten(0, 2), directions) <= 1e-5
+    for actual, expected in ((basis, exact), (both, directions)):
+        # Identity 3: coordinates in an orthonormal basis of the span have the same products and norms.
+        assert actual.shape == (2, 6, 4, channels // 2 + 1)
+        assert actual.is_contiguous()
+        rows = actual.flatten(0, 2).double()
+        assert relative_error(rows @ rows.T, expected @ expected.T) <= 2e-5
+
+
+def test_basis_is_orthonormal_coordinates():
+    lift = network(64, 8, seed=3)
+    plan = build_plan(*lift._plan_sources(), lift.architecture)
+    ours = plan.in_basis()
+    wide = torch.cat([plan.out, plan.out_bias[None]])
+    narrow = torch.cat([ours.out, ours.out_bias[None]])
+    assert narrow.shape == (33, 33)
+    assert relative_error(narrow @ narrow.T, wide @ wide.T) < 1e-13
+    # The same weights give the same coordinates whatever signs the decomposition chose.
+    assert bool((narrow.diagonal() >= 0).all())
+
+
 def test_opcheck():
     for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
-        torch.library.opcheck(torch.ops.lift_fast.lift_forward.default, operator_arguments(seed, dtype))
+        arguments = operator_arguments(seed, dtype)
+        for flags in ((), (True, False), (True, True)):
+            torch.library.opcheck(torch.ops.lift_fast.lift_forward.default, (*arguments, *flags))
 
 
 def test_compile_full_graph_follows_weights_without_recompiling():

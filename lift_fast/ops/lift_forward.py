@@ -1,26 +1,29 @@
 """``lift_forward``: LiFT's evaluation-mode forward pass as one operator, executed from the composed plan.
 
 The plain PyTorch implementation (reference and baseline) is the module's own graph, ``LiFT._forward_plain``.
-:func:`run_plan` executes the plan with PyTorch's convolutions on any device; on the CPU :func:`run_native_plan` takes
-over everything behind the image encoder where the native core is there.
+:func:`run_plan` executes the plan with PyTorch's convolutions on any device. On the CPU :func:`run_native_plan` takes
+over everything behind the image encoder where the native core is there; on GPUs :mod:`lift_fast.ops.gpu_plan` takes
+over the whole where Triton is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _env, _native
-from ..plan import Architecture, ImageConv, Plan
-from . import library
+from ..plan import Architecture, Plan
+from . import gpu_plan, library
+from .image_encoder import TorchEncoder, encode_image, prepare_encoder
 from .plan_cache import prepared_plan
 
 library.define(
-    "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool) -> Tensor",
+    "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool,"
+    " bool basis=False, bool normalize=False) -> Tensor",
     # The plan is looked up by the weights' versions on the host at each call, which a replayed graph would not see.
     # Releases of PyTorch without this tag leave such operators to the caller.
     tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [],
@@ -28,7 +31,14 @@ library.define(
 
 
 def lift_forward(
-    imgs: Tensor, x: Tensor, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture
+    imgs: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilons: Sequence[float],
+    architecture: Architecture,
+    *,
+    basis: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     """LiFT in evaluation mode.
 
@@ -36,15 +46,17 @@ def lift_forward(
         imgs: ``[B, 3, s*h, s*w]`` pictures aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
         x: ``[B, h, w, C]`` backbone features in the dtype in which to compute.
         weights, epsilons, architecture: the network, see :func:`lift_fast.plan.build_plan`; any floating dtype.
+        basis: give the descriptors in an orthonormal basis of their span, see :meth:`lift_fast.plan.Plan.in_basis`.
+        normalize: divide each descriptor by max(its norm, 1e-12).
 
     Returns:
-        ``[B, 2h, 2w, C]``, contiguous, in the dtype of ``x``.
+        ``[B, 2h, 2w, C]``, or C // 2 + 1 channels with ``basis``; contiguous, in the dtype of ``x``.
 
     Raises:
         ValueError: if the weights are not finite.
     """
     out: Tensor = torch.ops.lift_fast.lift_forward.default(
-        imgs, x, list(weights), list(epsilons), architecture.image_blocks, architecture.pool
+        imgs, x, list(weights), list(epsilons), architecture.image_blocks, architecture.pool, basis, normalize
     )
     return out
 
@@ -52,9 +64,7 @@ def lift_forward(
 class TorchPlan(NamedTuple):
     """The plan's tensors in one dtype, in the layouts that PyTorch's convolutions take (channels last)."""
 
-    image_convs_1: tuple[ImageConv, ...]
-    pool: bool
-    image_convs_2: tuple[ImageConv, ...]
+    encoder: TorchEncoder
     phase: Tensor
     """[4c, K padded, 2, 2]"""
     fine: Tensor
@@ -71,13 +81,12 @@ class TorchPlan(NamedTuple):
 class NativePlan(NamedTuple):
     """The image encoder as in :class:`TorchPlan`, and the decoder's weights as the native core packs them."""
 
-    image_convs_1: tuple[ImageConv, ...]
-    pool: bool
-    image_convs_2: tuple[ImageConv, ...]
+    encoder: TorchEncoder
     packed: Tensor
     """uint8"""
     hidden: int
     """c"""
+    out_channels: int
     dtype: str
     isa: str
 
@@ -98,9 +107,7 @@ def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> Torch
     channels = plan.phase.shape[-1]
     phase = F.pad(plan.phase, (0, 0, 0, -plan.phase.shape[-2] % _CHANNEL_MULTIPLE))
     return TorchPlan(
-        image_convs_1=_prepare_encoder(plan.image_convs_1, device, dtype),
-        pool=plan.pool,
-        image_convs_2=_prepare_encoder(plan.image_convs_2, device, dtype),
+        encoder=prepare_encoder(plan, device, dtype),
         phase=kernel(phase.permute(0, 1, 5, 4, 2, 3).reshape(4 * channels, -1, 2, 2)),
         fine=kernel(plan.fine.permute(3, 2, 0, 1)),
         bias=cast(plan.bias),
@@ -111,60 +118,36 @@ def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> Torch
     )
 
 
-def _prepare_encoder(convs: tuple[ImageConv, ...], device: torch.device, dtype: torch.dtype) -> tuple[ImageConv, ...]:
-    return tuple(
-        ImageConv(
-            conv.weight.to(device, dtype).contiguous(memory_format=torch.channels_last),
-            conv.bias.to(device, dtype),
-            conv.stride,
-        )
-        for conv in convs
-    )
-
-
 def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     """Pack the plan for :func:`run_native_plan`; ``dtype`` float32 or bfloat16."""
     core, name = _native.require(), str(dtype).removeprefix("torch.")
     image = plan.fine.shape[2]
-    hidden, channels = plan.out.shape
-    parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, plan.out, plan.out_bias]
+    hidden, out_channels = plan.out.shape
+    channels = plan.phase.shape[-2] - 1 - image
+    # The decoder writes as many channels as it reads; a basis has fewer.
+    wide = [F.pad(part, (0, channels - out_channels)) for part in (plan.out, plan.out_bias)]
+    parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, *wide]
     parts = [part.cpu().contiguous() for part in parts]
     packed = torch.empty(core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8)
     addresses = [part.data_ptr() for part in parts]
     core.lift_decoder_pack(*addresses, channels, hidden, image, image, name, packed.data_ptr(), packed.numel(), isa)
     device = torch.device("cpu")
     return NativePlan(
-        image_convs_1=_prepare_encoder(plan.image_convs_1, device, dtype),
-        pool=plan.pool,
-        image_convs_2=_prepare_encoder(plan.image_convs_2, device, dtype),
+        encoder=prepare_encoder(plan, device, dtype),
         packed=packed,
         hidden=hidden,
+        out_channels=out_channels,
         dtype=name,
         isa=isa,
     )
-
-
-def encode_image(
-    convs_1: Sequence[ImageConv], pool: bool, convs_2: Sequence[ImageConv], imgs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Image encoders: ``imgs [B, 3, s*h, s*w]`` to f ``[B, F, 2h, 2w]`` and g ``[B, F, h, w]``, channels last."""
-    f = imgs.contiguous(memory_format=torch.channels_last)
-    for conv in convs_1:
-        f = F.conv2d(f, conv.weight, conv.bias, conv.stride, padding=1).relu_()
-    if pool:
-        f = F.max_pool2d(f, 2)
-    g = f
-    for conv in convs_2:
-        g = F.conv2d(g, conv.weight, conv.bias, conv.stride, padding=1).relu_()
-    return f, g
 
 
 def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
     """Execute the plan with PyTorch's own convolutions; shapes as :func:`lift_forward`."""
     batch, h, w, _ = x.shape
     coarse = [x.permute(0, 3, 1, 2)]
-    if plan.image_convs_1:
-        f, g = encode_image(plan.image_convs_1, plan.pool, plan.image_convs_2, imgs)
+    if plan.encoder.image_convs_1:
+        f, g = encode_image(plan.encoder, imgs)
         coarse.append(g)
         u = F.conv2d(f, plan.fine, plan.bias, padding=1)
     else:
@@ -188,8 +171,8 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((batch, 2 * h, 2 * w, channels))
     f_address = g_address = image = 0
-    if plan.image_convs_1:
-        f, g = encode_image(plan.image_convs_1, plan.pool, plan.image_convs_2, imgs)
+    if plan.encoder.image_convs_1:
+        f, g = encode_image(plan.encoder, imgs)
         f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
         f_address, g_address, image = f.data_ptr(), g.data_ptr(), f.shape[3]
     _native.require().lift_decoder(
@@ -210,28 +193,53 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
         torch.get_num_threads(),
         plan.isa,
     )
-    return out
+    return out[..., : plan.out_channels].contiguous()
 
 
 def _lift_forward(
-    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool
+    imgs: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    epsilons: list[float],
+    image_blocks: int,
+    pool: bool,
+    basis: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     device, dtype, network = x.device, x.dtype, (weights, epsilons, Architecture(image_blocks, pool))
+
+    def prepared(variant: tuple[Hashable, ...], prepare: Callable[[Plan], Any]) -> Any:
+        name = (*variant, device, dtype, basis)
+        return prepared_plan(*network, name, lambda plan: prepare(plan.in_basis() if basis else plan))
+
     # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
     with torch.autocast(device.type, enabled=False):
+        if device.type == "cuda" and gpu_plan.can_run(device, dtype)[0]:
+            gpu = prepared(("gpu",), lambda p: gpu_plan.prepare_gpu(p, device, dtype))
+            return gpu_plan.run_gpu_plan(gpu, imgs, x, normalize)
         if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native.can_run()[0]:
             isa = _env.cpu_isa()
-            native = prepared_plan(*network, ("native", dtype, isa), lambda plan: prepare_native(plan, dtype, isa))
-            return run_native_plan(native, imgs, x)
-        plan = prepared_plan(*network, ("torch", device, dtype), lambda plan: prepare_torch(plan, device, dtype))
-        return run_plan(plan, imgs, x)
+            out = run_native_plan(prepared(("native", isa), lambda p: prepare_native(p, dtype, isa)), imgs, x)
+        else:
+            out = run_plan(prepared(("torch",), lambda p: prepare_torch(p, device, dtype)), imgs, x)
+        # Half precision would lose digits of the norm.
+        wide = torch.promote_types(dtype, torch.float32)
+        return F.normalize(out.to(wide), dim=-1).to(dtype) if normalize else out
 
 
 def _fake_lift_forward(
-    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool
+    imgs: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    epsilons: list[float],
+    image_blocks: int,
+    pool: bool,
+    basis: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     batch, h, w, channels = x.shape
-    return x.new_empty((batch, 2 * h, 2 * w, channels))
+    # outc.weight is [C, c, 1, 1].
+    return x.new_empty((batch, 2 * h, 2 * w, weights[-2].shape[1] + 1 if basis else channels))
 
 
 library.implement("lift_forward", _lift_forward, fake=_fake_lift_forward)

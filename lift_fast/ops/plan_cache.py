@@ -35,8 +35,13 @@ class _Witness:
         if weight.data_ptr() != self.pointer or self.storage.expired():
             return False
         if weight.is_inference():
-            return self.contents is not None and torch.equal(weight, self.contents)
+            # Comparing waits for the device; whoever records a graph ran the network just before.
+            return self.contents is not None and (_capturing(weight) or torch.equal(weight, self.contents))
         return weight._version == self.version
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Entry:

@@ -1,0 +1,111 @@
+"""Tile shapes of the Triton kernels: what each kernel may use, and what it uses where nothing was measured."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+# Blocks that fill a device: those that these kernels are for have about 100 multiprocessors.
+_FULL = 96
+# Bytes of shared memory that a block may have, by compute capability (CUDA programming guide, technical
+# specifications); later parts of a family fall back to its first.
+_SHARED_MEMORY = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 7): 163 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+
+
+class Tile(NamedTuple):
+    """How a block of a kernel cuts its work."""
+
+    rows: int
+    """Output positions, a power of two."""
+    columns: int
+    """Output channels of one accumulator, a power of two."""
+    accumulators: int
+    """Accumulators of a block, side by side; they share each load of the inputs."""
+    depth: int
+    """Input channels of one step, a power of two."""
+    warps: int
+    stages: int
+    """Loads in flight."""
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may use on a device of this compute capability."""
+    known = [key for key in _SHARED_MEMORY if key <= capability]
+    return _SHARED_MEMORY[max(known)] if known else 48 << 10
+
+
+def columns_of(channels: int) -> int:
+    """Width of one accumulator: the narrowest that wastes nothing at the paper's widths, 64 at most."""
+    return max(16, min(64, 1 << (channels - 1).bit_length()))
+
+
+def padded(channels: int) -> int:
+    """Output channels rounded up to whole accumulators."""
+    columns = columns_of(channels)
+    return -(-channels // columns) * columns
+
+
+def depth_of(itemsize: int, channels: int) -> int:
+    """Input channels of one step: 128 bytes a row, less for narrow networks."""
+    return max(16, min(128 // itemsize, 1 << (channels - 1).bit_length()))
+
+
+def fits(tile: Tile, itemsize: int, capability: tuple[int, int]) -> bool:
+    """Whether the tile's staged loads have room in shared memory, and its accumulators in registers."""
+    staged = (tile.rows + tile.accumulators * tile.columns) * tile.depth * itemsize * tile.stages
+    registers = tile.rows * tile.columns * tile.accumulators / (32 * tile.warps)
+    # Of a thread's 255 registers. Before Hopper the operands of a product take their share, too, and so do float32's.
+    room = 96 if capability >= (9, 0) and itemsize == 2 else 64
+    return staged <= shared_memory(capability) - (2 << 10) and registers <= room
+
+
+def candidates(columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]) -> list[Tile]:
+    """Every tile worth measuring, for each number of accumulators in ``counts``."""
+    tiles = [
+        Tile(rows, columns, accumulators, depth // shrink, warps, stages)
+        for accumulators in counts
+        for rows in (16, 32, 64, 128)
+        for warps in (4, 8)
+        for shrink in (1, 2)
+        for stages in (2, 3, 4)
+        if depth // shrink >= 16
+    ]
+    return [tile for tile in tiles if fits(tile, itemsize, capability)]
+
+
+def default(
+    positions: int, columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]
+) -> Tile:
+    """The tile where nothing was measured: large where the work fills the device, small where it would leave it idle.
+
+    Args:
+        positions: output positions of the launch.
+        columns: output channels of an accumulator.
+        counts: numbers of accumulators that a block may have; the largest covers all output channels, or as many as
+            a block can hold.
+        depth: input channels of a step.
+        itemsize: bytes per element.
+        capability: of the device.
+    """
+    most = max(counts)
+    # Hopper's and Blackwell's products take 64 rows; 32 and 16 are for work that would leave the device idle.
+    shapes = [(rows, accumulators) for rows in (128, 64, 32, 16) for accumulators in counts]
+    shapes.sort(key=lambda shape: (shape[0] < 64, -shape[0] * shape[1]))
+    for shrink in (1, 2):
+        for rows, accumulators in shapes:
+            blocks = -(-positions // rows) * (most // accumulators)
+            if blocks < _FULL and (rows, accumulators) != shapes[-1]:
+                continue
+            for stages, warps in itertools.product((4, 3, 2), (4, 8)):
+                tile = Tile(rows, columns, accumulators, max(16, depth // shrink), warps, stages)
+                if fits(tile, itemsize, capability):
+                    return tile
+    return Tile(16, columns, counts[-1], 16, 8, 2)

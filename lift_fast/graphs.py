@@ -1,0 +1,99 @@
+"""CUDA graphs: backbone and LiFT recorded once and replayed, without the host's time for launching each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .lift import LiFT
+
+
+class CapturedExtractor:
+    """An extractor recorded as one CUDA graph for pictures of one shape; made by :func:`capture`."""
+
+    def __init__(self, extractor: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = tuple(int(size) for size in shape)
+        self.dtype = dtype
+        self.device = device
+        self._folded = [w for module in extractor.modules() if isinstance(module, LiFT) for w in _weights(module)]
+        with torch.cuda.device(device), torch.no_grad():
+            self._input = torch.zeros(self.shape, dtype=dtype, device=device)
+            # What happens only once (plans, position embeddings, kernels compiled and loaded) must not be recorded.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    extractor(self._input)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output: Tensor = extractor(self._input)
+        self._stamp = self._stamps()
+
+    def __call__(self, batch: Tensor, *, clone: bool = False) -> Tensor:
+        """Run the graph.
+
+        Args:
+            batch: ``[B, 3, H, W]`` normalised pictures of the captured shape, any floating dtype and device.
+            clone: return a tensor of its own; otherwise the next call overwrites what this one returned.
+
+        Returns:
+            ``[B, T, C]`` descriptors. The host does not wait for them.
+
+        Raises:
+            ValueError: for another shape, or pictures that are not floating point.
+            RuntimeError: if LiFT's weights have changed since the capture.
+        """
+        if not isinstance(batch, Tensor) or tuple(batch.shape) != self.shape:
+            got = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"batch must be {list(self.shape)} as captured, got {got}; capture that shape as well")
+        if not batch.is_floating_point():
+            raise ValueError(f"batch must be floating point and normalised, got {batch.dtype}")
+        if self._stamps() != self._stamp:
+            raise RuntimeError(
+                "LiFT's weights have changed since the capture, and the graph holds them folded; capture again"
+            )
+        with torch.cuda.device(self.device):
+            self._input.copy_(batch, non_blocking=True)
+            self._graph.replay()
+            return self._output.clone() if clone else self._output
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._folded]
+
+
+def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> CapturedExtractor:
+    """Record an extractor, backbone and LiFT together, as one CUDA graph.
+
+    The graph reads the backbone's weights where they lie: changes in place are seen, moving the module is not. LiFT's
+    weights are folded into the graph: after a change a call says so.
+
+    Args:
+        extractor: a :class:`lift_fast.ViTLiFTExtractor`, or another module from one batch of pictures to one tensor,
+            on a CUDA device.
+        shape: ``(B, 3, H, W)`` of the pictures.
+        dtype: of the pictures inside the graph; None takes that of the module's weights.
+
+    Raises:
+        TypeError: if ``extractor`` is no module.
+        ValueError: for a shape that is not ``(B, 3, H, W)``.
+        RuntimeError: if the module is not on a CUDA device.
+    """
+    if not isinstance(extractor, nn.Module):
+        raise TypeError(f"extractor must be an nn.Module such as ViTLiFTExtractor, got {type(extractor).__name__}")
+    if isinstance(extractor, LiFT):
+        raise TypeError("a LiFT alone takes pictures and features; capture a ViTLiFTExtractor(..., lift=...) instead")
+    sizes = list(shape)
+    if len(sizes) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or sizes[1] != 3:
+        raise ValueError(f"shape must be (B, 3, H, W), got {tuple(sizes)}")
+    weight = next(extractor.parameters(), None)
+    if weight is None or weight.device.type != "cuda":
+        where = "has no weights" if weight is None else f"is on {weight.device}"
+        raise RuntimeError(f"CUDA graphs need a CUDA device, but the extractor {where}; move it with .cuda()")
+    return CapturedExtractor(extractor, sizes, weight.dtype if dtype is None else dtype, weight.device)
+
+
+def _weights(lift: LiFT) -> list[Tensor]:
+    return lift._plan_sources()[0]

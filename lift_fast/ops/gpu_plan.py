@@ -1,0 +1,128 @@
+"""LiFT's plan on the GPU: image encoders, composed upsample and head, one fused kernel each.
+
+The two GEMM stages and the image encoders run in Triton; image encoders of another depth in PyTorch's convolutions. In
+memory beside inputs and outputs: f, g and the c-channel fine map.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _env, tuning
+from ..kernels import can_run as triton_can_run
+from ..plan import Plan
+from . import image_encoder
+
+if TYPE_CHECKING:
+    from ..kernels.head import HeadWeights
+    from ..kernels.tiles import Tile
+    from ..kernels.upsample import UpsampleWeights
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class GpuPlan(NamedTuple):
+    """The plan's weights in one dtype on one device, in the layouts of the kernels."""
+
+    encoder: str
+    """Which image encoder ``encoder_weights`` is for: "triton", "torch", or "none" without image."""
+    encoder_weights: Any
+    upsample: UpsampleWeights
+    head: HeadWeights
+
+
+def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the plan's kernels serve this device and dtype, and the reason if not."""
+    if dtype not in DTYPES:
+        return False, f"the kernels compute in {', '.join(map(str, DTYPES))}, not in {dtype}"
+    # The switch may change at any time, the device does not.
+    return triton_can_run(device) if _env.triton_disabled() else _device_can_run(device)
+
+
+@cache
+def _device_can_run(device: torch.device) -> tuple[bool, str]:
+    runs, reason = triton_can_run(device)
+    return runs, reason
+
+
+def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:
+    """Lay the plan out for the kernels.
+
+    Args:
+        plan: the network's plan.
+        device: where the kernels run.
+        dtype: bfloat16, float16 or float32.
+        encoder: "triton" or "torch" to choose the image encoder; None for the best there is.
+    """
+    from ..kernels import head, upsample
+    from ..kernels import image_encoder as triton_encoder
+
+    if not plan.image_convs_1:
+        encoder = "none"
+    elif encoder is None:
+        encoder = "torch" if triton_encoder.unsupported(plan) else "triton"
+    weights: Any = None
+    if encoder == "triton":
+        weights = triton_encoder.pack_encoder(plan, device, dtype)
+    elif encoder == "torch":
+        weights = image_encoder.prepare_encoder(plan, device, dtype)
+    return GpuPlan(
+        encoder,
+        weights,
+        upsample.pack_upsample(plan, device, dtype),
+        head.pack_head(plan, device, dtype),
+    )
+
+
+def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
+    """Image encoders: ``imgs [B, 3, s*h, s*w]`` to f ``[B, 2h, 2w, F]`` and g ``[B, h, w, F]``, contiguous."""
+    if plan.encoder == "triton":
+        from ..kernels import image_encoder as triton_encoder
+
+        return triton_encoder.encode_image(imgs, plan.encoder_weights)
+    f, g = image_encoder.encode_image(plan.encoder_weights, imgs)
+    return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
+
+
+def upsample_work(plan: GpuPlan, x: Tensor) -> tuning.Work:
+    """The upsample stage's launch for features ``x [B, h, w, C]``."""
+    from ..kernels import upsample
+
+    counts = tuple(upsample.accumulators_of(plan.upsample))
+    # Four phases each.
+    positions = 4 * x.shape[0] * x.shape[1] * x.shape[2]
+    return tuning.Work("upsample", positions, plan.upsample.channels, x.shape[3], counts, x.dtype)
+
+
+def upsample(plan: GpuPlan, x: Tensor, f: Tensor | None, g: Tensor | None, tile: Tile | None = None) -> Tensor:
+    """First stage: x ``[B, h, w, C]``, f and g of :func:`encode_image` to u ``[B, 2h, 2w, c]``, all contiguous."""
+    from ..kernels import upsample as kernel
+
+    return kernel.upsample(x, f, g, plan.upsample, tile or tuning.tile_for(upsample_work(plan, x), x.device))
+
+
+def head_work(plan: GpuPlan, u: Tensor) -> tuning.Work:
+    """The head's launch for ``u [B, 2h, 2w, c]``."""
+    from ..kernels import head
+
+    positions = u.shape[0] * u.shape[1] * u.shape[2]
+    return tuning.Work(
+        "head", positions, plan.head.channels, u.shape[3], tuple(head.accumulators_of(plan.head)), u.dtype
+    )
+
+
+def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = None) -> Tensor:
+    """Second stage: u ``[B, 2h, 2w, c]`` to descriptors ``[B, 2h, 2w, C]``, L2-normalised if asked for."""
+    from ..kernels import head as kernel
+
+    return kernel.head(u, plan.head, tile or tuning.tile_for(head_work(plan, u), u.device), normalize)
+
+
+def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
+    """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.lift_forward`."""
+    f, g = encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
+    return head(plan, upsample(plan, x.contiguous(), f, g), normalize)

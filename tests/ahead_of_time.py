@@ -1,0 +1,123 @@
+"""Compiles every Triton kernel as its launcher would launch it, for GPUs that need not be there; prints JSON.
+
+Run as a program: pytest itself may have Triton in interpreter mode, in which nothing can be compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lift_fast import LiFT, tuning
+from lift_fast.kernels import head, image_encoder, tiles, upsample
+from lift_fast.ops import gpu_plan
+from lift_fast.plan import build_plan
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CPU = torch.device("cpu")
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what a launcher calls it with."""
+
+    def __init__(self, module, name):
+        self.name, self.kernel, self.calls = name, getattr(module, name), []
+        setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.calls.append((args, options))
+
+        return launch
+
+
+def compile_call(kernel, args, options, capability):
+    """Compile one recorded launch for a compute capability such as 90; its resources."""
+    options = dict(options)
+    warps = options.pop("num_warps")
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            # What PyTorch allocates is aligned so, and the launcher finds that out itself.
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif value is None or name in options:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "async copies": ptx.count("cp.async.c") + ptx.count("cp.async.bulk"),
+    }
+
+
+def launches(channels, patch, batch, side, dtype, capability, normalize=False):
+    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability."""
+    recorders = [
+        Recorder(image_encoder, "fine_kernel"),
+        Recorder(image_encoder, "coarse_kernel"),
+        Recorder(upsample, "upsample_kernel"),
+        Recorder(head, "head_kernel"),
+    ]
+    tuning._capability = lambda device: divmod(capability, 10)
+    tuning.forget()
+    # Shapes alone matter; the meta device holds no memory for large batches.
+    lift = LiFT(channels, patch).eval()
+    plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), CPU, dtype, "triton")
+    h = side // patch
+    gpu_plan.run_gpu_plan(
+        plan,
+        torch.empty(batch, 3, side, side, dtype=dtype, device="meta"),
+        torch.empty(batch, h, h, channels, dtype=dtype, device="meta"),
+        normalize,
+    )
+    found = []
+    for recorder, module in zip(recorders, (image_encoder, image_encoder, upsample, head), strict=True):
+        setattr(module, recorder.name, recorder.kernel)
+        found += [(recorder.kernel, args, options) for args, options in recorder.calls]
+    return found
+
+
+def main(cases):
+    os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
+    results = []
+    for case in cases:
+        dtype = getattr(torch, case.pop("dtype"))
+        capability = case["capability"]
+        for kernel, args, options in launches(dtype=dtype, **case):
+            resources = compile_call(kernel, args, options, capability)
+            limit = tiles.shared_memory(divmod(capability, 10))
+            results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,314 @@
+"""The Triton kernels against the plain module in float64: on a GPU where there is one, else in Triton's interpreter."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lift_fast import LiFT, tuning
+from lift_fast.ops import gpu_plan, image_encoder, lift_forward
+from lift_fast.plan import build_plan
+from lift_fast.testing import randomize, relative_error
+
+triton = pytest.importorskip("triton")
+from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Triton's interpreter multiplies bfloat16 as if it were integers.
+LIMITS = {torch.float32: 1e-3 if DEVICE.type == "cuda" else 1e-6, torch.float16: 2e-3}
+if DEVICE.type == "cuda":
+    LIMITS[torch.bfloat16] = 1e-2
+# (C, patch, h, w, B, options): both scales, odd and rectangular grids, one token, widths that fill no tile.
+CASES = [
+    (32, 16, 2, 3, 2, {}),
+    (384, 8, 3, 2, 1, {}),
+    (384, 16, 1, 1, 1, {}),
+    (768, 8, 1, 1, 1, {}),
+    (33, 8, 5, 1, 2, {}),
+    (7, 16, 1, 3, 1, {}),
+    (2, 8, 2, 2, 1, {}),
+    (48, 14, 3, 2, 1, {}),
+    (40, 16, 3, 4, 1, {"use_image": False}),
+    (24, 8, 2, 3, 1, {"image_channels": 20}),
+    (24, 8, 2, 2, 1, {"extra_image_blocks": 1}),
+]
+
+
+class Network:
+    """A random LiFT, its inputs aligned as the operator takes them, and what the plain module makes of them."""
+
+    def __init__(self, channels, patch, h, w, batch, options, seed=None):
+        self.seed = int(torch.randint(1 << 30, ())) if seed is None else seed
+        torch.manual_seed(self.seed)
+        self.lift = randomize(LiFT(channels, patch, **options), self.seed).eval()
+        self.plan = build_plan(*self.lift._plan_sources(), self.lift.architecture)
+        side = 16 if patch != 8 else 8
+        self.imgs = torch.randn(batch, 3, side * h, side * w)
+        self.x = torch.randn(batch, h, w, channels)
+        twin = copy.deepcopy(self.lift).double()
+        x = self.x.double().permute(0, 3, 1, 2)
+        with torch.no_grad():
+            self.exact = twin._forward_plain(self.imgs.double(), x).permute(0, 2, 3, 1)
+
+    def inputs(self, dtype):
+        return self.imgs.to(DEVICE, dtype), self.x.to(DEVICE, dtype)
+
+    def prepare(self, dtype, encoder=None, basis=False):
+        plan = self.plan.in_basis() if basis else self.plan
+        return gpu_plan.prepare_gpu(plan, DEVICE, dtype, encoder)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every tensor that a launcher allocates is full of NaN until a kernel writes it."""
+
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize(
+    # The interpreter is slow: wide networks in one dtype.
+    ("case", "dtype"),
+    [
+        (case, dtype)
+        for case in CASES
+        for dtype in LIMITS
+        if case[0] < 384 or DEVICE.type == "cuda" or dtype.itemsize == 4
+    ],
+    ids=str,
+)
+def test_forward_equals_the_plain_module(case, dtype):
+    network = Network(*case)
+    with torch.no_grad():
+        plan = network.prepare(dtype)
+        out = gpu_plan.run_gpu_plan(plan, *network.inputs(dtype))
+    assert out.is_contiguous()
+    assert relative_error(out.cpu(), network.exact) <= LIMITS[dtype], network.seed
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 2), (5, 1)])
+def test_image_encoder(grid, patch, dtype):
+    network = Network(8, patch, *grid, 2, {})
+    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    f, g = image_encoder.encode_image(plain, network.imgs.double())
+    imgs, _ = network.inputs(dtype)
+    # A centred crop arrives as a view of a larger picture; what lies beyond the view must not be read.
+    framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
+    view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
+    for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            ours = gpu_plan.encode_image(network.prepare(dtype, "triton"), pictures)
+        for actual, expected in zip(ours, (f, g), strict=True):
+            assert actual.is_contiguous()
+            assert relative_error(actual.cpu(), expected.permute(0, 2, 3, 1)) <= LIMITS[dtype], network.seed
+
+
+@pytest.mark.parametrize(("rows", "accumulators"), [(16, 1), (32, 3), (64, 1), (128, 3)])
+def test_tiles_do_not_change_the_result(rows, accumulators):
+    network = Network(384, 8, 3, 2, 2, {})
+    with torch.no_grad():
+        plan = network.prepare(torch.float32, "torch")
+        imgs, x = network.inputs(torch.float32)
+        f, g = gpu_plan.encode_image(plan, imgs)
+        tile = tiles.Tile(rows, 64, accumulators, 32, 8, 2)
+        u = gpu_plan.upsample(plan, x, f, g, tile)
+        out = gpu_plan.head(plan, u, tile=tile._replace(accumulators=3))
+    assert relative_error(out.cpu(), network.exact) <= LIMITS[torch.float32], network.seed
+
+
+@pytest.mark.parametrize("channels", [2, 7, 48, 192])
+def test_basis_keeps_products_and_norms(channels):
+    network = Network(channels, 8, 2, 3, 1, {})
+    exact = network.exact.flatten(0, 2)
+    with torch.no_grad():
+        out = gpu_plan.run_gpu_plan(network.prepare(torch.float32, basis=True), *network.inputs(torch.float32))
+    assert out.shape[3] == channels // 2 + 1
+    ours = out.cpu().flatten(0, 2).double()
+    assert relative_error(ours @ ours.T, exact @ exact.T) <= 2 * LIMITS[torch.float32], network.seed
+
+
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize("channels", [7, 48, 192])
+def test_normalized_on_the_way_out(channels, basis):
+    network = Network(channels, 8, 3, 2, 1, {})
+    exact = F.normalize(network.exact, dim=-1).flatten(0, 2)
+    with torch.no_grad():
+        plan = network.prepare(torch.float32, basis=basis)
+        out = gpu_plan.run_gpu_plan(plan, *network.inputs(torch.float32), normalize=True).cpu().flatten(0, 2).double()
+    if basis:
+        assert relative_error(out @ out.T, exact @ exact.T) <= 2 * LIMITS[torch.float32], network.seed
+    else:
+        assert relative_error(out, exact) <= LIMITS[torch.float32], network.seed
+    # Rounding of the stored values alone.
+    assert float((out.norm(dim=1) - 1).abs().max()) <= 1e-6
+
+
+def test_a_zero_descriptor_stays_zero():
+    network = Network(8, 8, 1, 2, 1, {}, seed=1)
+    with torch.no_grad():
+        network.lift.outc.weight.zero_()
+        network.lift.outc.bias.zero_()
+        plan = build_plan(*network.lift._plan_sources(), network.lift.architecture)
+        ready = gpu_plan.prepare_gpu(plan, DEVICE, torch.float32)
+        out = gpu_plan.run_gpu_plan(ready, *network.inputs(torch.float32), normalize=True)
+    assert float(out.abs().max()) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 5, 4)])
+def test_nan_reaches_its_neighbourhood_alone(shape):
+    """A direct convolution: the cells whose windows hold the NaN, and no others."""
+    network = Network(16, 8, *shape[:2], 1, {"use_image": False})
+    imgs, x = network.inputs(torch.float32)
+    x[0, 0, 0, 3] = torch.nan
+    with torch.no_grad():
+        out = gpu_plan.run_gpu_plan(network.prepare(torch.float32), imgs, x).cpu()
+        twin = copy.deepcopy(network.lift).double()
+        plain = twin._forward_plain(network.imgs.double(), x.cpu().double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    sound = ~out.isnan().any(-1)
+    assert bool((plain.isnan().any(-1) | sound).all())
+
+
+def test_float32_products_follow_pytorchs_setting(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert launch.product_precision(torch.float32) == "tf32x3"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert launch.product_precision(torch.float32) == "tf32"
+    assert launch.product_precision(torch.bfloat16) == "tf32"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("channels", [1, 16, 192, 384])
+@pytest.mark.parametrize("positions", [1, 100, 3136, 200704])
+def test_default_tiles_fit(positions, channels, itemsize, capability):
+    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
+    counts = [tiles.padded(channels) // columns]
+    tile = tiles.default(positions, columns, counts, depth, itemsize, capability)
+    assert tiles.fits(tile, itemsize, capability)
+    assert all(value & (value - 1) == 0 for value in (tile.rows, tile.columns, tile.depth, tile.warps))
+    assert tile in tiles.candidates(columns, counts, depth, itemsize, capability)
+
+
+def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tuning.forget()
+    before = tuning.tile_for(work, DEVICE)
+    other = before._replace(rows=16, stages=2)
+    assert other != before
+    path = tuning.cache_file(DEVICE)
+    tuning._store(path, {work.key(): other})
+    tuning.forget()
+    assert tuning.tile_for(work, DEVICE) == other
+    # Work of about the same size shares it, larger work does not.
+    assert tuning.tile_for(work._replace(positions=2500), DEVICE) == other
+    assert tuning.tile_for(work._replace(positions=300_000), DEVICE) != other
+    tuning._store(path, {"head other": before})
+    tuning.forget()
+    assert tuning.tile_for(work, DEVICE) == other
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    tuning.forget()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 1, "tiles": {"a": "b"}}', '{"format": 1, "tiles": {"a": [1]}}', "\0"]
+)
+def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+    tuning.forget()
+    path = tuning.cache_file(DEVICE)
+    path.write_text(content)
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"tiles-.*\.json cannot be read"):
+        assert tuning.tile_for(work, DEVICE).columns == 64
+    tuning.forget()
+
+
+def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tuning._store(tuning.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
+    tuning.forget()
+    assert tuning.tile_for(work, DEVICE).rows <= 128
+    tuning.forget()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
+def test_tune_says_what_it_needs():
+    with pytest.raises(RuntimeError, match=r"on cpu; move it with \.cuda\(\)"):
+        tuning.tune(LiFT(16, 8), (1, 3, 32, 32))
+
+
+def test_switched_off(monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
+    assert can_run() == (False, "switched off by LIFT_FAST_DISABLE_TRITON=1")
+    assert gpu_plan.can_run(DEVICE, torch.bfloat16)[0] is False
+
+
+def test_operator_falls_back_without_the_kernels(monkeypatch):
+    """On any device: the same network through PyTorch's convolutions."""
+    monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
+    network = Network(24, 8, 3, 2, 2, {})
+    lift = network.lift.to(DEVICE)
+    with torch.no_grad():
+        out = lift_forward.lift_forward(*network.inputs(torch.float32), *lift._plan_sources(), lift.architecture)
+    assert relative_error(out.cpu(), network.exact) <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_module(self, dtype):
+        network = Network(384, 16, 7, 5, 3, {})
+        lift = network.lift.to(DEVICE, dtype)
+        imgs, x = network.inputs(dtype)
+        with torch.no_grad():
+            out = lift(imgs, x.flatten(1, 2))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                again = lift(imgs, x.flatten(1, 2))
+            stream.synchronize()
+            compiled = torch.compile(lift, fullgraph=True)(imgs, x.flatten(1, 2))
+        assert relative_error(out.cpu(), network.exact.flatten(1, 2)) <= LIMITS[dtype], network.seed
+        assert torch.equal(out, again)
+        assert torch.equal(out, compiled)
+
+    def test_autocast(self):
+        network = Network(384, 16, 7, 5, 1, {})
+        lift = network.lift.to(DEVICE)
+        imgs, x = network.inputs(torch.float32)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            out = lift(imgs, x.flatten(1, 2))
+        assert out.dtype == torch.bfloat16
+        assert relative_error(out.cpu(), network.exact.flatten(1, 2)) <= 1e-2
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_second_device(self):
+        network = Network(384, 16, 7, 5, 1, {})
+        lift = network.lift.to("cuda:1")
+        with torch.no_grad():
+            out = lift(network.imgs.to("cuda:1"), network.x.flatten(1, 2).to("cuda:1"))
+        assert relative_error(out.cpu(), network.exact.flatten(1, 2)) <= LIMITS[torch.float32]
+
+    def test_tune(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+        tuning.forget()
+        network = Network(32, 8, 4, 4, 1, {})
+        chosen = tuning.tune(network.lift.to(DEVICE), (1, 3, 32, 32), torch.bfloat16, quiet=True)
+        assert len(chosen) == 2
+        assert tuning.cache_file(DEVICE).is_file()
+        tuning.forget()

@@ -1,0 +1,60 @@
+"""Every Triton kernel, compiled for GPUs that are not here: no spills, shared memory that fits, tensor cores used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+KERNELS = ["fine_kernel", "coarse_kernel", "upsample_kernel", "head_kernel"]
+# One picture and a batch, both published widths, every dtype, the normalised head; one program compiles them all.
+CASES = [
+    {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 80},
+    {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 80},
+    {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 90},
+    {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 90},
+    {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "float16", "capability": 90, "normalize": True},
+    {"channels": 384, "patch": 8, "batch": 8, "side": 448, "dtype": "float32", "capability": 90},
+    {"channels": 768, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 90},
+    {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 100},
+    {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 100},
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    assert len(compiled) == len(CASES) * len(KERNELS)
+    assert {(one["kernel"], one["capability"]) for one in compiled} >= {(k, c) for k in KERNELS for c in (80, 90, 100)}
+
+
+def test_nothing_spills(compiled):
+    assert [one for one in compiled if one["local"] or one["stack"]] == []
+
+
+def test_shared_memory_fits(compiled):
+    assert [one for one in compiled if one["shared"] > one["shared limit"]] == []
+
+
+def test_products_run_on_tensor_cores(compiled):
+    assert [one for one in compiled if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
+    large = [one for one in compiled if one["kernel"] in ("upsample_kernel", "head_kernel") and one["batch"] == 64]
+    assert [one for one in large if one["capability"] == 90 and not one["wgmma"]] == []
+    assert [one for one in large if one["capability"] == 100 and not one["tcgen05"]] == []
+
+
+def test_loads_are_in_flight_during_the_products(compiled):
+    stages = [one for one in compiled if one["kernel"] in ("upsample_kernel", "head_kernel")]
+    assert [one for one in stages if not one["async copies"]] == []
