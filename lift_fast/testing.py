@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,3 +43,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     scale = torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny)
     error = float(torch.linalg.vector_norm(actual - expected) / scale)
     return error if error == error else float("inf")
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fill every floating-point tensor that ``Tensor.new_empty`` makes with NaN: what no kernel writes then shows."""
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = empty(self, *args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    Tensor.new_empty = poisoned  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Tensor.new_empty = empty  # type: ignore[method-assign]

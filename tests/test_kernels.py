@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lift_fast import LiFT, tuning
 from lift_fast.ops import gpu_plan, image_encoder, lift_forward
 from lift_fast.plan import build_plan
-from lift_fast.testing import randomize, relative_error
+from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
 triton = pytest.importorskip("triton")
 from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
@@ -64,16 +64,10 @@ class Network:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Every tensor that a launcher allocates is full of NaN until a kernel writes it."""
-
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        out = empty(self, *args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def poisoned():
+    """What a launcher allocates is full of NaN until a kernel writes it."""
+    with poisoned_outputs():
+        yield
 
 
 @pytest.mark.parametrize(

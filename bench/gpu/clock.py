@@ -1,0 +1,77 @@
+"""Times of device work: events around many calls, the median; graphs for calls that the host launches too slowly."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Run = Callable[..., Any]
+
+
+def milliseconds(run: Run, inputs: Sequence[tuple[Any, ...]], device: torch.device, seconds: float = 0.3) -> float:
+    """Median time of one call, taking turns among ``inputs`` so that no single set stays in the cache."""
+    turns = itertools.cycle(inputs)
+    for _ in range(max(3, len(inputs))):
+        run(*next(turns))
+    if device.type != "cuda":
+        return statistics.median(_wall(run, next(turns)) for _ in range(3))
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run(*next(turns))
+    torch.cuda.synchronize(device)
+    count = max(10, min(200, int(seconds / max(time.perf_counter() - start, 1e-6))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for first, last in events:
+        arguments = next(turns)
+        first.record()
+        run(*arguments)
+        last.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(first.elapsed_time(last) for first, last in events)
+
+
+def replay_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device, replays: int = 200) -> float:
+    """Time of one call when it is replayed as a CUDA graph, many replays one after the other."""
+    if device.type != "cuda":
+        return milliseconds(run, [arguments], device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(*arguments)
+    times = []
+    for _ in range(5):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+        first.record()
+        for _ in range(replays):
+            graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / replays)
+    return statistics.median(times)
+
+
+def host_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device) -> float:
+    """Time in which the host launches one call, without waiting for the device."""
+    times = []
+    for _ in range(30):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(_wall(run, arguments))
+    return statistics.median(times)
+
+
+def _wall(run: Run, arguments: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    run(*arguments)
+    return 1000 * (time.perf_counter() - start)
