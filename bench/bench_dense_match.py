@@ -1,13 +1,14 @@
-"""``dense_match`` against interpolate-then-argmax of published evaluation code: 200 points, all 448 x 448 pixels."""
+"""``dense_match`` against interpolate-then-argmax of published evaluation code: points against all 448 x 448 pixels."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from lift_fast import dense_match
 
-SIZE, POINTS = 448, 200
+SIZE = 448
 
 
 def smooth_maps(device):
@@ -17,11 +18,12 @@ def smooth_maps(device):
     return maps[:1], maps[1:]
 
 
-def test_points(benchmark, compare, device):
-    benchmark.group = f"dense_match, {device}, {POINTS} points against {SIZE} x {SIZE}, 56 x 56 maps, C 384"
+@pytest.mark.parametrize("count", [30, 200])
+def test_points(benchmark, compare, device, count):
+    benchmark.group = f"dense_match, {device}, {count} points against {SIZE} x {SIZE}, 56 x 56 maps, C 384"
     torch.manual_seed(0)
     query_map, key_map = smooth_maps(device)
-    points = torch.randint(SIZE, (1, POINTS, 2), device=device)
+    points = torch.randint(SIZE, (1, count, 2), device=device)
     size = (SIZE, SIZE)
 
     def ours():

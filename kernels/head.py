@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Plan
+from . import launch
 from .launch import device_guard, product_precision
-from .tiles import Tile, columns_of, padded
+from .tiles import Tile, columns_of, padded, shared_memory
 
 # A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
 NORM_FLOOR = 1e-12
@@ -88,6 +89,7 @@ def head_kernel(
     OUT_WIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    OUT_STAGES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FLOOR: tl.constexpr,
     PREC: tl.constexpr,
@@ -129,19 +131,19 @@ def head_kernel(
 
     hidden = ()
     for piece in tl.static_range(PIECES):
-        value = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
-        hidden = hidden + (tl.maximum(value, 0.0).to(u.dtype.element_ty),)
+        activated = tl.maximum(acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :], 0.0)
+        hidden = hidden + (activated.to(u.dtype.element_ty),)
 
     scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if NORMALIZE:
         # The norm needs all output channels before the first is written: the product is cheap enough to form twice.
         square = tl.zeros((ROWS,), dtype=tl.float32)
-        for block in range(0, M // OUT_WIDE):
+        for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
             value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)
             square += tl.sum(value * value, axis=1)
         scale = 1.0 / tl.maximum(tl.sqrt(square), FLOOR)
     target = out + position.to(tl.int64)[:, None] * OUT_CHANNELS
-    for block in range(0, M // OUT_WIDE):
+    for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
         value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)
         if NORMALIZE:
             value *= scale[:, None]
@@ -153,6 +155,13 @@ def head_kernel(
 def accumulators_of(weights: HeadWeights) -> list[int]:
     """Accumulators of a block: all output channels of the 3x3 convolution, so there is one choice."""
     return [weights.conv.shape[0] // columns_of(weights.channels)]
+
+
+def _out_stages(weights: HeadWeights, tile: Tile, u: Tensor) -> int:
+    """How many blocks of the 1x1 convolution's weights can be in flight beside the hidden channels of the positions."""
+    inner, itemsize = weights.conv.shape[0], u.element_size()
+    room = shared_memory(launch.capability(u.device)) - (4 << 10) - tile.rows * inner * itemsize
+    return max(1, min(3, room // (inner * columns_of(weights.out_channels) * itemsize)))
 
 
 def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -> Tensor:
@@ -189,6 +198,7 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
             OUT_WIDE=columns_of(weights.out_channels),
             DEPTH=tile.depth,
             STAGES=tile.stages,
+            OUT_STAGES=_out_stages(weights, tile, u),
             NORMALIZE=normalize,
             FLOOR=NORM_FLOOR,
             PREC=product_precision(u.dtype),

@@ -13,6 +13,12 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, by which tiles are chosen."""
+    # Tensors on the CPU come here in Triton's interpreter alone, where any tile runs.
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32: PyTorch's own setting, by default yes."""
     # The older switch, allow_tf32, sets this too; anything but "tf32" asks for full precision.

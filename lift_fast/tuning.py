@@ -75,13 +75,15 @@ def _measured(path: Path) -> dict[str, Tile]:
 
 @lru_cache(maxsize=1024)
 def _choose(work: Work, device: torch.device) -> Tile:
-    from .kernels import tiles
+    from .kernels import launch, tiles
 
     known = _measured(cache_file(device)).get(work.key())
     if known is not None and known in _candidates(work, device):
         return known
     columns, depth = tiles.columns_of(work.channels), tiles.depth_of(work.dtype.itemsize, work.inputs)
-    return tiles.default(work.positions, columns, list(work.counts), depth, work.dtype.itemsize, _capability(device))
+    return tiles.default(
+        work.positions, columns, list(work.counts), depth, work.dtype.itemsize, launch.capability(device)
+    )
 
 
 def tile_for(work: Work, device: torch.device) -> Tile:
@@ -95,16 +97,11 @@ def forget() -> None:
     _choose.cache_clear()
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    # Tensors on the CPU come here in Triton's interpreter alone, where any tile runs.
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
 def _candidates(work: Work, device: torch.device) -> list[Tile]:
-    from .kernels import tiles
+    from .kernels import launch, tiles
 
     columns, depth = tiles.columns_of(work.channels), tiles.depth_of(work.dtype.itemsize, work.inputs)
-    return tiles.candidates(columns, list(work.counts), depth, work.dtype.itemsize, _capability(device))
+    return tiles.candidates(columns, list(work.counts), depth, work.dtype.itemsize, launch.capability(device))
 
 
 def tune(

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lift_fast import LiFT, tuning
-from lift_fast.kernels import head, image_encoder, tiles, upsample
+from lift_fast.kernels import head, image_encoder, launch, tiles, upsample
 from lift_fast.ops import gpu_plan
 from lift_fast.plan import build_plan
 
@@ -54,7 +54,8 @@ def compile_call(kernel, args, options, capability):
             signature[name] = f"*{TYPES[value.dtype]}"
             # What PyTorch allocates is aligned so, and the launcher finds that out itself.
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif value is None or name in options:
+        elif value is None or name in options or value == 1:
+            # The launcher, too, compiles a kernel of its own for integers that are 1.
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
@@ -79,7 +80,7 @@ def compile_call(kernel, args, options, capability):
     }
 
 
-def launches(channels, patch, batch, side, dtype, capability, normalize=False):
+def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True):
     """(kernel, args, options) of one forward pass with the default tiles of a device of this capability."""
     recorders = [
         Recorder(image_encoder, "fine_kernel"),
@@ -87,10 +88,10 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False):
         Recorder(upsample, "upsample_kernel"),
         Recorder(head, "head_kernel"),
     ]
-    tuning._capability = lambda device: divmod(capability, 10)
+    launch.capability = lambda device: divmod(capability, 10)
     tuning.forget()
     # Shapes alone matter; the meta device holds no memory for large batches.
-    lift = LiFT(channels, patch).eval()
+    lift = LiFT(channels, patch, use_image=use_image).eval()
     plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), CPU, dtype, "triton")
     h = side // patch
     gpu_plan.run_gpu_plan(

@@ -239,6 +239,29 @@ def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
     tuning.forget()
 
 
+def test_the_fastest_sound_tile_is_chosen(monkeypatch):
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.float32)
+    tuning.forget()
+    first, others = tuning.tile_for(work, DEVICE), tuning._candidates(work, DEVICE)
+    wrong, broken, best = [tile for tile in others if tile != first][:3]
+    right = torch.randn(50)
+    running = []
+
+    def run(tile):
+        running[:] = [tile]
+        if tile == broken:
+            raise RuntimeError("out of resource")
+        return right + 1 if tile == wrong else right.clone()
+
+    def milliseconds(call):
+        call()
+        return {wrong: 0.1, best: 0.5}.get(running[0], 1.0)
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    assert tuning._fastest(work, DEVICE, run, quiet=True) == best
+    tuning.forget()
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
 def test_tune_says_what_it_needs():
     with pytest.raises(RuntimeError, match=r"on cpu; move it with \.cuda\(\)"):

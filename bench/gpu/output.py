@@ -54,8 +54,11 @@ def _row(row: dict[str, Any]) -> str:
 
 def chart(state: State) -> None:
     """Each kernel under the two measured ceilings."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        state.skipped.append("chart: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
