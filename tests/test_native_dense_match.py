@@ -102,6 +102,13 @@ def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
                 assert torch.equal(ours, theirs)
     finally:
         torch.set_num_threads(threads)
+    # In portions of points, which the rows of query cells do not follow.
+    monkeypatch.setattr(op, "_MOST_POINTS", 777)
+    similarity, index = op.match_native(query, key, None, False)
+    torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-5)
+    assert float((index != expected[1]).float().mean()) < 1e-2
+    monkeypatch.undo()
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     # One or two rows of query cells at a time; products of another shape may round in another way.
     for budget in (1, 4 * 84 * 11 * 3):
         monkeypatch.setattr(op, "_TABLE_BUDGET", budget)

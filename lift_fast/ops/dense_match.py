@@ -28,6 +28,8 @@ library.define(
 _BUDGET = 4 << 20
 # Bytes of the native core's table of cell similarities.
 _TABLE_BUDGET = 64 << 20
+# Points that the native way takes together; beside its table it needs about 100 bytes for each.
+_MOST_POINTS = 1 << 20
 # How many of the most promising patches to evaluate before the bound is checked, for the queries still open. About 4
 # patches per query can hold the match on real photographs; flat similarities need more.
 _STAGES = (8, 64, 512)
@@ -301,21 +303,24 @@ def _cut_strips(cells: int, pixels: int) -> _Strips:
     return _Strips(cells, pixels, rule.low[begin].int(), rule.high[begin].int(), first, rule.weight.contiguous())
 
 
-def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:
-    """The result of :func:`match_exhaustive` from the native core, float32 on the CPU.
+class _NativeSearch:
+    """The native core's search in one key picture."""
 
-    Many points: similarities of the cells are interpolated on both sides, and points between the same four query
-    cells share their bounds. Few points: similarities of each point's own descriptor, interpolated on the key's side.
-    """
-    at = pixel_grid(query.size, 0, query.pixels, query.tokens.device) if points is None else points
-    count, cells = at.shape[0], key.tokens.shape[0]
-    similarity, index = query.tokens.new_empty(count), torch.empty(count, dtype=torch.int64)
-    y, x = (_cut_strips(c, p) for c, p in zip(key.grid, key.size, strict=True))
-    scale = key.inverse_norms().contiguous() if per_pixel else None
+    def __init__(self, key: Picture, per_pixel: bool) -> None:
+        self.y, self.x = (_cut_strips(c, p) for c, p in zip(key.grid, key.size, strict=True))
+        self.scale = key.inverse_norms().contiguous() if per_pixel else None
 
-    def search(table: Tensor, corners: Tensor, start: Tensor, weights: Tensor, part: slice) -> None:
+    def __call__(self, table: Tensor, corners: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity and pixel index of each point.
+
+        Args:
+            table: ``[rows, h * w]`` similarities to the key's cells.
+            corners: ``[groups, 4]``, rows of the table.
+            start: ``[groups + 1]`` int64, where each group's points begin.
+            weights: ``[points, 2]``, share of the far corners in x and y.
+        """
         table, corners, weights = table.contiguous(), corners.int().contiguous(), weights.float().contiguous()
-        found, where = similarity[part], index[part]
+        similarity, index = table.new_empty(weights.shape[0]), torch.empty(weights.shape[0], dtype=torch.int64)
         _native.require().dense_match_f32(
             table.data_ptr(),
             table.shape[0],
@@ -323,33 +328,59 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
             corners.data_ptr(),
             start.data_ptr(),
             weights.data_ptr(),
-            y.arguments(),
-            x.arguments(),
-            0 if scale is None else scale.data_ptr(),
-            found.data_ptr(),
-            where.data_ptr(),
+            self.y.arguments(),
+            self.x.arguments(),
+            0 if self.scale is None else self.scale.data_ptr(),
+            similarity.data_ptr(),
+            index.data_ptr(),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )
-
-    if count < query.tokens.shape[0]:
-        step = max(1, _TABLE_BUDGET // (4 * max(cells, query.tokens.shape[1])))
-        # Cheaper than another map: the similarities divided by the key's norms.
-        inverse = _inverse_norms(key.tokens) if key.unnormalized else None
-        keys = unit_rows(key.tokens) if key.unnormalized and inverse is None else key.tokens
-        for begin in range(0, count, step):
-            part = slice(begin, min(begin + step, count))
-            descriptors = sample_bilinear(query.tokens, query.grid, query.size, at[part], query.unnormalized)
-            if per_pixel:
-                descriptors = unit_rows(descriptors)
-            table = descriptors @ keys.t()
-            if inverse is not None:
-                table *= inverse
-            rows = torch.arange(part.stop - part.start)
-            start = torch.arange(part.stop - part.start + 1)
-            search(table, rows[:, None].expand(-1, 4), start, torch.zeros(len(rows), 2), part)
         return similarity, index
 
+
+def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:
+    """The result of :func:`match_exhaustive` from the native core, float32 on the CPU."""
+    search = _NativeSearch(key, per_pixel)
+    count = query.pixels if points is None else points.shape[0]
+    norms = query.inverse_norms().flatten() if per_pixel and count >= query.tokens.shape[0] else None
+    parts = [(query.tokens.new_empty(0), torch.empty(0, dtype=torch.int64))]
+    for start in range(0, count, _MOST_POINTS):
+        stop = min(start + _MOST_POINTS, count)
+        at = pixel_grid(query.size, start, stop, query.tokens.device) if points is None else points[start:stop]
+        if count < query.tokens.shape[0]:
+            parts.append(_match_few(search, query, key, at, per_pixel))
+        else:
+            parts.append(_match_many(search, query, key, at, norms))
+    similarity, index = zip(*parts, strict=True)
+    return torch.cat(similarity), torch.cat(index)
+
+
+def _match_few(
+    search: _NativeSearch, query: Picture, key: Picture, at: Tensor, per_pixel: bool
+) -> tuple[Tensor, Tensor]:
+    """By the similarities of each point's own descriptor, interpolated on the key's side alone."""
+    # Cheaper than another map: the similarities divided by the key's norms.
+    inverse = _inverse_norms(key.tokens) if key.unnormalized else None
+    keys = unit_rows(key.tokens) if key.unnormalized and inverse is None else key.tokens
+    parts = []
+    for part in at.split(max(1, _TABLE_BUDGET // (4 * max(keys.shape)))):
+        descriptors = sample_bilinear(query.tokens, query.grid, query.size, part, query.unnormalized)
+        if per_pixel:
+            descriptors = unit_rows(descriptors)
+        table = descriptors @ keys.t()
+        if inverse is not None:
+            table *= inverse
+        rows = torch.arange(len(part) + 1)
+        parts.append(search(table, rows[:-1, None].expand(-1, 4), rows, torch.zeros(len(part), 2)))
+    similarity, index = zip(*parts, strict=True)
+    return torch.cat(similarity), torch.cat(index)
+
+
+def _match_many(
+    search: _NativeSearch, query: Picture, key: Picture, at: Tensor, norms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By the similarities of cells, interpolated on both sides; points between the same four query cells together."""
     axis_x = bilinear_axis(at[:, 0], query.grid[1], query.size[1], torch.float32)
     axis_y = bilinear_axis(at[:, 1], query.grid[0], query.size[0], torch.float32)
     width = query.grid[1]
@@ -357,32 +388,30 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
     weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
     queries, keys = (_unit_rows(p.tokens) if p.unnormalized else p.tokens for p in (query, key))
+    similarity, index = query.tokens.new_empty(len(at)), torch.empty(len(at), dtype=torch.int64)
     # As many rows of query cells at one time as the budget for their similarities allows.
-    band = max(1, _TABLE_BUDGET // (4 * cells * width) - 1)
+    band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
     for top in range(0, query.grid[0], band):
         begin, end = torch.searchsorted(group, torch.tensor([top * width, (top + band) * width])).tolist()
         if begin == end:
             continue
-        part = slice(begin, end)
-        _, sizes = torch.unique_consecutive(group[part], return_counts=True)
+        _, sizes = torch.unique_consecutive(group[begin:end], return_counts=True)
         start = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         leader = begin + start[:-1]
         corners = torch.stack(
             [
-                cell_y[leader] * width + cell_x[leader] - top * width
+                (cell_y[leader] - top) * width + cell_x[leader]
                 for cell_y in (axis_y.low, axis_y.high)
                 for cell_x in (axis_x.low, axis_x.high)
             ],
             dim=1,
         )
         table = queries[top * width : (top + band + 1) * width] @ keys.t()
-        search(table, corners, start, weights[part], part)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(count)
-    similarity, index = similarity[back], index[back]
-    if per_pixel:
-        norms = query.inverse_norms().flatten()
-        scaled = similarity * (norms if points is None else norms[at[:, 1] * query.size[1] + at[:, 0]])
+        # In the order in which the points came.
+        where = order[begin:end]
+        similarity[where], index[where] = search(table, corners, start, weights[begin:end])
+    if norms is not None:
+        scaled = similarity * norms[at[:, 1] * query.size[1] + at[:, 0]]
         similarity = torch.where(index < 0, similarity, scaled)
     return similarity, index
 
