@@ -43,8 +43,9 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
     assert torch.equal(result.xy, one_way.xy)
     for b in range(query_map.shape[0]):
         table = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
-        largest = table[torch.isfinite(table)].abs().max().item() if torch.isfinite(table).any() else 1.0
-        tie = TIE * max(1.0, largest)
+        # Products round on the scale of their factors' lengths, however small they come out.
+        lengths = [m[b].double().norm(dim=0) for m in (query_map, key_map)] if normalize is None else []
+        tie = TIE * max(1.0, math.prod(float(n[n.isfinite()].max()) for n in lengths if n.isfinite().any()))
         if normalize == "pixel":
             # Where cells nearly cancel, dividing by the small interpolated norm magnifies the rounding.
             tie *= max(10.0, cancellation(query_map[b], query_size), cancellation(key_map[b], key_size))

@@ -253,7 +253,8 @@ class Matcher {
     }
   }
 
-  // Linear in each direction, a patch is largest at one of its four outermost pixels: those alone, for a vector of points.
+  // Without scales, and linear in each direction, a patch is largest at one of its four outermost pixels: those alone,
+  // for a vector of points.
   void compare_extremes(std::int64_t point, std::int64_t strip_y, std::int64_t strip_x, const Bilinear<Vec>& patch) {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
     const std::int32_t rows[2] = {y.first[strip_y], y.first[strip_y + 1] - 1};
@@ -276,7 +277,7 @@ class Matcher {
     store(index_ + point, index);
   }
 
-  // All pixels of one patch for one point.
+  // All pixels of one patch for one point, each with its scale.
   void evaluate(std::int64_t point, std::int64_t strip_y, std::int64_t strip_x, const Bilinear<float>& patch) {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
     const float* weights = call_.strip_weights + strip_x * call_.width_padded;
@@ -287,7 +288,7 @@ class Matcher {
       const Vec start = multiply_add(splat(patch.down), down, splat(patch.near));
       const Vec slope = multiply_add(splat(patch.both), down, splat(patch.right));
       const Vec value = multiply_add(slope, load(weights + column), start);
-      return call_.scale == nullptr ? value : value * load(call_.padded_scale + row * x.pixels + first_x + column);
+      return value * load(call_.padded_scale + row * x.pixels + first_x + column);
     };
     Vec most = splat(-kInfinity);
     for (std::int64_t row = first_y; row < last_y; ++row) {
