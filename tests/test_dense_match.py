@@ -14,27 +14,29 @@ from lift_fast.ops import dense_match as op
 TIE = 1e-6
 
 
+def interpolate(maps, size):
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
+
+
 def brute_force(query_map, key_map, query_size, key_size, normalize):
-    """[Hq * Wq, Hk * Wk] similarities of one picture pair."""
+    """Similarities of one picture pair and how far each may be off in float32: both [Hq * Wq, Hk * Wk]."""
 
     def descriptors(maps, size):
         maps = maps.double()
         if normalize == "grid":
             maps = maps / maps.norm(dim=0, keepdim=True).clamp_min(1e-12)
-        wide = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-        return wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12) if normalize == "pixel" else wide
+        # Interpolation rounds on the scale of the longest cell around. Where cells nearly cancel, dividing by the
+        # small norm of the interpolated descriptor magnifies that.
+        longest = F.max_pool2d(maps.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale = interpolate(maps, size), interpolate(longest, size)
+        if normalize == "pixel":
+            norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            wide, scale = wide / norm, scale / norm
+        return wide, scale.clamp_min(1.0)
 
-    table = descriptors(query_map, query_size) @ descriptors(key_map, key_size).T
-    return table.masked_fill(~torch.isfinite(table), -torch.inf)
-
-
-def cancellation(maps, size):
-    """How much shorter than the cells an interpolated descriptor can be."""
-    maps = maps.double()
-    wide = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].norm(dim=0)
-    wide = wide[torch.isfinite(wide) & (wide > 0)]
-    cells = maps.norm(dim=0)
-    return float(cells[torch.isfinite(cells)].max() / wide.min()) if wide.numel() else 1.0
+    (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
+    table, tie = query @ key.T, TIE * query_scale * key_scale.T
+    return table.masked_fill(~torch.isfinite(table), -torch.inf), tie.nan_to_num_(0.0, posinf=0.0)
 
 
 def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
@@ -42,34 +44,27 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
     one_way = dense_match(query_map, key_map, query_size, key_size, normalize=normalize, points=points)
     assert torch.equal(result.xy, one_way.xy)
     for b in range(query_map.shape[0]):
-        table = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
-        # Products round on the scale of their factors' lengths, however small they come out.
-        lengths = [m[b].double().norm(dim=0) for m in (query_map, key_map)] if normalize is None else []
-        tie = TIE * max(1.0, math.prod(float(n[n.isfinite()].max()) for n in lengths if n.isfinite().any()))
-        if normalize == "pixel":
-            # Where cells nearly cancel, dividing by the small interpolated norm magnifies the rounding.
-            tie *= max(10.0, cancellation(query_map[b], query_size), cancellation(key_map[b], key_size))
+        table, tie = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
         if points is None:
             rows = torch.arange(table.shape[0])
         else:
             at = points[b].floor().long()
             rows = at[:, 1] * query_size[1] + at[:, 0]
-        best = table[rows].amax(1)
-        lost = best == -torch.inf
+        lost = table[rows].amax(1) == -torch.inf
         assert torch.equal(one_way.valid[b], ~lost)
         assert (result.xy[b][lost] == -1).all()
         assert (result.similarity[b][lost] == -math.inf).all()
+        rows = rows[~lost]
         x, y = result.xy[b][~lost].unbind(1)
         assert ((x >= 0) & (x < key_size[1]) & (y >= 0) & (y < key_size[0])).all()
         found = y * key_size[1] + x
-        chosen = table[rows[~lost], found]
-        assert (chosen >= best[~lost] - tie).all()
-        assert (result.similarity[b][~lost].double() - chosen).abs().le(tie).all()
+        chosen, rounding = table[rows, found], tie[rows, found]
+        assert (chosen + rounding >= (table[rows] - tie[rows]).amax(1)).all()
+        assert (result.similarity[b][~lost].double() - chosen).abs().le(rounding).all()
         # Mutual: judged only where no other query pixel comes within rounding of the best.
-        columns = table[:, found]
-        back = columns.amax(0)
-        clear = (columns >= back - 2 * tie).sum(0) == 1
-        mutual = columns.argmax(0) == rows[~lost]
+        back = (table[:, found] - tie[:, found]).amax(0)
+        clear = (table[:, found] + tie[:, found] >= back).sum(0) == 1
+        mutual = table[:, found].argmax(0) == rows
         assert torch.equal(result.valid[b][~lost][clear], mutual[clear])
     return result
 
