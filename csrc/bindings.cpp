@@ -27,8 +27,8 @@ T* pointer(std::uintptr_t address) {
 }
 
 void nearest(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::int64_t n, std::int64_t m,
-             std::int64_t c, bool normalize, std::uintptr_t similarity, std::uintptr_t index, std::uintptr_t second,
-             std::uintptr_t reverse_similarity, std::uintptr_t reverse_index, int threads, const std::string& isa) {
+             std::int64_t c, bool normalize, bool rescore, std::int64_t k, std::uintptr_t similarity,
+             std::uintptr_t index, std::uintptr_t back, int threads, const std::string& isa) {
   NearestCall call{};
   call.query = pointer<const float>(query);
   call.key = pointer<const float>(key);
@@ -37,16 +37,18 @@ void nearest(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::
   call.m = m;
   call.c = c;
   call.normalize = normalize;
+  call.rescore = rescore;
+  call.k = k;
   call.similarity = pointer<float>(similarity);
   call.index = pointer<std::int64_t>(index);
-  call.second = pointer<float>(second);
-  call.reverse_similarity = pointer<float>(reverse_similarity);
-  call.reverse_index = pointer<std::int64_t>(reverse_index);
+  call.back = pointer<std::int64_t>(back);
   call.threads = threads;
-  const CpuIsa target = cpu_isa(isa);
+  const NearestIsa target = nearest_isa(isa);
   py::gil_scoped_release release;
   nearest_run(call, target);
 }
+
+std::string nearest_isa_in_use(const std::string& isa) { return nearest_isa_name(nearest_isa(isa)); }
 
 py::dict build_info() {
   py::dict info;
@@ -95,13 +97,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_probe", &lift_fast::cuda_probe, py::arg("device"),
         "(works, reason): whether this binary's kernels run on a CUDA device.");
   m.def("nearest_f32", &lift_fast::nearest, py::arg("query"), py::arg("key"), py::arg("batch"), py::arg("n"),
-        py::arg("m"), py::arg("c"), py::arg("normalize"), py::arg("similarity"), py::arg("index"), py::arg("second"),
-        py::arg("reverse_similarity"), py::arg("reverse_index"), py::arg("threads"), py::arg("isa") = "auto",
-        "For each row of query [batch, n, c] the most similar row of key [batch, m, c]; addresses of contiguous "
-        "float32 arrays. Writes similarity [batch, n] float32 and index [batch, n] int64; where not 0, second "
-        "[batch, n] float32, the runner-up's similarity, and reverse_similarity, reverse_index [batch, m], the best "
-        "query of each key. Equal similarities go to the lowest index. A row with NaN or infinity takes no part: "
-        "index -1, similarity -inf.");
+        py::arg("m"), py::arg("c"), py::arg("normalize"), py::arg("rescore"), py::arg("k"), py::arg("similarity"),
+        py::arg("index"), py::arg("back"), py::arg("threads"), py::arg("isa") = "auto",
+        "For each row of query [batch, n, c] the k most similar rows of key [batch, m, c]; addresses of contiguous "
+        "float32 arrays. Writes similarity [batch, n, k] float32, descending, index [batch, n, k] int64 and, where not "
+        "0, back [batch, n] int64, the query that is most similar to the first of these keys. Equal similarities go to "
+        "the lowest index. A row with NaN or infinity takes no part; where matches are missing, index is -1 and "
+        "similarity -inf. Without rescore, similarities and order are those of the search.");
+  m.def("nearest_isa", &lift_fast::nearest_isa_in_use, py::arg("isa") = "auto",
+        "Which kernel nearest_f32 runs for a name.");
+  m.attr("most_neighbours") = lift_fast::kMostNeighbours;
   lift_fast::bind_dense_match(m);
   lift_fast::bind_lift_decoder(m);
 }

@@ -65,7 +65,13 @@ def _cpu_native() -> Part:
     threads = (
         f"{torch.get_num_threads()} threads" if module.build_info()["openmp"] else "one thread, built without OpenMP"
     )
-    return Part("cpu native", True, f"nearest, LiFT decoder; {isa} of {', '.join(available)}; {threads}")
+    search = "bfloat16" if module.nearest_isa(wish).endswith("bf16") else "float32"
+    return Part(
+        "cpu native",
+        True,
+        f"nearest (search in {search}, verdict in float32), dense_match, LiFT decoder; {isa} of "
+        f"{', '.join(available)}; {threads}",
+    )
 
 
 def _triton() -> Part:

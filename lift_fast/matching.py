@@ -75,8 +75,9 @@ def nearest(
         window: only keys within a square neighbourhood on a grid, see :class:`Window`. Grids of different size are
             compared by cell centres, measured in cells of the key grid.
         normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product.
-        precision: ``"exact"``: equal to the float32 argmax; ``"fast"`` permits similarities in error by up to 2^-7
-            (bfloat16 operands) where a device gains speed from it. On every present path both give the exact result.
+        precision: ``"exact"``: equal to the float32 argmax. Where the device multiplies bfloat16 faster, candidates
+            are searched with it, those within its proven rounding bound are judged in float32. ``"fast"``: without
+            that judgement; cosines may be off by up to 2^-7, and of keys so close any may be chosen.
 
     Returns:
         :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
@@ -115,6 +116,7 @@ def nearest(
         None if ratio is None else float(ratio),
         flat_window,
         normalize,
+        precision == "fast",
     )
     return NearestResult(similarity.view(*leading, n, k), index.view(*leading, n, k), valid.view(*leading, n))
 

@@ -1,7 +1,6 @@
 #include "nearest.hpp"
 
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -10,29 +9,70 @@
 namespace lift_fast {
 namespace {
 
+// Panels of queries that share the second-level cache with a panel of keys.
+constexpr std::int64_t kTaskPanels = 16;
+constexpr std::int64_t kGroupBytes = std::int64_t{16} << 20;
+
 struct Free {
   void operator()(void* data) const { std::free(data); }
 };
+using Memory = std::unique_ptr<void, Free>;
 
-std::unique_ptr<void, Free> allocate(std::int64_t bytes) {
+Memory allocate(std::int64_t bytes) {
   const std::size_t rounded = (static_cast<std::size_t>(bytes) + 127) / 64 * 64;
   void* data = std::aligned_alloc(64, rounded);
   if (data == nullptr) throw std::bad_alloc();
-  return std::unique_ptr<void, Free>(data);
+  return Memory(data);
 }
 
-NearestTiling tiling(CpuIsa isa) {
+NearestTiling tiling(NearestIsa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-  if (isa == CpuIsa::avx512) return nearest_tiling_avx512();
-  if (isa == CpuIsa::avx2) return nearest_tiling_avx2();
+    case NearestIsa::avx512_bf16: return nearest_tiling_avx512_bf16();
+    case NearestIsa::avx512: return nearest_tiling_avx512();
+    case NearestIsa::avx2: return nearest_tiling_avx2();
 #endif
-  (void)isa;
-  return nearest_tiling_baseline();
+    default: return nearest_tiling_baseline();
+  }
+}
+
+bool supported(NearestIsa isa) {
+  switch (isa) {
+    case NearestIsa::baseline: return true;
+    case NearestIsa::avx2: return cpu_has(CpuIsa::avx2);
+    case NearestIsa::avx512: return cpu_has(CpuIsa::avx512);
+    case NearestIsa::avx512_bf16: break;
+  }
+#if defined(__x86_64__)
+  return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 }  // namespace
 
-void nearest_run(NearestCall call, CpuIsa isa) {
+const char* nearest_isa_name(NearestIsa isa) {
+  switch (isa) {
+    case NearestIsa::avx512_bf16: return "avx512_bf16";
+    case NearestIsa::avx512: return "avx512";
+    case NearestIsa::avx2: return "avx2";
+    case NearestIsa::baseline: break;
+  }
+  return "baseline";
+}
+
+NearestIsa nearest_isa(const std::string& name) {
+  for (NearestIsa isa : {NearestIsa::avx512_bf16, NearestIsa::avx512, NearestIsa::avx2, NearestIsa::baseline}) {
+    if (name == "auto" ? supported(isa) : name == nearest_isa_name(isa)) {
+      if (!supported(isa)) throw std::invalid_argument("this CPU cannot run " + name + "; use isa=\"auto\"");
+      return isa;
+    }
+  }
+  throw std::invalid_argument("isa must be auto, avx512_bf16, avx512, avx2 or baseline, got " + name);
+}
+
+void nearest_run(NearestCall call, NearestIsa isa) {
   if (call.batch < 0 || call.n < 0 || call.m < 0 || call.c < 0) {
     throw std::invalid_argument("nearest: sizes must not be negative");
   }
@@ -42,42 +82,62 @@ void nearest_run(NearestCall call, CpuIsa isa) {
     throw std::invalid_argument("nearest: at most 2^31 - 1025 rows each, got " + std::to_string(call.n) + " and " +
                                 std::to_string(call.m));
   }
-  if ((call.reverse_similarity == nullptr) != (call.reverse_index == nullptr)) {
-    throw std::invalid_argument("nearest: reverse_similarity and reverse_index come together");
+  if (call.k < 1 || call.k > kMostNeighbours) {
+    throw std::invalid_argument("nearest: k must be 1 to " + std::to_string(kMostNeighbours) + ", got " +
+                                std::to_string(call.k));
   }
   if (call.threads < 1) throw std::invalid_argument("nearest: threads must be at least 1");
-  const std::int64_t queries = call.batch * call.n, all_keys = call.batch * call.m;
+  const std::int64_t queries = call.batch * call.n, keys = call.batch * call.m;
   if ((queries > 0 && (call.similarity == nullptr || call.index == nullptr)) ||
-      (call.c > 0 && ((queries > 0 && call.query == nullptr) || (all_keys > 0 && call.key == nullptr)))) {
+      (call.c > 0 && ((queries > 0 && call.query == nullptr) || (keys > 0 && call.key == nullptr)))) {
     throw std::invalid_argument("nearest: query, key, similarity and index must not be null");
   }
-  // Padding is told from rows by its values: rows without channels become rows of one zero.
-  std::unique_ptr<void, Free> zeros;
-  if (call.c == 0) {
-    const std::int64_t bytes = (queries > all_keys ? queries : all_keys) * 4;
-    zeros = allocate(bytes);
-    std::memset(zeros.get(), 0, static_cast<std::size_t>(bytes));
-    call.query = call.key = static_cast<const float*>(zeros.get());
-    call.c = 1;
-  }
+  if (queries == 0) return;
 
   const NearestTiling cut = tiling(isa);
-  const std::int64_t padded_keys = (call.m + cut.key_rows - 1) / cut.key_rows * cut.key_rows;
-  const std::int64_t query_panels = (call.n + cut.query_rows - 1) / cut.query_rows;
-  if (query_panels < call.threads) call.threads = static_cast<int>(query_panels < 1 ? 1 : query_panels);
-  // Both kernels run two vectors of keys side by side.
-  const NearestScratch scratch(cut, cut.key_rows / 2, call.c, padded_keys, call.reverse_similarity != nullptr);
-  const auto keys = allocate(padded_keys * call.c * 4);
-  const auto each = allocate(scratch.end * call.threads);
-  call.packed_keys = static_cast<float*>(keys.get());
-  call.scratch = static_cast<char*>(each.get());
-  call.scratch_bytes = scratch.end;
+  const std::int64_t panels = (call.n + cut.query_rows - 1) / cut.query_rows;
+  const std::int64_t words = (call.c + cut.channels_per_word - 1) / cut.channels_per_word;
+  NearestWork work{};
+  work.padded_keys = (call.m + cut.key_rows - 1) / cut.key_rows * cut.key_rows;
+  if (panels < call.threads) call.threads = static_cast<int>(panels);
+  // Few panels: smaller tasks, so that every thread has some.
+  for (work.task_panels = 1; work.task_panels < kTaskPanels && 8 * work.task_panels * call.threads <= panels;) {
+    work.task_panels *= 2;
+  }
+  const auto groups = [&] { return (panels + work.group_panels - 1) / work.group_panels; };
+  work.group_panels = 1;
+  if (call.back != nullptr) {
+    while (groups() * work.padded_keys * 4 > kGroupBytes && groups() > 4 * call.threads) work.group_panels *= 2;
+  }
+
+  const NearestScratch scratch(work.task_panels * cut.query_rows, words, call.k);
+  const Memory packed = allocate(work.padded_keys * words * 4), each = allocate(scratch.end * call.threads);
+  const Memory query_norms = allocate(call.n * 8), key_norms = allocate(call.m * 8);
+  const Memory centres = allocate(2 * call.c * 4), key_bias = allocate(work.padded_keys * 4);
+  work.packed_keys = packed.get();
+  work.query_centre = static_cast<float*>(centres.get());
+  work.key_centre = work.query_centre + call.c;
+  work.key_bias = static_cast<float*>(key_bias.get());
+  work.query_norms = static_cast<double*>(query_norms.get());
+  work.key_norms = static_cast<double*>(key_norms.get());
+  work.scratch = static_cast<char*>(each.get());
+  work.scratch_bytes = scratch.end;
+  Memory group_best, wanted, key_back;
+  if (call.back != nullptr) {
+    group_best = allocate(groups() * work.padded_keys * 4);
+    wanted = allocate(call.m * 4);
+    key_back = allocate(call.m * 8);
+    work.group_best = static_cast<float*>(group_best.get());
+    work.wanted = static_cast<float*>(wanted.get());
+    work.key_back = static_cast<std::int64_t*>(key_back.get());
+  }
   switch (isa) {
 #if defined(__x86_64__)
-    case CpuIsa::avx512: nearest_kernel_avx512(call); return;
-    case CpuIsa::avx2: nearest_kernel_avx2(call); return;
+    case NearestIsa::avx512_bf16: nearest_kernel_avx512_bf16(call, work); return;
+    case NearestIsa::avx512: nearest_kernel_avx512(call, work); return;
+    case NearestIsa::avx2: nearest_kernel_avx2(call, work); return;
 #endif
-    default: nearest_kernel_baseline(call); return;
+    default: nearest_kernel_baseline(call, work); return;
   }
 }
 

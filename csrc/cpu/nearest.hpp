@@ -1,4 +1,8 @@
-// Fused cosine similarity and argmax: for each query row its most similar key row, without the matrix of similarities.
+// Fused cosine similarity and top-k: for each query row its most similar key rows, without the matrix of similarities.
+//
+// Two steps make it exact at the speed of short operands. The search multiplies all pairs, in bfloat16 where the CPU
+// has such products, and keeps the keys that come within a proven rounding bound of the k-th best. The verdict takes
+// the similarity of those few pairs anew from the float32 rows.
 #pragma once
 
 #include <cstddef>
@@ -9,56 +13,99 @@
 
 namespace lift_fast {
 
+// Every query holds so many running matches in the cache.
+constexpr std::int64_t kMostNeighbours = 128;
+
 struct NearestCall {
   const float* query;  // [batch, n, c]
   const float* key;    // [batch, m, c]
   std::int64_t batch, n, m, c;
   bool normalize;
-  float* similarity;           // [batch, n]
-  std::int64_t* index;         // [batch, n]
-  float* second;               // [batch, n] or null
-  float* reverse_similarity;   // [batch, m] or null
-  std::int64_t* reverse_index; // [batch, m], with reverse_similarity
+  bool rescore;         // false: similarities and order as the search has them
+  std::int64_t k;
+  float* similarity;    // [batch, n, k], descending
+  std::int64_t* index;  // [batch, n, k]
+  std::int64_t* back;   // [batch, n] or null: the query that is most similar to the best key
   int threads;
-  // Working memory, set by nearest_run: the packed keys of the whole batch, and one stretch for each thread.
-  float* packed_keys;
+};
+
+enum class NearestIsa : std::int32_t { baseline, avx2, avx512, avx512_bf16 };
+
+const char* nearest_isa_name(NearestIsa isa);
+// The kernel for a CPU's instruction set: "auto" searches in bfloat16 where the CPU multiplies it, the others in float32.
+// Throws std::invalid_argument for an unknown name or a set that this CPU lacks.
+NearestIsa nearest_isa(const std::string& name);
+
+// Working memory: a copy of one batch's keys in the search's type, and at most 16 MiB for the reverse direction.
+// Throws std::invalid_argument for sizes out of range, std::bad_alloc.
+void nearest_run(NearestCall call, NearestIsa isa);
+
+// A query row's running matches.
+struct NearestCandidates {
+  float* top;           // [k] largest similarities of the search, descending
+  std::int32_t* place;  // [k] their keys
+  float* found;         // [room] similarities of the search that may belong to the k best
+  std::int32_t* key;    // [room] their keys, ascending
+  float* best;          // [k] similarities of the verdict, descending
+  std::int32_t* where;  // [k] their keys
+};
+
+// Working memory, shared between its sizing and its use. Byte offsets, multiples of 64.
+struct NearestScratch {
+  std::int64_t room;  // candidates of one query before they are judged
+  std::int64_t packed, thresholds, factors, shifts, bounds, counts, top, place, found, key, best, where, end;
+  NearestScratch(std::int64_t task_rows, std::int64_t words, std::int64_t k) {
+    const auto align = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    room = 4 * k + 60;
+    packed = 0;
+    thresholds = packed + align(task_rows * words * 4);
+    factors = thresholds + align(task_rows * 4);
+    shifts = factors + align(task_rows * 4);
+    bounds = shifts + align(task_rows * 4);
+    counts = bounds + align(task_rows * 4);
+    top = counts + align(task_rows * 12);
+    place = top + align(task_rows * k * 4);
+    found = place + align(task_rows * k * 4);
+    key = found + align(task_rows * room * 4);
+    best = key + align(task_rows * room * 4);
+    where = best + align(task_rows * k * 4);
+    end = where + align(task_rows * k * 4);
+  }
+};
+
+// What nearest_run prepares for a kernel beside the call.
+struct NearestWork {
+  std::int64_t task_panels;   // panels of queries that a thread keeps in its L2 cache
+  std::int64_t group_panels;  // panels of queries that share one maximum per key; divides or is a multiple of the former
+  std::int64_t padded_keys;
+  void* packed_keys;
+  float* query_centre;        // [c]
+  float* key_centre;          // [c]
+  float* key_bias;            // [padded_keys]
+  double* query_norms;        // [n], NaN for a row that takes no part
+  double* key_norms;          // [m]
+  float* group_best;          // [groups, padded_keys] or null
+  float* wanted;              // [m]: similarity of the best query that chose the key so far; with back
+  std::int64_t* key_back;     // [m], with back
   char* scratch;
   std::int64_t scratch_bytes;  // of each thread
 };
 
-// How an instruction set's kernel cuts the work up; the sizes of its working memory follow from it.
+// How a kernel cuts the work up; the sizes of its working memory follow from it.
 struct NearestTiling {
-  std::int64_t query_rows;    // queries of a micro-kernel
-  std::int64_t key_rows;      // keys of a micro-kernel
-  std::int64_t query_panels;  // micro-kernel panels of queries that one task keeps in the L2 cache
+  std::int64_t query_rows;  // queries of a micro-kernel
+  std::int64_t key_rows;    // keys of a micro-kernel
+  std::int64_t channels_per_word;
 };
-
-// Working memory is O((n + m) * c) at most. Throws std::invalid_argument for sizes out of range, std::bad_alloc.
-void nearest_run(NearestCall call, CpuIsa isa);
 
 // One per translation unit.
 NearestTiling nearest_tiling_baseline();
 NearestTiling nearest_tiling_avx2();
 NearestTiling nearest_tiling_avx512();
-void nearest_kernel_baseline(const NearestCall& call);
-void nearest_kernel_avx2(const NearestCall& call);
-void nearest_kernel_avx512(const NearestCall& call);
-
-// One thread's working memory, shared between its sizing and its use. Byte offsets, multiples of 64.
-struct NearestScratch {
-  std::int64_t packed_queries, best, second, group, reverse_best, reverse_index, end;
-  NearestScratch(const NearestTiling& tiling, std::int64_t lanes, std::int64_t c, std::int64_t padded_keys,
-                 bool reverse) {
-    const std::int64_t rows = tiling.query_rows * tiling.query_panels;
-    const auto align = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
-    packed_queries = 0;
-    best = packed_queries + align(rows * c * 4);
-    second = best + align(rows * lanes * 4);
-    group = second + align(rows * lanes * 4);
-    reverse_best = group + align(rows * lanes * 4);
-    reverse_index = reverse_best + (reverse ? align(padded_keys * 4) : 0);
-    end = reverse_index + (reverse ? align(padded_keys * 4) : 0);
-  }
-};
+NearestTiling nearest_tiling_avx512_bf16();
+void nearest_kernel_baseline(const NearestCall& call, const NearestWork& work);
+void nearest_kernel_avx2(const NearestCall& call, const NearestWork& work);
+void nearest_kernel_avx512(const NearestCall& call, const NearestWork& work);
+void nearest_kernel_avx512_bf16(const NearestCall& call, const NearestWork& work);
 
 }  // namespace lift_fast

@@ -1,9 +1,9 @@
-// The matcher for one instruction set. Each including translation unit defines, in an anonymous namespace, `struct
-// NearestIsa` and is compiled with that set's flags; nothing here may call a standard library template, whose
-// out-of-line copy could be shared with code for older CPUs.
+// The matcher for one instruction set. Each including translation unit defines, in an anonymous namespace, `struct Isa`
+// and is compiled with that set's flags; nothing here may call a standard library template, whose out-of-line copy
+// could be shared with code for older CPUs.
 //
-// A dot product is accumulated over c in order, in one register lane, wherever the pair stands: equal rows give
-// bitwise equal similarities, so ties are real ties, and the result does not depend on tiles or threads.
+// The verdict's arithmetic sees the two rows alone, never where they stand: equal rows give bitwise equal similarities,
+// so ties are real ties, and the result does not depend on tiles or threads.
 #pragma once
 
 #include "nearest.hpp"
@@ -12,17 +12,16 @@
 namespace lift_fast {
 namespace {
 
-constexpr int kLanes = NearestIsa::lanes;
-constexpr int kQueries = NearestIsa::query_rows;
-constexpr int kVectors = NearestIsa::key_vectors;
+constexpr int kLanes = Isa::lanes;
+constexpr int kQueries = Isa::query_rows;
+constexpr int kVectors = Isa::key_vectors;
 constexpr int kKeys = kLanes * kVectors;
-constexpr int kQueryPanels = NearestIsa::query_panels;
+constexpr int kChannels = Isa::channels_per_word;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kNaN = __builtin_nanf("");
 constexpr float kLargest = __FLT_MAX__;
+static_assert(kKeys <= 32, "the keys of a tile are told apart by the bits of a word");
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -30,20 +29,13 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline IntVec load(const std::int32_t* p) {
-  IntVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(std::int32_t* p, IntVec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Vec splat(float value) { return Vec{} + value; }
-inline IntVec splat(std::int32_t value) { return IntVec{} + value; }
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// What a row is multiplied by; NaN for a row that takes no part.
-inline double row_scale(const float* row, std::int64_t c, bool normalize) {
+// NaN for a row that takes no part.
+inline double row_norm(const float* row, std::int64_t c) {
   double sums[8] = {};
   std::int64_t i = 0;
   for (; i + 8 <= c; i += 8) {
@@ -52,215 +44,561 @@ inline double row_scale(const float* row, std::int64_t c, bool normalize) {
   for (; i < c; ++i) sums[0] += static_cast<double>(row[i]) * row[i];
   const double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   // Squares of finite floats never overflow a double.
-  if (!(sum < __builtin_inf())) return __builtin_nan("");
-  if (!normalize) return 1.0;
-  const double norm = __builtin_sqrt(sum);
-  // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
-  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
+  return sum < __builtin_inf() ? __builtin_sqrt(sum) : __builtin_nan("");
 }
 
-// Rows [first, first + width) as [c][width], scaled; rows beyond `count` and rows that take no part become NaN.
-inline void pack(const float* rows, std::int64_t first, std::int64_t count, std::int64_t c, int width, bool normalize,
-                 float* packed) {
-  for (int r = 0; r < width; ++r) {
-    if (first + r >= count) {
-      for (std::int64_t k = 0; k < c; ++k) packed[k * width + r] = kNaN;
-      continue;
+// What a row's similarities are multiplied by.
+inline double unit_factor(double norm, bool normalize) { return normalize ? 1.0 / (norm > 1e-12 ? norm : 1e-12) : 1.0; }
+
+// Norms whose rows can be multiplied in float32 without loss at either end of its range.
+inline bool moderate(double norm) { return norm >= 1e-18 && norm <= 1e18; }
+
+// The verdict: similarity of two rows of the call, float32. Infinite where it passes the range of float32.
+// Not inlined: the same instructions wherever it is asked, or ties would depend on the asker.
+__attribute__((noinline)) float verdict(const NearestCall& call, const float* query, double query_norm,
+                                        const float* key, double key_norm) {
+  const double query_factor = unit_factor(query_norm, call.normalize);
+  const double key_factor = unit_factor(key_norm, call.normalize);
+  const std::int64_t c = call.c;
+  if (!moderate(query_norm) || !moderate(key_norm)) {
+    double sum = 0;
+    for (std::int64_t i = 0; i < c; ++i) sum += static_cast<double>(query[i]) * key[i];
+    return static_cast<float>(sum * query_factor * key_factor);
+  }
+  const float scale = static_cast<float>(query_factor);
+  Vec sums[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= c; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const std::int64_t at = i + j * kLanes;
+      sums[j] = Isa::multiply_add(load(query + at) * splat(scale), load(key + at), sums[j]);
     }
-    const float* row = rows + (first + r) * c;
-    const double scale = row_scale(row, c, normalize);
-    for (std::int64_t k = 0; k < c; ++k) packed[k * width + r] = static_cast<float>(row[k] * scale);
+  }
+  for (; i + kLanes <= c; i += kLanes) {
+    sums[0] = Isa::multiply_add(load(query + i) * splat(scale), load(key + i), sums[0]);
+  }
+  const Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0;
+  for (; i < c; ++i) sum += query[i] * scale * key[i];
+  for (int lane = 0; lane < kLanes; ++lane) sum += all[lane];
+  return sum * static_cast<float>(key_factor);
+}
+
+inline std::uint32_t as_bits(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float as_float(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// To the nearest bfloat16, ties to even; finite values only.
+inline std::uint32_t to_bfloat16(float value) {
+  const std::uint32_t bits = as_bits(value);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+struct PackedRow {
+  double length;  // of the row as the search takes it, before rounding
+  double moved;   // how far rounding moved it
+  double along;   // its product with the other side's centre, the row's own centre not yet subtracted
+};
+
+// One row, times `factor` and less its side's centre, into column `r` of a panel [words][width].
+inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const float* centre, const float* other,
+                          int width, int r, float* panel) {
+  const float scale = static_cast<float>(factor);
+  // As a float the reciprocal of a norm above 1e38 would be subnormal, that of one below 1e-38 infinite.
+  const bool plain = moderate(factor);
+  double length[2] = {}, moved[2] = {}, along[2] = {};
+  const auto take = [&](std::int64_t i) {
+    const float value = plain ? row[i] * scale : static_cast<float>(row[i] * factor), left = value - centre[i];
+    along[i & 1] += static_cast<double>(value) * other[i];
+    length[i & 1] += left * left;
+    return left;
+  };
+  if (kChannels == 1) {
+    for (std::int64_t i = 0; i < c; ++i) panel[i * width + r] = take(i);
+  } else {
+    for (std::int64_t i = 0; i < c; i += 2) {
+      const float low = take(i), high = i + 1 < c ? take(i + 1) : 0.0f;
+      const std::uint32_t a = to_bfloat16(low), b = to_bfloat16(high);
+      panel[i / 2 * width + r] = as_float(a | b << 16);
+      const float low_moved = low - as_float(a << 16), high_moved = high - as_float(b << 16);
+      moved[0] += low_moved * low_moved;
+      moved[1] += high_moved * high_moved;
+    }
+  }
+  return {__builtin_sqrt(length[0] + length[1]), __builtin_sqrt(moved[0] + moved[1]), along[0] + along[1]};
+}
+
+inline void clear_row(std::int64_t words, int width, int r, float* panel) {
+  for (std::int64_t w = 0; w < words; ++w) panel[w * width + r] = 0;
+}
+
+// Rows are brought to norms of at most one for the search: by their norm, or by a power of two.
+inline double power_of_two(double norm) {
+  if (!(norm > 0)) return 1.0;
+  int exponent;
+  __builtin_frexp(norm, &exponent);
+  return __builtin_ldexp(1.0, exponent);
+}
+
+// The mean of some hundred rows as the search scales them: by their norm, by `unit`, or by their own power of two.
+inline void centre_of(const NearestCall& call, const float* rows, const double* norms, std::int64_t count, double unit,
+                      float* centre) {
+  const std::int64_t step = 1 + count / 512;
+  std::int64_t taken = 0;
+  for (std::int64_t i = 0; i < call.c; ++i) centre[i] = 0;
+  for (std::int64_t row = 0; row < count; row += step) {
+    if (norms[row] != norms[row]) continue;
+    const double factor = call.normalize ? unit_factor(norms[row], true)
+                                         : 1.0 / (unit > 0 ? unit : power_of_two(norms[row]));
+    for (std::int64_t i = 0; i < call.c; ++i) centre[i] += static_cast<float>(rows[row * call.c + i] * factor);
+    ++taken;
+  }
+  for (std::int64_t i = 0; i < call.c && taken > 0; ++i) centre[i] /= static_cast<float>(taken);
+}
+
+// What is the same for all queries of one batch.
+//
+// The search takes rows q, k less a centre each, which leaves short rows where all have much in common:
+// q.k = (q - a).(k - b) + a.k + (q - a).b. The last two terms belong to the key and to the query alone.
+struct Batch {
+  const NearestCall& call;
+  const NearestWork& work;
+  const float* queries;   // [n, c]
+  const float* keys;      // [m, c]
+  double query_unit;      // largest power of two above a query's norm, without normalize; else 1
+  double key_unit;        // the same of the keys: what they were divided by
+  double key_length;      // longest key, as packed
+  double key_moved;       // farthest that rounding moved a key
+  double centre_product;  // a.b
+
+  float judge(std::int64_t query, std::int64_t key) const {
+    return verdict(call, queries + query * call.c, work.query_norms[query], keys + key * call.c, work.key_norms[key]);
+  }
+};
+
+// One query's state in a thread's scratch.
+struct Row {
+  std::int64_t query;
+  double unit;    // similarity = unit * similarity of the search
+  double shift;   // and the search leaves out this much of it, in its own units
+  float bound;    // search and verdict differ by no more, in units of the search
+  float* threshold;
+  std::int32_t* counts;  // candidates, of the top, judged
+  NearestCandidates at;
+  bool judged;    // candidates are judged; false: the search's own values are the result
+  bool trusted;   // the search's values may raise the threshold: none of them stands for an overflown similarity
+};
+
+// Keeps `values` descending and the earlier of equal ones in front.
+inline void insert(float value, std::int32_t key, std::int64_t k, float* values, std::int32_t* keys,
+                   std::int32_t* count) {
+  std::int64_t at = *count;
+  if (at == k) {
+    if (!(value > values[k - 1])) return;
+    --at;
+  } else {
+    ++*count;
+  }
+  for (; at > 0 && value > values[at - 1]; --at) {
+    values[at] = values[at - 1];
+    keys[at] = keys[at - 1];
+  }
+  values[at] = value;
+  keys[at] = key;
+}
+
+inline void drop_beaten(const Row& row) {
+  std::int32_t kept = 0;
+  for (std::int32_t i = 0; i < row.counts[0]; ++i) {
+    if (row.at.found[i] < *row.threshold) continue;
+    row.at.found[kept] = row.at.found[i];
+    row.at.key[kept++] = row.at.key[i];
+  }
+  row.counts[0] = kept;
+}
+
+inline void judge_all(const Batch& batch, const Row& row) {
+  const std::int64_t k = batch.call.k;
+  for (std::int32_t i = 0; i < row.counts[0]; ++i) {
+    const float value = batch.judge(row.query, row.at.key[i]);
+    if (value >= -kLargest && value <= kLargest) {
+      insert(value, row.at.key[i], k, row.at.best, row.at.where, row.counts + 2);
+    }
+  }
+  row.counts[0] = 0;
+  if (row.counts[2] == k) {
+    const float floor = static_cast<float>(row.at.best[k - 1] / row.unit - row.shift) - row.bound;
+    if (floor > *row.threshold) *row.threshold = floor;
   }
 }
 
-struct Running {
-  float* best;          // [query][lane]
-  float* second;        // [query][lane]
-  std::int32_t* group;  // [query][lane]: which vector of keys holds the best
-};
+// A key whose similarity in the search is above the threshold.
+__attribute__((noinline)) void offer(const Batch& batch, const Row& row, std::int64_t key, float value,
+                                     std::int64_t room) {
+  if (!(value > *row.threshold) || key >= batch.call.m) return;
+  if (batch.work.key_norms[key] != batch.work.key_norms[key]) return;
+  const std::int64_t k = batch.call.k;
+  if (row.judged) {
+    row.at.found[row.counts[0]] = value;
+    row.at.key[row.counts[0]++] = static_cast<std::int32_t>(key);
+  }
+  if (row.trusted) {
+    insert(value, static_cast<std::int32_t>(key), k, row.at.top, row.at.place, row.counts + 1);
+    if (row.counts[1] == k) {
+      const float floor = row.judged ? row.at.top[k - 1] - 2 * row.bound : row.at.top[k - 1];
+      if (floor > *row.threshold) *row.threshold = floor;
+    }
+  }
+  if (row.counts[0] < room) return;
+  drop_beaten(row);
+  // Too many that cannot be told apart: the verdict raises the threshold better than the search can.
+  if (row.counts[0] > room / 2) judge_all(batch, row);
+}
 
-template <bool kSecond, bool kReverse>
-inline void tile(const float* queries, const float* keys, std::int64_t c, const Running& running,
-                 std::int32_t first_group, float* reverse_best, std::int32_t* reverse_index,
-                 std::int32_t first_query) {
+// Similarities of the search between a panel of queries and one of keys, [kQueries][kKeys].
+inline void multiply(const float* queries, const float* keys, const float* bias, std::int64_t words, float* table) {
   Vec sums[kQueries][kVectors];
   for (int q = 0; q < kQueries; ++q) {
     for (int v = 0; v < kVectors; ++v) sums[q][v] = Vec{};
   }
-  for (std::int64_t k = 0; k < c; ++k) {
+  for (std::int64_t w = 0; w < words; ++w) {
     Vec key[kVectors];
-    for (int v = 0; v < kVectors; ++v) key[v] = load(keys + k * kKeys + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) key[v] = load(keys + w * kKeys + v * kLanes);
 #pragma GCC unroll 16
     for (int q = 0; q < kQueries; ++q) {
-      const Vec query = NearestIsa::broadcast<Vec>(queries + k * kQueries + q);
+      const Vec query = Isa::broadcast(queries + w * kQueries + q);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[q][v] = NearestIsa::multiply_add(query, key[v], sums[q][v]);
+      for (int v = 0; v < kVectors; ++v) sums[q][v] = Isa::dot(query, key[v], sums[q][v]);
     }
   }
 #pragma GCC unroll 16
   for (int q = 0; q < kQueries; ++q) {
-    Vec best = load(running.best + q * kLanes);
-    IntVec group = load(running.group + q * kLanes);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      // A comparison with NaN is false: such pairs never win. Products that overflowed are shut out too.
-      const Vec value = sums[q][v] <= splat(kLargest) ? sums[q][v] : splat(-kInfinity);
-      const IntVec better = value > best;
-      if (kSecond) {
-        const Vec second = load(running.second + q * kLanes);
-        store(running.second + q * kLanes, better ? best : (value > second ? value : second));
-      }
-      best = better ? value : best;
-      group = better ? splat(static_cast<std::int32_t>(first_group + v)) : group;
-    }
-    store(running.best + q * kLanes, best);
-    store(running.group + q * kLanes, group);
-  }
-  if (kReverse) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Vec best = load(reverse_best + v * kLanes);
-      IntVec index = load(reverse_index + v * kLanes);
-#pragma GCC unroll 16
-      for (int q = 0; q < kQueries; ++q) {
-        const Vec value = sums[q][v] <= splat(kLargest) ? sums[q][v] : splat(-kInfinity);
-        const IntVec better = value > best;
-        best = better ? value : best;
-        index = better ? splat(first_query + q) : index;
-      }
-      store(reverse_best + v * kLanes, best);
-      store(reverse_index + v * kLanes, index);
-    }
+    for (int v = 0; v < kVectors; ++v) store(table + q * kKeys + v * kLanes, sums[q][v] + load(bias + v * kLanes));
   }
 }
 
-// The best of a query's lanes, the lowest key among equals, and the second largest of all lanes.
-inline void reduce(const Running& running, int q, float* similarity, std::int64_t* index, float* second) {
+// The largest of a panel's queries for each key, on the scale that all queries share.
+inline void raise_group(const float* table, const float* factors, const float* shifts, bool first, float* group) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    Vec best = first ? splat(-kInfinity) : load(group + v * kLanes);
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) {
+      const Vec value = (load(table + q * kKeys + v * kLanes) + splat(shifts[q])) * splat(factors[q]);
+      best = value > best ? value : best;
+    }
+    store(group + v * kLanes, best);
+  }
+}
+
+// A thread's scratch, taken apart.
+class Task {
+ public:
+  Task(const Batch& batch, char* scratch)
+      : batch_(batch),
+        words_(ceil_div(batch.call.c, kChannels)),
+        layout_(batch.work.task_panels * kQueries, words_, batch.call.k),
+        packed_(at<float>(scratch, layout_.packed)),
+        thresholds_(at<float>(scratch, layout_.thresholds)),
+        factors_(at<float>(scratch, layout_.factors)),
+        shifts_(at<float>(scratch, layout_.shifts)),
+        bounds_(at<float>(scratch, layout_.bounds)),
+        counts_(at<std::int32_t>(scratch, layout_.counts)),
+        scratch_(scratch) {}
+
+  // Panels [first, first + panels) of queries against all keys; returns the largest bound.
+  float run(std::int64_t first, std::int64_t panels) {
+    const NearestCall& call = batch_.call;
+    const NearestWork& work = batch_.work;
+    float widest = 0;
+    for (std::int64_t i = 0; i < panels * kQueries; ++i) {
+      prepare(first * kQueries + i, i);
+      if (bounds_[i] > widest) widest = bounds_[i];
+    }
+    const float* packed_keys = static_cast<const float*>(work.packed_keys);
+    alignas(64) float table[kQueries * kKeys];
+    // A panel of keys meets all query panels of the task while it is in the cache.
+    for (std::int64_t k = 0; k < work.padded_keys / kKeys; ++k) {
+      for (std::int64_t p = 0; p < panels; ++p) {
+        multiply(packed_ + p * kQueries * words_, packed_keys + k * kKeys * words_, work.key_bias + k * kKeys, words_,
+                 table);
+#pragma GCC unroll 16
+        for (int q = 0; q < kQueries; ++q) {
+          std::uint32_t hits = 0;
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            hits |= Isa::above(load(table + q * kKeys + v * kLanes), thresholds_[p * kQueries + q]) << (v * kLanes);
+          }
+          if (hits != 0) take(first, p * kQueries + q, k * kKeys, hits, table + q * kKeys);
+        }
+        if (work.group_best != nullptr) {
+          const std::int64_t panel = first + p, group = panel / work.group_panels;
+          raise_group(table, factors_ + p * kQueries, shifts_ + p * kQueries, panel % work.group_panels == 0,
+                      work.group_best + group * work.padded_keys + k * kKeys);
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < panels * kQueries && first * kQueries + i < call.n; ++i) finish(row(first, i));
+    return widest;
+  }
+
+ private:
+  template <class T>
+  static T* at(char* scratch, std::int64_t offset) {
+    return reinterpret_cast<T*>(scratch + offset);
+  }
+
+  double unit_of(std::int64_t query) const {
+    if (batch_.call.normalize) return 1.0;
+    return power_of_two(batch_.work.query_norms[query]) * batch_.key_unit;
+  }
+
+  Row row(std::int64_t first, std::int64_t i) const {
+    const std::int64_t k = batch_.call.k, room = layout_.room;
+    Row r;
+    r.query = first * kQueries + i;
+    r.unit = unit_of(r.query);
+    r.shift = shifts_[i];
+    r.bound = bounds_[i];
+    r.threshold = thresholds_ + i;
+    r.counts = counts_ + 3 * i;
+    r.at.top = at<float>(scratch_, layout_.top) + i * k;
+    r.at.place = at<std::int32_t>(scratch_, layout_.place) + i * k;
+    r.at.found = at<float>(scratch_, layout_.found) + i * room;
+    r.at.key = at<std::int32_t>(scratch_, layout_.key) + i * room;
+    r.at.best = at<float>(scratch_, layout_.best) + i * k;
+    r.at.where = at<std::int32_t>(scratch_, layout_.where) + i * k;
+    // Twice: a sum may pass the range where the similarity does not.
+    r.trusted = batch_.call.normalize || 2 * r.unit < static_cast<double>(kLargest);
+    r.judged = batch_.call.rescore || !r.trusted;
+    return r;
+  }
+
+  // Packs query `query` as row `i` of the task.
+  void prepare(std::int64_t query, std::int64_t i) {
+    const NearestCall& call = batch_.call;
+    float* panel = packed_ + i / kQueries * kQueries * words_;
+    const int r = static_cast<int>(i % kQueries);
+    counts_[3 * i] = counts_[3 * i + 1] = counts_[3 * i + 2] = 0;
+    const double norm = query < call.n ? batch_.work.query_norms[query] : __builtin_nan("");
+    if (norm != norm) {
+      clear_row(words_, kQueries, r, panel);
+      thresholds_[i] = kInfinity;
+      // Rows that take no part must not win a column; minus infinity times their similarity of zero would be NaN.
+      factors_[i] = shifts_[i] = bounds_[i] = 0;
+      return;
+    }
+    const double unit = call.normalize ? 1.0 : power_of_two(norm);
+    const double factor = call.normalize ? unit_factor(norm, true) : 1.0 / unit;
+    const PackedRow packed = pack_row(batch_.queries + query * call.c, call.c, factor, batch_.work.query_centre,
+                                      batch_.work.key_centre, kQueries, r, panel);
+    thresholds_[i] = -kInfinity;
+    factors_[i] = static_cast<float>(unit / batch_.query_unit);
+    shifts_[i] = static_cast<float>(packed.along - batch_.centre_product);
+    bounds_[i] = static_cast<float>(bound(packed));
+  }
+
+  // |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'|, and what float32 sums round.
+  double bound(const PackedRow& query) const {
+    constexpr double ulp = 6e-8;
+    const double c = static_cast<double>(batch_.call.c);
+    const double length = query.length + query.moved, key_length = batch_.key_length + batch_.key_moved;
+    const double rounding = query.moved * batch_.key_length + length * batch_.key_moved;
+    const double search = ulp * ((c + 8) * length * key_length + 16);
+    // Rows are no longer than one here. A lane of the verdict sums a part of the channels, then lanes are added.
+    const double judgement = ulp * (c / (4 * kLanes) + 2 * kLanes + 16);
+    return 1.001 * (rounding + search + judgement) + 1e-30;
+  }
+
+  __attribute__((noinline)) void take(std::int64_t first, std::int64_t i, std::int64_t key, std::uint32_t hits,
+                                      const float* values) {
+    const Row r = row(first, i);
+    for (; hits != 0; hits &= hits - 1) {
+      const int lane = __builtin_ctz(hits);
+      offer(batch_, r, key + lane, values[lane], layout_.room);
+    }
+  }
+
+  void finish(const Row& r) {
+    const NearestCall& call = batch_.call;
+    std::int32_t count = r.counts[1];
+    const float* values = r.at.top;
+    const std::int32_t* keys = r.at.place;
+    if (r.judged) {
+      drop_beaten(r);
+      judge_all(batch_, r);
+      count = r.counts[2];
+      values = r.at.best;
+      keys = r.at.where;
+    }
+    // Of this batch: the call's outputs were moved to it.
+    for (std::int64_t j = 0; j < call.k; ++j) {
+      const std::int64_t out = r.query * call.k + j;
+      call.similarity[out] = j >= count ? -kInfinity
+                             : r.judged ? values[j]
+                                        : static_cast<float>((values[j] + r.shift) * r.unit);
+      call.index[out] = j < count ? keys[j] : -1;
+    }
+  }
+
+  const Batch& batch_;
+  const std::int64_t words_;
+  const NearestScratch layout_;
+  float* const packed_;
+  float* const thresholds_;
+  float* const factors_;
+  float* const shifts_;
+  float* const bounds_;
+  std::int32_t* const counts_;
+  char* const scratch_;
+};
+
+// The query that is most similar to a key, the first of equal ones.
+inline std::int64_t best_query(const Batch& batch, std::int64_t key, double slack) {
+  const NearestCall& call = batch.call;
+  const NearestWork& work = batch.work;
+  const std::int64_t rows = work.group_panels * kQueries;
+  const double unit = call.normalize ? 1.0 : batch.query_unit * batch.key_unit;
+  // A query chose this key with that similarity: no worse one can be its best.
+  const double floor = static_cast<double>(work.wanted[key]) / unit - slack;
   float best = -kInfinity;
   std::int64_t where = -1;
-  int winner = -1;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const float value = running.best[q * kLanes + lane];
-    if (value == -kInfinity) continue;
-    const std::int64_t key = static_cast<std::int64_t>(running.group[q * kLanes + lane]) * kLanes + lane;
-    if (value > best || (value == best && key < where)) {
-      best = value;
-      where = key;
-      winner = lane;
+  for (std::int64_t group = 0; group * rows < call.n; ++group) {
+    if (!(static_cast<double>(work.group_best[group * work.padded_keys + key]) >= floor)) continue;
+    for (std::int64_t query = group * rows; query < smaller(call.n, (group + 1) * rows); ++query) {
+      if (work.query_norms[query] != work.query_norms[query]) continue;
+      const float value = batch.judge(query, key);
+      if (value > best && value <= kLargest) {
+        best = value;
+        where = query;
+      }
     }
   }
-  *similarity = best;
-  *index = where;
-  if (second == nullptr) return;
-  float runner_up = -kInfinity;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const float* row = lane == winner ? running.second : running.best;
-    const float value = row[q * kLanes + lane];
-    if (value > runner_up) runner_up = value;
-  }
-  *second = runner_up;
+  return where;
 }
 
-template <bool kSecond, bool kReverse>
-void match(const NearestCall& call) {
-  const std::int64_t key_panels = ceil_div(call.m, kKeys), query_panels = ceil_div(call.n, kQueries);
-  const std::int64_t padded_keys = key_panels * kKeys;
-  const NearestTiling tiling{kQueries, kKeys, kQueryPanels};
-  const NearestScratch at(tiling, kLanes, call.c, padded_keys, kReverse);
-  // Few panels: smaller tasks, so that every thread has some.
-  std::int64_t per_task = query_panels / (4 * call.threads);
-  per_task = per_task < 1 ? 1 : smaller(per_task, kQueryPanels);
-  const std::int64_t tasks = ceil_div(query_panels, per_task);
+void run_nearest(const NearestCall& whole, const NearestWork& work) {
+  const std::int64_t words = ceil_div(whole.c, kChannels), panels = ceil_div(whole.n, kQueries);
+  // One thread's piece holds whole groups, or one.
+  const std::int64_t piece = work.task_panels > work.group_panels ? work.task_panels : work.group_panels;
+  const bool reverse = whole.back != nullptr;
+  NearestCall call = whole;
+  Batch batch{call, work, whole.query, whole.key, 1.0, 1.0, 0.0, 0.0, 0.0};
+  float widest = 0;
+  double longest_norm[2] = {};
 
-#pragma omp parallel num_threads(call.threads)
+#pragma omp parallel num_threads(whole.threads)
   {
-    char* scratch = call.scratch + thread_index() * call.scratch_bytes;
-    float* packed = reinterpret_cast<float*>(scratch + at.packed_queries);
-    float* best = reinterpret_cast<float*>(scratch + at.best);
-    float* second = reinterpret_cast<float*>(scratch + at.second);
-    std::int32_t* group = reinterpret_cast<std::int32_t*>(scratch + at.group);
-    float* reverse_best = reinterpret_cast<float*>(scratch + at.reverse_best);
-    std::int32_t* reverse_index = reinterpret_cast<std::int32_t*>(scratch + at.reverse_index);
-
-    for (std::int64_t b = 0; b < call.batch; ++b) {
-      const float* keys = call.key + b * call.m * call.c;
-      const float* queries = call.query + b * call.n * call.c;
+    char* scratch = work.scratch + thread_index() * work.scratch_bytes;
+    for (std::int64_t b = 0; b < whole.batch; ++b) {
+#pragma omp barrier
+#pragma omp single
+      {
+        batch.queries = whole.query + b * whole.n * whole.c;
+        batch.keys = whole.key + b * whole.m * whole.c;
+        call.similarity = whole.similarity + b * whole.n * whole.k;
+        call.index = whole.index + b * whole.n * whole.k;
+        call.back = reverse ? whole.back + b * whole.n : nullptr;
+        longest_norm[0] = longest_norm[1] = 0;
+        batch.key_length = batch.key_moved = 0;
+        widest = 0;
+      }
+      double longest = 0;
+#pragma omp for schedule(static) nowait
+      for (std::int64_t i = 0; i < whole.n; ++i) {
+        work.query_norms[i] = row_norm(batch.queries + i * whole.c, whole.c);
+        if (work.query_norms[i] > longest) longest = work.query_norms[i];
+      }
+      double longest_key = 0;
+#pragma omp for schedule(static) nowait
+      for (std::int64_t i = 0; i < whole.m; ++i) {
+        work.key_norms[i] = row_norm(batch.keys + i * whole.c, whole.c);
+        if (work.key_norms[i] > longest_key) longest_key = work.key_norms[i];
+        if (reverse) work.wanted[i] = -kInfinity;
+      }
+#pragma omp critical(lift_fast_nearest)
+      {
+        if (longest > longest_norm[0]) longest_norm[0] = longest;
+        if (longest_key > longest_norm[1]) longest_norm[1] = longest_key;
+      }
+#pragma omp barrier
+#pragma omp single
+      {
+        batch.query_unit = whole.normalize ? 1.0 : power_of_two(longest_norm[0]);
+        batch.key_unit = whole.normalize ? 1.0 : power_of_two(longest_norm[1]);
+        centre_of(whole, batch.queries, work.query_norms, whole.n, 0.0, work.query_centre);
+        centre_of(whole, batch.keys, work.key_norms, whole.m, batch.key_unit, work.key_centre);
+        batch.centre_product = 0;
+        for (std::int64_t i = 0; i < whole.c; ++i) {
+          batch.centre_product += static_cast<double>(work.query_centre[i]) * work.key_centre[i];
+        }
+      }
+      double moved = 0, length = 0;
+#pragma omp for schedule(static) nowait
+      for (std::int64_t p = 0; p < work.padded_keys / kKeys; ++p) {
+        float* panel = static_cast<float*>(work.packed_keys) + p * kKeys * words;
+        for (int r = 0; r < kKeys; ++r) {
+          const std::int64_t key = p * kKeys + r;
+          const double norm = key < whole.m ? work.key_norms[key] : __builtin_nan("");
+          if (norm != norm) {
+            clear_row(words, kKeys, r, panel);
+            work.key_bias[key] = 0;
+            continue;
+          }
+          const double factor = whole.normalize ? unit_factor(norm, true) : 1.0 / batch.key_unit;
+          const PackedRow packed = pack_row(batch.keys + key * whole.c, whole.c, factor, work.key_centre,
+                                            work.query_centre, kKeys, r, panel);
+          work.key_bias[key] = static_cast<float>(packed.along);
+          if (packed.moved > moved) moved = packed.moved;
+          if (packed.length > length) length = packed.length;
+        }
+      }
+#pragma omp critical(lift_fast_nearest)
+      {
+        if (moved > batch.key_moved) batch.key_moved = moved;
+        if (length > batch.key_length) batch.key_length = length;
+      }
+#pragma omp barrier
+      float wide = 0;
+      Task task(batch, scratch);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (std::int64_t first = 0; first < panels; first += piece) {
+        const std::int64_t end = smaller(panels, first + piece);
+        for (std::int64_t from = first; from < end; from += work.task_panels) {
+          const float bound = task.run(from, smaller(work.task_panels, end - from));
+          if (bound > wide) wide = bound;
+        }
+      }
+      if (!reverse) continue;
+#pragma omp critical(lift_fast_nearest)
+      {
+        if (wide > widest) widest = wide;
+      }
+#pragma omp barrier
+#pragma omp single
+      for (std::int64_t i = 0; i < whole.n; ++i) {
+        const std::int64_t key = call.index[i * whole.k];
+        if (key < 0) continue;
+        const float value = whole.rescore ? call.similarity[i * whole.k] : batch.judge(i, key);
+        if (value > work.wanted[key] && value <= kLargest) work.wanted[key] = value;
+      }
+#pragma omp for schedule(dynamic, 16)
+      for (std::int64_t key = 0; key < whole.m; ++key) {
+        if (work.wanted[key] > -kInfinity) work.key_back[key] = best_query(batch, key, widest);
+      }
 #pragma omp for schedule(static)
-      for (std::int64_t p = 0; p < key_panels; ++p) {
-        pack(keys, p * kKeys, call.m, call.c, kKeys, call.normalize, call.packed_keys + p * kKeys * call.c);
-      }
-      if (kReverse) {
-        for (std::int64_t i = 0; i < padded_keys; ++i) {
-          reverse_best[i] = -kInfinity;
-          reverse_index[i] = -1;
-        }
-      }
-// Each thread must meet its tasks in order, or the reverse direction would not keep the lowest query.
-#pragma omp for schedule(monotonic : dynamic, 1)
-      for (std::int64_t task = 0; task < tasks; ++task) {
-        const std::int64_t first = task * per_task, panels = smaller(per_task, query_panels - first);
-        for (std::int64_t p = 0; p < panels; ++p) {
-          pack(queries, (first + p) * kQueries, call.n, call.c, kQueries, call.normalize,
-               packed + p * kQueries * call.c);
-        }
-        for (std::int64_t i = 0; i < panels * kQueries * kLanes; ++i) {
-          best[i] = second[i] = -kInfinity;
-          group[i] = 0;
-        }
-        // A panel of keys meets all query panels of the task while it is in the cache.
-        for (std::int64_t k = 0; k < key_panels; ++k) {
-          for (std::int64_t p = 0; p < panels; ++p) {
-            const std::int64_t lane = p * kQueries * kLanes;
-            tile<kSecond, kReverse>(packed + p * kQueries * call.c, call.packed_keys + k * kKeys * call.c, call.c,
-                                    Running{best + lane, second + lane, group + lane},
-                                    static_cast<std::int32_t>(k * kVectors), reverse_best + k * kKeys,
-                                    reverse_index + k * kKeys, static_cast<std::int32_t>((first + p) * kQueries));
-          }
-        }
-        for (std::int64_t p = 0; p < panels; ++p) {
-          const std::int64_t lane = p * kQueries * kLanes;
-          const Running running{best + lane, second + lane, group + lane};
-          for (int q = 0; q < kQueries; ++q) {
-            const std::int64_t row = (first + p) * kQueries + q;
-            if (row >= call.n) break;
-            const std::int64_t out = b * call.n + row;
-            reduce(running, q, call.similarity + out, call.index + out, kSecond ? call.second + out : nullptr);
-          }
-        }
-      }
-      if (kReverse) {
-        // Every thread saw its own tasks: the largest wins, the lowest query among equals.
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < call.m; ++i) {
-          float value = -kInfinity;
-          std::int64_t index = -1;
-          for (int t = 0; t < thread_count(); ++t) {
-            const char* other = call.scratch + t * call.scratch_bytes;
-            const float theirs = reinterpret_cast<const float*>(other + at.reverse_best)[i];
-            const std::int64_t row = reinterpret_cast<const std::int32_t*>(other + at.reverse_index)[i];
-            if (row >= 0 && (theirs > value || (theirs == value && row < index))) {
-              value = theirs;
-              index = row;
-            }
-          }
-          call.reverse_similarity[b * call.m + i] = value;
-          call.reverse_index[b * call.m + i] = index;
-        }
+      for (std::int64_t i = 0; i < whole.n; ++i) {
+        const std::int64_t key = call.index[i * whole.k];
+        call.back[i] = key < 0 ? -1 : work.key_back[key];
       }
     }
-  }
-}
-
-void run_nearest(const NearestCall& call) {
-  const bool second = call.second != nullptr, reverse = call.reverse_similarity != nullptr;
-  if (second && reverse) {
-    match<true, true>(call);
-  } else if (second) {
-    match<true, false>(call);
-  } else if (reverse) {
-    match<false, true>(call);
-  } else {
-    match<false, false>(call);
   }
 }
 

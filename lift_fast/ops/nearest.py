@@ -17,8 +17,8 @@ PRODUCT_BUDGET = 64 << 20
 NORM_FLOOR = 1e-12
 
 library.define(
-    "nearest(Tensor query, Tensor key, int k, bool mutual, float? ratio, int[]? window, bool normalize)"
-    " -> (Tensor, Tensor, Tensor)"
+    "nearest(Tensor query, Tensor key, int k, bool mutual, float? ratio, int[]? window, bool normalize,"
+    " bool fast=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -89,7 +89,9 @@ def nearest_plain(
                         back[column_slice] = torch.where(better, value, back[column_slice])
                         back_index[column_slice] = torch.where(better, position + row, back_index[column_slice])
             similarity[b], index[b] = best[:, :k], best_index[:, :k]
-            valid[b] = accept(best, best_index, back_index if mutual else None, ratio)
+            # Without keys there is no match to lead back.
+            found = back_index[best_index[:, 0].clamp_min(0)] if mutual and m else None
+            valid[b] = accept(best, best_index, found, ratio)
     return similarity, index, valid
 
 
@@ -135,35 +137,34 @@ def _outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
     return (dy.abs() > 2 * radius * query_h) | (dx.abs() > 2 * radius * query_w)
 
 
-def accept(best: Tensor, best_index: Tensor, back_index: Tensor | None, ratio: float | None) -> Tensor:
-    """Which queries keep their match: ``best``, ``best_index [N, >=1]``; ``back_index [M]`` for the mutual check."""
-    first = best_index[:, 0]
-    valid = first >= 0
-    if back_index is not None and back_index.numel():
-        rows = torch.arange(first.shape[0], device=first.device)
-        valid = valid & (back_index[first.clamp_min(0)] == rows)
+def accept(best: Tensor, best_index: Tensor, back: Tensor | None, ratio: float | None) -> Tensor:
+    """Which queries keep their match, ``[..., N]`` bool.
+
+    Args:
+        best, best_index: ``[..., N, depth]``, depth >= 2 with ``ratio``.
+        back: ``[..., N]``, the query that is most similar to the best key, for the mutual check.
+        ratio: Lowe's ratio.
+    """
+    valid = best_index[..., 0] >= 0
+    if back is not None:
+        valid = valid & (back == torch.arange(back.shape[-1], device=back.device))
     if ratio is not None:
         # |a - b|^2 = 2 - 2 cos for unit vectors: Lowe's ratio of distances, squared. No runner-up (-inf) passes.
-        valid = valid & (1 - best[:, 0] <= ratio**2 * (1 - best[:, 1]))
+        valid = valid & (1 - best[..., 0] <= ratio**2 * (1 - best[..., 1]))
     return valid
 
 
 def _nearest_native(
-    query: Tensor, key: Tensor, mutual: bool, ratio: float | None, normalize: bool
+    query: Tensor, key: Tensor, k: int, mutual: bool, ratio: float | None, normalize: bool, fast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One match per query from the native core's fused similarity and argmax, float32."""
+    """From the native core's fused similarity and top-k; the same result as :func:`nearest_plain` in float32."""
     batch, n, channels = query.shape
     m = key.shape[1]
+    depth = k if ratio is None else max(k, 2)
     queries, keys = query.float().contiguous(), key.float().contiguous()
-    similarity = torch.empty((batch, n), dtype=torch.float32)
-    index = torch.empty((batch, n), dtype=torch.int64)
-    second = torch.empty((batch, n), dtype=torch.float32) if ratio is not None else None
-    back = torch.empty((batch, m), dtype=torch.float32) if mutual else None
-    back_index = torch.empty((batch, m), dtype=torch.int64) if mutual else None
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
+    similarity = torch.empty((batch, n, depth), dtype=torch.float32)
+    index = torch.empty((batch, n, depth), dtype=torch.int64)
+    back = torch.empty((batch, n), dtype=torch.int64) if mutual else None
     _native.require().nearest_f32(
         queries.data_ptr(),
         keys.data_ptr(),
@@ -172,19 +173,15 @@ def _nearest_native(
         m,
         channels,
         normalize,
+        not fast,
+        depth,
         similarity.data_ptr(),
         index.data_ptr(),
-        address(second),
-        address(back),
-        address(back_index),
+        0 if back is None else back.data_ptr(),
         torch.get_num_threads(),
         _env.cpu_isa(),
     )
-    best = similarity[..., None] if second is None else torch.stack([similarity, second], dim=-1)
-    valid = torch.stack(
-        [accept(best[b], index[b, :, None], None if back_index is None else back_index[b], ratio) for b in range(batch)]
-    )
-    return similarity[..., None], index[..., None], valid
+    return similarity[..., :k].contiguous(), index[..., :k].contiguous(), accept(similarity, index, back, ratio)
 
 
 def _nearest(
@@ -195,11 +192,12 @@ def _nearest(
     ratio: float | None,
     window: list[int] | None,
     normalize: bool,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key = query.detach(), key.detach()
-    fits = query.device.type == "cpu" and query.dtype != torch.float64 and k == 1 and window is None
-    if fits and query.shape[0] and _native.can_run()[0]:
-        return _nearest_native(query, key, mutual, ratio, normalize)
+    fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None
+    if fits and _native.can_run()[0] and max(k, 2) <= _native.require().most_neighbours:
+        return _nearest_native(query, key, k, mutual, ratio, normalize, fast)
     return nearest_plain(query, key, k, mutual, ratio, window, normalize)
 
 
@@ -211,6 +209,7 @@ def _fake_nearest(
     ratio: float | None,
     window: list[int] | None,
     normalize: bool,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <stdexcept>
 
 #include "cpu/nearest.hpp"
 
@@ -19,13 +20,13 @@ std::unique_ptr<float[]> rows(std::int64_t count) {
   return values;
 }
 
-void run(CpuIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::int64_t c) {
+void run(NearestIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::int64_t c) {
   const auto query = rows(batch * n * c), key = rows(batch * m * c);
   for (int outputs = 0; outputs < 4; ++outputs) {
     for (int threads : {1, 3}) {
-      std::unique_ptr<float[]> similarity(new float[batch * n]), second(new float[batch * n]);
-      std::unique_ptr<float[]> reverse_similarity(new float[batch * m]);
-      std::unique_ptr<std::int64_t[]> index(new std::int64_t[batch * n]), reverse_index(new std::int64_t[batch * m]);
+      const std::int64_t k = outputs & 1 ? 1 : 5 + 40 * (n % 2);
+      std::unique_ptr<float[]> similarity(new float[batch * n * k]);
+      std::unique_ptr<std::int64_t[]> index(new std::int64_t[batch * n * k]), back(new std::int64_t[batch * n]);
       NearestCall call{};
       call.query = query.get();
       call.key = key.get();
@@ -34,11 +35,11 @@ void run(CpuIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::in
       call.m = m;
       call.c = c;
       call.normalize = threads == 1;
+      call.rescore = m % 3 != 0;
+      call.k = k;
       call.similarity = similarity.get();
       call.index = index.get();
-      call.second = outputs & 1 ? second.get() : nullptr;
-      call.reverse_similarity = outputs & 2 ? reverse_similarity.get() : nullptr;
-      call.reverse_index = outputs & 2 ? reverse_index.get() : nullptr;
+      call.back = outputs & 2 ? back.get() : nullptr;
       call.threads = threads;
       nearest_run(call, isa);
     }
@@ -49,13 +50,18 @@ void run(CpuIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::in
 
 int main() {
   const std::int64_t counts[] = {0, 1, 2, 7, 13, 16, 33, 97, 300}, channels[] = {0, 1, 3, 8, 17};
-  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
-    if (!cpu_has(isa)) continue;
+  for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
+    NearestIsa isa;
+    try {
+      isa = nearest_isa(name);
+    } catch (const std::invalid_argument&) {
+      continue;
+    }
     for (std::int64_t n : counts) {
       for (std::int64_t m : counts) {
         for (std::int64_t c : channels) run(isa, 1 + (n + m) % 2, n, m, c);
       }
     }
-    std::printf("%s ok\n", cpu_isa_name(isa));
+    std::printf("%s ok\n", name);
   }
 }
