@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 
 # Rounds shrink with the length of one call, so that a whole run takes minutes.
 _SECONDS, _FEWEST, _MOST = 2.0, 9, 40
+# Pairs that take longer are timed this often.
+_SLOW_SECONDS, _FEWEST_SLOW = 3.0, 4
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -27,6 +31,29 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def peak_memory(function: Callable[[], Any], device: str) -> float | None:
+    """MiB that one call holds at its peak beyond what was there before, its result included; None where unknown."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        # Resets the kernel's record of the most memory that the process has held.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+
+    def resident(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    before = resident("VmRSS")
+    function()
+    return (resident("VmHWM") - before) / 2**10
+
+
 def _compare(
     benchmark: Any,
     ours: Callable[[], Any],
@@ -35,6 +62,7 @@ def _compare(
     device: str,
     error: float,
     limit: float,
+    name: str | None = None,
 ) -> None:
     """Benchmark ``ours``; record beside it the speed-up over ``plain``, run in turn with it: A B A B ...
 
@@ -46,7 +74,9 @@ def _compare(
     for _ in range(2):
         seconds(ours, device)
         seconds(plain, device)
-    rounds = max(_FEWEST, min(_MOST, int(_SECONDS / max(seconds(plain, device), 1e-6))))
+    slowest = max(seconds(ours, device), seconds(plain, device))
+    fewest = _FEWEST_SLOW if slowest > _SLOW_SECONDS else _FEWEST
+    rounds = max(fewest, min(_MOST, int(_SECONDS / max(slowest, 1e-6))))
     ratios, plain_times, own_times = [], [], []
     gc.collect()
     for _ in range(rounds):
@@ -63,12 +93,11 @@ def _compare(
         rounds=rounds,
         threads=torch.get_num_threads(),
     )
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        ours()
-        torch.cuda.synchronize()
-        benchmark.extra_info["peak_memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if name is not None:
+        benchmark.extra_info["name"] = name
+    # Not the first call, which may compile or fill caches.
+    benchmark.extra_info["memory_mib"] = peak_memory(ours, device)
+    benchmark.extra_info["plain_memory_mib"] = peak_memory(plain, device)
     benchmark.pedantic(lambda: seconds(ours, device), rounds=rounds, warmup_rounds=1)
 
 
@@ -81,5 +110,5 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def compare(benchmark: Any, device: str) -> Callable[..., None]:
-    """``compare(ours, plain, error=..., limit=...)`` on the benchmark's device."""
+    """``compare(ours, plain, error=..., limit=..., name=None)`` on the benchmark's device."""
     return partial(_compare, benchmark, device=device)

@@ -64,16 +64,19 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         ", ".join(f"{name} {value}" for name, value in about.items() if value),
         "",
         "Plain and other implementation run in turn (A B A B ...); the speed-up is the median of the pairs' ratios, "
-        "in brackets its quartiles.",
+        "in brackets its quartiles. Memory: the most that one call holds beyond its inputs.",
         "",
-        "| work | implementation | plain, ms | this, ms | speed-up | error |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| work | implementation | plain, ms | this, ms | speed-up | error | plain, MiB | this, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         low, high = row["speedup_quartiles"]
+        memory = [row.get(key) for key in ("plain_memory_mib", "memory_mib")]
+        plain_memory, own_memory = ("" if mib is None else f"{mib:.0f}" for mib in memory)
         lines.append(
             f"| {row['group']} | {row['name']} | {row['plain_ms']:.2f} | {row['paired_ms']:.2f} "
-            f"| **{row['speedup']:.2f}x** ({low:.2f} to {high:.2f}) | {row['error']:.1e} |"
+            f"| **{row['speedup']:.2f}x** ({low:.2f} to {high:.2f}) | {row['error']:.1e} "
+            f"| {plain_memory} | {own_memory} |"
         )
     return "\n".join(lines) + "\n"
 

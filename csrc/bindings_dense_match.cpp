@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/dense_match.hpp"
+#include "cpu/map_products.hpp"
 
 namespace py = pybind11;
 
@@ -45,6 +46,25 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
   dense_match_run(call, target);
 }
 
+void map_products(const py::handle& descriptors, const py::handle& map, std::int64_t channel_stride,
+                  std::int64_t cell_stride, std::int64_t count, std::int64_t c, std::int64_t cells, bool normalize,
+                  const py::handle& table, int threads, const std::string& isa) {
+  MapProductsCall call{};
+  call.descriptors = pointer<const float>(descriptors);
+  call.map = pointer<const float>(map);
+  call.channel_stride = channel_stride;
+  call.cell_stride = cell_stride;
+  call.count = count;
+  call.c = c;
+  call.cells = cells;
+  call.normalize = normalize;
+  call.table = pointer<float>(table);
+  call.threads = threads;
+  const CpuIsa target = cpu_isa(isa);
+  py::gil_scoped_release release;
+  map_products_run(call, target);
+}
+
 }  // namespace
 
 void bind_dense_match(py::module_& m) {
@@ -58,6 +78,11 @@ void bind_dense_match(py::module_& m) {
         "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
         "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
         "[points] int64; -inf and -1 where every value is NaN or infinite.");
+  m.def("map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
+        py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"),
+        py::arg("table"), py::arg("threads"), py::arg("isa") = "auto",
+        "Products of descriptors [count, c] with the cells of a map [c, cells], one of whose strides is 1: writes table "
+        "[count, cells], divided by max(norm of the cell, 1e-12) if asked for. Addresses of float32 arrays.");
 }
 
 }  // namespace lift_fast

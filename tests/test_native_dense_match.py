@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lift_fast import _native
 from lift_fast.ops import dense_match as op
 from lift_fast.ops.nearest import unit_rows
+from lift_fast.testing import poisoned_outputs
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
@@ -222,6 +223,84 @@ def test_bad_arguments_are_refused(changes, message):
         call(**changes)
 
 
+def laid_out(cells):
+    """The same cells in every order in which a map may come."""
+    n, c = cells.shape
+    framed = torch.full((n + 5, c + 3), torch.nan)
+    framed[2 : n + 2, 1 : c + 1] = cells
+    turned = torch.full((c + 3, n + 5), torch.nan)
+    turned[1 : c + 1, 2 : n + 2] = cells.t()
+    yield from (cells, cells.t().contiguous().t(), framed[2 : n + 2, 1 : c + 1], turned[1 : c + 1, 2 : n + 2].t())
+    yield cells[:, None].expand(n, 2, c).flatten(1)[:, :c]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("count", [1, 2, 5, 13])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.usefixtures("one_thread")
+def test_map_products(normalize, count, isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    for c in (0, 1, 3, 16, 37, 193):
+        for n in (1, 4, 63, 65, 131):
+            descriptors, cells = torch.randn(count, c), torch.randn(n, c)
+            exact = cells.double()
+            if normalize:
+                exact = unit_rows(exact)
+            expected = descriptors.double() @ exact.T
+            limit = (c + 8) * 6e-8 * max(1e-30, float(descriptors.double().norm(dim=1).max() * exact.norm(dim=1).max()))
+            for cells_there in laid_out(cells):
+                with poisoned_outputs():
+                    table = op.map_products(descriptors, cells_there, normalize)
+                assert float((table.double() - expected).abs().max()) <= limit, (c, n, cells_there.stride())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e18, 1e30])
+def test_map_products_normalizes_every_magnitude(scale, isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    descriptors, cells = torch.randn(3, 24), torch.randn(70, 24).clamp(-3, 3) * scale
+    cells[5], cells[6, 3], cells[7, 2] = 0, torch.nan, torch.inf
+    expected = descriptors.double() @ unit_rows(cells.double()).T
+    for cells_there in laid_out(cells):
+        table = op.map_products(descriptors, cells_there, True)
+        assert bool((table[:, 5] == 0).all())
+        assert bool(table[:, 6:8].isnan().all())
+        torch.testing.assert_close(table.double(), expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": -1}, "negative"),
+        ({"cells": 2**31}, "at most"),
+        ({"threads": 0}, "threads"),
+        ({"map": 0}, "null"),
+        ({"channel_stride": 2}, "stride"),
+        ({"channel_stride": 3}, "stride"),
+        ({"cell_stride": 7}, "stride"),
+        ({"cell_stride": -4}, "stride"),
+        ({"isa": "sse9"}, "sse9"),
+    ],
+)
+def test_map_products_refuses_bad_arguments(changes, message):
+    descriptors, cells, table = torch.randn(2, 3), torch.randn(3, 4), torch.empty(2, 4)
+    arguments = {
+        "descriptors": descriptors.data_ptr(),
+        "map": cells.data_ptr(),
+        "channel_stride": 4,
+        "cell_stride": 1,
+        "count": 2,
+        "c": 3,
+        "cells": 4,
+        "normalize": True,
+        "table": table.data_ptr(),
+        "threads": 1,
+    }
+    native.map_products_f32(**arguments)
+    with pytest.raises(ValueError, match=message):
+        native.map_products_f32(**{**arguments, **changes})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
@@ -243,10 +322,13 @@ def test_sanitizers(sanitizer, tmp_path):
     if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip("g++ has no such sanitizer libraries")
     sources = ["cpu/isa.cpp", "cpu/dense_match.cpp", "cpu/dense_match_baseline.cpp"]
+    sources += ["cpu/map_products.cpp", "cpu/map_products_baseline.cpp"]
     extra = {}
     if "avx2" in ISAS:
         extra = {"cpu/dense_match_avx2.cpp": ["-mavx2", "-mfma"]}
         extra["cpu/dense_match_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+        for isa in ("avx2", "avx512"):
+            extra[f"cpu/map_products_{isa}.cpp"] = extra[f"cpu/dense_match_{isa}.cpp"]
     objects = []
     main = ROOT / "tests" / "native" / "dense_match_sanitize.cpp"
     for source in [*(ROOT / "csrc" / name for name in [*sources, *extra]), main]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"lift-fast {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough. Python would fail once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\nlift-fast {arguments.command}: interrupted", file=sys.stderr)
         return 130

@@ -356,21 +356,40 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     return torch.cat(similarity), torch.cat(index)
 
 
+def map_products(descriptors: Tensor, cells: Tensor, normalize: bool) -> Tensor:
+    """``descriptors [P, C]`` times ``cells [n, C]``, which may lie in either order, as ``[P, n]``; native, float32.
+
+    With ``normalize``, divided by max(norm of the cell, 1e-12).
+    """
+    if 1 not in cells.stride() or 0 in cells.stride():
+        cells = cells.contiguous()
+    descriptors = descriptors.contiguous()
+    table = descriptors.new_empty((descriptors.shape[0], cells.shape[0]))
+    _native.require().map_products_f32(
+        descriptors.data_ptr(),
+        cells.data_ptr(),
+        cells.stride(1),
+        cells.stride(0),
+        *descriptors.shape,
+        cells.shape[0],
+        normalize,
+        table.data_ptr(),
+        torch.get_num_threads(),
+        _env.cpu_isa(),
+    )
+    return table
+
+
 def _match_few(
     search: _NativeSearch, query: Picture, key: Picture, at: Tensor, per_pixel: bool
 ) -> tuple[Tensor, Tensor]:
     """By the similarities of each point's own descriptor, interpolated on the key's side alone."""
-    # Cheaper than another map: the similarities divided by the key's norms.
-    inverse = _inverse_norms(key.tokens) if key.unnormalized else None
-    keys = unit_rows(key.tokens) if key.unnormalized and inverse is None else key.tokens
     parts = []
-    for part in at.split(max(1, _TABLE_BUDGET // (4 * max(keys.shape)))):
+    for part in at.split(max(1, _TABLE_BUDGET // (4 * max(key.tokens.shape)))):
         descriptors = sample_bilinear(query.tokens, query.grid, query.size, part, query.unnormalized)
         if per_pixel:
             descriptors = unit_rows(descriptors)
-        table = descriptors @ keys.t()
-        if inverse is not None:
-            table *= inverse
+        table = map_products(descriptors, key.tokens, key.unnormalized)
         rows = torch.arange(len(part) + 1)
         parts.append(search(table, rows[:-1, None].expand(-1, 4), rows, torch.zeros(len(part), 2)))
     similarity, index = zip(*parts, strict=True)

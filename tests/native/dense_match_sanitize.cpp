@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/dense_match.hpp"
+#include "cpu/map_products.hpp"
 
 using namespace lift_fast;
 
@@ -72,7 +73,38 @@ void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scale
   }
 }
 
+void products(CpuIsa isa, int count, int c, int cells, bool rows, bool normalize) {
+  std::unique_ptr<float[]> descriptors(new float[count * c]), map(new float[c * cells]), table(new float[count * cells]);
+  for (int i = 0; i < count * c; ++i) descriptors[i] = 0.1f * static_cast<float>(i % 19 - 9);
+  for (int i = 0; i < c * cells; ++i) {
+    const int kind = i % 301;
+    map[i] = kind == 11 ? NAN : kind == 7 ? INFINITY : kind == 100 ? 3e38f : 0.01f * static_cast<float>(i % 37 - 18);
+  }
+  MapProductsCall call{};
+  call.descriptors = descriptors.get();
+  call.map = map.get();
+  call.channel_stride = rows ? 1 : cells;
+  call.cell_stride = rows ? c : 1;
+  call.count = count;
+  call.c = c;
+  call.cells = cells;
+  call.normalize = normalize;
+  call.table = table.get();
+  call.threads = 3;
+  map_products_run(call, isa);
+}
+
 void all(CpuIsa isa) {
+  for (int count : {1, 6, 11}) {
+    for (int c : {1, 3, 16, 37}) {
+      for (int cells : {1, 3, 64, 131}) {
+        for (bool normalize : {false, true}) {
+          products(isa, count, c, cells, false, normalize);
+          products(isa, count, c, cells, true, normalize);
+        }
+      }
+    }
+  }
   const int grids[][2] = {{1, 1}, {1, 9}, {7, 1}, {3, 5}, {17, 16}, {8, 33}};
   const int sizes[][2] = {{1, 1}, {3, 50}, {40, 2}, {61, 67}};
   for (const auto& grid : grids) {

@@ -1,0 +1,44 @@
+// Similarities of a few descriptors to all cells of a map, in one pass over the map as it lies: what a general matrix
+// product needs a normalised copy for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "isa.hpp"
+
+namespace lift_fast {
+
+struct MapProductsCall {
+  const float* descriptors;  // [count, c]
+  const float* map;          // [c, cells] with either stride 1
+  std::int64_t channel_stride, cell_stride;
+  std::int64_t count, c, cells;
+  bool normalize;            // divide by max(norm of the cell, 1e-12)
+  float* table;              // [count, cells]
+  int threads;
+};
+
+// Throws std::invalid_argument for sizes, strides or addresses that do not fit, std::bad_alloc.
+void map_products_run(const MapProductsCall& call, CpuIsa isa);
+
+// One per translation unit. `scratch` holds scratch_words floats for each thread, `padded` the descriptors with rows of
+// padded_channels.
+struct MapProductsWork {
+  const float* padded;
+  std::int64_t padded_channels;
+  float* scratch;
+  std::int64_t scratch_words;
+};
+// Cells that a kernel takes at one time, and lanes to which it pads channels.
+struct MapProductsTiling {
+  std::int64_t cells, lanes;
+};
+MapProductsTiling map_products_tiling_baseline();
+MapProductsTiling map_products_tiling_avx2();
+MapProductsTiling map_products_tiling_avx512();
+void map_products_kernel_baseline(const MapProductsCall& call, const MapProductsWork& work);
+void map_products_kernel_avx2(const MapProductsCall& call, const MapProductsWork& work);
+void map_products_kernel_avx512(const MapProductsCall& call, const MapProductsWork& work);
+
+}  // namespace lift_fast
