@@ -1,4 +1,4 @@
-"""``dense_match`` against interpolate-then-argmax of published evaluation code: points against all 448 x 448 pixels."""
+"""``dense_match`` against interpolate-then-argmax of published evaluation code, all on 448 x 448 pixels."""
 
 from __future__ import annotations
 
@@ -39,3 +39,42 @@ def test_points(benchmark, compare, device, count):
     values = plain().values
     error = float((ours().similarity[0] - values).abs().max())
     compare(ours, plain, error=error, limit=1e-5)
+
+
+# Queries of which brute force is measured; all of them take it minutes.
+SAMPLE = 64
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+def test_every_pixel(benchmark, compare, device, normalize, mutual):
+    benchmark.group = f"dense_match, {device}, every pixel of {SIZE} x {SIZE} against every one, C 384"
+    torch.manual_seed(0)
+    query_map, key_map = smooth_maps(device)
+    size = (SIZE, SIZE)
+    rows = torch.randint(SIZE * SIZE, (SAMPLE,), device=device)
+
+    def wide(maps):
+        maps = F.normalize(maps, dim=1) if normalize == "grid" else maps
+        maps = F.interpolate(maps, size=size, mode="bilinear").flatten(2)[0]
+        return F.normalize(maps, dim=0) if normalize == "pixel" else maps
+
+    # Outside the timing: brute force pays for the products and the maximum alone.
+    query, key = wide(query_map)[:, rows].T.contiguous(), wide(key_map)
+
+    def ours():
+        return dense_match(query_map, key_map, size, size, normalize=normalize, mutual=mutual)
+
+    result, best = ours(), (query @ key).max(dim=1)
+    found = result.xy[0, rows, 1] * SIZE + result.xy[0, rows, 0]
+    # A different pixel is as right where both are equally similar.
+    chosen = (query * key[:, found].T).sum(dim=1)
+    error = max(float((result.similarity[0, rows] - best.values).abs().max()), float((best.values - chosen).max()))
+    compare(
+        ours,
+        lambda: (query @ key).max(dim=1),
+        error=error,
+        limit=1e-5,
+        name=f'lift_fast normalize="{normalize}"{", mutual" if mutual else ""}',
+        share=SAMPLE / (SIZE * SIZE),
+    )
