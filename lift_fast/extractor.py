@@ -6,6 +6,7 @@ Same constructor and methods as ``ViTLiFTExtractor`` of the published LiFT code;
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -133,9 +134,10 @@ class ViTLiFTExtractor(nn.Module):
         self.num_patches: tuple[int, int] | None = None
         self.backbone = backbone.to(place, dtype)
         self.lift = self._prepare_lift(lift, random_lift, seed, fused)
+        self._random_lift = random_lift
         self.eval()
         if not silent:
-            self._report(random_lift)
+            self._report()
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +148,14 @@ class ViTLiFTExtractor(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the backbone's weights, and so of the descriptors."""
         return next(self.backbone.parameters()).dtype
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether backbone or LiFT were made with random weights for trying things out: such descriptors mean nothing.
+
+        A network that was given as a module is taken at its word.
+        """
+        return self.backbone.random_weights or self._random_lift
 
     def preprocess(
         self, image_path: str | os.PathLike[str] | Image.Image, load_size: LoadSize = None
@@ -204,22 +214,32 @@ class ViTLiFTExtractor(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`FrozenViT.forward`; ValueError for a negative ``lift_iter``.
         """
-        if isinstance(lift_iter, bool) or not isinstance(lift_iter, int) or lift_iter < 0:
-            raise ValueError(f"lift_iter must be an integer >= 0, got {lift_iter!r}")
-        if isinstance(batch, Tensor) and batch.is_floating_point():
-            batch = batch.to(self.device, self.dtype)
-        tokens = self.backbone(batch)
-        self.load_size = (batch.shape[-2], batch.shape[-1])
-        self.num_patches = self.backbone.grid(*self.load_size)
+        _check_lift_iter(lift_iter)
+        batch, tokens = self._backbone_tokens(batch)
         stages = {"back": tokens}
-        if self.lift is not None and lift_iter > 0:
-            seen = self._seen_by_lift(batch, self.num_patches, whole_patches=lift_iter > 1)
-            for step in range(1, lift_iter + 1):
-                tokens = self.lift(seen, tokens)
-                stages[f"lift_{step}"] = tokens
-                if step < lift_iter:
-                    seen = F.interpolate(seen, scale_factor=2, mode="bilinear", align_corners=False)
+        for step, seen in enumerate(self._seen_by_steps(batch, lift_iter), start=1):
+            tokens = stages[f"lift_{step}"] = self.lift(seen, tokens)  # type: ignore[misc]
         return stages if return_inter else tokens
+
+    def matching_map(self, batch: Tensor, lift_iter: int = 1) -> Tensor:
+        """Descriptors as :func:`lift_fast.dense_match` takes them, in half the channels where a LiFT follows.
+
+        Backbone, then ``lift_iter`` applications of LiFT, the last in the basis of :meth:`LiFT.matching_map`: the same
+        matches as with :meth:`descriptor_map`, up to rounding, at half the memory.
+
+        Args:
+            batch: ``[B, 3, H, W]`` normalised pictures.
+            lift_iter: number of applications; 0 is the backbone alone. Without LiFT it has no effect.
+
+        Returns:
+            ``[B, C // 2 + 1, h, w]``; the backbone's ``[B, C, h, w]`` without LiFT, and all C channels for a ``lift``
+            without a ``matching_map``. h and w are the backbone's :attr:`num_patches`, doubled at each application.
+
+        Raises:
+            TypeError, ValueError: as :meth:`extract_descriptors_iterative_lift`.
+        """
+        _check_lift_iter(lift_iter)
+        return self._lift_map(*self._backbone_tokens(batch), lift_iter)
 
     def descriptor_map(self, batch: Tensor) -> Tensor:
         """:meth:`extract_descriptors` as ``[B, C, h, w]`` (a view with NHWC memory)."""
@@ -231,6 +251,48 @@ class ViTLiFTExtractor(nn.Module):
         """Grid ``(h, w)`` of :meth:`extract_descriptors` for pictures of ``height x width`` pixels."""
         h, w = self.backbone.grid(height, width)
         return (h, w) if self.lift is None else (2 * h, 2 * w)
+
+    def covered(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Pixels over which the grid's cells lie side by side: ``(top, left, height, width)``.
+
+        The whole picture where its sides are whole patches; with a stride below the patch size a border of half their
+        difference stays outside. Maps are stretched over these pixels, not over the picture.
+        """
+        h, w = self.backbone.grid(height, width)
+        start = (self.patch - self.stride) // 2
+        return start, start, self.stride * h, self.stride * w
+
+    def _backbone_tokens(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch on the extractor's device in its dtype, and the backbone's ``[B, T, C]``."""
+        if isinstance(batch, Tensor) and batch.is_floating_point():
+            batch = batch.to(self.device, self.dtype)
+        tokens = self.backbone(batch)
+        self.load_size = (batch.shape[-2], batch.shape[-1])
+        self.num_patches = self.backbone.grid(*self.load_size)
+        return batch, tokens
+
+    def _lift_map(self, batch: Tensor, tokens: Tensor, lift_iter: int) -> Tensor:
+        """The rest of :meth:`matching_map` behind :meth:`_backbone_tokens`."""
+        h, w = self.backbone.grid(batch.shape[-2], batch.shape[-1])
+        if self.lift is None or lift_iter == 0:
+            return tokens.transpose(1, 2).unflatten(2, (h, w))
+        narrow = getattr(self.lift, "matching_map", None)
+        for step, seen in enumerate(self._seen_by_steps(batch, lift_iter), start=1):
+            if step == lift_iter and narrow is not None:
+                out: Tensor = narrow(seen, tokens)
+                return out
+            tokens = self.lift(seen, tokens)
+        return tokens.transpose(1, 2).unflatten(2, (h << lift_iter, w << lift_iter))
+
+    def _seen_by_steps(self, batch: Tensor, lift_iter: int) -> Iterator[Tensor]:
+        """The picture that each application of LiFT sees; nothing without LiFT."""
+        if self.lift is None or lift_iter == 0:
+            return
+        seen = self._seen_by_lift(batch, self.backbone.grid(*batch.shape[-2:]), whole_patches=lift_iter > 1)
+        for step in range(lift_iter):
+            if step:
+                seen = F.interpolate(seen, scale_factor=2, mode="bilinear", align_corners=False)
+            yield seen
 
     def _seen_by_lift(self, batch: Tensor, grid: tuple[int, int], whole_patches: bool) -> Tensor:
         p, s, (h, w) = self.patch, self.stride, grid
@@ -274,14 +336,19 @@ class ViTLiFTExtractor(nn.Module):
             lift.fused = False  # type: ignore[assignment]
         return lift
 
-    def _report(self, random_lift: bool) -> None:
+    def _report(self) -> None:
         note = " (random weights)" if self.backbone.random_weights else ""
         print(f"Loaded backbone: {self.model_type}{note}")
         if self.lift is None:
             print("No LiFT: backbone only")
         else:
             name = Path(self.lift_path).name if self.lift_path is not None else type(self.lift).__name__
-            print(f"Loaded LiFT: {name}{' (random weights)' if random_lift else ''}")
+            print(f"Loaded LiFT: {name}{' (random weights)' if self._random_lift else ''}")
+
+
+def _check_lift_iter(lift_iter: int) -> None:
+    if isinstance(lift_iter, bool) or not isinstance(lift_iter, int) or lift_iter < 0:
+        raise ValueError(f"lift_iter must be an integer >= 0, got {lift_iter!r}")
 
 
 def _typed(value: int | None) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
-from .plan import Architecture
+from .plan import Architecture, span_basis
 
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
 
@@ -148,21 +148,64 @@ class LiFT(
             ValueError: for shapes, dtypes or devices that do not fit each other or the module; for weights that are
                 not finite when the plan is built.
         """
-        h, w = self._check(imgs, x)
-        x_map = x.transpose(1, 2).unflatten(2, (h, w)) if self.pre_shape else x
+        x_map = self._checked_map(imgs, x)
         if self._needs_plain_graph(imgs, x):
-            out = self._forward_plain(self._align(imgs, h, w), x_map)
+            out = self._forward_plain(self._align(imgs, *x_map.shape[2:]), x_map)
             return out.flatten(2).transpose(1, 2) if self.post_shape else out
+        tokens = self._forward_fused(imgs, x_map)
+        return tokens.flatten(1, 2) if self.post_shape else tokens.permute(0, 3, 1, 2)
 
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+    def matching_map(self, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
+        """The descriptors of :meth:`forward` in half the channels, for matching: exact, not a compression.
+
+        LiFT's C-channel descriptors ``W v + b`` span no more than c + 1 dimensions, c = C // 2. With the thin QR
+        decomposition ``[W | b] = Q R`` this gives their coordinates ``R [v; 1]`` in the orthonormal basis Q: inner
+        products, norms and cosines between them are those of the wide descriptors, up to rounding, and so are matches.
+        They compare only with coordinates of the same network: a change of ``outc`` changes the basis.
+
+        Runs where :meth:`forward` would run. The plain graph (training, gradients, ``fused = False``) is followed by
+        the projection onto the same basis, taken from the current weights in float64 at each call. The basis counts
+        as a constant for gradients; those of inner products and norms are nevertheless the wide descriptors'.
+
+        Args:
+            imgs, x: as :meth:`forward`.
+            normalize: divide each descriptor by max(its norm, 1e-12).
+
+        Returns:
+            ``[B, c + 1, 2h, 2w]``, a map whatever ``post_shape`` says, as :func:`lift_fast.dense_match` takes it; in
+            the dtype of ``x`` (of autocast, if active), NHWC memory on the fused path. For
+            :func:`lift_fast.nearest`: ``.flatten(2).transpose(1, 2)``.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        x_map = self._checked_map(imgs, x)
+        if not self._needs_plain_graph(imgs, x):
+            return self._forward_fused(imgs, x_map, basis=True, normalize=normalize).permute(0, 3, 1, 2)
+        wide = self._forward_plain(self._align(imgs, *x_map.shape[2:]), x_map)
+        # Half precision would round a second time.
+        dtype = torch.promote_types(wide.dtype, torch.float32)
+        with torch.autocast(wide.device.type, enabled=False):
+            basis, _ = span_basis(self.outc.weight.flatten(1), self.outc.bias)  # type: ignore[arg-type]
+            narrow = F.conv2d(wide.to(dtype), basis.to(dtype).t()[:, :, None, None])
+            return (F.normalize(narrow, dim=1) if normalize else narrow).to(wide.dtype)
+
+    def _checked_map(self, imgs: Tensor, x: Tensor) -> Tensor:
+        """Check the inputs; returns ``x`` as ``[B, C, h, w]``."""
+        h, w = self._check(imgs, x)
+        return x.transpose(1, 2).unflatten(2, (h, w)) if self.pre_shape else x
+
+    def _forward_fused(self, imgs: Tensor, x_map: Tensor, basis: bool = False, normalize: bool = False) -> Tensor:
+        """The inference plan: ``[B, 2h, 2w, C]``, c + 1 channels with ``basis``."""
+        if torch.is_autocast_enabled(x_map.device.type):
+            dtype = torch.get_autocast_dtype(x_map.device.type)
             imgs, x_map = imgs.to(dtype), x_map.to(dtype)
         weights, epsilons = self._plan_sources()
-        architecture = self.architecture
         # The no-image network reads nothing of the pictures: hand over an empty tensor instead of a resized picture.
-        aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
-        tokens = lift_forward(aligned, x_map.permute(0, 2, 3, 1), weights, epsilons, architecture)
-        return tokens.flatten(1, 2) if self.post_shape else tokens.permute(0, 3, 1, 2)
+        none = imgs.new_empty((imgs.shape[0], 3, 0, 0))
+        aligned = self._align(imgs, *x_map.shape[2:]) if self.use_image else none
+        x_map = x_map.permute(0, 2, 3, 1)
+        return lift_forward(aligned, x_map, weights, epsilons, self.architecture, basis=basis, normalize=normalize)
 
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is made anew after it."""

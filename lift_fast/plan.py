@@ -79,11 +79,7 @@ class Plan:
         are Q (R [v; 1]): this plan yields the coordinates R [v; 1], c + 1 channels, whose inner products and norms are
         those of the descriptors.
         """
-        # On the CPU: small, and the same coordinates on every device.
-        _, r = torch.linalg.qr(torch.cat([self.out.t(), self.out_bias[:, None]], dim=1).cpu())
-        # The decomposition leaves each coordinate's sign open.
-        r = r * torch.where(r.diagonal() < 0, -1.0, 1.0)[:, None]
-        r = r.to(self.out.device)
+        _, r = span_basis(self.out.t(), self.out_bias)
         return replace(self, out=r[:, :-1].t().contiguous(), out_bias=r[:, -1].contiguous())
 
     def edge_bias(self) -> Tensor:
@@ -168,6 +164,24 @@ def build_plan(weights: Sequence[Tensor], epsilons: Sequence[float], architectur
         out=out_weight.flatten(1).t().contiguous(),
         out_bias=out_bias,
     )
+
+
+def span_basis(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Thin QR decomposition of ``[weight | bias]``, the span of all descriptors ``weight @ v + bias``.
+
+    Args:
+        weight: ``[C, c]``, c < C.
+        bias: ``[C]``.
+
+    Returns:
+        ``q [C, c + 1]`` with orthonormal columns and ``r [c + 1, c + 1]``, whose diagonal is not negative; float64 on
+        the device of ``weight``, without gradients.
+    """
+    # On the CPU: small, and the same coordinates on every device.
+    q, r = torch.linalg.qr(torch.cat([weight, bias[:, None]], dim=1).detach().cpu().double())
+    # The decomposition leaves each coordinate's sign open.
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
+    return (q * sign).to(weight.device), (r * sign[:, None]).to(weight.device)
 
 
 def batch_norm_affine(norm: Sequence[Tensor], epsilon: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lift_fast.backbones import FrozenViT, extract_hooked
 from lift_fast.extractor import ViTLiFTExtractor
 from lift_fast.lift import LiFT
+from lift_fast.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +133,56 @@ def test_repeated_lift_follows_the_published_loop() -> None:
     assert list(extractor().extract_descriptors_iterative_lift(imgs, 2, return_inter=True)) == ["back"]
     with pytest.raises(ValueError, match="lift_iter"):
         made.extract_descriptors_iterative_lift(imgs, -1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("stride", [8, 4])
+@pytest.mark.parametrize("lift_iter", [1, 2])
+def test_matching_map_has_the_products_of_the_wide_descriptors(lift_iter: int, stride: int, fused: bool) -> None:
+    imgs = pictures(2, 3, 36, 45)
+    made = extractor(lift=random_lift(), stride=stride, fused=fused)
+    narrow = made.matching_map(imgs, lift_iter)
+    h, w = made.backbone.grid(36, 45)
+    assert narrow.shape == (2, 25, h << lift_iter, w << lift_iter)
+    rows = narrow.permute(0, 2, 3, 1).flatten(0, 2).double()
+    wide = made.extract_descriptors_iterative_lift(imgs, lift_iter).flatten(0, 1).double()
+    assert relative_error(rows @ rows.T, wide @ wide.T) <= 2e-5
+
+
+def test_matching_map_without_lift_is_the_backbones_map() -> None:
+    imgs = pictures(1, 3, 32, 48)
+    alone, made = extractor(), extractor(lift=random_lift())
+    assert torch.equal(alone.matching_map(imgs), alone.descriptor_map(imgs))
+    back = made.extract_descriptors_iterative_lift(imgs, 0)
+    assert torch.equal(made.matching_map(imgs, 0), back.transpose(1, 2).unflatten(2, (4, 6)))
+    with pytest.raises(ValueError, match="lift_iter"):
+        made.matching_map(imgs, -1)
+    with pytest.raises(ValueError, match="uint8"):
+        made.matching_map(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_matching_map_of_a_foreign_lift_keeps_its_channels() -> None:
+    class Foreign(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift = random_lift()
+
+        def forward(self, imgs: Tensor, x: Tensor) -> Tensor:
+            out: Tensor = self.lift(imgs, x)
+            return out
+
+    imgs = pictures(1, 3, 32, 48)
+    made = extractor(lift=Foreign())
+    assert made.matching_map(imgs).shape == (1, 48, 8, 12)
+    assert torch.equal(made.matching_map(imgs), made.descriptor_map(imgs))
+
+
+def test_covered_pixels_and_random_weights() -> None:
+    assert extractor().covered(36, 45) == (0, 0, 32, 40)
+    assert extractor(stride=4).covered(40, 32) == (2, 2, 36, 28)
+    assert not extractor().random_weights
+    assert extractor(random_lift=True).random_weights
+    assert ViTLiFTExtractor("dino_vits16", device="cpu", random_weights=True, silent=True).random_weights
 
 
 @pytest.mark.parametrize("size", [(36, 45), (39, 32)])
