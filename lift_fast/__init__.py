@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_lift, save_lift
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
+    from .image_matching import ImageMatches, match_images
     from .tuning import tune
 
 __version__ = version("lift_fast")
@@ -27,6 +28,7 @@ __all__ = [
     "CapturedExtractor",
     "DenseMatches",
     "FrozenViT",
+    "ImageMatches",
     "LiFT",
     "NearestResult",
     "ViTLiFTExtractor",
@@ -39,6 +41,7 @@ __all__ = [
     "dense_match",
     "load_backbone",
     "load_lift",
+    "match_images",
     "nearest",
     "save_lift",
     "tune",
@@ -48,12 +51,14 @@ __all__ = [
 _LAZY = {
     "CapturedExtractor": ".graphs",
     "FrozenViT": ".backbones",
+    "ImageMatches": ".image_matching",
     "ViTLiFTExtractor": ".extractor",
     "WeightsNotFoundError": ".backbones",
     "backends": ".backends",
     "capture": ".graphs",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
+    "match_images": ".image_matching",
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }

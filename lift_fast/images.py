@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 LoadSize = int | tuple[int, int] | None
+Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -41,6 +44,53 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         ) from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def as_image(picture: Picture, name: str = "picture") -> Image.Image:
+    """A picture in any usual form as 8-bit RGB, upright.
+
+    Args:
+        picture: file (:func:`read_image`); Pillow picture (its EXIF orientation is applied); NumPy array ``[H, W, 3]``,
+            ``[H, W, 1]`` or ``[H, W]``, or tensor ``[3, H, W]``, ``[1, H, W]`` or ``[H, W]`` on any device. Arrays and
+            tensors are RGB or grey, uint8, or floating point from 0 to 1 (rounded to 8 bits).
+        name: of the argument, for errors.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TypeError: for anything else.
+        ValueError: for a file or Pillow picture that cannot be read, for other shapes, dtypes or values.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        try:
+            return to_rgb(ImageOps.exif_transpose(picture))
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    if isinstance(picture, Tensor):
+        values, layout = picture.detach().cpu(), "[3, H, W], [1, H, W] or [H, W]"
+        array = (values.float() if values.is_floating_point() else values).numpy()
+        array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
+    elif isinstance(picture, np.ndarray):
+        array, layout = picture, "[H, W, 3], [H, W, 1] or [H, W]"
+    else:
+        raise TypeError(f"{name} must be a path, a PIL.Image, a NumPy array or a tensor, got {type(picture).__name__}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
+        raise ValueError(f"{name} must be {layout}, got {list(picture.shape)}")
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        # Written so that NaN fails too.
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"{name}: floating point pictures must lie in 0 to 1, got {low:g} to {high:g}; do not normalise them "
+                "before, and divide 0 to 255 by 255"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"{name} must be uint8 or floating point from 0 to 1, got {picture.dtype}")
+    if array.ndim == 2 or array.shape[2] == 1:
+        array = np.broadcast_to(array.reshape(*array.shape[:2], 1), (*array.shape[:2], 3))
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
@@ -80,19 +130,27 @@ def resize(image: Image.Image, load_size: LoadSize) -> Image.Image:
     Raises:
         ValueError: for a size that is not positive, or not one of these forms.
     """
+    new = resized_size(image.size, load_size)
+    return image if new == image.size else image.resize(new, Image.Resampling.LANCZOS)
+
+
+def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
+    """The ``(width, height)`` that :func:`resize` gives a picture of ``size`` (width, height).
+
+    Raises:
+        ValueError: as :func:`resize`.
+    """
+    width, height = size
     if load_size is None:
-        return image
-    width, height = image.size
+        return size
     if isinstance(load_size, (tuple, list)):
         if len(load_size) != 2 or not all(_positive(v) for v in load_size):
             raise ValueError(f"load_size must be (height, width) in pixels, both at least 1, got {load_size!r}")
-        new = (int(load_size[1]), int(load_size[0]))
-    elif _positive(load_size):
-        short, size = min(width, height), int(load_size)
-        new = (size, size * height // short) if width <= height else (size * width // short, size)
-    else:
+        return int(load_size[1]), int(load_size[0])
+    if not _positive(load_size):
         raise ValueError(f"load_size must be pixels (at least 1), (height, width) or None, got {load_size!r}")
-    return image if new == image.size else image.resize(new, Image.Resampling.LANCZOS)
+    short, length = min(width, height), int(load_size)
+    return (length, length * height // short) if width <= height else (length * width // short, length)
 
 
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:

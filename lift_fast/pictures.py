@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,10 @@ Pixels = npt.NDArray[np.uint8]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 _WIDTH, _GAP, _TEXT = 1600, 16, 20
-_TALLEST = 620
-_INK, _PAPER, _MISSING, _WARNING = (25, 25, 25), (255, 255, 255), (90, 90, 90), (176, 32, 32)
+_TALLEST, _TALLEST_PANEL = 620, 560
+_BAR = 2 * _TEXT + 8
+_INK, _PAPER, _WARNING = (25, 25, 25), (255, 255, 255), (176, 32, 32)
+_HATCH = np.array([[200, 200, 200], [110, 110, 110]], dtype=np.uint8)
 # Corners of the position colours, from the palette of Okabe and Ito, so that colour-blind people can tell them apart:
 # top left, top right, bottom left, bottom right.
 _CORNERS = np.array([[[0, 90, 181], [240, 228, 66]], [[75, 0, 110], [220, 80, 0]]], dtype=np.float64)
@@ -34,15 +37,15 @@ class MatchView:
     picture_b: Pixels
     """[Hb, Wb, 3] uint8"""
     points: npt.NDArray[np.int64]
-    """[P, 2] (x, y) pixels of A, the row-major points of a regular grid."""
+    """[rows, columns, 2] (x, y) pixels of A, a regular grid."""
     matches: npt.NDArray[np.int64]
-    """[P, 2] (x, y) pixels of B; (-1, -1) where there is no match."""
+    """[rows, columns, 2] (x, y) pixels of B; (-1, -1) where there is no match."""
     similarity: npt.NDArray[np.floating]
-    """[P]"""
+    """[rows, columns]"""
+    confidence: npt.NDArray[np.floating]
+    """[rows, columns], 0 to 1"""
     valid: npt.NDArray[np.bool_]
-    """[P]"""
-    grid: tuple[int, int]
-    """(rows, columns) of the points, rows * columns = P."""
+    """[rows, columns]"""
     caption: str
     warning: str = ""
     """Shown on a banner across the top."""
@@ -67,23 +70,34 @@ def confidence_colours(value: npt.NDArray[np.floating]) -> Pixels:
     return colours
 
 
-def even_sample(grid: tuple[int, int], valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:
-    """Up to ``count`` indices of valid points, spread evenly over the grid and blind to similarity.
+def even_sample(valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:
+    """Up to ``count`` (row, column) of valid points, spread evenly and blind to similarity: ``[n, 2]``.
 
-    A sample of the best matches would flatter.
+    The grid is cut into about ``count`` fields; of each the valid point nearest to its centre is taken, if there is
+    one. A sample of the best matches would flatter.
     """
-    rows, columns = grid
-    tall = max(1, round((count * rows / columns) ** 0.5))
-    wide = max(1, count // tall)
-    ys = ((np.arange(min(tall, rows)) + 0.5) * rows / min(tall, rows)).astype(int)
-    xs = ((np.arange(min(wide, columns)) + 0.5) * columns / min(wide, columns)).astype(int)
-    chosen = (ys[:, None] * columns + xs).ravel()
-    chosen = chosen[valid[chosen]]
-    return chosen[:count]
+    rows, columns = valid.shape
+    tall = min(rows, max(1, round((count * rows / columns) ** 0.5)))
+    wide = min(columns, max(1, count // tall))
+    tall = min(tall, count)
+    chosen = []
+    ys, xs = (np.arange(n + 1) * length // n for n, length in ((tall, rows), (wide, columns)))
+    for top, bottom in pairwise(ys):
+        for left, right in pairwise(xs):
+            inside = np.argwhere(valid[top:bottom, left:right])
+            if len(inside):
+                centre = ((bottom - top - 1) / 2, (right - left - 1) / 2)
+                chosen.append(inside[np.square(inside - centre).sum(1).argmin()] + (top, left))
+    return np.array(chosen, dtype=np.int64).reshape(-1, 2)
 
 
 def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
-    """One sheet: both pictures with match lines; below, matched positions as colours, B warped into A, confidence.
+    """The matches on one sheet.
+
+    First row: A and B with lines between an evenly spread sample of the valid matches, coloured by position in A.
+    Second row: A, B warped into A's frame through the matches (each pixel of A shows its match in B), and the
+    confidence from 0 to 1. Third row: B coloured by position, A coloured by where each pixel's match lies in B, and the
+    similarity between its 2nd and 98th percentile. Hatched: no valid match.
 
     Raises:
         ValueError: if the arrays do not fit each other.
@@ -95,16 +109,15 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     top = banner + _GAP + len(caption) * (_TEXT + 6) + _GAP
     title = _TEXT + 8
 
-    half, quarter = (_WIDTH - 3 * _GAP) // 2, (_WIDTH - 5 * _GAP) // 4
+    half, third = (_WIDTH - 3 * _GAP) // 2, (_WIDTH - 4 * _GAP) // 3
     size_a, size_b = view.picture_a.shape[:2], view.picture_b.shape[:2]
     scale_a, scale_b = (min(half / s[1], _TALLEST / s[0]) for s in (size_a, size_b))
     big_a, big_b = _resize(view.picture_a, scale_a), _resize(view.picture_b, scale_b)
     tall = max(big_a.height, big_b.height)
-    panels = _panels(view)
-    small = [_fit(panel, quarter, _TALLEST) for _, panel in panels]
-    low = max(image.height for image in small)
-    bar = 2 * _TEXT + 12
-    sheet = Image.new("RGB", (_WIDTH, top + title + tall + _GAP + title + low + bar + _GAP), _PAPER)
+    panels = [_panels(view, third)[n : n + 3] for n in (0, 3)]
+    low = [max(panel.picture.height + (_BAR if panel.scale else 0) for panel in row) for row in panels]
+    height = top + title + tall + _GAP + sum(title + n + _GAP for n in low)
+    sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
 
     if view.warning:
@@ -113,72 +126,93 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     for number, line in enumerate(caption):
         draw.text((_GAP, banner + _GAP + number * (_TEXT + 6)), line, font=font, fill=_INK)
 
-    left_a, left_b = _GAP + (half - big_a.width) // 2, 2 * _GAP + half + (half - big_b.width) // 2
+    # Side by side without white between, so that lines stay short.
+    left_a, left_b = _WIDTH // 2 - _GAP // 2 - big_a.width, _WIDTH // 2 + _GAP // 2
     above = top + title
-    draw.text((left_a, top), "A", font=font, fill=_INK)
+    sample = even_sample(view.valid, lines)
+    draw.text((left_a, top), f"A, and {len(sample)} of its matches, spread evenly", font=font, fill=_INK)
     draw.text((left_b, top), "B", font=font, fill=_INK)
     sheet.paste(big_a, (left_a, above))
     sheet.paste(big_b, (left_b, above))
-    _draw_lines(draw, view, lines, (left_a, above, scale_a), (left_b, above, scale_b))
+    _draw_lines(draw, view, sample, (left_a, above, scale_a), (left_b, above, scale_b))
 
-    above = top + title + tall + _GAP
-    for number, ((name, _), image) in enumerate(zip(panels, small, strict=True)):
-        left = _GAP + number * (quarter + _GAP)
-        draw.text((left, above), name, font=font, fill=_INK)
-        sheet.paste(image, (left, above + title))
-    _draw_bar(sheet, view, (_GAP + 3 * (quarter + _GAP), above + title + small[-1].height + 8, quarter), font)
+    above += tall + _GAP
+    for row, deepest in zip(panels, low, strict=True):
+        for number, panel in enumerate(row):
+            left = _GAP + number * (third + _GAP)
+            draw.text((left, above), panel.title, font=font, fill=_INK)
+            sheet.paste(panel.picture, (left, above + title))
+            if panel.scale:
+                _draw_bar(
+                    sheet, panel.scale, (left, above + title + panel.picture.height + 8, panel.picture.width), font
+                )
+        above += title + deepest + _GAP
     return sheet
 
 
 def _check(view: MatchView) -> None:
-    count = view.grid[0] * view.grid[1]
+    grid = view.valid.shape
     for name, array, shape in (
-        ("points", view.points, (count, 2)),
-        ("matches", view.matches, (count, 2)),
-        ("similarity", view.similarity, (count,)),
-        ("valid", view.valid, (count,)),
+        ("points", view.points, (*grid, 2)),
+        ("matches", view.matches, (*grid, 2)),
+        ("similarity", view.similarity, grid),
+        ("confidence", view.confidence, grid),
     ):
-        if array.shape != shape:
-            raise ValueError(f"{name} must be {shape} for a grid of {view.grid}, got {array.shape}")
+        if len(grid) != 2 or array.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for valid [rows, columns] = {list(grid)}, got {array.shape}"
+            )
     for name, picture in (("picture_a", view.picture_a), ("picture_b", view.picture_b)):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
             raise ValueError(f"{name} must be [H, W, 3] uint8, got {list(picture.shape)} {picture.dtype}")
 
 
-def _panels(view: MatchView) -> list[tuple[str, Image.Image]]:
+class _Panel(NamedTuple):
+    title: str
+    picture: Image.Image
+    scale: tuple[str, str] | None = None
+    """What the ends of the colour scale stand for."""
+
+
+def _panels(view: MatchView, width: int) -> list[_Panel]:
     size_a, size_b = view.picture_a.shape[:2], view.picture_b.shape[:2]
-    valid = view.valid.reshape(view.grid)
-    matches = view.matches.reshape(*view.grid, 2)
     everywhere = np.stack(np.meshgrid(np.arange(size_b[1]), np.arange(size_b[0])), axis=-1)
     of_b = _tint(view.picture_b, position_colours(everywhere, size_b))
-    colours = np.where(valid[..., None], position_colours(matches, size_b), np.uint8(_MISSING[0]))
-    on_a = _tint(view.picture_a, _enlarge(colours, size_a))
-    warp = view.picture_b[matches[..., 1], matches[..., 0]].copy()
-    warp[~valid] = _MISSING
-    value, _, _ = _confidence(view)
-    confidence = confidence_colours(value.reshape(view.grid))
-    confidence[~valid] = _MISSING
+    on_a = _tint(view.picture_a, _enlarge(position_colours(view.matches, size_b), size_a))
+    warp = _enlarge(view.picture_b[view.matches[..., 1], view.matches[..., 0]], size_a)
+    confidence = _enlarge(confidence_colours(view.confidence), size_a)
+    value, low, high = _stretch(view)
+    similarity = _enlarge(confidence_colours(value), size_a)
+    missing = _enlarge(np.logical_not(view.valid), size_a)
+    no_match = _enlarge((view.matches < 0).any(-1), size_a)
+
+    def on_sheet(picture: Pixels, mask: npt.NDArray[np.bool_] | None = None) -> Image.Image:
+        image = _fit(Image.fromarray(picture), width, _TALLEST_PANEL)
+        return image if mask is None else _hatch(image, mask)
+
     return [
-        ("B, coloured by position", Image.fromarray(of_b)),
-        ("A, coloured by match in B", Image.fromarray(on_a)),
-        ("B warped into A", Image.fromarray(_enlarge(warp, size_a))),
-        ("similarity of the match", Image.fromarray(_enlarge(confidence, size_a))),
+        _Panel("A", on_sheet(view.picture_a)),
+        _Panel("B warped into A (hatched: no valid match)", on_sheet(warp, missing)),
+        _Panel("confidence", on_sheet(confidence, no_match), ("0", "1")),
+        _Panel("B, coloured by position", on_sheet(of_b)),
+        _Panel("A, coloured by match in B", on_sheet(on_a, missing)),
+        _Panel("similarity", on_sheet(similarity, no_match), (f"{low:.2f}", f"{high:.2f}")),
     ]
 
 
-def _confidence(view: MatchView) -> tuple[npt.NDArray[np.floating], float, float]:
-    """Similarity stretched to 0 to 1 between the 2nd and 98th percentile of the valid matches, and those two."""
-    if not view.valid.any():
+def _stretch(view: MatchView) -> tuple[npt.NDArray[np.floating], float, float]:
+    """Similarity stretched to 0 to 1 between the 2nd and 98th percentile of the matches, and those two."""
+    matched = (view.matches >= 0).all(-1)
+    if not matched.any():
         return np.zeros_like(view.similarity), 0.0, 1.0
-    low, high = (float(v) for v in np.percentile(view.similarity[view.valid], (2, 98)))
-    spread = max(high - low, 1e-6)
-    return np.where(view.valid, (np.where(view.valid, view.similarity, low) - low) / spread, 0.0), low, high
+    low, high = (float(v) for v in np.percentile(view.similarity[matched], (2, 98)))
+    return (np.where(matched, view.similarity, low) - low) / max(high - low, 1e-6), low, high
 
 
 def _draw_lines(
     draw: ImageDraw.ImageDraw,
     view: MatchView,
-    lines: int,
+    sample: npt.NDArray[np.int64],
     place_a: tuple[int, int, float],
     place_b: tuple[int, int, float],
 ) -> None:
@@ -187,9 +221,9 @@ def _draw_lines(
         return left + (xy[0] + 0.5) * scale, above + (xy[1] + 0.5) * scale
 
     size_a = view.picture_a.shape[:2]
-    for index in even_sample(view.grid, view.valid, lines):
-        red, green, blue = (int(v) for v in position_colours(view.points[index], size_a))
-        start, end = on_sheet(view.points[index], place_a), on_sheet(view.matches[index], place_b)
+    for row, column in sample:
+        red, green, blue = (int(v) for v in position_colours(view.points[row, column], size_a))
+        start, end = on_sheet(view.points[row, column], place_a), on_sheet(view.matches[row, column], place_b)
         # A dark rim keeps a line visible on any picture.
         draw.line((start, end), fill=_INK, width=4)
         draw.line((start, end), fill=(red, green, blue), width=2)
@@ -197,15 +231,13 @@ def _draw_lines(
             draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=(red, green, blue), outline=_INK, width=2)
 
 
-def _draw_bar(sheet: Image.Image, view: MatchView, place: tuple[int, int, int], font: Font) -> None:
+def _draw_bar(sheet: Image.Image, ends: tuple[str, str], place: tuple[int, int, int], font: Font) -> None:
     left, above, width = place
-    _, low, high = _confidence(view)
     bar = np.repeat(confidence_colours(np.linspace(0, 1, width))[None], 12, axis=0)
     sheet.paste(Image.fromarray(bar), (left, above))
     draw = ImageDraw.Draw(sheet)
-    draw.text((left, above + 16), f"{low:.2f}", font=font, fill=_INK)
-    draw.text((left + width, above + 16), f"{high:.2f}", font=font, fill=_INK, anchor="ra")
-    draw.text((left + width // 2, above + 16), "grey: none", font=font, fill=_MISSING, anchor="ma")
+    draw.text((left, above + 16), ends[0], font=font, fill=_INK)
+    draw.text((left + width, above + 16), ends[1], font=font, fill=_INK, anchor="ra")
 
 
 def _tint(picture: Pixels, colours: Pixels) -> Pixels:
@@ -215,8 +247,16 @@ def _tint(picture: Pixels, colours: Pixels) -> Pixels:
     return tinted
 
 
-def _enlarge(cells: Pixels, size: tuple[int, ...]) -> Pixels:
-    """Nearest-neighbour enlargement of a grid ``[rows, columns, 3]`` to a picture's size."""
+def _hatch(image: Image.Image, mask: npt.NDArray[np.bool_]) -> Image.Image:
+    """Diagonal stripes over ``mask``: unlike one colour, nothing in a photograph looks like it."""
+    shown = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+    y, x = np.indices((image.height, image.width))
+    stripes = _HATCH[(x + y) // 4 % 2]
+    return Image.fromarray(np.where(np.asarray(shown)[..., None], stripes, np.asarray(image)))
+
+
+def _enlarge(cells: npt.NDArray[Any], size: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Nearest-neighbour enlargement of a grid ``[rows, columns, ...]`` to a picture's size."""
     rows = np.arange(size[0]) * cells.shape[0] // size[0]
     columns = np.arange(size[1]) * cells.shape[1] // size[1]
     return cells[rows[:, None], columns]

@@ -7,19 +7,19 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import UsageError, as_usage_error
 from .options import add_model_options, add_output_options, build_extractor, describe, positive
 
-if TYPE_CHECKING:
-    import torch
-
-_DESCRIPTION = """Match every n-th pixel of picture A to the most similar pixel of picture B, draw the matches, and
-write them to an .npz file beside the picture: points [P, 2] and matches [P, 2] as (x, y) pixels of the loaded
-pictures, points_original and matches_original likewise in the files' own pixels, similarity [P], valid [P] and the
-sizes (height, width) of the loaded pictures and the files."""
-_EXAMPLE = "example: lift-fast match left.jpg right.jpg --out matches.png --lift lift_dino_vits16.pth --mutual"
+_DESCRIPTION = """Match every n-th pixel of picture A to the most similar pixel of picture B, draw the matches on one
+sheet, and write them to an .npz file beside it: xy_a and xy_b [rows, columns, 2], (x, y) in the files' own upright
+pixels, (-1, -1) for no match; similarity, distance (how many cells of A's descriptor map the way back from B misses
+by), confidence (similarity, halved with each cell of distance; no probability) and valid, each [rows, columns];
+size_a, size_b, loaded_size_a, loaded_size_b (height, width of the files and of the loaded pictures); covered_a,
+covered_b (top, left, height, width of the loaded pixels that were matched); grid_a, grid_b (cells of the descriptor
+maps) and random_weights."""
+_EXAMPLE = "example: lift-fast match left.jpg right.jpg --out matches.png --lift lift_dino_vits16.pth --timing"
 
 
 def add_parser(commands: Any) -> None:
@@ -29,9 +29,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("b", type=Path, metavar="B", help="second picture, searched for the pixels of A")
     parser.add_argument("--out", type=Path, default=Path("matches.png"), metavar="PNG", help="(%(default)s)")
     parser.add_argument("--step", type=positive, default=4, metavar="N", help="match every N-th pixel (%(default)s)")
-    parser.add_argument("--mutual", action="store_true", help="keep matches that lead back to their pixel")
+    parser.add_argument(
+        "--mutual",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="only matches whose way back ends within a cell of the descriptor map are valid (on)",
+    )
     parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
+    parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
     add_model_options(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -48,150 +54,73 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"no picture at {path}")
 
     import numpy as np
-    import torch
 
-    from lift_fast import dense_match
+    from lift_fast import match_images
     from lift_fast._files import atomic_path
-    from lift_fast.pictures import MatchView, draw_matches
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
-    clock = _Clock()
+    start = time.perf_counter()
     extractor = build_extractor(arguments)
-    clock.lap("model")
+    seconds = {"model": time.perf_counter() - start}
     if extractor.lift is None:
         say("no LiFT checkpoint was given: matching the backbone's features alone; --lift FILE adds LiFT")
     with as_usage_error():
-        batches, pictures = zip(
-            *(extractor.preprocess(path, arguments.size) for path in (arguments.a, arguments.b)), strict=True
-        )
-        clock.lap("read")
-        with torch.inference_mode():
-            maps = [_descriptors(extractor, batch, arguments.iterations) for batch in batches]
-        clock.lap("features", maps[0].device)
-        (height_a, width_a), (height_b, width_b) = (batch.shape[2:] for batch in batches)
-        ys, xs = (_centres(n, arguments.step) for n in (height_a, width_a))
-        points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1).view(1, -1, 2).to(maps[0].device)
-        result = dense_match(
-            maps[0],
-            maps[1],
-            (height_a, width_a),
-            (height_b, width_b),
-            points=points,
-            normalize=arguments.normalize,
+        matches = match_images(
+            arguments.a,
+            arguments.b,
+            extractor=extractor,
+            size=arguments.size,
             mutual=arguments.mutual,
+            step=arguments.step,
+            normalize=arguments.normalize,
+            lift_iter=arguments.iterations,
+            timing=True,
         )
-        clock.lap("match", maps[0].device)
+    seconds.update(matches.seconds)
+    if matches.random_weights:
+        say("random weights: these matches mean nothing")
 
-    points_xy, matches = points[0].cpu().numpy(), result.xy[0].cpu().numpy()
-    similarity, valid = result.similarity[0].cpu().numpy(), result.valid[0].cpu().numpy()
+    start = time.perf_counter()
+    arrays = matches.numpy()
+    valid = arrays["valid"]
     caption = (
-        f"{describe(arguments)}   A {width_a} x {height_a}, B {width_b} x {height_b} pixels, grid "
-        f"{maps[0].shape[2]} x {maps[0].shape[3]}   {int(valid.sum())} of {valid.size} matches"
-        f"{' mutual' if arguments.mutual else ''}   {clock.laps['features'] + clock.laps['match']:.2f} s"
+        f"{describe(arguments)}   A {_by(arrays['loaded_size_a'])}, B {_by(arrays['loaded_size_b'])} pixels, "
+        f"maps of {_by(matches.grid_a)} and {_by(matches.grid_b)} cells   {int(valid.sum())} of {valid.size} matches "
+        f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
     )
-    view = MatchView(
-        picture_a=np.asarray(pictures[0]),
-        picture_b=np.asarray(pictures[1]),
-        points=points_xy,
-        matches=matches,
-        similarity=similarity,
-        valid=valid,
-        grid=(len(ys), len(xs)),
-        caption=caption,
-        warning="random weights: these matches mean nothing"
-        if arguments.random_weights or arguments.random_lift
-        else "",
-    )
-    sheet = draw_matches(view, lines=arguments.lines)
+    sheet = matches.draw(lines=arguments.lines, caption=caption)
     with atomic_path(arguments.out) as temporary:
         sheet.save(temporary, format="PNG")
     numbers = arguments.out.with_suffix(".npz")
-    originals = [_original_size(path) for path in (arguments.a, arguments.b)]
-    loaded = [(height_a, width_a), (height_b, width_b)]
     with atomic_path(numbers) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            points=points_xy,
-            matches=matches,
-            points_original=_rescale(points_xy, loaded[0], originals[0]),
-            matches_original=_rescale(matches, loaded[1], originals[1]),
-            similarity=similarity,
-            valid=valid,
-            size_a=np.array(loaded[0]),
-            size_b=np.array(loaded[1]),
-            original_size_a=np.array(originals[0]),
-            original_size_b=np.array(originals[1]),
-        )
-    clock.lap("draw")
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
+    seconds["draw"] = time.perf_counter() - start
     if arguments.json:
         figures = {
             "out": str(arguments.out),
             "npz": str(numbers),
             "model": arguments.model,
             "lift": arguments.lift,
-            "random_weights": bool(arguments.random_weights or arguments.random_lift),
-            "size_a": list(loaded[0]),
-            "size_b": list(loaded[1]),
-            "grid": list(maps[0].shape[2:]),
+            "random_weights": matches.random_weights,
+            **{
+                name: arrays[name].tolist()
+                for name in ("size_a", "size_b", "loaded_size_a", "loaded_size_b", "grid_a", "grid_b")
+            },
             "points": int(valid.size),
             "valid": int(valid.sum()),
-            "mean_similarity": float(similarity[valid].mean()) if valid.any() else None,
-            "seconds": {name: round(value, 4) for name, value in clock.laps.items()},
+            "mean_similarity": float(arrays["similarity"][valid].mean()) if valid.any() else None,
+            "mean_confidence": float(arrays["confidence"].mean()),
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
         }
         print(json.dumps(figures))
     else:
         say(caption)
-        say("   ".join(f"{name} {value:.2f} s" for name, value in clock.laps.items()))
+        if arguments.timing:
+            print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         say(f"wrote {arguments.out} and {numbers}")
     return 0
 
 
-class _Clock:
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def lap(self, name: str, device: torch.device | None = None) -> None:
-        if device is not None and device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        self.laps[name] = now - self._start
-        self._start = now
-
-
-def _descriptors(extractor: Any, batch: torch.Tensor, iterations: int) -> torch.Tensor:
-    """``[1, C, h, w]`` on the grid that LiFT leaves."""
-    tokens = extractor.extract_descriptors_iterative_lift(batch, iterations)
-    height, width = extractor.backbone.grid(batch.shape[2], batch.shape[3])
-    if extractor.lift is not None:
-        height, width = height << iterations, width << iterations
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
-
-
-def _centres(pixels: int, step: int) -> torch.Tensor:
-    """Every ``step``-th pixel, the sample centred in the picture."""
-    import torch
-
-    return torch.arange((pixels - 1) % step // 2, pixels, step)
-
-
-def _original_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the file as it is shown, that is with its EXIF orientation applied."""
-    from lift_fast.images import read_image
-
-    width, height = read_image(path).size
-    return height, width
-
-
-def _rescale(xy: Any, loaded: tuple[int, int], original: tuple[int, int]) -> Any:
-    """Pixel centres of the loaded picture as positions in the file's pixels; (-1, -1) stays what it is."""
-    import numpy as np
-
-    scale = np.array([original[1] / loaded[1], original[0] / loaded[0]])
-    scaled = ((xy + 0.5) * scale - 0.5).astype(np.float32)
-    scaled[(xy < 0).any(axis=1)] = -1
-    return scaled
+def _by(size: Any) -> str:
+    """(height, width) as people write it."""
+    return f"{size[1]} x {size[0]}"

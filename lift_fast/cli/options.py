@@ -50,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=load_size,
         default=448,
         metavar="S",
-        help="load pictures with this shorter side, or HxW exactly (%(default)s)",
+        help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")

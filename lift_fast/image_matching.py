@@ -1,0 +1,314 @@
+"""``match_images``: two pictures in, matches in their own pixels out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .extractor import ViTLiFTExtractor
+from .images import LoadSize, Picture, as_image, resized_size
+from .matching import dense_match
+
+Rectangle = tuple[int, int, int, int]
+
+STAGES = ("decode", "backbone", "lift", "match")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMatches:
+    """Result of :func:`match_images`; tensors are on the extractor's device.
+
+    Leading dimensions ``[...]`` are ``[H, W]``, the dense layout, or ``[P]`` where points were given. Positions are
+    (x, y) in the pixels of the pictures as they came in, upright, with integers at pixel centres. The pairs that hold
+    are ``xy_a[valid], xy_b[valid]``.
+    """
+
+    xy_a: Tensor
+    """[..., 2] float32: centres of the matched pixels of A."""
+    xy_b: Tensor
+    """[..., 2] float32: the match of each in B; (-1, -1) where there is none."""
+    similarity: Tensor
+    """[...] float32, as :func:`lift_fast.dense_match`; -inf where there is no match."""
+    distance: Tensor
+    """[...] float32: forward-backward distance in cells of A's map, see :func:`match_images`; inf without a match."""
+    confidence: Tensor
+    """[...] float32 in 0 to 1, see :func:`match_images`; 0 where there is no match."""
+    valid: Tensor
+    """[...] bool: there is a match and, with ``mutual``, ``distance <= 1``."""
+    size_a: tuple[int, int]
+    """(height, width) of A as it came in, upright."""
+    size_b: tuple[int, int]
+    picture_a: Image.Image
+    """A as it was loaded for the backbone."""
+    picture_b: Image.Image
+    covered_a: Rectangle
+    """(top, left, height, width) of the loaded picture over which the descriptors spread; the dense layout's pixels."""
+    covered_b: Rectangle
+    grid_a: tuple[int, int]
+    """(h, w) cells of A's descriptor map."""
+    grid_b: tuple[int, int]
+    random_weights: bool
+    """Backbone or LiFT have random weights: these matches mean nothing."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each of :data:`STAGES`, where ``timing`` was asked for."""
+
+    def numpy(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything but the pictures as arrays: what ``lift-fast match`` writes to its .npz file.
+
+        ``xy_a, xy_b, similarity, distance, confidence, valid``, ``size_a, size_b``, ``covered_a, covered_b``,
+        ``grid_a, grid_b`` and ``random_weights`` as above; ``loaded_size_a, loaded_size_b``: (height, width) of the
+        pictures as they were loaded.
+        """
+        tensors = ("xy_a", "xy_b", "similarity", "distance", "confidence", "valid")
+        arrays = {name: getattr(self, name).cpu().numpy() for name in tensors}
+        for name in ("size_a", "size_b", "covered_a", "covered_b", "grid_a", "grid_b", "random_weights"):
+            arrays[name] = np.array(getattr(self, name))
+        for side, picture in (("a", self.picture_a), ("b", self.picture_b)):
+            arrays[f"loaded_size_{side}"] = np.array((picture.height, picture.width))
+        return arrays
+
+    def draw(self, lines: int = 40, caption: str = "") -> Image.Image:
+        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.pictures.draw_matches`.
+
+        Raises:
+            ValueError: for matches of given points, which have no dense layout.
+        """
+        from .pictures import MatchView, draw_matches
+
+        if self.valid.dim() != 2:
+            raise ValueError("draw() shows dense matches; leave points=None in match_images, with step=N for fewer")
+        frames, positions = [], []
+        for picture, (top, left, height, width), size, xy in (
+            (self.picture_a, self.covered_a, self.size_a, self.xy_a),
+            (self.picture_b, self.covered_b, self.size_b, self.xy_b),
+        ):
+            frames.append(np.asarray(picture.crop((left, top, left + width, top + height))))
+            scale = xy.new_tensor([picture.width / size[1], picture.height / size[0]])
+            loaded = ((xy + 0.5) * scale - 0.5 - xy.new_tensor([left, top])).round().long()
+            positions.append(torch.where((xy < -0.5).any(-1, keepdim=True), -1, loaded).cpu().numpy())
+        return draw_matches(
+            MatchView(
+                picture_a=frames[0],
+                picture_b=frames[1],
+                points=positions[0],
+                matches=positions[1],
+                similarity=self.similarity.cpu().numpy(),
+                confidence=self.confidence.cpu().numpy(),
+                valid=self.valid.cpu().numpy(),
+                caption=caption,
+                warning="random weights: these matches mean nothing" if self.random_weights else "",
+            ),
+            lines=lines,
+        )
+
+
+def match_images(
+    a: Picture,
+    b: Picture,
+    *,
+    extractor: ViTLiFTExtractor | None = None,
+    size: LoadSize = 448,
+    mutual: bool = True,
+    points: Tensor | npt.ArrayLike | None = None,
+    step: int = 1,
+    normalize: str = "grid",
+    lift_iter: int = 1,
+    timing: bool = False,
+) -> ImageMatches:
+    """Match the pixels of picture A to those of picture B: decode, backbone, LiFT, exact dense matching.
+
+    The pictures are loaded at ``size``, rounded to whole patches, so that each cell of a descriptor map stands for
+    its pixels exactly; positions are carried back to the pictures' own pixels. Matching is
+    :func:`lift_fast.dense_match` both ways.
+
+    **Distance.** The match of a pixel p of A is q in B, the match of q is p' in A: ``distance`` is the length of
+    p' - p, x and y measured in cells of A's descriptor map (h x w cells over the loaded picture).
+
+    **Confidence** is ``min(max(similarity, 0), 1) * 2 ** -distance``: it halves with each cell by which the way back
+    misses. It orders the matches of one pair; it is no probability, is not calibrated, and does not compare between
+    backbones or with other ``normalize``.
+
+    Args:
+        a, b: files (EXIF orientation honoured), Pillow pictures, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
+            or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
+        extractor: backbone and LiFT, if any; None takes the command line's default, ``dino_vits16`` without LiFT, on
+            CUDA where it is available, and keeps it for further calls.
+        size: pixels of the shorter side, (height, width), or None for the pictures' own size.
+        mutual: ``valid`` only where ``distance <= 1``, the way back ends within a cell. (``mutual`` of
+            :func:`lift_fast.dense_match` is ``distance == 0``; on dense layouts few pixels pass that, since matches
+            gather at the centres of cells.)
+        points: ``[P, 2]`` (x, y) in pixels of A as it came in, 0 <= x < W and 0 <= y < H; each is moved to the nearest
+            pixel centre of the loaded picture. None for all pixels of the loaded picture: the dense layout.
+        step: without points, every step-th pixel of each row and column.
+        normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
+        lift_iter: applications of LiFT; 0 leaves it out.
+        timing: fill in ``seconds``; waits for the GPU after each stage.
+
+    Returns:
+        :class:`ImageMatches`.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        TypeError: for pictures or an extractor of another type.
+        ValueError: for pictures that cannot be read or are smaller than a patch, and options out of range.
+        WeightsNotFoundError: if the default backbone's weights are neither on disk nor can be downloaded.
+    """
+    if normalize not in ("grid", "pixel"):
+        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
+    for name, value, least in (("step", step, 1), ("lift_iter", lift_iter, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if points is not None and step != 1:
+        raise ValueError(f"step={step} thins out the dense layout; it has no meaning with points")
+    if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
+        raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
+
+    clock = _Clock()
+    pictures = [as_image(a, "a"), as_image(b, "b")]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    # Loading the weights counts for no stage.
+    paused = time.perf_counter()
+    extractor = _default_extractor() if extractor is None else extractor
+    clock.start += time.perf_counter() - paused
+    clock.device = extractor.device if timing else None
+    loaded = [extractor.preprocess(picture, _whole_patches(picture, size, extractor)) for picture in pictures]
+    pixels = None if points is None else _as_points(points, sizes[0])
+    clock.lap("decode")
+    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock)
+    covered = [extractor.covered(picture.height, picture.width) for _, picture in loaded]
+    (top, left, height, width), frame_b = covered[0], covered[1][2:]
+    if pixels is None:
+        ys, xs = (torch.arange((n - 1) % step // 2, n, step, device=maps[0].device) for n in (height, width))
+        at = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
+    else:
+        picture = loaded[0][1]
+        scale = torch.tensor([picture.width / sizes[0][1], picture.height / sizes[0][0]], dtype=torch.float64)
+        at = ((pixels + 0.5) * scale).floor().long() - torch.tensor([left, top])
+        at = at.clamp(torch.tensor(0), torch.tensor([width, height]) - 1).to(maps[0].device)
+    xy, similarity, distance, confidence, valid = _match_both_ways(
+        maps, (height, width), frame_b, at, normalize, mutual
+    )
+    clock.lap("match")
+
+    def original(at: Tensor, side: int) -> Tensor:
+        (top, left, _, _), (height, width), picture = covered[side], sizes[side], loaded[side][1]
+        scale = torch.tensor([width / picture.width, height / picture.height], dtype=torch.float64, device=at.device)
+        return ((at + torch.tensor([left + 0.5, top + 0.5], device=at.device)) * scale - 0.5).float()
+
+    return ImageMatches(
+        xy_a=original(at, 0),
+        xy_b=torch.where((xy < 0).any(-1, keepdim=True), -1.0, original(xy, 1)),
+        similarity=similarity,
+        distance=distance,
+        confidence=confidence,
+        valid=valid,
+        size_a=sizes[0],
+        size_b=sizes[1],
+        picture_a=loaded[0][1],
+        picture_b=loaded[1][1],
+        covered_a=covered[0],
+        covered_b=covered[1],
+        grid_a=(maps[0].shape[2], maps[0].shape[3]),
+        grid_b=(maps[1].shape[2], maps[1].shape[3]),
+        random_weights=extractor.random_weights,
+        seconds=clock.laps if timing else {},
+    )
+
+
+def _descriptor_maps(
+    extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock
+) -> list[Tensor]:
+    """Two maps ``[1, c, h, w]``; pictures of one size go through the networks together."""
+    together = batches[0].shape == batches[1].shape
+    with torch.no_grad():
+        seen = [extractor._backbone_tokens(batch) for batch in ([torch.cat(list(batches))] if together else batches)]
+        clock.lap("backbone")
+        maps = [extractor._lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
+        clock.lap("lift")
+    return list(maps[0].split(1)) if together else maps
+
+
+def _match_both_ways(
+    maps: Sequence[Tensor],
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    at: Tensor,
+    normalize: str,
+    mutual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
+    start = at.reshape(1, -1, 2)
+    points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
+    there = dense_match(maps[0], maps[1], size_a, size_b, points=points, normalize=normalize)
+    back = dense_match(maps[1], maps[0], size_b, size_a, points=there.xy.clamp_min(0), normalize=normalize)
+    cells = torch.tensor([maps[0].shape[3] / size_a[1], maps[0].shape[2] / size_a[0]], device=start.device)
+    distance = torch.linalg.vector_norm((back.xy - start) * cells, dim=-1)
+    distance = torch.where(there.valid & back.valid, distance, torch.inf)
+    similarity = there.similarity.float()
+    confidence = torch.where(there.valid, similarity.clamp(0, 1) * torch.exp2(-distance), 0.0)
+    valid = there.valid & (distance <= 1) if mutual else there.valid
+    shape = at.shape[:-1]
+    return (
+        there.xy.view(*shape, 2),
+        similarity.view(shape),
+        distance.view(shape),
+        confidence.view(shape),
+        valid.view(shape),
+    )
+
+
+def _whole_patches(picture: Image.Image, size: LoadSize, extractor: ViTLiFTExtractor) -> tuple[int, int]:
+    """The (height, width) at which to load, so that no pixel lies beyond the last whole patch."""
+    width, height = resized_size(picture.size, size)
+    p, s = extractor.patch, extractor.stride
+    # Pictures smaller than a patch are left for the backbone to refuse.
+    height, width = (n if n < p else p + (n - p + s // 2) // s * s for n in (height, width))
+    return height, width
+
+
+def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
+    """Check ``points``: ``[P, 2]`` float64 on the CPU."""
+    try:
+        pixels = (points.detach() if isinstance(points, Tensor) else torch.as_tensor(np.asarray(points))).cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"points must be [P, 2] numbers (x, y) or None: {error}") from error
+    if pixels.dim() != 2 or pixels.shape[1] != 2:
+        raise ValueError(f"points must be [P, 2], (x, y) pixels of A, got {list(pixels.shape)}")
+    # Written so that NaN fails too.
+    outside = ~((pixels >= 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
+    if bool(outside.any()):
+        raise ValueError(
+            f"points must lie inside A, {size[1]} x {size[0]} pixels wide and high: 0 <= x < {size[1]} and 0 <= y < "
+            f"{size[0]}; {int(outside.sum())} of {outside.numel()} do not, the first is {pixels[outside][0].tolist()}"
+        )
+    return pixels
+
+
+@lru_cache(maxsize=1)
+def _default_extractor() -> ViTLiFTExtractor:
+    return ViTLiFTExtractor("dino_vits16", device=None, silent=True)
+
+
+class _Clock:
+    """Seconds of each stage; waits for ``device`` if it is a GPU."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.start = time.perf_counter()
+        self.device: torch.device | None = None
+
+    def lap(self, name: str) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name] = now - self.start
+        self.start = now
