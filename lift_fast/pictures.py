@@ -17,7 +17,7 @@ _WIDTH, _GAP, _TEXT = 1600, 16, 20
 _TALLEST, _TALLEST_PANEL = 620, 560
 _BAR = 2 * _TEXT + 8
 _INK, _PAPER, _WARNING = (25, 25, 25), (255, 255, 255), (176, 32, 32)
-_HATCH = np.array([[200, 200, 200], [110, 110, 110]], dtype=np.uint8)
+_HATCH = np.array([[220, 220, 220], [150, 150, 150]], dtype=np.uint8)
 # Corners of the position colours, from the palette of Okabe and Ito, so that colour-blind people can tell them apart:
 # top left, top right, bottom left, bottom right.
 _CORNERS = np.array([[[0, 90, 181], [240, 228, 66]], [[75, 0, 110], [220, 80, 0]]], dtype=np.float64)
@@ -177,14 +177,14 @@ class _Panel(NamedTuple):
 def _panels(view: MatchView, width: int) -> list[_Panel]:
     size_a, size_b = view.picture_a.shape[:2], view.picture_b.shape[:2]
     everywhere = np.stack(np.meshgrid(np.arange(size_b[1]), np.arange(size_b[0])), axis=-1)
-    of_b = _tint(view.picture_b, position_colours(everywhere, size_b))
-    on_a = _tint(view.picture_a, _enlarge(position_colours(view.matches, size_b), size_a))
+    of_b = _tint(view.picture_b, _chequered_colours(everywhere, size_b))
+    on_a = _tint(view.picture_a, _enlarge(_chequered_colours(view.matches, size_b), size_a))
     warp = _enlarge(view.picture_b[view.matches[..., 1], view.matches[..., 0]], size_a)
     confidence = _enlarge(confidence_colours(view.confidence), size_a)
     value, low, high = _stretch(view)
     similarity = _enlarge(confidence_colours(value), size_a)
-    missing = _enlarge(np.logical_not(view.valid), size_a)
-    no_match = _enlarge((view.matches < 0).any(-1), size_a)
+    missing = _enlarge(~view.valid, size_a)
+    no_match = _enlarge(view.matches[..., 0] < 0, size_a)
 
     def on_sheet(picture: Pixels, mask: npt.NDArray[np.bool_] | None = None) -> Image.Image:
         image = _fit(Image.fromarray(picture), width, _TALLEST_PANEL)
@@ -238,6 +238,13 @@ def _draw_bar(sheet: Image.Image, ends: tuple[str, str], place: tuple[int, int, 
     draw = ImageDraw.Draw(sheet)
     draw.text((left, above + 16), ends[0], font=font, fill=_INK)
     draw.text((left + width, above + 16), ends[1], font=font, fill=_INK, anchor="ra")
+
+
+def _chequered_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
+    """Position colours with every other of 8 x 8 fields darker: folds and shifts show without regard to hue."""
+    dark = (xy * 8 // (size[1], size[0])).sum(-1, keepdims=True) % 2
+    colours: Pixels = np.rint(position_colours(xy, size) * np.where(dark, 0.7, 1.0)).astype(np.uint8)
+    return colours
 
 
 def _tint(picture: Pixels, colours: Pixels) -> Pixels:

@@ -57,45 +57,77 @@ def test_no_command_prints_help(capsys):
 @pytest.mark.parametrize("lift", [[], ["--random-lift"], ["--random-lift", "--iterations", "2"]])
 def test_match(pictures, tmp_path, capsys, lift):
     out = tmp_path / "result.png"
-    assert run("match", *pictures, "--out", out, *TINY, *lift, "--mutual", "--json", "--step", "3") == 0
+    assert run("match", *pictures, "--out", out, *TINY, *lift, "--json", "--step", "3") == 0
     figures = json.loads(capsys.readouterr().out)
-    size_a, size_b = figures["size_a"], figures["size_b"]
-    assert min(size_a) == min(size_b) == 64
+    loaded_a, loaded_b = figures["loaded_size_a"], figures["loaded_size_b"]
+    assert min(loaded_a) == min(loaded_b) == 64
     factor = {0: 1, 1: 2, 3: 4}[len(lift)]
-    assert figures["grid"] == [factor * (size_a[0] // 16), factor * (size_a[1] // 16)]
-    assert set(figures["seconds"]) == {"model", "read", "features", "match", "draw"}
+    assert figures["grid_a"] == [factor * (loaded_a[0] // 16), factor * (loaded_a[1] // 16)]
+    assert set(figures["seconds"]) == {"model", "decode", "backbone", "lift", "match", "draw"}
+    assert figures["random_weights"] is True
     with Image.open(out) as sheet:
         assert sheet.size[0] == 1600
         assert sheet.getpixel((2, 2)) == (176, 32, 32)
+    rows, columns = (len(range((n - 1) % 3 // 2, n, 3)) for n in loaded_a)
+    shapes = {"similarity": (), "distance": (), "confidence": (), "valid": (), "xy_a": (2,), "xy_b": (2,)}
     with np.load(out.with_suffix(".npz")) as data:
-        assert data["points"].shape == data["matches"].shape == (figures["points"], 2)
+        assert {name for name in data.files if name not in shapes} == {
+            *(f"{name}_{side}" for name in ("size", "loaded_size", "covered", "grid") for side in "ab"),
+            "random_weights",
+        }
+        assert all(data[name].shape == (rows, columns, *shape) for name, shape in shapes.items())
+        assert figures["points"] == rows * columns
         assert int(data["valid"].sum()) == figures["valid"]
-        assert (data["matches"] < [size_b[1], size_b[0]]).all()
-        with Image.open(pictures[0]) as original:
-            assert data["original_size_a"].tolist() == [original.height, original.width]
-            assert (data["points_original"] <= [original.width, original.height]).all()
-        assert data["points_original"][:, 0].max() > 0.9 * data["original_size_a"][1]
+        for side, path in zip("ab", pictures, strict=True):
+            with Image.open(path) as original:
+                assert data[f"size_{side}"].tolist() == [original.height, original.width] == figures[f"size_{side}"]
+                assert (data[f"xy_{side}"] < original.size).all()
+        assert data["xy_a"][..., 0].max() > 0.9 * data["size_a"][1]
+        expected = np.clip(data["similarity"], 0, 1) * 2.0 ** -data["distance"]
+        np.testing.assert_allclose(data["confidence"], expected, atol=1e-6)
+        assert ((data["distance"] <= 1) == data["valid"]).all()
+        assert data["random_weights"]
     assert {p.name for p in tmp_path.iterdir()} == {"pictures", "result.png", "result.npz"}
+
+
+def test_without_mutual_every_match_is_valid(pictures, tmp_path, capsys):
+    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--no-mutual", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["valid"] == figures["points"]
 
 
 def test_a_picture_matches_itself(pictures, tmp_path):
     out = tmp_path / "same.png"
     assert run("match", pictures[0], pictures[0], "--out", out, *TINY, "--normalize", "pixel", "--quiet") == 0
     with np.load(out.with_suffix(".npz")) as data:
-        inner = ((data["points"] >= 8) & (data["points"] < 56)).all(1)
-        assert np.abs(data["points"] - data["matches"])[inner].max() <= 1
+        scale = data["size_a"][::-1] / data["loaded_size_a"][::-1]
+        position = (data["xy_a"] + 0.5) / scale
+        inner = ((position >= 8) & (position < 56)).all(-1)
+        assert np.abs((data["xy_a"] - data["xy_b"]) / scale)[inner].max() < 1.01
         assert data["similarity"][inner].min() > 0.9999
+        assert data["confidence"][inner].min() > 0.8
 
 
 def test_match_says_what_it_does(pictures, tmp_path, capsys):
-    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY) == 0
-    said = capsys.readouterr().err
-    assert "no LiFT checkpoint was given" in said
-    assert "--lift FILE" in said
-    assert "features" in said
-    assert str(tmp_path / "m.npz") in said
+    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--timing") == 0
+    captured = capsys.readouterr()
+    assert "no LiFT checkpoint was given" in captured.err
+    assert "--lift FILE" in captured.err
+    assert "random weights: these matches mean nothing" in captured.err
+    assert str(tmp_path / "m.npz") in captured.err
+    stages = [line.split() for line in captured.out.splitlines()]
+    assert [stage[0] for stage in stages] == ["model", "decode", "backbone", "lift", "match", "draw"]
+    assert all(float(seconds) >= 0 and unit == "s" for _, seconds, unit in stages)
     assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
-    assert capsys.readouterr().err == ""
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
+
+
+def test_text_instead_of_a_picture_is_named(pictures, tmp_path, capsys):
+    (tmp_path / "notes.jpg").write_text("no picture")
+    assert run("match", tmp_path / "notes.jpg", pictures[1], "--out", tmp_path / "m.png", *TINY) == 2
+    assert "notes.jpg cannot be read as a picture" in capsys.readouterr().err
+    assert not (tmp_path / "m.png").exists()
 
 
 BAD = {

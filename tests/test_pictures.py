@@ -9,21 +9,25 @@ from lift_fast.pictures import MatchView, confidence_colours, draw_matches, even
 
 def make_view(size_a=(60, 80), size_b=(50, 40), grid=(15, 20), valid=None, **options):
     random = np.random.default_rng(0)
-    count = grid[0] * grid[1]
     ys, xs = (np.linspace(0, n - 1, g).astype(int) for n, g in zip(size_a, grid, strict=True))
-    points = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
-    matches = np.stack([random.integers(size_b[1], size=count), random.integers(size_b[0], size=count)], axis=1)
-    valid = np.ones(count, bool) if valid is None else np.full(count, valid)
+    matches = np.stack([random.integers(size_b[1], size=grid), random.integers(size_b[0], size=grid)], axis=-1)
+    valid = np.ones(grid, bool) if valid is None else np.full(grid, valid)
     return MatchView(
         picture_a=random.integers(255, size=(*size_a, 3), dtype=np.uint8),
         picture_b=random.integers(255, size=(*size_b, 3), dtype=np.uint8),
-        points=points,
-        matches=np.where(valid[:, None], matches, -1),
-        similarity=np.where(valid, random.random(count), -np.inf),
+        points=np.stack(np.meshgrid(xs, ys), axis=-1),
+        matches=np.where(valid[..., None], matches, -1),
+        similarity=np.where(valid, random.random(grid), -np.inf),
+        confidence=np.where(valid, random.random(grid), 0),
         valid=valid,
-        grid=grid,
         **{"caption": "a caption", **options},
     )
+
+
+def hatched(sheet):
+    """How many pixels have one of the two greys of the stripes."""
+    pixels = np.asarray(sheet)
+    return sum((pixels == grey).all(-1).sum() for grey in (150, 220))
 
 
 @pytest.mark.parametrize(
@@ -33,14 +37,16 @@ def test_every_aspect_ratio_is_drawn(size_a, size_b):
     sheet = draw_matches(make_view(size_a, size_b, grid=(1, 1) if size_a == (1, 1) else (4, 5)))
     assert sheet.mode == "RGB"
     assert sheet.width == 1600
-    assert 200 < sheet.height < 2000
+    assert 200 < sheet.height < 2200
 
 
 def test_no_match_at_all_is_drawn_without_lines():
     without = np.asarray(draw_matches(make_view(valid=False)))
     none = np.asarray(draw_matches(make_view(valid=False), lines=1))
     assert np.array_equal(without, none)
-    assert (without == (90, 90, 90)).all(-1).sum() > 10_000
+    # Four panels of the sheet, each 512 pixels wide and 384 high.
+    assert hatched(without) > 0.99 * 4 * 512 * 384
+    assert hatched(draw_matches(make_view())) < 1000
 
 
 def test_lines_are_drawn():
@@ -66,9 +72,9 @@ def test_identity_warp_shows_the_picture_itself():
     picture[:32] = (255, 0, 0)
     view = MatchView(**{**vars(view), "picture_b": picture, "matches": view.points})
     sheet = draw_matches(view)
-    red = (np.asarray(sheet)[sheet.height // 2 :] == (255, 0, 0)).all(-1)
-    # Half of one panel of the lower row, 380 pixels wide.
-    assert red.sum() > 300 * 150
+    red = (np.asarray(sheet)[sheet.height // 3 :] == (255, 0, 0)).all(-1)
+    # The upper half of one panel, 512 pixels wide and high; B itself is in the first row and tinted in the third.
+    assert red.sum() > 0.9 * 512 * 256
 
 
 def test_position_colours_are_distinct_and_monotone():
@@ -79,21 +85,38 @@ def test_position_colours_are_distinct_and_monotone():
     assert (np.diff(grey) > 0).all()
 
 
+def test_matches_that_do_not_hold_are_hatched_only_there():
+    half = np.zeros((15, 20), bool)
+    half[:, :10] = True
+    view = make_view()
+    sheet = draw_matches(MatchView(**{**vars(view), "valid": half}))
+    # Confidence and similarity are shown for all matches; the other two panels are half hatched.
+    assert abs(hatched(sheet) / (512 * 384) - 1) < 0.02
+
+
 def test_sample_is_even_and_blind_to_similarity():
-    valid = np.ones(400, bool)
-    chosen = even_sample((20, 20), valid, 25)
-    assert len(chosen) == 25
-    assert len(set((chosen // 20).tolist())) == len(set((chosen % 20).tolist())) == 5
-    valid[chosen[:5]] = False
-    assert set(even_sample((20, 20), valid, 25)) == set(chosen[5:])
-    assert len(even_sample((1, 1), np.ones(1, bool), 40)) == 1
+    valid = np.ones((20, 20), bool)
+    chosen = even_sample(valid, 25)
+    assert chosen.shape == (25, 2)
+    assert all(len(set(axis.tolist())) == 5 for axis in chosen.T)
+    valid[tuple(chosen[:5].T)] = False
+    again = even_sample(valid, 25)
+    assert valid[tuple(again.T)].all()
+    # Each field of 4 x 4 points still gives one, the next nearest to its centre.
+    assert {tuple(field) for field in (again // 4).tolist()} == {(y, x) for y in range(5) for x in range(5)}
+    assert np.array_equal(again[5:], chosen[5:])
+    assert len(even_sample(np.ones((1, 1), bool), 40)) == 1
+    assert len(even_sample(np.zeros((7, 5), bool), 40)) == 0
+    for rows, columns, count in ((100, 2, 5), (2, 100, 5), (3, 7, 1)):
+        assert 1 <= len(even_sample(np.ones((rows, columns), bool), count)) <= count
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("points", np.zeros((3, 2), int), "points must be"),
-        ("valid", np.zeros(7, bool), "valid must be"),
+        ("points", np.zeros((3, 4, 2), int), "points must be"),
+        ("confidence", np.zeros(7), "confidence must be"),
+        ("valid", np.zeros(7, bool), "for valid"),
         ("picture_a", np.zeros((4, 4), np.uint8), "picture_a must be"),
         ("picture_b", np.zeros((4, 4, 3)), "uint8, got"),
     ],
