@@ -9,13 +9,14 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+# At once: a later import of the submodule of the same name would hide the function.
+from .backends import backends
 from .lift import LiFT
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
 from .ops.plan_cache import clear_plans
 
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
-    from .backends import backends
     from .checkpoints import load_lift, save_lift
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
@@ -54,7 +55,6 @@ _LAZY = {
     "ImageMatches": ".image_matching",
     "ViTLiFTExtractor": ".extractor",
     "WeightsNotFoundError": ".backbones",
-    "backends": ".backends",
     "capture": ".graphs",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",

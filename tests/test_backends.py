@@ -26,6 +26,10 @@ def python(code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_backends_stays_the_function_whatever_is_imported_first():
+    assert python("import lift_fast.env_report, json; print(json.dumps(callable(lift_fast.backends)))")
+
+
 def test_parts_and_reasons():
     result = lift_fast.backends()
     assert [part.name for part in result.parts] == PARTS
