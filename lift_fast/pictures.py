@@ -193,7 +193,7 @@ def _panels(view: MatchView, width: int) -> list[_Panel]:
     return [
         _Panel("A", on_sheet(view.picture_a)),
         _Panel("B warped into A (hatched: no valid match)", on_sheet(warp, missing)),
-        _Panel("confidence", on_sheet(confidence, no_match), ("0", "1")),
+        _Panel("confidence: similarity, halved per cell missed on return", on_sheet(confidence, no_match), ("0", "1")),
         _Panel("B, coloured by position", on_sheet(of_b)),
         _Panel("A, coloured by match in B", on_sheet(on_a, missing)),
         _Panel("similarity", on_sheet(similarity, no_match), (f"{low:.2f}", f"{high:.2f}")),
