@@ -309,6 +309,7 @@ def test_public_names():
         "ViTLiFTExtractor",
         "nearest",
         "dense_match",
+        "match_images",
         "backends",
         "load_lift",
         "save_lift",
