@@ -18,6 +18,7 @@ namespace lift_fast {
 
 void bind_dense_match(py::module_& m);
 void bind_lift_decoder(py::module_& m);
+void bind_window_nearest(py::module_& m);
 
 namespace {
 
@@ -109,4 +110,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("most_neighbours") = lift_fast::kMostNeighbours;
   lift_fast::bind_dense_match(m);
   lift_fast::bind_lift_decoder(m);
+  lift_fast::bind_window_nearest(m);
 }

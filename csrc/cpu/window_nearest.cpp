@@ -1,0 +1,131 @@
+#include "window_nearest.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lift_fast {
+namespace {
+
+// Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys.
+constexpr std::int64_t kStageBytes = 32 << 20, kTaskBytes = 256 << 10;
+
+struct Free {
+  void operator()(void* data) const { std::free(data); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+Floats allocate(std::int64_t words) {
+  void* data = std::aligned_alloc(64, (static_cast<std::size_t>(words) * 4 + 127) / 64 * 64);
+  if (data == nullptr) throw std::bad_alloc();
+  return Floats(static_cast<float*>(data));
+}
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("window_nearest: " + what);
+}
+
+std::int64_t product(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t all = 1;
+  for (const std::int64_t size : sizes) {
+    // Far below the range of an address, so that bytes and their sums do not overflow either.
+    require(size == 0 || all <= (std::int64_t{1} << 56) / size, "the arrays are too large to exist");
+    all *= size;
+  }
+  return all;
+}
+
+std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+
+// Along one axis: the keys within reach of each query, [low, high].
+void within_reach(std::int64_t queries, std::int64_t keys, std::int64_t reach, std::vector<std::int32_t>& low,
+                  std::vector<std::int32_t>& high) {
+  // The far corners are within reach of each other, whatever lies beyond.
+  reach = std::min(reach, 2 * queries * keys);
+  for (std::int64_t q = 0; q < queries; ++q) {
+    const std::int64_t centre = (2 * q + 1) * keys - queries;
+    const std::int64_t first = -floor_div(reach - centre, 2 * queries), last = floor_div(centre + reach, 2 * queries);
+    low.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(first, 0, keys)));
+    high.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(last, -1, keys - 1)));
+  }
+}
+
+WindowNearestTiling tiling(CpuIsa isa) {
+#if defined(__x86_64__)
+  if (isa == CpuIsa::avx512) return window_nearest_tiling_avx512();
+  if (isa == CpuIsa::avx2) return window_nearest_tiling_avx2();
+#endif
+  (void)isa;
+  return window_nearest_tiling_baseline();
+}
+
+}  // namespace
+
+void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
+  // Columns and rows are numbered in 32 bits, and compared in 64 after a product of two of them.
+  constexpr std::int64_t limit = std::int64_t{1} << 30;
+  for (const std::int64_t side : {call.query_h, call.query_w, call.key_h, call.key_w}) {
+    require(side >= 1 && side <= limit, "sides of grids must lie in 1 .. 2^30, got " + std::to_string(side));
+  }
+  require(call.batch >= 0 && call.query_frames >= 0 && call.key_frames >= 0 && call.c >= 0,
+          "sizes must not be negative");
+  require(call.k >= 1, "k must be at least 1, got " + std::to_string(call.k));
+  require(call.reach_y >= 0 && call.reach_x >= 0, "reach_y and reach_x must not be negative");
+  require(call.threads >= 1, "threads must be at least 1, got " + std::to_string(call.threads));
+  const std::int64_t queries = product({call.batch, call.query_frames, call.query_h, call.query_w});
+  const std::int64_t keys = product({call.batch, call.key_frames, call.key_h, call.key_w});
+  product({queries, std::max<std::int64_t>(call.c, 1)});
+  product({keys, std::max<std::int64_t>(call.c, 1)});
+  product({queries, call.k});
+  if (queries == 0) return;
+  require(call.similarity != nullptr && call.index != nullptr, "similarity and index must not be null");
+  require(call.c == 0 || (call.query != nullptr && (keys == 0 || call.key != nullptr)),
+          "query and key must not be null");
+  // Rows without channels become rows of one zero.
+  Floats zeros;
+  if (call.c == 0) {
+    zeros = allocate(std::max(queries, keys));
+    std::memset(zeros.get(), 0, static_cast<std::size_t>(std::max(queries, keys)) * 4);
+    call.query = call.key = zeros.get();
+    call.c = 1;
+  }
+
+  std::vector<std::int32_t> row_low, row_high, column_low, column_high;
+  within_reach(call.query_h, call.key_h, call.reach_y, row_low, row_high);
+  within_reach(call.query_w, call.key_w, call.reach_x, column_low, column_high);
+  call.row_low = row_low.data();
+  call.row_high = row_high.data();
+  call.column_low = column_low.data();
+  call.column_high = column_high.data();
+
+  const WindowNearestTiling cut = tiling(isa);
+  // A vector may start at the last cell. An odd number of cache lines, so that channels do not fall on the same sets.
+  call.row_stride = ((call.key_w + cut.lanes - 1 + 15) / 16 | 1) * 16;
+  const std::int64_t frame = keys == 0 ? 0 : product({call.key_h, call.c, call.row_stride});
+  call.stage_frames =
+      std::clamp<std::int64_t>(kStageBytes / (4 * frame + 1), 1, std::max<std::int64_t>(call.key_frames, 1));
+  const std::int64_t tiles =
+      call.query_frames * call.query_h * ((call.query_w + cut.queries - 1) / cut.queries), tile = call.c * cut.queries;
+  if (tiles < call.threads) call.threads = static_cast<int>(tiles);
+  // Few tiles: smaller tasks, so that every thread has some.
+  call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));
+  const Floats packed_keys = allocate(call.stage_frames * frame);
+  const Floats packed_queries = allocate(product({call.threads, call.tiles_per_task, tile}));
+  call.packed_keys = packed_keys.get();
+  call.packed_queries = packed_queries.get();
+  switch (isa) {
+#if defined(__x86_64__)
+    case CpuIsa::avx512: window_nearest_kernel_avx512(call); return;
+    case CpuIsa::avx2: window_nearest_kernel_avx2(call); return;
+#endif
+    default: window_nearest_kernel_baseline(call); return;
+  }
+}
+
+}  // namespace lift_fast

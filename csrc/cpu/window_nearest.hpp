@@ -1,0 +1,53 @@
+// Nearest neighbours within a square window on a grid: for each query cell its k most similar key cells among those
+// near it, in several key grids (frames) of one size, without a matrix of similarities.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.hpp"
+
+namespace lift_fast {
+
+struct WindowNearestCall {
+  const float* query;  // [batch, query_frames, query_h, query_w, c]
+  const float* key;    // [batch, key_frames, key_h, key_w, c]
+  std::int64_t batch, query_frames, query_h, query_w, key_frames, key_h, key_w, c, k;
+  // A pair is in the window where |(2 y' + 1) query_h - (2 y + 1) key_h| <= reach_y, y of the query and y' of the key,
+  // and likewise in x: the distance of the cells' centres in units that keep it an integer. A radius of r key cells is
+  // 2 r query_h and 2 r query_w; the same pairs with queries and keys exchanged have the same numbers.
+  std::int64_t reach_y, reach_x;
+  bool normalize;
+  float* similarity;    // [batch, queries, k], descending; -inf where there is no match
+  std::int64_t* index;  // [batch, queries, k] keys, numbered over all frames, the lowest of equals first; or -1
+  int threads;
+  // Set by window_nearest_run.
+  const std::int32_t* row_low;   // [query_h] key rows in the window of a query row, both ends included; may be empty
+  const std::int32_t* row_high;
+  const std::int32_t* column_low;  // [query_w]
+  const std::int32_t* column_high;
+  std::int64_t row_stride;      // floats between two channels of a packed row of keys
+  std::int64_t stage_frames;    // key grids that are packed at one time
+  std::int64_t tiles_per_task;
+  float* packed_keys;           // [stage_frames, key_h, c, row_stride]
+  float* packed_queries;        // of each thread [tiles_per_task, c, query tile]
+};
+
+// How an instruction set's kernel cuts the work up.
+struct WindowNearestTiling {
+  std::int64_t queries;  // neighbouring queries of one grid row
+  std::int64_t lanes;    // keys of a vector
+};
+
+// Working memory: a bounded number of packed key grids (at least one) and 256 KiB for each thread (at least one tile).
+// Throws std::invalid_argument for sizes out of range, std::bad_alloc.
+void window_nearest_run(WindowNearestCall call, CpuIsa isa);
+
+// One per translation unit.
+WindowNearestTiling window_nearest_tiling_baseline();
+WindowNearestTiling window_nearest_tiling_avx2();
+WindowNearestTiling window_nearest_tiling_avx512();
+void window_nearest_kernel_baseline(const WindowNearestCall& call);
+void window_nearest_kernel_avx2(const WindowNearestCall& call);
+void window_nearest_kernel_avx512(const WindowNearestCall& call);
+
+}  // namespace lift_fast

@@ -1,0 +1,243 @@
+// The windowed matcher for one instruction set. Each including translation unit defines, in an anonymous namespace,
+// `struct WindowNearestIsa` and is compiled with that set's flags; nothing here may call a standard library template,
+// whose out-of-line copy could be shared with code for older CPUs.
+//
+// A tile of neighbouring queries of one grid row meets one row of keys at a time. The keys of a row lie side by side
+// for each channel, so vectors may start at any cell and cover the union of the tile's windows with little beside it.
+// Keys are met in ascending order, so that of equal similarities the lowest index stays in front. A dot product is
+// accumulated over c in order, in one register lane, wherever the pair stands: equal rows give bitwise equal
+// similarities, and the result does not depend on tiles or threads.
+#pragma once
+
+#include "threads.hpp"
+#include "window_nearest.hpp"
+
+namespace lift_fast {
+namespace {
+
+constexpr int kLanes = WindowNearestIsa::lanes;
+constexpr int kQueries = WindowNearestIsa::queries;
+constexpr int kVectors = WindowNearestIsa::key_vectors;
+static_assert(kVectors == 2 || kVectors == 3, "steps of one, two and three vectors");
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = __FLT_MAX__;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec splat(float value) { return Vec{} + value; }
+inline IntVec splat(std::int32_t value) { return IntVec{} + value; }
+inline IntVec ramp() {
+  IntVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+template <class T>
+T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+// What a row is multiplied by; NaN for a row that takes no part.
+inline double row_scale(const float* row, std::int64_t c, bool normalize) {
+  double sums[8] = {};
+  std::int64_t i = 0;
+  for (; i + 8 <= c; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(row[i + j]) * row[i + j];
+  }
+  for (; i < c; ++i) sums[0] += static_cast<double>(row[i]) * row[i];
+  const double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  // Squares of finite floats never overflow a double.
+  if (!(sum < __builtin_inf())) return __builtin_nan("");
+  if (!normalize) return 1.0;
+  const double norm = __builtin_sqrt(sum);
+  // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
+  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
+}
+
+// `count` rows as [c][stride], scaled, zeros beyond them; all NaN for a row that takes no part.
+inline void pack(const float* rows, std::int64_t count, std::int64_t c, std::int64_t stride, bool normalize,
+                 float* packed) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    const float* row = rows + r * c;
+    const double scale = row_scale(row, c, normalize);
+    for (std::int64_t i = 0; i < c; ++i) packed[i * stride + r] = static_cast<float>(row[i] * scale);
+  }
+  for (std::int64_t i = 0; i < c; ++i) {
+    for (std::int64_t r = count; r < stride; ++r) packed[i * stride + r] = 0.0f;
+  }
+}
+
+// A tile of queries: those of row `row` (over all query grids) from column `column` on.
+struct Tile {
+  std::int64_t row, column, count;
+  std::int32_t row_low, row_high;        // key rows of its windows
+  std::int32_t column_low, column_high;  // union of its windows' key columns
+};
+
+class WindowMatcher {
+ public:
+  WindowMatcher(const WindowNearestCall& call, std::int64_t batch)
+      : call_(call),
+        tiles_per_row_((call.query_w + kQueries - 1) / kQueries),
+        similarity_(call.similarity + batch * queries() * call.k),
+        index_(call.index + batch * queries() * call.k) {}
+
+  std::int64_t queries() const { return call_.query_frames * call_.query_h * call_.query_w; }
+  std::int64_t tiles() const { return call_.query_frames * call_.query_h * tiles_per_row_; }
+
+  Tile tile(std::int64_t number) const {
+    Tile t;
+    t.row = number / tiles_per_row_;
+    t.column = number % tiles_per_row_ * kQueries;
+    t.count = smaller<std::int64_t>(kQueries, call_.query_w - t.column);
+    t.row_low = call_.row_low[t.row % call_.query_h];
+    t.row_high = call_.row_high[t.row % call_.query_h];
+    // Both ends ascend with the column.
+    t.column_low = call_.column_low[t.column];
+    t.column_high = call_.column_high[t.column + t.count - 1];
+    return t;
+  }
+
+  // The tile against row `key_row` of one key grid; `keys` [c][row_stride], `first_key` the index of the row's first.
+  void meet(const Tile& t, const float* queries, const float* keys, std::int64_t first_key) const {
+    std::int32_t column = t.column_low;
+    std::int64_t vectors = (static_cast<std::int64_t>(t.column_high) - column + kLanes) / kLanes;
+    while (vectors > 0) {
+      // Two middling steps rather than a long one and one of a single vector, which leaves the multipliers idle.
+      const std::int64_t step = vectors == kVectors + 1 ? (vectors + 1) / 2 : smaller<std::int64_t>(vectors, kVectors);
+      switch (step) {
+        case 1: multiply<1>(t, queries, keys, first_key, column); break;
+        case 2: multiply<2>(t, queries, keys, first_key, column); break;
+        default: multiply<kVectors>(t, queries, keys, first_key, column); break;
+      }
+      column += static_cast<std::int32_t>(step) * kLanes;
+      vectors -= step;
+    }
+  }
+
+ private:
+  template <int kCount>
+  void multiply(const Tile& t, const float* queries, const float* keys, std::int64_t first_key,
+                std::int32_t column) const {
+    Vec sums[kQueries][kCount];
+    for (int q = 0; q < kQueries; ++q) {
+      for (int v = 0; v < kCount; ++v) sums[q][v] = Vec{};
+    }
+    const float* at = keys + column;
+    for (std::int64_t i = 0; i < call_.c; ++i, at += call_.row_stride, queries += kQueries) {
+      Vec key[kCount];
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) key[v] = load(at + v * kLanes);
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) {
+        const Vec query = WindowNearestIsa::broadcast<Vec>(queries + q);
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) sums[q][v] = WindowNearestIsa::multiply_add(query, key[v], sums[q][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) {
+      // A constant bound keeps the sums in registers.
+      if (q < t.count) {
+        const std::int64_t query = t.row * call_.query_w + t.column + q;
+        float* best = similarity_ + query * call_.k;
+        const IntVec low = splat(call_.column_low[t.column + q]), high = splat(call_.column_high[t.column + q]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) {
+          const IntVec x = splat(column + v * kLanes) + ramp();
+          // A comparison with NaN is false: such pairs never win. Products that overflowed are shut out too.
+          const IntVec wins = (sums[q][v] > splat(best[call_.k - 1])) & (sums[q][v] <= splat(kLargest)) & (x >= low) &
+                              (x <= high);
+          const unsigned bits = WindowNearestIsa::bits(wins);
+          if (__builtin_expect(bits != 0, 0)) insert(best, query, sums[q][v], bits, first_key + column + v * kLanes);
+        }
+      }
+    }
+  }
+
+  __attribute__((noinline)) void insert(float* best, std::int64_t query, Vec values, unsigned bits,
+                                        std::int64_t first_key) const {
+    std::int64_t* index = index_ + query * call_.k;
+    for (; bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      const float value = values[lane];
+      std::int64_t place = call_.k - 1;
+      if (!(value > best[place])) continue;
+      for (; place > 0 && value > best[place - 1]; --place) {
+        best[place] = best[place - 1];
+        index[place] = index[place - 1];
+      }
+      best[place] = value;
+      index[place] = first_key + lane;
+    }
+  }
+
+  const WindowNearestCall& call_;
+  std::int64_t tiles_per_row_;
+  float* similarity_;
+  std::int64_t* index_;
+};
+
+void run_window_nearest(const WindowNearestCall& call) {
+  const std::int64_t packed_row = call.c * call.row_stride, packed_tile = call.c * kQueries;
+  const std::int64_t cells = call.key_h * call.key_w;
+#pragma omp parallel num_threads(call.threads)
+  {
+    float* packed_queries = call.packed_queries + thread_index() * call.tiles_per_task * packed_tile;
+    for (std::int64_t b = 0; b < call.batch; ++b) {
+      const WindowMatcher matcher(call, b);
+      const float* queries = call.query + b * matcher.queries() * call.c;
+      const std::int64_t tiles = matcher.tiles(), tasks = (tiles + call.tiles_per_task - 1) / call.tiles_per_task;
+#pragma omp for schedule(static)
+      for (std::int64_t i = b * matcher.queries() * call.k; i < (b + 1) * matcher.queries() * call.k; ++i) {
+        call.similarity[i] = -kInfinity;
+        call.index[i] = -1;
+      }
+      for (std::int64_t stage = 0; stage < call.key_frames; stage += call.stage_frames) {
+        const std::int64_t frames = smaller(call.stage_frames, call.key_frames - stage);
+#pragma omp for schedule(static)
+        for (std::int64_t r = 0; r < frames * call.key_h; ++r) {
+          const std::int64_t first = (b * call.key_frames + stage) * cells + r * call.key_w;
+          pack(call.key + first * call.c, call.key_w, call.c, call.row_stride, call.normalize,
+               call.packed_keys + r * packed_row);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t task = 0; task < tasks; ++task) {
+          const std::int64_t begin = task * call.tiles_per_task, end = smaller(begin + call.tiles_per_task, tiles);
+          std::int32_t low = static_cast<std::int32_t>(call.key_h), high = -1;
+          for (std::int64_t i = begin; i < end; ++i) {
+            const Tile t = matcher.tile(i);
+            pack(queries + (t.row * call.query_w + t.column) * call.c, t.count, call.c, kQueries, call.normalize,
+                 packed_queries + (i - begin) * packed_tile);
+            low = smaller(low, t.row_low);
+            high = larger(high, t.row_high);
+          }
+          // A row of keys meets all tiles of the task while it is in the cache.
+          for (std::int64_t f = 0; f < frames; ++f) {
+            for (std::int32_t y = low; y <= high; ++y) {
+              const float* keys = call.packed_keys + (f * call.key_h + y) * packed_row;
+              const std::int64_t first_key = (stage + f) * cells + y * call.key_w;
+              for (std::int64_t i = begin; i < end; ++i) {
+                const Tile t = matcher.tile(i);
+                if (y < t.row_low || y > t.row_high) continue;
+                matcher.meet(t, packed_queries + (i - begin) * packed_tile, keys, first_key);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lift_fast
