@@ -14,6 +14,7 @@ from .backends import backends
 from .lift import LiFT
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
 from .ops.plan_cache import clear_plans
+from .propagation import propagate_labels
 
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
@@ -44,6 +45,7 @@ __all__ = [
     "load_lift",
     "match_images",
     "nearest",
+    "propagate_labels",
     "save_lift",
     "tune",
 ]

@@ -308,6 +308,7 @@ def test_public_names():
         "LiFT",
         "ViTLiFTExtractor",
         "nearest",
+        "propagate_labels",
         "dense_match",
         "match_images",
         "backends",

@@ -14,7 +14,7 @@ namespace lift_fast {
 namespace {
 
 // Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys.
-constexpr std::int64_t kStageBytes = 32 << 20, kTaskBytes = 256 << 10;
+constexpr std::int64_t kStageBytes = 8 << 20, kTaskBytes = 256 << 10;
 
 struct Free {
   void operator()(void* data) const { std::free(data); }

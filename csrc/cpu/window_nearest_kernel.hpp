@@ -66,13 +66,17 @@ inline double row_scale(const float* row, std::int64_t c, bool normalize) {
 // `count` rows as [c][stride], scaled, zeros beyond them; all NaN for a row that takes no part.
 inline void pack(const float* rows, std::int64_t count, std::int64_t c, std::int64_t stride, bool normalize,
                  float* packed) {
-  for (std::int64_t r = 0; r < count; ++r) {
-    const float* row = rows + r * c;
-    const double scale = row_scale(row, c, normalize);
-    for (std::int64_t i = 0; i < c; ++i) packed[i * stride + r] = static_cast<float>(row[i] * scale);
-  }
-  for (std::int64_t i = 0; i < c; ++i) {
-    for (std::int64_t r = count; r < stride; ++r) packed[i * stride + r] = 0.0f;
+  // Some rows at a time, so that what is written stays in the cache until its lines are full.
+  constexpr std::int64_t block = 16;
+  for (std::int64_t first = 0; first < stride; first += block) {
+    const std::int64_t end = smaller(first + block, stride), filled = smaller(end, count);
+    double scale[block];
+    for (std::int64_t r = first; r < filled; ++r) scale[r - first] = row_scale(rows + r * c, c, normalize);
+    for (std::int64_t i = 0; i < c; ++i) {
+      float* to = packed + i * stride;
+      for (std::int64_t r = first; r < filled; ++r) to[r] = static_cast<float>(rows[r * c + i] * scale[r - first]);
+      for (std::int64_t r = larger(first, filled); r < end; ++r) to[r] = 0.0f;
+    }
   }
 }
 

@@ -1,0 +1,76 @@
+"""``propagate_labels``: each query's label is the average of its nearest keys' labels, weighted by similarity.
+
+The rule of label propagation in video: all context frames together, within a window on the grid. Neither the affinity
+of all pairs nor the labels of all matches ever exist: on the CPU the native core searches the windows and PyTorch's
+weighted bag of rows averages, on GPUs one Triton kernel does both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import library, window_nearest
+from .nearest import nearest_plain
+
+library.define(
+    "propagate_labels(Tensor query, Tensor key, Tensor labels, int[] window, int k, float temperature, bool normalize)"
+    " -> Tensor"
+)
+
+
+def average_labels(similarity: Tensor, index: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Average of the matches' labels with weights exp(similarity / temperature); zeros where there is no match.
+
+    Args:
+        similarity, index: ``[B, N, k]``, descending; index -1 where there is no match.
+        labels: ``[B, M, L]`` in the dtype of ``similarity``.
+        temperature: > 0.
+
+    Returns:
+        ``[B, N, L]`` in the dtype of ``similarity``.
+    """
+    batch, n, _ = index.shape
+    out = labels.new_zeros((batch, n, labels.shape[2]))
+    if not out.numel() or not labels.shape[1]:
+        return out
+    found = index >= 0
+    # Relative to the best match, whose weight is 1: no overflow, and no sum of zero. A smaller temperature than the
+    # dtype can hold leaves only the best.
+    temperature = max(temperature, torch.finfo(similarity.dtype).tiny)
+    weight = torch.where(found, ((similarity - similarity[..., :1]) / temperature).exp(), 0)
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
+    # What is missing repeats the best match, with no weight: a label that is not finite cannot come in from elsewhere.
+    index = torch.where(found, index, index[..., :1]).clamp_min(0)
+    for b in range(batch):
+        out[b] = F.embedding_bag(index[b], labels[b], mode="sum", per_sample_weights=weight[b])
+    return out.masked_fill_(~found[..., :1], 0)
+
+
+def propagate_labels_plain(
+    query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
+) -> Tensor:
+    """The plain PyTorch implementation: reference and fallback, from the masked affinity in tiles."""
+    similarity, index, _ = nearest_plain(query, key, k, False, None, window, normalize)
+    return average_labels(similarity, index, labels.to(similarity.dtype), temperature)
+
+
+def _propagate_labels(
+    query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
+) -> Tensor:
+    query, key, labels = query.detach(), key.detach(), labels.detach()
+    if window_nearest.can_run(query, k, window)[0]:
+        similarity, index = window_nearest.search(query, key, k, window, normalize)
+        return average_labels(similarity, index, labels.float(), temperature)
+    return propagate_labels_plain(query, key, labels, window, k, temperature, normalize)
+
+
+def _fake_propagate_labels(
+    query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
+) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((query.shape[0], query.shape[1], labels.shape[2]), dtype=dtype)
+
+
+library.implement("propagate_labels", _propagate_labels, fake=_fake_propagate_labels)
