@@ -100,9 +100,7 @@ def propagate_labels(
     return out.view(*leading, *out.shape[-2:])
 
 
-def _window(
-    grid: tuple[int, int], radius: int | None, key_grid: tuple[int, int] | None, n: int, m: int
-) -> list[int]:
+def _window(grid: tuple[int, int], radius: int | None, key_grid: tuple[int, int] | None, n: int, m: int) -> list[int]:
     query_hw = _check_size("grid", grid)
     key_hw = query_hw if key_grid is None else _check_size("key_grid", key_grid)
     if query_hw[0] * query_hw[1] != n:
