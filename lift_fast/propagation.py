@@ -92,7 +92,7 @@ def propagate_labels(
     window = _window(grid, radius, key_grid, query.shape[-2], key.shape[-2])
 
     def batch_of(tensor: Tensor) -> Tensor:
-        return tensor.expand(*leading, *tensor.shape[-2:]).reshape(math.prod(leading), *tensor.shape[-2:])
+        return tensor.detach().expand(*leading, *tensor.shape[-2:]).reshape(math.prod(leading), *tensor.shape[-2:])
 
     out: Tensor = torch.ops.lift_fast.propagate_labels(
         batch_of(query), batch_of(key), batch_of(labels), window, k, float(temperature), normalize
