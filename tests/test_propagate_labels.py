@@ -207,7 +207,7 @@ BAD_CALLS = {
     "list": (TypeError, "query must be a torch.Tensor, got list", lambda q, k, y: ([[1.0]], k, y), {}),
     "dtypes": (TypeError, "one dtype", lambda q, k, y: (q, k.double(), y), {}),
     "labels list": (TypeError, "labels must be a torch.Tensor, got list", lambda q, k, y: (q, k, [1.0]), {}),
-    "class numbers": (TypeError, r"int64; turn class numbers .* one_hot", lambda q, k, y: (q, k, y.long()), {}),
+    "class numbers": (TypeError, r"int64; turn class numbers .*one_hot", lambda q, k, y: (q, k, y.long()), {}),
     "vector": (ValueError, r"labels \[\.\.\., M, L\], got .* and \[12\]", lambda q, k, y: (q, k, y[:, 0]), {}),
     "channels": (ValueError, "same number of channels", lambda q, k, y: (q, k[:, :2], y), {}),
     "rows": (ValueError, r"each of the 12 keys, got \[11, 2\]", lambda q, k, y: (q, k, y[1:]), {}),

@@ -43,6 +43,8 @@ def average_labels(similarity: Tensor, index: Tensor, labels: Tensor, temperatur
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
     # What is missing repeats the best match, with no weight: a label that is not finite cannot come in from elsewhere.
     index = torch.where(found, index, index[..., :1]).clamp_min(0)
+    # PyTorch's fast bag takes whole rows alone.
+    labels = labels.contiguous()
     for b in range(batch):
         out[b] = F.embedding_bag(index[b], labels[b], mode="sum", per_sample_weights=weight[b])
     return out.masked_fill_(~found[..., :1], 0)
