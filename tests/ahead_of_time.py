@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lift_fast import LiFT, tuning
-from lift_fast.kernels import head, image_encoder, launch, tiles, upsample
+from lift_fast.kernels import head, image_encoder, launch, propagate_labels, tiles, upsample
 from lift_fast.ops import gpu_plan
 from lift_fast.plan import build_plan
 
@@ -58,7 +58,7 @@ def compile_call(kernel, args, options, capability):
             # The launcher, too, compiles a kernel of its own for integers that are 1.
             signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -107,13 +107,28 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
     return found
 
 
+def propagation(channels, grid, frames, batch, k, objects):
+    """(kernel, args, options) of one label propagation."""
+    recorder = Recorder(propagate_labels, "propagate_labels_kernel")
+    n, m = grid[0] * grid[1], frames * grid[0] * grid[1]
+    shapes = ((n, channels), (m, channels), (n,), (m,), (m, objects))
+    tensors = [torch.empty(batch, *shape, device="meta") for shape in shapes]
+    propagate_labels.propagate_labels(*tensors, [12, *grid, *grid], k, 0.1)
+    propagate_labels.propagate_labels_kernel = recorder.kernel
+    return [(recorder.kernel, args, options) for args, options in recorder.calls]
+
+
 def main(cases):
     os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
     results = []
     for case in cases:
-        dtype = getattr(torch, case.pop("dtype"))
         capability = case["capability"]
-        for kernel, args, options in launches(dtype=dtype, **case):
+        if "objects" in case:
+            found = propagation(**{name: value for name, value in case.items() if name != "capability"})
+        else:
+            dtype = getattr(torch, case.pop("dtype"))
+            found = launches(dtype=dtype, **case)
+        for kernel, args, options in found:
             resources = compile_call(kernel, args, options, capability)
             limit = tiles.shared_memory(divmod(capability, 10))
             results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})

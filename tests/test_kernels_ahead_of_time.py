@@ -31,13 +31,33 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled():
+# Label propagation: a step of DAVIS 2017 at patch 8 with small and with wide patches, many matches and objects.
+PROPAGATIONS = [
+    {
+        "channels": 384,
+        "grid": (56, 56),
+        "frames": 8,
+        "batch": batch,
+        "k": k,
+        "objects": objects,
+        "capability": capability,
+    }
+    for capability in (80, 90, 100)
+    for batch, k, objects in ((1, 5, 4), (4, 5, 4), (1, 32, 150))
+]
+
+
+def compile_all(cases):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), json.dumps(CASES)]
+    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_all(CASES)
 
 
 def test_every_kernel_compiles_for_every_target(compiled):
@@ -66,3 +86,12 @@ def test_products_run_on_tensor_cores(compiled):
 def test_loads_are_in_flight_during_the_products(compiled):
     stages = [one for one in compiled if one["kernel"] in ("upsample_kernel", "head_kernel") and one["channels"] == 384]
     assert [one for one in stages if not one["async copies"]] == []
+
+
+def test_label_propagation_compiles_for_every_target():
+    compiled = compile_all(PROPAGATIONS)
+    assert len(compiled) == len(PROPAGATIONS)
+    assert [one for one in compiled if one["local"] or one["stack"]] == []
+    assert [one for one in compiled if one["shared"] > one["shared limit"]] == []
+    assert [one for one in compiled if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
+    assert [one for one in compiled if not one["async copies"]] == []

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import can_run as triton_can_run
 from . import library, window_nearest
-from .nearest import nearest_plain
+from .nearest import nearest_plain, unit_rows
 
 library.define(
     "propagate_labels(Tensor query, Tensor key, Tensor labels, int[] window, int k, float temperature, bool normalize)"
@@ -58,6 +59,40 @@ def propagate_labels_plain(
     return average_labels(similarity, index, labels.to(similarity.dtype), temperature)
 
 
+def _rows(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """``rows [B, N, C]`` as the Triton kernel takes them, and [B, N]: 0, or NaN for a row that takes no part."""
+    rows = rows.float()
+    if normalize:
+        rows = unit_rows(rows)
+    finite = rows.isfinite().all(-1)
+    part = torch.where(finite, 0.0, torch.nan)
+    return rows.where(finite[..., None], 0).contiguous(), part
+
+
+def propagate_labels_triton(
+    query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
+) -> Tensor:
+    """By the Triton kernel, in float32 on the device of the inputs."""
+    from ..kernels import propagate_labels as kernel
+
+    (queries, query_part), (keys, key_part) = _rows(query, normalize), _rows(key, normalize)
+    # Smaller or larger ones than float32 holds differ in nothing from its smallest and largest.
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(temperature, limits.tiny), limits.max)
+    return kernel.propagate_labels(
+        queries, keys, query_part, key_part, labels.float().contiguous(), window, k, temperature
+    )
+
+
+def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
+    if query.device.type != "cuda" or query.dtype == torch.float64 or not triton_can_run(query.device)[0]:
+        return False
+    from ..kernels.propagate_labels import MOST_MATCHES
+
+    # Keys and blocks are numbered in 32 bits.
+    return k <= MOST_MATCHES and max(key.shape[1], query.shape[0] * query.shape[1]) < 2**31
+
+
 def _propagate_labels(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
@@ -65,6 +100,8 @@ def _propagate_labels(
     if window_nearest.can_run(query, k, window)[0]:
         similarity, index = window_nearest.search(query, key, k, window, normalize)
         return average_labels(similarity, index, labels.float(), temperature)
+    if _fits_triton(query, key, k):
+        return propagate_labels_triton(query, key, labels, window, k, temperature, normalize)
     return propagate_labels_plain(query, key, labels, window, k, temperature, normalize)
 
 
