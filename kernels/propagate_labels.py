@@ -21,17 +21,17 @@ _FULL = 96
 @triton.jit
 def _within_reach(position, queries, keys, reach):
     """Along one axis: the first and the last key whose centre lies within reach of the query's."""
-    # Written so that only numbers >= 0 are divided: Triton rounds towards zero.
-    centre = (2 * position + 1) * keys - queries
+    # Products of two sides need 64 bits. Written so that only numbers >= 0 are divided: Triton rounds towards zero.
+    centre = (2 * position.to(tl.int64) + 1) * keys - queries
     first = tl.where(centre > reach, (centre - reach + 2 * queries - 1) // (2 * queries), 0)
     last = tl.where(centre + reach >= 0, (centre + reach) // (2 * queries), -1)
-    return first, tl.minimum(last, keys - 1)
+    return tl.minimum(first, keys).to(tl.int32), tl.minimum(last, keys - 1).to(tl.int32)
 
 
 @triton.jit
 def propagate_labels_kernel(
-    query, key, query_part, key_part, labels, out, frames, query_h, query_w, key_h, key_w, reach_y, reach_x, channels,
-    objects, temperature, K: tl.constexpr, TOP: tl.constexpr, SIDE: tl.constexpr, KEYS: tl.constexpr,
+    query, key, query_part, key_part, labels, out, frames, query_h, query_w, key_h, key_w, reach_y, reach_x, objects,
+    temperature, C: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr, SIDE: tl.constexpr, KEYS: tl.constexpr,
     DEPTH: tl.constexpr, OBJECTS: tl.constexpr
 ):  # fmt: skip
     patches_x = tl.cdiv(query_w, SIDE)
@@ -43,8 +43,8 @@ def propagate_labels_kernel(
     column = (patch % patches_x) * SIDE + place % SIDE
     exists = (row < query_h) & (column < query_w)
     # What lies beyond the grid repeats its last row and column, so that it widens no window.
-    row = tl.minimum(row, query_h - 1).to(tl.int64)
-    column = tl.minimum(column, query_w - 1).to(tl.int64)
+    row = tl.minimum(row, query_h - 1)
+    column = tl.minimum(column, query_w - 1)
     row_first, row_last = _within_reach(row, query_h, key_h, reach_y)
     column_first, column_last = _within_reach(column, query_w, key_w, reach_x)
     top, left = tl.min(row_first, 0), tl.min(column_first, 0)
@@ -53,7 +53,7 @@ def propagate_labels_kernel(
 
     cells = key_h * key_w
     at = batch * query_h * query_w + row * query_w + column
-    query_rows = query + at[:, None] * channels
+    query_rows = query + at[:, None] * C
     part = tl.load(query_part + at)
     slot = tl.arange(0, TOP)[None, :]
     # Slots beyond K hold what nothing surpasses.
@@ -68,16 +68,13 @@ def propagate_labels_kernel(
             inside = position < count
             number = frame * cells + y * key_w + x
             key_at = batch * frames * cells + number
+            key_rows = key + key_at[:, None] * C
             acc = tl.zeros([SIDE * SIDE, KEYS], tl.float32)
-            for c in range(0, channels, DEPTH):
-                channel = c + tl.arange(0, DEPTH)
-                a = tl.load(query_rows + channel[None, :], mask=channel[None, :] < channels, other=0.0)
-                b = tl.load(
-                    key + key_at[None, :] * channels + channel[:, None],
-                    mask=inside[None, :] & (channel[:, None] < channels),
-                    other=0.0,
-                )
-                acc = tl.dot(a, b, acc, input_precision="tf32x3")
+            for c in range(0, C, DEPTH):
+                channel = (c + tl.arange(0, DEPTH))[None, :]
+                a = tl.load(query_rows + channel, mask=channel < C, other=0.0)
+                b = tl.load(key_rows + channel, mask=inside[:, None] & (channel < C), other=0.0)
+                acc = tl.dot(a, b.trans(), acc, input_precision="tf32x3")
             acc += part[:, None] + tl.load(key_part + key_at, mask=inside, other=0.0)[None, :]
             inside = inside[None, :] & (y[None, :] >= row_first[:, None]) & (y[None, :] <= row_last[:, None])
             inside = inside & (x[None, :] >= column_first[:, None]) & (x[None, :] <= column_last[:, None])
@@ -93,7 +90,7 @@ def propagate_labels_kernel(
                 latest = tl.max(tl.where(low, index, -2), 1)
                 leaves = tl.min(tl.where(low & (index == latest[:, None]), slot, TOP), 1)
                 replaced = (value > least)[:, None] & (slot == leaves[:, None])
-                found = tl.sum(tl.where(chosen, number[None, :], 0), 1).to(tl.int32)
+                found = tl.sum(tl.where(chosen, number[None, :], 0), 1)
                 best = tl.where(replaced, value[:, None], best)
                 index = tl.where(replaced, found[:, None], index)
                 acc = tl.where(chosen, -float("inf"), acc)
@@ -106,7 +103,7 @@ def propagate_labels_kernel(
     for first in range(0, objects, OBJECTS):
         label = first + tl.arange(0, OBJECTS)
         average = tl.zeros([SIDE * SIDE, OBJECTS], tl.float32)
-        for s in tl.static_range(K):
+        for s in range(K):
             share = tl.sum(tl.where(slot == s, weight, 0.0), 1)
             match = tl.max(tl.where(slot == s, index, -1), 1)
             source = labels + (batch * frames * cells + match)[:, None] * objects + label[None, :]
@@ -164,15 +161,15 @@ def propagate_labels(
             key_w,
             2 * radius * query_h,
             2 * radius * query_w,
-            channels,
             objects,
             temperature,
+            C=channels,
             K=k,
             TOP=triton.next_power_of_2(k),
             SIDE=side,
             KEYS=64,
-            DEPTH=max(16, min(64, triton.next_power_of_2(channels))),
+            DEPTH=max(16, min(32, triton.next_power_of_2(channels))),
             OBJECTS=max(1, min(32, triton.next_power_of_2(objects))),
-            num_warps=4,
+            num_warps=side,
         )
     return out

@@ -45,6 +45,10 @@ PROPAGATIONS = [
     for capability in (80, 90, 100)
     for batch, k, objects in ((1, 5, 4), (4, 5, 4), (1, 32, 150))
 ]
+# Integers that are 1 become constants of the kernel.
+PROPAGATIONS += [
+    {"channels": 3, "grid": (1, 1), "frames": 1, "batch": 1, "k": 1, "objects": 1, "capability": 90},
+]
 
 
 def compile_all(cases):
@@ -94,4 +98,5 @@ def test_label_propagation_compiles_for_every_target():
     assert [one for one in compiled if one["local"] or one["stack"]] == []
     assert [one for one in compiled if one["shared"] > one["shared limit"]] == []
     assert [one for one in compiled if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
-    assert [one for one in compiled if not one["async copies"]] == []
+    # Three channels fill no copy.
+    assert [one for one in compiled if not one["async copies"] and one["channels"] == 384] == []

@@ -89,8 +89,8 @@ def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
         return False
     from ..kernels.propagate_labels import MOST_MATCHES
 
-    # Keys and blocks are numbered in 32 bits.
-    return k <= MOST_MATCHES and max(key.shape[1], query.shape[0] * query.shape[1]) < 2**31
+    # Keys and blocks are numbered in 32 bits, a block of keys beyond the last.
+    return k <= MOST_MATCHES and max(key.shape[1], query.shape[0] * query.shape[1]) < 2**31 - 1024
 
 
 def _propagate_labels(
