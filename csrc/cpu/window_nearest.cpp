@@ -104,14 +104,23 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   call.column_low = column_low.data();
   call.column_high = column_high.data();
 
+  // Where half of a unit vector's squared length is left, the bound has come down to half; earlier it decides on pairs
+  // that are far from similar.
+  const std::int64_t ends[] = {call.c / 4, call.c / 2, call.c};
+  call.sections = call.c < 64 ? 1 : window_nearest_sections;
+  for (std::int64_t s = 0; s < call.sections; ++s) {
+    call.section_end[s] = ends[window_nearest_sections - call.sections + s];
+  }
+
   const WindowNearestTiling cut = tiling(isa);
+  const std::int64_t packed = call.c + call.sections - 1;
   // A vector may start at the last cell. An odd number of cache lines, so that channels do not fall on the same sets.
   call.row_stride = ((call.key_w + cut.lanes - 1 + 15) / 16 | 1) * 16;
-  const std::int64_t frame = keys == 0 ? 0 : product({call.key_h, call.c, call.row_stride});
+  const std::int64_t frame = keys == 0 ? 0 : product({call.key_h, packed, call.row_stride});
   call.stage_frames =
       std::clamp<std::int64_t>(kStageBytes / (4 * frame + 1), 1, std::max<std::int64_t>(call.key_frames, 1));
   const std::int64_t tiles =
-      call.query_frames * call.query_h * ((call.query_w + cut.queries - 1) / cut.queries), tile = call.c * cut.queries;
+      call.query_frames * call.query_h * ((call.query_w + cut.queries - 1) / cut.queries), tile = packed * cut.queries;
   if (tiles < call.threads) call.threads = static_cast<int>(tiles);
   // Few tiles: smaller tasks, so that every thread has some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));

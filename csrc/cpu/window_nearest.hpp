@@ -8,6 +8,8 @@
 
 namespace lift_fast {
 
+constexpr int window_nearest_sections = 3;
+
 struct WindowNearestCall {
   const float* query;  // [batch, query_frames, query_h, query_w, c]
   const float* key;    // [batch, key_frames, key_h, key_w, c]
@@ -26,10 +28,13 @@ struct WindowNearestCall {
   const std::int32_t* column_low;  // [query_w]
   const std::int32_t* column_high;
   std::int64_t row_stride;      // floats between two channels of a packed row of keys
+  // After each section of channels but the last a tile may be given up: a product of what is left never exceeds the
+  // product of its norms, which follow the channels of packed rows and tiles.
+  std::int64_t sections, section_end[window_nearest_sections];
   std::int64_t stage_frames;    // key grids that are packed at one time
   std::int64_t tiles_per_task;
-  float* packed_keys;           // [stage_frames, key_h, c, row_stride]
-  float* packed_queries;        // of each thread [tiles_per_task, c, query tile]
+  float* packed_keys;           // [stage_frames, key_h, c + sections - 1, row_stride]
+  float* packed_queries;        // of each thread [tiles_per_task, c + sections - 1, query tile]
 };
 
 // How an instruction set's kernel cuts the work up.

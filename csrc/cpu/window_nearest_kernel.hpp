@@ -6,7 +6,7 @@
 // for each channel, so vectors may start at any cell and cover the union of the tile's windows with little beside it.
 // Keys are met in ascending order, so that of equal similarities the lowest index stays in front. A dot product is
 // accumulated over c in order, in one register lane, wherever the pair stands: equal rows give bitwise equal
-// similarities, and the result does not depend on tiles or threads.
+// similarities, and the result does not depend on tiles or threads. A tile that is given up early holds no match.
 #pragma once
 
 #include "threads.hpp"
@@ -19,6 +19,7 @@ constexpr int kLanes = WindowNearestIsa::lanes;
 constexpr int kQueries = WindowNearestIsa::queries;
 constexpr int kVectors = WindowNearestIsa::key_vectors;
 static_assert(kVectors == 2 || kVectors == 3, "steps of one, two and three vectors");
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 
@@ -46,36 +47,63 @@ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// What a row is multiplied by; NaN for a row that takes no part.
-inline double row_scale(const float* row, std::int64_t c, bool normalize) {
+inline double squared_norm(const float* row, std::int64_t begin, std::int64_t end) {
   double sums[8] = {};
-  std::int64_t i = 0;
-  for (; i + 8 <= c; i += 8) {
+  std::int64_t i = begin;
+  for (; i + 8 <= end; i += 8) {
     for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(row[i + j]) * row[i + j];
   }
-  for (; i < c; ++i) sums[0] += static_cast<double>(row[i]) * row[i];
-  const double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  // Squares of finite floats never overflow a double.
-  if (!(sum < __builtin_inf())) return __builtin_nan("");
-  if (!normalize) return 1.0;
-  const double norm = __builtin_sqrt(sum);
-  // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
-  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
+  for (; i < end; ++i) sums[0] += static_cast<double>(row[i]) * row[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// `count` rows as [c][stride], scaled, zeros beyond them; all NaN for a row that takes no part.
-inline void pack(const float* rows, std::int64_t count, std::int64_t c, std::int64_t stride, bool normalize,
+// What a row is multiplied by, NaN for a row that takes no part, and a bound on what is left after each section: the
+// product of two rows' bounds is at least the rest of their dot product and all that rounding may add to it.
+struct RowScale {
+  double scale;
+  float rest[window_nearest_sections];
+  RowScale(const float* row, const WindowNearestCall& call) {
+    double left[window_nearest_sections], sum = 0.0;
+    for (std::int64_t s = call.sections - 1; s >= 0; --s) {
+      left[s] = sum;
+      sum += squared_norm(row, s == 0 ? 0 : call.section_end[s - 1], call.section_end[s]);
+    }
+    scale = 1.0;
+    const double norm = __builtin_sqrt(sum);
+    // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
+    if (call.normalize) scale = 1.0 / (norm > 1e-12 ? norm : 1e-12);
+    // Squares of finite floats never overflow a double.
+    if (!(sum < __builtin_inf())) scale = __builtin_nan("");
+    // A sum of c products, each step rounded twice, errs by less than 2 c 2^-24 |q| |k|; twice that for the bound's own
+    // rounding. The square root of it stands in either factor, and products that underflow weigh nothing beside 1e-19^2.
+    const double slack = __builtin_sqrt(static_cast<double>(call.c + 16) * 0x1p-22);
+    for (std::int64_t s = 0; s < call.sections; ++s) {
+      rest[s] = static_cast<float>((__builtin_sqrt(left[s]) + slack * norm) * scale * (1 + 1e-6) + 1e-19);
+    }
+  }
+};
+
+// `count` rows as [c][stride], scaled, and below them their bounds; zeros beyond the rows.
+inline void pack(const float* rows, std::int64_t count, std::int64_t stride, const WindowNearestCall& call,
                  float* packed) {
   // Some rows at a time, so that what is written stays in the cache until its lines are full.
   constexpr std::int64_t block = 16;
+  const std::int64_t c = call.c;
   for (std::int64_t first = 0; first < stride; first += block) {
-    const std::int64_t end = smaller(first + block, stride), filled = smaller(end, count);
+    const std::int64_t end = smaller(first + block, stride), filled = larger(first, smaller(end, count));
     double scale[block];
-    for (std::int64_t r = first; r < filled; ++r) scale[r - first] = row_scale(rows + r * c, c, normalize);
+    for (std::int64_t r = first; r < filled; ++r) {
+      const RowScale by(rows + r * c, call);
+      scale[r - first] = by.scale;
+      for (std::int64_t s = 0; s + 1 < call.sections; ++s) packed[(c + s) * stride + r] = by.rest[s];
+    }
     for (std::int64_t i = 0; i < c; ++i) {
       float* to = packed + i * stride;
       for (std::int64_t r = first; r < filled; ++r) to[r] = static_cast<float>(rows[r * c + i] * scale[r - first]);
-      for (std::int64_t r = larger(first, filled); r < end; ++r) to[r] = 0.0f;
+      for (std::int64_t r = filled; r < end; ++r) to[r] = 0.0f;
+    }
+    for (std::int64_t s = 0; s + 1 < call.sections; ++s) {
+      for (std::int64_t r = filled; r < end; ++r) packed[(c + s) * stride + r] = 0.0f;
     }
   }
 }
@@ -136,17 +164,36 @@ class WindowMatcher {
     for (int q = 0; q < kQueries; ++q) {
       for (int v = 0; v < kCount; ++v) sums[q][v] = Vec{};
     }
-    const float* at = keys + column;
-    for (std::int64_t i = 0; i < call_.c; ++i, at += call_.row_stride, queries += kQueries) {
-      Vec key[kCount];
+    const float *at = keys + column, *from = queries;
+    std::int64_t i = 0;
+    for (std::int64_t s = 0;; ++s) {
+      for (; i < call_.section_end[s]; ++i, at += call_.row_stride, from += kQueries) {
+        Vec key[kCount];
 #pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v) key[v] = load(at + v * kLanes);
+        for (int v = 0; v < kCount; ++v) key[v] = load(at + v * kLanes);
+#pragma GCC unroll 16
+        for (int q = 0; q < kQueries; ++q) {
+          const Vec query = WindowNearestIsa::broadcast<Vec>(from + q);
+#pragma GCC unroll 4
+          for (int v = 0; v < kCount; ++v) sums[q][v] = WindowNearestIsa::multiply_add(query, key[v], sums[q][v]);
+        }
+      }
+      if (s + 1 == call_.sections) break;
+      const float* key_rest = keys + (call_.c + s) * call_.row_stride + column;
+      const float* query_rest = queries + (call_.c + s) * kQueries;
+      // Lanes that are shown to lose; not those of NaN, which fail every comparison.
+      IntVec lost = splat(-1);
 #pragma GCC unroll 16
       for (int q = 0; q < kQueries; ++q) {
-        const Vec query = WindowNearestIsa::broadcast<Vec>(queries + q);
+        const Vec worst = splat(q < t.count ? worst_of(t, q) : kInfinity);
 #pragma GCC unroll 4
-        for (int v = 0; v < kCount; ++v) sums[q][v] = WindowNearestIsa::multiply_add(query, key[v], sums[q][v]);
+        for (int v = 0; v < kCount; ++v) {
+          const Vec most = WindowNearestIsa::multiply_add(WindowNearestIsa::broadcast<Vec>(query_rest + q),
+                                                          load(key_rest + v * kLanes), sums[q][v]);
+          lost &= most <= worst;
+        }
       }
+      if (WindowNearestIsa::bits(lost) == kAllLanes) return;
     }
 #pragma GCC unroll 16
     for (int q = 0; q < kQueries; ++q) {
@@ -166,6 +213,11 @@ class WindowMatcher {
         }
       }
     }
+  }
+
+  // The similarity that a match of query `q` of the tile must pass.
+  float worst_of(const Tile& t, int q) const {
+    return similarity_[(t.row * call_.query_w + t.column + q) * call_.k + call_.k - 1];
   }
 
   __attribute__((noinline)) void insert(float* best, std::int64_t query, Vec values, unsigned bits,
@@ -192,7 +244,8 @@ class WindowMatcher {
 };
 
 void run_window_nearest(const WindowNearestCall& call) {
-  const std::int64_t packed_row = call.c * call.row_stride, packed_tile = call.c * kQueries;
+  const std::int64_t packed = call.c + call.sections - 1;
+  const std::int64_t packed_row = packed * call.row_stride, packed_tile = packed * kQueries;
   const std::int64_t cells = call.key_h * call.key_w;
 #pragma omp parallel num_threads(call.threads)
   {
@@ -211,8 +264,7 @@ void run_window_nearest(const WindowNearestCall& call) {
 #pragma omp for schedule(static)
         for (std::int64_t r = 0; r < frames * call.key_h; ++r) {
           const std::int64_t first = (b * call.key_frames + stage) * cells + r * call.key_w;
-          pack(call.key + first * call.c, call.key_w, call.c, call.row_stride, call.normalize,
-               call.packed_keys + r * packed_row);
+          pack(call.key + first * call.c, call.key_w, call.row_stride, call, call.packed_keys + r * packed_row);
         }
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
@@ -220,7 +272,7 @@ void run_window_nearest(const WindowNearestCall& call) {
           std::int32_t low = static_cast<std::int32_t>(call.key_h), high = -1;
           for (std::int64_t i = begin; i < end; ++i) {
             const Tile t = matcher.tile(i);
-            pack(queries + (t.row * call.query_w + t.column) * call.c, t.count, call.c, kQueries, call.normalize,
+            pack(queries + (t.row * call.query_w + t.column) * call.c, t.count, kQueries, call,
                  packed_queries + (i - begin) * packed_tile);
             low = smaller(low, t.row_low);
             high = larger(high, t.row_high);
