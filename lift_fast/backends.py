@@ -69,7 +69,7 @@ def _cpu_native() -> Part:
     return Part(
         "cpu native",
         True,
-        f"nearest (search in {search}, verdict in float32), dense_match, LiFT decoder; {isa} of "
+        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, LiFT decoder; {isa} of "
         f"{', '.join(available)}; {threads}",
     )
 
@@ -77,9 +77,7 @@ def _cpu_native() -> Part:
 def _triton() -> Part:
     # Imported only here: Triton is optional and slow to load.
     runs, reason = import_module("lift_fast.kernels").can_run()
-    return Part(
-        "triton", runs, f"{reason}: upsample, head and image encoder of the LiFT forward pass" if runs else reason
-    )
+    return Part("triton", runs, f"{reason}: LiFT forward pass, label propagation" if runs else reason)
 
 
 def _cuda_native() -> Part:

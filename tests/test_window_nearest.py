@@ -94,7 +94,7 @@ sides = st.one_of(st.integers(1, 6), st.sampled_from((7, 8, 9, 15, 16, 17, 33, 5
     radius=st.one_of(st.integers(0, 8), st.sampled_from((12, 60, 1 << 40))),
     frames=st.integers(0, 3),
     batch=st.integers(1, 2),
-    channels=st.sampled_from((0, 1, 2, 3, 8, 17)),
+    channels=st.sampled_from((0, 1, 2, 3, 8, 17, 64, 70)),
     k=st.sampled_from((1, 2, 5, 32, 256)),
     normalize=st.booleans(),
     poison=st.sampled_from((None, math.nan, math.inf, -math.inf, 0.0)),
@@ -120,7 +120,7 @@ def test_against_brute_force(
     key_grid=st.tuples(st.integers(1, 5), sides),
     radius=st.integers(0, 9),
     frames=st.integers(1, 3),
-    channels=st.sampled_from((1, 2, 5)),
+    channels=st.sampled_from((1, 2, 5, 64, 70)),
     k=st.sampled_from((1, 3, 20)),
     mutual=st.booleans(),
     ratio=st.sampled_from((None, 0.8, 1.0)),
@@ -153,6 +153,28 @@ def test_several_stages_and_tasks(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", ["even", "late", "early", "wild"])
+def test_giving_up_early_changes_nothing(isa, shape, normalize, monkeypatch):
+    """Frames that resemble each other, where most pairs are given up after some channels."""
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    query, _, generator = random_case(9, (8, 27), (8, 27), 1, 1, 97)
+    # Where the length of a row lies among its channels decides what is left when it is judged.
+    share = torch.linspace(-4, 4, 97).exp()
+    if shape != "even":
+        query = (
+            query
+            * {"late": share, "early": share.flip(0), "wild": share[torch.randperm(97, generator=generator)]}[shape]
+        )
+    if shape == "wild":
+        query = query * torch.randn(1, 216, 1, generator=generator).mul(3).exp()
+    frames = [query + noise * query * torch.randn(query.shape, generator=generator) for noise in (0.3, 0.0, 0.1)]
+    # Negated first: whoever gave up on what the first channels say would lose the match.
+    frames[0][..., :30] *= -1
+    check(query, torch.cat(frames, dim=1), 3, [5, 8, 27, 8, 27], normalize)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_cells_that_are_not_finite_take_no_part(isa, poison, normalize, monkeypatch):
@@ -181,19 +203,20 @@ def test_overflowing_products_take_no_part(isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_equal_keys_go_to_the_lowest_index(isa, normalize, monkeypatch):
+@pytest.mark.parametrize("channels", [33, 100])
+def test_equal_keys_go_to_the_lowest_index(isa, channels, normalize, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     generator = torch.Generator().manual_seed(5)
-    row = torch.randn(1, 1, 33, generator=generator)
-    query = row.expand(1, 60, 33)
+    row = torch.randn(1, 1, channels, generator=generator)
+    query = row.expand(1, 60, channels)
     # All keys of both frames are the same: the first ones of the window, in order.
-    similarity, index = op.search(query, row.expand(1, 120, 33), 6, [1, 3, 20, 3, 20], normalize)
+    similarity, index = op.search(query, row.expand(1, 120, channels), 6, [1, 3, 20, 3, 20], normalize)
     near = in_window([1, 3, 20, 3, 20], 60, 120)
     for i in range(60):
         assert index[0, i].tolist() == near[i].nonzero()[:6, 0].tolist()
     assert bool((similarity == similarity[..., :1]).all())
     # Two frames of the same picture: each match comes twice, the earlier frame first.
-    frame = torch.randn(1, 60, 33, generator=generator)
+    frame = torch.randn(1, 60, channels, generator=generator)
     index = op.search(frame, frame.repeat(1, 2, 1), 8, [2, 3, 20, 3, 20], normalize)[1]
     assert bool((index[..., 0::2] + 60 == index[..., 1::2]).all())
     assert index[0, :, 0].tolist() == list(range(60)) or not normalize
