@@ -109,8 +109,8 @@ def nearest(
     flat_window = None if window is None else _flat_window(Window(*window), n, m)
     channels = query.shape[-1]
     similarity, index, valid = torch.ops.lift_fast.nearest(
-        query.expand(*leading, n, channels).reshape(math.prod(leading), n, channels),
-        key.expand(*leading, m, channels).reshape(math.prod(leading), m, channels),
+        query.detach().expand(*leading, n, channels).reshape(math.prod(leading), n, channels),
+        key.detach().expand(*leading, m, channels).reshape(math.prod(leading), m, channels),
         k,
         mutual,
         None if ratio is None else float(ratio),
@@ -166,7 +166,7 @@ def dense_match(
     if points is not None:
         _check_points(points, query_map)
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
-        query_map, key_map, query_hw, key_hw, points, normalize or "none", mutual
+        query_map.detach(), key_map.detach(), query_hw, key_hw, points, normalize or "none", mutual
     )
     return DenseMatches(similarity, xy, valid)
 

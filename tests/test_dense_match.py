@@ -243,3 +243,8 @@ def test_compile_full_graph():
     compiled = torch.compile(lambda a, b: dense_match(a, b, (6, 8), (5, 9)), fullgraph=True, backend="aot_eager")
     for ours, expected in zip(compiled(*MAPS), dense_match(*MAPS, (6, 8), (5, 9)), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_no_gradients():
+    query_map, key_map = torch.randn(2, 1, 3, 2, 2, requires_grad=True)
+    assert not dense_match(query_map, key_map, (4, 4), (5, 5)).similarity.requires_grad

@@ -299,3 +299,9 @@ def test_compile_full_graph():
     compiled = torch.compile(lambda q, k: nearest(q, k, mutual=True, ratio=0.9), fullgraph=True, backend="aot_eager")
     for ours, expected in zip(compiled(query, key), nearest(query, key, mutual=True, ratio=0.9), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_no_gradients():
+    query, key = torch.randn(2, 5, 4, requires_grad=True)
+    assert not nearest(query, key, mutual=True).similarity.requires_grad
+    assert not nearest(query, key, k=2, window=(1, (1, 5))).similarity.requires_grad
