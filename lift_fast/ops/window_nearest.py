@@ -54,10 +54,11 @@ def nearest_in_window(
     """The result of :func:`lift_fast.ops.nearest.nearest_plain` with a window, from the native core."""
     # The ratio test needs the runner-up also where one match is asked for.
     similarity, index = search(query, key, k if ratio is None else max(k, 2), window, normalize)
-    back = search_back(query, key, window, normalize) if mutual else None
-    valid = torch.empty(query.shape[:2], dtype=torch.bool)
-    for b in range(query.shape[0]):
-        valid[b] = accept(similarity[b], index[b], None if back is None else back[b], ratio)
+    back = None
+    # Without keys there is no match to lead back.
+    if mutual and key.shape[1]:
+        back = search_back(query, key, window, normalize).gather(1, index[..., 0].clamp_min(0))
+    valid = accept(similarity, index, back, ratio)
     return similarity[..., :k].contiguous(), index[..., :k].contiguous(), valid
 
 
