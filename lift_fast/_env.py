@@ -10,6 +10,7 @@ _CPU_ISAS = ("auto", "avx512", "avx2", "baseline")
 VARIABLES = {
     "LIFT_FAST_DISABLE_NATIVE": "1: run without the native core, as if it were not installed",
     "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
+    "LIFT_FAST_DISABLE_CUDA": "1: run without the native core's CUDA kernels, on the Triton ones",
     "LIFT_FAST_CACHE": "folder for measured tile shapes; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
     "LIFT_FAST_CPU_ISA": f"instruction set of the native core on the CPU: {', '.join(_CPU_ISAS)}",
 }
@@ -38,6 +39,15 @@ def triton_disabled() -> bool:
         ValueError: for another value than 0 or 1.
     """
     return _choice("LIFT_FAST_DISABLE_TRITON", ("0", "1")) == "1"
+
+
+def cuda_disabled() -> bool:
+    """LIFT_FAST_DISABLE_CUDA.
+
+    Raises:
+        ValueError: for another value than 0 or 1.
+    """
+    return _choice("LIFT_FAST_DISABLE_CUDA", ("0", "1")) == "1"
 
 
 def cache_folder() -> Path:

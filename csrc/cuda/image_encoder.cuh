@@ -1,0 +1,594 @@
+// One pass over the picture: f and g of LiFT's image encoders, 32 channels wide, on the tensor cores.
+//
+// A block owns g rows and f columns of one picture. Each of its warps owns a strip, 16 columns of the second
+// convolution, and walks down it two rows of the second convolution (a step) at a time. What the first convolution
+// leaves in a lane's registers is just what the second one takes from that lane, so its map is never stored. f goes
+// through shared memory, where the third convolution finds its windows.
+//
+// Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: what the
+// tensor cores put into it as a result and take from it as an operand. f lies in shared memory in that order too.
+#pragma once
+
+#include <cstdint>
+
+#include "image_encoder_tiling.hpp"
+#if defined(LIFT_FAST_EMULATED_DEVICE)
+#include "emulated_device.hpp"
+#else
+#include "tensor_core.cuh"
+#endif
+
+namespace lift_fast {
+
+constexpr int kEncoderChannels = 32;
+constexpr int kEncoderMaxWarps = 8;
+constexpr int kStripPixels = 64;
+constexpr int kStepRows = 9;  // picture rows under a step's new rows of the first convolution; the first one twice
+constexpr int kLines = 3 * kStepRows;
+constexpr int kPart = 4 * 32 * 8;  // values of one tap's weights
+
+// What each dtype's operands look like: kWords 32-bit words are a lane's 8 values.
+struct Bfloat16Operands {
+  static constexpr int kItem = 2, kWords = 4, kBlocks = 2;
+  static constexpr std::uint32_t kOnes = 0x3f803f80u;
+  static __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1, const float (&c)[4]) {
+    mma_bf16(d, a, b0, b1, c);
+  }
+  static __device__ __forceinline__ void relu(std::uint32_t* words, float low, float high) {
+    words[0] = relu_bf16x2(low, high);
+  }
+  static __device__ __forceinline__ std::uint32_t operand(std::uint32_t word) { return word; }
+};
+
+struct Float16Operands {
+  static constexpr int kItem = 2, kWords = 4, kBlocks = 2;
+  static constexpr std::uint32_t kOnes = 0x3c003c00u;
+  static __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1, const float (&c)[4]) {
+    mma_f16(d, a, b0, b1, c);
+  }
+  static __device__ __forceinline__ void relu(std::uint32_t* words, float low, float high) {
+    words[0] = relu_f16x2(low, high);
+  }
+  static __device__ __forceinline__ std::uint32_t operand(std::uint32_t word) { return word; }
+};
+
+struct Tf32Operands {
+  static constexpr int kItem = 4, kWords = 8, kBlocks = 1;
+  static constexpr std::uint32_t kOnes = 0x3f800000u;
+  static __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1, const float (&c)[4]) {
+    mma_tf32(d, a, b0, b1, c);
+  }
+  static __device__ __forceinline__ void relu(std::uint32_t* words, float low, float high) {
+    words[0] = float_bits(max_nan(low, 0.0f));
+    words[1] = float_bits(max_nan(high, 0.0f));
+  }
+  static __device__ __forceinline__ std::uint32_t operand(std::uint32_t word) { return round_tf32(word); }
+};
+
+struct EncoderParams {
+  const void* imgs;
+  std::int64_t stride[4];  // in elements
+  const void* packed;
+  const float* bias;
+  void* f;
+  void* g;
+  int h, w;
+  int columns_first, columns;  // f columns that the first, and each further, block of a row owns
+  int column_blocks, row_blocks;
+  int rows;      // g rows of a block
+  bool aligned;  // 8 pixels of a row can be copied as they lie
+};
+
+inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderTiling& tiling) {
+  EncoderParams params{};
+  params.imgs = call.imgs;
+  for (int i = 0; i < 4; ++i) params.stride[i] = call.stride[i];
+  params.packed = call.packed;
+  params.bias = call.bias;
+  params.f = call.f;
+  params.g = call.g;
+  params.h = static_cast<int>(call.h);
+  params.w = static_cast<int>(call.w);
+  params.columns_first = tiling.columns_first;
+  params.columns = tiling.columns;
+  params.column_blocks = static_cast<int>(tiling.column_blocks);
+  params.row_blocks = static_cast<int>(tiling.row_blocks);
+  params.rows = static_cast<int>(tiling.rows);
+  params.aligned = encoder_rows_aligned(call);
+  return params;
+}
+
+// Where everything lies in a block's shared memory, in bytes.
+template <class T, bool kPool>
+struct EncoderLayout {
+  static constexpr int kScale = kPool ? 8 : 4;                // picture columns per f column
+  static constexpr int kStripColumns = kStripPixels / kScale;  // f columns of a strip
+  static constexpr int kRing = kPool ? 4 : 5;                 // f rows of a step and of the windows behind it
+  static constexpr int kChunk = 8 * T::kItem;                 // 8 pixels, or a lane's share of one position's channels
+
+  __host__ __device__ static constexpr int chunks(int warps) { return 1 + warps * kStripPixels / 8; }
+  // Distance of picture lines: 8 more than a multiple of 32 words, so that four lines lie in different banks.
+  __host__ __device__ static constexpr int pitch(int warps) { return chunks(warps) * kChunk + (T::kItem == 2 ? 16 : 0); }
+  __host__ __device__ static constexpr int ring_row(int warps) { return warps * kStripColumns * 4 * kChunk; }
+
+  __host__ __device__ static constexpr int bias() { return 9 * kPart * T::kItem; }
+  __host__ __device__ static constexpr int halo() { return bias() + 3 * kEncoderChannels * 4; }
+  __host__ __device__ static constexpr int ring(int warps) { return halo() + warps * 8 * 4 * kChunk; }
+  __host__ __device__ static constexpr int picture(int warps) { return ring(warps) + kRing * ring_row(warps); }
+  __host__ __device__ static constexpr int total(int warps) { return picture(warps) + 2 * kLines * pitch(warps); }
+};
+
+template <int words>
+__device__ __forceinline__ void load_words(std::uint32_t* to, const void* from) {
+#pragma unroll
+  for (int i = 0; i < words / 4; ++i) {
+    const uint4 quad = static_cast<const uint4*>(from)[i];
+    to[4 * i] = quad.x;
+    to[4 * i + 1] = quad.y;
+    to[4 * i + 2] = quad.z;
+    to[4 * i + 3] = quad.w;
+  }
+}
+
+template <int words>
+__device__ __forceinline__ void store_words(void* to, const std::uint32_t* from) {
+#pragma unroll
+  for (int i = 0; i < words / 4; ++i) {
+    static_cast<uint4*>(to)[i] = make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+  }
+}
+
+// One row of the first convolution over a strip, as operands of the second.
+template <class T>
+struct FirstRow {
+  std::uint32_t even[2][T::kWords];  // columns 4g and 4g + 2: under the second convolution's columns 2g and 2g + 1
+  std::uint32_t odd[2][T::kWords];   // columns 4g + 1 and 4g + 3
+};
+
+// Pixels 8i to 8i + 7 of three lines, and the last pixel before them.
+template <class T>
+struct Chunks {
+  std::uint32_t line[3][T::kWords], before[3];
+};
+
+// A lane's 8 of the 32 window values of the first convolution's column m of a chunk. With i = 3 row + channel a line of
+// the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1, and
+// lanes 2 and 3 hold ones, whose weights are the bias in three parts.
+template <class T>
+__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t) {
+  if constexpr (T::kItem == 2) {
+    std::uint32_t left[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) left[i] = m == 0 ? c.before[i] : c.line[i][m - 1];
+    value[0] = c.line[0][m];
+    value[1] = c.line[1][m];
+    value[2] = select_bytes(left[0], left[1], 0x7632);
+    const std::uint32_t ninth = select_bytes(c.line[2][m], left[2], t == 0 ? 0x3210 : 0x7676);
+    value[3] = (ninth & (t == 0 ? 0xffffffffu : t == 1 ? 0xffffu : 0u)) | (t < 2 ? 0u : T::kOnes);
+  } else {
+    std::uint32_t left[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) left[i] = m == 0 ? c.before[i] : c.line[i][2 * m - 1];
+    value[0] = T::operand(c.line[0][2 * m]);
+    value[1] = T::operand(c.line[0][2 * m + 1]);
+    value[2] = T::operand(c.line[1][2 * m]);
+    value[3] = T::operand(c.line[1][2 * m + 1]);
+    value[4] = T::operand(left[0]);
+    value[5] = T::operand(left[1]);
+    value[6] = t == 0 ? T::operand(c.line[2][2 * m]) : t == 1 ? T::operand(left[2]) : T::kOnes;
+    value[7] = t == 0 ? T::operand(c.line[2][2 * m + 1]) : t == 1 ? 0u : T::kOnes;
+  }
+}
+
+// sum[octet] += (16 positions x 32 channels) x weights; `upper` and `lower` are rows g and g + 8 of the operand.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4][4], const std::uint32_t (&upper)[T::kWords],
+                                         const std::uint32_t (&lower)[T::kWords],
+                                         const std::uint32_t (&weight)[4][T::kWords]) {
+#pragma unroll
+  for (int s = 0; s < T::kWords; s += 2) {
+    const std::uint32_t a[4] = {upper[s], lower[s], upper[s + 1], lower[s + 1]};
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) T::mma(sum[octet], a, weight[octet][s], weight[octet][s + 1], sum[octet]);
+  }
+}
+
+// ReLU, and the rounding of operands.
+template <class T>
+__device__ __forceinline__ void activate(std::uint32_t (&word)[T::kWords], const float (&sum)[4][4], int half) {
+  constexpr int kPair = T::kWords / 4;
+#pragma unroll
+  for (int octet = 0; octet < 4; ++octet) {
+    T::relu(&word[octet * kPair], sum[octet][2 * half], sum[octet][2 * half + 1]);
+#pragma unroll
+    for (int i = 0; i < kPair; ++i) word[octet * kPair + i] = T::operand(word[octet * kPair + i]);
+  }
+}
+
+template <class T, bool kPool>
+class ImageEncoder {
+  using Layout = EncoderLayout<T, kPool>;
+  static constexpr int kWords = T::kWords;
+
+ public:
+  __device__ __forceinline__ ImageEncoder(const EncoderParams& params, unsigned char* memory)
+      : p(params), shared(memory), warp(threadIdx.x / 32), lane(threadIdx.x % 32), warps(blockDim.x / 32) {
+    g = lane / 4;
+    t = lane % 4;
+    const int column_block = blockIdx.x % p.column_blocks;
+    image = blockIdx.x / p.column_blocks / p.row_blocks;
+    first_column = column_block == 0 ? 0 : p.columns_first + (column_block - 1) * p.columns;
+    last_column = min(first_column + (column_block == 0 ? p.columns_first : p.columns), 2 * p.w);
+    // g's windows reach one f column to the left; two keep the strips on even columns.
+    strips_from = column_block == 0 ? 0 : first_column - 2;
+  }
+
+  __device__ __forceinline__ void run() {
+    // f rows of a step: one with pool, two without.
+    constexpr int kPerStep = kPool ? 1 : 2;
+    const int row = blockIdx.x / p.column_blocks % p.row_blocks * p.rows;
+    const int own_step = 2 * row / kPerStep;
+    const int from = max(own_step - 1, 0), to = 2 * min(row + p.rows, p.h) / kPerStep;
+
+    for (int i = threadIdx.x; i < 9 * kPart * T::kItem / 16; i += blockDim.x) {
+      copy_async(shared + 16 * i, static_cast<const unsigned char*>(p.packed) + kPart * T::kItem + 16 * i, true);
+    }
+    for (int i = threadIdx.x; i < 3 * kEncoderChannels; i += blockDim.x) {
+      reinterpret_cast<float*>(shared + Layout::bias())[i] = p.bias[i];
+    }
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+      const auto* packed = static_cast<const unsigned char*>(p.packed) + (octet * 32 + lane) * Layout::kChunk;
+      load_words<kWords>(first_weight[octet], packed);
+    }
+
+    FirstRow<T> above{};  // stays zero above the picture: the second convolution's padding
+    if (from > 0) stage(from - 1, 6);
+    commit_copies();
+    stage(from, 0);
+    commit_copies();
+    if (from > 0) {
+      wait_copies<1>();
+      __syncthreads();
+      left_column(from - 1);
+      first_convolution(above.even, above.odd, from - 1, 4);
+    } else if (g == 0) {
+      store_words<kWords>(halo(-1, 4), above.odd[0]);
+    }
+    for (int step = from; step < to; ++step) {
+      wait_copies<0>();
+      // The step's picture rows are there; f rows of the step before too, and no one reads its picture rows any more.
+      __syncthreads();
+      if (step + 1 < to) stage(step + 1, 0);
+      commit_copies();
+      finish(step - 1, from, own_step);
+      second_convolution(above, step);
+    }
+    __syncthreads();
+    finish(to - 1, from, own_step);
+  }
+
+ private:
+  // Copies picture rows `row` to 8 of a step into its buffer.
+  __device__ __forceinline__ void stage(int step, int row) {
+    const int top = 8 * step - 1, left = strips_from * Layout::kScale - 8;
+    const int height = p.h * 2 * Layout::kScale, width = p.w * 2 * Layout::kScale;
+    unsigned char* buffer = picture(step);
+    const auto* imgs = static_cast<const unsigned char*>(p.imgs);
+    for (int line = 3 * row + warp; line < kLines; line += warps) {
+      const int y = top + line / 3;
+      const std::int64_t start = image * p.stride[0] + line % 3 * p.stride[1] + y * p.stride[2];
+      const bool inside = y >= 0 && y < height;
+      for (int chunk = lane; chunk < Layout::chunks(warps); chunk += 32) {
+        const int x = left + 8 * chunk;
+        const bool valid = inside && x >= 0 && x < width;
+        unsigned char* to = buffer + line * Layout::pitch(warps) + chunk * Layout::kChunk;
+        if (p.aligned) {
+          const unsigned char* from = valid ? imgs + (start + x) * T::kItem : imgs;
+#pragma unroll
+          for (int i = 0; i < Layout::kChunk; i += 16) copy_async(to + i, from + (valid ? i : 0), valid);
+          continue;
+        }
+        std::uint32_t words[kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] = 0;
+        if (valid) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const std::int64_t at = start + (x + i) * p.stride[3];
+            if constexpr (T::kItem == 2) {
+              words[i / 2] |= static_cast<std::uint32_t>(reinterpret_cast<const std::uint16_t*>(imgs)[at])
+                              << (16 * (i % 2));
+            } else {
+              words[i] = reinterpret_cast<const std::uint32_t*>(imgs)[at];
+            }
+          }
+        }
+        store_words<kWords>(to, words);
+      }
+    }
+  }
+
+  // The three lines of this lane's window values, for row 1 to 4 of a step's new rows of the first convolution.
+  __device__ __forceinline__ void load_chunks(Chunks<T>& c, int step, int row, int chunk) const {
+    const unsigned char* from = picture(step) + (6 * row - 6) * Layout::pitch(warps) + chunk * Layout::kChunk;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) load_words<kWords>(c.line[i], from + line(i));
+  }
+
+  // Byte offset of a lane's line: t, t + 4, and 8 for every lane.
+  __device__ __forceinline__ int line(int i) const { return (i == 2 ? 8 : t + 4 * i) * Layout::pitch(warps); }
+
+  // The first convolution of the column to the left of the strip, rows 1 to 4, into shared memory.
+  __device__ __forceinline__ void left_column(int step) {
+    Chunks<T> c;
+    load_chunks(c, step, 1 + g % 4, 8 * warp);
+    std::uint32_t value[kWords], none[kWords] = {};
+    window<T>(value, c, 3, t);
+    float sum[4][4] = {};
+    multiply<T>(sum, value, none, first_weight);
+    std::uint32_t word[kWords];
+    activate<T>(word, sum, 0);
+    if (strips_from == 0 && warp == 0) {
+      // The second convolution's padding is zero, and not the first convolution of padding.
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) word[i] = 0;
+    }
+    if (g < 4) store_words<kWords>(halo(step, 1 + g), word);
+    __syncwarp();
+  }
+
+  // Row 1 to 4 of a step's new rows: the even columns where `even` is wanted, the odd ones where `odd` is.
+  __device__ __forceinline__ void first_convolution(std::uint32_t (*even)[kWords], std::uint32_t (*odd)[kWords],
+                                                    int step, int row) const {
+    const int chunk = 1 + 8 * warp + g;
+    Chunks<T> c;
+    load_chunks(c, step, row, chunk);
+    if (even) {
+      const unsigned char* before = picture(step) + (6 * row - 6) * Layout::pitch(warps) + chunk * Layout::kChunk - 4;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        c.before[i] = shuffle_up(c.line[i][kWords - 1], 4);
+        if (g == 0) c.before[i] = *reinterpret_cast<const std::uint32_t*>(before + line(i));
+      }
+      first_columns(even, c, 0);
+    }
+    if (odd) first_columns(odd, c, 1);
+  }
+
+  __device__ __forceinline__ void first_columns(std::uint32_t (*out)[kWords], const Chunks<T>& c, int parity) const {
+    std::uint32_t upper[kWords], lower[kWords];
+    window<T>(upper, c, parity, t);
+    window<T>(lower, c, parity + 2, t);
+    // Here and below: keeps the compiler from working on several rows at a time, for which there are not enough registers.
+    __syncwarp();
+    float sum[4][4] = {};
+    multiply<T>(sum, upper, lower, first_weight);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) activate<T>(out[half], sum, half);
+    __syncwarp();
+  }
+
+  // The odd columns one to the left: 4g - 1 and 4g + 1. Lane g = 0 finds the first where left_column has put it.
+  __device__ __forceinline__ void shift(std::uint32_t (&out)[kWords], const std::uint32_t (*odd)[kWords],
+                                        const unsigned char* left) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) out[i] = shuffle_up(odd[1][i], 4);
+    if (g == 0) load_words<kWords>(out, left);
+  }
+
+  // One tap of the second convolution for both rows of the step, so that its weights are loaded once: rows g and g + 8
+  // of the operands of the upper and of the lower row.
+  __device__ __forceinline__ void tap(float (&sum)[2][4][4], int number, const std::uint32_t* upper_first,
+                                      const std::uint32_t* upper_second, const std::uint32_t* lower_first,
+                                      const std::uint32_t* lower_second) const {
+    std::uint32_t weight[4][kWords];
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+      load_words<kWords>(weight[octet], shared + ((number * 4 + octet) * 32 + lane) * Layout::kChunk);
+    }
+#pragma unroll
+    for (int s = 0; s < kWords; s += 2) {
+      const std::uint32_t upper[4] = {upper_first[s], upper_second[s], upper_first[s + 1], upper_second[s + 1]};
+      const std::uint32_t lower[4] = {lower_first[s], lower_second[s], lower_first[s + 1], lower_second[s + 1]};
+#pragma unroll
+      for (int octet = 0; octet < 4; ++octet) {
+        T::mma(sum[0][octet], upper, weight[octet][s], weight[octet][s + 1], sum[0][octet]);
+        T::mma(sum[1][octet], lower, weight[octet][s], weight[octet][s + 1], sum[1][octet]);
+      }
+    }
+    __syncwarp();
+  }
+
+  // Taps of a window row over odd columns: the left and the right one.
+  __device__ __forceinline__ void odd_taps(float (&sum)[2][4][4], int window_row, const std::uint32_t (*upper)[kWords],
+                                           const unsigned char* upper_left, const std::uint32_t (*lower)[kWords],
+                                           const unsigned char* lower_left) const {
+    tap(sum, 3 * window_row + 2, upper[0], upper[1], lower[0], lower[1]);
+    std::uint32_t upper_before[kWords], lower_before[kWords];
+    shift(upper_before, upper, upper_left);
+    shift(lower_before, lower, lower_left);
+    tap(sum, 3 * window_row, upper_before, upper[0], lower_before, lower[0]);
+  }
+
+  __device__ __forceinline__ void even_tap(float (&sum)[2][4][4], int window_row, const std::uint32_t (*upper)[kWords],
+                                           const std::uint32_t (*lower)[kWords]) const {
+    tap(sum, 3 * window_row + 1, upper[0], upper[1], lower[0], lower[1]);
+  }
+
+  // Both rows of the step, pooled if asked for, into the ring of f rows; `above` moves on.
+  __device__ __forceinline__ void second_convolution(FirstRow<T>& above, int step) {
+    left_column(step);
+    float sum[2][4][4];
+    const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + kEncoderChannels + 2 * t;
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[0][octet][i] = sum[1][octet][i] = bias[8 * octet + i % 2];
+    }
+    {
+      FirstRow<T> middle;
+      first_convolution(middle.even, middle.odd, step, 2);
+      even_tap(sum, 0, above.even, middle.even);
+      odd_taps(sum, 0, above.odd, halo(step - 1, 4), middle.odd, halo(step, 2));
+      first_convolution(above.even, above.odd, step, 4);
+      even_tap(sum, 2, middle.even, above.even);
+      odd_taps(sum, 2, middle.odd, halo(step, 2), above.odd, halo(step, 4));
+    }
+    {
+      std::uint32_t upper[2][kWords], lower[2][kWords];
+      first_convolution(upper, nullptr, step, 1);
+      first_convolution(lower, nullptr, step, 3);
+      even_tap(sum, 1, upper, lower);
+      first_convolution(nullptr, upper, step, 1);
+      first_convolution(nullptr, lower, step, 3);
+      odd_taps(sum, 1, upper, halo(step, 1), lower, halo(step, 3));
+    }
+
+    constexpr int kPair = kWords / 4;
+    if constexpr (kPool) {
+      std::uint32_t word[kWords];
+#pragma unroll
+      for (int octet = 0; octet < 4; ++octet) {
+        float largest[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          largest[i] = max_nan(max_nan(sum[0][octet][i], sum[0][octet][2 + i]),
+                               max_nan(sum[1][octet][i], sum[1][octet][2 + i]));
+        }
+        T::relu(&word[octet * kPair], largest[0], largest[1]);
+      }
+      store_words<kWords>(ring(step, 8 * warp + g) + t * Layout::kChunk, word);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          std::uint32_t word[kWords];
+#pragma unroll
+          for (int octet = 0; octet < 4; ++octet) {
+            T::relu(&word[octet * kPair], sum[i][octet][2 * half], sum[i][octet][2 * half + 1]);
+          }
+          store_words<kWords>(ring(2 * step + i, 16 * warp + 2 * g + half) + t * Layout::kChunk, word);
+        }
+      }
+    }
+  }
+
+  // Writes the f rows of a step, and the g row whose windows are complete with it.
+  __device__ __forceinline__ void finish(int step, int from, int own_step) const {
+    if (step < from || step < own_step) return;
+    if constexpr (kPool) {
+      write_fine(step);
+      if (step % 2 == 1) third_convolution(step / 2);
+    } else {
+      write_fine(2 * step);
+      write_fine(2 * step + 1);
+      third_convolution(step);
+    }
+  }
+
+  __device__ __forceinline__ void write_fine(int row) const {
+    constexpr int kQuads = kEncoderChannels * T::kItem / 16;
+    const std::int64_t start = ((std::int64_t{image} * 2 * p.h + row) * 2 * p.w + first_column) * kQuads;
+    auto* out = static_cast<uint4*>(p.f) + start;
+    for (int i = threadIdx.x; i < (last_column - first_column) * kQuads; i += blockDim.x) {
+      const int quad = i % kQuads;
+      const unsigned char* at = ring(row, first_column - strips_from + i / kQuads);
+      std::uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // From the lanes' order to the channels'.
+        const int holder = T::kItem == 2 ? j : 2 * (quad % 2) + j / 2;
+        const int value = T::kItem == 2 ? quad : 2 * (quad / 2) + j % 2;
+        word[j] = *reinterpret_cast<const std::uint32_t*>(at + holder * Layout::kChunk + 4 * value);
+      }
+      out[i] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+
+  __device__ __forceinline__ void third_convolution(int row) const {
+    const int begin = first_column / 2, end = last_column / 2;
+    const auto* weights = static_cast<const unsigned char*>(p.packed) + 10 * kPart * T::kItem;
+    // 16 columns and 8 channels each.
+    for (int unit = warp; unit < 4 * ((end - begin + 15) / 16); unit += warps) {
+      const int octet = unit % 4, column = begin + unit / 4 * 16 + g;
+      float sum[3][4] = {};  // one for each window column: three chains of products instead of one
+#pragma unroll 1
+      for (int i = 0; i < 3; ++i) {
+        const int fine_row = 2 * row + i - 1;
+        if (fine_row < 0) continue;
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+          std::uint32_t value[2][kWords] = {}, weight[kWords];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int fine_column = 2 * (column + 8 * half) + j - 1;
+            if (column + 8 * half < end && fine_column >= 0) {
+              load_words<kWords>(value[half], ring(fine_row, fine_column - strips_from) + t * Layout::kChunk);
+            }
+          }
+          load_words<kWords>(weight, weights + (((3 * i + j) * 4 + octet) * 32 + lane) * Layout::kChunk);
+#pragma unroll
+          for (int s = 0; s < kWords; s += 2) {
+            const std::uint32_t a[4] = {T::operand(value[0][s]), T::operand(value[1][s]), T::operand(value[0][s + 1]),
+                                        T::operand(value[1][s + 1])};
+            T::mma(sum[j], a, weight[s], weight[s + 1], sum[j]);
+          }
+        }
+      }
+      const int channel = 8 * octet + 2 * t;
+      const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + 2 * kEncoderChannels + channel;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (column + 8 * half >= end) continue;
+        float total[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) total[i] = sum[0][2 * half + i] + sum[1][2 * half + i] + sum[2][2 * half + i] + bias[i];
+        std::uint32_t word[2];
+        T::relu(word, total[0], total[1]);
+        const std::int64_t cell = (std::int64_t{image} * p.h + row) * p.w + column + 8 * half;
+        auto* out = static_cast<unsigned char*>(p.g) + (cell * kEncoderChannels + channel) * T::kItem;
+        if constexpr (T::kItem == 2) {
+          *reinterpret_cast<std::uint32_t*>(out) = word[0];
+        } else {
+          *reinterpret_cast<uint2*>(out) = make_uint2(word[0], word[1]);
+        }
+      }
+    }
+  }
+
+  // The buffer of a step's picture rows; line = 3 row + channel.
+  __device__ __forceinline__ unsigned char* picture(int step) const {
+    return shared + Layout::picture(warps) + (step & 1) * kLines * Layout::pitch(warps);
+  }
+
+  // What left_column leaves for a row of a step; that of the step before is there still.
+  __device__ __forceinline__ unsigned char* halo(int step, int row) const {
+    return shared + Layout::halo() + ((warp * 8 + (step & 1) * 4 + row - 1) * 4 + t) * Layout::kChunk;
+  }
+
+  __device__ __forceinline__ unsigned char* ring(int row, int column) const {
+    return shared + Layout::ring(warps) + row % Layout::kRing * Layout::ring_row(warps) + column * 4 * Layout::kChunk;
+  }
+
+  const EncoderParams& p;
+  unsigned char* shared;
+  int warp, lane, warps, g, t;
+  int image;
+  int first_column, last_column;  // f columns of the block
+  int strips_from;                // f column at which its first strip begins
+  std::uint32_t first_weight[4][T::kWords];
+};
+
+template <class T, bool kPool>
+__global__ void __launch_bounds__(32 * kEncoderMaxWarps, T::kBlocks)
+    image_encoder_kernel(LIFT_FAST_GRID_CONSTANT const EncoderParams params) {
+  LIFT_FAST_DYNAMIC_SHARED(shared);
+  ImageEncoder<T, kPool>(params, shared).run();
+}
+
+}  // namespace lift_fast

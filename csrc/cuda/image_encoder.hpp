@@ -1,0 +1,46 @@
+// LiFT's image encoders in one pass over the picture: f on the fine and g on the coarse grid.
+#pragma once
+
+#include <cstdint>
+
+namespace lift_fast {
+
+enum class EncoderType { bfloat16, float16, tf32 };
+
+struct ImageEncoderCall {
+  const void* imgs;        // [batch, 3, s h, s w], s = 16 with pool, else 8; elements of `type`, of any strides
+  std::int64_t stride[4];  // in elements: picture, channel, row, column
+  const void* packed;      // kEncoderWeights elements of `type`
+  const float* bias;       // [3, 32]
+  void* f;                 // [batch, 2h, 2w, 32]
+  void* g;                 // [batch, h, w, 32]
+  std::int64_t batch, h, w;
+  bool pool;
+  EncoderType type;
+};
+
+// The three convolutions' weights in the order in which a warp's lanes hold them as operands of the tensor cores:
+// [1 + 9 + 9 parts][4 output octets][32 lanes][8 values]; lift_fast/ops/image_encoder_cuda.py fills it.
+constexpr std::int64_t kEncoderWeights = (1 + 9 + 9) * 4 * 32 * 8;
+
+// How a call is cut into blocks.
+struct EncoderTiling {
+  int warps;             // strips of a block, one warp each
+  int columns_first;     // f columns that the first block of a row owns
+  int columns;           // f columns that each further block owns
+  std::int64_t column_blocks, row_blocks;
+  std::int64_t rows;     // g rows of a block
+  std::int64_t shared;   // bytes of shared memory
+};
+
+// What the tiling depends on.
+struct EncoderDevice {
+  std::int64_t multiprocessors;
+  std::int64_t shared_block, shared_multiprocessor;  // bytes that one block may have, and that all together have
+};
+
+// Launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls, std::runtime_error
+// where CUDA refuses. Allocates nothing, waits for nothing, leaves the current device as it was.
+void image_encoder_run(const ImageEncoderCall& call, int device, void* stream);
+
+}  // namespace lift_fast

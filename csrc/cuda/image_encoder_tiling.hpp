@@ -1,0 +1,115 @@
+// What can be decided about a call of the image encoder without a device: whether it is possible, and its blocks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "image_encoder.hpp"
+
+namespace lift_fast {
+
+inline int encoder_itemsize(EncoderType type) { return type == EncoderType::tf32 ? 4 : 2; }
+
+inline EncoderType encoder_type(const std::string& name) {
+  if (name == "bfloat16") return EncoderType::bfloat16;
+  if (name == "float16") return EncoderType::float16;
+  if (name == "float32") return EncoderType::tf32;
+  throw std::invalid_argument("image_encoder: dtype must be bfloat16, float16 or float32, got " + name);
+}
+
+// Throws std::invalid_argument where a pointer, a size or an alignment is impossible.
+inline void check_encoder_call(const ImageEncoderCall& call) {
+  const auto fail = [](const std::string& what) { throw std::invalid_argument("image_encoder: " + what); };
+  constexpr std::int64_t kSide = std::int64_t{1} << 24, kElements = std::int64_t{1} << 58;
+  if (call.batch < 0 || call.h < 0 || call.w < 0) {
+    fail("sizes must not be negative, got " + std::to_string(call.batch) + " pictures of " + std::to_string(call.h) +
+         " x " + std::to_string(call.w) + " cells");
+  }
+  if (call.h > kSide || call.w > kSide || call.batch > std::numeric_limits<std::int32_t>::max()) {
+    fail("too large: " + std::to_string(call.batch) + " pictures of " + std::to_string(call.h) + " x " +
+         std::to_string(call.w) + " cells");
+  }
+  if (call.batch == 0 || call.h == 0 || call.w == 0) return;
+  // f has the most elements.
+  if (call.h * call.w > kElements / 128 / call.batch) fail("f would have more than 2^58 elements");
+  const std::int64_t pixels = call.pool ? 16 : 8;
+  const std::int64_t sizes[4] = {call.batch, 3, pixels * call.h, pixels * call.w};
+  std::int64_t reach = 0;
+  for (int i = 0; i < 4; ++i) {
+    const std::int64_t stride = call.stride[i], steps = sizes[i] - 1;
+    if (stride < -kElements || stride > kElements) fail("stride " + std::to_string(stride) + " is out of range");
+    const std::int64_t width = stride < 0 ? -stride : stride;
+    if (steps > 0 && width > (kElements - reach) / steps) fail("the strides reach beyond 2^58 elements");
+    reach += steps * width;
+  }
+  const auto check = [&](const void* pointer, const char* name, std::uintptr_t alignment) {
+    if (pointer == nullptr) fail(std::string(name) + " is null");
+    if (reinterpret_cast<std::uintptr_t>(pointer) % alignment != 0) {
+      fail(std::string(name) + " must be aligned to " + std::to_string(alignment) + " bytes");
+    }
+  };
+  check(call.imgs, "imgs", static_cast<std::uintptr_t>(encoder_itemsize(call.type)));
+  check(call.packed, "packed", 16);
+  check(call.bias, "bias", 4);
+  check(call.f, "f", 16);
+  check(call.g, "g", 16);
+}
+
+// Whether 8 pixels of a row lie together and aligned for every row, so that they can be copied as they are.
+inline bool encoder_rows_aligned(const ImageEncoderCall& call) {
+  const std::int64_t pixels = 16 / encoder_itemsize(call.type);
+  const bool pictures = call.batch == 1 || call.stride[0] % pixels == 0;
+  return reinterpret_cast<std::uintptr_t>(call.imgs) % 16 == 0 && call.stride[3] == 1 && pictures &&
+         call.stride[1] % pixels == 0 && call.stride[2] % pixels == 0;
+}
+
+// The tiling with the least predicted time. `shared(warps)` are the bytes of shared memory that a block needs.
+template <class Shared>
+EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& device, int max_warps, int max_blocks,
+                             Shared shared) {
+  const int strip = call.pool ? 8 : 16;
+  // With pool a step makes half of the f rows that a g row needs, else all.
+  const std::int64_t steps_per_row = call.pool ? 2 : 1;
+  const std::int64_t columns = 2 * call.w;
+  EncoderTiling best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (int warps = 1; warps <= max_warps; ++warps) {
+    const std::int64_t bytes = shared(warps);
+    if (bytes > device.shared_block) break;
+    const int first = strip * warps, further = first - 2;
+    const std::int64_t column_blocks = columns <= first ? 1 : 1 + (columns - first + further - 1) / further;
+    // CUDA keeps 1 KB of every block for itself.
+    const std::int64_t fitting = device.shared_multiprocessor / (bytes + 1024);
+    const std::int64_t resident = std::max<std::int64_t>(1, std::min<std::int64_t>(max_blocks, fitting));
+    for (std::int64_t rows = 1;; rows = std::min(rows < 16 ? rows + 1 : 2 * rows, call.h)) {
+      const std::int64_t row_blocks = (call.h + rows - 1) / rows;
+      const double blocks = static_cast<double>(call.batch) * static_cast<double>(column_blocks * row_blocks);
+      if (blocks <= std::numeric_limits<std::int32_t>::max()) {
+        // A further step makes the f row above the block's own, and reading the weights takes about as long as one.
+        const double steps = static_cast<double>(steps_per_row * rows + (row_blocks > 1 ? 2 : 1));
+        const auto here = static_cast<std::int64_t>(std::ceil(blocks / device.multiprocessors));
+        const std::int64_t together = std::min(resident, here);
+        const auto turns = static_cast<double>((here + together - 1) / together);
+        // Up to a warp for each tensor core they do not hinder each other; two fill one.
+        const double busy = std::max(2.0, static_cast<double>(together * warps) / 4);
+        const double time = turns * steps * busy;
+        if (time < least) {
+          least = time;
+          best = {warps, first, further, column_blocks, row_blocks, rows, bytes};
+        }
+      }
+      if (rows == call.h) break;
+    }
+  }
+  if (best.warps == 0) {
+    throw std::invalid_argument("image_encoder: too large for one launch: " + std::to_string(call.batch) +
+                                " pictures of " + std::to_string(call.h) + " x " + std::to_string(call.w) + " cells");
+  }
+  return best;
+}
+
+}  // namespace lift_fast

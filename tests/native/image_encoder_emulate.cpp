@@ -1,0 +1,111 @@
+// Runs the image encoder's kernel on the CPU, on exactly sized heap blocks, so that a sanitizer sees every byte read or
+// written outside. Arguments: files of cases; writes the results beside each, as <file>.out.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#define LIFT_FAST_EMULATED_DEVICE
+#include "cuda/image_encoder.cuh"
+
+using namespace lift_fast;
+
+namespace {
+
+// As tests/test_native_image_encoder.py writes it, before the picture's bytes, the packed weights and the biases.
+struct Case {
+  std::int64_t type, pool, batch, h, w, stride[4], picture_bytes;
+  std::int64_t warps, rows;  // 0: as the launcher would choose on a device of these properties
+  std::int64_t multiprocessors, shared_block, shared_multiprocessor;
+  std::int64_t late_copies, order, seed;
+};
+
+struct Bytes {
+  explicit Bytes(std::int64_t size) : size(size), data(static_cast<unsigned char*>(std::malloc(static_cast<std::size_t>(size)))) {
+    std::memset(data, 0xff, static_cast<std::size_t>(size));
+  }
+  ~Bytes() { std::free(data); }
+  Bytes(const Bytes&) = delete;
+  void read(std::istream& file) { file.read(reinterpret_cast<char*>(data), size); }
+  std::int64_t size;
+  unsigned char* data;
+};
+
+template <class T, bool kPool>
+void run(const Case& c, const ImageEncoderCall& call) {
+  using Layout = EncoderLayout<T, kPool>;
+  const auto shared = [](int warps) { return std::int64_t{Layout::total(warps)}; };
+  EncoderTiling tiling{};
+  if (c.warps > 0) {
+    // The smallest device that leaves no choice but these.
+    const int warps = static_cast<int>(c.warps), first = Layout::kStripColumns * warps;
+    const std::int64_t columns = 2 * c.w, further = first - 2;
+    tiling = {warps, first, static_cast<int>(further), columns <= first ? 1 : 1 + (columns - first + further - 1) / further,
+              (c.h + c.rows - 1) / c.rows, c.rows, shared(warps)};
+  } else {
+    tiling = encoder_tiling(call, {c.multiprocessors, c.shared_block, c.shared_multiprocessor}, kEncoderMaxWarps,
+                            T::kBlocks, shared);
+  }
+  const EncoderParams params = encoder_params(call, tiling);
+  const auto blocks = static_cast<int>(c.batch * tiling.column_blocks * tiling.row_blocks);
+  for (int block = 0; block < blocks; ++block) {
+    emulated::run_block(block, tiling.warps, static_cast<std::size_t>(tiling.shared),
+                        c.late_copies ? emulated::Copies::late : emulated::Copies::early,
+                        static_cast<emulated::Order>(c.order), static_cast<unsigned>(c.seed + block),
+                        [&] { image_encoder_kernel<T, kPool>(params); });
+  }
+}
+
+void run_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  Case c{};
+  file.read(reinterpret_cast<char*>(&c), sizeof c);
+  const auto type = static_cast<EncoderType>(c.type);
+  const int item = encoder_itemsize(type);
+  Bytes imgs(c.picture_bytes), packed(kEncoderWeights * item), bias(3 * 32 * 4);
+  imgs.read(file);
+  packed.read(file);
+  bias.read(file);
+  if (!file) {
+    std::fprintf(stderr, "%s ends early\n", path.c_str());
+    std::exit(2);
+  }
+  const std::int64_t cells = c.batch * c.h * c.w;
+  Bytes f(4 * cells * 32 * item), g(cells * 32 * item);
+  ImageEncoderCall call{};
+  call.imgs = imgs.data;
+  for (int i = 0; i < 4; ++i) call.stride[i] = c.stride[i];
+  call.packed = packed.data;
+  call.bias = reinterpret_cast<const float*>(bias.data);
+  call.f = f.data;
+  call.g = g.data;
+  call.batch = c.batch;
+  call.h = c.h;
+  call.w = c.w;
+  call.pool = c.pool != 0;
+  call.type = type;
+  check_encoder_call(call);
+  switch (type) {
+    case EncoderType::bfloat16:
+      call.pool ? run<Bfloat16Operands, true>(c, call) : run<Bfloat16Operands, false>(c, call);
+      break;
+    case EncoderType::float16:
+      call.pool ? run<Float16Operands, true>(c, call) : run<Float16Operands, false>(c, call);
+      break;
+    case EncoderType::tf32:
+      call.pool ? run<Tf32Operands, true>(c, call) : run<Tf32Operands, false>(c, call);
+      break;
+  }
+  std::ofstream out(path + ".out", std::ios::binary);
+  out.write(reinterpret_cast<const char*>(f.data), f.size);
+  out.write(reinterpret_cast<const char*>(g.data), g.size);
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  for (int i = 1; i < count; ++i) run_file(names[i]);
+  std::printf("%d ok\n", count - 1);
+}
