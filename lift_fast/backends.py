@@ -84,7 +84,11 @@ def _cuda_native() -> Part:
     module = _native.load()
     if module is None:
         return Part("cuda native", False, _native.can_run()[1])
+    if _env.cuda_disabled():
+        return Part("cuda native", False, "switched off by LIFT_FAST_DISABLE_CUDA=1")
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     runs, reason = module.cuda_probe(device)
     built = module.build_info()["cuda_architectures"]
+    if runs:
+        reason = f"{reason}: image encoder of the LiFT forward pass, before Triton's"
     return Part("cuda native", runs, f"{reason} (built for {built})" if built else reason)

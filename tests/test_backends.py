@@ -88,8 +88,12 @@ def test_bad_values_name_the_variable(variable, value, monkeypatch):
 
 
 def test_every_variable_is_described():
-    names = ("LIFT_FAST_DISABLE_NATIVE", "LIFT_FAST_DISABLE_TRITON", "LIFT_FAST_CACHE", "LIFT_FAST_CPU_ISA")
-    assert tuple(_env.VARIABLES) == names
+    names = ("NATIVE", "TRITON", "CUDA")
+    assert tuple(_env.VARIABLES) == (
+        *(f"LIFT_FAST_DISABLE_{name}" for name in names),
+        "LIFT_FAST_CACHE",
+        "LIFT_FAST_CPU_ISA",
+    )
 
 
 def test_an_empty_variable_is_the_default(monkeypatch):

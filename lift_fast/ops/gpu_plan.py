@@ -1,7 +1,8 @@
 """LiFT's plan on the GPU: image encoders, composed upsample and head, one fused kernel each.
 
-The two GEMM stages and the image encoders run in Triton; image encoders of another depth in PyTorch's convolutions. In
-memory beside inputs and outputs: f, g and the c-channel fine map.
+The two GEMM stages run in Triton, the image encoders in the native core's CUDA kernel; where that is missing or does not
+serve the network in Triton, and image encoders of another depth in PyTorch's convolutions. In memory beside inputs and
+outputs: f, g and the c-channel fine map.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from .. import _env, tuning
 from ..kernels import can_run as triton_can_run
+from ..kernels.launch import tf32_allowed
 from ..plan import Plan
-from . import image_encoder
+from . import image_encoder, image_encoder_cuda
 
 if TYPE_CHECKING:
     from ..kernels.head import HeadWeights
@@ -29,7 +31,7 @@ class GpuPlan(NamedTuple):
     """The plan's weights in one dtype on one device, in the layouts of the kernels."""
 
     encoder: str
-    """Which image encoder ``encoder_weights`` is for: "triton", "torch", or "none" without image."""
+    """Which image encoder ``encoder_weights`` is for: "cuda", "triton", "torch", or "none" without image."""
     encoder_weights: Any
     upsample: UpsampleWeights
     head: HeadWeights
@@ -49,6 +51,11 @@ def _device_can_run(device: torch.device) -> tuple[bool, str]:
     return runs, reason
 
 
+def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
+    return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]
+
+
 def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:
     """Lay the plan out for the kernels.
 
@@ -56,7 +63,10 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
         plan: the network's plan.
         device: where the kernels run.
         dtype: bfloat16, float16 or float32.
-        encoder: "triton" or "torch" to choose the image encoder; None for the best there is.
+        encoder: "cuda", "triton" or "torch" to choose the image encoder; None for the best there is.
+
+    Raises:
+        RuntimeError: if the image encoder that was asked for cannot run; says why.
     """
     from ..kernels import head, upsample
     from ..kernels import image_encoder as triton_encoder
@@ -64,9 +74,15 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     if not plan.image_convs_1:
         encoder = "none"
     elif encoder is None:
-        encoder = "torch" if triton_encoder.unsupported(plan) else "triton"
+        encoder = _best_encoder(plan, device, dtype)
     weights: Any = None
-    if encoder == "triton":
+    if encoder == "cuda":
+        runs, reason = image_encoder_cuda.can_run(device)
+        missing = image_encoder_cuda.unsupported(plan, dtype) if runs else reason
+        if missing:
+            raise RuntimeError(f"the CUDA image encoder cannot run: {missing}; leave the choice to prepare_gpu")
+        weights = image_encoder_cuda.pack_encoder(plan, device, dtype)
+    elif encoder == "triton":
         weights = triton_encoder.pack_encoder(plan, device, dtype)
     elif encoder == "torch":
         weights = image_encoder.prepare_encoder(plan, device, dtype)
@@ -78,8 +94,18 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     )
 
 
+def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
+    from ..kernels import image_encoder as triton_encoder
+
+    if may_use_cuda(device, dtype) and not image_encoder_cuda.unsupported(plan, dtype):
+        return "cuda"
+    return "torch" if triton_encoder.unsupported(plan) else "triton"
+
+
 def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
     """Image encoders: ``imgs [B, 3, s*h, s*w]`` to f ``[B, 2h, 2w, F]`` and g ``[B, h, w, F]``, contiguous."""
+    if plan.encoder == "cuda":
+        return image_encoder_cuda.encode_image(imgs, plan.encoder_weights)
     if plan.encoder == "triton":
         from ..kernels import image_encoder as triton_encoder
 

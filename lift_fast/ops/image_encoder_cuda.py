@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, _native
+from ..kernels.launch import tf32_allowed
 from ..plan import ImageConv, Plan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,18 +49,13 @@ def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:
     """Why this kernel does not serve a network in a dtype; None where it does."""
     if dtype not in DTYPES:
         return f"the kernel computes in {', '.join(map(str, DTYPES))}, not in {dtype}"
-    if dtype == torch.float32 and not _tf32_allowed():
+    if dtype == torch.float32 and not tf32_allowed():
         return "float32 products are asked for in full precision, the kernel rounds them to TF32"
     if len(plan.image_convs_1) != 2:
         return f"the first image encoder has {len(plan.image_convs_1)} convolutions, the kernel has 2"
     if plan.fine.shape[2] != _CHANNELS:
         return f"the image encoders are {plan.fine.shape[2]} channels wide, the kernel {_CHANNELS}"
     return None
-
-
-def _tf32_allowed() -> bool:
-    # Without Triton kernels.launch cannot be imported.
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
 
 
 def _operand_order() -> Tensor:

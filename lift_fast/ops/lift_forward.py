@@ -215,7 +215,9 @@ def _lift_forward(
     # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
     with torch.autocast(device.type, enabled=False):
         if device.type == "cuda" and gpu_plan.can_run(device, dtype)[0]:
-            gpu = prepared(("gpu",), lambda p: gpu_plan.prepare_gpu(p, device, dtype))
+            # Switches and PyTorch's TF32 setting may change which image encoder a plan is for.
+            variant = ("gpu", gpu_plan.may_use_cuda(device, dtype))
+            gpu = prepared(variant, lambda p: gpu_plan.prepare_gpu(p, device, dtype))
             return gpu_plan.run_gpu_plan(gpu, imgs, x, normalize)
         if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native.can_run()[0]:
             isa = _env.cpu_isa()

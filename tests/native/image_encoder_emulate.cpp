@@ -47,6 +47,7 @@ void run(const Case& c, const ImageEncoderCall& call) {
   } else {
     tiling = encoder_tiling(call, {c.multiprocessors, c.shared_block, c.shared_multiprocessor}, kEncoderMaxWarps,
                             T::kBlocks, shared);
+    if (tiling.shared > c.shared_block) emulated::fail("a block has too much shared memory");
   }
   const EncoderParams params = encoder_params(call, tiling);
   const auto blocks = static_cast<int>(c.batch * tiling.column_blocks * tiling.row_blocks);

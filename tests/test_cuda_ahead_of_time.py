@@ -1,0 +1,79 @@
+"""Every CUDA source, compiled for GPUs that are not here: no warnings, no spills, products on tensor cores."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# What one block may have beside its dynamic shared memory, which the launcher fits to the device.
+STATIC_SHARED = 1024
+pytestmark = pytest.mark.slow
+
+
+def nvidia_tool(name):
+    """A program of the CUDA toolkit, or of those that Triton brings with it."""
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(bundled) if bundled.is_file() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name}")
+    return found
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def cubins(request, tmp_path_factory):
+    """{source: its code for one architecture}."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    found = {}
+    for source in SOURCES:
+        found[source.stem] = folder / f"{source.stem}.cubin"
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+        flags += [f"-arch=sm_{request.param}", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', f"-I{ROOT / 'csrc'}"]
+        done = subprocess.run(
+            [nvcc, *flags, "-cubin", str(source), "-o", str(found[source.stem])], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not done.stderr.strip(), done.stderr
+    return found
+
+
+def resources(cubin):
+    """{kernel: {REG, STACK, SHARED, LOCAL}}."""
+    command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
+    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)} for name, usage in found}
+
+
+def test_nothing_spills(cubins):
+    kernels = [(name, usage) for cubin in cubins.values() for name, usage in resources(cubin).items()]
+    assert len(kernels) >= 7
+    assert [one for one in kernels if one[1]["LOCAL"] or one[1]["STACK"] or one[1]["SHARED"] > STATIC_SHARED] == []
+
+
+def test_two_blocks_fit_in_the_registers(cubins):
+    """Of the 16-bit image encoders; eight warps a block."""
+    usage = {name: one["REG"] for name, one in resources(cubins["image_encoder"]).items()}
+    assert len(usage) == 6
+    assert all(registers <= 128 for name, registers in usage.items() if "Tf32" not in name)
+
+
+def test_the_image_encoder_runs_on_tensor_cores(cubins):
+    code = subprocess.run(
+        [nvidia_tool("nvdisasm"), "-c", str(cubins["image_encoder"])], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, flags=re.DOTALL))
+    assert len(kernels) == 6
+    for name, text in kernels.items():
+        kind = "BF16" if "Bfloat16" in name else "TF32" if "Tf32" in name else "F32 "
+        # The step's 64 + 8 + 144 products of the first two convolutions, and more for the third.
+        least = 200 if "Tf32" not in name else 400
+        assert len(re.findall(rf"HMMA\.\S*{kind}", text)) >= least, name
+        assert not re.search(r"\b(LDL|STL)\b", text), name
