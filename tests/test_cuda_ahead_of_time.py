@@ -69,11 +69,10 @@ def test_the_image_encoder_runs_on_tensor_cores(cubins):
     code = subprocess.run(
         [nvidia_tool("nvdisasm"), "-c", str(cubins["image_encoder"])], capture_output=True, text=True, check=True
     ).stdout
-    kernels = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, flags=re.DOTALL))
+    kernels = dict(part.split(",", 1) for part in re.split(r"\.section\s+\.text\.", code)[1:])
     assert len(kernels) == 6
     for name, text in kernels.items():
-        kind = "BF16" if "Bfloat16" in name else "TF32" if "Tf32" in name else "F32 "
-        # The step's 64 + 8 + 144 products of the first two convolutions, and more for the third.
-        least = 200 if "Tf32" not in name else 400
-        assert len(re.findall(rf"HMMA\.\S*{kind}", text)) >= least, name
+        kind = "16816.F32.BF16" if "Bfloat16" in name else "1688.F32.TF32" if "Tf32" in name else "16816.F32"
+        # The step's 64 + 8 + 144 products of the first two convolutions; TF32 takes twice as many.
+        assert text.count(f"HMMA.{kind} ") >= 216 * (2 if "Tf32" in name else 1), name
         assert not re.search(r"\b(LDL|STL)\b", text), name

@@ -281,7 +281,7 @@ def test_inputs_that_do_not_fit_the_weights_are_refused():
     weights = image_encoder_cuda.pack_encoder(plan_of(16, 4), torch.device("cpu"), torch.float16)
     with pytest.raises(ValueError, match=r"imgs must be \[B, 3, 16 h, 16 w\], got \[1, 3, 16, 24\]"):
         image_encoder_cuda.encode_image(torch.zeros(1, 3, 16, 24, dtype=torch.float16), weights)
-    with pytest.raises(ValueError, match="the weights are torch.float16 on cpu, imgs torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"the weights are torch\.float16 on cpu, imgs torch\.bfloat16"):
         image_encoder_cuda.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16), weights)
     with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
         image_encoder_cuda.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.float16), weights)
