@@ -376,8 +376,11 @@ class ImageEncoder {
   __device__ __forceinline__ void shift(std::uint32_t (&out)[kWords], const std::uint32_t (*odd)[kWords],
                                         const unsigned char* left) const {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) out[i] = shuffle_up(odd[1][i], 4);
-    if (g == 0) load_words<kWords>(out, left);
+    for (int i = 0; i < kWords; ++i) {
+      out[i] = shuffle_up(odd[1][i], 4);
+      // Word by word: a vector would have to be moved apart.
+      if (g == 0) out[i] = reinterpret_cast<const std::uint32_t*>(left)[i];
+    }
   }
 
   // One tap of the second convolution for both rows of the step, so that its weights are loaded once: rows g and g + 8
