@@ -110,6 +110,7 @@ def sections(arguments: argparse.Namespace) -> list[tuple[str, object, float]]:
     rows += [
         ("environment", environment, 0),
         ("equality", equality.run, 10),
+        ("image encoders", equality.run_encoders, 10),
         ("capture", equality.run_capture, 10),
         ("ceilings", ceilings.run, 5),
     ]

@@ -98,6 +98,7 @@ def test_rehearsal(tmp_path):
     assert content["seed"] == 7
     assert {row["kernel"] for row in content["equality"]} >= {"upsample", "head", "head, normalised", "forward"}
     assert all(row["error"] <= row["limit"] for row in content["equality"])
+    assert {row["encoder"] for row in content["image encoders"]} == {"triton"}
     assert {row["what"] for row in content["forward"]} >= {"image encoder", "upsample", "head", "forward"}
     text = (tmp_path / "r.md").read_text()
     assert "REHEARSAL" in text

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lift_fast import LiFT, tuning
-from lift_fast.ops import gpu_plan, image_encoder, lift_forward
+from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda, lift_forward
 from lift_fast.plan import build_plan
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
@@ -23,6 +23,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMITS = {torch.float32: 1e-3 if DEVICE.type == "cuda" else 1e-6, torch.float16: 2e-3}
 if DEVICE.type == "cuda":
     LIMITS[torch.bfloat16] = 1e-2
+# The native encoder has no interpreter; tests/test_native_image_encoder.py runs it without a GPU.
+ENCODERS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["triton"]
 # (C, patch, h, w, B, options): both scales, odd and rectangular grids, one token, widths that fill no tile.
 CASES = [
     (32, 16, 2, 3, 2, {}),
@@ -93,7 +95,10 @@ def test_forward_equals_the_plain_module(case, dtype):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 2), (5, 1)])
-def test_image_encoder(grid, patch, dtype):
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_image_encoder(encoder, grid, patch, dtype):
+    if encoder == "cuda" and not image_encoder_cuda.can_run(DEVICE)[0]:
+        pytest.skip(image_encoder_cuda.can_run(DEVICE)[1])
     network = Network(8, patch, *grid, 2, {})
     plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = image_encoder.encode_image(plain, network.imgs.double())
@@ -103,7 +108,7 @@ def test_image_encoder(grid, patch, dtype):
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
     for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
         with torch.no_grad():
-            ours = gpu_plan.encode_image(network.prepare(dtype, "triton"), pictures)
+            ours = gpu_plan.encode_image(network.prepare(dtype, encoder), pictures)
         for actual, expected in zip(ours, (f, g), strict=True):
             assert actual.is_contiguous()
             assert relative_error(actual.cpu(), expected.permute(0, 2, 3, 1)) <= LIMITS[dtype], network.seed
@@ -303,6 +308,60 @@ class TestOnAGpu:
         assert relative_error(out.cpu(), network.exact.flatten(1, 2)) <= LIMITS[dtype], network.seed
         assert torch.equal(out, again)
         assert torch.equal(out, compiled)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("patch", [8, 16])
+    # One strip and less, several blocks in a row and in a column, and enough of them to fill a device.
+    @pytest.mark.parametrize("case", [(1, 1, 2), (7, 29, 1), (31, 37, 3), (28, 28, 8)])
+    def test_native_image_encoder(self, case, patch, dtype):
+        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        if not runs:
+            pytest.skip(reason)
+        network = Network(8, patch, *case, {})
+        imgs, _ = network.inputs(dtype)
+        plain = image_encoder.prepare_encoder(network.plan, DEVICE, torch.float64)
+        expected = [part.permute(0, 2, 3, 1).cpu() for part in image_encoder.encode_image(plain, imgs.double())]
+        plan = network.prepare(dtype, "cuda")
+        out = gpu_plan.encode_image(plan, imgs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            again = gpu_plan.encode_image(plan, imgs)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gpu_plan.encode_image(plan, imgs)
+        graph.replay()
+        torch.cuda.synchronize()
+        for position, wanted in enumerate(expected):
+            assert relative_error(out[position].cpu(), wanted) <= LIMITS[dtype], network.seed
+            assert torch.equal(out[position], again[position])
+            assert torch.equal(out[position], captured[position])
+
+    def test_native_image_encoder_without_pictures(self):
+        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        if not runs:
+            pytest.skip(reason)
+        plan = Network(8, 16, 1, 1, 1, {}).prepare(torch.bfloat16, "cuda")
+        f, g = gpu_plan.encode_image(plan, torch.empty(0, 3, 32, 48, dtype=torch.bfloat16, device=DEVICE))
+        assert f.shape == (0, 4, 6, 32)
+        assert g.shape == (0, 2, 3, 32)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_native_image_encoder_on_another_device(self):
+        other = torch.device("cuda", 1)
+        runs, reason = image_encoder_cuda.can_run(other)
+        if not runs:
+            pytest.skip(reason)
+        network = Network(8, 16, 3, 2, 1, {})
+        ours = [
+            gpu_plan.encode_image(
+                gpu_plan.prepare_gpu(network.plan, device, torch.float32, "cuda"), network.imgs.to(device)
+            )
+            for device in (torch.device("cuda", 0), other)
+        ]
+        assert torch.cuda.current_device() == 0
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*ours, strict=True))
 
     def test_autocast(self):
         network = Network(384, 16, 7, 5, 1, {})

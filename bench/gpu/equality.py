@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import lift_fast
 from lift_fast import LiFT
-from lift_fast.ops import gpu_plan
+from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda
 from lift_fast.plan import build_plan
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
@@ -91,6 +92,66 @@ def errors(case: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed
     return found
 
 
+# (patch, h, w, B): less than a strip, several blocks in a row and in a column, a device full of them.
+ENCODER_CASES = [
+    (16, 1, 1, 2),
+    (8, 1, 3, 1),
+    (16, 7, 29, 1),
+    (8, 13, 23, 2),
+    (16, 37, 41, 2),
+    (16, 28, 28, 8),
+    (8, 56, 57, 1),
+]
+TINY_ENCODER_CASES = [(16, 2, 1, 1), (8, 1, 3, 2)]
+
+
+def run_encoders(state: State) -> None:
+    """Writes ``image encoders``: each one's relative errors on odd sizes, crops and channels_last pictures."""
+    runs, reason = image_encoder_cuda.can_run(state.device)
+    if not runs:
+        state.skipped.append(f"native image encoder: {reason}")
+        if not state.rehearse:
+            state.failures.append(f"native image encoder: {reason}")
+    rows: list[dict[str, Any]] = []
+    for number, case in enumerate(TINY_ENCODER_CASES if state.rehearse else ENCODER_CASES):
+        for dtype, limit in LIMITS.items():
+            if state.rehearse and dtype == torch.bfloat16:
+                continue
+            for encoder in ("triton", "cuda") if runs else ("triton",):
+                error = encoder_error(encoder, case, dtype, state.device, state.seed + number)
+                rows.append({"encoder": encoder, "case": list(case), "dtype": str(dtype), "error": error})
+                if not error <= limit:
+                    state.failures.append(f"{encoder} image encoder {case} {dtype}: {error:.2e} > {limit:.0e}")
+    state.results["image encoders"] = rows
+    for encoder in sorted({str(row["encoder"]) for row in rows}):
+        errors_of_it = [float(row["error"]) for row in rows if row["encoder"] == encoder]
+        print(f"{encoder} image encoder: worst relative error of {len(errors_of_it)}: {max(errors_of_it):.1e}")
+
+
+@torch.no_grad()
+def encoder_error(
+    encoder: str, case: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int, layouts: int = 3
+) -> float:
+    """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last."""
+    patch, h, w, batch = case
+    torch.manual_seed(seed)
+    lift = randomize(LiFT(8, patch), seed).eval()
+    plan = build_plan(*lift._plan_sources(), lift.architecture)
+    imgs = torch.randn(batch, 3, patch * h, patch * w).to(device, dtype)
+    exact = image_encoder.prepare_encoder(plan, device, torch.float64)
+    expected = [part.permute(0, 2, 3, 1) for part in image_encoder.encode_image(exact, imgs.double())]
+    # What lies beside a crop must not be read.
+    frame = imgs.new_full((batch, 3, patch * h + 3, patch * w + 5), torch.nan)
+    crop = frame[:, :, 1:-2, 2:-3].copy_(imgs)
+    worst = 0.0
+    with poisoned_outputs():
+        ready = gpu_plan.prepare_gpu(plan, device, dtype, encoder)
+        for pictures in (imgs, crop, imgs.contiguous(memory_format=torch.channels_last))[:layouts]:
+            for actual, wanted in zip(gpu_plan.encode_image(ready, pictures), expected, strict=True):
+                worst = max(worst, relative_error(actual, wanted))
+    return worst
+
+
 def run_tests(state: State) -> None:
     """The repository's own tests that need a GPU."""
     if importlib.util.find_spec("pytest") is None:
@@ -111,7 +172,12 @@ def run_tests(state: State) -> None:
 
 SANITIZED = """
 import torch
-from bench.gpu.equality import CASES, errors
+from bench.gpu.equality import CASES, encoder_error, errors
+from lift_fast.ops import image_encoder_cuda
+if image_encoder_cuda.can_run(torch.device("cuda"))[0]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in ((16, 5, 9, 1), (8, 3, 7, 2)):
+            print(encoder_error("cuda", case, dtype, torch.device("cuda"), 1))
 for case in CASES[2:4]:
     print(errors(case, torch.bfloat16, torch.device("cuda"), 1))
 """

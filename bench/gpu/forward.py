@@ -42,7 +42,9 @@ class Network:
         self.h = side // self.patch
         torch.manual_seed(0)
         lift = randomize(LiFT(self.channels, self.patch), 0).eval().requires_grad_(False)
-        self.plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
+        composed = build_plan(*lift._plan_sources(), lift.architecture)
+        self.plan = gpu_plan.prepare_gpu(composed, device, dtype)
+        self.other_encoder = gpu_plan.prepare_gpu(composed, device, dtype, "triton")
         self.lift = lift.to(device, dtype)
         self.dtype, self.device = dtype, device
         one = (3 * side**2 + self.h**2 * self.channels) * self.batch * dtype.itemsize
@@ -108,6 +110,13 @@ def _stages(state: State, network: Network) -> list[dict[str, Any]]:
     ):
         time = replay_milliseconds(function, arguments, device, replays=200 if network.batch == 1 else 20)
         rows.append(_row(state, network, name, time, network.cost[name]))
+        _print(rows[-1])
+        if name == "image encoder":
+            rows[-1]["encoder"] = plan.encoder
+    if plan.encoder != "triton":
+        replays = 200 if network.batch == 1 else 20
+        time = replay_milliseconds(gpu_plan.encode_image, (network.other_encoder, imgs), device, replays=replays)
+        rows.append(_row(state, network, "image encoder, Triton", time, network.cost["image encoder"]))
         _print(rows[-1])
     time = replay_milliseconds(lambda: gpu_plan.head(plan, u, normalize=True), (), device, replays=20)
     rows.append({"work": network.name, "what": "head, normalised", "ms": time})

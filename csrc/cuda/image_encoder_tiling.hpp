@@ -94,9 +94,10 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
         const auto here = static_cast<std::int64_t>(std::ceil(blocks / device.multiprocessors));
         const std::int64_t together = std::min(resident, here);
         const auto turns = static_cast<double>((here + together - 1) / together);
-        // Up to a warp for each tensor core they do not hinder each other; two fill one.
-        const double busy = std::max(2.0, static_cast<double>(together * warps) / 4);
-        const double time = turns * steps * busy;
+        // A multiprocessor has four tensor cores; the half is the time for which one warp waits for itself.
+        const double busy = std::max(1.0, static_cast<double>(together * warps) / 4) + 0.5;
+        // What a block copies is the same for every number of warps that share it.
+        const double time = turns * (steps * busy + (steps + 4) / (2 * warps));
         if (time < least) {
           least = time;
           best = {warps, first, further, column_blocks, row_blocks, rows, bytes};
