@@ -274,42 +274,53 @@ class ImageEncoder {
  private:
   // Copies picture rows `row` to 8 of a step into its buffer.
   __device__ __forceinline__ void stage(int step, int row) {
-    const int top = 8 * step - 1, left = strips_from * Layout::kScale - 8;
-    const int height = p.h * 2 * Layout::kScale, width = p.w * 2 * Layout::kScale;
-    unsigned char* buffer = picture(step);
-    const auto* imgs = static_cast<const unsigned char*>(p.imgs);
+    const int left = strips_from * Layout::kScale - 8, right = left + 8 * Layout::chunks(warps);
+    const auto height = static_cast<unsigned>(p.h * 2 * Layout::kScale);
+    const auto width = static_cast<unsigned>(p.w * 2 * Layout::kScale);
+    const int first = left + 8 * lane;
+    const std::int64_t start = image * p.stride[0] + first * p.stride[3];
+#pragma unroll 1
     for (int line = 3 * row + warp; line < kLines; line += warps) {
-      const int y = top + line / 3;
-      const std::int64_t start = image * p.stride[0] + line % 3 * p.stride[1] + y * p.stride[2];
-      const bool inside = y >= 0 && y < height;
-      for (int chunk = lane; chunk < Layout::chunks(warps); chunk += 32) {
-        const int x = left + 8 * chunk;
-        const bool valid = inside && x >= 0 && x < width;
-        unsigned char* to = buffer + line * Layout::pitch(warps) + chunk * Layout::kChunk;
-        if (p.aligned) {
-          const unsigned char* from = valid ? imgs + (start + x) * T::kItem : imgs;
+      const int y = 8 * step - 1 + line / 3;
+      const bool inside = static_cast<unsigned>(y) < height;
+      std::int64_t at = start + line % 3 * p.stride[1] + y * p.stride[2];
+      unsigned char* to = picture(step) + line * Layout::pitch(warps) + lane * Layout::kChunk;
+      if (p.aligned) {
+        const unsigned char* from = static_cast<const unsigned char*>(p.imgs) + at * T::kItem;
+#pragma unroll 1
+        for (int x = first; x < right; x += 256) {
+          const bool valid = inside && static_cast<unsigned>(x) < width;
 #pragma unroll
-          for (int i = 0; i < Layout::kChunk; i += 16) copy_async(to + i, from + (valid ? i : 0), valid);
-          continue;
+          for (int i = 0; i < Layout::kChunk; i += 16) copy_async(to + i, from + i, valid);
+          from += 256 * T::kItem;
+          to += 32 * Layout::kChunk;
         }
-        std::uint32_t words[kWords];
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) words[i] = 0;
-        if (valid) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const std::int64_t at = start + (x + i) * p.stride[3];
-            if constexpr (T::kItem == 2) {
-              words[i / 2] |= static_cast<std::uint32_t>(reinterpret_cast<const std::uint16_t*>(imgs)[at])
-                              << (16 * (i % 2));
-            } else {
-              words[i] = reinterpret_cast<const std::uint32_t*>(imgs)[at];
-            }
-          }
+      } else {
+#pragma unroll 1
+        for (int x = first; x < right; x += 256) {
+          gather(to, at, inside && static_cast<unsigned>(x) < width);
+          at += 256 * p.stride[3];
+          to += 32 * Layout::kChunk;
         }
-        store_words<kWords>(to, words);
       }
     }
+  }
+
+  // 8 pixels of any stride, or zeros.
+  __device__ __forceinline__ void gather(unsigned char* to, std::int64_t at, bool valid) const {
+    std::uint32_t words[kWords] = {};
+    if (valid) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if constexpr (T::kItem == 2) {
+          const auto* imgs = static_cast<const std::uint16_t*>(p.imgs);
+          words[i / 2] |= static_cast<std::uint32_t>(imgs[at + i * p.stride[3]]) << (16 * (i % 2));
+        } else {
+          words[i] = static_cast<const std::uint32_t*>(p.imgs)[at + i * p.stride[3]];
+        }
+      }
+    }
+    store_words<kWords>(to, words);
   }
 
   // The three lines of this lane's window values, for row 1 to 4 of a step's new rows of the first convolution.
@@ -393,6 +404,7 @@ class ImageEncoder {
     for (int octet = 0; octet < 4; ++octet) {
       load_words<kWords>(weight[octet], shared + ((number * 4 + octet) * 32 + lane) * Layout::kChunk);
     }
+    __syncwarp();
 #pragma unroll
     for (int s = 0; s < kWords; s += 2) {
       const std::uint32_t upper[4] = {upper_first[s], upper_second[s], upper_first[s + 1], upper_second[s + 1]};
