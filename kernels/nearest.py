@@ -1,0 +1,920 @@
+"""``nearest`` on the GPU: products on the tensor cores and the best keys of each query in one kernel.
+
+No product ever leaves the registers. Half-precision descriptors are multiplied as they were given, scaled by a power of
+two at most, and their norms divide the sums. Float32 descriptors are searched in float16: :func:`blocks_kernel` keeps
+the largest product of each block of keys, and :func:`rescore_kernel` evaluates in float32 the blocks that can hold a
+match, by the measured rounding of the two sets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import device_guard
+from .tiles import Tile, shared_memory
+
+# A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
+NORM_FLOOR = 1e-12
+# Larger than every index; free places of a list carry it and the numbers after it.
+FREE = tl.constexpr(1 << 30)
+# Float16 copies of unit vectors are this much longer, so that no element that matters is subnormal.
+HALF_LENGTH = 4096.0
+# Queries whose match may lie in more blocks than this are searched once more, in float32.
+MOST_BLOCKS = 64
+_INFINITY = tl.constexpr(float("inf"))
+
+
+class Rows(NamedTuple):
+    """One set of descriptors, ready to be multiplied."""
+
+    given: Tensor
+    """``[B, n, C]`` contiguous"""
+    copy: Tensor | None
+    """``[B, padded n, padded C]`` in half precision; None where the kernels read ``given``"""
+    shift: Tensor
+    """``[B, padded n]`` float32 powers of two that keep squares in range; ``given * shift * scale`` is what counts"""
+    scale: Tensor
+    """``[B, padded n]`` float32"""
+    bias: Tensor
+    """``[B, padded n]`` float32: 0, or -inf for rows that take no part"""
+    residual: Tensor | None
+    """``[B, padded n]`` float32 norms of what the float16 copy lost"""
+    normalized: bool
+
+
+class Geometry(NamedTuple):
+    """A window: grids of the rows and of the columns of the product, and how far their cells may be apart."""
+
+    row_height: int
+    row_width: int
+    height: int
+    width: int
+    reach_y: int
+    """Largest ``|(2 y' + 1) * row_height - (2 y + 1) * height|`` of column cell y' and row cell y."""
+    reach_x: int
+    row_frames: int
+    frames: int
+
+
+@triton.jit
+def prepare_kernel(
+    given,
+    copy,
+    shift_out,
+    scale_out,
+    bias_out,
+    residual_out,
+    n,
+    padded,
+    channels,
+    WIDTH: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    exists = row < n
+    source = given + ((batch * n + row) * channels)[:, None]
+    depth = tl.arange(0, DEPTH)
+    largest = tl.zeros((ROWS,), dtype=tl.float32)
+    # Zero; NaN as soon as one element is not finite.
+    sound = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in tl.range(0, channels, DEPTH):
+        at = start + depth
+        x = tl.load(source + at[None, :], mask=exists[:, None] & (at < channels)[None, :], other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+        sound += tl.sum(x * 0.0, axis=1)
+    takes_part = exists & (sound == 0.0)
+    shift = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    if SHIFT:
+        exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        shift = ((127 - tl.minimum(tl.maximum(exponent, -100), 100)) << 23).to(tl.float32, bitcast=True)
+        shift = tl.where(takes_part, shift, 1.0)
+    scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    if NORMALIZE:
+        square = tl.zeros((ROWS,), dtype=tl.float32)
+        for start in tl.range(0, channels, DEPTH):
+            at = start + depth
+            x = tl.load(source + at[None, :], mask=takes_part[:, None] & (at < channels)[None, :], other=0.0)
+            x = x.to(tl.float32) * shift[:, None]
+            square += tl.sum(x * x, axis=1)
+        scale = tl.where(takes_part, 1.0 / tl.maximum(tl.sqrt(square), FLOOR * shift), 1.0)
+    if copy is not None:
+        lost = tl.zeros((ROWS,), dtype=tl.float32)
+        target = copy + ((batch * padded + row) * WIDTH)[:, None]
+        for start in tl.range(0, WIDTH, DEPTH):
+            at = start + depth
+            x = tl.load(source + at[None, :], mask=takes_part[:, None] & (at < channels)[None, :], other=0.0)
+            if SHIFT:
+                x = x.to(tl.float32) * shift[:, None]
+            if residual_out is not None:
+                x *= scale[:, None]
+                rounded = (x * LENGTH).to(copy.dtype.element_ty)
+                error = x - rounded.to(tl.float32) / LENGTH
+                lost += tl.sum(error * error, axis=1)
+                x = rounded
+            mask = (row < padded)[:, None] & (at < WIDTH)[None, :]
+            tl.store(target + at[None, :], x.to(copy.dtype.element_ty), mask=mask)
+        if residual_out is not None:
+            # Upwards: the sum has rounded, too.
+            tl.store(residual_out + batch * padded + row, tl.sqrt(lost) * 1.0001, mask=row < padded)
+    tl.store(shift_out + batch * padded + row, shift, mask=row < padded)
+    tl.store(scale_out + batch * padded + row, scale, mask=row < padded)
+    tl.store(bias_out + batch * padded + row, tl.where(takes_part, 0.0, -_INFINITY), mask=row < padded)
+
+
+@triton.jit
+def _products(
+    query_row, key_row, query_shift, query_scale, key_shift, key_scale, channels, COPIED: tl.constexpr,
+    NORMALIZED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """Dot products of the rows at ``query_row [ROWS]`` with those at ``key_row [COLUMNS]``: float32."""
+    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    depth = tl.arange(0, DEPTH)
+    for step in tl.range(0, WIDTH // DEPTH, num_stages=STAGES):
+        at = step * DEPTH + depth
+        if COPIED:
+            a = tl.load(query_row[:, None] + at[None, :])
+            b = tl.load(key_row[None, :] + at[:, None])
+        else:
+            inside = at < channels
+            a = tl.load(query_row[:, None] + at[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(key_row[None, :] + at[:, None], mask=inside[:, None], other=0.0)
+            if NORMALIZED:
+                a = a * query_shift[:, None] * query_scale[:, None]
+                b = b * key_shift[None, :] * key_scale[None, :]
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def _insert(values, indices, v, column, ROWS: tl.constexpr):
+    """Put what is larger than the smallest of a row's list ``[ROWS, PLACES]`` into it, from ``v [ROWS, COLUMNS]``."""
+    most = tl.max(v, axis=1)
+    least = tl.min(values, axis=1)
+    while tl.max((most > least).to(tl.int32), axis=0) > 0:
+        found = tl.min(tl.where(v == most[:, None], column, FREE), axis=1)
+        # The smallest leaves; among equals the one with the highest index.
+        smallest = values == least[:, None]
+        last = tl.max(tl.where(smallest, indices, -1), axis=1)
+        leaves = smallest & (indices == last[:, None]) & (most > least)[:, None]
+        values = tl.where(leaves, most[:, None], values)
+        indices = tl.where(leaves, found[:, None], indices)
+        v = tl.where(column == found[:, None], -_INFINITY, v)
+        most = tl.max(v, axis=1)
+        least = tl.min(values, axis=1)
+    return values, indices
+
+
+@triton.jit
+def search_kernel(
+    query,
+    query_shift,
+    query_scale,
+    query_bias,
+    key,
+    key_shift,
+    key_scale,
+    key_bias,
+    values_out,
+    indices_out,
+    back,
+    chosen,
+    chosen_count,
+    n,
+    m,
+    query_padded,
+    key_padded,
+    channels,
+    row_height,
+    row_width,
+    height,
+    width,
+    reach_y,
+    reach_x,
+    frames,
+    COPIED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, ROWS)
+    places = tl.arange(0, PLACES)
+    top, left, box_width, box = 0, 0, 1, 1
+    if WINDOW:
+        # A rectangle of neighbouring cells has a smaller neighbourhood than as many in a row.
+        across = tl.cdiv(row_width, PATCH)
+        down = tl.cdiv(row_height, ROWS // PATCH)
+        frame = tile // (across * down)
+        first_y = (tile // across) % down * (ROWS // PATCH)
+        first_x = tile % across * PATCH
+        y, x = first_y + lane // PATCH, first_x + lane % PATCH
+        exists = (y < row_height) & (x < row_width)
+        row = tl.where(exists, frame * row_height * row_width + y * row_width + x, 0)
+        last_y = tl.minimum(first_y + ROWS // PATCH, row_height) - 1
+        last_x = tl.minimum(first_x + PATCH, row_width) - 1
+        # Cells that may lie near enough to some row of the tile.
+        top = tl.maximum((2 * first_y + 1) * height - reach_y - row_height, 0) // (2 * row_height)
+        left = tl.maximum((2 * first_x + 1) * width - reach_x - row_width, 0) // (2 * row_width)
+        low = (2 * last_y + 1) * height + reach_y - row_height
+        right = (2 * last_x + 1) * width + reach_x - row_width
+        low = tl.where(low < 0, -1, tl.minimum(low // (2 * row_height), height - 1))
+        right = tl.where(right < 0, -1, tl.minimum(right // (2 * row_width), width - 1))
+        box_width = tl.maximum(right - left + 1, 0)
+        box = tl.maximum(low - top + 1, 0) * box_width
+        total = box * frames
+        box_width, box = tl.maximum(box_width, 1), tl.maximum(box, 1)
+        row_y, row_x = (2 * y + 1) * height, (2 * x + 1) * width
+    elif chosen is not None:
+        count = tl.load(chosen_count)
+        exists = tile * ROWS + lane < count
+        row = tl.load(chosen + tile * ROWS + lane, mask=exists, other=0)
+        total = tl.where(tile * ROWS < count, m, 0)
+    else:
+        row = tile * ROWS + lane
+        exists = row < n
+        total = m
+    tiles = tl.cdiv(total, COLUMNS)
+    share = tl.cdiv(tiles, splits)
+
+    aux = batch * query_padded + row
+    q_shift = tl.load(query_shift + aux)
+    q_scale = tl.load(query_scale + aux)
+    q_bias = tl.load(query_bias + aux)
+    if COPIED:
+        query_row = query + aux * WIDTH
+    else:
+        # Rows past the end are read as the last one.
+        query_row = query + (batch * n + tl.minimum(row, n - 1)) * channels
+
+    best = tl.full((ROWS,), -_INFINITY, dtype=tl.float32)
+    best_index = tl.full((ROWS,), FREE, dtype=tl.int32)
+    second = tl.full((ROWS,), -_INFINITY, dtype=tl.float32)
+    second_index = tl.full((ROWS,), FREE + 1, dtype=tl.int32)
+    values = tl.full((ROWS, PLACES), -_INFINITY, dtype=tl.float32)
+    indices = tl.zeros((ROWS, PLACES), dtype=tl.int32) + FREE + places[None, :]
+
+    for step in tl.range(split * share, tl.minimum(split * share + share, tiles), flatten=True):
+        number = step * COLUMNS + tl.arange(0, COLUMNS)
+        column = number
+        if WINDOW:
+            cell = number % box
+            column_y, column_x = top + cell // box_width, left + cell % box_width
+            column = (number // box) * (height * width) + column_y * width + column_x
+            column = tl.where(number < total, column, 0)
+        k_aux = batch * key_padded + column
+        k_scale = tl.load(key_scale + k_aux)
+        k_bias = tl.load(key_bias + k_aux)
+        k_shift = k_scale
+        if COPIED:
+            key_row = key + k_aux * WIDTH
+        else:
+            k_shift = tl.load(key_shift + k_aux)
+            key_row = key + (batch * m + tl.minimum(column, m - 1)) * channels
+        acc = _products(
+            query_row, key_row, q_shift, q_scale, k_shift, k_scale, channels, COPIED, NORMALIZED, WIDTH, ROWS,
+            COLUMNS, DEPTH, STAGES, PREC
+        )  # fmt: skip
+        if COPIED:
+            v = acc * k_scale[None, :] + k_bias[None, :]
+        else:
+            v = acc + k_bias[None, :]
+        if not NORMALIZED or not COPIED:
+            # What overflows, or holds NaN, takes no part.
+            v = tl.where(tl.abs(acc) < _INFINITY, v, -_INFINITY)
+        if WINDOW:
+            far_y = tl.abs(((2 * column_y + 1) * row_height)[None, :] - row_y[:, None]) > reach_y
+            far_x = tl.abs(((2 * column_x + 1) * row_width)[None, :] - row_x[:, None]) > reach_x
+            v = tl.where(far_y | far_x | (number >= total)[None, :], -_INFINITY, v)
+        if back is not None:
+            along = tl.max(v * q_scale[:, None] + q_bias[:, None], axis=0)
+            bits = along.to(tl.int32, bitcast=True)
+            ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+            # Equal values: the tile with the lowest number is the largest.
+            packed = (ordered << 32) | (0x7FFFFFFF - tile).to(tl.int64)
+            tl.atomic_max(back + k_aux, packed, mask=along > -_INFINITY, sem="relaxed")
+        if PLACES <= 2:
+            most = tl.max(v, axis=1)
+            found = tl.min(tl.where(v == most[:, None], column[None, :], FREE), axis=1)
+            better = most > best
+            if PLACES == 2:
+                rest = tl.where(column[None, :] == found[:, None], -_INFINITY, v)
+                next_most = tl.max(rest, axis=1)
+                next_found = tl.min(tl.where(rest == next_most[:, None], column[None, :], FREE), axis=1)
+                rival, rival_index = tl.where(better, best, most), tl.where(better, best_index, found)
+                newer = better & (next_most > best)
+                rival, rival_index = tl.where(newer, next_most, rival), tl.where(newer, next_found, rival_index)
+                replaced = better | (rival > second)
+                second = tl.where(replaced, rival, second)
+                second_index = tl.where(replaced, rival_index, second_index)
+            best = tl.where(better, most, best)
+            best_index = tl.where(better, found, best_index)
+        else:
+            values, indices = _insert(values, indices, v, column[None, :], ROWS)
+
+    if PLACES == 1:
+        values, indices = best[:, None], best_index[:, None]
+    elif PLACES == 2:
+        values = tl.where(places[None, :] == 0, best[:, None], second[:, None])
+        indices = tl.where(places[None, :] == 0, best_index[:, None], second_index[:, None])
+    values = tl.where((q_bias == 0.0)[:, None], values, -_INFINITY)
+    target = (((batch * splits + split) * n + row) * PLACES)[:, None] + places[None, :]
+    tl.store(values_out + target, values, mask=exists[:, None])
+    tl.store(indices_out + target, indices, mask=exists[:, None])
+
+
+@triton.jit
+def _write_sorted(values, indices, similarity_out, index_out, at, k, PLACES: tl.constexpr):
+    """Store a list ``[PLACES]`` by descending value, then ascending index; -1 and -inf where there is no match."""
+    larger = values[None, :] > values[:, None]
+    earlier = (values[None, :] == values[:, None]) & (indices[None, :] < indices[:, None])
+    rank = tl.sum((larger | earlier).to(tl.int32), axis=1)
+    found = values > -_INFINITY
+    tl.store(similarity_out + at * k + rank, values, mask=rank < k)
+    tl.store(index_out + at * k + rank, tl.where(found, indices, -1).to(tl.int64), mask=rank < k)
+
+
+@triton.jit
+def finish_kernel(
+    query,
+    query_shift,
+    query_scale,
+    key,
+    key_shift,
+    key_scale,
+    values_in,
+    indices_in,
+    chosen,
+    chosen_count,
+    similarity_out,
+    index_out,
+    n,
+    m,
+    query_padded,
+    key_padded,
+    channels,
+    k,
+    SPLITS: tl.constexpr,
+    PLACES: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Merge the lists of all splits and evaluate what is left in float32, from the descriptors as given."""
+    row = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    needed = row < n
+    if chosen is not None:
+        needed = row < tl.load(chosen_count)
+        row = tl.load(chosen + row, mask=needed, other=0)
+    lane = tl.arange(0, LANES)
+    places = tl.arange(0, PLACES)
+    depth = tl.arange(0, DEPTH)
+    at = ((batch * SPLITS + lane // PLACES) * n + row) * PLACES + lane % PLACES
+    filled = lane < tl.where(needed, SPLITS * PLACES, 0)
+    v = tl.load(values_in + at, mask=filled, other=-_INFINITY)
+    i = tl.load(indices_in + at, mask=filled, other=FREE)
+    aux = batch * query_padded + row
+    factor = tl.load(query_shift + aux), tl.load(query_scale + aux)
+    source = query + (batch * n + row) * channels
+    values = tl.full((PLACES,), -_INFINITY, dtype=tl.float32)
+    indices = FREE + places
+    for place in tl.range(0, PLACES):
+        most = tl.max(v, axis=0)
+        found = tl.min(tl.where(v == most, i, FREE), axis=0)
+        if needed & (most > -_INFINITY):
+            v = tl.where(i == found, -_INFINITY, v)
+            k_aux = batch * key_padded + found
+            k_shift, k_scale = tl.load(key_shift + k_aux), tl.load(key_scale + k_aux)
+            other = key + (batch * m + found) * channels
+            total = tl.zeros((DEPTH,), dtype=tl.float32)
+            for start in tl.range(0, channels, DEPTH):
+                inside = start + depth < channels
+                a = tl.load(source + start + depth, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(other + start + depth, mask=inside, other=0.0).to(tl.float32)
+                total += (a * factor[0] * factor[1]) * (b * k_shift * k_scale)
+            exact = tl.sum(total, axis=0)
+            exact = tl.where(tl.abs(exact) < _INFINITY, exact, most)
+            values = tl.where(places == place, exact, values)
+            indices = tl.where(places == place, found, indices)
+    if needed:
+        _write_sorted(values, indices, similarity_out, index_out, batch * n + row, k, PLACES)
+
+
+@triton.jit
+def mutual_kernel(
+    query,
+    query_scale,
+    query_bias,
+    key,
+    index,
+    back,
+    valid_out,
+    n,
+    query_padded,
+    key_padded,
+    k,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Whether each query is the best one of its match: of all tiles of queries, and of its tile."""
+    tile = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    exists = row < n
+    found = tl.load(index + (batch * n + row) * k, mask=exists, other=-1)
+    matched = found >= 0
+    match = batch * key_padded + tl.where(matched, found, 0)
+    aux = batch * query_padded + row
+    q_scale, q_bias = tl.load(query_scale + aux), tl.load(query_bias + aux)
+    acc = _products(
+        query + aux * WIDTH, key + match * WIDTH, q_scale, q_scale, q_scale, q_scale, 0, True, True, WIDTH, ROWS,
+        ROWS, DEPTH, STAGES, PREC
+    )  # fmt: skip
+    acc = tl.where(tl.abs(acc) < _INFINITY, acc, -_INFINITY)
+    v = acc * q_scale[:, None] + q_bias[:, None]
+    most = tl.max(v, axis=0)
+    first = tl.min(tl.where(v == most[None, :], row[:, None], FREE), axis=0)
+    best_tile = 0x7FFFFFFF - (tl.load(back + match) & 0x7FFFFFFF)
+    good = matched & (best_tile == tile) & (first == row)
+    tl.store(valid_out + batch * n + row, good.to(tl.int8), mask=exists)
+
+
+@triton.jit
+def blocks_kernel(
+    query,
+    key,
+    key_bias,
+    out,
+    first_row,
+    blocks,
+    key_padded,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The largest similarity of each query of a portion to each block of keys: ``[portion, blocks]`` float32."""
+    tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    lane = tile * ROWS + tl.arange(0, ROWS)
+    query_row = query + (first_row + lane).to(tl.int64) * WIDTH
+    tiles = key_padded // COLUMNS
+    share = tl.cdiv(tiles, splits)
+    for step in tl.range(split * share, tl.minimum(split * share + share, tiles), flatten=True):
+        column = step * COLUMNS + tl.arange(0, COLUMNS)
+        bias = tl.load(key_bias + column)
+        key_row = key + column.to(tl.int64) * WIDTH
+        acc = _products(
+            query_row, key_row, bias, bias, bias, bias, 0, True, True, WIDTH, ROWS, COLUMNS, DEPTH, STAGES, "tf32"
+        )  # fmt: skip
+        v = tl.reshape(acc + bias[None, :], (ROWS, COLUMNS // BLOCK, BLOCK))
+        most = tl.max(v, axis=2) * (1.0 / (LENGTH * LENGTH))
+        block = step * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
+        tl.store(out + lane.to(tl.int64)[:, None] * blocks + block[None, :], most)
+
+
+@triton.jit
+def rescore_kernel(
+    query,
+    query_shift,
+    query_scale,
+    query_bias,
+    query_residual,
+    key,
+    key_shift,
+    key_scale,
+    key_bias,
+    key_residual,
+    maxima,
+    bar,
+    chosen,
+    chosen_count,
+    similarity_out,
+    index_out,
+    first_row,
+    n,
+    m,
+    channels,
+    blocks,
+    k,
+    rounding,
+    BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
+    PLACES: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Evaluate in float32 the blocks that can hold one of a query's ``k`` best keys; leave it to others if too many."""
+    portion = tl.program_id(0)
+    row = first_row + portion
+    lane = tl.arange(0, LANES)
+    offset = tl.arange(0, BLOCK)
+    depth = tl.arange(0, DEPTH)
+    places = tl.arange(0, PLACES)
+    # |q.k - q'.k'| <= |q - q'| |k'| + |q| |k - k'| for unit vectors, and what the sums round.
+    error = 1.001 * (tl.load(query_residual + row) + tl.load(key_residual)) + rounding
+    least = tl.load(bar + portion) - 2.0 * error
+    sound = tl.load(query_bias + row) == 0.0
+    own = maxima + portion.to(tl.int64) * blocks
+    candidates = 0
+    for start in tl.range(0, blocks, LANES):
+        bound = tl.load(own + start + lane, mask=start + lane < blocks, other=-_INFINITY)
+        candidates += tl.sum(((bound >= least) & (bound > -_INFINITY)).to(tl.int32), axis=0)
+    few = candidates <= MOST
+    if sound & (few == 0):
+        place = tl.atomic_add(chosen_count, 1)
+        tl.store(chosen + place, row)
+    values = tl.full((1, PLACES), -_INFINITY, dtype=tl.float32)
+    indices = (FREE + places)[None, :]
+    if sound & few:
+        shift, scale = tl.load(query_shift + row), tl.load(query_scale + row)
+        source = query + row.to(tl.int64) * channels
+        for start in tl.range(0, blocks, LANES):
+            bound = tl.load(own + start + lane, mask=start + lane < blocks, other=-_INFINITY)
+            open_blocks = tl.where((bound >= least) & (bound > -_INFINITY), start + lane, FREE)
+            block = tl.min(open_blocks, axis=0)
+            while block < FREE:
+                column = block * BLOCK + offset
+                k_shift, k_scale = tl.load(key_shift + column), tl.load(key_scale + column)
+                other = key + tl.minimum(column, m - 1).to(tl.int64) * channels
+                total = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
+                for channel in tl.range(0, channels, DEPTH):
+                    at = channel + depth
+                    a = tl.load(source + at, mask=at < channels, other=0.0) * shift * scale
+                    b = tl.load(other[:, None] + at[None, :], mask=(at < channels)[None, :], other=0.0)
+                    total += a[None, :] * (b * k_shift[:, None] * k_scale[:, None])
+                exact = tl.sum(total, axis=1)
+                exact = tl.where(tl.load(key_bias + column) == 0.0, exact, -_INFINITY)
+                values, indices = _insert(values, indices, exact[None, :], column[None, :], 1)
+                open_blocks = tl.where(open_blocks == block, FREE, open_blocks)
+                block = tl.min(open_blocks, axis=0)
+    if few | (sound == 0):
+        values, indices = tl.reshape(values, (PLACES,)), tl.reshape(indices, (PLACES,))
+        _write_sorted(values, indices, similarity_out, index_out, row.to(tl.int64), k, PLACES)
+
+
+def default_tile(channels: int, itemsize: int, places: int, window: bool, capability: tuple[int, int]) -> Tile:
+    """The tile where nothing was measured; ``accumulators`` counts for nothing here."""
+    depth = max(16, min(128 // itemsize, 1 << (channels - 1).bit_length()))
+    if itemsize == 4:
+        # Three products of each element, from registers.
+        return Tile(64, 64, 1, min(depth, 32), 4, 2)
+    # Hopper and later keep the sums of a wide tile in few threads; a list, or a window's distances, takes the room.
+    wide = capability >= (9, 0) and places <= 2 and not window
+    tile = Tile(128, 256 if wide and places == 1 else 128, 1, depth, 8, 4)
+    while (tile.rows + tile.columns) * tile.depth * itemsize * tile.stages > shared_memory(capability) - (24 << 10):
+        tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(depth=tile.depth // 2)
+    return tile
+
+
+def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
+    """Tiles worth measuring for one best key in half precision."""
+    depth = default_tile(channels, 2, 1, False, capability).depth
+    tiles = [
+        Tile(rows, columns, 1, depth // shrink, warps, stages)
+        for rows, columns, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (256, 128, 8))
+        for shrink in (1, 2)
+        for stages in (2, 3, 4)
+        if depth // shrink >= 16
+    ]
+    room = shared_memory(capability) - (8 << 10)
+    return [tile for tile in tiles if (tile.rows + tile.columns) * tile.depth * 2 * tile.stages <= room]
+
+
+# Rows are padded to whole tiles of every shape.
+_PADDING = 256
+
+
+def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16) -> Rows:
+    """Norms of descriptors, which of them take part, and their copy for the tensor cores.
+
+    Args:
+        given: ``[B, n, C]`` contiguous; none of them 0.
+        normalize: whether cosines are asked for.
+        copy: None; the dtype of ``given``; or float16 for float32 unit vectors, with what the rounding lost.
+        depth: the copy's channels are padded to a multiple of this.
+    """
+    batch, n, channels = given.shape
+    padded = -(-n // _PADDING) * _PADDING
+    width = -(-channels // depth) * depth
+    rounds = copy is not None and copy != given.dtype
+
+    def vector() -> Tensor:
+        return given.new_empty((batch, padded), dtype=torch.float32)
+
+    rows = Rows(
+        given=given,
+        copy=None if copy is None else given.new_empty((batch, padded, width), dtype=copy),
+        shift=vector(),
+        scale=vector(),
+        bias=vector(),
+        residual=vector() if rounds else None,
+        normalized=normalize,
+    )
+    with device_guard(given):
+        prepare_kernel[(triton.cdiv(padded, 16), batch)](
+            given,
+            rows.copy,
+            rows.shift,
+            rows.scale,
+            rows.bias,
+            rows.residual,
+            n,
+            padded,
+            channels,
+            WIDTH=width,
+            NORMALIZE=normalize,
+            # Float16 products never pass the range of float32.
+            SHIFT=normalize and given.dtype != torch.float16,
+            LENGTH=HALF_LENGTH,
+            FLOOR=NORM_FLOOR,
+            ROWS=16,
+            DEPTH=128,
+            num_warps=4,
+        )
+    return rows
+
+
+def _splits(tiles: int, column_tiles: int, places: int, device: torch.device) -> int:
+    """Into how many parts to cut the keys, so that few queries, too, keep the device busy to the end."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(4 * multiprocessors // tiles, column_tiles, 32, 512 // places))
+
+
+class Found(NamedTuple):
+    """What :func:`search` leaves to :func:`finish`."""
+
+    values: Tensor
+    """``[B, splits, n, places]`` float32"""
+    indices: Tensor
+    """the same, int32; 2^30 and above where there is none"""
+    back: Tensor | None
+    """``[B, padded m]`` int64: the largest similarity of each key, and the first tile of queries that reaches it"""
+
+
+def search(
+    query: Rows,
+    key: Rows,
+    depth: int,
+    tile: Tile,
+    window: Geometry | None = None,
+    mutual: bool = False,
+    chosen: tuple[Tensor, Tensor] | None = None,
+) -> Found:
+    """The ``depth`` best keys of each query, in ``places`` (a power of two) per part of the keys.
+
+    Args:
+        query, key: of :func:`prepare`, both with or both without copies.
+        depth: at most 32.
+        tile: rows and columns at most 256, ``rows`` a multiple of 16.
+        window: queries are the rows, keys the columns.
+        mutual: fill ``back``; needs copies, and ``depth`` 1 or 2.
+        chosen: ``(rows [n] int32, count [1] int32)``, for a batch of one: search only these queries.
+    """
+    batch, n, channels = query.given.shape
+    m = key.given.shape[1]
+    places = triton.next_power_of_2(depth)
+    patch = min(16, tile.rows)
+    if window is None:
+        tiles, column_tiles = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
+    else:
+        down, across = tile.rows // patch, patch
+        tiles = window.row_frames * triton.cdiv(window.row_height, down) * triton.cdiv(window.row_width, across)
+        column_tiles = triton.cdiv(m, 4 * tile.columns)
+    splits = 1 if chosen is not None else _splits(tiles * batch, column_tiles, places, query.given.device)
+    values = query.given.new_empty((batch, splits, n, places), dtype=torch.float32)
+    indices = torch.empty_like(values, dtype=torch.int32)
+    back = None
+    if mutual:
+        back = torch.full((batch, key.bias.shape[1]), -(1 << 63), dtype=torch.int64, device=values.device)
+    copied = query.copy is not None
+    with device_guard(query.given):
+        search_kernel[(tiles, splits, batch)](
+            query.copy if copied else query.given,
+            query.shift,
+            query.scale,
+            query.bias,
+            key.copy if copied else key.given,
+            key.shift,
+            key.scale,
+            key.bias,
+            values,
+            indices,
+            back,
+            chosen[0] if chosen is not None else None,
+            chosen[1] if chosen is not None else None,
+            n,
+            m,
+            query.bias.shape[1],
+            key.bias.shape[1],
+            channels,
+            *((*window[:6], window.frames) if window is not None else (1,) * 7),
+            COPIED=copied,
+            NORMALIZED=query.normalized,
+            WINDOW=window is not None,
+            PATCH=patch,
+            WIDTH=query.copy.shape[2] if query.copy is not None else triton.cdiv(channels, tile.depth) * tile.depth,
+            PLACES=places,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+            PREC="tf32" if copied else "tf32x3",
+            num_warps=tile.warps,
+        )
+    return Found(values, indices, back)
+
+
+def finish(
+    query: Rows, key: Rows, found: Found, similarity: Tensor, index: Tensor, chosen: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Write ``similarity``, ``index [B, n, k]``: float32 values of the best keys found, in order."""
+    batch, n, channels = query.given.shape
+    _, splits, _, places = found.values.shape
+    with device_guard(query.given):
+        finish_kernel[(n, batch)](
+            query.given,
+            query.shift,
+            query.scale,
+            key.given,
+            key.shift,
+            key.scale,
+            found.values,
+            found.indices,
+            chosen[0] if chosen is not None else None,
+            chosen[1] if chosen is not None else None,
+            similarity,
+            index,
+            n,
+            key.given.shape[1],
+            query.bias.shape[1],
+            key.bias.shape[1],
+            channels,
+            index.shape[2],
+            SPLITS=splits,
+            PLACES=places,
+            LANES=triton.next_power_of_2(splits * places),
+            DEPTH=128,
+            num_warps=1,
+        )
+
+
+def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> Tensor:
+    """``[B, n]`` int8: whether each query's first match ``index [B, n, k]`` leads back to it.
+
+    Args:
+        query, key: of :func:`prepare`, with copies.
+        index: of :func:`finish`.
+        back: of :func:`search` with a tile of as many rows.
+        tile: see there.
+    """
+    assert query.copy is not None
+    batch, n, k = index.shape
+    valid = torch.empty((batch, n), dtype=torch.int8, device=index.device)
+    columns = tile.rows
+    stages = max(2, min(tile.stages, (64 << 10) // (2 * columns * tile.depth * query.copy.element_size())))
+    with device_guard(index):
+        mutual_kernel[(triton.cdiv(n, tile.rows), batch)](
+            query.copy,
+            query.scale,
+            query.bias,
+            key.copy,
+            index,
+            back,
+            valid,
+            n,
+            query.bias.shape[1],
+            key.bias.shape[1],
+            k,
+            WIDTH=query.copy.shape[2],
+            ROWS=tile.rows,
+            DEPTH=tile.depth,
+            STAGES=stages,
+            PREC="tf32",
+            num_warps=tile.warps,
+        )
+    return valid
+
+
+def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, tile: Tile) -> Tensor:
+    """``[count, blocks]``: bounds of the similarities of queries ``first ...`` to each block of keys.
+
+    Args:
+        query, key: batches of one, of :func:`prepare` with float16 copies of float32.
+        first, count: multiples of ``tile.rows``.
+        block: keys of a block, a power of two that divides ``tile.columns``.
+        tile: see :func:`search`.
+    """
+    assert query.copy is not None
+    blocks = key.bias.shape[1] // block
+    out = query.bias.new_empty((count, blocks))
+    tiles = count // tile.rows
+    with device_guard(out):
+        splits = _splits(tiles, key.bias.shape[1] // tile.columns, 1, out.device)
+        blocks_kernel[(tiles, splits)](
+            query.copy,
+            key.copy,
+            key.bias,
+            out,
+            first,
+            blocks,
+            key.bias.shape[1],
+            WIDTH=query.copy.shape[2],
+            BLOCK=block,
+            LENGTH=HALF_LENGTH,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return out
+
+
+def rescore(
+    query: Rows,
+    key: Rows,
+    maxima: Tensor,
+    first: int,
+    block: int,
+    depth: int,
+    chosen: tuple[Tensor, Tensor],
+    similarity: Tensor,
+    index: Tensor,
+) -> None:
+    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` those left to :func:`search`.
+
+    Args:
+        query, key: as for :func:`block_maxima`.
+        maxima: of :func:`block_maxima`.
+        first, block: see there.
+        depth: places of a query's list, at least k.
+        chosen: ``(rows [n] int32, count [1] int32)``, to which rows are added.
+        similarity, index: float32, int64.
+    """
+    assert query.residual is not None
+    assert key.residual is not None
+    _, n, channels = query.given.shape
+    places = triton.next_power_of_2(depth)
+    bar = maxima.amax(1) if depth == 1 else maxima.topk(min(depth, maxima.shape[1])).values[:, -1].contiguous()
+    if depth > maxima.shape[1]:
+        bar = torch.full_like(bar, -torch.inf)
+    with device_guard(maxima):
+        rescore_kernel[(min(maxima.shape[0], n - first),)](
+            query.given,
+            query.shift,
+            query.scale,
+            query.bias,
+            query.residual,
+            key.given,
+            key.shift,
+            key.scale,
+            key.bias,
+            key.residual.amax(),
+            maxima,
+            bar,
+            chosen[0],
+            chosen[1],
+            similarity,
+            index,
+            first,
+            n,
+            key.given.shape[1],
+            channels,
+            maxima.shape[1],
+            index.shape[2],
+            # Sums of unit vectors on the tensor cores, twice the longest chain of roundings.
+            (channels + 16) * 2.0**-23,
+            BLOCK=block,
+            MOST=max(MOST_BLOCKS, 4 * depth),
+            PLACES=places,
+            LANES=1024 if maxima.shape[1] > 512 else 512,
+            DEPTH=max(16, 4096 // block),
+            num_warps=4,
+        )
