@@ -275,7 +275,7 @@ def search_kernel(
     values = tl.full((ROWS, PLACES), -_INFINITY, dtype=tl.float32)
     indices = tl.zeros((ROWS, PLACES), dtype=tl.int32) + FREE + places[None, :]
 
-    for step in tl.range(split * share, tl.minimum(split * share + share, tiles), flatten=True):
+    for step in tl.range(split * share, tl.minimum(split * share + share, tiles)):
         number = step * COLUMNS + tl.arange(0, COLUMNS)
         column = number
         if WINDOW:
@@ -398,7 +398,7 @@ def finish_kernel(
     factor = tl.load(query_shift + aux), tl.load(query_scale + aux)
     source = query + (batch * n + row) * channels
     values = tl.full((PLACES,), -_INFINITY, dtype=tl.float32)
-    indices = FREE + places
+    indices = places + FREE
     for place in tl.range(0, PLACES):
         most = tl.max(v, axis=0)
         found = tl.min(tl.where(v == most, i, FREE), axis=0)
@@ -486,7 +486,7 @@ def blocks_kernel(
     query_row = query + (first_row + lane).to(tl.int64) * WIDTH
     tiles = key_padded // COLUMNS
     share = tl.cdiv(tiles, splits)
-    for step in tl.range(split * share, tl.minimum(split * share + share, tiles), flatten=True):
+    for step in tl.range(split * share, tl.minimum(split * share + share, tiles)):
         column = step * COLUMNS + tl.arange(0, COLUMNS)
         bias = tl.load(key_bias + column)
         key_row = key + column.to(tl.int64) * WIDTH
@@ -551,7 +551,7 @@ def rescore_kernel(
         place = tl.atomic_add(chosen_count, 1)
         tl.store(chosen + place, row)
     values = tl.full((1, PLACES), -_INFINITY, dtype=tl.float32)
-    indices = (FREE + places)[None, :]
+    indices = places[None, :] + FREE
     if sound & few:
         shift, scale = tl.load(query_shift + row), tl.load(query_scale + row)
         source = query + row.to(tl.int64) * channels
@@ -575,8 +575,8 @@ def rescore_kernel(
                 open_blocks = tl.where(open_blocks == block, FREE, open_blocks)
                 block = tl.min(open_blocks, axis=0)
     if few | (sound == 0):
-        values, indices = tl.reshape(values, (PLACES,)), tl.reshape(indices, (PLACES,))
-        _write_sorted(values, indices, similarity_out, index_out, row.to(tl.int64), k, PLACES)
+        value, found = tl.reshape(values, (PLACES,)), tl.reshape(indices, (PLACES,))
+        _write_sorted(value, found, similarity_out, index_out, row.to(tl.int64), k, PLACES)
 
 
 def default_tile(channels: int, itemsize: int, places: int, window: bool, capability: tuple[int, int]) -> Tile:
