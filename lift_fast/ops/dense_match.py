@@ -454,9 +454,13 @@ def _match(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [P, 2]`` (None: all pixels) of one picture; returns similarity [P], pixel index [P] or -1."""
+    from . import dense_match_gpu  # it builds on this module
+
     # The native core numbers pixels in 32 bits.
     if not exhaustive and _fits_native(query.tokens) and key.pixels < 2**31:
         return match_native(query, key, points, per_pixel)
+    if not exhaustive and dense_match_gpu.can_run(query, key)[0]:
+        return dense_match_gpu.match_gpu(query, key, points, per_pixel)
     search = match_exhaustive if exhaustive else match_bounded
     inverse_norms = key.inverse_norms() if per_pixel else None
     count = query.pixels if points is None else points.shape[0]

@@ -194,16 +194,16 @@ def _nearest(
     normalize: bool,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key = query.detach(), key.detach()
-    if window is not None:
-        # It builds on this module.
-        from . import window_nearest
+    from . import nearest_gpu, window_nearest  # they build on this module
 
-        if window_nearest.can_run(query, k, window)[0]:
-            return window_nearest.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
+    query, key = query.detach(), key.detach()
+    if window is not None and window_nearest.can_run(query, k, window)[0]:
+        return window_nearest.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
     fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None
     if fits and _native.can_run()[0] and max(k, 2) <= _native.require().most_neighbours:
         return _nearest_native(query, key, k, mutual, ratio, normalize, fast)
+    if nearest_gpu.can_run(query, key, k, window)[0]:
+        return nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
     return nearest_plain(query, key, k, mutual, ratio, window, normalize)
 
 

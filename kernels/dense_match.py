@@ -1,0 +1,376 @@
+"""``dense_match`` on the GPU: all query pixels between the same four cells search the key picture together.
+
+Similarities of pixels are bilinear in both pictures' cells, so those of the four query cells to a patch's four corners
+bound every pixel of the group against every pixel of the patch. A program visits patches by descending bound until no
+pixel can gain; what it reads is a table of cell similarities, which the caller multiplies out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_guard
+
+# Larger than every pixel's number.
+NONE = tl.constexpr(0x7FFFFFFF)
+_INFINITY = tl.constexpr(float("inf"))
+# A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+SLACK = 16 * 2.0**-23
+# Patches whose bounds a program holds at one time.
+_CHUNK = 4096
+
+
+class Strips(NamedTuple):
+    """One axis of a picture: the pixels between neighbouring cells, on the device."""
+
+    cells: int
+    pixels: int
+    low: Tensor
+    """[strips] int32, the cell before the strip's pixels"""
+    high: Tensor
+    """[strips] int32, the cell after them"""
+    first: Tensor
+    """[strips + 1] int32 pixels"""
+    weight: Tensor
+    """[pixels] float32, share of the cell after"""
+    longest: int
+    """pixels of the longest strip"""
+
+    @property
+    def count(self) -> int:
+        return self.low.shape[0]
+
+
+class Scales(NamedTuple):
+    """What the similarity to each key pixel is multiplied by, positive."""
+
+    pixel: Tensor
+    """[H * W] float32"""
+    high: Tensor
+    """[patches] float32: the largest of each patch"""
+    low: Tensor
+    """[patches] float32"""
+    largest: Tensor
+    """[1] float32"""
+
+
+@triton.jit
+def _bounds(
+    row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high, scale_low,
+    CHUNK: tl.constexpr, POINTS: tl.constexpr
+):  # fmt: skip
+    """Bounds of a chunk of patches ``[CHUNK]``, -inf for those that take no part, and the largest magnitude in them."""
+    patch = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = patch < strips_y * strips_x
+    strip_y, strip_x = patch // strips_x, patch % strips_x
+    near_y = tl.load(y_low + strip_y, mask=inside, other=0) * width
+    far_y = tl.load(y_high + strip_y, mask=inside, other=0) * width
+    near_x = tl.load(x_low + strip_x, mask=inside, other=0)
+    far_x = tl.load(x_high + strip_x, mask=inside, other=0)
+    most = tl.full((CHUNK,), -_INFINITY, dtype=tl.float32)
+    magnitude = tl.zeros((CHUNK,), dtype=tl.float32)
+    # Zero; NaN as soon as one similarity is not finite.
+    sound = tl.zeros((CHUNK,), dtype=tl.float32)
+    for corner in tl.static_range(4):
+        if corner < 2:
+            cell_y = near_y
+        else:
+            cell_y = far_y
+        if corner % 2 == 0:
+            cell = cell_y + near_x
+        else:
+            cell = cell_y + far_x
+        for side in tl.static_range(4):
+            if side == 0 or not POINTS:
+                if side == 0:
+                    row = row_0
+                elif side == 1:
+                    row = row_1
+                elif side == 2:
+                    row = row_2
+                else:
+                    row = row_3
+                value = tl.load(row + cell, mask=inside, other=0.0)
+                most = tl.maximum(most, value)
+                magnitude = tl.maximum(magnitude, tl.abs(value))
+                sound += value * 0.0
+    if scale_high is not None:
+        high = tl.load(scale_high + patch, mask=inside, other=1.0)
+        low = tl.load(scale_low + patch, mask=inside, other=1.0)
+        most = most * tl.where(most > 0.0, high, low)
+    takes_part = inside & (sound == 0.0)
+    bound = tl.where(takes_part, most, -_INFINITY)
+    return bound, tl.max(tl.where(takes_part, magnitude, 0.0), axis=0)
+
+
+@triton.jit
+def _bilinear(a, b, c, d):
+    """A bilinear function of the shares (right, down) from its four corners; exact where they are equal."""
+    return a, b - a, c - a, (d - c) - (b - a)
+
+
+@triton.jit
+def _corner(row_0, row_1, row_2, row_3, cell, right, down, both):
+    """Similarities of a group's pixels to one key cell."""
+    near, along, across, mixed = _bilinear(
+        tl.load(row_0 + cell), tl.load(row_1 + cell), tl.load(row_2 + cell), tl.load(row_3 + cell)
+    )
+    return near + along * right + across * down + mixed * both
+
+
+@triton.jit
+def _better(value, pixel, best, index):
+    """The better of two matches, the lower pixel among equals; what overflows takes no part."""
+    wins = ((value > best) | ((value == best) & (pixel < index))) & (tl.abs(value) < _INFINITY)
+    return tl.where(wins, value, best), tl.where(wins, pixel, index)
+
+
+@triton.jit
+def _visit(
+    row_0, row_1, row_2, row_3, patch, right, down, both, best, index, y_low, y_high, y_first, y_weight, x_low, x_high,
+    x_first, x_weight, width, pixels_x, strips_x, scale, KEYS: tl.constexpr
+):  # fmt: skip
+    """Look for better matches of the group's pixels in one patch."""
+    strip_y, strip_x = patch // strips_x, patch % strips_x
+    near_y, far_y = tl.load(y_low + strip_y) * width, tl.load(y_high + strip_y) * width
+    near_x, far_x = tl.load(x_low + strip_x), tl.load(x_high + strip_x)
+    near, along, across, mixed = _bilinear(
+        _corner(row_0, row_1, row_2, row_3, near_y + near_x, right, down, both),
+        _corner(row_0, row_1, row_2, row_3, near_y + far_x, right, down, both),
+        _corner(row_0, row_1, row_2, row_3, far_y + near_x, right, down, both),
+        _corner(row_0, row_1, row_2, row_3, far_y + far_x, right, down, both),
+    )
+    first_y, end_y = tl.load(y_first + strip_y), tl.load(y_first + strip_y + 1)
+    first_x, end_x = tl.load(x_first + strip_x), tl.load(x_first + strip_x + 1)
+    if scale is None:
+        # Linear in each direction: one of the four outermost pixels is the largest.
+        for end in tl.static_range(4):
+            if end < 2:
+                y = first_y
+            else:
+                y = end_y - 1
+            if end % 2 == 0:
+                x = first_x
+            else:
+                x = end_x - 1
+            share_y, share_x = tl.load(y_weight + y), tl.load(x_weight + x)
+            value = (near + across * share_y) + (along + mixed * share_y) * share_x
+            best, index = _better(value, y * pixels_x + x, best, index)
+    else:
+        across_x = end_x - first_x
+        count = (end_y - first_y) * across_x
+        lane = tl.arange(0, KEYS)
+        for start in tl.range(0, count, KEYS):
+            inside = start + lane < count
+            y, x = first_y + (start + lane) // across_x, first_x + (start + lane) % across_x
+            share_y = tl.load(y_weight + y, mask=inside, other=0.0)[None, :]
+            share_x = tl.load(x_weight + x, mask=inside, other=0.0)[None, :]
+            factor = tl.load(scale + y * pixels_x + x, mask=inside, other=1.0)[None, :]
+            value = (near[:, None] + across[:, None] * share_y) + (along[:, None] + mixed[:, None] * share_y) * share_x
+            value = value * factor
+            value = tl.where(inside[None, :] & (tl.abs(value) < _INFINITY), value, -_INFINITY)
+            most = tl.max(value, axis=1)
+            pixel = tl.min(tl.where(value == most[:, None], (y * pixels_x + x)[None, :], NONE), axis=1)
+            best, index = _better(most, pixel, best, index)
+    return best, index
+
+
+@triton.jit
+def match_kernel(
+    table,
+    query_y_low,
+    query_y_high,
+    query_y_first,
+    query_y_weight,
+    query_x_low,
+    query_x_high,
+    query_x_first,
+    query_x_weight,
+    y_low,
+    y_high,
+    y_first,
+    y_weight,
+    x_low,
+    x_high,
+    x_first,
+    x_weight,
+    scale,
+    scale_high,
+    scale_low,
+    scale_largest,
+    similarity_out,
+    index_out,
+    query_pixels_x,
+    table_top,
+    table_left,
+    table_width,
+    first_strip_y,
+    first_strip_x,
+    strips_across,
+    portions,
+    width,
+    cells,
+    pixels_x,
+    strips_y,
+    strips_x,
+    POINTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SLACK: tl.constexpr,
+):
+    lane = tl.arange(0, QUERIES)
+    number = tl.program_id(0)
+    if POINTS:
+        row_0 = table + number.to(tl.int64) * cells
+        row_1, row_2, row_3 = row_0, row_0, row_0
+        exists = lane == 0
+        out = number + lane.to(tl.int64)
+        right = tl.zeros((QUERIES,), dtype=tl.float32)
+        down = right
+    else:
+        group = number // portions
+        strip_y, strip_x = first_strip_y + group // strips_across, first_strip_x + group % strips_across
+        start_y, start_x = tl.load(query_y_first + strip_y), tl.load(query_x_first + strip_x)
+        across = tl.load(query_x_first + strip_x + 1) - start_x
+        count = (tl.load(query_y_first + strip_y + 1) - start_y) * across
+        own = (number % portions) * QUERIES + lane
+        exists = own < count
+        y, x = start_y + own // across, start_x + own % across
+        right = tl.load(query_x_weight + x, mask=exists, other=0.0)
+        down = tl.load(query_y_weight + y, mask=exists, other=0.0)
+        out = y.to(tl.int64) * query_pixels_x + x
+        near_y = (tl.load(query_y_low + strip_y) - table_top) * table_width
+        far_y = (tl.load(query_y_high + strip_y) - table_top) * table_width
+        near_x, far_x = tl.load(query_x_low + strip_x) - table_left, tl.load(query_x_high + strip_x) - table_left
+        row_0 = table + (near_y + near_x).to(tl.int64) * cells
+        row_1 = table + (near_y + far_x).to(tl.int64) * cells
+        row_2 = table + (far_y + near_x).to(tl.int64) * cells
+        row_3 = table + (far_y + far_x).to(tl.int64) * cells
+    both = right * down
+    # Lanes without a pixel: a best that no bound reaches.
+    best = tl.where(exists, -_INFINITY, _INFINITY)
+    index = tl.full((QUERIES,), NONE, dtype=tl.int32)
+
+    magnitude = 0.0
+    top, first = -_INFINITY, 0
+    bound = tl.full((CHUNK,), -_INFINITY, dtype=tl.float32)
+    lanes = tl.arange(0, CHUNK)
+    for chunk in tl.range(0, CHUNKS):
+        bound, largest = _bounds(
+            row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high,
+            scale_low, CHUNK, POINTS
+        )  # fmt: skip
+        magnitude = tl.maximum(magnitude, largest)
+        most = tl.max(bound, axis=0)
+        if most > top:
+            top = most
+            first = chunk * CHUNK + tl.min(tl.where(bound == most, lanes, CHUNK), axis=0)
+    slack = magnitude * SLACK
+    if scale is not None:
+        slack = slack * tl.load(scale_largest)
+    if CHUNKS > 1 and top > -_INFINITY:
+        # The most promising patch of all first: little is left open in the chunks before it.
+        best, index = _visit(
+            row_0, row_1, row_2, row_3, first, right, down, both, best, index, y_low, y_high, y_first, y_weight, x_low,
+            x_high, x_first, x_weight, width, pixels_x, strips_x, scale, KEYS
+        )  # fmt: skip
+    for chunk in tl.range(0, CHUNKS):
+        if CHUNKS > 1:
+            bound, _ = _bounds(
+                row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high,
+                scale_low, CHUNK, POINTS
+            )  # fmt: skip
+        most = tl.max(bound, axis=0)
+        # Each visit takes a patch away, so this ends on flat pictures, too; an equal bound may hold a lower pixel.
+        while (most > -_INFINITY) & (most + slack >= tl.min(best, axis=0)):
+            at = tl.min(tl.where(bound == most, lanes, CHUNK), axis=0)
+            best, index = _visit(
+                row_0, row_1, row_2, row_3, chunk * CHUNK + at, right, down, both, best, index, y_low, y_high, y_first,
+                y_weight, x_low, x_high, x_first, x_weight, width, pixels_x, strips_x, scale, KEYS
+            )  # fmt: skip
+            bound = tl.where(lanes == at, -_INFINITY, bound)
+            most = tl.max(bound, axis=0)
+    tl.store(similarity_out + out, best, mask=exists)
+    tl.store(index_out + out, tl.where(index == NONE, -1, index).to(tl.int64), mask=exists)
+
+
+class Band(NamedTuple):
+    """The part of the query picture whose cells a table holds."""
+
+    strips_y: tuple[int, int]
+    """first strip and the one after the last"""
+    strips_x: tuple[int, int]
+    top: int
+    """first row of cells in the table"""
+    left: int
+    width: int
+    """cells of a row in the table"""
+
+
+def match(
+    table: Tensor,
+    key: tuple[Strips, Strips],
+    scales: Scales | None,
+    similarity: Tensor,
+    index: Tensor,
+    query: tuple[Strips, Strips] | None = None,
+    band: Band | None = None,
+) -> None:
+    """Write the best key pixel of each query pixel, -1 and -inf where there is none.
+
+    Args:
+        table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: a row for each point, or for each
+            cell of the query's ``band``.
+        key: the key picture's strips along y and x.
+        scales: of the key's pixels, or None for ones.
+        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query picture, of which the pixels of
+            ``band`` are written.
+        query, band: None for points.
+    """
+    y, x = key
+    patches = y.count * x.count
+    chunk = max(16, min(_CHUNK, triton.next_power_of_2(patches)))
+    if query is None or band is None:
+        query, band = key, Band((0, 0), (0, 1), 0, 0, 1)
+        points, queries, portions, programs = True, 1, 1, table.shape[0]
+    else:
+        largest = query[0].longest * query[1].longest
+        points, queries = False, min(256, triton.next_power_of_2(largest))
+        portions = triton.cdiv(largest, queries)
+        programs = portions * (band.strips_y[1] - band.strips_y[0]) * (band.strips_x[1] - band.strips_x[0])
+    scale = (scales.pixel, scales.high, scales.low, scales.largest) if scales is not None else (None,) * 4
+    with device_guard(table):
+        match_kernel[(programs,)](
+            table,
+            *(part for axis in (*query, y, x) for part in (axis.low, axis.high, axis.first, axis.weight)),
+            *scale,
+            similarity,
+            index,
+            query[1].pixels,
+            band.top,
+            band.left,
+            band.width,
+            band.strips_y[0],
+            band.strips_x[0],
+            band.strips_x[1] - band.strips_x[0],
+            portions,
+            x.cells,
+            y.cells * x.cells,
+            x.pixels,
+            y.count,
+            x.count,
+            POINTS=points,
+            QUERIES=queries,
+            KEYS=128 if points else 16,
+            CHUNK=chunk,
+            CHUNKS=triton.cdiv(patches, chunk),
+            SLACK=SLACK,
+            num_warps=4,
+        )
