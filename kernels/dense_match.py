@@ -76,15 +76,9 @@ def _bounds(
     magnitude = tl.zeros((CHUNK,), dtype=tl.float32)
     # Zero; NaN as soon as one similarity is not finite.
     sound = tl.zeros((CHUNK,), dtype=tl.float32)
-    for corner in tl.static_range(4):
-        if corner < 2:
-            cell_y = near_y
-        else:
-            cell_y = far_y
-        if corner % 2 == 0:
-            cell = cell_y + near_x
-        else:
-            cell = cell_y + far_x
+    # Not unrolled: all loads at once would not fit into registers.
+    for corner in tl.range(0, 4):
+        cell = tl.where(corner < 2, near_y, far_y) + tl.where(corner % 2 == 0, near_x, far_x)
         for side in tl.static_range(4):
             if side == 0 or not POINTS:
                 if side == 0:
@@ -258,11 +252,13 @@ def match_kernel(
     best = tl.where(exists, -_INFINITY, _INFINITY)
     index = tl.full((QUERIES,), NONE, dtype=tl.int32)
 
+    # Short strips leave their last portions empty.
+    chunks = tl.where(tl.max(exists.to(tl.int32), axis=0) > 0, CHUNKS, 0)
     magnitude = 0.0
     top, first = -_INFINITY, 0
     bound = tl.full((CHUNK,), -_INFINITY, dtype=tl.float32)
     lanes = tl.arange(0, CHUNK)
-    for chunk in tl.range(0, CHUNKS):
+    for chunk in tl.range(0, chunks):
         bound, largest = _bounds(
             row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high,
             scale_low, CHUNK, POINTS
@@ -281,7 +277,7 @@ def match_kernel(
             row_0, row_1, row_2, row_3, first, right, down, both, best, index, y_low, y_high, y_first, y_weight, x_low,
             x_high, x_first, x_weight, width, pixels_x, strips_x, scale, KEYS
         )  # fmt: skip
-    for chunk in tl.range(0, CHUNKS):
+    for chunk in tl.range(0, chunks):
         if CHUNKS > 1:
             bound, _ = _bounds(
                 row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high,
@@ -342,7 +338,9 @@ def match(
         points, queries, portions, programs = True, 1, 1, table.shape[0]
     else:
         largest = query[0].longest * query[1].longest
-        points, queries = False, min(256, triton.next_power_of_2(largest))
+        # The outermost strips are longer than the rest: they take several programs.
+        usual = triton.cdiv(query[0].pixels, query[0].cells) * triton.cdiv(query[1].pixels, query[1].cells)
+        points, queries = False, min(256, triton.next_power_of_2(min(usual, largest)))
         portions = triton.cdiv(largest, queries)
         programs = portions * (band.strips_y[1] - band.strips_y[0]) * (band.strips_x[1] - band.strips_x[0])
     scale = (scales.pixel, scales.high, scales.low, scales.largest) if scales is not None else (None,) * 4
@@ -372,5 +370,5 @@ def match(
             CHUNK=chunk,
             CHUNKS=triton.cdiv(patches, chunk),
             SLACK=SLACK,
-            num_warps=4,
+            num_warps=8 if chunk > 2048 else 4,
         )

@@ -26,7 +26,7 @@ FREE = tl.constexpr(1 << 30)
 # Float16 copies of unit vectors are this much longer, so that no element that matters is subnormal.
 HALF_LENGTH = 4096.0
 # Queries whose match may lie in more blocks than this are searched once more, in float32.
-MOST_BLOCKS = 64
+MOST_BLOCKS = 128
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -611,19 +611,21 @@ def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
 _PADDING = 256
 
 
-def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16) -> Rows:
+def prepare(
+    given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16, measured: bool = False
+) -> Rows:
     """Norms of descriptors, which of them take part, and their copy for the tensor cores.
 
     Args:
         given: ``[B, n, C]`` contiguous; none of them 0.
         normalize: whether cosines are asked for.
-        copy: None; the dtype of ``given``; or float16 for float32 unit vectors, with what the rounding lost.
+        copy: dtype of the copy: that of ``given``, or float16 for float32; None for no copy.
         depth: the copy's channels are padded to a multiple of this.
+        measured: for :func:`block_maxima`: the copy holds unit vectors, with the norms of what their rounding lost.
     """
     batch, n, channels = given.shape
     padded = -(-n // _PADDING) * _PADDING
     width = -(-channels // depth) * depth
-    rounds = copy is not None and copy != given.dtype
 
     def vector() -> Tensor:
         return given.new_empty((batch, padded), dtype=torch.float32)
@@ -634,7 +636,7 @@ def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int
         shift=vector(),
         scale=vector(),
         bias=vector(),
-        residual=vector() if rounds else None,
+        residual=vector() if measured else None,
         normalized=normalize,
     )
     with device_guard(given):
@@ -912,7 +914,7 @@ def rescore(
             # Sums of unit vectors on the tensor cores, twice the longest chain of roundings.
             (channels + 16) * 2.0**-23,
             BLOCK=block,
-            MOST=max(MOST_BLOCKS, 4 * depth),
+            MOST=MOST_BLOCKS,
             PLACES=places,
             LANES=1024 if maxima.shape[1] > 512 else 512,
             DEPTH=max(16, 4096 // block),

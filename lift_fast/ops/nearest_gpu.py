@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
 _MOST_SIDE = 1 << 14
-# Bytes of the float32 search's bounds.
-_BOUNDS_BUDGET = 64 << 20
+# Bytes of the float32 search's bounds; two portions of them may exist at one time.
+_BOUNDS_BUDGET = 32 << 20
 # Products below which three TF32 products are cheaper than the two passes of the float32 search.
 _SMALL = 1 << 23
 
@@ -70,8 +70,8 @@ def nearest_gpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result and arguments of :func:`lift_fast.ops.nearest.nearest_plain`.
 
-    With ``fast``, the cosines of float32 descriptors are compared as float16 products of the rounded unit vectors, and
-    the values of the chosen ones computed in float32.
+    With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
+    chosen ones are computed in float32 from the descriptors as given.
     """
     from ..kernels import nearest as kernel
 
@@ -85,8 +85,8 @@ def nearest_gpu(
     capability = kernel.launch.capability(query.device)
     itemsize = 4 if copy is None else 2
     tile = kernel.default_tile(query.shape[2], itemsize, depth, window is not None, capability)
-    queries = kernel.prepare(query, normalize, copy, tile.depth)
-    keys = kernel.prepare(key, normalize, copy, tile.depth)
+    queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
+    keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
     back = good = None
     if searched and not fast:
         best, index = _search_float32(queries, keys, depth)

@@ -1,0 +1,208 @@
+"""``dense_match``'s Triton kernel against every key pixel in float64: on a GPU where there is one, else interpreted."""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lift_fast import dense_match
+from lift_fast.ops import dense_match as op
+from lift_fast.ops import dense_match_gpu
+from lift_fast.testing import poisoned_outputs
+
+pytest.importorskip("triton")
+from lift_fast.kernels import dense_match as kernel  # noqa: E402
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TIE = 1e-6
+# Of NumPy, which the interpreter computes with.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What the launcher's caller allocates is full of NaN until the kernel writes it."""
+    with poisoned_outputs():
+        yield
+
+
+def maps(channels, query_grid, key_grid):
+    seed = int(torch.randint(1 << 30, ()))
+    torch.manual_seed(seed)
+    print("seed", seed)
+    return torch.randn(channels, *query_grid), torch.randn(channels, *key_grid)
+
+
+def run(query_map, key_map, query_size, key_size, normalize="grid", points=None):
+    query, key = (
+        op._picture(cells.to(DEVICE), size, normalize, True)
+        for cells, size in ((query_map, query_size), (key_map, key_size))
+    )
+    assert dense_match_gpu.fits(query, key)[0]
+    at = None if points is None else points.to(DEVICE)
+    with op.full_matmul_precision():
+        return [part.cpu() for part in dense_match_gpu.match_gpu(query, key, at, normalize == "pixel")]
+
+
+def table(query_map, key_map, query_size, key_size, normalize):
+    """Similarities in float64 and how far each may be off in float32: both [query pixels, key pixels]."""
+
+    def descriptors(cells, size):
+        cells = cells.double()
+        if normalize == "grid":
+            cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
+        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale = (
+            F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
+            for part in (cells, longest)
+        )
+        if normalize == "pixel":
+            norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            wide, scale = wide / norm, scale / norm
+        return wide, scale.clamp_min(1.0)
+
+    (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
+    values = query @ key.T
+    return values.masked_fill(~torch.isfinite(values), -torch.inf), (TIE * query_scale * key_scale.T).nan_to_num(0.0)
+
+
+def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
+    similarity, index = run(query_map, key_map, query_size, key_size, normalize, points)
+    values, tie = table(query_map, key_map, query_size, key_size, normalize)
+    if points is not None:
+        rows = points[:, 1] * query_size[1] + points[:, 0]
+        values, tie = values[rows], tie[rows]
+    lost = values.amax(1) == -torch.inf
+    assert torch.equal(index == -1, lost)
+    assert bool((similarity[lost] == -torch.inf).all())
+    values, tie, index, similarity = values[~lost], tie[~lost], index[~lost], similarity[~lost]
+    found, rounding = (part.gather(1, index[:, None])[:, 0] for part in (values, tie))
+    assert bool((found + rounding >= (values - tie).amax(1)).all())
+    assert bool(((similarity.double() - found).abs() <= rounding).all())
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
+@pytest.mark.parametrize(
+    ("query_grid", "key_grid", "query_size", "key_size"),
+    [
+        ((3, 2), (2, 4), (13, 7), (11, 19)),
+        ((1, 1), (3, 2), (3, 5), (7, 6)),
+        ((2, 3), (1, 1), (5, 4), (5, 7)),
+        # Fewer pixels than cells.
+        ((5, 4), (4, 7), (3, 2), (2, 11)),
+    ],
+    ids=str,
+)
+def test_against_brute_force(query_grid, key_grid, query_size, key_size, normalize):
+    check(*maps(7, query_grid, key_grid), query_size, key_size, normalize)
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+def test_points(normalize):
+    query_map, key_map = maps(5, (3, 4), (4, 3))
+    points = torch.stack([torch.randint(37, (7,)), torch.randint(29, (7,))], dim=1)
+    points[0] = torch.tensor([36, 28])
+    points[1] = 0
+    check(query_map, key_map, (29, 37), (23, 31), normalize, points)
+
+
+def test_many_points_are_looked_up():
+    query_map, key_map = maps(3, (1, 2), (2, 2))
+    points = torch.stack([torch.randint(5, (40,)), torch.randint(4, (40,))], dim=1)
+    check(query_map, key_map, (4, 5), (5, 6), "pixel", points)
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+def test_bands_and_chunks(normalize, monkeypatch):
+    """Tables of part of the query picture, and key pictures of more patches than a program holds at one time."""
+    monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
+    monkeypatch.setattr(kernel, "_CHUNK", 16)
+    query_map, key_map = maps(3, (3, 3), (5, 4))
+    check(query_map, key_map, (6, 7), (9, 10), normalize)
+    points = torch.tensor([[6, 5], [0, 0], [3, 3], [1, 5], [2, 2]])
+    check(query_map, key_map, (6, 7), (9, 10), normalize, points)
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
+def test_flat_pictures_go_to_the_first_pixel(normalize):
+    query_map, key_map = maps(4, (2, 2), (3, 2))
+    key_map[:] = key_map[:, :1, :1]
+    similarity, index = run(query_map, key_map, (4, 5), (7, 6), normalize)
+    values, _ = table(query_map, key_map, (4, 5), (7, 6), normalize)
+    torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=1e-5)
+    if normalize != "pixel":
+        assert bool((index == 0).all())
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
+def test_cells_that_are_not_finite(normalize):
+    query_map, key_map = maps(4, (3, 3), (3, 4))
+    query_map[1, 0, 2] = torch.nan
+    key_map[0, 2, 1] = torch.inf
+    query_map[:, 2, 0] = 0
+    key_map[:, 0, 3] = 0
+    check(query_map, key_map, (7, 8), (9, 7), normalize)
+    key_map[0] = torch.nan
+    assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize)[1] == -1).all())
+
+
+def test_bands_cover_every_strip_once():
+    for rows in (4, 5, 9, 30, 1000):
+        for grid, size in (((5, 7), (13, 40)), ((9, 3), (4, 2)), ((1, 6), (7, 7))):
+            picture = op.Picture(torch.zeros(grid[0] * grid[1], 1), grid, size)
+            y, x = dense_match_gpu._axes(picture)
+            seen = torch.zeros(y.count, x.count, dtype=torch.int32)
+            for band, bottom, right in dense_match_gpu._bands(picture, rows):
+                seen[slice(*band.strips_y), slice(*band.strips_x)] += 1
+                assert (bottom - band.top) * band.width <= rows
+                assert band.left + band.width == right
+                assert int(y.high[band.strips_y[1] - 1]) < bottom
+                assert int(x.high[band.strips_x[1] - 1]) < right
+            assert bool((seen == 1).all())
+
+
+def test_what_it_leaves_to_others():
+    picture = op.Picture(torch.zeros(6, 2), (2, 3), (5, 5))
+    assert "float64" in dense_match_gpu.fits(picture._replace(tokens=picture.tokens.double()), picture)[1]
+    assert "2^31" in dense_match_gpu.fits(picture, picture._replace(size=(1 << 16, 1 << 15)))[1]
+    assert "not on a CUDA device" in dense_match_gpu.can_run(picture, picture)[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+class TestOnAGpu:
+    @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
+    @pytest.mark.parametrize(
+        ("grid", "other", "size", "other_size"),
+        [((14, 11), (13, 17), (97, 80), (101, 131)), ((28, 28), (3, 2), (120, 77), (90, 200))],
+        ids=str,
+    )
+    def test_large(self, grid, other, size, other_size, normalize):
+        check(*maps(32, grid, other), size, other_size, normalize)
+
+    @pytest.mark.parametrize("normalize", ["grid", "pixel"])
+    def test_more_patches_than_a_chunk(self, normalize):
+        query_map, key_map = maps(16, (40, 31), (90, 100))
+        points = torch.stack([torch.randint(310, (50,)), torch.randint(400, (50,))], dim=1)
+        similarity, index = run(query_map, key_map, (400, 310), (700, 1100), normalize)
+        some, at = run(query_map, key_map, (400, 310), (700, 1100), normalize, points)
+        rows = points[:, 1] * 310 + points[:, 0]
+        torch.testing.assert_close(some, similarity[rows], rtol=0, atol=1e-5)
+        assert float((at == index[rows]).float().mean()) > 0.9
+
+    def test_operator(self):
+        query_map, key_map = (part[None].to(DEVICE) for part in maps(64, (28, 28), (28, 28)))
+        ours = dense_match(query_map, key_map, (224, 224), (224, 224), mutual=True)
+        plain = op.dense_match(query_map, key_map, [224, 224], [224, 224], None, "grid", True, exhaustive=True)
+        torch.testing.assert_close(ours.similarity, plain[0], rtol=0, atol=1e-5)
+        assert float((ours.xy == plain[1]).float().mean()) > 0.999
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = dense_match(query_map, key_map, (224, 224), (224, 224), mutual=True)
+        graph.replay()
+        assert torch.equal(captured.xy, ours.xy)

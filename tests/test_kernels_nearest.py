@@ -1,0 +1,262 @@
+"""``nearest``'s Triton kernels against float64 brute force: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from lift_fast import nearest
+from lift_fast.ops import nearest as op
+from lift_fast.ops import nearest_gpu
+from lift_fast.testing import poisoned_outputs
+
+pytest.importorskip("triton")
+from lift_fast.kernels import nearest as kernel  # noqa: E402
+from lift_fast.kernels import tiles  # noqa: E402
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Triton's interpreter multiplies bfloat16 as if it were integers.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+TIE = 1e-6
+# Of NumPy, which the interpreter computes with.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What a launcher allocates is full of NaN until a kernel writes it."""
+    with poisoned_outputs():
+        yield
+
+
+def sets(n, m, channels, dtype=torch.float32, batch=1):
+    seed = int(torch.randint(1 << 30, ()))
+    torch.manual_seed(seed)
+    print("seed", seed)
+    return torch.randn(batch, n, channels).to(dtype), torch.randn(batch, m, channels).to(dtype)
+
+
+def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False):
+    arguments = (query.to(DEVICE), key.to(DEVICE), k, mutual, ratio, window, normalize)
+    assert nearest_gpu.fits(arguments[0], arguments[1], k, window)[0]
+    return [part.cpu() for part in nearest_gpu.nearest_gpu(*arguments, fast=fast)]
+
+
+def similarities(query, key, window=None, normalize=True):
+    """[B, n, m] float64; -inf where a pair takes no part."""
+    table = []
+    for queries, keys in zip(query.double(), key.double(), strict=True):
+        if normalize:
+            queries, keys = op.unit_rows(queries), op.unit_rows(keys)
+        one = queries @ keys.T
+        one.masked_fill_(~torch.isfinite(one), -torch.inf)
+        if window is not None:
+            one.masked_fill_(op._outside(window, 0, 0, one), -torch.inf)
+        table.append(one)
+    return torch.stack(table)
+
+
+def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE):
+    """Where rounding may decide, any choice within ``tie`` of the best is right."""
+    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast)
+    table = similarities(query, key, window, normalize)
+    finite = torch.isfinite(table)
+    scale = max(1.0, float(table[finite].abs().max())) if finite.any() else 1.0
+    tie *= scale
+    ranked = table.sort(dim=2, descending=True).values
+    ranked = torch.nn.functional.pad(ranked, (0, max(0, max(k, 2) - ranked.shape[2])), value=-torch.inf)
+    there = torch.isfinite(ranked[:, :, :k])
+    assert similarity.shape == index.shape == there.shape
+    assert valid.shape == index.shape[:2]
+    assert torch.equal(index >= 0, there)
+    assert bool((similarity[~there] == -torch.inf).all() & (index[~there] == -1).all())
+    found = table.gather(2, index.clamp_min(0))
+    assert bool(((found - ranked[:, :, :k]).abs()[there] <= tie).all())
+    assert bool(((similarity.double() - found).abs()[there] <= tie).all())
+    ordered = index.masked_fill(~there, -1).sort(dim=2).values
+    assert not bool(((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any())
+    assert bool((similarity[:, :, 1:] <= similarity[:, :, :-1]).all())
+    first = index[:, :, 0].clamp_min(0)
+    expected, certain = there[:, :, 0].clone(), torch.ones_like(valid)
+    if mutual:
+        column = table.gather(2, first[:, None, :].expand(-1, table.shape[1], -1))
+        best = column.amax(1)
+        own = torch.diagonal(column, dim1=1, dim2=2)
+        certain &= (column >= best[:, None] - 2 * tie).sum(1) == 1
+        certain |= own < best - 2 * tie
+        expected &= own == best
+    if ratio is not None:
+        left, right = 1 - ranked[:, :, 0], ratio**2 * (1 - ranked[:, :, 1])
+        expected &= left <= right
+        certain &= ~((left - right).abs() <= 4 * tie)
+    assert torch.equal(valid[certain], expected[certain])
+    return similarity, index, valid
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "channels", "options"),
+    [
+        (1, 1, 1, {"mutual": True}),
+        (17, 31, 33, {"mutual": True}),
+        (7, 300, 16, {"k": 2, "ratio": 0.97}),
+        (13, 2, 5, {"k": 5, "mutual": True}),
+        (5, 97, 8, {"k": 4, "normalize": False}),
+        (3, 37, 17, {"k": 32}),
+        (31, 13, 3, {"ratio": 0.9, "mutual": True}),
+    ],
+    ids=str,
+)
+def test_against_brute_force(n, m, channels, options, dtype):
+    check(*sets(n, m, channels, dtype, batch=2 if n * m < 100 else 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("window", "frames", "k"),
+    [
+        ([1, 3, 5, 3, 5], 2, 3),
+        ([0, 4, 3, 4, 3], 1, 1),
+        ([1, 3, 4, 2, 7], 1, 2),
+        ([1000000, 2, 3, 3, 2], 2, 1),
+        ([2, 1, 1, 1, 9], 1, 9),
+        ([1, 9, 17, 9, 17], 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_window(window, frames, k, dtype):
+    _, query_h, query_w, key_h, key_w = window
+    if query_h * query_w > 100 and dtype != torch.float16 and DEVICE.type != "cuda":
+        pytest.skip("slow in the interpreter")
+    check(*sets(query_h * query_w, frames * key_h * key_w, 6, dtype), k=k, window=window, mutual=True)
+
+
+@pytest.mark.parametrize("most_blocks", [kernel.MOST_BLOCKS, 0])
+@pytest.mark.parametrize("options", [{"mutual": True}, {"ratio": 0.97}, {"k": 3}], ids=str)
+def test_float32_search_in_float16(options, most_blocks, monkeypatch):
+    """With and without the queries that are searched again in float32."""
+    monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
+    monkeypatch.setattr(kernel, "MOST_BLOCKS", most_blocks)
+    monkeypatch.setattr(nearest_gpu, "_BOUNDS_BUDGET", 1 << 10)
+    query, key = sets(11, 140, 24)
+    # Float16 cannot tell these apart.
+    key[0, 70:75] = key[0, 10:15] * (1 + 1e-5 * torch.randn(5, 24))
+    query[0, :5] = key[0, 10:15]
+    check(query, key, **options)
+
+
+def test_fast_compares_in_half_precision():
+    check(*sets(9, 140, 24), fast=True, tie=2**-9)
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rules(search, dtype, monkeypatch):
+    """Ties go to the lowest index; rows with NaN or infinity take no part; zero rows have similarity 0."""
+    monkeypatch.setattr(nearest_gpu, "_SMALL", 0 if search else 1 << 60)
+    query, key = sets(9, 70, 16, dtype)
+    key[0, 40:] = key[0, :30]
+    query[0, :5] = key[0, [3, 50, 69, 12, 12]]
+    query[0, 5, 2] = torch.nan
+    query[0, 6] = 0
+    key[0, 3, 0] = torch.inf
+    key[0, 12] = -key[0, 12]
+    similarity, index, valid = check(query, key, k=2, mutual=True)
+    # The duplicates of rows that take part: the lower one, then the higher.
+    assert index[0, 1].tolist() == [10, 50]
+    assert index[0, 2].tolist() == [29, 69]
+    assert similarity[0, 1, 0] == similarity[0, 1, 1]
+    assert index[0, 0, 0] == 43
+    # Two equal queries: the first is the key's own best.
+    assert index[0, 3, 0] == index[0, 4, 0] == 52
+    assert (bool(valid[0, 3]), bool(valid[0, 4])) == (True, False)
+    assert index[0, 5].tolist() == [-1, -1]
+    assert not bool(valid[0, 5])
+    assert similarity[0, 6].tolist() == [0.0, 0.0]
+    assert index[0, 6].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flat_sets(dtype, monkeypatch):
+    monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
+    query = torch.ones(1, 5, 7, dtype=dtype)
+    similarity, index, valid = run(query, torch.ones(1, 150, 7, dtype=dtype), k=2, mutual=True)
+    assert index[0].tolist() == [[0, 1]] * 5
+    assert valid[0].tolist() == [True, False, False, False, False]
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+
+
+def test_range():
+    """Norms whose squares leave the range of float32, and products that overflow."""
+    query, key = sets(6, 40, 8)
+    query[0, 0] *= 1e30
+    query[0, 1] *= 1e-30
+    key[0, :10] *= 1e35
+    key[0, 10:20] *= 1e-9
+    check(query, key)
+    _, index, _ = run(query[:, :1], key, normalize=False)
+    table = similarities(query[:, :1].double(), key, normalize=False)[0, 0]
+    table[table.abs() > 3e38] = -torch.inf
+    assert int(index[0, 0, 0]) == int(table.argmax())
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("channels", [1, 33, 384])
+@pytest.mark.parametrize("places", [1, 2, 32])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_default_tiles_fit(capability, channels, places, itemsize):
+    for window in (False, True):
+        tile = kernel.default_tile(channels, itemsize, places, window, capability)
+        staged = (tile.rows + tile.columns) * tile.depth * itemsize * tile.stages
+        assert staged <= tiles.shared_memory(capability)
+        assert tile.depth >= 16
+        if itemsize == 2 and places == 1 and not window:
+            assert set(kernel.candidates(channels, capability))
+
+
+def test_what_it_leaves_to_the_plain_version(monkeypatch):
+    query, key = sets(3, 4, 2)
+    assert "k must be at most 32" in nearest_gpu.fits(query, key, 33, None)[1]
+    assert "float64" in nearest_gpu.fits(query.double(), key.double(), 1, None)[1]
+    assert not nearest_gpu.fits(query[:, :0], key, 1, None)[0]
+    assert not nearest_gpu.fits(query[..., :0], key[..., :0], 1, None)[0]
+    assert not nearest_gpu.fits(query, key, 1, [1, 1, 3, 1, 1 << 20])[0]
+    assert "not on a CUDA device" in nearest_gpu.can_run(query, key, 1, None)[1]
+    monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
+    result = nearest(query.to(DEVICE), key.to(DEVICE))
+    assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("options", [{}, {"mutual": True}, {"ratio": 0.95, "mutual": True}, {"k": 5}], ids=str)
+    @pytest.mark.parametrize("shape", [(1031, 3137, 384), (3001, 64, 193), (257, 20011, 768)])
+    def test_large(self, shape, options, dtype):
+        check(*sets(*shape, dtype), **options)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_large_window(self, dtype):
+        check(*sets(56 * 56, 3 * 56 * 56, 64, dtype), k=5, window=[12, 56, 56, 56, 56], mutual=True)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_large_flat(self, dtype):
+        query = torch.ones(1, 5000, 32, dtype=dtype)
+        _, index, valid = run(query, query, mutual=True)
+        assert int(index.abs().max()) == 0
+        assert valid[0].nonzero().tolist() == [[0]]
+
+    def test_captured(self):
+        """No step waits for the host."""
+        query, key = (part[0].to(DEVICE) for part in sets(3000, 3500, 64))
+        expected = nearest(query, key, mutual=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = nearest(query, key, mutual=True)
+        graph.replay()
+        for one, other in zip(captured, expected, strict=True):
+            assert torch.equal(one, other)
