@@ -56,7 +56,7 @@ def table(query_map, key_map, query_size, key_size, normalize):
         if normalize == "grid":
             cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
         # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
         wide, scale = (
             F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
             for part in (cells, longest)
@@ -122,21 +122,22 @@ def test_bands_and_chunks(normalize, monkeypatch):
     """Tables of part of the query picture, and key pictures of more patches than a program holds at one time."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
-    query_map, key_map = maps(3, (3, 3), (5, 4))
-    check(query_map, key_map, (6, 7), (9, 10), normalize)
-    points = torch.tensor([[6, 5], [0, 0], [3, 3], [1, 5], [2, 2]])
-    check(query_map, key_map, (6, 7), (9, 10), normalize, points)
+    query_map, key_map = maps(3, (3, 2), (5, 4))
+    check(query_map, key_map, (5, 4), (9, 10), normalize)
+    points = torch.tensor([[3, 4], [0, 0], [3, 3], [1, 2], [2, 2]])
+    check(query_map, key_map, (5, 4), (9, 10), normalize, points)
 
 
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 def test_flat_pictures_go_to_the_first_pixel(normalize):
     query_map, key_map = maps(4, (2, 2), (3, 2))
-    key_map[:] = key_map[:, :1, :1]
+    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    key_map = torch.zeros_like(key_map)
+    key_map[0] = 1
     similarity, index = run(query_map, key_map, (4, 5), (7, 6), normalize)
     values, _ = table(query_map, key_map, (4, 5), (7, 6), normalize)
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=1e-5)
-    if normalize != "pixel":
-        assert bool((index == 0).all())
+    assert bool((index == 0).all())
 
 
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
