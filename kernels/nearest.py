@@ -579,15 +579,24 @@ def rescore_kernel(
         _write_sorted(value, found, similarity_out, index_out, row.to(tl.int64), k, PLACES)
 
 
-def default_tile(channels: int, itemsize: int, places: int, window: bool, capability: tuple[int, int]) -> Tile:
-    """The tile where nothing was measured; ``accumulators`` counts for nothing here."""
-    depth = max(16, min(128 // itemsize, 1 << (channels - 1).bit_length()))
+def default_tile(channels: int, itemsize: int, single: bool, window: bool, capability: tuple[int, int]) -> Tile:
+    """The tile where nothing was measured; its ``accumulators`` count for nothing here.
+
+    Args:
+        channels: of a descriptor.
+        itemsize: bytes of an element that is multiplied.
+        single: one best key for each query, and no other direction.
+        window: whether only neighbours count.
+        capability: of the device.
+    """
+    depth = max(16, min(64, 1 << (channels - 1).bit_length()))
     if itemsize == 4:
-        # Three products of each element, from registers.
-        return Tile(64, 64, 1, min(depth, 32), 4, 2)
-    # Hopper and later keep the sums of a wide tile in few threads; a list, or a window's distances, takes the room.
-    wide = capability >= (9, 0) and places <= 2 and not window
-    tile = Tile(128, 256 if wide and places == 1 else 128, 1, depth, 8, 4)
+        # Three products of each element, all from registers.
+        return Tile(32, 64, 1, 16, 4, 2) if window and capability < (9, 0) else Tile(64, 64, 1, 16, 8, 2)
+    # On Hopper the sums of a wide tile fit, where little else is kept beside them.
+    wide = single and not window and (9, 0) <= capability < (10, 0)
+    columns = 64 if window else 256 if wide else 128
+    tile = Tile(128, columns, 1, depth, 8, 4)
     while (tile.rows + tile.columns) * tile.depth * itemsize * tile.stages > shared_memory(capability) - (24 << 10):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(depth=tile.depth // 2)
     return tile
@@ -595,7 +604,7 @@ def default_tile(channels: int, itemsize: int, places: int, window: bool, capabi
 
 def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
     """Tiles worth measuring for one best key in half precision."""
-    depth = default_tile(channels, 2, 1, False, capability).depth
+    depth = default_tile(channels, 2, True, False, capability).depth
     tiles = [
         Tile(rows, columns, 1, depth // shrink, warps, stages)
         for rows, columns, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (256, 128, 8))

@@ -77,7 +77,8 @@ def _cpu_native() -> Part:
 def _triton() -> Part:
     # Imported only here: Triton is optional and slow to load.
     runs, reason = import_module("lift_fast.kernels").can_run()
-    return Part("triton", runs, f"{reason}: LiFT forward pass, label propagation" if runs else reason)
+    parts = "LiFT forward pass, nearest, dense_match, label propagation"
+    return Part("triton", runs, f"{reason}: {parts}" if runs else reason)
 
 
 def _cuda_native() -> Part:

@@ -19,13 +19,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lift_fast import LiFT, tuning
-from lift_fast.kernels import head, image_encoder, launch, propagate_labels, tiles, upsample
-from lift_fast.ops import gpu_plan
+from lift_fast.kernels import dense_match, head, image_encoder, launch, nearest, propagate_labels, tiles, upsample
+from lift_fast.ops import dense_match as dense_match_op
+from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
 from lift_fast.plan import build_plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CPU = torch.device("cpu")
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 class Recorder:
@@ -58,7 +66,7 @@ def compile_call(kernel, args, options, capability):
             # The launcher, too, compiles a kernel of its own for integers that are 1.
             signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -107,28 +115,62 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
     return found
 
 
-def propagation(channels, grid, frames, batch, k, objects):
+def nearest_launches(
+    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False
+):
+    """(kernel, args, options) of one call; each kernel once for each set of options."""
+    names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
+    recorders = [Recorder(nearest, name) for name in names]
+    launch.capability = lambda device: divmod(capability, 10)
+    query, key = (torch.empty(1, count, channels, dtype=dtype, device="meta") for count in (n, m))
+    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    found = {}
+    for recorder in recorders:
+        setattr(nearest, recorder.name, recorder.kernel)
+        for args, options in recorder.calls:
+            found.setdefault((recorder.name, *sorted(options.items())), (recorder.kernel, args, options))
+    return list(found.values())
+
+
+def dense_match_launches(grid, size, normalize, points, capability, dtype=torch.float32):
+    """The same for every pixel (``points`` None) or some points of one picture, matched to itself."""
+    recorder = Recorder(dense_match, "match_kernel")
+    picture = dense_match_op._picture(torch.randn(8, *grid, dtype=dtype), tuple(size), normalize, True)
+    at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
+    dense_match_gpu.match_gpu(picture, picture, at, normalize == "pixel")
+    dense_match.match_kernel = recorder.kernel
+    args, options = recorder.calls[0]
+    return [(recorder.kernel, args, options)]
+
+
+def propagation_launches(channels, grid, frames, batch, k, objects, dtype, capability):
     """(kernel, args, options) of one label propagation."""
+    launch.capability = lambda device: divmod(capability, 10)
     recorder = Recorder(propagate_labels, "propagate_labels_kernel")
     n, m = grid[0] * grid[1], frames * grid[0] * grid[1]
     shapes = ((n, channels), (m, channels), (n,), (m,), (m, objects))
-    tensors = [torch.empty(batch, *shape, device="meta") for shape in shapes]
+    tensors = [torch.empty(batch, *shape, dtype=dtype, device="meta") for shape in shapes]
     propagate_labels.propagate_labels(*tensors, [12, *grid, *grid], k, 0.1)
     propagate_labels.propagate_labels_kernel = recorder.kernel
     return [(recorder.kernel, args, options) for args, options in recorder.calls]
+
+
+OPERATORS = {
+    "lift_forward": launches,
+    "nearest": nearest_launches,
+    "dense_match": dense_match_launches,
+    "propagate_labels": propagation_launches,
+}
 
 
 def main(cases):
     os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
     results = []
     for case in cases:
+        dtype = getattr(torch, case.pop("dtype"))
         capability = case["capability"]
-        if "objects" in case:
-            found = propagation(**{name: value for name, value in case.items() if name != "capability"})
-        else:
-            dtype = getattr(torch, case.pop("dtype"))
-            found = launches(dtype=dtype, **case)
-        for kernel, args, options in found:
+        record = OPERATORS[case.pop("operator", "lift_forward")]
+        for kernel, args, options in record(dtype=dtype, **case):
             resources = compile_call(kernel, args, options, capability)
             limit = tiles.shared_memory(divmod(capability, 10))
             results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})

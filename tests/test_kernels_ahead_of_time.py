@@ -29,17 +29,41 @@ CASES = [
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 100},
     {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 100},
 ]
+# One direction, both, a list, a window, and the searches of float32; sets as large as matching pictures needs them.
+LARGE = {"operator": "nearest", "n": 50176, "m": 50176, "channels": 384}
+WINDOW = {"operator": "nearest", "n": 3136, "m": 7 * 3136, "channels": 384, "window": [12, 56, 56, 56, 56], "k": 5}
+DENSE = {"operator": "dense_match", "grid": [56, 56], "size": [448, 448], "dtype": "float32"}
+MATCHING = [
+    *({**LARGE, "dtype": "bfloat16", "capability": capability} for capability in (80, 90, 100)),
+    *({**LARGE, "dtype": "bfloat16", "capability": capability, "mutual": True} for capability in (80, 90, 100)),
+    *({**LARGE, "dtype": "float32", "capability": capability} for capability in (80, 90, 100)),
+    {**LARGE, "dtype": "float16", "capability": 90, "ratio": 0.9},
+    {**LARGE, "dtype": "bfloat16", "capability": 90, "k": 32},
+    {**LARGE, "dtype": "float32", "capability": 90, "k": 5, "normalize": False},
+    {**LARGE, "dtype": "float16", "capability": 86, "channels": 33, "k": 5, "mutual": True},
+    *({**WINDOW, "dtype": "bfloat16", "capability": capability} for capability in (80, 90, 100)),
+    *({**WINDOW, "dtype": "float32", "capability": capability} for capability in (80, 90)),
+    *(
+        {**DENSE, "normalize": normalize, "points": points, "capability": capability}
+        for capability in (80, 90, 100)
+        for normalize in ("grid", "pixel")
+        for points in (None, 30)
+    ),
+    {**DENSE, "grid": [100, 100], "size": [1600, 1600], "normalize": "pixel", "points": None, "capability": 90},
+]
 
 
 # Label propagation: a step of DAVIS 2017 at patch 8 with small and with wide patches, many matches and objects.
 PROPAGATIONS = [
     {
+        "operator": "propagate_labels",
         "channels": 384,
         "grid": (56, 56),
         "frames": 8,
         "batch": batch,
         "k": k,
         "objects": objects,
+        "dtype": "float32",
         "capability": capability,
     }
     for capability in (80, 90, 100)
@@ -47,7 +71,17 @@ PROPAGATIONS = [
 ]
 # Integers that are 1 become constants of the kernel.
 PROPAGATIONS += [
-    {"channels": 3, "grid": (1, 1), "frames": 1, "batch": 1, "k": 1, "objects": 1, "capability": 90},
+    {
+        "operator": "propagate_labels",
+        "channels": 3,
+        "grid": (1, 1),
+        "frames": 1,
+        "batch": 1,
+        "k": 1,
+        "objects": 1,
+        "dtype": "float32",
+        "capability": 90,
+    },
 ]
 
 
@@ -62,6 +96,11 @@ def compile_all(cases):
 @pytest.fixture(scope="module")
 def compiled():
     return compile_all(CASES)
+
+
+@pytest.fixture(scope="module")
+def matching():
+    return compile_all(MATCHING)
 
 
 def test_every_kernel_compiles_for_every_target(compiled):
@@ -90,6 +129,27 @@ def test_products_run_on_tensor_cores(compiled):
 def test_loads_are_in_flight_during_the_products(compiled):
     stages = [one for one in compiled if one["kernel"] in ("upsample_kernel", "head_kernel") and one["channels"] == 384]
     assert [one for one in stages if not one["async copies"]] == []
+
+
+def test_matching_compiles_for_every_target(matching):
+    kernels = {(one["kernel"], one["capability"]) for one in matching}
+    names = "prepare search finish mutual blocks rescore match".split()
+    assert kernels >= {(f"{name}_kernel", capability) for name in names for capability in (80, 90, 100)}
+
+
+def test_matching_keeps_to_its_registers_and_shared_memory(matching):
+    assert [one for one in matching if one["local"] or one["shared"] > one["shared limit"]] == []
+    # A few addresses.
+    assert [one for one in matching if one["stack"] > 128] == []
+    hopper = [one for one in matching if one["capability"] == 90]
+    assert [one for one in hopper if one["stack"]] == []
+
+
+def test_searches_run_on_tensor_cores(matching):
+    searches = [one for one in matching if one["kernel"] in ("search_kernel", "blocks_kernel", "mutual_kernel")]
+    assert [one for one in searches if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
+    half = [one for one in searches if one["capability"] == 90 and one["channels"] == 384]
+    assert [one for one in half if not one["wgmma"] or not one["async copies"]] == []
 
 
 def test_label_propagation_compiles_for_every_target():

@@ -84,7 +84,9 @@ def nearest_gpu(
     copy = torch.float16 if searched else None if exact else query.dtype
     capability = kernel.launch.capability(query.device)
     itemsize = 4 if copy is None else 2
-    tile = kernel.default_tile(query.shape[2], itemsize, depth, window is not None, capability)
+    # Both directions come from one pass where tiles of queries are in the order of the queries.
+    both = mutual and copy is not None and window is None and depth <= 2
+    tile = kernel.default_tile(query.shape[2], itemsize, depth == 1 and not both, window is not None, capability)
     queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
     keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
     back = good = None
@@ -93,8 +95,6 @@ def nearest_gpu(
         if mutual:
             back = _search_float32(keys, queries, 1)[1][:, :, 0]
     else:
-        # Both directions from one pass where tiles are compared in the order of the queries.
-        both = mutual and copy is not None and window is None and depth <= 2
         best, index, found = _search(queries, keys, depth, forward, both)
         if both:
             assert found.back is not None
@@ -136,7 +136,8 @@ def _search(
 
     device, channels = query.given.device, query.given.shape[2]
     itemsize = 4 if query.copy is None else 2
-    tile = kernel.default_tile(channels, itemsize, depth, window is not None, kernel.launch.capability(device))
+    single = depth == 1 and not both
+    tile = kernel.default_tile(channels, itemsize, single, window is not None, kernel.launch.capability(device))
     similarity, index = _empty(query, depth)
     found = kernel.search(query, key, depth, tile, window, both)
     kernel.finish(query, key, found, similarity, index)
@@ -150,8 +151,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
     similarity, index = _empty(query, depth)
     device, (batch, n, channels) = query.given.device, query.given.shape
     capability = kernel.launch.capability(device)
-    tile = kernel.default_tile(channels, 2, 1, False, capability)
-    last = kernel.default_tile(channels, 4, depth, False, capability)
+    tile = kernel.default_tile(channels, 2, True, False, capability)
+    last = kernel.default_tile(channels, 4, depth == 1, False, capability)
     # Small blocks leave little to evaluate, but a portion must fill the device.
     block = 32
     while block < tile.columns and _BOUNDS_BUDGET * block < 4 * key.bias.shape[1] * 64 * tile.rows:
