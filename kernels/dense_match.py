@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -144,14 +143,8 @@ def _visit(
     if scale is None:
         # Linear in each direction: one of the four outermost pixels is the largest.
         for end in tl.static_range(4):
-            if end < 2:
-                y = first_y
-            else:
-                y = end_y - 1
-            if end % 2 == 0:
-                x = first_x
-            else:
-                x = end_x - 1
+            y = first_y if end < 2 else end_y - 1
+            x = first_x if end % 2 == 0 else end_x - 1
             share_y, share_x = tl.load(y_weight + y), tl.load(x_weight + x)
             value = (near + across * share_y) + (along + mixed * share_y) * share_x
             best, index = _better(value, y * pixels_x + x, best, index)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
 from .launch import device_guard
 from .tiles import Tile, shared_memory
 
@@ -296,10 +295,7 @@ def search_kernel(
             query_row, key_row, q_shift, q_scale, k_shift, k_scale, channels, COPIED, NORMALIZED, WIDTH, ROWS,
             COLUMNS, DEPTH, STAGES, PREC
         )  # fmt: skip
-        if COPIED:
-            v = acc * k_scale[None, :] + k_bias[None, :]
-        else:
-            v = acc + k_bias[None, :]
+        v = acc * k_scale[None, :] + k_bias[None, :] if COPIED else acc + k_bias[None, :]
         if not NORMALIZED or not COPIED:
             # What overflows, or holds NaN, takes no part.
             v = tl.where(tl.abs(acc) < _INFINITY, v, -_INFINITY)
@@ -620,9 +616,7 @@ def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
 _PADDING = 256
 
 
-def prepare(
-    given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16, measured: bool = False
-) -> Rows:
+def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16, measured: bool = False) -> Rows:
     """Norms of descriptors, which of them take part, and their copy for the tensor cores.
 
     Args:
@@ -879,7 +873,7 @@ def rescore(
     similarity: Tensor,
     index: Tensor,
 ) -> None:
-    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` those left to :func:`search`.
+    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` those it leaves.
 
     Args:
         query, key: as for :func:`block_maxima`.

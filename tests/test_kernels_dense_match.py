@@ -12,7 +12,7 @@ from lift_fast.ops import dense_match_gpu
 from lift_fast.testing import poisoned_outputs
 
 pytest.importorskip("triton")
-from lift_fast.kernels import dense_match as kernel  # noqa: E402
+from lift_fast.kernels import dense_match as kernel
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""``nearest``'s Triton kernels against float64 brute force: on a GPU where there is one, else in Triton's interpreter."""
+"""``nearest``'s Triton kernels against float64 brute force: on a GPU where there is one, else interpreted."""
 
 import os
 
@@ -11,8 +11,8 @@ from lift_fast.ops import nearest_gpu
 from lift_fast.testing import poisoned_outputs
 
 pytest.importorskip("triton")
-from lift_fast.kernels import nearest as kernel  # noqa: E402
-from lift_fast.kernels import tiles  # noqa: E402
+from lift_fast.kernels import nearest as kernel
+from lift_fast.kernels import tiles
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -213,7 +213,10 @@ def test_default_tiles_fit(capability, channels, single, itemsize):
         staged = (tile.rows + tile.columns) * tile.depth * itemsize * tile.stages
         assert staged <= tiles.shared_memory(capability)
         assert tile.depth >= 16
-    assert all((t.rows + t.columns) * t.depth * 2 * t.stages <= tiles.shared_memory(capability) for t in kernel.candidates(channels, capability))
+    assert all(
+        (t.rows + t.columns) * t.depth * 2 * t.stages <= tiles.shared_memory(capability)
+        for t in kernel.candidates(channels, capability)
+    )
 
 
 def test_what_it_leaves_to_the_plain_version(monkeypatch):

@@ -28,8 +28,10 @@ def can_run(query: Picture, key: Picture) -> tuple[bool, str]:
     device = query.tokens.device
     if device.type != "cuda":
         return False, f"the maps are on {device}, not on a CUDA device"
-    return fits(query, key) if gpu_plan.can_run(device, query.tokens.dtype)[0] else gpu_plan.can_run(
-        device, query.tokens.dtype
+    return (
+        fits(query, key)
+        if gpu_plan.can_run(device, query.tokens.dtype)[0]
+        else gpu_plan.can_run(device, query.tokens.dtype)
     )
 
 

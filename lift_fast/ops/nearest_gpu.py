@@ -1,12 +1,9 @@
 """``nearest`` on the GPU: which kernels serve which request, and in which order they run.
 
-============================== =========================================================================================
-request                        how
-============================== =========================================================================================
-bfloat16, float16              one pass of tensor-core products of the descriptors as given; ``mutual`` in that same pass
-float32, cosines               float16 search, then float32 for what can win; ``mutual``: once more from the keys' side
-float32, window or dot product three TF32 products for each float32 product
-============================== =========================================================================================
+* bfloat16 and float16: one pass of tensor-core products of the descriptors as given, ``mutual`` in that same pass unless
+  a window or more than two matches are asked for; otherwise a second pass from the keys' side.
+* float32, cosines: a float16 search with measured bounds, then float32 for what can win; ``mutual`` as a second search.
+* float32 with a window or without ``normalize``, and small sets: three TF32 products for each float32 product.
 
 Beside its results a call needs half-precision copies of both sets, 64 MB for the float32 search, and a few numbers for
 each descriptor. It never waits for the device.
@@ -38,8 +35,10 @@ def can_run(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tup
     """Whether the kernels serve this request, and the reason if not. ``query [B, N, C]``, ``key [B, M, C]``."""
     if query.device.type != "cuda":
         return False, f"the descriptors are on {query.device}, not on a CUDA device"
-    return fits(query, key, k, window) if gpu_plan.can_run(query.device, query.dtype)[0] else gpu_plan.can_run(
-        query.device, query.dtype
+    return (
+        fits(query, key, k, window)
+        if gpu_plan.can_run(query.device, query.dtype)[0]
+        else gpu_plan.can_run(query.device, query.dtype)
     )
 
 
@@ -129,9 +128,7 @@ def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
     return similarity, torch.empty_like(similarity, dtype=torch.int64)
 
 
-def _search(
-    query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool
-) -> tuple[Tensor, Tensor, Found]:
+def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool) -> tuple[Tensor, Tensor, Found]:
     from ..kernels import nearest as kernel
 
     device, channels = query.given.device, query.given.shape[2]
@@ -178,4 +175,4 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
 def _only(rows: Rows, b: int) -> Rows:
     """One pair of the batch."""
     parts = (None if part is None else part[b : b + 1] for part in rows[:-1])
-    return type(rows)(*parts, rows.normalized)  # type: ignore[arg-type]
+    return type(rows)(*parts, rows.normalized)
