@@ -261,11 +261,8 @@ def search_kernel(
     q_shift = tl.load(query_shift + aux)
     q_scale = tl.load(query_scale + aux)
     q_bias = tl.load(query_bias + aux)
-    if COPIED:
-        query_row = query + aux * WIDTH
-    else:
-        # Rows past the end are read as the last one.
-        query_row = query + (batch * n + tl.minimum(row, n - 1)) * channels
+    # Rows past the end are read as the last one.
+    query_row = query + (aux * WIDTH if COPIED else (batch * n + tl.minimum(row, n - 1)) * channels)
 
     best = tl.full((ROWS,), -_INFINITY, dtype=tl.float32)
     best_index = tl.full((ROWS,), FREE, dtype=tl.int32)

@@ -1,7 +1,7 @@
 """``nearest`` on the GPU: which kernels serve which request, and in which order they run.
 
-* bfloat16 and float16: one pass of tensor-core products of the descriptors as given, ``mutual`` in that same pass unless
-  a window or more than two matches are asked for; otherwise a second pass from the keys' side.
+* bfloat16 and float16: one pass of tensor-core products of the descriptors as given, ``mutual`` in that pass unless
+  there is a window or more than two matches are asked for; then in a second pass, from the keys' side.
 * float32, cosines: a float16 search with measured bounds, then float32 for what can win; ``mutual`` as a second search.
 * float32 with a window or without ``normalize``, and small sets: three TF32 products for each float32 product.
 
@@ -72,6 +72,7 @@ def nearest_gpu(
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
     """
+    from ..kernels import launch
     from ..kernels import nearest as kernel
 
     query, key = query.contiguous(), key.contiguous()
@@ -81,7 +82,7 @@ def nearest_gpu(
     exact = query.dtype == torch.float32
     searched = exact and normalize and window is None and (fast or query.shape[1] * key.shape[1] >= _SMALL)
     copy = torch.float16 if searched else None if exact else query.dtype
-    capability = kernel.launch.capability(query.device)
+    capability = launch.capability(query.device)
     itemsize = 4 if copy is None else 2
     # Both directions come from one pass where tiles of queries are in the order of the queries.
     both = mutual and copy is not None and window is None and depth <= 2
@@ -129,12 +130,13 @@ def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool) -> tuple[Tensor, Tensor, Found]:
+    from ..kernels import launch
     from ..kernels import nearest as kernel
 
     device, channels = query.given.device, query.given.shape[2]
     itemsize = 4 if query.copy is None else 2
     single = depth == 1 and not both
-    tile = kernel.default_tile(channels, itemsize, single, window is not None, kernel.launch.capability(device))
+    tile = kernel.default_tile(channels, itemsize, single, window is not None, launch.capability(device))
     similarity, index = _empty(query, depth)
     found = kernel.search(query, key, depth, tile, window, both)
     kernel.finish(query, key, found, similarity, index)
@@ -143,11 +145,12 @@ def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: b
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
     """Cosines of float32 descriptors: bounds from float16 products, then float32 where they leave the match open."""
+    from ..kernels import launch
     from ..kernels import nearest as kernel
 
     similarity, index = _empty(query, depth)
     device, (batch, n, channels) = query.given.device, query.given.shape
-    capability = kernel.launch.capability(device)
+    capability = launch.capability(device)
     tile = kernel.default_tile(channels, 2, True, False, capability)
     last = kernel.default_tile(channels, 4, depth == 1, False, capability)
     # Small blocks leave little to evaluate, but a portion must fill the device.
