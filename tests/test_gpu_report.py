@@ -100,7 +100,10 @@ def test_rehearsal(tmp_path):
     assert all(row["error"] <= row["limit"] for row in content["equality"])
     assert {row["encoder"] for row in content["image encoders"]} == {"triton"}
     assert {row["what"] for row in content["forward"]} >= {"image encoder", "upsample", "head", "forward"}
+    assert all(row["error"] <= row["limit"] for row in content["matching"]["errors"])
+    assert {row["what"] for row in content["matching"]["times"]} >= {"nearest bf16, mutual", "nearest fp32"}
     text = (tmp_path / "r.md").read_text()
+    assert "## Matching" in text
     assert "REHEARSAL" in text
     assert (tmp_path / "r.png").stat().st_size > 1000
 

@@ -27,6 +27,7 @@ def markdown(state: State) -> str:
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
     for row in state.results.get("forward", []):
         lines.append(_row(row))
+    lines += _matching(state.results.get("matching", {}))
     errors = state.results.get("equality", [])
     lines += ["", "## Equality with the plain module in float64, worst relative errors", ""]
     for kernel in dict.fromkeys(row["kernel"] for row in errors):
@@ -38,6 +39,25 @@ def markdown(state: State) -> str:
     for title, entries in (("Failures", state.failures), ("Skipped", state.skipped)):
         lines += ["", f"## {title}", "", *(f"* {entry}" for entry in entries or ["none"])]
     return "\n".join(lines) + "\n"
+
+
+def _matching(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    lines = [
+        "",
+        "## Matching",
+        "",
+        "| what | ms | TFLOP/s | of matmul | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["times"]:
+        rate = f"{row['TFLOP/s']:.0f}" if "TFLOP/s" in row else ""
+        share = f"{row['of matmul']:.0%}" if "of matmul" in row else ""
+        peak = "" if row.get("peak bytes") is None else f"{row['peak bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['what']} | {row['ms']:.3f} | {rate} | {share} | {peak} |")
+    worst = max((row["error"] for row in results["errors"]), default=0.0)
+    return [*lines, "", f"Worst error against float64, {len(results['errors'])} cases: {worst:.1e}"]
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -1,0 +1,284 @@
+"""Matching: ``nearest`` and ``dense_match`` against brute force, and against what people run today."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lift_fast
+from lift_fast.ops import dense_match as dense_op
+from lift_fast.ops import dense_match_gpu, nearest_gpu
+from lift_fast.ops.nearest import nearest_plain
+from lift_fast.testing import poisoned_outputs
+
+from .clock import milliseconds
+from .state import State
+
+# Sets of this many descriptors: all pixels of a quarter of a 448-pixel picture; width of ViT-S.
+LARGE, CHANNELS = 50176, 384
+# (N, M, C, options): primes, one row, more matches than keys, windows beyond the grid, every path.
+CASES: list[tuple[int, int, int, dict[str, Any]]] = [
+    (1031, 3137, 384, {"mutual": True}),
+    (997, 20011, 193, {"ratio": 0.95, "mutual": True}),
+    (1, 77, 5, {"k": 3}),
+    (31, 7, 33, {"k": 9}),
+    (4099, 5003, 64, {"k": 5}),
+    (777, 1013, 48, {"normalize": False}),
+    (13 * 17, 3 * 13 * 17, 32, {"k": 5, "window": [3, 13, 17, 13, 17], "mutual": True}),
+    (12 * 10, 7 * 9, 16, {"window": [40, 12, 10, 7, 9]}),
+]
+TINY: list[tuple[int, int, int, dict[str, Any]]] = [(3, 17, 5, {"mutual": True}), (2, 5, 3, {"k": 2})]
+MAPS = [((14, 11), (13, 17), (97, 80), (101, 131)), ((1, 3), (2, 2), (5, 7), (6, 3))]
+TINY_MAPS = [((2, 2), (2, 1), (3, 4), (4, 3))]
+# Of the descriptors' products; beyond float32's rounding, as the largest of many thousands is compared.
+LIMIT = 5e-6
+# What publishes an exact search on the GPU; importable or listed as not installed.
+PEERS = ("faiss", "flash_kmeans", "pykeops")
+
+
+@torch.no_grad()
+def run(state: State) -> None:
+    """Writes ``matching``: errors, times, memory; and judges the goals."""
+    results: dict[str, Any] = {"errors": [], "times": []}
+    state.results["matching"] = results
+    dtypes = [torch.float32, torch.float16] + ([] if state.rehearse else [torch.bfloat16])
+    torch.manual_seed(state.seed)
+    for case in TINY if state.rehearse else CASES:
+        for dtype in dtypes:
+            _judge_error(state, f"nearest {case} {dtype}", nearest_error(*case, dtype, state.device))
+    for maps in TINY_MAPS if state.rehearse else MAPS:
+        for normalize in ("grid", "pixel", "none"):
+            _judge_error(state, f"dense_match {maps} {normalize}", dense_error(*maps, normalize, state.device))
+    print(f"worst error: {max(row['error'] for row in results['errors']):.1e}")
+    _time_nearest(state, results["times"])
+    _time_dense(state, results["times"])
+    for row in results["times"]:
+        share = f"  {row['TFLOP/s']:.0f} TFLOP/s" if "TFLOP/s" in row else ""
+        peak = f"  {row['peak bytes'] / 1e6:.0f} MB" if row.get("peak bytes") is not None else ""
+        print(f"{row['what']:58} {row['ms']:10.3f} ms{share}{peak}", flush=True)
+    _goals(state, {row["what"]: row for row in results["times"]})
+
+
+def _judge_error(state: State, name: str, error: float) -> None:
+    state.results["matching"]["errors"].append({"case": name, "error": error, "limit": LIMIT})
+    if not error <= LIMIT:
+        state.failures.append(f"matching: {name}: {error:.2e} > {LIMIT:.0e}")
+
+
+def nearest_error(
+    n: int, m: int, channels: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> float:
+    """How far the chosen keys, and the similarities given, are from the best in float64; infinite for a wrong form."""
+    arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
+    query, key = (torch.randn(1, count, channels, device=device).to(dtype) for count in (n, m))
+    with poisoned_outputs():
+        similarity, index, _ = nearest_gpu.nearest_gpu(query, key, **arguments)
+    exact = nearest_plain(query.double(), key.double(), **arguments)[0]
+    there = torch.isfinite(exact)
+    if not torch.equal(index >= 0, there):
+        return float("inf")
+    rows = query.double().expand(index.shape[2], -1, -1).permute(1, 0, 2), key[0][index[0].clamp_min(0)].double()
+    if arguments["normalize"]:
+        rows = F.normalize(rows[0], dim=-1), F.normalize(rows[1], dim=-1)
+    chosen = (rows[0] * rows[1]).sum(-1)[None]
+    scale = exact[there].abs().max().clamp_min(1)
+    errors = torch.stack([(chosen - exact)[there].abs().max(), (similarity.double() - exact)[there].abs().max()])
+    return float(errors.nan_to_num(torch.inf).max() / scale)
+
+
+def dense_error(
+    grid: tuple[int, int],
+    other: tuple[int, int],
+    size: tuple[int, int],
+    other_size: tuple[int, int],
+    normalize: str,
+    device: torch.device,
+) -> float:
+    """The same for every pixel of a picture."""
+    maps = torch.randn(24, *grid, device=device), torch.randn(24, *other, device=device)
+    # Positive: norms that nearly cancel would magnify rounding.
+    query, key = (
+        dense_op._picture(cells.abs(), s, normalize, True) for cells, s in zip(maps, (size, other_size), strict=True)
+    )
+    with poisoned_outputs():
+        similarity, _ = dense_match_gpu.match_gpu(query, key, None, normalize == "pixel")
+    wide = tuple(picture._replace(tokens=picture.tokens.double()) for picture in (query, key))
+    exact, _ = dense_op._match(*wide, None, normalize == "pixel", True)
+    scale = exact.abs().max().clamp_min(1)
+    return float((similarity.double() - exact).abs().nan_to_num(torch.inf).max() / scale)
+
+
+def _chunked(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What people write: normalise, multiply in portions, take the maximum."""
+    unit, keys = F.normalize(query, dim=-1), F.normalize(key, dim=-1).t()
+    parts = [(part @ keys).max(dim=1) for part in unit.split(4096)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def _peak(state: State, call: Callable[[], Any]) -> int | None:
+    """Bytes beyond what existed before."""
+    if state.device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _row(state: State, what: str, call: Callable[[], Any], flops: float | None = None) -> dict[str, Any]:
+    row: dict[str, Any] = {"what": what, "ms": milliseconds(call, [()], state.device, seconds=0.5)}
+    row["peak bytes"] = _peak(state, call)
+    if flops is not None:
+        row["TFLOP/s"] = flops / row["ms"] / 1e9
+        ceilings = state.results.get("ceilings")
+        if ceilings and not state.rehearse:
+            row["of matmul"] = flops / (row["ms"] / 1e3) / ceilings["bf16 flops per second"]
+    return row
+
+
+def _time_nearest(state: State, rows: list[dict[str, Any]]) -> None:
+    count, channels = (20, 8) if state.rehearse else (LARGE, CHANNELS)
+    flops = 2.0 * count * count * channels
+    exact = torch.randn(2, count, channels, device=state.device)
+    half = exact.to(torch.float16 if state.rehearse else torch.bfloat16)
+
+    def ours(pair: Tensor, **options: Any) -> Callable[[], Any]:
+        arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
+        return lambda: nearest_gpu.nearest_gpu(pair[:1], pair[1:], **arguments)
+
+    rows.append(_row(state, "nearest bf16", ours(half), flops))
+    rows.append(_row(state, "nearest bf16, mutual", ours(half, mutual=True), flops))
+    rows.append(_row(state, "nearest bf16, ratio", ours(half, ratio=0.9), flops))
+    rows.append(_row(state, "nearest bf16, k 5", ours(half, k=5), flops))
+    rows.append(_row(state, "nearest fp32", ours(exact), flops))
+    rows.append(_row(state, "nearest fp32, mutual", ours(exact, mutual=True), flops))
+    rows.append(_row(state, "nearest fp32, fast", ours(exact, fast=True), flops))
+    if not state.rehearse:
+        _time_tiles(state, rows, half, flops)
+    rows.append(_row(state, "chunked matmul + max, bf16", lambda: _chunked(*half), flops))
+    rows.append(_row(state, "chunked matmul + max, fp32", lambda: _chunked(*exact), flops))
+    if not state.rehearse:
+        if state.left() < 90:
+            state.skipped.append("matching: torch.compile of chunked matmul + max: no time left")
+        else:
+            compiled = torch.compile(_chunked)
+            rows.append(_row(state, "chunked matmul + max, bf16, compiled", lambda: compiled(*half), flops))
+            torch._dynamo.reset()
+    _time_peers(state, rows, exact, half, flops)
+    side, frames = (3, 2) if state.rehearse else (56, 7)
+    some = half[:, : side * side]
+    video = torch.randn(1, frames * side * side, channels, device=state.device).to(half.dtype)
+    window = [1 if state.rehearse else 12, side, side, side, side]
+    rows.append(
+        _row(
+            state,
+            f"nearest bf16, {side} x {side} against {frames} frames, radius {window[0]}, k 5",
+            lambda: nearest_gpu.nearest_gpu(some[:1], video, 5, False, None, window, True),
+        )
+    )
+
+
+def _time_tiles(state: State, rows: list[dict[str, Any]], half: Tensor, flops: float) -> None:
+    """The search kernel alone with every tile worth measuring: what the default should be."""
+    from lift_fast.kernels import launch, nearest
+
+    expected = None
+    for tile in nearest.candidates(half.shape[2], launch.capability(state.device)):
+        if state.left() < 150:
+            state.skipped.append("matching: further tiles: no time left")
+            return
+        for both in (False, True):
+            name = f"tile {tuple(tile)}{', mutual' if both else ''}"
+            try:
+                query, key = (nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half)
+                found = nearest.search(query, key, 1, tile, mutual=both)
+                similarity = found.values.amax(1)
+                expected = similarity if expected is None else expected
+                if not torch.allclose(similarity, expected, rtol=1e-4):
+                    state.failures.append(f"matching: {name}: another result")
+                    continue
+                call = lambda: nearest.search(query, key, 1, tile, mutual=both)  # noqa: B023, E731
+                time = milliseconds(call, [()], state.device, seconds=0.1)
+            except Exception as error:  # Triton's own: out of resources, or a compiler's failure on an odd tile.
+                state.skipped.append(f"matching: {name}: {type(error).__name__}")
+                continue
+            rows.append({"what": name, "ms": time, "TFLOP/s": flops / time / 1e9})
+
+
+def _time_peers(state: State, rows: list[dict[str, Any]], exact: Tensor, half: Tensor, flops: float) -> None:
+    for name in PEERS:
+        if importlib.util.find_spec(name) is None:
+            state.skipped.append(f"matching: {name} is not installed")
+            continue
+        if state.rehearse:
+            # Some compile for minutes.
+            continue
+        try:
+            call = _peer(name, F.normalize(exact, dim=-1), F.normalize(half, dim=-1))
+            rows.append(_row(state, name, call, flops))
+        except Exception as error:  # A peer that does not run here is no failure of this package.
+            state.skipped.append(f"matching: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+
+
+def _peer(name: str, exact: Tensor, half: Tensor) -> Callable[[], Any]:
+    if name == "faiss":
+        import faiss
+        import faiss.contrib.torch_utils
+
+        resources = faiss.StandardGpuResources()
+        return lambda: faiss.knn_gpu(resources, exact[0], exact[1], 1, metric=faiss.METRIC_INNER_PRODUCT)
+    if name == "flash_kmeans":
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+        # Among unit vectors the nearest is the most similar.
+        norms = (half[:1].float() ** 2).sum(-1)
+        return lambda: euclid_assign_triton(half[:1], half[1:], norms)
+    from pykeops.torch import LazyTensor
+
+    return lambda: (LazyTensor(exact[0][:, None]) | LazyTensor(exact[1][None])).argmax(dim=1)
+
+
+def _time_dense(state: State, rows: list[dict[str, Any]]) -> None:
+    side, size, channels, count = (2, 5, 8, 3) if state.rehearse else (56, 448, CHANNELS, 30)
+    # With the neighbourhood correlation of ViT features: rough noise enlarged from half the grid.
+    rough = torch.randn(2, channels, max(1, side // 2), max(1, side // 2), device=state.device)
+    maps = F.interpolate(rough, size=(side, side), mode="bilinear") + 0.3 * torch.randn(
+        2, channels, side, side, device=state.device
+    )
+    points = torch.randint(size, (1, count, 2), device=state.device)
+
+    def ours(**options: Any) -> Callable[[], Any]:
+        return lambda: lift_fast.dense_match(maps[:1], maps[1:], (size, size), (size, size), **options)
+
+    def plain() -> Tensor:
+        query, key = F.interpolate(F.normalize(maps, dim=1), size=(size, size), mode="bilinear").flatten(2)
+        rows = points[0, :, 1] * size + points[0, :, 0]
+        return (query[:, rows].T @ key).argmax(dim=1)
+
+    rows.append(_row(state, f"dense_match, every pixel of {size}", ours()))
+    rows.append(_row(state, f"dense_match, every pixel of {size}, cosines of pixels", ours(normalize="pixel")))
+    rows.append(_row(state, f"dense_match, every pixel of {size}, mutual", ours(mutual=True)))
+    rows.append(_row(state, f"dense_match, {count} points of {size}", ours(points=points)))
+    rows.append(_row(state, f"interpolate + argmax, {count} points of {size}", plain))
+
+
+def _goals(state: State, rows: dict[str, dict[str, Any]]) -> None:
+    if state.rehearse:
+        return
+
+    def ratio(one: str, other: str) -> float | None:
+        return rows[one]["ms"] / rows[other]["ms"] if one in rows and other in rows else None
+
+    share = rows.get("nearest bf16", {}).get("of matmul")
+    state.goal("nearest bf16, share of matmul ceiling", share, 0.7, at_least=True)
+    state.goal("nearest bf16, mutual over one direction", ratio("nearest bf16, mutual", "nearest bf16"), 1.15, False)
+    time = rows.get("dense_match, every pixel of 448", {}).get("ms")
+    state.goal("dense_match, every pixel of 448, ms", time, 1.0, at_least=False)
