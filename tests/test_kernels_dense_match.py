@@ -20,7 +20,10 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIE = 1e-6
 # Of NumPy, which the interpreter computes with.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("interpreter_loops"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import gpu_plan
-from .nearest import accept
 
 if TYPE_CHECKING:
     from ..kernels.nearest import Found, Geometry, Rows
@@ -101,10 +100,15 @@ def nearest_gpu(
             good = kernel.mutual(queries, keys, index, found.back, tile) != 0
         elif mutual:
             back = _search(keys, queries, 1, backward, False)[1][:, :, 0]
-    valid = torch.stack(
-        [accept(best[b], index[b], None if back is None else back[b], ratio) for b in range(query.shape[0])]
-    )
-    return best[:, :, :k], index[:, :, :k], valid if good is None else valid & good
+    first = index[:, :, 0]
+    valid = first >= 0 if good is None else good
+    if back is not None:
+        rows = torch.arange(first.shape[1], device=first.device)
+        valid &= back.gather(1, first.clamp_min(0)) == rows
+    if ratio is not None:
+        # As in the plain version's `accept`.
+        valid &= 1 - best[:, :, 0] <= ratio**2 * (1 - best[:, :, 1])
+    return best[:, :, :k].contiguous(), index[:, :, :k].contiguous(), valid
 
 
 def _geometries(window: list[int] | None, n: int, m: int) -> tuple[Geometry | None, Geometry | None]:
