@@ -4,7 +4,8 @@ Bilinear interpolation commutes with the dot product: the similarities of one qu
 the bilinear enlargement of its similarities to the coarse key cells, so pixel descriptors are never formed. And a
 bilinear patch never exceeds its four corners, so only patches with a corner above the best value can hold the match.
 The native core goes further on the CPU: it interpolates on the query's side too, bounds all query pixels between four
-cells at once, and looks only at a patch's four outermost pixels, one of which is its largest. So does the Triton kernel.
+cells at once, and looks only at a patch's four outermost pixels, one of which is its largest. The Triton kernel does
+the same.
 """
 
 from __future__ import annotations
