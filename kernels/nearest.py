@@ -144,7 +144,8 @@ def _products(
     for step in tl.range(0, WIDTH // DEPTH, num_stages=STAGES):
         at = step * DEPTH + depth
         if COPIED:
-            a = tl.load(query_row[:, None] + at[None, :])
+            # The same rows for every tile of keys: through the first cache, for which a small stage leaves room.
+            a = tl.load(query_row[:, None] + at[None, :], cache_modifier=".ca")
             b = tl.load(key_row[None, :] + at[:, None])
         else:
             inside = at < channels
