@@ -151,6 +151,29 @@ def test_float32_search_in_float16(options, most_blocks, monkeypatch):
     check(query, key, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"mutual": True}, {"mutual": True, "ratio": 0.98}, {"k": 3}, {"window": [2, 5, 9, 5, 9], "mutual": True}],
+    ids=str,
+)
+def test_many_tiles(options, dtype, monkeypatch):
+    """Duplicates in several tiles of queries and of keys."""
+    monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
+    monkeypatch.setattr(kernel, "default_tile", lambda *_: tiles.Tile(16, 32, 1, 16, 4, 2))
+    query, key = sets(45, 90, 12, dtype)
+    key[0, 60:70] = key[0, 5:15]
+    query[0, :10] = key[0, 5:15]
+    query[0, 30:40] = key[0, 5:15]
+    _, index, valid = check(query, key, **options)
+    if "window" not in options:
+        assert index[0, :10, 0].tolist() == index[0, 30:40, 0].tolist() == list(range(5, 15))
+        if "mutual" in options:
+            assert not bool(valid[0, 30:40].any())
+    if options == {"mutual": True}:
+        assert bool(valid[0, :10].all())
+
+
 def test_fast_compares_in_half_precision():
     check(*sets(9, 140, 24), fast=True, tie=2**-9)
 
