@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "cpu/dense_match.hpp"
 #include "cpu/map_products.hpp"
@@ -65,6 +66,29 @@ void map_products(const py::handle& descriptors, const py::handle& map, std::int
   map_products_run(call, target);
 }
 
+void map_sample(const py::handle& points, const py::handle& map, std::int64_t channel_stride, std::int64_t cell_stride,
+                std::int64_t count, std::int64_t c, const std::pair<std::int64_t, std::int64_t>& grid,
+                const std::pair<std::int64_t, std::int64_t>& size, bool normalize_cells, bool normalize_result,
+                const py::handle& descriptors, int threads) {
+  MapSampleCall call{};
+  call.points = pointer<const std::int64_t>(points);
+  call.map = pointer<const float>(map);
+  call.channel_stride = channel_stride;
+  call.cell_stride = cell_stride;
+  call.count = count;
+  call.c = c;
+  call.grid_h = grid.first;
+  call.grid_w = grid.second;
+  call.height = size.first;
+  call.width = size.second;
+  call.normalize_cells = normalize_cells;
+  call.normalize_result = normalize_result;
+  call.descriptors = pointer<float>(descriptors);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  map_sample_run(call);
+}
+
 }  // namespace
 
 void bind_dense_match(py::module_& m) {
@@ -78,6 +102,11 @@ void bind_dense_match(py::module_& m) {
         "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
         "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
         "[points] int64; -inf and -1 where every value is NaN or infinite.");
+  m.def("map_sample_f32", &map_sample, py::arg("points"), py::arg("map"), py::arg("channel_stride"),
+        py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("grid"), py::arg("size"),
+        py::arg("normalize_cells"), py::arg("normalize_result"), py::arg("descriptors"), py::arg("threads"),
+        "Bilinear interpolation of a map [c, h, w] of grid (h, w), stretched over a picture of size (H, W), at points "
+        "[count, 2] int64 (x, y): writes descriptors [count, c]. Addresses; float32 but for the points.");
   m.def("map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
         py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"),
         py::arg("table"), py::arg("threads"), py::arg("isa") = "auto",

@@ -234,6 +234,73 @@ def laid_out(cells):
     yield cells[:, None].expand(n, 2, c).flatten(1)[:, :c]
 
 
+@pytest.mark.parametrize("unnormalized", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("grid", "size"), [((1, 1), (3, 4)), ((5, 3), (40, 31)), ((2, 9), (2, 1)), ((7, 7), (7, 7))])
+def test_map_sample(grid, size, normalize, unnormalized):
+    for c in (1, 6, 33):
+        for scale in (1e-14, 1.0, 1e25):
+            cells = torch.randn(grid[0] * grid[1], c) * scale
+            at = op.pixel_grid(size, 0, size[0] * size[1], torch.device("cpu"))
+            at = at[torch.randperm(len(at))]
+            exact = unit_rows(cells.double()) if unnormalized else cells.double()
+            expected = op.sample_bilinear(exact, grid, size, at)
+            # Interpolation rounds on the scale of the longest cell; normalising magnifies that where cells cancel.
+            limit = torch.full((len(at), 1), 4e-7 * float(exact.norm(dim=1).max()), dtype=torch.float64)
+            if normalize:
+                limit /= expected.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                expected = unit_rows(expected)
+            for there in laid_out(cells):
+                with poisoned_outputs():
+                    ours = op.map_sample(op.Picture(there, grid, size, unnormalized), at, normalize)
+                assert bool(((ours.double() - expected).abs() <= limit).all()), (c, scale, there.stride())
+
+
+def test_map_sample_of_cells_that_are_not_finite():
+    cells = torch.randn(12, 4)
+    cells[5, 2], cells[11, 0] = torch.nan, torch.inf
+    at = op.pixel_grid((9, 8), 0, 72, torch.device("cpu"))
+    for unnormalized in (True, False):
+        ours = op.map_sample(op.Picture(cells, (3, 4), (9, 8), unnormalized), at, False)
+        plain = op.sample_bilinear(unit_rows(cells) if unnormalized else cells, (3, 4), (9, 8), at)
+        assert torch.equal(ours.isfinite().all(1), plain.isfinite().all(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": -1}, "negative"),
+        ({"grid": (0, 2)}, "sides"),
+        ({"size": (4, 0)}, "sides"),
+        ({"size": (3, 4)}, "inside the picture"),
+        ({"size": (4, 3)}, "inside the picture"),
+        ({"map": 0}, "null"),
+        ({"points": 0}, "null"),
+        ({"cell_stride": -1}, "strides"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_map_sample_refuses_bad_arguments(changes, message):
+    points, cells, descriptors = torch.tensor([[3, 3], [0, 0]]), torch.randn(4, 3), torch.empty(2, 3)
+    arguments = {
+        "points": points.data_ptr(),
+        "map": cells.data_ptr(),
+        "channel_stride": 1,
+        "cell_stride": 3,
+        "count": 2,
+        "c": 3,
+        "grid": (2, 2),
+        "size": (4, 4),
+        "normalize_cells": True,
+        "normalize_result": True,
+        "descriptors": descriptors.data_ptr(),
+        "threads": 1,
+    }
+    native.map_sample_f32(**arguments)
+    with pytest.raises(ValueError, match=message):
+        native.map_sample_f32(**{**arguments, **changes})
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("count", [1, 2, 5, 13])
 @pytest.mark.parametrize("normalize", [True, False])

@@ -1,7 +1,9 @@
 #include "map_products.hpp"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -33,7 +35,74 @@ MapProductsTiling tiling(CpuIsa isa) {
   return map_products_tiling_baseline();
 }
 
+struct Neighbours {
+  std::int64_t low, high;
+  float weight;  // of the higher one
+};
+
+// In float64: far from the origin float32 would leave the weight only a few correct digits.
+Neighbours neighbours(std::int64_t pixel, std::int64_t cells, std::int64_t pixels) {
+  const double scale = static_cast<double>(cells) / static_cast<double>(pixels);
+  const double last = static_cast<double>(cells - 1);
+  const double source = std::fmin(std::fmax((static_cast<double>(pixel) + 0.5) * scale - 0.5, 0.0), last);
+  const std::int64_t low = static_cast<std::int64_t>(source);
+  return {low, low + 1 < cells ? low + 1 : low, static_cast<float>(source - static_cast<double>(low))};
+}
+
+// 1 / max(norm, 1e-12), the norm in float64 so that it cannot overflow; NaN for what is not finite.
+double inverse_norm(const float* values, std::int64_t stride, std::int64_t count) {
+  double sum = 0;
+  for (std::int64_t k = 0; k < count; ++k) sum += static_cast<double>(values[k * stride]) * values[k * stride];
+  if (!(sum < std::numeric_limits<double>::infinity())) return std::numeric_limits<double>::quiet_NaN();
+  return 1.0 / std::fmax(std::sqrt(sum), 1e-12);
+}
+
+void sample_point(const MapSampleCall& call, std::int64_t point) {
+  const Neighbours x = neighbours(call.points[2 * point], call.grid_w, call.width);
+  const Neighbours y = neighbours(call.points[2 * point + 1], call.grid_h, call.height);
+  const std::int64_t cells[4] = {y.low * call.grid_w + x.low, y.low * call.grid_w + x.high,
+                                 y.high * call.grid_w + x.low, y.high * call.grid_w + x.high};
+  const double weights[4] = {(1.0 - y.weight) * (1.0 - x.weight), (1.0 - y.weight) * x.weight,
+                             y.weight * (1.0 - x.weight), static_cast<double>(y.weight) * x.weight};
+  const float* from[4];
+  double factors[4];
+  for (int i = 0; i < 4; ++i) {
+    from[i] = call.map + cells[i] * call.cell_stride;
+    // A cell that is not finite spoils the point, also with a weight of zero.
+    factors[i] = weights[i] * (call.normalize_cells ? inverse_norm(from[i], call.channel_stride, call.c) : 1.0);
+  }
+  float* to = call.descriptors + point * call.c;
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    const std::int64_t at = k * call.channel_stride;
+    to[k] = static_cast<float>((factors[0] * from[0][at] + factors[1] * from[1][at]) +
+                               (factors[2] * from[2][at] + factors[3] * from[3][at]));
+  }
+  if (!call.normalize_result) return;
+  const double inverse = inverse_norm(to, 1, call.c);
+  for (std::int64_t k = 0; k < call.c; ++k) to[k] = static_cast<float>(to[k] * inverse);
+}
+
 }  // namespace
+
+void map_sample_run(const MapSampleCall& call) {
+  constexpr std::int64_t limit = std::int64_t{1} << 31;
+  require(call.count >= 0 && call.c >= 0, "sizes must not be negative");
+  require(call.count < limit && call.c < limit, "at most 2^31 - 1 of each");
+  require(call.grid_h > 0 && call.grid_w > 0 && call.height > 0 && call.width > 0, "a map and a picture have sides");
+  require(call.grid_h < limit / call.grid_w && call.height < limit && call.width < limit, "the map is too large");
+  require(call.threads >= 1, "threads must be at least 1");
+  if (call.count == 0 || call.c == 0) return;
+  require(call.points != nullptr && call.map != nullptr && call.descriptors != nullptr,
+          "points, map and descriptors must not be null");
+  require(call.channel_stride >= 0 && call.cell_stride >= 0 && call.channel_stride < limit && call.cell_stride < limit,
+          "strides must not be negative");
+  for (std::int64_t p = 0; p < call.count; ++p) {
+    const std::int64_t x = call.points[2 * p], y = call.points[2 * p + 1];
+    require(x >= 0 && x < call.width && y >= 0 && y < call.height, "points must lie inside the picture");
+  }
+#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.count > 1)
+  for (std::int64_t p = 0; p < call.count; ++p) sample_point(call, p);
+}
 
 void map_products_run(const MapProductsCall& call, CpuIsa isa) {
   require(call.count >= 0 && call.c >= 0 && call.cells >= 0, "sizes must not be negative");

@@ -65,9 +65,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
     return unit_rows(rows) if inverse is None else rows * inverse[:, None]
 
 
-def sample_bilinear(
-    tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor, unnormalized: bool = False
-) -> Tensor:
+def sample_bilinear(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor) -> Tensor:
     """Bilinear interpolation of a map at pixels.
 
     Args:
@@ -75,15 +73,13 @@ def sample_bilinear(
         grid: ``(h, w)``.
         size: ``(H, W)``, pixels over which the map is stretched.
         points: ``[P, 2]`` int64, (x, y) pixels.
-        unnormalized: divide each cell by its norm first.
 
     Returns:
         ``[P, C]``.
     """
 
     def cell(row: Tensor, column: Tensor) -> Tensor:
-        cells = tokens[row * grid[1] + column]
-        return _unit_rows(cells) if unnormalized else cells
+        return tokens[row * grid[1] + column]
 
     x = bilinear_axis(points[:, 0], grid[1], size[1], tokens.dtype)
     y = bilinear_axis(points[:, 1], grid[0], size[0], tokens.dtype)
@@ -357,6 +353,29 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     return torch.cat(similarity), torch.cat(index)
 
 
+def map_sample(picture: Picture, points: Tensor, normalize: bool) -> Tensor:
+    """:func:`sample_bilinear` in the native core, float32: the descriptors ``[P, C]`` of pixels ``[P, 2]`` int64.
+
+    With ``normalize``, divided by max(their norm, 1e-12).
+    """
+    points, cells = points.contiguous(), picture.tokens
+    descriptors = cells.new_empty((points.shape[0], cells.shape[1]))
+    _native.require().map_sample_f32(
+        points.data_ptr(),
+        cells.data_ptr(),
+        cells.stride(1),
+        cells.stride(0),
+        *descriptors.shape,
+        picture.grid,
+        picture.size,
+        picture.unnormalized,
+        normalize,
+        descriptors.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return descriptors
+
+
 def map_products(descriptors: Tensor, cells: Tensor, normalize: bool) -> Tensor:
     """``descriptors [P, C]`` times ``cells [n, C]``, which may lie in either order, as ``[P, n]``; native, float32.
 
@@ -387,9 +406,7 @@ def _match_few(
     """By the similarities of each point's own descriptor, interpolated on the key's side alone."""
     parts = []
     for part in at.split(max(1, _TABLE_BUDGET // (4 * max(key.tokens.shape)))):
-        descriptors = sample_bilinear(query.tokens, query.grid, query.size, part, query.unnormalized)
-        if per_pixel:
-            descriptors = unit_rows(descriptors)
+        descriptors = map_sample(query, part, per_pixel)
         table = map_products(descriptors, key.tokens, key.unnormalized)
         rows = torch.arange(len(part) + 1)
         parts.append(search(table, rows[:-1, None].expand(-1, 4), rows, torch.zeros(len(part), 2)))

@@ -94,7 +94,38 @@ void products(CpuIsa isa, int count, int c, int cells, bool rows, bool normalize
   map_products_run(call, isa);
 }
 
+void sample(int count, int c, int h, int w, int height, int width, bool rows) {
+  std::unique_ptr<float[]> map(new float[c * h * w]), descriptors(new float[count * c]);
+  for (int i = 0; i < c * h * w; ++i) map[i] = i % 301 == 11 ? NAN : 0.01f * static_cast<float>(i % 37 - 18);
+  std::unique_ptr<std::int64_t[]> points(new std::int64_t[2 * count]);
+  for (int i = 0; i < count; ++i) {
+    points[2 * i] = (i * 7) % width;
+    points[2 * i + 1] = i == 0 ? height - 1 : (i * 5) % height;
+  }
+  MapSampleCall call{};
+  call.points = points.get();
+  call.map = map.get();
+  call.channel_stride = rows ? 1 : h * w;
+  call.cell_stride = rows ? c : 1;
+  call.count = count;
+  call.c = c;
+  call.grid_h = h;
+  call.grid_w = w;
+  call.height = height;
+  call.width = width;
+  call.normalize_cells = rows;
+  call.normalize_result = count % 2 == 0;
+  call.descriptors = descriptors.get();
+  call.threads = 3;
+  map_sample_run(call);
+}
+
 void all(CpuIsa isa) {
+  for (bool rows : {false, true}) {
+    sample(1, 5, 1, 1, 3, 4, rows);
+    sample(40, 7, 3, 5, 20, 31, rows);
+    sample(9, 1, 6, 2, 3, 1, rows);
+  }
   for (int count : {1, 6, 11}) {
     for (int c : {1, 3, 16, 37}) {
       for (int cells : {1, 3, 64, 131}) {
