@@ -1,4 +1,4 @@
-"""Matching: ``nearest`` and ``dense_match`` against brute force, and against what people run today."""
+"""Matching: ``nearest``, ``dense_match`` and ``propagate_labels`` against brute force and what people run today."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 import lift_fast
 from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_gpu, nearest_gpu
+from lift_fast.ops import propagate_labels as propagate_op
 from lift_fast.ops.nearest import nearest_plain
 from lift_fast.testing import poisoned_outputs
 
@@ -35,8 +36,13 @@ CASES: list[tuple[int, int, int, dict[str, Any]]] = [
 TINY: list[tuple[int, int, int, dict[str, Any]]] = [(3, 17, 5, {"mutual": True}), (2, 5, 3, {"k": 2})]
 MAPS = [((14, 11), (13, 17), (97, 80), (101, 131)), ((1, 3), (2, 2), (5, 7), (6, 3))]
 TINY_MAPS = [((2, 2), (2, 1), (3, 4), (4, 3))]
+# (grid, frames, C, labels, k, radius)
+PROPAGATIONS = [((13, 17), 3, 48, 4, 5, 3), ((29, 31), 8, 384, 7, 5, 12), ((1, 5), 2, 33, 1, 9, 40)]
+TINY_PROPAGATIONS = [((2, 3), 2, 8, 3, 2, 1)]
 # Of the descriptors' products; beyond float32's rounding, as the largest of many thousands is compared.
 LIMIT = 5e-6
+# Similarities are divided by a temperature of 0.1 and exponentiated.
+PROPAGATION_LIMIT = 1e-4
 # What publishes an exact search on the GPU; importable or listed as not installed.
 PEERS = ("faiss", "flash_kmeans", "pykeops")
 
@@ -54,9 +60,13 @@ def run(state: State) -> None:
     for maps in TINY_MAPS if state.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):
             _judge_error(state, f"dense_match {maps} {normalize}", dense_error(*maps, normalize, state.device))
+    for propagation in TINY_PROPAGATIONS if state.rehearse else PROPAGATIONS:
+        error = propagation_error(*propagation, state.device)
+        _judge_error(state, f"propagate_labels {propagation}", error, PROPAGATION_LIMIT)
     print(f"worst error: {max(row['error'] for row in results['errors']):.1e}")
     _time_nearest(state, results["times"])
     _time_dense(state, results["times"])
+    _time_propagation(state, results["times"])
     if not state.rehearse:
         _time_tiles(state, results["times"])
     for row in results["times"]:
@@ -66,10 +76,10 @@ def run(state: State) -> None:
     _goals(state, {row["what"]: row for row in results["times"]})
 
 
-def _judge_error(state: State, name: str, error: float) -> None:
-    state.results["matching"]["errors"].append({"case": name, "error": error, "limit": LIMIT})
-    if not error <= LIMIT:
-        state.failures.append(f"matching: {name}: {error:.2e} > {LIMIT:.0e}")
+def _judge_error(state: State, name: str, error: float, limit: float = LIMIT) -> None:
+    state.results["matching"]["errors"].append({"case": name, "error": error, "limit": limit})
+    if not error <= limit:
+        state.failures.append(f"matching: {name}: {error:.2e} > {limit:.0e}")
 
 
 def nearest_error(
@@ -113,6 +123,25 @@ def dense_error(
     exact, _ = dense_op._match(*wide, None, normalize == "pixel", True)
     scale = exact.abs().max().clamp_min(1)
     return float((similarity.double() - exact).abs().nan_to_num(torch.inf).max() / scale)
+
+
+def propagation_error(
+    grid: tuple[int, int], frames: int, channels: int, objects: int, k: int, radius: int, device: torch.device
+) -> float:
+    """How far propagated labels of 0 to 1 are from those in float64."""
+    count = grid[0] * grid[1]
+    query, key = (torch.randn(2, n, channels, device=device) for n in (count, frames * count))
+    labels = torch.rand(2, frames * count, objects, device=device)
+    window = [radius, *grid, *grid]
+    with poisoned_outputs():
+        ours = propagate_op.propagate_labels_triton(query, key, labels, window, k, 0.1, True)
+    exact = propagate_op.propagate_labels_plain(query.double(), key.double(), labels.double(), window, k, 0.1, True)
+    # Where the k-th and the next key are equal within rounding, either may be averaged.
+    off = (ours.double() - exact).abs().amax(-1)
+    deeper = nearest_plain(query.double(), key.double(), k + 1, False, None, window, True)[0]
+    clear = deeper[..., k - 1] - deeper[..., k] > LIMIT
+    # Missing matches leave a difference of NaN (-inf - -inf): nothing to confuse.
+    return float(off[clear | ~deeper[..., k].isfinite()].nan_to_num(torch.inf).max())
 
 
 def _chunked(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,6 +299,20 @@ def _time_dense(state: State, rows: list[dict[str, Any]]) -> None:
     rows.append(_row(state, f"dense_match, every pixel of {size}, mutual", ours(mutual=True)))
     rows.append(_row(state, f"dense_match, {count} points of {size}", ours(points=points)))
     rows.append(_row(state, f"interpolate + argmax, {count} points of {size}", plain))
+
+
+def _time_propagation(state: State, rows: list[dict[str, Any]]) -> None:
+    """A step of DAVIS 2017 at patch 8: the queue of 7 frames and the first."""
+    side, frames, channels, objects = (2, 2, 8, 2) if state.rehearse else (56, 8, CHANNELS, 4)
+    count, window = side * side, [12, side, side, side, side]
+    query, key = (torch.randn(1, n, channels, device=state.device) for n in (count, frames * count))
+    labels = torch.rand(1, frames * count, objects, device=state.device)
+    what = f"{side} x {side}, {frames} frames, radius 12, top 5"
+    for name, call in (
+        ("propagate_labels", propagate_op.propagate_labels_triton),
+        ("propagate_labels, plain", propagate_op.propagate_labels_plain),
+    ):
+        rows.append(_row(state, f"{name}, {what}", lambda: call(query, key, labels, window, 5, 0.1, True)))  # noqa: B023
 
 
 def _goals(state: State, rows: dict[str, dict[str, Any]]) -> None:
