@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("interpreter_loops")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
