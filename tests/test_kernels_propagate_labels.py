@@ -14,7 +14,11 @@ triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("interpreter_loops")
+pytestmark = [
+    pytest.mark.usefixtures("interpreter_loops"),
+    # Of NumPy, which the interpreter computes with.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
