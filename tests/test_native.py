@@ -349,6 +349,8 @@ def call(**changes):
         ({"c": -1}, "negative"),
         ({"n": 2**31}, "2147483648"),
         ({"m": 2**40}, "1099511627776"),
+        ({"c": 2**40}, "cannot exist"),
+        ({"m": 2**30, "c": 2**30}, "cannot exist"),
         ({"k": 0}, "k must be 1 to 128, got 0"),
         ({"k": 129}, "k must be 1 to 128, got 129"),
         ({"query": 0}, "null"),

@@ -2,29 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "memory.hpp"
+
 namespace lift_fast {
 namespace {
-
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats allocate(std::int64_t words) {
-  void* data = std::aligned_alloc(64, (static_cast<std::size_t>(words) * 4 + 127) / 64 * 64);
-  if (data == nullptr) throw std::bad_alloc();
-  return Floats(static_cast<float*>(data));
-}
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("dense_match: " + what);
@@ -75,7 +63,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   std::int64_t widest = 0;
   for (std::int64_t s = 0; s < x.strips; ++s) widest = std::max<std::int64_t>(widest, x.first[s + 1] - x.first[s]);
   call.width_padded = (widest + lanes - 1) / lanes * lanes;
-  const Floats weights = allocate(x.strips * call.width_padded);
+  const Memory<float> weights = allocate<float>(x.strips * call.width_padded);
   for (std::int64_t s = 0; s < x.strips; ++s) {
     for (std::int64_t i = 0; i < call.width_padded; ++i) {
       const std::int64_t pixel = x.first[s] + i;
@@ -85,16 +73,16 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   call.strip_weights = weights.get();
 
   call.scale_largest = 1.0f;
-  Floats scale, high, low;
+  Memory<float> scale, high, low;
   if (call.scale != nullptr) {
     const std::int64_t pixels = y.pixels * x.pixels;
     // A strip is read in whole vectors: its padding, thrown away, may lie beyond the last pixel.
-    scale = allocate(pixels + call.width_padded);
+    scale = allocate<float>(pixels + call.width_padded);
     std::memcpy(scale.get(), call.scale, static_cast<std::size_t>(pixels) * 4);
     std::memset(scale.get() + pixels, 0, static_cast<std::size_t>(call.width_padded) * 4);
     call.scale_largest = 0.0f;
-    high = allocate(y.strips * call.strips_padded);
-    low = allocate(y.strips * call.strips_padded);
+    high = allocate<float>(y.strips * call.strips_padded);
+    low = allocate<float>(y.strips * call.strips_padded);
     for (std::int64_t sy = 0; sy < y.strips; ++sy) {
       for (std::int64_t sx = 0; sx < call.strips_padded; ++sx) {
         float most = 0.0f, least = sx < x.strips ? std::numeric_limits<float>::infinity() : 0.0f;
@@ -128,7 +116,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
 
   if (call.groups < call.threads) call.threads = static_cast<int>(call.groups);
   call.scratch_words = DenseMatchScratch(call).end;
-  const Floats scratch = allocate(call.scratch_words * call.threads);
+  const Memory<float> scratch = allocate<float>(call.scratch_words * call.threads);
   call.scratch = scratch.get();
   switch (isa) {
 #if defined(__x86_64__)

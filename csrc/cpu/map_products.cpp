@@ -1,26 +1,14 @@
 #include "map_products.hpp"
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "memory.hpp"
 
 namespace lift_fast {
 namespace {
-
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats allocate(std::int64_t words) {
-  void* data = std::aligned_alloc(64, (static_cast<std::size_t>(words) * 4 + 127) / 64 * 64);
-  if (data == nullptr) throw std::bad_alloc();
-  return Floats(static_cast<float*>(data));
-}
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("map_products: ") + what);
@@ -125,16 +113,16 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
   const bool rows = channel == 1 && cell >= call.c, columns = cell == 1 && channel >= call.cells;
   require(rows || columns || call.c == 1, "one stride must be 1, the other no smaller than the rows");
   const MapProductsTiling cut = tiling(isa);
-  Floats gathered;
+  Memory<float> gathered;
   if (call.c == 1 && cell != 1) {
-    gathered = allocate(call.cells);
+    gathered = allocate<float>(call.cells);
     for (std::int64_t i = 0; i < call.cells; ++i) gathered.get()[i] = call.map[i * cell];
     inner.map = gathered.get();
     inner.cell_stride = 1;
   }
   MapProductsWork work{};
   work.padded_channels = (call.c + cut.lanes - 1) / cut.lanes * cut.lanes;
-  const Floats padded = allocate(call.count * work.padded_channels);
+  const Memory<float> padded = allocate<float>(call.count * work.padded_channels);
   for (std::int64_t p = 0; p < call.count; ++p) {
     float* row = padded.get() + p * work.padded_channels;
     std::memcpy(row, call.descriptors + p * call.c, static_cast<std::size_t>(call.c) * 4);
@@ -142,7 +130,7 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
   }
   work.padded = padded.get();
   work.scratch_words = (call.c * cut.cells + 15) / 16 * 16;
-  const Floats scratch = allocate(work.scratch_words * call.threads);
+  const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
   work.scratch = scratch.get();
   switch (isa) {
 #if defined(__x86_64__)

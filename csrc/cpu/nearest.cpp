@@ -1,10 +1,9 @@
 #include "nearest.hpp"
 
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "memory.hpp"
 
 namespace lift_fast {
 namespace {
@@ -12,18 +11,6 @@ namespace {
 // Panels of queries that share the second-level cache with a panel of keys.
 constexpr std::int64_t kTaskPanels = 16;
 constexpr std::int64_t kGroupBytes = std::int64_t{16} << 20;
-
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory allocate(std::int64_t bytes) {
-  const std::size_t rounded = (static_cast<std::size_t>(bytes) + 127) / 64 * 64;
-  void* data = std::aligned_alloc(64, rounded);
-  if (data == nullptr) throw std::bad_alloc();
-  return Memory(data);
-}
 
 NearestTiling tiling(NearestIsa isa) {
   switch (isa) {
@@ -82,6 +69,10 @@ void nearest_run(NearestCall call, NearestIsa isa) {
     throw std::invalid_argument("nearest: at most 2^31 - 1025 rows each, got " + std::to_string(call.n) + " and " +
                                 std::to_string(call.m));
   }
+  // Far below the range of an address, so that bytes and their sums do not overflow either.
+  if (call.c > limit || (call.n > call.m ? call.n : call.m) * call.c > std::int64_t{1} << 56) {
+    throw std::invalid_argument("nearest: arrays of that size cannot exist, rows of " + std::to_string(call.c));
+  }
   if (call.k < 1 || call.k > kMostNeighbours) {
     throw std::invalid_argument("nearest: k must be 1 to " + std::to_string(kMostNeighbours) + ", got " +
                                 std::to_string(call.k));
@@ -111,25 +102,27 @@ void nearest_run(NearestCall call, NearestIsa isa) {
   }
 
   const NearestScratch scratch(work.task_panels * cut.query_rows, words, call.k);
-  const Memory packed = allocate(work.padded_keys * words * 4), each = allocate(scratch.end * call.threads);
-  const Memory query_norms = allocate(call.n * 8), key_norms = allocate(call.m * 8);
-  const Memory centres = allocate(2 * call.c * 4), key_bias = allocate(work.padded_keys * 4);
+  const auto packed = allocate<float>(work.padded_keys * words);
+  const auto each = allocate<char>(scratch.end * call.threads);
+  const auto query_norms = allocate<double>(call.n), key_norms = allocate<double>(call.m);
+  const auto centres = allocate<float>(2 * call.c), key_bias = allocate<float>(work.padded_keys);
   work.packed_keys = packed.get();
-  work.query_centre = static_cast<float*>(centres.get());
+  work.query_centre = centres.get();
   work.key_centre = work.query_centre + call.c;
-  work.key_bias = static_cast<float*>(key_bias.get());
-  work.query_norms = static_cast<double*>(query_norms.get());
-  work.key_norms = static_cast<double*>(key_norms.get());
-  work.scratch = static_cast<char*>(each.get());
+  work.key_bias = key_bias.get();
+  work.query_norms = query_norms.get();
+  work.key_norms = key_norms.get();
+  work.scratch = each.get();
   work.scratch_bytes = scratch.end;
-  Memory group_best, wanted, key_back;
+  Memory<float> group_best, wanted;
+  Memory<std::int64_t> key_back;
   if (call.back != nullptr) {
-    group_best = allocate(groups() * work.padded_keys * 4);
-    wanted = allocate(call.m * 4);
-    key_back = allocate(call.m * 8);
-    work.group_best = static_cast<float*>(group_best.get());
-    work.wanted = static_cast<float*>(wanted.get());
-    work.key_back = static_cast<std::int64_t*>(key_back.get());
+    group_best = allocate<float>(groups() * work.padded_keys);
+    wanted = allocate<float>(call.m);
+    key_back = allocate<std::int64_t>(call.m);
+    work.group_best = group_best.get();
+    work.wanted = wanted.get();
+    work.key_back = key_back.get();
   }
   switch (isa) {
 #if defined(__x86_64__)

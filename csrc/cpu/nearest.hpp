@@ -78,7 +78,7 @@ struct NearestWork {
   std::int64_t task_panels;   // panels of queries that a thread keeps in its L2 cache
   std::int64_t group_panels;  // panels of queries that share one maximum per key; divides or is a multiple of the former
   std::int64_t padded_keys;
-  void* packed_keys;
+  float* packed_keys;  // words of the search's type
   float* query_centre;        // [c]
   float* key_centre;          // [c]
   float* key_bias;            // [padded_keys]

@@ -322,7 +322,7 @@ class Task {
       prepare(first * kQueries + i, i);
       if (bounds_[i] > widest) widest = bounds_[i];
     }
-    const float* packed_keys = static_cast<const float*>(work.packed_keys);
+    const float* packed_keys = work.packed_keys;
     alignas(64) float table[kQueries * kKeys];
     // A panel of keys meets all query panels of the task while it is in the cache.
     for (std::int64_t k = 0; k < work.padded_keys / kKeys; ++k) {
@@ -543,7 +543,7 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       double moved = 0, length = 0;
 #pragma omp for schedule(static) nowait
       for (std::int64_t p = 0; p < work.padded_keys / kKeys; ++p) {
-        float* panel = static_cast<float*>(work.packed_keys) + p * kKeys * words;
+        float* panel = work.packed_keys + p * kKeys * words;
         for (int r = 0; r < kKeys; ++r) {
           const std::int64_t key = p * kKeys + r;
           const double norm = key < whole.m ? work.key_norms[key] : __builtin_nan("");

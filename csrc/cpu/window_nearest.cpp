@@ -1,31 +1,19 @@
 #include "window_nearest.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "memory.hpp"
 
 namespace lift_fast {
 namespace {
 
 // Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys.
 constexpr std::int64_t kStageBytes = 8 << 20, kTaskBytes = 256 << 10;
-
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats allocate(std::int64_t words) {
-  void* data = std::aligned_alloc(64, (static_cast<std::size_t>(words) * 4 + 127) / 64 * 64);
-  if (data == nullptr) throw std::bad_alloc();
-  return Floats(static_cast<float*>(data));
-}
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("window_nearest: " + what);
@@ -88,9 +76,9 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   require(call.c == 0 || (call.query != nullptr && (keys == 0 || call.key != nullptr)),
           "query and key must not be null");
   // Rows without channels become rows of one zero.
-  Floats zeros;
+  Memory<float> zeros;
   if (call.c == 0) {
-    zeros = allocate(std::max(queries, keys));
+    zeros = allocate<float>(std::max(queries, keys));
     std::memset(zeros.get(), 0, static_cast<std::size_t>(std::max(queries, keys)) * 4);
     call.query = call.key = zeros.get();
     call.c = 1;
@@ -124,8 +112,8 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   if (tiles < call.threads) call.threads = static_cast<int>(tiles);
   // Few tiles: smaller tasks, so that every thread has some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));
-  const Floats packed_keys = allocate(call.stage_frames * frame);
-  const Floats packed_queries = allocate(product({call.threads, call.tiles_per_task, tile}));
+  const Memory<float> packed_keys = allocate<float>(call.stage_frames * frame);
+  const Memory<float> packed_queries = allocate<float>(product({call.threads, call.tiles_per_task, tile}));
   call.packed_keys = packed_keys.get();
   call.packed_queries = packed_queries.get();
   switch (isa) {
