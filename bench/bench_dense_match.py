@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lift_fast import dense_match
+from lift_fast.plan import span_basis
 
 SIZE = 448
 
@@ -18,16 +19,29 @@ def smooth_maps(device):
     return maps[:1], maps[1:]
 
 
+def lifted_maps(device):
+    """What LiFT gives of two pictures: wide maps ``[1, 384, 56, 56]``, and the same ones in the basis of their span."""
+    hidden = torch.cat(smooth_maps(device))[:, :192].relu()
+    weight, bias = torch.randn(384, 192, device=device) / 14, torch.randn(384, device=device) / 4
+    basis, _ = span_basis(weight, bias)
+    wide = F.conv2d(hidden, weight[:, :, None, None], bias)
+    narrow = (wide.permute(0, 2, 3, 1).double() @ basis.double()).float().permute(0, 3, 1, 2)
+    return wide.split(1), narrow.split(1)
+
+
+@pytest.mark.parametrize("features", ["maps", "LiFT's basis"])
 @pytest.mark.parametrize("count", [30, 200])
-def test_points(benchmark, compare, device, count):
-    benchmark.group = f"dense_match, {device}, {count} points against {SIZE} x {SIZE}, 56 x 56 maps, C 384"
+def test_points(benchmark, compare, device, count, features):
+    benchmark.group = f"dense_match, {device}, {count} points against {SIZE} x {SIZE}, 56 x 56 {features}, C 384"
     torch.manual_seed(0)
-    query_map, key_map = smooth_maps(device)
+    (query_map, key_map), given = lifted_maps(device)
+    if features == "maps":
+        query_map, key_map = given = smooth_maps(device)
     points = torch.randint(SIZE, (1, count, 2), device=device)
     size = (SIZE, SIZE)
 
     def ours():
-        return dense_match(query_map, key_map, size, size, points=points)
+        return dense_match(*given, size, size, points=points)
 
     def plain():
         query, key = (
