@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._files import atomic_path
+from .demonstration import lift_file
 from .lift import LiFT
 
 _PREFIX = "module."
@@ -68,7 +69,8 @@ def load_lift(
     ablation are read off the shapes; the patch size leaves no trace in them, so it must be given.
 
     Args:
-        path: a PyTorch file or ``.safetensors``.
+        path: a PyTorch file or ``.safetensors``; ``"lift_demo_vitt16"`` is the one that ships with the package
+            (:mod:`lift_fast.demonstration`).
         patch_size: patch size of the backbone that the weights were trained for.
         pre_shape, post_shape: see :class:`lift_fast.LiFT`.
         map_location: device of the result.
@@ -77,6 +79,7 @@ def load_lift(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is corrupt, holds no LiFT or weights that are not finite; names the file.
     """
+    path = lift_file(path)
     state = lift_state_dict(read_state_dict(path), path)
     try:
         in_channels, has_image = state["outc.weight"].shape[0], "image_convs_1.0.weight" in state

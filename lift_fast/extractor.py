@@ -41,7 +41,8 @@ class ViTLiFTExtractor(nn.Module):
 
     Args:
         model_type: name for :func:`lift_fast.backbones.load_backbone`.
-        lift_path: LiFT checkpoint; None runs the backbone alone.
+        lift_path: LiFT checkpoint, or the name of the one that ships with the package
+            (:data:`lift_fast.demonstration.LIFT`); None runs the backbone alone.
         channel, patch, stride, layer: see above; ``layer`` may be negative.
         facet: ``"key"``, ``"query"``, ``"value"`` or ``"token"``.
         model: use this timm ViT or :class:`FrozenViT` instead of building ``model_type``; it is not moved or changed. A

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .demonstration import BACKBONE, LIFT
 from .extractor import ViTLiFTExtractor
 from .images import LoadSize, Picture, as_image, resized_size
 from .matching import dense_match
@@ -140,8 +141,8 @@ def match_images(
     Args:
         a, b: files (EXIF orientation honoured), Pillow pictures, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
             or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
-        extractor: backbone and LiFT, if any; None takes the command line's default, ``dino_vits16`` without LiFT, on
-            CUDA where it is available, and keeps it for further calls.
+        extractor: backbone and LiFT, if any; None takes the demonstration pair that ships with the package
+            (:mod:`lift_fast.demonstration`), on CUDA where it is available, and keeps it for further calls.
         size: pixels of the shorter side, (height, width), or None for the pictures' own size.
         mutual: ``valid`` only where ``distance <= 1``, the way back ends within a cell. (``mutual`` of
             :func:`lift_fast.dense_match` is ``distance == 0``; on dense layouts few pixels pass that, since matches
@@ -160,7 +161,6 @@ def match_images(
         FileNotFoundError: for a missing file.
         TypeError: for pictures or an extractor of another type.
         ValueError: for pictures that cannot be read or are smaller than a patch, and options out of range.
-        WeightsNotFoundError: if the default backbone's weights are neither on disk nor can be downloaded.
     """
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
@@ -295,7 +295,7 @@ def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _default_extractor() -> ViTLiFTExtractor:
-    return ViTLiFTExtractor("dino_vits16", device=None, silent=True)
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True)
 
 
 class _Clock:

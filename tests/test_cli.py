@@ -113,7 +113,7 @@ def test_match_says_what_it_does(pictures, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "no LiFT checkpoint was given" in captured.err
     assert "--lift FILE" in captured.err
-    assert "random weights: these matches mean nothing" in captured.err
+    assert "random weights: these features mean nothing" in captured.err
     assert str(tmp_path / "m.npz") in captured.err
     stages = [line.split() for line in captured.out.splitlines()]
     assert [stage[0] for stage in stages] == ["model", "decode", "backbone", "lift", "match", "draw"]
@@ -168,7 +168,17 @@ def test_offline_without_weights_names_file_and_options(pictures, tmp_path, caps
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "lift_fast", "match", *map(str, pictures), "--out", str(tmp_path / "m.png")],
+        [
+            sys.executable,
+            "-m",
+            "lift_fast",
+            "match",
+            *map(str, pictures),
+            "--out",
+            str(tmp_path / "m.png"),
+            "--model",
+            "dino_vits16",
+        ],
         capture_output=True,
         text=True,
         env=environment,

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import lift_fast.image_matching
 from lift_fast import ViTLiFTExtractor, dense_match, match_images
-from lift_fast.cli.options import add_model_options
+from lift_fast.cli.options import add_model_options, build_extractor
 from lift_fast.image_matching import STAGES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,8 +235,15 @@ def test_default_extractor_is_the_command_lines_and_is_kept(monkeypatch):
         lift_fast.image_matching._default_extractor.cache_clear()
     parser = argparse.ArgumentParser()
     add_model_options(parser)
-    assert made == [((parser.parse_args([]).model,), {"device": None, "silent": True})]
-    assert parser.parse_args([]).size == match_images.__kwdefaults__["size"]
+    arguments = parser.parse_args([])
+    monkeypatch.setattr(lift_fast.extractor, "ViTLiFTExtractor", build)
+    build_extractor(arguments)
+    (here, options), (there, other) = made
+    # The command line spells out what the extractor reads off the backbone.
+    assert here == there == ("demo_vitt16", "lift_demo_vitt16")
+    assert options == {"device": None, "silent": True}
+    assert other["device"] is None
+    assert arguments.size == match_images.__kwdefaults__["size"]
 
 
 GOOD = np.zeros((16, 16, 3), np.uint8)

@@ -96,7 +96,9 @@ def test_wheel_holds_the_package_alone(built):
     assert "lift_fast/py.typed" in names
     assert len([name for name in names if name.startswith("lift_fast/_C.") and name.endswith(".so")]) == 1
     assert any(name.endswith("/LICENSE") for name in names)
-    allowed = (".py", ".so", "py.typed")
+    weights = {f"lift_fast/weights/{name}.safetensors" for name in ("demo_vitt16", "lift_demo_vitt16")}
+    assert {name for name in names if name.startswith("lift_fast/weights/")} == weights
+    allowed = (".py", ".so", "py.typed", *weights)
     assert [n for n in names if ".dist-info/" not in n and not n.endswith(allowed)] == []
 
 

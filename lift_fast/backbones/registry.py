@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..demonstration import BACKBONE as DEMONSTRATION
+from ..demonstration import backbone_file
 from .checkpoints import Checkpoint, load_state, position_grid, read_checkpoint
 from .pretrained import find_pretrained
 from .vit import FrozenViT
@@ -68,6 +70,7 @@ OFFICIAL: dict[str, Backbone] = {
     "leopart_vits16": _dino("vit_small_patch16_224", file_only=_LEOPART),
     "leopart_vitb8": _dino("vit_base_patch8_224", file_only=_LEOPART),
     "selfpatch_vits16": _dino("vit_small_patch16_224", file_only=_SELFPATCH, arguments=_NO_CLASS_TOKEN),
+    DEMONSTRATION: Backbone("vit_tiny_patch16_224", *IMAGENET, "timm", arguments={"depth": 6}),
 }
 
 
@@ -93,7 +96,8 @@ def load_backbone(
     Args:
         name: an official name (:data:`OFFICIAL`) or any timm VisionTransformer or Eva, with or without pretrained tag.
         weights: local checkpoint file (DINO, MoCo v3, Leopart, SelfPatch or timm layout); None takes timm's pretrained
-            weights from the cache, else downloads them.
+            weights from the cache, else downloads them. Those of ``"demo_vitt16"`` ship with the package
+            (:mod:`lift_fast.demonstration`).
         random_weights: random weights from ``seed`` instead, for trying things out; the global random state of PyTorch
             is left as it was. Never chosen silently.
         facet, layer, stride, head_order: see :class:`FrozenViT`.
@@ -118,6 +122,8 @@ def load_backbone(
     mean, std, rule = spec.mean, spec.std, position_rule or spec.position_rule
     if random_weights:
         model = _random(spec, seed)
+    elif weights is None and name == DEMONSTRATION:
+        model = _from_file(spec, read_checkpoint(backbone_file()))
     elif weights is None:
         model = _pretrained(name, spec)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
-from .options import add_model_options, add_output_options, build_extractor, positive
+from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ _DESCRIPTION = """Write the descriptors of pictures: one .npz file each with des
 width of the loaded picture), file_size (of the file) and settings (JSON). The folder structure of INPUT is kept. A
 picture that cannot be read is named and skipped (exit status 1); files that exist are kept unless --overwrite is
 given, so an interrupted run goes on where it stopped."""
-_EXAMPLE = "example: lift-fast extract photos/ --out features/ --lift lift_dino_vits16.pth --batch-size 8"
+_EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
 
 def add_parser(commands: Any) -> None:
@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     if waiting:
         extractor = build_extractor(arguments)
+        for remark in [] if arguments.quiet else remarks(arguments):
+            print(remark, file=sys.stderr)
         settings = json.dumps(
             {
                 name: str(value) if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, as_usage_error
-from .options import add_model_options, add_output_options, build_extractor, describe, positive
+from .options import add_model_options, add_output_options, build_extractor, describe, positive, remarks
 
 _DESCRIPTION = """Match every n-th pixel of picture A to the most similar pixel of picture B, draw the matches on one
 sheet, and write them to an .npz file beside it: xy_a and xy_b [rows, columns, 2], (x, y) in the files' own upright
@@ -19,7 +19,7 @@ by), confidence (similarity, halved with each cell of distance; no probability) 
 size_a, size_b, loaded_size_a, loaded_size_b (height, width of the files and of the loaded pictures); covered_a,
 covered_b (top, left, height, width of the loaded pixels that were matched); grid_a, grid_b (cells of the descriptor
 maps) and random_weights."""
-_EXAMPLE = "example: lift-fast match left.jpg right.jpg --out matches.png --lift lift_dino_vits16.pth --timing"
+_EXAMPLE = "example: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth"
 
 
 def add_parser(commands: Any) -> None:
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     extractor = build_extractor(arguments)
     seconds = {"model": time.perf_counter() - start}
-    if extractor.lift is None:
-        say("no LiFT checkpoint was given: matching the backbone's features alone; --lift FILE adds LiFT")
+    for remark in remarks(arguments):
+        say(remark)
     with as_usage_error():
         matches = match_images(
             arguments.a,
@@ -77,8 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
             timing=True,
         )
     seconds.update(matches.seconds)
-    if matches.random_weights:
-        say("random weights: these matches mean nothing")
 
     start = time.perf_counter()
     arrays = matches.numpy()

@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from lift_fast import demonstration
+
 from .errors import UsageError, as_usage_error
 
 if TYPE_CHECKING:
@@ -35,12 +37,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that choose backbone, LiFT and device."""
     group = parser.add_argument_group("features")
     group.add_argument(
-        "--model", default="dino_vits16", help="backbone: an official name or any timm ViT (%(default)s)"
+        "--model",
+        default=demonstration.BACKBONE,
+        help="backbone: an official name such as dino_vits16, or any timm ViT (%(default)s, the demonstration pair "
+        "that ships with the package)",
     )
     group.add_argument("--weights", metavar="FILE", help="local checkpoint of the backbone")
     group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
-    group.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone")
-    group.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
+    lift = group.add_mutually_exclusive_group()
+    lift.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone (the demonstration's)")
+    lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
+    lift.add_argument("--no-lift", action="store_true", help="the backbone alone")
     group.add_argument("--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)")
     group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
     group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
@@ -65,7 +72,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
-    """The extractor that the options describe.
+    """The extractor that the options describe; ``arguments.lift`` then names the LiFT that was taken.
 
     Raises:
         UsageError: if it cannot be built; says which option helps.
@@ -74,6 +81,8 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
 
     from lift_fast.extractor import ViTLiFTExtractor
 
+    if _takes_demonstration_lift(arguments):
+        arguments.lift = demonstration.LIFT
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
@@ -102,6 +111,28 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             if arguments.device is not None and type(error) is RuntimeError:
                 raise UsageError(f"--device {arguments.device}: {error}") from error
             raise
+
+
+def _takes_demonstration_lift(arguments: argparse.Namespace) -> bool:
+    """Its LiFT follows the demonstration backbone unless something else was asked for that it was not trained on."""
+    own_weights = arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights)
+    own_features = arguments.facet == "key" and arguments.layer is None
+    return own_weights and own_features and not (arguments.lift or arguments.random_lift or arguments.no_lift)
+
+
+def remarks(arguments: argparse.Namespace) -> list[str]:
+    """What somebody who looks at the results should know of the networks behind them."""
+    found = []
+    if arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights):
+        found.append(
+            "demonstration pair, trained on 754 photographs: for real work take a pretrained backbone "
+            "(--model dino_vits16) and the LiFT trained for it (--lift FILE)"
+        )
+    if arguments.lift is None and not (arguments.random_lift or arguments.no_lift):
+        found.append("no LiFT checkpoint was given: the backbone's features alone; --lift FILE adds LiFT")
+    if arguments.random_weights or arguments.random_lift:
+        found.append("random weights: these features mean nothing")
+    return found
 
 
 def describe(arguments: argparse.Namespace) -> str:
