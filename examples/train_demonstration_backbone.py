@@ -1,0 +1,283 @@
+r"""Train the backbone of the demonstration pair from scratch on a folder of photographs, without labels.
+
+    python examples/train_demonstration_backbone.py PHOTOS --out small.pth
+    python examples/train_demonstration_backbone.py PHOTOS --out demo_vit.pth --start small.pth --views large \
+        --steps 400 --learning-rate 4e-4
+
+Two random views of a photograph are cut by random homographies and changed in colour; points that show the same spot of
+the photograph must have similar keys in the last block, and dissimilar ones to all other points of the batch (InfoNCE
+over corresponding points, as in dense contrastive learning). Keys are read between cells by bilinear interpolation,
+because matching reads them so. A second term of the same kind keeps the output tokens of the last block useful.
+
+A tenth of the photographs is held out, the same tenth that ``lift-fast train`` and ``lift-fast eval warp`` hold out.
+The result is no substitute for DINO: it saw a few hundred photographs, and knows textures and parts, not objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lift_fast._files import atomic_path
+from lift_fast.backbones.registry import IMAGENET
+from lift_fast.images import list_images, read_image
+from lift_fast.training.split import split
+
+ARCHITECTURE = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 0}
+PATCH = 16
+SHORTER_SIDE = 352
+# Sides of the two views, in patches: keys should agree between sizes, since LiFT is trained across them.
+SIDES = {
+    "small": ((8, 14), (10, 12), (12, 12), (12, 12), (14, 14), (12, 18), (7, 14)),
+    "large": ((7, 14), (12, 12), (14, 14), (14, 20), (20, 20), (24, 28), (28, 28)),
+}
+PATCHES_PER_STEP = 16 * (12 * 12 + 12 * 12)
+POINTS = 96
+TEMPERATURE = 0.07
+
+
+def load_photographs(paths: list[Path]) -> list[Tensor]:
+    """``[3, H, W]`` uint8 each, shorter side at most SHORTER_SIDE pixels; unreadable files are named and left out."""
+    photographs = []
+    for path in tqdm(paths, desc="reading", unit="picture", leave=False):
+        try:
+            image = read_image(path)
+        except (ValueError, OSError) as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        scale = SHORTER_SIDE / min(image.size)
+        if scale < 1:
+            size = round(image.width * scale), round(image.height * scale)
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        photographs.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+    return photographs
+
+
+def random_view(height: int, width: int, focus: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """3x3 homography from a view's coordinates (-1 to 1) to pixels of a photograph, looking roughly at ``focus``."""
+    shorter = min(height, width)
+    half = 0.5 * shorter * math.exp(random.uniform(math.log(0.35), 0.0))
+    angle = math.radians(np.clip(random.normal(0, 18), -50, 50))
+    stretch = math.exp(random.normal(0, 0.1))
+    flatten = np.diag([half * stretch, half / stretch, 1.0])
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    perspective = np.eye(3)
+    perspective[2, :2] = np.clip(random.normal(0, 0.08, 2), -0.2, 0.2)
+    centre = focus + random.uniform(-0.4, 0.4, 2) * half
+    # Views may look over the photograph's edge, but not far.
+    reach = min(half, shorter / 2) * 0.9
+    centre = np.clip(centre, reach, np.array([width, height]) - reach)
+    move = np.eye(3)
+    move[:2, 2] = centre
+    return move @ turn @ flatten @ perspective
+
+
+def project(homography: Tensor, points: Tensor) -> Tensor:
+    """``[..., P, 2]`` points through ``[..., 3, 3]``."""
+    out = torch.cat([points, torch.ones_like(points[..., :1])], -1) @ homography.transpose(-1, -2)
+    return out[..., :2] / out[..., 2:]
+
+
+def render(photograph: Tensor, homography: np.ndarray, side: int) -> Tensor:
+    """``[3, side, side]`` in 0 to 1: the view that a homography cuts out, antialiased by sampling twice as densely."""
+    height, width = photograph.shape[1:]
+    matrix = torch.from_numpy(homography).float()
+    # Pixels of the photograph per pixel of the view, where it looks.
+    step = float(torch.linalg.det(matrix[:2, :2].double()).abs().sqrt()) * 2 / side
+    dense = 2 * side if step > 1.3 else side
+    axis = (torch.arange(dense) + 0.5) * 2 / dense - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    at = project(matrix, torch.stack([x, y], -1).view(-1, 2))
+    grid = at * torch.tensor([2 / width, 2 / height]) - 1
+    view = F.grid_sample(
+        photograph[None].float().div_(255),
+        grid.view(1, dense, dense, 2),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=False,
+    )
+    return (F.avg_pool2d(view, 2) if dense > side else view)[0]
+
+
+def change_colours(view: Tensor, random: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation, hue (a turn in YIQ), now and then grey, blur or noise."""
+    view = view * random.uniform(0.6, 1.4)
+    view = (view - view.mean()) * random.uniform(0.6, 1.4) + view.mean()
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    grey = torch.einsum("c,chw->hw", luma, view)[None]
+    if random.random() < 0.1:
+        view = grey.expand(3, -1, -1)
+    else:
+        view = grey + (view - grey) * random.uniform(0.5, 1.5)
+        angle = random.normal(0, 0.25)
+        yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+        turn = torch.tensor(
+            [[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]],
+            dtype=torch.float32,
+        )
+        view = torch.einsum("ij,jhw->ihw", torch.linalg.solve(yiq, turn @ yiq), view)
+    if random.random() < 0.2:
+        kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+        weight = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+        view = F.conv2d(F.pad(view[None], (1, 1, 1, 1), mode="reflect"), weight, groups=3)[0]
+    if random.random() < 0.2:
+        view = view + torch.from_numpy(random.normal(0, 0.02, view.shape)).float()
+    return view.clamp(0, 1)
+
+
+def make_batch(
+    photographs: list[Tensor], indices: np.ndarray, sides: tuple[int, int], random: np.random.Generator
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Two batches of views, the points of each in its coordinates ``[B, P, 2]``, and which are in both ``[B, P]``."""
+    views: list[list[Tensor]] = [[], []]
+    points: list[list[Tensor]] = [[], []]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    for index in indices:
+        photograph = photographs[index]
+        height, width = photograph.shape[1:]
+        if random.random() < 0.5:
+            photograph = photograph.flip(2)
+        focus = random.uniform(0.25, 0.75, 2) * (width, height)
+        homographies = [random_view(height, width, focus, random) for _ in range(2)]
+        here = torch.from_numpy(random.uniform(-0.97, 0.97, (POINTS, 2))).float()
+        there = project(torch.from_numpy(np.linalg.inv(homographies[1]) @ homographies[0]).float(), here)
+        for k in range(2):
+            view = change_colours(render(photograph, homographies[k], sides[k]), random)
+            views[k].append((view - mean) / std)
+            points[k].append((here, there)[k])
+    batches, places = [torch.stack(v) for v in views], [torch.stack(p) for p in points]
+    return batches, places, (places[1].abs() < 0.97).all(-1)
+
+
+def keys_and_tokens(model: nn.Module, views: Tensor) -> list[Tensor]:
+    """Keys of the last block and its output tokens, each as a map ``[B, C, h, w]``."""
+    x = model._pos_embed(model.patch_embed(views))
+    *blocks, last = model.blocks
+    for block in blocks:
+        x = block(x)
+    keys = last.attn.qkv(last.norm1(x))[..., x.shape[-1] : 2 * x.shape[-1]]
+    grid = views.shape[2] // PATCH, views.shape[3] // PATCH
+    return [t[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).float() for t in (keys, last(x))]
+
+
+def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor) -> tuple[Tensor, float]:
+    """Symmetric InfoNCE over the points that both views show; and how many find their partner among all of them."""
+    found = [
+        F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both]
+        for m, p in zip(maps, points, strict=True)
+    ]
+    a, b = (F.normalize(f, dim=1) for f in found)
+    logits = a @ b.T / TEMPERATURE
+    # Neighbours within half a cell show nearly the same: neither positives nor negatives.
+    owner = both.nonzero()[:, 0]
+    cell = 2.0 / maps[1].shape[-1]
+    near = (torch.cdist(points[1][both], points[1][both]) < 0.5 * cell) & (owner[:, None] == owner)
+    near.fill_diagonal_(False)
+    logits = logits.masked_fill(near, -torch.inf)
+    target = torch.arange(len(a))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, float((logits.argmax(1) == target).float().mean())
+
+
+def step_batch(
+    photographs: list[Tensor], model: nn.Module, indices: np.ndarray, sides: tuple[int, int], seed: list[int]
+) -> tuple[Tensor, float]:
+    """Loss of keys and tokens, and the keys' share of points that find their partner."""
+    random = np.random.default_rng(seed)
+    views, points, both = make_batch(photographs, indices, (PATCH * sides[0], PATCH * sides[1]), random)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = [keys_and_tokens(model, v) for v in views]
+    losses = [correspondence_loss([m[facet] for m in maps], points, both) for facet in range(2)]
+    return losses[0][0] + 0.5 * losses[1][0], losses[0][1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("photographs", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="weights, float16")
+    parser.add_argument("--log", type=Path, help="CSV of the course of the training")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--views", choices=tuple(SIDES), default="small", help="sides of the views (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    import timm
+
+    paths = list_images(arguments.photographs)
+    training, held_out = (load_photographs(part) for part in split(paths, root=arguments.photographs))
+    print(f"{len(training)} photographs to train on, {len(held_out)} held out", file=sys.stderr)
+    torch.manual_seed(arguments.seed)
+    model = timm.models.vision_transformer.VisionTransformer(**ARCHITECTURE, dynamic_img_size=True)
+    if arguments.start:
+        model.load_state_dict(torch.load(arguments.start, map_location="cpu", weights_only=True))
+    model.norm.requires_grad_(False)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    warm = max(1, arguments.steps // 25)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(
+            (s + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, s - warm) / max(1, arguments.steps - warm)))
+        ),
+    )
+    random = np.random.default_rng(arguments.seed)
+    order: list[int] = []
+    rows, start, running = ["step,seconds,loss,found,held_out_loss,held_out_found"], time.time(), [0.0, 0.0, 0]
+    bar = tqdm(range(arguments.steps), unit="step")
+    for step in bar:
+        choices = SIDES[arguments.views]
+        sides = choices[random.integers(len(choices))]
+        count = max(4, PATCHES_PER_STEP // (sides[0] ** 2 + sides[1] ** 2))
+        if len(order) < count:
+            order = list(random.permutation(len(training)))
+        indices = np.array([order.pop() for _ in range(count)])
+        loss, found = step_batch(training, model, indices, sides, [arguments.seed, step])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running = [running[0] + loss.item(), running[1] + found, running[2] + 1]
+        bar.set_postfix(loss=f"{loss.item():.3f}", found=f"{found:.3f}", refresh=False)
+        if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
+            model.eval()
+            with torch.inference_mode():
+                # The same views of the held-out photographs every time.
+                parts = np.array_split(np.arange(len(held_out)), max(1, len(held_out) // 28))[:3]
+                results = [step_batch(held_out, model, part, (12, 12), [12345, i]) for i, part in enumerate(parts)]
+            model.train()
+            held = [sum(float(r[k]) for r in results) / len(results) for k in range(2)]
+            rows.append(
+                f"{step + 1},{time.time() - start:.0f},{running[0] / running[2]:.4f},{running[1] / running[2]:.4f},"
+                f"{held[0]:.4f},{held[1]:.4f}"
+            )
+            tqdm.write(rows[-1], file=sys.stderr)
+            running = [0.0, 0.0, 0]
+            if arguments.log:
+                arguments.log.write_text("\n".join(rows) + "\n")
+            with atomic_path(arguments.out) as temporary:
+                torch.save({k: v.detach().half().clone() for k, v in model.state_dict().items()}, temporary)
+
+
+if __name__ == "__main__":
+    main()
