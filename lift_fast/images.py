@@ -19,11 +19,16 @@ LoadSize = int | tuple[int, int] | None
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
     The EXIF orientation is applied. Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
     floating point pictures must lie in 0 to 1. Of several frames the first is taken.
+
+    Args:
+        path: the file.
+        at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, as long
+            as both sides keep so many pixels; None decodes it whole.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -36,6 +41,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path} is a folder; expected a picture")
     try:
         with Image.open(path) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
@@ -119,19 +126,22 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def resize(image: Image.Image, load_size: LoadSize) -> Image.Image:
-    """Lanczos resize.
+def resize(
+    image: Image.Image, load_size: LoadSize, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Resize with antialiasing, by Lanczos unless told otherwise.
 
     Args:
         image: picture of any mode that Pillow can filter.
         load_size: an integer is the length of the shorter side, the other follows (rounded down, as torchvision's
             ``Resize``); ``(height, width)`` exactly; None keeps the size.
+        resample: Pillow's filter.
 
     Raises:
         ValueError: for a size that is not positive, or not one of these forms.
     """
     new = resized_size(image.size, load_size)
-    return image if new == image.size else image.resize(new, Image.Resampling.LANCZOS)
+    return image if new == image.size else image.resize(new, resample)
 
 
 def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:

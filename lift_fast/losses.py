@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -34,3 +37,14 @@ class CosineLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         return cosine_loss(prediction, target, self.dim, self.reduction)
+
+
+def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The loss of that name, ``"cosine"``, ``"l1"`` or ``"l2"``, as a function of (prediction, target, dim)."""
+    if name == "cosine":
+        return cosine_loss
+    if name == "l1":
+        return lambda prediction, target, dim: F.l1_loss(prediction.float(), target.float())
+    if name == "l2":
+        return lambda prediction, target, dim: F.mse_loss(prediction.float(), target.float())
+    raise ValueError(f"loss must be one of 'cosine', 'l1', 'l2', got {name!r}")

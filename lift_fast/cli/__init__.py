@@ -1,4 +1,4 @@
-"""The command line: ``lift-fast match | extract | info``. PyTorch is imported only once a command runs."""
+"""The command line: ``lift-fast match | extract | train | info``. PyTorch is imported only once a command runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import extract, info, match
+from . import extract, info, match, train
 from .errors import UsageError
 
 _EPILOG = "Each command has its own --help with an example."
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (match, extract, info):
+    for module in (match, extract, train, info):
         module.add_parser(commands)
     return parser
 

@@ -1,0 +1,171 @@
+"""``lift-fast train``: a LiFT for a frozen backbone from a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, as_usage_error
+from .options import add_output_options, positive
+
+_DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
+picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
+lift.pth (weights in the published format, for --lift), last.pth (training state, for --resume) and log.csv (a row for
+each step). The defaults are the paper's. Ctrl-C and SIGTERM save before they stop. Under torchrun all processes train
+one LiFT: torchrun --nproc-per-node 8 -m lift_fast train ..."""
+_EXAMPLE = "example: lift-fast train photos/ --out runs/dino16 --model dino_vits16 --batch-size 64 --holdout"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's ``commands``."""
+    parser = commands.add_parser(
+        "train", help="train a LiFT on a folder of pictures", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pth, if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew although OUT holds a training")
+
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--model", default="dino_vits16", help="an official name or any timm ViT (%(default)s)")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="local checkpoint of the backbone")
+    group.add_argument("--checkpoint-key", metavar="KEY", help="entry of the checkpoint that holds the weights")
+    group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
+    group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
+    group.add_argument("--layer", type=int, metavar="N", help="block of the backbone, may be negative (the last)")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--no-image", action="store_true", help='the "no image" ablation')
+    group.add_argument("--image-channels", type=positive, default=32, metavar="N", help="image encoder (%(default)s)")
+    group.add_argument(
+        "--extra-image-blocks", type=_whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
+    )
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--size",
+        type=positive,
+        default=448,
+        metavar="S",
+        help="side in pixels, a multiple of 4 patches (%(default)s)",
+    )
+    group.add_argument(
+        "--fit",
+        default="squash",
+        choices=("squash", "crop"),
+        help="both sides to S, as published, or the shorter side and the centre (%(default)s)",
+    )
+    group.add_argument("--jitter", type=float, default=0.2, metavar="X", help="colour jitter, 0 for none (%(default)s)")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
+    group.add_argument(
+        "--holdout",
+        type=float,
+        nargs="?",
+        const=0.1,
+        default=0.0,
+        metavar="X",
+        help="hold out a fraction of the pictures, evenly by name; without a number every tenth",
+    )
+    group.add_argument("--workers", type=_whole, metavar="N", help="processes that read pictures, for each process")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--loss", default="cosine", choices=("cosine", "l1", "l2"), help="(%(default)s)")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="pictures in a step, over all processes (256; patch 8: 64)",
+    )
+    group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
+    group.add_argument("--max-steps", type=positive, metavar="N", help="end after N steps")
+    group.add_argument("--lr", type=float, default=1e-3, metavar="X", help="learning rate of Adam (%(default)s)")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="(%(default)s)")
+    group.add_argument("--save-every", type=positive, metavar="N", help="save after every N steps too")
+    group.add_argument("--save-every-epochs", type=positive, default=1, metavar="N", help="(%(default)s)")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="compute in; auto is bfloat16 where the hardware has it (%(default)s)",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile, worth its minutes in long runs on a GPU")
+    group.add_argument("--sync-batchnorm", action="store_true", help="BatchNorm over the whole batch of all processes")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
+    group.add_argument("--tensorboard", action="store_true", help="TensorBoard events in OUT, if it is installed")
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train. Returns the exit status."""
+    import torch
+
+    from lift_fast.training import Interrupted, TrainingSettings, train
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.resume and arguments.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; give one of them")
+    with as_usage_error():
+        try:
+            settings = TrainingSettings(
+                data=arguments.data,
+                out=arguments.out,
+                model=arguments.model,
+                weights=arguments.weights,
+                checkpoint_key=arguments.checkpoint_key,
+                random_weights=arguments.random_weights,
+                facet=arguments.facet,
+                layer=arguments.layer,
+                loss=arguments.loss,
+                use_image=not arguments.no_image,
+                image_channels=arguments.image_channels,
+                extra_image_blocks=arguments.extra_image_blocks,
+                image_size=arguments.size,
+                fit=arguments.fit,
+                jitter=arguments.jitter,
+                batch_size=arguments.batch_size,
+                epochs=arguments.epochs,
+                max_steps=arguments.max_steps,
+                learning_rate=arguments.lr,
+                seed=arguments.seed,
+                limit=arguments.limit,
+                held_out=arguments.holdout,
+                workers=arguments.workers,
+                device=arguments.device,
+                precision=arguments.precision,
+                compile=arguments.compile,
+                sync_batchnorm=arguments.sync_batchnorm,
+                save_every_steps=arguments.save_every,
+                save_every_epochs=arguments.save_every_epochs,
+                tensorboard=arguments.tensorboard,
+            )
+            figures = train(settings, resume=arguments.resume, overwrite=arguments.overwrite, quiet=arguments.quiet)
+        except FileExistsError as error:
+            raise UsageError(f"{error} (--resume, --overwrite, --out)") from error
+        except FloatingPointError as error:
+            print(f"lift-fast train: {error}", file=sys.stderr)
+            return 1
+        except Interrupted as stop:
+            print(f"lift-fast train: {stop}", file=sys.stderr)
+            return 128 + stop.number
+    for message in figures["unreadable"]:
+        print(f"skipped: {message}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(figures))
+    elif not arguments.quiet:
+        speed = figures["images_per_second"]
+        rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
+        print(f"wrote {figures['lift']} after {figures['steps']} steps, {figures['seconds']} s{rate}", file=sys.stderr)
+    return 1 if figures["unreadable"] else 0
+
+
+def _whole(text: str) -> int:
+    """argparse type: an integer >= 0."""
+    return 0 if text == "0" else positive(text)

@@ -1,0 +1,28 @@
+"""Train a LiFT for a frozen backbone, without labels: a folder of pictures is all it needs.
+
+:func:`train` with :class:`TrainingSettings` is what ``lift-fast train`` runs; :func:`split` says which pictures are
+held out. Importing this package imports neither PyTorch nor timm.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loop import Interrupted, train
+    from .settings import TrainingSettings
+    from .split import split
+
+__all__ = ["Interrupted", "TrainingSettings", "split", "train"]
+
+_HOME = {"Interrupted": ".loop", "TrainingSettings": ".settings", "split": ".split", "train": ".loop"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+        # ``split`` is a submodule as well: the import has put the module under this name.
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,84 @@
+"""The processes of one run, as ``torchrun`` starts them; a single process is a world of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's ``value``, in order of rank, in every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+
+@contextmanager
+def join_world(device: str | None) -> Iterator[World]:
+    """The world that ``torchrun``'s environment variables describe; its process group lives as long as the context.
+
+    NCCL joins CUDA devices, gloo everything else.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = World(int(os.environ["RANK"]), size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cuda = torch.device(device).type == "cuda" if device is not None else torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_device(wish: str | None, world: World) -> torch.device:
+    """The device of this process: the one that was asked for, or the process's own GPU, or the CPU.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    try:
+        device = torch.device(wish) if wish else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device {wish!r} does not exist: {error}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {wish!r} was asked for, but PyTorch sees no CUDA device; take 'cpu'")
+        index = world.local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device cuda:{index} was asked for, but there are {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+    return device

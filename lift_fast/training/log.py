@@ -1,0 +1,68 @@
+"""What a run reports while it runs: a CSV file, a progress bar, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from lift_fast._files import atomic_path
+
+LOG_FILE = "log.csv"
+COLUMNS = ("step", "epoch", "loss", "loss_full", "loss_half", "images_per_second", "unreadable")
+
+
+class Log:
+    """Appends a row for each step to ``log.csv``; with ``resumed_step``, rows after it are dropped first.
+
+    Raises:
+        ValueError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int, tensorboard: bool) -> None:
+        self.path = folder / LOG_FILE
+        rows: list[list[str]] = []
+        if resumed_step and self.path.exists():
+            with self.path.open(newline="") as file:
+                # A row that a killed process left half-written is shorter, or no row of this run.
+                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(row for row in rows if int(row[0]) <= resumed_step)
+        self._events: Any = _events(folder, resumed_step) if tensorboard else None
+        self._file = self.path.open("a", newline="")
+        self._writer = csv.writer(self._file)
+
+    def write(self, rows: list[tuple[int, int, float, float, float, float, int]]) -> None:
+        """Rows as :data:`COLUMNS`; they are in the file when this returns."""
+        for step, epoch, loss, full, half, speed, unreadable in rows:
+            self._writer.writerow(
+                (step, epoch, f"{loss:.9g}", f"{full:.9g}", f"{half:.9g}", f"{speed:.4g}", unreadable)
+            )
+            if self._events is not None:
+                for name, value in (("loss", loss), ("loss/full", full), ("loss/half", half), ("images/s", speed)):
+                    self._events.add_scalar(name, value, step)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _events(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out") from error
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)  # type: ignore[no-untyped-call]
+
+
+def progress_bar(total: int, done: int, quiet: bool) -> Any:
+    """tqdm over steps, on standard error where somebody watches."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="step", disable=True if quiet else None, file=sys.stderr)

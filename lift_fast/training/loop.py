@@ -1,0 +1,374 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lift_fast.backbones import FrozenViT, load_backbone
+from lift_fast.images import list_images
+from lift_fast.lift import LiFT
+
+from . import state as disk
+from .distributed import World, join_world, resolve_device
+from .log import Log, progress_bar
+from .objective import FrozenFeatures, Objective, autocast, resolve_precision
+from .pictures import GlobalBatches, Pictures, Sample, build_loader, default_workers
+from .settings import TrainingSettings, contradictions
+from .split import split
+from .state import Progress
+from .stopping import StopSignals
+
+# Steps whose losses a GPU may keep to itself: reading one waits for everything queued before it.
+_CUDA_LOG_INTERVAL = 10
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the state is saved, and ``resume`` goes on from it."""
+
+    def __init__(self, number: int, step: int, folder: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, resume continues there"
+        )
+        self.number, self.step, self.folder = number, step, folder
+
+
+def train(
+    settings: TrainingSettings, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Train a LiFT. Under ``torchrun`` each process calls this and takes its share of every batch.
+
+    Writes to ``settings.out``: ``lift.pth``, the weights in the published format; ``last.pth``, the training state;
+    ``log.csv``, a row for each step. SIGINT and SIGTERM save before they end the run; a second one ends it at once.
+
+    Args:
+        settings: what to train.
+        resume: go on from ``last.pth`` if there is one; bit-exact on the CPU, in mid-epoch too.
+        overwrite: begin anew although ``settings.out`` holds a training.
+        quiet: no progress bar and no remarks.
+
+    Returns:
+        Figures: ``steps``, ``epochs``, ``images``, ``pictures`` (to train on), ``held_out``, ``seconds``,
+        ``images_per_second``, ``waiting`` (share of the time spent waiting for pictures), ``epoch_losses``,
+        ``unreadable`` (messages), ``parameters``, ``batch_size``, ``processes``, ``precision``, ``device``, ``lift``
+        and ``resumed`` (the step at which this run began). The same in every process.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the pictures or the saved state; says what to do.
+        FileNotFoundError: if there is no such folder or file.
+        WeightsNotFoundError: as :func:`lift_fast.load_backbone`.
+        FileExistsError: if ``settings.out`` holds a training and neither ``resume`` nor ``overwrite`` is given.
+        FloatingPointError: if the loss is no longer finite; what was saved before stays.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    with join_world(settings.device) as world:
+        run = _Run(settings, world, resume, overwrite, quiet)
+        with StopSignals(echoed=world.size > 1) as stop, torch.backends.cudnn.flags(benchmark=True):
+            return run.train(stop)
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, settings: TrainingSettings, world: World, resume: bool, overwrite: bool, quiet: bool) -> None:
+        self.settings, self.world = settings, world
+        self.quiet = quiet or not world.leads
+        self.device = resolve_device(settings.device, world)
+        self.dtype = resolve_precision(settings.precision, self.device)
+
+        found = list_images(settings.data)
+        root = settings.data if settings.data.is_dir() else settings.data.parent
+        self.paths, self.held_out = split(found, settings.held_out, root)
+        self.paths = self.paths[: settings.limit]
+        backbone = _backbone(settings)
+        self.batch_size = settings.batch_size or (64 if backbone.patch_size <= 8 else 256)
+        self._check(backbone)
+
+        saved = self._saved(resume, overwrite)
+        lift = _fresh_lift(settings, backbone)
+        self.description = {
+            **settings.as_dict(),
+            "batch_size": self.batch_size,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "processes": world.size,
+            "pictures": disk.names_digest(self.paths, root),
+            "patch_size": backbone.patch_size,
+            "channels": backbone.embed_dim,
+        }
+        if saved is not None:
+            different = contradictions(saved["description"], self.description)
+            if different:
+                raise ValueError(
+                    f"{settings.out / disk.STATE_FILE} was trained otherwise; resume with the same options, or begin "
+                    f"anew with another out. {'; '.join(different)}"
+                )
+        self.lift = lift.to(self.device).to(memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.Adam(
+            self.lift.parameters(), lr=settings.learning_rate, fused=self.device.type == "cuda"
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress = Progress()
+        if saved is not None:
+            self.progress = disk.restore(saved, self.lift, self.optimizer, self.scaler)
+        self.resumed = self.progress.step
+
+        self.features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile)
+        self.objective = self._wrap(Objective(self.lift, settings.loss))
+        self.batches = GlobalBatches(len(self.paths), self.batch_size, settings.seed, world.rank, world.size)
+        self.total = self.batches.batches * settings.epochs
+        if settings.max_steps is not None:
+            self.total = min(self.total, settings.max_steps)
+        if self.progress.step > self.total:
+            raise ValueError(
+                f"{settings.out / disk.STATE_FILE} has come to step {self.progress.step} already, beyond the "
+                f"{self.total} that were asked for; give more epochs or max_steps"
+            )
+        cuda = self.device.type == "cuda"
+        workers = default_workers(cuda, world.local_size) if settings.workers is None else settings.workers
+        pictures = Pictures(self.paths, settings.image_size, settings.fit, settings.jitter, settings.seed)
+        self.loader = build_loader(pictures, self.batches, workers, pin=cuda)
+        self.log_interval = _CUDA_LOG_INTERVAL if cuda else 1
+        self.log = Log(settings.out, self.progress.step, settings.tensorboard) if world.leads else None
+        self.waited = 0.0
+        self._unlogged: list[tuple[int, int, Tensor]] = []
+        self._since = time.perf_counter()
+        self._flag: tuple[Tensor, Any] | None = None
+        if not self.quiet:
+            self._announce(backbone)
+
+    def train(self, stop: StopSignals) -> dict[str, Any]:
+        settings, progress = self.settings, self.progress
+        bar = progress_bar(self.total, progress.step, self.quiet)
+        began = self._since = time.perf_counter()
+        first = progress.step
+        stopped_by = 0
+        try:
+            while progress.step < self.total and not stopped_by:
+                self.batches.epoch, self.batches.start = progress.epoch, progress.batch
+                waiting = time.perf_counter()
+                for sample in self.loader:
+                    self.waited += time.perf_counter() - waiting
+                    self._step(sample)
+                    bar.update()
+                    if len(self._unlogged) >= self.log_interval or progress.step == self.total:
+                        self._write_log(bar)
+                    stopped_by = self._agreed(stop.number)
+                    last = progress.step == self.total
+                    mid_epoch = progress.batch < self.batches.batches
+                    if stopped_by or (last and mid_epoch) or _due(progress.step, settings.save_every_steps):
+                        self._save(bar)
+                    if stopped_by or last:
+                        break
+                    waiting = time.perf_counter()
+                if progress.batch == self.batches.batches:
+                    self._end_epoch(bar)
+        finally:
+            bar.close()
+            if self.log is not None:
+                self.log.close()
+        self._settle()
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        if stopped_by:
+            raise Interrupted(stopped_by, progress.step, settings.out)
+        return self._figures(progress.step - first, seconds)
+
+    def _step(self, sample: Sample) -> None:
+        for message in sample.unreadable:
+            self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
+        views = self.features(sample.pixels)
+        with autocast(self.device, self.dtype):
+            losses = self.objective(views)
+        self.scaler.scale(losses.sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.batch += 1
+        self._unlogged.append((self.progress.step, self.progress.epoch + 1, losses.detach()))
+
+    def _write_log(self, bar: Any) -> None:
+        """Read the losses of the steps since the last call; every process comes here at the same steps."""
+        if not self._unlogged:
+            return
+        values = self.world.mean(torch.stack([losses for _, _, losses in self._unlogged])).double().tolist()
+        now = time.perf_counter()
+        speed = len(values) * self.batch_size / max(now - self._since, 1e-9)
+        self._since = now
+        rows = []
+        for (step, epoch, _), (full, half) in zip(self._unlogged, values, strict=True):
+            loss = full + half
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}; take a lower learning rate, or precision float32. What was "
+                    f"saved in {self.settings.out} before is sound"
+                )
+            self.progress.epoch_sum += loss
+            rows.append((step, epoch, loss, full, half, speed, len(self.progress.unreadable)))
+        self._unlogged.clear()
+        if self.log is not None:
+            self.log.write(rows)
+        bar.set_postfix_str(f"loss {rows[-1][2]:.4f}, {speed:.3g} images/s", refresh=False)
+
+    def _end_epoch(self, bar: Any) -> None:
+        self._write_log(bar)
+        progress = self.progress
+        progress.losses.append(progress.epoch_sum / self.batches.batches)
+        progress.epoch, progress.batch, progress.epoch_sum = progress.epoch + 1, 0, 0.0
+        if not self.quiet:
+            bar.write(f"epoch {progress.epoch}: mean loss {progress.losses[-1]:.4f}", file=sys.stderr)
+        if _due(progress.epoch, self.settings.save_every_epochs) or progress.step == self.total:
+            self._save(bar)
+
+    def _save(self, bar: Any) -> None:
+        """Write the state; every process comes here at the same steps."""
+        self._write_log(bar)
+        self.progress.unreadable = _merged(self.world.gather(self.progress.unreadable))
+        if not self.world.leads:
+            self.progress.unreadable = {}
+            return
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.lift.state_dict().values()):
+            raise FloatingPointError(
+                f"LiFT's weights are no longer finite at step {self.progress.step}; take a lower learning rate, or "
+                f"precision float32. What was saved in {self.settings.out} before is sound"
+            )
+        disk.save(self.settings.out, self.lift, self.optimizer, self.scaler, self.progress, self.description)
+
+    def _agreed(self, number: int) -> int:
+        """The signal that any process has received; the processes learn of it a step later, all at the same one."""
+        if self.world.size == 1:
+            return number
+        flag = torch.tensor(number, device=self.device)
+        before, self._flag = self._flag, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+    def _settle(self) -> None:
+        if self._flag is not None:
+            self._flag[1].wait()
+
+    def _wrap(self, objective: nn.Module) -> nn.Module:
+        if self.settings.sync_batchnorm and self.world.size > 1:
+            objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+        if self.world.size > 1:
+            # Each process's running statistics are its own; the first one's are saved.
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+        return torch.compile(objective, dynamic=False) if self.settings.compile else objective  # type: ignore[return-value]
+
+    def _check(self, backbone: FrozenViT) -> None:
+        settings, patch, count = self.settings, backbone.patch_size, len(self.paths)
+        if settings.image_size % (4 * patch):
+            near = max(1, round(settings.image_size / (4 * patch))) * 4 * patch
+            raise ValueError(
+                f"image_size must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it is whole "
+                f"patches, got {settings.image_size}; take {near}"
+            )
+        if self.batch_size % self.world.size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is that of all {self.world.size} processes together and must be a "
+                "multiple of their number"
+            )
+        if count < self.batch_size:
+            held = f" ({len(self.held_out)} are held out)" if self.held_out else ""
+            raise ValueError(
+                f"{count} pictures to train on{held} are fewer than one batch of {self.batch_size}; give a "
+                f"batch_size of {count} or less"
+            )
+
+    def _saved(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        out = self.settings.out
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            saved = disk.load(out)
+            if saved is None and not self.quiet:
+                print(f"nothing to resume in {out}: begins anew", file=sys.stderr)
+            return saved
+        there = [name for name in (disk.STATE_FILE, disk.LIFT_FILE) if (out / name).exists()]
+        # The first process may have written by the time that another one looks.
+        if there and not overwrite and self.world.leads:
+            raise FileExistsError(
+                f"{out} holds {' and '.join(there)} already; resume it, overwrite it, or give another out"
+            )
+        return None
+
+    def _announce(self, backbone: FrozenViT) -> None:
+        note = " (random weights)" if backbone.random_weights else ""
+        print(
+            f"{len(self.paths)} pictures, {len(self.held_out)} held out; {backbone.name}{note} {backbone.facet}s, "
+            f"{backbone.embed_dim} channels; {self.total} steps of {self.batch_size} pictures of "
+            f"{self.settings.image_size} pixels in {str(self.dtype).removeprefix('torch.')} on {self.device}"
+            + (f", {self.world.size} processes" if self.world.size > 1 else "")
+            + (f"; continues after step {self.resumed}" if self.resumed else ""),
+            file=sys.stderr,
+        )
+
+    def _figures(self, steps: int, seconds: float) -> dict[str, Any]:
+        progress, settings = self.progress, self.settings
+        unreadable = _merged(self.world.gather(progress.unreadable))
+        return {
+            "steps": progress.step,
+            "resumed": self.resumed,
+            "epochs": progress.epoch,
+            "images": progress.step * self.batch_size,
+            "pictures": len(self.paths),
+            "held_out": len(self.held_out),
+            "seconds": round(seconds, 3),
+            "images_per_second": steps * self.batch_size / seconds if steps else None,
+            "waiting": round(self.waited / seconds, 4) if steps else None,
+            "epoch_losses": progress.losses,
+            "unreadable": list(unreadable),
+            "parameters": sum(parameter.numel() for parameter in self.lift.parameters()),
+            "batch_size": self.batch_size,
+            "processes": self.world.size,
+            "precision": self.description["precision"],
+            "device": str(self.device),
+            "lift": str(settings.out / disk.LIFT_FILE),
+        }
+
+
+def _backbone(settings: TrainingSettings) -> FrozenViT:
+    """In the channel order in which the extractor feeds a LiFT."""
+    return load_backbone(
+        settings.model,
+        weights=settings.weights,
+        random_weights=settings.random_weights,
+        checkpoint_key=settings.checkpoint_key,
+        facet=settings.facet,
+        layer=settings.layer,
+        head_order="interleaved",
+    )
+
+
+def _fresh_lift(settings: TrainingSettings, backbone: FrozenViT) -> LiFT:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(settings.seed)
+        return LiFT(
+            backbone.embed_dim,
+            backbone.patch_size,
+            use_image=settings.use_image,
+            image_channels=settings.image_channels,
+            extra_image_blocks=settings.extra_image_blocks,
+        )
+
+
+def _due(count: int, every: int | None) -> bool:
+    return every is not None and count % every == 0
+
+
+def _merged(counts: list[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for message, count in part.items():
+            total[message] = total.get(message, 0) + count
+    return total

@@ -1,0 +1,170 @@
+"""Pictures for training: read, brought to size, jittered; in an order that depends on nothing but seed and epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lift_fast.images import read_image, resize
+
+# Further pictures that are tried in the place of one that cannot be read.
+_ATTEMPTS = 50
+# Tell the streams of random numbers that derive from one seed apart.
+_ORDER, _JITTER, _INSTEAD = 0, 1, 2
+
+
+class Sample(NamedTuple):
+    """One picture."""
+
+    pixels: Tensor
+    """[3, S, S] uint8; [B, 3, S, S] in a batch."""
+    unreadable: list[str]
+    """What was said of files that could not be read and in whose place this picture stands."""
+
+
+class Pictures(Dataset[Sample]):
+    """Square uint8 pictures by ``(epoch, index)``; the same whatever process reads them, and in whatever order.
+
+    In place of a file that cannot be read another one is taken, drawn from (seed, epoch, index): batches keep their
+    size, so that every process of a distributed run keeps step.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int, fit: str, jitter: float, seed: int) -> None:
+        self.paths = [str(path) for path in paths]
+        self.size, self.fit, self.jitter, self.seed = size, fit, jitter, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        unreadable: list[str] = []
+        for chosen in self._candidates(epoch, index):
+            try:
+                picture = fit_square(self.paths[chosen], self.size, self.fit)
+            except (ValueError, OSError) as error:
+                unreadable.append(str(error))
+                continue
+            if self.jitter:
+                picture = color_jitter(picture, self.jitter, np.random.default_rng([self.seed, _JITTER, epoch, index]))
+            return Sample(torch.from_numpy(np.array(picture)).permute(2, 0, 1), unreadable)
+        # Raised in a reading process: the message alone survives the way back.
+        raise ValueError(
+            f"{len(unreadable)} pictures in a row cannot be read; the last: {unreadable[-1]}. Check the folder"
+        )
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        others = np.random.default_rng([self.seed, _INSTEAD, epoch, index])
+        for _ in range(_ATTEMPTS):
+            yield int(others.integers(len(self.paths)))
+
+
+def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image:
+    """Read a picture as ``size x size`` pixels, 8-bit RGB.
+
+    ``"squash"`` resizes both sides, as the published training does; ``"crop"`` resizes the shorter side and cuts the
+    centred square. Bilinear with antialiasing. A large JPEG file is decoded at a half, quarter or eighth of its size,
+    never below ``size``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`lift_fast.images.read_image`.
+    """
+    picture = read_image(path, at_least=size)
+    if fit == "squash":
+        return resize(picture, (size, size), Image.Resampling.BILINEAR)
+    picture = resize(picture, size, Image.Resampling.BILINEAR)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def color_jitter(picture: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation times 1 - s to 1 + s, hue turned by -s to s of a circle, in random order.
+
+    What torchvision's ``ColorJitter(s, s, s, s)`` does to a Pillow picture.
+    """
+    factors = random.uniform(1 - strength, 1 + strength, 3)
+    turn = int(random.uniform(-strength, strength) * 255) % 256
+    for step in random.permutation(4):
+        if step < 3:
+            kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+            picture = kind(picture).enhance(float(factors[step]))
+        elif turn:
+            hue, saturation, value = picture.convert("HSV").split()
+            hue = hue.point([(level + turn) % 256 for level in range(256)])
+            picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return picture
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """One process's share of each batch of a common permutation, from a given batch of a given epoch on.
+
+    The permutation depends on (seed, epoch) alone. Whole batches only: up to ``batch_size - 1`` pictures remain over,
+    other ones in each epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        share = batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+        self.epoch = self.start = 0
+
+    @property
+    def batches(self) -> int:
+        """In a whole epoch."""
+        return self.count // self.batch_size
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, _ORDER, self.epoch]).permutation(self.count)
+        for batch in range(self.start, self.batches):
+            members = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, int(index)) for index in members[self.share]]
+
+
+def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: bool) -> DataLoader[Sample]:
+    """Batches of pictures, read ahead by processes that live as long as the loader."""
+    return DataLoader(
+        pictures,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+        # Otherwise each epoch would draw from the global generator.
+        generator=torch.Generator(),
+    )
+
+
+def default_workers(cuda: bool, processes: int) -> int:
+    """Reading processes for each of ``processes`` training processes on this machine.
+
+    Beside a GPU all cores read; on the CPU they compute, and one process keeps up.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // processes)) if cuda else 1
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    unreadable = [message for sample in samples for message in sample.unreadable]
+    return Sample(torch.stack([sample.pixels for sample in samples]), unreadable)
+
+
+def _start_worker(_: int) -> None:
+    # The training process decides when to stop; a worker that died of the same signal would take it along.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,148 @@
+"""What a training run is: one dataclass, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+LOSSES = ("cosine", "l1", "l2")
+FITS = ("squash", "crop")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_FACETS = ("key", "query", "value", "token")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One training run. The defaults are the paper's.
+
+    Raises:
+        ValueError: for a value out of range; names it.
+    """
+
+    data: Path
+    """Folder of pictures, searched with its subfolders."""
+    out: Path
+    """Folder for ``lift.pth``, ``last.pth`` and ``log.csv``; made if missing."""
+    model: str = "dino_vits16"
+    """Backbone, a name for :func:`lift_fast.load_backbone`."""
+    weights: Path | None = None
+    """Local checkpoint of the backbone."""
+    checkpoint_key: str | None = None
+    """Entry of that checkpoint that holds the state dict, if it is not found by itself."""
+    random_weights: bool = False
+    """Random backbone weights, for trying things out."""
+    facet: str = "key"
+    """``"key"``, ``"query"``, ``"value"`` or ``"token"``."""
+    layer: int | None = None
+    """Block of the backbone, may be negative; None is the last."""
+    loss: str = "cosine"
+    """``"cosine"``, ``"l1"`` or ``"l2"``."""
+    use_image: bool = True
+    """False trains the "no image" ablation."""
+    image_channels: int = 32
+    """Width of LiFT's image encoders."""
+    extra_image_blocks: int = 0
+    """Further 3x3 convolution blocks in LiFT's image encoder."""
+    image_size: int = 448
+    """Side of the square pictures in pixels, a multiple of four patches."""
+    fit: str = "squash"
+    """``"squash"``: both sides to ``image_size``, as the published training does; ``"crop"``: the shorter side, then
+    the centred square."""
+    jitter: float = 0.2
+    """Colour jitter of brightness, contrast, saturation and hue, 0 to 0.5; 0 switches it off."""
+    batch_size: int | None = None
+    """Pictures in one optimiser step, over all processes together; None is 256, for patch 8 and below 64."""
+    epochs: int = 5
+    """Passes over the pictures. Each takes whole batches only; which pictures remain over changes by epoch."""
+    max_steps: int | None = None
+    """End after so many optimiser steps in all."""
+    learning_rate: float = 1e-3
+    """Of Adam; constant."""
+    seed: int = 0
+    """Of LiFT's first weights, the order of the pictures and the colour jitter."""
+    limit: int | None = None
+    """Train on the first so many pictures, by sorted name."""
+    held_out: float = 0.0
+    """Fraction of the pictures that are left out by :func:`split`, for an evaluation."""
+    workers: int | None = None
+    """Processes that read pictures, for each training process; 0 reads in the training process, None chooses."""
+    device: str | None = None
+    """``"cpu"``, ``"cuda"``, ...; None is CUDA if there is one."""
+    precision: str = "auto"
+    """Of backbone and network: ``"float32"``, ``"bfloat16"``, ``"float16"`` (with a gradient scaler), or ``"auto"``:
+    bfloat16 where the hardware computes in it, else float32. Weights and optimiser of LiFT are always float32."""
+    compile: bool = False
+    """Compile backbone and network with ``torch.compile``."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes instead of each process's share of the batch."""
+    save_every_steps: int | None = None
+    """Save after every so many steps, beside the saves by epoch."""
+    save_every_epochs: int = 1
+    """Save after every so many epochs."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to ``out``."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "out", "weights"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, (str, os.PathLike)):
+                    raise ValueError(f"{name} must be a path, got {value!r}")
+                object.__setattr__(self, name, Path(value))
+        for name, allowed in (("loss", LOSSES), ("fit", FITS), ("precision", PRECISIONS), ("facet", _FACETS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name, least in (
+            ("image_channels", 1),
+            ("extra_image_blocks", 0),
+            ("image_size", 1),
+            ("batch_size", 1),
+            ("epochs", 1),
+            ("max_steps", 1),
+            ("seed", 0),
+            ("limit", 1),
+            ("workers", 0),
+            ("save_every_steps", 1),
+            ("save_every_epochs", 1),
+        ):
+            value, optional = getattr(self, name), self._default(name) is None
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        # Written so that NaN fails too.
+        if not 0 <= self.jitter <= 0.5:
+            raise ValueError(f"jitter must lie in 0 to 0.5, got {self.jitter!r}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be a fraction from 0 to below 1, got {self.held_out!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON and checkpoints."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        return next(field.default for field in fields(cls) if field.name == name)
+
+
+# What may change between a run and its continuation: where things are, how fast and how long. The rest is the run.
+_FREE = frozenset(
+    {
+        *("data", "out", "weights", "checkpoint_key", "epochs", "max_steps", "workers", "device", "compile"),
+        *("save_every_steps", "save_every_epochs", "tensorboard"),
+    }
+)
+
+
+def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where a continued run would differ from the saved one: ``"name: saved ..., now ..."``."""
+    return [
+        f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}"
+        for name in now
+        if name not in _FREE and saved.get(name) != now.get(name)
+    ]

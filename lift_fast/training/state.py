@@ -1,0 +1,118 @@
+"""Training state on disk: everything that a continued run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lift_fast._files import atomic_path
+from lift_fast.checkpoints import read_state_dict, save_lift
+from lift_fast.lift import LiFT
+
+LIFT_FILE, STATE_FILE = "lift.pth", "last.pth"
+_FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0
+    """Epochs that are done."""
+    batch: int = 0
+    """Batches of the next epoch that are done."""
+    step: int = 0
+    """Optimiser steps in all."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each epoch that is done."""
+    epoch_sum: float = 0.0
+    """Sum of the losses of the epoch that is not."""
+    seconds: float = 0.0
+    """Time spent training."""
+    unreadable: dict[str, int] = field(default_factory=dict)
+    """What was said of each file that could not be read, and how often it was met."""
+
+
+def save(
+    folder: Path,
+    lift: LiFT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    description: dict[str, Any],
+) -> None:
+    """Write ``lift.pth`` (published format) and ``last.pth``, each atomically."""
+    state = {
+        "format": _FORMAT,
+        "lift": lift.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "progress": vars(progress),
+        "random": _random_state(),
+        "description": description,
+    }
+    with atomic_path(folder / STATE_FILE) as temporary:
+        torch.save(state, temporary)
+    save_lift(lift, folder / LIFT_FILE)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """What :func:`save` wrote to ``folder``; None if there is nothing.
+
+    Raises:
+        ValueError: for a file that is no training state.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    content = read_state_dict(path)
+    if content.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is no training state of this version (format {content.get('format')!r}, expected {_FORMAT})"
+        )
+    return content
+
+
+def restore(
+    state: dict[str, Any], lift: LiFT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress:
+    """Put a loaded state back."""
+    lift.load_state_dict(state["lift"])
+    optimizer.load_state_dict(state["optimizer"])
+    # A disabled scaler has an empty state, and refuses one.
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    _restore_random_state(state["random"])
+    return Progress(**state["progress"])
+
+
+def names_digest(paths: Sequence[Path], root: Path) -> str:
+    """Tells one list of pictures from another, wherever their folder lies."""
+    names = "\n".join(path.relative_to(root).as_posix() if path != root else path.name for path in paths)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

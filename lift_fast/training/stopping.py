@@ -1,0 +1,47 @@
+"""SIGINT and SIGTERM as a wish to stop after the current step, once; the second one kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# torchrun passes on what the terminal has sent to every process already.
+_ECHO_SECONDS = 2.0
+
+
+class StopSignals:
+    """While the context lasts, ``number`` is 0, then the signal that came.
+
+    Args:
+        echoed: the same request may arrive twice; signals within two seconds of the first count as one.
+    """
+
+    def __init__(self, echoed: bool) -> None:
+        self.number = 0
+        self._echo = _ECHO_SECONDS if echoed else 0.0
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python delivers signals to the main thread; a run in another one is stopped by its caller.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first >= self._echo:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
