@@ -42,7 +42,7 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
     try:
         with Image.open(path) as image:
             if at_least is not None:
-                image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
+                image.draft(None, (at_least, at_least))
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:

@@ -14,7 +14,7 @@ from .options import add_output_options, positive
 _DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
 picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
 lift.pth (weights in the published format, for --lift), last.pth (training state, for --resume) and log.csv (a row for
-each step). The defaults are the paper's. Ctrl-C and SIGTERM save before they stop. Under torchrun all processes train
+each step). Pictures that cannot be read are replaced by others and named at the end. The defaults are the paper's. Ctrl-C and SIGTERM save before they stop. Under torchrun all processes train
 one LiFT: torchrun --nproc-per-node 8 -m lift_fast train ..."""
 _EXAMPLE = "example: lift-fast train photos/ --out runs/dino16 --model dino_vits16 --batch-size 64 --holdout"
 
@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from lift_fast.training import Interrupted, TrainingSettings, train
+    from lift_fast.training.distributed import leads
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -153,8 +154,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"lift-fast train: {error}", file=sys.stderr)
             return 1
         except Interrupted as stop:
-            print(f"lift-fast train: {stop}", file=sys.stderr)
+            if leads():
+                print(f"lift-fast train: {stop}", file=sys.stderr)
             return 128 + stop.number
+    if not leads():
+        return 0
     for message in figures["unreadable"]:
         print(f"skipped: {message}", file=sys.stderr)
     if arguments.json:
@@ -163,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         speed = figures["images_per_second"]
         rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
         print(f"wrote {figures['lift']} after {figures['steps']} steps, {figures['seconds']} s{rate}", file=sys.stderr)
-    return 1 if figures["unreadable"] else 0
+    return 0
 
 
 def _whole(text: str) -> int:

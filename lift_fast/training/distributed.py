@@ -42,6 +42,11 @@ class World(NamedTuple):
         return values
 
 
+def leads() -> bool:
+    """Whether this process is the one that prints: the first that ``torchrun`` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_world(device: str | None) -> Iterator[World]:
     """The world that ``torchrun``'s environment variables describe; its process group lives as long as the context.

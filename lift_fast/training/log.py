@@ -58,7 +58,7 @@ def _events(folder: Path, resumed_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out") from error
-    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
 
 
 def progress_bar(total: int, done: int, quiet: bool) -> Any:

@@ -26,6 +26,7 @@ from .settings import TrainingSettings, contradictions
 from .split import split
 from .state import Progress
 from .stopping import StopSignals
+from .sync_batchnorm import synchronize
 
 # Steps whose losses a GPU may keep to itself: reading one waits for everything queued before it.
 _CUDA_LOG_INTERVAL = 10
@@ -156,7 +157,7 @@ class _Run:
                 waiting = time.perf_counter()
                 for sample in self.loader:
                     self.waited += time.perf_counter() - waiting
-                    self._step(sample)
+                    self._step(sample, bar)
                     bar.update()
                     if len(self._unlogged) >= self.log_interval or progress.step == self.total:
                         self._write_log(bar)
@@ -181,8 +182,10 @@ class _Run:
             raise Interrupted(stopped_by, progress.step, settings.out)
         return self._figures(progress.step - first, seconds)
 
-    def _step(self, sample: Sample) -> None:
+    def _step(self, sample: Sample, bar: Any) -> None:
         for message in sample.unreadable:
+            if message not in self.progress.unreadable and not self.quiet:
+                bar.write(f"skipped: {message}", file=sys.stderr)
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
         views = self.features(sample.pixels)
         with autocast(self.device, self.dtype):
@@ -259,11 +262,10 @@ class _Run:
 
     def _wrap(self, objective: nn.Module) -> nn.Module:
         if self.settings.sync_batchnorm and self.world.size > 1:
-            objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+            synchronize(objective, self.device)
         if self.world.size > 1:
-            # Each process's running statistics are its own; the first one's are saved.
             devices = [self.device.index] if self.device.type == "cuda" else None
-            objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+            objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
         return torch.compile(objective, dynamic=False) if self.settings.compile else objective  # type: ignore[return-value]
 
     def _check(self, backbone: FrozenViT) -> None:

@@ -16,7 +16,7 @@ from lift_fast._files import atomic_path
 from lift_fast.checkpoints import read_state_dict, save_lift
 from lift_fast.lift import LiFT
 
-LIFT_FILE, STATE_FILE = "lift.pth", "last.pth"
+LIFT_FILE, STATE_FILE, UNREADABLE_FILE = "lift.pth", "last.pth", "unreadable.txt"
 _FORMAT = 1
 
 
@@ -48,7 +48,7 @@ def save(
     progress: Progress,
     description: dict[str, Any],
 ) -> None:
-    """Write ``lift.pth`` (published format) and ``last.pth``, each atomically."""
+    """Write ``lift.pth`` (published format), ``last.pth`` and, if there are any, ``unreadable.txt``, each atomically."""
     state = {
         "format": _FORMAT,
         "lift": lift.state_dict(),
@@ -61,6 +61,9 @@ def save(
     with atomic_path(folder / STATE_FILE) as temporary:
         torch.save(state, temporary)
     save_lift(lift, folder / LIFT_FILE)
+    if progress.unreadable:
+        with atomic_path(folder / UNREADABLE_FILE) as temporary:
+            temporary.write_text("".join(f"{message}\n" for message in sorted(progress.unreadable)), errors="replace")
 
 
 def load(folder: Path) -> dict[str, Any] | None:
