@@ -14,8 +14,9 @@ from .options import add_output_options, positive
 _DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
 picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
 lift.pth (weights in the published format, for --lift), last.pth (training state, for --resume) and log.csv (a row for
-each step). Pictures that cannot be read are replaced by others and named at the end. The defaults are the paper's. Ctrl-C and SIGTERM save before they stop. Under torchrun all processes train
-one LiFT: torchrun --nproc-per-node 8 -m lift_fast train ..."""
+each step). Pictures that cannot be read are replaced by others and named at the end. The defaults are the paper's.
+Ctrl-C and SIGTERM save before they stop (exit status 130, 143). Under torchrun all processes train one LiFT: torchrun
+--nproc-per-node 8 -m lift_fast train ..."""
 _EXAMPLE = "example: lift-fast train photos/ --out runs/dino16 --model dino_vits16 --batch-size 64 --holdout"
 
 

@@ -98,7 +98,7 @@ def color_jitter(picture: Image.Image, strength: float, random: np.random.Genera
         if step < 3:
             kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
             picture = kind(picture).enhance(float(factors[step]))
-        elif turn:
+        else:
             hue, saturation, value = picture.convert("HSV").split()
             hue = hue.point([(level + turn) % 256 for level in range(256)])
             picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")

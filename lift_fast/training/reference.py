@@ -45,5 +45,5 @@ class PlainObjective(nn.Module):
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.loss, nn.CosineEmbeddingLoss):
             prediction, target = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (prediction, target))
-            return self.loss(prediction, target, prediction.new_ones(len(prediction)))  # type: ignore[no-any-return]
-        return self.loss(prediction, target)  # type: ignore[no-any-return]
+            return self.loss(prediction, target, prediction.new_ones(len(prediction)))
+        return self.loss(prediction, target)

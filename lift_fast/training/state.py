@@ -48,7 +48,7 @@ def save(
     progress: Progress,
     description: dict[str, Any],
 ) -> None:
-    """Write ``lift.pth`` (published format), ``last.pth`` and, if there are any, ``unreadable.txt``, each atomically."""
+    """Write ``lift.pth`` (published format), ``last.pth`` and, if need be, ``unreadable.txt``, each atomically."""
     state = {
         "format": _FORMAT,
         "lift": lift.state_dict(),

@@ -1,0 +1,193 @@
+"""``lift-fast train`` and ``torchrun`` as users start them: options, signals, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lift_fast.cli import main
+
+TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--layer", "1", "--size", "64", "--batch-size", "4"]
+TINY += ["--device", "cpu", "--precision", "float32", "--threads", "1"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(17):
+        small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        small.resize((70, 80), Image.Resampling.BICUBIC).save(root / f"{number:02d}.png")
+    return root
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def losses(out):
+    with (out / "log.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def start(*arguments, processes=1):
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command += ["-m", "lift_fast", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_figures_as_json(folder, tmp_path, capsys):
+    assert run("train", folder, "--out", tmp_path, *TINY, "--epochs", 1, "--holdout", "--json", "--quiet") == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out)
+    assert captured.err == ""
+    assert (figures["pictures"], figures["held_out"], figures["steps"]) == (16, 1, 4)
+    assert figures["lift"] == str(tmp_path / "lift.pth")
+    # The result goes straight into another command.
+    out = tmp_path / "features"
+    assert run(
+        "extract", folder / "00.png", "--out", out, *TINY[:5], "--lift", tmp_path / "lift.pth", "--size", 64,
+        "--device", "cpu", "--quiet",
+    ) == 0  # fmt: skip
+    assert np.load(out / "00.npz")["descriptors"].shape == (8, 8, 192)
+
+
+def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data" / "bad.png").write_bytes(b"no picture")
+    assert run("train", tmp_path / "data", "--out", tmp_path / "o", *TINY[:-6], "--batch-size", 18, "--epochs", 1,
+               "--device", "cpu") == 0  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("18 pictures, 0 held out", "(random weights)", "epoch 1: mean loss", "bad.png", "after 1 steps"):
+        assert part in captured.err, part
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--size", "72"], "multiple of four patches"),
+        (["--batch-size", "99"], "fewer than one batch of 99"),
+        (["--jitter", "2"], "jitter must lie in 0 to 0.5"),
+        (["--lr", "0"], "learning_rate must be a positive number"),
+        (["--model", "nonsense"], "unknown backbone"),
+        (["--weights", "nowhere.pth", "--model", "dino_vits16"], "random_weights"),
+        (["--device", "warp"], "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(folder, tmp_path, capsys, extra, message):
+    assert run("train", folder, "--out", tmp_path / "out", *TINY, *extra) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("lift-fast train: ")
+    assert "Traceback" not in error
+
+
+def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):
+    arguments = ("train", folder, "--out", tmp_path, *TINY, "--max-steps", 1, "--quiet")
+    assert run(*arguments) == 0
+    assert run(*arguments) == 2
+    assert "--resume, --overwrite, --out" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+    assert run(*arguments, "--resume") == 0
+    assert run(*arguments, "--resume", "--loss", "l1") == 2
+    assert "loss: saved 'cosine', now 'l1'" in capsys.readouterr().err
+
+
+def test_divergence_has_its_own_status(folder, tmp_path, capsys):
+    assert run("train", folder, "--out", tmp_path, *TINY, "--loss", "l2", "--lr", "1e30", "--quiet") == 1
+    assert "take a lower learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_goes_on_bit_exactly(folder, tmp_path, number):
+    epochs = 500
+    process = start("train", folder, "--out", tmp_path / "a", *TINY, "--epochs", epochs, "--workers", 1)
+    deadline = time.monotonic() + 120
+    # The fifth step stands in the log: in the middle of the second epoch.
+    while not (tmp_path / "a" / "log.csv").exists() or len(losses(tmp_path / "a")) < 5:
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert status == 128 + number, err
+    assert f"stopped by {signal.Signals(number).name} after step" in err
+    assert "Traceback" not in err
+    state = torch.load(tmp_path / "a" / "last.pth", weights_only=True)["progress"]
+    assert 5 <= state["step"] < 4 * epochs
+    end = 4 * state["epoch"] + 10
+    common = ("train", folder, *TINY, "--epochs", epochs, "--max-steps", end, "--quiet", "--workers", 0)
+    assert run(*common, "--out", tmp_path / "a", "--resume") == 0
+    assert run(*common, "--out", tmp_path / "b") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    one, other = (torch.load(tmp_path / name / "lift.pth", weights_only=True) for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_signal_leaves_at_once():
+    code = """
+import os, signal, sys, time
+from lift_fast.training.stopping import StopSignals
+with StopSignals(echoed=sys.argv[1] == "echoed") as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+"""
+    alone = subprocess.run([sys.executable, "-c", code, "no"], capture_output=True, text=True, check=False)
+    assert (alone.returncode, alone.stdout) == (-signal.SIGTERM, ""), alone.stderr
+    echoed = subprocess.run([sys.executable, "-c", code, "echoed"], capture_output=True, text=True, check=False)
+    assert (echoed.returncode, echoed.stdout) == (0, "still here\n"), echoed.stderr
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed package")
+def test_two_processes_with_synchronised_batchnorm_train_as_one(folder, tmp_path):
+    common = ("train", folder, *TINY, "--epochs", 2, "--workers", 0, "--sync-batchnorm", "--json")
+    process = start(*common, "--out", tmp_path / "two", processes=2)
+    # Meanwhile; sync-batchnorm changes nothing in one process.
+    assert run(*common, "--out", tmp_path / "one", "--quiet") == 0
+    status, out, err = finish(process)
+    assert status == 0, err
+    # One process prints.
+    figures = json.loads(out)
+    assert (figures["processes"], figures["steps"], figures["images"]) == (2, 8, 32)
+    assert err.count("17 pictures, 0 held out") == 1
+    assert "FutureWarning" not in err
+    two, one = np.array(losses(tmp_path / "two")), np.array(losses(tmp_path / "one"))
+    assert np.array_equal(two[:, 0], one[:, 0])
+    # Adam divides by the root of the gradient's square: rounding may turn a step where that is next to nothing.
+    assert np.abs(two[:, 1] - one[:, 1]).max() < 1e-3
+    assert np.abs(two[:2, 1] - one[:2, 1]).max() < 1e-5
+    a, b = (torch.load(tmp_path / name / "lift.pth", weights_only=True) for name in ("one", "two"))
+    assert list(a) == list(b)
+    name = "up1.conv_1.double_conv.1.running_var"
+    assert torch.allclose(a[name], b[name], rtol=1e-2)
