@@ -34,7 +34,7 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["match"], ["extract"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["match"], ["extract"], ["train"], ["info"]])
 def test_help_in_a_subprocess(command):
     done = subprocess.run(
         [sys.executable, "-m", "lift_fast", *command, "--help"], capture_output=True, text=True, check=True

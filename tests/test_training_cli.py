@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from lift_fast.cli import main
+from lift_fast.training import stopping
 
 TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--layer", "1", "--size", "64", "--batch-size", "4"]
 TINY += ["--device", "cpu", "--precision", "float32", "--threads", "1"]
@@ -154,8 +155,12 @@ def test_a_signal_saves_and_resume_goes_on_bit_exactly(folder, tmp_path, number)
 
 def test_a_second_signal_leaves_at_once():
     code = """
-import os, signal, sys, time
-from lift_fast.training.stopping import StopSignals
+import importlib.util, os, signal, sys
+# The module alone: the package would bring PyTorch along.
+spec = importlib.util.spec_from_file_location("stopping", sys.argv[2])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+StopSignals = module.StopSignals
 with StopSignals(echoed=sys.argv[1] == "echoed") as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.number == signal.SIGTERM
@@ -163,9 +168,10 @@ with StopSignals(echoed=sys.argv[1] == "echoed") as stop:
     print("still here", flush=True)
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 """
-    alone = subprocess.run([sys.executable, "-c", code, "no"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    alone = subprocess.run([*command, "no", stopping.__file__], capture_output=True, text=True, check=False)
     assert (alone.returncode, alone.stdout) == (-signal.SIGTERM, ""), alone.stderr
-    echoed = subprocess.run([sys.executable, "-c", code, "echoed"], capture_output=True, text=True, check=False)
+    echoed = subprocess.run([*command, "echoed", stopping.__file__], capture_output=True, text=True, check=False)
     assert (echoed.returncode, echoed.stdout) == (0, "still here\n"), echoed.stderr
 
 

@@ -20,11 +20,12 @@ from lift_fast.lift import LiFT
 from . import state as disk
 from .distributed import World, join_world, resolve_device
 from .log import Log, progress_bar
-from .objective import FrozenFeatures, Objective, autocast, resolve_precision
+from .objective import FrozenFeatures, Objective
 from .pictures import GlobalBatches, Pictures, Sample, build_loader, default_workers
 from .settings import TrainingSettings, contradictions
 from .split import split
 from .state import Progress
+from .step import TrainingStep, resolve_precision
 from .stopping import StopSignals
 from .sync_batchnorm import synchronize
 
@@ -112,17 +113,15 @@ class _Run:
                     f"anew with another out. {'; '.join(different)}"
                 )
         self.lift = lift.to(self.device).to(memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             self.lift.parameters(), lr=settings.learning_rate, fused=self.device.type == "cuda"
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile)
+        self.step = TrainingStep(features, self._wrap(Objective(self.lift, settings.loss)), optimizer)
         self.progress = Progress()
         if saved is not None:
-            self.progress = disk.restore(saved, self.lift, self.optimizer, self.scaler)
+            self.progress = disk.restore(saved, self.lift, optimizer, self.step.scaler)
         self.resumed = self.progress.step
-
-        self.features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile)
-        self.objective = self._wrap(Objective(self.lift, settings.loss))
         self.batches = GlobalBatches(len(self.paths), self.batch_size, settings.seed, world.rank, world.size)
         self.total = self.batches.batches * settings.epochs
         if settings.max_steps is not None:
@@ -157,7 +156,7 @@ class _Run:
                 waiting = time.perf_counter()
                 for sample in self.loader:
                     self.waited += time.perf_counter() - waiting
-                    self._step(sample, bar)
+                    self._train_on(sample, bar)
                     bar.update()
                     if len(self._unlogged) >= self.log_interval or progress.step == self.total:
                         self._write_log(bar)
@@ -182,21 +181,15 @@ class _Run:
             raise Interrupted(stopped_by, progress.step, settings.out)
         return self._figures(progress.step - first, seconds)
 
-    def _step(self, sample: Sample, bar: Any) -> None:
+    def _train_on(self, sample: Sample, bar: Any) -> None:
         for message in sample.unreadable:
             if message not in self.progress.unreadable and not self.quiet:
                 bar.write(f"skipped: {message}", file=sys.stderr)
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
-        views = self.features(sample.pixels)
-        with autocast(self.device, self.dtype):
-            losses = self.objective(views)
-        self.scaler.scale(losses.sum()).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.step(sample.pixels)
         self.progress.step += 1
         self.progress.batch += 1
-        self._unlogged.append((self.progress.step, self.progress.epoch + 1, losses.detach()))
+        self._unlogged.append((self.progress.step, self.progress.epoch + 1, losses))
 
     def _write_log(self, bar: Any) -> None:
         """Read the losses of the steps since the last call; every process comes here at the same steps."""
@@ -243,7 +236,7 @@ class _Run:
                 f"LiFT's weights are no longer finite at step {self.progress.step}; take a lower learning rate, or "
                 f"precision float32. What was saved in {self.settings.out} before is sound"
             )
-        disk.save(self.settings.out, self.lift, self.optimizer, self.scaler, self.progress, self.description)
+        disk.save(self.settings.out, self.lift, self.step.optimizer, self.step.scaler, self.progress, self.description)
 
     def _agreed(self, number: int) -> int:
         """The signal that any process has received; the processes learn of it a step later, all at the same one."""

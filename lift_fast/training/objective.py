@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -50,8 +49,8 @@ class FrozenFeatures:
     """Normalises pictures and runs the frozen backbone on them at full, half and quarter size.
 
     Args:
-        backbone: in the dtype that it computes in.
-        features: what computes the features, the backbone itself or a compiled form of it.
+        backbone: on the device and in the dtype in which it computes.
+        compiled: run it through ``torch.compile``.
     """
 
     def __init__(self, backbone: FrozenViT, compiled: bool = False) -> None:
@@ -69,35 +68,3 @@ class FrozenFeatures:
         full = ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)
         half, quarter = (full[:, :, ::step, ::step].contiguous(memory_format=torch.channels_last) for step in (2, 4))
         return Views(half, quarter, self.run(full), self.run(half), self.run(quarter))
-
-
-def resolve_precision(wish: str, device: torch.device) -> torch.dtype:
-    """The dtype of ``precision``; ``"auto"`` is bfloat16 where the hardware computes in it.
-
-    Raises:
-        ValueError: for float16 on the CPU.
-    """
-    if wish == "auto":
-        fits = (
-            torch.cuda.get_device_capability(device) >= (8, 0)
-            if device.type == "cuda"
-            else device.type == "cpu" and _cpu_computes_bfloat16()
-        )
-        return torch.bfloat16 if fits else torch.float32
-    if wish == "float16" and device.type == "cpu":
-        raise ValueError("precision float16 is for GPUs; on the CPU take bfloat16 or float32")
-    dtype: torch.dtype = getattr(torch, wish)
-    return dtype
-
-
-def _cpu_computes_bfloat16() -> bool:
-    # Emulated bfloat16 is slower than float32.
-    known = torch.backends.cpu.get_cpu_capability()
-    return known.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """The context in which the network runs: weights stay float32, convolutions compute in ``dtype``."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)

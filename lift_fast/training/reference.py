@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +49,36 @@ class PlainObjective(nn.Module):
             prediction, target = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (prediction, target))
             return self.loss(prediction, target, prediction.new_ones(len(prediction)))
         return self.loss(prediction, target)
+
+
+class PlainStep:
+    """One step of the plain loop.
+
+    Args:
+        objective: a :class:`PlainObjective`.
+        mean, std: normalisation of the backbone.
+        learning_rate: of Adam.
+        dtype: other than float32, everything runs under ``torch.autocast`` of it.
+    """
+
+    def __init__(
+        self,
+        objective: PlainObjective,
+        mean: Sequence[float],
+        std: Sequence[float],
+        learning_rate: float = 1e-3,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.objective, self.dtype = objective, dtype
+        self.optimizer = torch.optim.Adam(objective.lift.parameters(), lr=learning_rate)
+        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` uint8 pictures to the two terms of the loss before the step, ``[2]``."""
+        imgs = (pixels.float() / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            losses: Tensor = self.objective(imgs)
+        losses.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses.detach()

@@ -1,0 +1,66 @@
+"""One optimiser step on one batch, in any precision."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from .objective import FrozenFeatures
+
+
+class TrainingStep:
+    """Features of the frozen backbone, the objective, its gradient, the optimiser.
+
+    Args:
+        features: the frozen part; its dtype is the precision of the network too.
+        objective: an :class:`Objective`, possibly wrapped.
+        optimizer: of the objective's parameters, which are float32.
+    """
+
+    def __init__(self, features: FrozenFeatures, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.features, self.objective, self.optimizer = features, objective, optimizer
+        # Gradients of half precision leave its range; those of bfloat16 do not.
+        self.scaler = torch.amp.GradScaler(features.device.type, enabled=features.dtype == torch.float16)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` uint8 pictures to the two terms of the loss before the step, ``[2]``."""
+        views = self.features(pixels)
+        with autocast(self.features.device, self.features.dtype):
+            losses: Tensor = self.objective(views)
+        self.scaler.scale(losses.sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses.detach()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """The context in which the network runs: weights stay float32, convolutions compute in ``dtype``."""
+    return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
+
+
+def resolve_precision(wish: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``precision``; ``"auto"`` is bfloat16 where the hardware computes in it.
+
+    Raises:
+        ValueError: for float16 on the CPU.
+    """
+    if wish == "auto":
+        fits = (
+            torch.cuda.get_device_capability(device) >= (8, 0)
+            if device.type == "cuda"
+            else device.type == "cpu" and _cpu_computes_bfloat16()
+        )
+        return torch.bfloat16 if fits else torch.float32
+    if wish == "float16" and device.type == "cpu":
+        raise ValueError("precision float16 is for GPUs; on the CPU take bfloat16 or float32")
+    dtype: torch.dtype = getattr(torch, wish)
+    return dtype
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # Emulated bfloat16 is slower than float32.
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return known is not None and bool(known())
