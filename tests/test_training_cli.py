@@ -197,3 +197,26 @@ def test_two_processes_with_synchronised_batchnorm_train_as_one(folder, tmp_path
     assert list(a) == list(b)
     name = "up1.conv_1.double_conv.1.running_var"
     assert torch.allclose(a[name], b[name], rtol=1e-2)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed package")
+def test_extract_shares_a_folder_among_processes(folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(folder.iterdir())[:5]:
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "bad.png").write_bytes(b"no picture")
+    common = ("extract", data, *TINY[:-8], "--size", 64, "--device", "cpu", "--threads", 1, "--json")
+    process = start(*common, "--out", tmp_path / "two", processes=2)
+    assert run(*common, "--out", tmp_path / "one", "--quiet") == 1
+    status, out, err = finish(process)
+    # The picture that cannot be read, whichever process met it.
+    assert status == 1
+    figures = json.loads(out)
+    assert (figures["written"], figures["kept"], len(figures["failed"])) == (5, 0, 1)
+    assert "bad.png" in figures["failed"][0]
+    assert err.count("skipped: ") == 1
+    for file in sorted((tmp_path / "one").iterdir()):
+        one, two = np.load(file)["descriptors"], np.load(tmp_path / "two" / file.name)["descriptors"]
+        assert np.allclose(one, two, rtol=1e-4, atol=1e-5)
+    assert len(list((tmp_path / "two").iterdir())) == 5

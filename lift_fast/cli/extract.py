@@ -16,10 +16,13 @@ from .options import add_model_options, add_output_options, build_extractor, pos
 if TYPE_CHECKING:
     import torch
 
+    from lift_fast.distributed import World
+
 _DESCRIPTION = """Write the descriptors of pictures: one .npz file each with descriptors [h, w, C], image_size (height,
 width of the loaded picture), file_size (of the file) and settings (JSON). The folder structure of INPUT is kept. A
 picture that cannot be read is named and skipped (exit status 1); files that exist are kept unless --overwrite is
-given, so an interrupted run goes on where it stopped."""
+given, so an interrupted run goes on where it stopped. Under torchrun each process takes its share of the pictures:
+torchrun --nproc-per-node 8 -m lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
 
@@ -44,14 +47,29 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Extract all pictures. Returns the exit status."""
+    import torch
+
+    from lift_fast.distributed import join_world
+
+    # The processes exchange nothing but their figures.
+    with join_world("cpu") as world:
+        if world.size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        return _run(arguments, world)
+
+
+def _run(arguments: argparse.Namespace, world: World) -> int:
     from tqdm import tqdm
 
+    quiet = arguments.quiet or not world.leads
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
         arguments.out.mkdir(parents=True, exist_ok=True)
+    # Shared out before looking at what is there: meanwhile other processes write.
+    jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.exists()}
     skipped = len(jobs) - len(waiting)
-    if skipped and not arguments.quiet:
+    if skipped and not quiet and world.size == 1:
         print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
     failed: list[str] = []
     start = time.perf_counter()
@@ -81,17 +99,21 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         # Shown where somebody watches, unless switched off.
-        hidden = True if arguments.quiet else None
+        hidden = True if quiet else None
         with tqdm(total=len(waiting), unit="picture", disable=hidden, file=sys.stderr) as bar:
             for batch, members in _batches(extractor, waiting, arguments, failed, bar):
                 _extract(extractor, batch, members, arguments, settings)
                 bar.update(len(members))
+    shares = world.gather((len(waiting) - len(failed), skipped, failed))
+    if not world.leads:
+        return 0
+    failed = [message for share in shares for message in share[2]]
     for message in failed:
         print(f"skipped: {message}", file=sys.stderr)
     figures = {
         "out": str(arguments.out),
-        "written": len(waiting) - len(failed),
-        "kept": skipped,
+        "written": sum(share[0] for share in shares),
+        "kept": sum(share[1] for share in shares),
         "failed": failed,
         "seconds": round(time.perf_counter() - start, 3),
     }

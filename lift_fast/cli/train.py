@@ -107,8 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Train. Returns the exit status."""
     import torch
 
+    from lift_fast.distributed import leads
     from lift_fast.training import Interrupted, TrainingSettings, train
-    from lift_fast.training.distributed import leads
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lift_fast.backbones import FrozenViT, load_backbone
+from lift_fast.distributed import World, join_world, resolve_device
 from lift_fast.images import list_images
 from lift_fast.lift import LiFT
 
 from . import state as disk
-from .distributed import World, join_world, resolve_device
 from .log import Log, progress_bar
 from .objective import FrozenFeatures, Objective
 from .pictures import GlobalBatches, Pictures, Sample, build_loader, default_workers
