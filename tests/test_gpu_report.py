@@ -102,8 +102,11 @@ def test_rehearsal(tmp_path):
     assert {row["what"] for row in content["forward"]} >= {"image encoder", "upsample", "head", "forward"}
     assert all(row["error"] <= row["limit"] for row in content["matching"]["errors"])
     assert {row["what"] for row in content["matching"]["times"]} >= {"nearest bf16, mutual", "nearest fp32"}
+    assert {row["what"] for row in content["training"]["times"]} == {"plain float32", "plain autocast", "ours"}
+    assert all(row["error"] <= row["limit"] for row in content["training"]["errors"])
     text = (tmp_path / "r.md").read_text()
     assert "## Matching" in text
+    assert "## Training step" in text
     assert "REHEARSAL" in text
     assert (tmp_path / "r.png").stat().st_size > 1000
 

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -190,11 +191,36 @@ def test_unreadable_pictures_are_replaced_and_named(folder, tmp_path):
         assert list(csv.DictReader(file))[-1]["unreadable"] == "2"
 
 
-def test_nothing_but_unreadable_pictures_is_an_error(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_unreadable_pictures_is_an_error(tmp_path, workers):
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="pictures in a row cannot be read"):
-        train(settings(tmp_path, tmp_path / "out"), quiet=True)
+    with pytest.raises(ValueError, match="^more than 50 pictures in a row cannot be read, the last: ") as error:
+        train(settings(tmp_path, tmp_path / "out", workers=workers), quiet=True)
+    assert "Traceback" not in str(error.value)
+
+
+def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(settings(folder, tmp_path / "a", tensorboard=True), quiet=True)
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, step))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    train(settings(folder, tmp_path / "b", tensorboard=True, max_steps=2), quiet=True)
+    assert seen[0] == (str(tmp_path / "b"), None)
+    assert [entry for entry in seen if entry[0] == "loss"] == [("loss", 1), ("loss", 2)]
+    assert seen[-1] == "closed"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def markdown(state: State) -> str:
     for row in state.results.get("forward", []):
         lines.append(_row(row))
     lines += _matching(state.results.get("matching", {}))
+    lines += _training(state.results.get("training", {}))
     errors = state.results.get("equality", [])
     lines += ["", "## Equality with the plain module in float64, worst relative errors", ""]
     for kernel in dict.fromkeys(row["kernel"] for row in errors):
@@ -58,6 +59,17 @@ def _matching(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {row['what']} | {row['ms']:.3f} | {rate} | {share} | {peak} |")
     worst = max((row["error"] for row in results["errors"]), default=0.0)
     return [*lines, "", f"Worst error against float64, {len(results['errors'])} cases: {worst:.1e}"]
+
+
+def _training(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    lines = ["", "## Training step", "", "| what | ms | images/s | peak MB |", "| --- | ---: | ---: | ---: |"]
+    for row in results["times"]:
+        peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['what']} | {row['ms']:.2f} | {row['images per second']:.1f} | {peak} |")
+    errors = ", ".join(f"{row['what']} in {row['dtype']} {row['error']:.1e}" for row in results["errors"])
+    return [*lines, "", f"Against the plain float32 loop: {errors}"]
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, resumed_step: int, tensorboard: bool) -> None:
+        self._events: Any = _events(folder, resumed_step) if tensorboard else None
         self.path = folder / LOG_FILE
         rows: list[list[str]] = []
         if resumed_step and self.path.exists():
@@ -31,7 +32,6 @@ class Log:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(row for row in rows if int(row[0]) <= resumed_step)
-        self._events: Any = _events(folder, resumed_step) if tensorboard else None
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 
@@ -57,7 +57,7 @@ def _events(folder: Path, resumed_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out") from error
+        raise ValueError("tensorboard=True needs TensorBoard: pip install tensorboard, or leave it out") from error
     return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
 
 

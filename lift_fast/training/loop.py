@@ -21,11 +21,11 @@ from lift_fast.lift import LiFT
 from . import state as disk
 from .log import Log, progress_bar
 from .objective import FrozenFeatures, Objective
-from .pictures import GlobalBatches, Pictures, Sample, build_loader, default_workers
+from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers
 from .settings import TrainingSettings, contradictions
 from .split import split
 from .state import Progress
-from .step import TrainingStep, resolve_precision
+from .step import TrainingStep, resolve_precision, tuned_convolutions
 from .stopping import StopSignals
 from .sync_batchnorm import synchronize
 
@@ -73,7 +73,7 @@ def train(
     """
     with join_world(settings.device) as world:
         run = _Run(settings, world, resume, overwrite, quiet)
-        with StopSignals(echoed=world.size > 1) as stop, torch.backends.cudnn.flags(benchmark=True):
+        with StopSignals(echoed=world.size > 1) as stop, tuned_convolutions():
             return run.train(stop)
 
 
@@ -186,6 +186,11 @@ class _Run:
             if message not in self.progress.unreadable and not self.quiet:
                 bar.write(f"skipped: {message}", file=sys.stderr)
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
+        if sample.failed:
+            raise ValueError(
+                f"more than {MOST_UNREADABLE} pictures in a row cannot be read, the last: {sample.unreadable[-1]}; check "
+                f"{self.settings.data}"
+            )
         losses = self.step(sample.pixels)
         self.progress.step += 1
         self.progress.batch += 1

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lift_fast.images import read_image, resize
 
 # Further pictures that are tried in the place of one that cannot be read.
-_ATTEMPTS = 50
+MOST_UNREADABLE = 50
 # Tell the streams of random numbers that derive from one seed apart.
 _ORDER, _JITTER, _INSTEAD = 0, 1, 2
 
@@ -29,6 +29,8 @@ class Sample(NamedTuple):
     """[3, S, S] uint8; [B, 3, S, S] in a batch."""
     unreadable: list[str]
     """What was said of files that could not be read and in whose place this picture stands."""
+    failed: bool = False
+    """Too many files in a row could not be read; the pixels are black."""
 
 
 class Pictures(Dataset[Sample]):
@@ -57,15 +59,13 @@ class Pictures(Dataset[Sample]):
             if self.jitter:
                 picture = color_jitter(picture, self.jitter, np.random.default_rng([self.seed, _JITTER, epoch, index]))
             return Sample(torch.from_numpy(np.array(picture)).permute(2, 0, 1), unreadable)
-        # Raised in a reading process: the message alone survives the way back.
-        raise ValueError(
-            f"{len(unreadable)} pictures in a row cannot be read; the last: {unreadable[-1]}. Check the folder"
-        )
+        # An error raised in a reading process would arrive wrapped in its traceback.
+        return Sample(torch.zeros(3, self.size, self.size, dtype=torch.uint8), unreadable, failed=True)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index
         others = np.random.default_rng([self.seed, _INSTEAD, epoch, index])
-        for _ in range(_ATTEMPTS):
+        for _ in range(MOST_UNREADABLE):
             yield int(others.integers(len(self.paths)))
 
 
@@ -160,7 +160,8 @@ def default_workers(cuda: bool, processes: int) -> int:
 
 def _collate(samples: list[Sample]) -> Sample:
     unreadable = [message for sample in samples for message in sample.unreadable]
-    return Sample(torch.stack([sample.pixels for sample in samples]), unreadable)
+    failed = any(sample.failed for sample in samples)
+    return Sample(torch.stack([sample.pixels for sample in samples]), unreadable, failed)
 
 
 def _start_worker(_: int) -> None:

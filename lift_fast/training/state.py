@@ -98,7 +98,7 @@ def restore(
 
 def names_digest(paths: Sequence[Path], root: Path) -> str:
     """Tells one list of pictures from another, wherever their folder lies."""
-    names = "\n".join(path.relative_to(root).as_posix() if path != root else path.name for path in paths)
+    names = "\n".join(path.relative_to(root).as_posix() for path in paths)
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

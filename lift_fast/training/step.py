@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ class TrainingStep:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """The context in which the network runs: weights stay float32, convolutions compute in ``dtype``."""
     return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Let cuDNN measure its algorithms: every step has the same shapes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def resolve_precision(wish: str, device: torch.device) -> torch.dtype:
