@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     start = time.perf_counter()
     if waiting:
         extractor = build_extractor(arguments)
-        for remark in [] if arguments.quiet else remarks(arguments):
+        for remark in [] if quiet else remarks(arguments):
             print(remark, file=sys.stderr)
         settings = json.dumps(
             {
