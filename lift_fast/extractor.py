@@ -21,6 +21,10 @@ from .backbones.vit import shared_copy
 from .images import LoadSize
 
 
+Rectangle = tuple[int, int, int, int]
+"""(top, left, height, width) in pixels."""
+
+
 class _Default(int):
     """An integer default whose identity tells it from the same number typed by the caller."""
 
@@ -240,7 +244,7 @@ class ViTLiFTExtractor(nn.Module):
             TypeError, ValueError: as :meth:`extract_descriptors_iterative_lift`.
         """
         _check_lift_iter(lift_iter)
-        return self._lift_map(*self._backbone_tokens(batch), lift_iter)
+        return self.lift_map(*self._backbone_tokens(batch), lift_iter)
 
     def descriptor_map(self, batch: Tensor) -> Tensor:
         """:meth:`extract_descriptors` as ``[B, C, h, w]`` (a view with NHWC memory)."""
@@ -272,8 +276,17 @@ class ViTLiFTExtractor(nn.Module):
         self.num_patches = self.backbone.grid(*self.load_size)
         return batch, tokens
 
-    def _lift_map(self, batch: Tensor, tokens: Tensor, lift_iter: int) -> Tensor:
-        """The rest of :meth:`matching_map` behind :meth:`_backbone_tokens`."""
+    def lift_map(self, batch: Tensor, tokens: Tensor, lift_iter: int = 1) -> Tensor:
+        """:meth:`matching_map` where the backbone has run already.
+
+        Args:
+            batch: ``[B, 3, H, W]``, on the extractor's device and in its dtype.
+            tokens: ``[B, T, C]`` that :attr:`backbone` gave for it.
+            lift_iter: number of applications; 0 is the backbone alone.
+
+        Returns:
+            As :meth:`matching_map`.
+        """
         h, w = self.backbone.grid(batch.shape[-2], batch.shape[-1])
         if self.lift is None or lift_iter == 0:
             return tokens.transpose(1, 2).unflatten(2, (h, w))

@@ -15,11 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from .demonstration import BACKBONE, LIFT
-from .extractor import ViTLiFTExtractor
+from .extractor import Rectangle, ViTLiFTExtractor
 from .images import LoadSize, Picture, as_image, resized_size
 from .matching import dense_match
-
-Rectangle = tuple[int, int, int, int]
 
 STAGES = ("decode", "backbone", "lift", "match")
 
@@ -232,7 +230,7 @@ def _descriptor_maps(
     with torch.no_grad():
         seen = [extractor._backbone_tokens(batch) for batch in ([torch.cat(list(batches))] if together else batches)]
         clock.lap("backbone")
-        maps = [extractor._lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
+        maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
         clock.lap("lift")
     return list(maps[0].split(1)) if together else maps
 

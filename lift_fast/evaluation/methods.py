@@ -1,0 +1,261 @@
+"""What evaluations compare: ways from a picture to a map of descriptors, all on top of one frozen backbone.
+
+=================  =====================================================================================
+``backbone``       the backbone's own map
+``bilinear``       that map enlarged 2x bilinearly, the baseline that needs no training
+``lift``           LiFT's map, ``lift-N`` LiFT applied N times
+``random-lift``    an untrained LiFT, the control
+``double-size``    the backbone on the picture enlarged 2x bilinearly
+``stride-S``       the backbone with patches S pixels apart
+``LABEL=FILE``     another LiFT checkpoint under a label of its own, for example one without image
+``LABEL=m:f``      any ``nn.Module`` with LiFT's ``forward(imgs, x)``: what calling f of the Python module m returns
+=================  =====================================================================================
+
+All of them see the same backbone tokens, heads interleaved, the order that LiFT weights are trained on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lift_fast.backbones import FrozenViT
+from lift_fast.extractor import Rectangle, ViTLiFTExtractor
+
+NAMES = ("backbone", "bilinear", "lift", "lift-N", "random-lift", "double-size", "stride-S", "LABEL=FILE", "LABEL=m:f")
+
+
+class Features(NamedTuple):
+    """Descriptors of a batch of pictures."""
+
+    map: Tensor
+    """``[B, C, h, w]``; LiFT's maps in the basis of their span (:meth:`lift_fast.LiFT.matching_map`)."""
+    covered: Rectangle
+    """(top, left, height, width): the pixels over which the cells lie side by side."""
+
+
+class Batch:
+    """Pictures of one size, with the backbone's tokens kept for every method that reads them."""
+
+    def __init__(self, imgs: Tensor) -> None:
+        """``imgs``: ``[B, 3, H, W]`` normalised pictures, on the device and in the dtype of the backbone."""
+        self.imgs = imgs
+        self._tokens: dict[int, tuple[FrozenViT, Tensor]] = {}
+
+    def tokens(self, backbone: FrozenViT) -> Tensor:
+        """``[B, T, C]``, computed at most once."""
+        if id(backbone) not in self._tokens:
+            self._tokens[id(backbone)] = backbone, backbone(self.imgs)
+        return self._tokens[id(backbone)][1]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way from pictures to descriptors."""
+
+    name: str
+    compute: Callable[[Batch], Features]
+    weights: str | None = None
+    """File of its LiFT, for the record."""
+
+    def __call__(self, batch: Batch) -> Features:
+        """Descriptors of a batch, without gradients."""
+        with torch.no_grad():
+            return self.compute(batch)
+
+
+def build_methods(
+    names: Sequence[str],
+    backbone: FrozenViT,
+    lift: str | os.PathLike[str] | nn.Module | None = None,
+    seed: int = 0,
+) -> list[Method]:
+    """Methods by name, see :mod:`lift_fast.evaluation.methods`.
+
+    Args:
+        names: as in the table above; each at most once.
+        backbone: with heads interleaved, on the device and in the dtype to compute in.
+        lift: checkpoint or module behind ``lift`` and ``lift-N``.
+        seed: of ``random-lift``.
+
+    Raises:
+        ValueError: for an unknown or repeated name, ``lift`` without a LiFT, weights that do not fit the backbone, or a
+            module of another form.
+        FileNotFoundError: for a checkpoint that does not exist.
+    """
+    if backbone.head_order != "interleaved" and backbone.facet != "token":
+        raise ValueError(
+            f"the backbone's heads are {backbone.head_order}; LiFT weights are trained on head_order='interleaved'"
+        )
+    builder = _Builder(backbone, lift, seed)
+    methods = [builder.build(name) for name in names]
+    labels = [method.name for method in methods]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"two methods are called {label!r}; give each label once")
+    return methods
+
+
+class _Builder:
+    def __init__(self, backbone: FrozenViT, lift: str | os.PathLike[str] | nn.Module | None, seed: int) -> None:
+        self.backbone, self.lift, self.seed = backbone, lift, seed
+        self._main: ViTLiFTExtractor | None = None
+
+    def build(self, name: str) -> Method:
+        label, equals, source = name.partition("=")
+        if equals:
+            return self._labelled(label, source)
+        if name == "backbone":
+            return Method(name, self._plain)
+        if name == "bilinear":
+            return Method(name, self._bilinear)
+        if name == "double-size":
+            return Method(name, self._double_size)
+        if name == "random-lift":
+            return self._lifted(name, self._extractor(random_lift=True, seed=self.seed), 1, None)
+        if match := re.fullmatch(r"lift(?:-([1-9][0-9]?))?", name):
+            if self.lift is None:
+                raise ValueError(f"{name} needs a LiFT; give its checkpoint, or leave the method out")
+            if self._main is None:
+                self._main = self._extractor(**_as_lift(self.lift))
+            weights = None if isinstance(self.lift, nn.Module) else os.fspath(self.lift)
+            return self._lifted(name, self._main, int(match[1] or 1), weights)
+        if match := re.fullmatch(r"stride-([1-9][0-9]*)", name):
+            return self._strided(name, int(match[1]))
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(NAMES)}")
+
+    def _plain(self, batch: Batch) -> Features:
+        h, w = self.backbone.grid(*batch.imgs.shape[2:])
+        tokens = batch.tokens(self.backbone)
+        return Features(tokens.transpose(1, 2).unflatten(2, (h, w)), _covered(self.backbone, batch.imgs))
+
+    def _bilinear(self, batch: Batch) -> Features:
+        coarse = self._plain(batch)
+        enlarged = F.interpolate(coarse.map, scale_factor=2, mode="bilinear", align_corners=False)
+        return Features(enlarged, coarse.covered)
+
+    def _double_size(self, batch: Batch) -> Features:
+        large = Batch(F.interpolate(batch.imgs, scale_factor=2, mode="bilinear", align_corners=False))
+        fine = self._plain(large)
+        top, left, height, width = fine.covered
+        return Features(fine.map, (top // 2, left // 2, height // 2, width // 2))
+
+    def _strided(self, name: str, stride: int) -> Method:
+        own = self.backbone
+        strided = FrozenViT(
+            own.model,
+            facet=own.facet,
+            layer=own.layer,
+            stride=stride,
+            head_order=own.head_order,
+            position_rule=own.position_rule,
+            mean=own.mean,
+            std=own.std,
+            name=own.name,
+        )
+
+        def compute(batch: Batch) -> Features:
+            grid = strided.grid(*batch.imgs.shape[2:])
+            found = batch.tokens(strided).transpose(1, 2).unflatten(2, grid)
+            return Features(found, _covered(strided, batch.imgs))
+
+        return Method(name, compute)
+
+    def _extractor(self, **lift: Any) -> ViTLiFTExtractor:
+        device = self.backbone.model.patch_embed.proj.weight.device
+        dtype = self.backbone.model.patch_embed.proj.weight.dtype
+        return ViTLiFTExtractor(
+            model=self.backbone,
+            channel=None,
+            patch=None,
+            stride=None,
+            layer=None,
+            facet=self.backbone.facet,
+            device=device,
+            dtype=dtype,
+            silent=True,
+            **lift,
+        )
+
+    def _lifted(self, name: str, extractor: ViTLiFTExtractor, times: int, weights: str | None) -> Method:
+        def compute(batch: Batch) -> Features:
+            tokens = batch.tokens(self.backbone)
+            found = extractor.lift_map(batch.imgs, tokens, times)
+            return Features(found, extractor.covered(*batch.imgs.shape[2:]))
+
+        return Method(name, compute, weights)
+
+    def _labelled(self, label: str, source: str) -> Method:
+        if not re.fullmatch(r"[\w.+-]+", label):
+            raise ValueError(f"a label is letters, digits and . + - _, got {label!r} in {label}={source}")
+        module, colon, attribute = source.partition(":")
+        if colon and re.fullmatch(r"[A-Za-z_][\w.]*", module) and not os.path.exists(source):
+            return Method(label, self._foreign(source, _load_module(module, attribute)), source)
+        return self._lifted(label, self._extractor(lift_path=source), 1, source)
+
+    def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:
+        weight = self.backbone.model.patch_embed.proj.weight
+        network = network.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+        def compute(batch: Batch) -> Features:
+            tokens = batch.tokens(self.backbone)
+            out = network(batch.imgs, tokens)
+            return Features(
+                _as_map(source, out, self.backbone.grid(*batch.imgs.shape[2:])), _covered(self.backbone, batch.imgs)
+            )
+
+        return compute
+
+
+def _as_lift(lift: str | os.PathLike[str] | nn.Module) -> dict[str, Any]:
+    return {"lift": lift} if isinstance(lift, nn.Module) else {"lift_path": lift}
+
+
+def _covered(backbone: FrozenViT, imgs: Tensor) -> Rectangle:
+    h, w = backbone.grid(*imgs.shape[2:])
+    start = (backbone.patch_size - backbone.stride) // 2
+    return start, start, backbone.stride * h, backbone.stride * w
+
+
+def _load_module(module: str, attribute: str) -> nn.Module:
+    """Call ``attribute`` of ``module``, which may lie in the current folder."""
+    name = f"{module}:{attribute}"
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        network = found()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"{name}() returned a {type(network).__name__}; expected an nn.Module with forward(imgs [B, 3, H, W], "
+            "x [B, T, C])"
+        )
+    return network
+
+
+def _as_map(source: str, out: object, grid: tuple[int, int]) -> Tensor:
+    """A foreign module's output as ``[B, C, h, w]``: maps as they are, tokens on a whole multiple of the grid."""
+    if isinstance(out, Tensor) and out.dim() == 4:
+        return out
+    if isinstance(out, Tensor) and out.dim() == 3:
+        factor = round((out.shape[1] / (grid[0] * grid[1])) ** 0.5)
+        if factor >= 1 and factor**2 * grid[0] * grid[1] == out.shape[1]:
+            return out.transpose(1, 2).unflatten(2, (factor * grid[0], factor * grid[1]))
+    shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    raise ValueError(
+        f"{source} returned {shape}; expected [B, C, h, w], or tokens [B, n * n * {grid[0] * grid[1]}, C] for a grid "
+        f"of {grid[0]} x {grid[1]}"
+    )

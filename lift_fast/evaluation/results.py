@@ -1,0 +1,216 @@
+"""Results of evaluations: JSON with everything needed to repeat them, and tables made from it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lift_fast._files import atomic_path
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_list(self) -> list[float]:
+        """``[value, low, high]``, as JSON holds it."""
+        return [self.value, self.low, self.high]
+
+
+def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
+    """Mean of each column with a 95 % percentile bootstrap interval over the rows.
+
+    Rows are what was drawn independently, the pictures: points of one picture fail together, so an interval over points
+    would be too narrow. Columns are resampled together. Fewer than two rows give an interval of NaN.
+
+    Args:
+        values: ``[rows, columns]``.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    count = table.shape[0]
+    if count < 2:
+        return [Estimate(float(mean), math.nan, math.nan) for mean in table.mean(0)] if count else []
+    # How often each row was drawn: a product instead of resampled copies.
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    means = drawn @ table / count
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return [Estimate(float(m), float(a), float(b)) for m, a, b in zip(table.mean(0), low, high, strict=True)]
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hash of a file's content in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    # Python 3.10 has no file_digest.
+    state = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def provenance(device: str, files: dict[str, str | os.PathLike[str] | None]) -> dict[str, Any]:
+    """What a result depends on beside its options: versions, machine, date, and the hash of each of ``files``.
+
+    Entries of ``files`` that are None, or no files, such as ``module:callable``, are recorded by name alone.
+    """
+    from lift_fast import env_report
+
+    report = env_report.report()
+    weights = {
+        name: {"file": os.path.basename(path), "sha256": sha256(path) if os.path.isfile(path) else None}
+        for name, path in files.items()
+        if path is not None
+    }
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": report["versions"],
+        "platform": platform.platform(),
+        "device": device,
+        "cpu": report["cpu"],
+        "weights": weights,
+    }
+
+
+def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a result, atomically; NaN becomes null.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+
+
+def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict[str, Any]:
+    """Read a result.
+
+    Args:
+        path: the file.
+        protocol: what its ``"protocol"`` must be.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no result, or one of another protocol.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from error
+    found = content.get("protocol") if isinstance(content, dict) else None
+    if found is None or (protocol is not None and found != protocol):
+        wanted = f"results of {protocol}" if protocol else "results of an evaluation"
+        raise ValueError(f"{path} holds no {wanted}" + (f", but of {found}" if found else ""))
+    result: dict[str, Any] = content
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither NaN nor NumPy's numbers."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a :class:`Table`."""
+
+    title: str
+    best: str = "high"
+    """``"high"`` or ``"low"``: which value is printed in bold; ``""`` for none."""
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures by method; a cell is an :class:`Estimate`, a number, or None for what was not measured."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[tuple[str, Sequence[Estimate | float | None]]]
+
+    def markdown(self) -> str:
+        """As GitHub shows it: best values bold, intervals in brackets."""
+        lines = [
+            f"**{self.title}**",
+            "",
+            "| method | " + " | ".join(column.title for column in self.columns) + " |",
+            "| --- |" + " ---: |" * len(self.columns),
+        ]
+        lines += ["| " + " | ".join(cells) + " |" for cells in self._cells("**{}**")]
+        return "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """A ``tabular`` for ``booktabs``."""
+        head = " & ".join(["method", *(_escape(column.title) for column in self.columns)])
+        lines = [
+            f"% {self.title}",
+            r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
+            r"\toprule",
+            head + r" \\",
+            r"\midrule",
+            *(" & ".join([_escape(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _cells(self, bold: str) -> list[list[str]]:
+        best = []
+        for index, column in enumerate(self.columns):
+            numbers = [_number(row[index]) for _, row in self.rows]
+            known = [round(n, column.digits) for n in numbers if n is not None]
+            pick = {"high": max, "low": min}.get(column.best)
+            best.append(pick(known) if pick and len(known) > 1 else None)
+        result = []
+        for name, row in self.rows:
+            cells = [name]
+            for column, cell, top in zip(self.columns, row, best, strict=True):
+                number = _number(cell)
+                if number is None:
+                    cells.append("")
+                    continue
+                text = f"{number:.{column.digits}f}"
+                text = bold.format(text) if top is not None and round(number, column.digits) == top else text
+                if isinstance(cell, Estimate) and math.isfinite(cell.low):
+                    text += f" [{cell.low:.{column.digits}f}, {cell.high:.{column.digits}f}]"
+                cells.append(text)
+            result.append(cells)
+        return result
+
+
+def _number(cell: Estimate | float | None) -> float | None:
+    value = cell.value if isinstance(cell, Estimate) else cell
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _escape(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%")
