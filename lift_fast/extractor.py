@@ -20,7 +20,6 @@ from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
 from .images import LoadSize
 
-
 Rectangle = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
 

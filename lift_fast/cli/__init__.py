@@ -1,4 +1,4 @@
-"""The command line: ``lift-fast match | extract | train | info``. PyTorch is imported only once a command runs."""
+"""The command line: ``lift-fast match | extract | train | eval | info``. PyTorch is imported once a command runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import eval as evaluation
 from . import extract, info, match, train
 from .errors import UsageError
 
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (match, extract, train, info):
+    for module in (match, extract, train, evaluation, info):
         module.add_parser(commands)
     return parser
 

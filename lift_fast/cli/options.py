@@ -33,8 +33,8 @@ def load_size(text: str) -> int | tuple[int, int]:
     return (positive(height), positive(width)) if cross else positive(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that choose backbone, LiFT and device."""
+def add_model_options(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
+    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition."""
     group = parser.add_argument_group("features")
     group.add_argument(
         "--model",
@@ -48,17 +48,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     lift.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone (the demonstration's)")
     lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
     lift.add_argument("--no-lift", action="store_true", help="the backbone alone")
-    group.add_argument("--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)")
+    if sizes:
+        group.add_argument(
+            "--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)"
+        )
     group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
     group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
     group.add_argument("--stride", type=positive, help="pixels between patches (the patch size)")
-    group.add_argument(
-        "--size",
-        type=load_size,
-        default=448,
-        metavar="S",
-        help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
-    )
+    if sizes:
+        group.add_argument(
+            "--size",
+            type=load_size,
+            default=448,
+            metavar="S",
+            help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
+        )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
@@ -81,7 +85,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
 
     from lift_fast.extractor import ViTLiFTExtractor
 
-    if _takes_demonstration_lift(arguments):
+    if takes_demonstration_lift(arguments):
         arguments.lift = demonstration.LIFT
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -113,7 +117,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             raise
 
 
-def _takes_demonstration_lift(arguments: argparse.Namespace) -> bool:
+def takes_demonstration_lift(arguments: argparse.Namespace) -> bool:
     """Its LiFT follows the demonstration backbone unless something else was asked for that it was not trained on."""
     own_weights = arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights)
     own_features = arguments.facet == "key" and arguments.layer is None

@@ -100,7 +100,7 @@ def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         FileNotFoundError: if the folder does not exist.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(as_json(content)) + "\n", encoding="utf-8")
 
 
 def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict[str, Any]:
@@ -126,12 +126,12 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
     return result
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor NumPy's numbers."""
+def as_json(value: Any) -> Any:
+    """What reading ``value`` back from JSON gives, which knows neither NaN nor NumPy's numbers."""
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -100,9 +100,9 @@ def name_seed(name: str, seed: int, stream: int) -> np.random.Generator:
 def random_homography(random: np.random.Generator) -> Matrix:
     """3x3, from positions in the second view to positions in the first, both from 0 to 1.
 
-    About the centre: a turn by -30 to 30 degrees, a scale from 1 / 1.4 to 1.4 (log-uniform), a shift by up to a tenth of
-    the side along each axis, each uniform; and each of the four corners moved by up to 8 % of the side along each axis
-    (a perspective change).
+    About the centre: a turn by -30 to 30 degrees, a scale from 1 / 1.4 to 1.4 (log-uniform), a shift by up to a tenth
+    of the side along each axis, each uniform; and each of the four corners moved by up to 8 % of the side along each
+    axis (a perspective change).
     """
     angle = math.radians(random.uniform(-_ANGLE, _ANGLE))
     scale = math.exp(random.uniform(-math.log(_SCALE), math.log(_SCALE)))

@@ -1,0 +1,219 @@
+"""``lift-fast eval``: evaluation protocols, each a command of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, as_usage_error
+from .options import add_model_options, add_output_options, positive, remarks, takes_demonstration_lift
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lift_fast.backbones import FrozenViT
+    from lift_fast.evaluation.methods import Method
+    from lift_fast.evaluation.results import Table
+
+_EPILOG = "Each protocol has its own --help with an example."
+_WARP = """Find points of photographs again in a second view of the same photograph, a known random homography of it
+with changed colours: PCK@alpha, the share of points found within alpha * S pixels of S x S, with 95 % confidence
+intervals over photographs. Any folder of photographs will do. A run that was interrupted goes on from --out."""
+_WARP_EXAMPLE = (
+    "example: lift-fast eval warp --root photos/ --held-out --model dino_vits16 --lift lift_dino_vits16.pth "
+    "--method backbone bilinear lift random-lift l1=l1/lift.pth --seeds 3 --out warp.json --table warp.md"
+)
+_METHODS = (
+    "backbone, bilinear, lift, lift-N (applied N times), random-lift, double-size, stride-S, LABEL=FILE (another LiFT "
+    "checkpoint), LABEL=MODULE:CALLABLE (an nn.Module with forward(imgs, x))"
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's ``commands``."""
+    parser = commands.add_parser("eval", help="evaluation protocols", description=__doc__, epilog=_EPILOG)
+    protocols = parser.add_subparsers(dest="protocol", metavar="PROTOCOL", title="protocols", required=True)
+    _add_warp(protocols)
+
+
+def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """What is compared, and where the results go; with the options of :func:`add_model_options`."""
+    parser.add_argument(
+        "--method", nargs="+", default=list(default), metavar="M", help=f"{_METHODS} (%(default)s)".replace("%%", "%")
+    )
+    parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)")
+    add_model_options(parser, sizes=False)
+    add_output_options(parser)
+
+
+def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
+    """Backbone and methods that the options describe; ``arguments.lift`` then names the LiFT that was taken.
+
+    Raises:
+        UsageError: if they cannot be built; says which option helps.
+    """
+    import torch
+
+    from lift_fast.backbones import load_backbone
+    from lift_fast.evaluation.methods import build_methods
+    from lift_fast.lift import LiFT
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if takes_demonstration_lift(arguments):
+        from lift_fast.demonstration import LIFT
+
+        arguments.lift = LIFT
+    with as_usage_error():
+        wish = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            backbone = load_backbone(
+                arguments.model,
+                weights=arguments.weights,
+                random_weights=arguments.random_weights,
+                facet=arguments.facet,
+                layer=arguments.layer,
+                stride=arguments.stride,
+                head_order="interleaved",
+                seed=arguments.seed,
+            ).to(wish, getattr(torch, arguments.dtype))
+        except (RuntimeError, AssertionError) as error:
+            if arguments.device is None or isinstance(error, UsageError):
+                raise
+            raise UsageError(f"--device {arguments.device}: {error}") from error
+        lift: Any = arguments.lift
+        if arguments.random_lift:
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(arguments.seed)
+                lift = LiFT(backbone.embed_dim, backbone.patch_size)
+        return backbone, build_methods(arguments.method, backbone, lift, arguments.seed)
+
+
+def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
+    """What the results depend on, as they store it."""
+    from lift_fast import demonstration
+    from lift_fast.evaluation.results import provenance
+
+    files: dict[str, Any] = {"backbone": arguments.weights}
+    if arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights):
+        files["backbone"] = demonstration.backbone_file()
+    for method in methods:
+        if method.weights is not None:
+            files[method.name] = demonstration.lift_file(method.weights)
+    return {
+        "model": arguments.model,
+        "random_weights": arguments.random_weights,
+        "facet": backbone.facet,
+        "layer": backbone.layer,
+        "stride": backbone.stride,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        **provenance(str(next(backbone.parameters()).device), files),
+    }
+
+
+def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequence[Table]) -> None:
+    """Print the figures and write the tables."""
+    from lift_fast._files import atomic_path
+    from lift_fast.evaluation.results import as_json
+
+    if arguments.table is not None:
+        latex = arguments.table.suffix.lower() == ".tex"
+        with atomic_path(arguments.table) as temporary:
+            temporary.write_text(
+                "\n".join(table.latex() if latex else table.markdown() for table in tables), encoding="utf-8"
+            )
+    if arguments.json:
+        print(json.dumps(as_json({name: value for name, value in content.items() if name != "scores"})))
+    else:
+        print("\n".join(table.markdown() for table in tables))
+    for name, reason in content["skipped"].items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse what could not be written, before hours of work."""
+    for option in ("out", "table"):
+        path = getattr(arguments, option)
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
+        if path is not None and path.is_dir():
+            raise UsageError(f"--{option} {path} is a folder; give a file")
+
+
+def _add_warp(protocols: Any) -> None:
+    parser = protocols.add_parser(
+        "warp", help="matching under known random warps", description=_WARP, epilog=_WARP_EXAMPLE
+    )
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of photographs")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        nargs="?",
+        const=0.1,
+        metavar="X",
+        help="only the fraction that lift-fast train --holdout left out; without a number every tenth",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N photographs by name")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[112, 224, 448], metavar="S", help="(%(default)s)")
+    parser.add_argument("--points", type=positive, default=100, metavar="N", help="in each photograph (%(default)s)")
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.1, 0.05, 0.01], metavar="A", help="of PCK (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="warps of each (%(default)s)")
+    parser.add_argument("--no-photometric", action="store_true", help="leave the second view's colours as they are")
+    parser.add_argument("--reference", metavar="M", help="method to compare with (bilinear, if it is among them)")
+    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    parser.set_defaults(run=run_warp)
+
+
+def run_warp(arguments: argparse.Namespace) -> int:
+    """The warp protocol. Returns the exit status."""
+    from tqdm import tqdm
+
+    from lift_fast.evaluation import warp_run
+    from lift_fast.evaluation.warp import WarpProtocol
+    from lift_fast.images import list_images
+    from lift_fast.training import split
+
+    check_outputs(arguments)
+    with as_usage_error():
+        paths = list_images(arguments.root)
+        root = arguments.root if arguments.root.is_dir() else arguments.root.parent
+        if arguments.held_out is not None:
+            paths = split(paths, arguments.held_out, root=root)[1]
+        paths = paths[: arguments.limit]
+        if not paths:
+            raise UsageError(f"no photographs of {arguments.root} are held out; leave out --held-out")
+        protocol = WarpProtocol(arguments.points, tuple(arguments.alphas), not arguments.no_photometric)
+    backbone, methods = build(arguments)
+    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
+        print(remark, file=sys.stderr)
+    reference = arguments.reference
+    if reference is None and "bilinear" in arguments.method:
+        reference = "bilinear"
+    total = len(paths) * len(arguments.sizes) * arguments.seeds
+    # Shown where somebody watches, unless switched off.
+    hidden = True if arguments.quiet else None
+    with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+        content = warp_run.evaluate(
+            methods,
+            backbone,
+            paths,
+            root,
+            sizes=arguments.sizes,
+            seeds=arguments.seeds,
+            protocol=protocol,
+            reference=reference,
+            batch_size=arguments.batch_size,
+            out=arguments.out,
+            record=record(arguments, backbone, methods),
+            progress=bar.update,
+        )
+    show(arguments, content, warp_run.tables(content))
+    return 1 if content["skipped"] else 0
