@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ from lift_fast.training.pictures import color_jitter
 
 from .methods import Batch, Features, Method
 
-Matrix = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 
 ALPHAS = (0.1, 0.05, 0.01)
 MARGIN = 1 / 32
@@ -58,7 +58,7 @@ class View(NamedTuple):
     second: Image.Image
     points: npt.NDArray[np.int64]
     """[N, 2] (x, y) pixels of the first view."""
-    truth: npt.NDArray[np.float64]
+    truth: Array
     """[N, 2] their true (x, y) in the second, in pixels, integers at pixel centres."""
 
 
@@ -97,7 +97,7 @@ def name_seed(name: str, seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), stream])
 
 
-def random_homography(random: np.random.Generator) -> Matrix:
+def random_homography(random: np.random.Generator) -> Array:
     """3x3, from positions in the second view to positions in the first, both from 0 to 1.
 
     About the centre: a turn by -30 to 30 degrees, a scale from 1 / 1.4 to 1.4 (log-uniform), a shift by up to a tenth
@@ -113,7 +113,7 @@ def random_homography(random: np.random.Generator) -> Matrix:
     return homography_through(corners, moved @ turn.T + 0.5 + shift)
 
 
-def homography_through(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> Matrix:
+def homography_through(start: Array, end: Array) -> Array:
     """The 3x3 homography that takes four points ``start [4, 2]`` to ``end [4, 2]``."""
     rows, right = [], []
     for (x, y), (u, v) in zip(start, end, strict=True):
@@ -122,15 +122,15 @@ def homography_through(start: npt.NDArray[np.float64], end: npt.NDArray[np.float
     return np.append(np.linalg.solve(np.array(rows), np.array(right)), 1.0).reshape(3, 3)
 
 
-def project(homography: Matrix, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def project(homography: Array, points: Array) -> Array:
     """``[N, 2]`` points through a 3x3 homography; NaN beyond the horizon."""
     out = np.concatenate([points, np.ones_like(points[:, :1])], 1) @ homography.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        result: npt.NDArray[np.float64] = np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
+        result: Array = np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
     return result
 
 
-def render(photograph: Image.Image, homography: Matrix, size: int) -> Image.Image:
+def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image:
     """The ``size x size`` view of a photograph whose position (u, v) shows position ``homography (u, v)`` of its base.
 
     Sampled as finely as the photograph is (bicubic), then brought to size (Lanczos).
@@ -175,8 +175,8 @@ def make_view(photograph: Image.Image, name: str, size: int, seed: int, protocol
 
 
 def _draw_points(
-    homography: Matrix, size: int, count: int, random: np.random.Generator
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    homography: Array, size: int, count: int, random: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], Array]:
     points, truth = np.empty((0, 2), np.int64), np.empty((0, 2))
     back = np.linalg.inv(homography)
     for _ in range(_DRAWS):

@@ -225,7 +225,8 @@ def tables(content: dict[str, Any]) -> list[Table]:
                 difference = entry["difference"] or {}
                 cells += [_estimate(difference.get(title)) for title in titles[:2]]
             rows.append((method, cells))
-        heading = f"{size} pixels, {summary['photographs']} photographs, {options['seeds']} {'warp' if options['seeds'] == 1 else 'warps'} each"
+        warps = "1 warp" if options["seeds"] == 1 else f"{options['seeds']} warps"
+        heading = f"{size} pixels, {summary['photographs']} photographs, {warps} each"
         found.append(Table(heading, columns, rows))
     return found
 
