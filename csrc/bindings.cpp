@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace lift_fast {
 
 void bind_dense_match(py::module_& m);
+void bind_dense_match_cuda(py::module_& m);
 void bind_image_encoder(py::module_& m);
 void bind_lift_decoder(py::module_& m);
 void bind_window_nearest(py::module_& m);
@@ -110,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
         "Which kernel nearest_f32 runs for a name.");
   m.attr("most_neighbours") = lift_fast::kMostNeighbours;
   lift_fast::bind_dense_match(m);
+  lift_fast::bind_dense_match_cuda(m);
   lift_fast::bind_image_encoder(m);
   lift_fast::bind_lift_decoder(m);
   lift_fast::bind_window_nearest(m);

@@ -7,13 +7,12 @@ pixel can gain; what it reads is a table of cell similarities, which the caller 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import device_guard
+from .strips import Band, Scales, Strips
 
 # Larger than every pixel's number.
 NONE = tl.constexpr(0x7FFFFFFF)
@@ -22,40 +21,6 @@ _INFINITY = tl.constexpr(float("inf"))
 SLACK = 16 * 2.0**-23
 # Patches whose bounds a program holds at one time.
 _CHUNK = 4096
-
-
-class Strips(NamedTuple):
-    """One axis of a picture: the pixels between neighbouring cells, on the device."""
-
-    cells: int
-    pixels: int
-    low: Tensor
-    """[strips] int32, the cell before the strip's pixels"""
-    high: Tensor
-    """[strips] int32, the cell after them"""
-    first: Tensor
-    """[strips + 1] int32 pixels"""
-    weight: Tensor
-    """[pixels] float32, share of the cell after"""
-    longest: int
-    """pixels of the longest strip"""
-
-    @property
-    def count(self) -> int:
-        return self.low.shape[0]
-
-
-class Scales(NamedTuple):
-    """What the similarity to each key pixel is multiplied by, positive."""
-
-    pixel: Tensor
-    """[H * W] float32"""
-    high: Tensor
-    """[patches] float32: the largest of each patch"""
-    low: Tensor
-    """[patches] float32"""
-    largest: Tensor
-    """[1] float32"""
 
 
 @triton.jit
@@ -288,19 +253,6 @@ def match_kernel(
             most = tl.max(bound, axis=0)
     tl.store(similarity_out + out, best, mask=exists)
     tl.store(index_out + out, tl.where(index == NONE, -1, index).to(tl.int64), mask=exists)
-
-
-class Band(NamedTuple):
-    """The part of the query picture whose cells a table holds."""
-
-    strips_y: tuple[int, int]
-    """first strip and the one after the last"""
-    strips_x: tuple[int, int]
-    top: int
-    """first row of cells in the table"""
-    left: int
-    width: int
-    """cells of a row in the table"""
 
 
 def match(

@@ -91,5 +91,5 @@ def _cuda_native() -> Part:
     runs, reason = module.cuda_probe(device)
     built = module.build_info()["cuda_architectures"]
     if runs:
-        reason = f"{reason}: image encoder of the LiFT forward pass, before Triton's"
+        reason = f"{reason}: image encoder of the LiFT forward pass and dense_match, before Triton's"
     return Part("cuda native", runs, f"{reason} (built for {built})" if built else reason)

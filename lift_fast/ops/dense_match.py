@@ -4,8 +4,8 @@ Bilinear interpolation commutes with the dot product: the similarities of one qu
 the bilinear enlargement of its similarities to the coarse key cells, so pixel descriptors are never formed. And a
 bilinear patch never exceeds its four corners, so only patches with a corner above the best value can hold the match.
 The native core goes further on the CPU: it interpolates on the query's side too, bounds all query pixels between four
-cells at once, and looks only at a patch's four outermost pixels, one of which is its largest. The Triton kernel does
-the same.
+cells at once, and looks only at a patch's four outermost pixels, one of which is its largest. The kernels on the GPU
+do the same.
 """
 
 from __future__ import annotations
@@ -469,11 +469,13 @@ def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: b
 
 
 def _match(
-    query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool
+    query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [P, 2]`` (None: all pixels) of one picture; returns similarity [P], pixel index [P] or -1."""
     from . import dense_match_gpu  # it builds on this module
 
+    if backend is not None:
+        return dense_match_gpu.match_gpu(query, key, points, per_pixel, backend)
     # The native core numbers pixels in 32 bits.
     if not exhaustive and _fits_native(query.tokens) and key.pixels < 2**31:
         return match_native(query, key, points, per_pixel)
@@ -495,6 +497,26 @@ def _match(
     return similarity, index
 
 
+def _match_mutual(
+    query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_match`, and whether each match's own best query pixel is the one that it came from ``[P]``."""
+    from . import dense_match_gpu
+
+    on_gpu = backend is not None or (not exhaustive and dense_match_gpu.can_run(query, key)[0])
+    if on_gpu and dense_match_gpu.checks_mutual(query, key, points, backend):
+        return dense_match_gpu.match_mutual(query, key, points, per_pixel)
+    values, index = _match(query, key, points, per_pixel, exhaustive, backend)
+    there = index.clamp_min(0)
+    there = torch.stack([there % key.size[1], there // key.size[1]], dim=1)
+    _, back = _match(key, query, there, per_pixel, exhaustive, backend)
+    if points is None:
+        start = torch.arange(query.pixels, device=index.device)
+    else:
+        start = points[:, 1] * query.size[1] + points[:, 0]
+    return values, index, (index >= 0) & (back == start)
+
+
 def dense_match(
     query_map: Tensor,
     key_map: Tensor,
@@ -504,11 +526,17 @@ def dense_match(
     normalize: str,
     mutual: bool,
     exhaustive: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as :func:`lift_fast.dense_match`; ``exhaustive`` looks at every key pixel (reference and baseline).
+    """Shapes as :func:`lift_fast.dense_match`.
+
+    Args:
+        exhaustive: look at every key pixel (reference and baseline).
+        backend: "cuda" or "triton" for that kernel on the GPU and no other; None for the best there is.
 
     Raises:
         ValueError: for points outside the query picture.
+        RuntimeError: if the kernel that was asked for by name cannot run; says why.
     """
     query_map, key_map = query_map.detach(), key_map.detach()
     dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
@@ -519,19 +547,17 @@ def dense_match(
     similarity, indices, valid = [], [], []
     with full_matmul_precision():
         for b in range(query_map.shape[0]):
-            query = _picture(query_map[b].to(dtype), query_hw, normalize, exhaustive)
-            key = _picture(key_map[b].to(dtype), key_hw, normalize, exhaustive)
+            # The native core on the CPU normalises for itself.
+            query, key = (
+                _picture(cells[b].to(dtype), size, normalize, exhaustive or backend is not None)
+                for cells, size in ((query_map, query_hw), (key_map, key_hw))
+            )
             at = None if points is None else points[b]
-            values, index = _match(query, key, at, per_pixel, exhaustive)
-            good = index >= 0
             if mutual:
-                there = index.clamp_min(0)
-                there = torch.stack([there % key_hw[1], there // key_hw[1]], dim=1)
-                _, back = _match(key, query, there, per_pixel, exhaustive)
-                start = (
-                    torch.arange(query.pixels, device=index.device) if at is None else at[:, 1] * query_hw[1] + at[:, 0]
-                )
-                good &= back == start
+                values, index, good = _match_mutual(query, key, at, per_pixel, exhaustive, backend)
+            else:
+                values, index = _match(query, key, at, per_pixel, exhaustive, backend)
+                good = index >= 0
             similarity.append(values)
             indices.append(index)
             valid.append(good)

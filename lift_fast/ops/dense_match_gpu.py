@@ -1,56 +1,82 @@
 """``dense_match`` on the GPU: tables of cell similarities in bands, each searched by one launch.
 
-A call needs, beside its results, a table of at most 256 MB and one number per key pixel; it never waits for the device.
+The search runs in the native core's CUDA kernel, or in Triton where that is missing. A call needs, beside its results,
+a table of at most 256 MB and one number per key pixel; it never waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import gpu_plan
+from .. import _env
+from ..kernels.strips import Band, Scales, Strips
+from . import dense_match_cuda, gpu_plan
 from .dense_match import Picture, _cut_strips, sample_bilinear
 from .nearest import unit_rows
-
-if TYPE_CHECKING:
-    from ..kernels.dense_match import Band, Scales, Strips
 
 # Bytes of cell similarities that exist at one time.
 _TABLE_BUDGET = 256 << 20
 
 
 def can_run(query: Picture, key: Picture) -> tuple[bool, str]:
-    """Whether the kernel serves these pictures, and the reason if not."""
+    """Whether one of the kernels serves these pictures: which, or why none does."""
     device = query.tokens.device
     if device.type != "cuda":
         return False, f"the maps are on {device}, not on a CUDA device"
-    return (
-        fits(query, key)
-        if gpu_plan.can_run(device, query.tokens.dtype)[0]
-        else gpu_plan.can_run(device, query.tokens.dtype)
-    )
+    served, reason = fits(query, key)
+    if not served:
+        return False, reason
+    if dense_match_cuda.can_run(device)[0]:
+        return True, "CUDA C++"
+    runs, reason = gpu_plan.can_run(device, query.tokens.dtype)
+    return runs, "Triton" if runs else reason
+
+
+def select(device: torch.device, backend: str | None = None) -> str:
+    """Which kernel searches on a device: "cuda" where the native core has one that runs, else "triton".
+
+    Raises:
+        RuntimeError: if the one that was asked for by name cannot run; says why.
+    """
+    if backend is None:
+        return "cuda" if dense_match_cuda.can_run(device)[0] else "triton"
+    if backend not in ("cuda", "triton"):
+        raise ValueError(f'backend must be "cuda", "triton" or None, got {backend!r}')
+    runs, reason = dense_match_cuda.can_run(device) if backend == "cuda" else (not _env.triton_disabled(), "")
+    if not runs:
+        reason = reason or "switched off by LIFT_FAST_DISABLE_TRITON=1"
+        raise RuntimeError(f"dense_match's {backend} kernel cannot run: {reason}; leave the choice to the package")
+    return backend
+
+
+def _search(backend: str) -> Any:
+    """The launcher of a kernel; Triton is imported only for its own."""
+    if backend == "cuda":
+        return dense_match_cuda.match
+    from ..kernels import dense_match as kernel
+
+    return kernel.match
 
 
 def fits(query: Picture, key: Picture) -> tuple[bool, str]:
-    """:func:`can_run` without the question of the device."""
+    """:func:`can_run` without the question of the device and its kernels."""
     if query.tokens.dtype != torch.float32:
         return False, f"the kernel computes in float32, not in {query.tokens.dtype}"
     if max(key.pixels, query.pixels) >= 2**31 - 1:
         return False, f"pictures of less than 2^31 pixels, got {query.size} and {key.size}"
     if 4 * 4 * key.tokens.shape[0] > _TABLE_BUDGET:
         return False, f"maps of at most {_TABLE_BUDGET // 16} cells, got {key.grid}"
-    return True, "Triton"
+    return True, ""
 
 
 @lru_cache(maxsize=64)
 def _strips(cells: int, pixels: int, device: torch.device) -> tuple[Strips, list[int], list[int]]:
     """One axis on the device, and the cells before and after each of its strips."""
-    from ..kernels.dense_match import Strips
-
     cut = _cut_strips(cells, pixels)
     longest = int((cut.first[1:] - cut.first[:-1]).max())
     parts = (part.to(device) for part in (cut.low, cut.high, cut.first, cut.weight))
@@ -65,11 +91,9 @@ def _axes(picture: Picture) -> tuple[Strips, Strips]:
     return y, x
 
 
-def _scales(key: Picture, axes: tuple[Strips, Strips]) -> Scales:
-    """The inverse norms of the key's pixels, and their range in each patch."""
-    from ..kernels.dense_match import Scales
-
-    inverse = key.inverse_norms()
+def _scales(picture: Picture, axes: tuple[Strips, Strips]) -> Scales:
+    """The inverse norms of a picture's pixels, and their range in each patch."""
+    inverse = picture.inverse_norms()
     high, low = inverse, inverse
     for dim, axis in enumerate(axes):
         # Each strip's pixels, the last one repeated.
@@ -95,8 +119,6 @@ def _parts(low: list[int], high: list[int], most: int) -> Iterator[tuple[int, in
 
 def _bands(query: Picture, rows: int) -> Iterator[tuple[Band, int, int]]:
     """Parts of the query picture that need at most ``rows`` rows of the table; with the cells after each part."""
-    from ..kernels.dense_match import Band
-
     device = query.tokens.device
     _, low_y, high_y = _strips(query.grid[0], query.size[0], device)
     _, low_x, high_x = _strips(query.grid[1], query.size[1], device)
@@ -107,15 +129,24 @@ def _bands(query: Picture, rows: int) -> Iterator[tuple[Band, int, int]]:
             yield Band((first_y, end_y), (first_x, end_x), top, left, right - left), high_y[end_y - 1] + 1, right
 
 
-def match_gpu(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:
-    """The result of :func:`lift_fast.ops.dense_match.match_exhaustive` for ``points [P, 2]``, None for every pixel."""
-    from ..kernels import dense_match as kernel
+def _many(query: Picture, points: Tensor) -> bool:
+    """So many points that it is cheaper to match every pixel, with whole groups, and to look them up."""
+    return len(points) >= max(2 * query.tokens.shape[0], query.pixels // 16)
 
-    if points is not None and len(points) >= max(2 * query.tokens.shape[0], query.pixels // 16):
-        # So many: cheaper to match every pixel, with whole groups, and to look them up.
-        similarity, index = match_gpu(query, key, None, per_pixel)
+
+def match_gpu(
+    query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The result of :func:`lift_fast.ops.dense_match.match_exhaustive` for ``points [P, 2]``, None for every pixel.
+
+    ``backend``: as for :func:`select`.
+    """
+    backend = select(query.tokens.device, backend)
+    if points is not None and _many(query, points):
+        similarity, index = match_gpu(query, key, None, per_pixel, backend)
         at = points[:, 1] * query.size[1] + points[:, 0]
         return similarity[at], index[at]
+    search = _search(backend)
     axes = _axes(key)
     scales = _scales(key, axes) if per_pixel else None
     count = query.pixels if points is None else len(points)
@@ -129,12 +160,46 @@ def match_gpu(query: Picture, key: Picture, points: Tensor | None, per_pixel: bo
             descriptors = sample_bilinear(query.tokens, query.grid, query.size, points[part])
             if per_pixel:
                 descriptors = unit_rows(descriptors)
-            kernel.match(descriptors @ keys, axes, scales, similarity[part], index[part])
+            search(descriptors @ keys, axes, scales, similarity[part], index[part])
         return similarity, index
     cells = query.tokens.unflatten(0, query.grid)
     for band, bottom, right in _bands(query, rows):
         table = cells[band.top : bottom, band.left : right].reshape(-1, cells.shape[2]) @ keys
-        kernel.match(table, axes, scales, similarity, index, _axes(query), band)
+        search(table, axes, scales, similarity, index, _axes(query), band)
     if per_pixel:
         similarity = torch.where(index < 0, similarity, similarity * query.inverse_norms().flatten())
     return similarity, index
+
+
+def checks_mutual(query: Picture, key: Picture, points: Tensor | None, backend: str | None = None) -> bool:
+    """Whether :func:`match_mutual` serves these pictures: the CUDA kernels alone do, for tables that fit twice."""
+    if select(query.tokens.device, backend) != "cuda" or (points is not None and not _many(query, points)):
+        return False
+    group = 1
+    for axis in _axes(query):
+        group *= axis.longest
+    table = 4 * query.tokens.shape[0] * key.tokens.shape[0]
+    return 2 * table <= _TABLE_BUDGET and group <= dense_match_cuda.MOST_MUTUAL_GROUP
+
+
+def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`match_gpu`, and whether each match is mutual, from one table of similarities.
+
+    Of all query pixels only few can be the best one of their match, so this takes far less than a second search.
+    """
+    query_axes, key_axes = _axes(query), _axes(key)
+    query_scales, key_scales = (
+        _scales(picture, axes) if per_pixel else None for picture, axes in ((query, query_axes), (key, key_axes))
+    )
+    similarity = query.tokens.new_empty(query.pixels)
+    index = torch.empty(query.pixels, dtype=torch.int64, device=similarity.device)
+    table = query.tokens @ key.tokens.t()
+    whole = Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, query.grid[1])
+    dense_match_cuda.match(table, key_axes, key_scales, similarity, index, query_axes, whole)
+    valid = dense_match_cuda.mutual(table.t().contiguous(), query_axes, query_scales, key_axes, index)
+    if query_scales is not None:
+        similarity = torch.where(index < 0, similarity, similarity * query_scales.pixel)
+    if points is None:
+        return similarity, index, valid
+    at = points[:, 1] * query.size[1] + points[:, 0]
+    return similarity[at], index[at], valid[at]

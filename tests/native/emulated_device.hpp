@@ -33,9 +33,16 @@ struct alignas(8) uint2 {
 };
 inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) { return {x, y, z, w}; }
 inline uint2 make_uint2(std::uint32_t x, std::uint32_t y) { return {x, y}; }
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_unpoison_memory_region(const volatile void*, std::size_t);
+#endif
 
 namespace emulated {
 
@@ -58,8 +65,8 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   bool done = false;
+  long questions = 0;
   std::vector<std::vector<Copy>> groups;  // committed copies that have not arrived, oldest first
   std::vector<Copy> open;
 };
@@ -81,6 +88,8 @@ struct Block {
   ucontext_t scheduler;
   int current = 0, at_barrier = 0;
   long barriers = 0;
+  // What threads bring to a barrier with a question: of the latest one, those before and after it.
+  bool any[3] = {};
   Copies copies = Copies::early;
   std::function<void()> body;
 };
@@ -153,10 +162,17 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
   block_index.x = static_cast<unsigned>(index);
   block_size.x = static_cast<unsigned>(count);
   constexpr std::size_t kStack = 128 << 10;
+  // Kept for the blocks to come.
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() < b.threads.size()) stacks.emplace_back(new char[kStack]);
   for (Thread& thread : b.threads) {
-    thread.stack.reset(new char[kStack]);
+    char* const stack = stacks[static_cast<std::size_t>(&thread - b.threads.data())].get();
+#if defined(__SANITIZE_ADDRESS__)
+    // Of a thread that ended without leaving its last function.
+    __asan_unpoison_memory_region(stack, kStack);
+#endif
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_sp = stack;
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
@@ -356,6 +372,71 @@ inline std::uint32_t shuffle_up(std::uint32_t value, unsigned lanes) {
     for (int i = 0; i < kLanes; ++i) w.out[i] = w.in[i < by ? i : i - by][0];
   });
   return warp.out[me];
+}
+
+inline float as_float(int bits) { return emulated::as_float(static_cast<std::uint32_t>(bits)); }
+inline int as_int(float value) { return static_cast<int>(emulated::as_bits(value)); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+
+// One number for all lanes, from one of each.
+template <class F>
+std::uint32_t vote(int kind, std::uint32_t value, F together) {
+  using namespace emulated;
+  Block& b = block();
+  Warp& warp = b.warps[static_cast<std::size_t>(b.current / kLanes)];
+  const int me = lane();
+  warp.in[me][0] = value;
+  meet(kind, [&](Warp& w) {
+    const std::uint32_t result = together(w);
+    for (std::uint32_t& out : w.out) out = result;
+  });
+  return warp.out[me];
+}
+
+inline int warp_max(int value) {
+  return static_cast<int>(vote(6, static_cast<std::uint32_t>(value), [](emulated::Warp& w) {
+    int most = static_cast<int>(w.in[0][0]);
+    for (const auto& in : w.in) most = std::max(most, static_cast<int>(in[0]));
+    return static_cast<std::uint32_t>(most);
+  }));
+}
+
+inline int warp_min(int value) { return ~warp_max(~value); }
+
+inline unsigned ballot(bool holds) {
+  return vote(7, holds, [](emulated::Warp& w) {
+    std::uint32_t bits = 0;
+    for (int i = 0; i < emulated::kLanes; ++i) bits |= w.in[i][0] << i;
+    return bits;
+  });
+}
+
+inline int shuffle(int value, int lane) {
+  using namespace emulated;
+  Block& b = block();
+  Warp& warp = b.warps[static_cast<std::size_t>(b.current / kLanes)];
+  const int me = emulated::lane();
+  if (lane < 0 || lane >= kLanes) fail("a shuffle from a lane that does not exist");
+  warp.in[me][0] = static_cast<std::uint32_t>(value);
+  warp.in[me][1] = static_cast<std::uint32_t>(lane);
+  meet(8, [&](Warp& w) {
+    for (int i = 0; i < kLanes; ++i) w.out[i] = w.in[w.in[i][1]][0];
+  });
+  return static_cast<int>(warp.out[me]);
+}
+
+inline bool block_any(bool holds) {
+  using namespace emulated;
+  Block& b = block();
+  Thread& self = b.threads[static_cast<std::size_t>(b.current)];
+  const long question = self.questions++;
+  bool& any = b.any[question % 3];
+  any |= holds;
+  __syncthreads();
+  // Everyone has read the answer to the one before.
+  b.any[(question + 2) % 3] = false;
+  return any;
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {

@@ -1,0 +1,657 @@
+// Dense matching: blocks of threads search a picture for the pixels that are most similar to those of another.
+//
+// Similarities of pixels are bilinear in both pictures' cells, so those of a group's four query cells to a patch's four
+// corners bound every pixel of the group against every pixel of the patch. A block holds these bounds in shared memory,
+// and each of its warps visits those patches of its own strips whose bound passes the least of the best values that the
+// group's pixels have so far. To begin with, that bar is raised by the patches around the best key cell of each query
+// cell. Without scales, and linear in each direction, a patch is largest at one of its four outermost pixels: those alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "dense_match_checks.hpp"
+#if defined(LIFT_FAST_EMULATED_DEVICE)
+#include "emulated_device.hpp"
+#else
+#include "tensor_core.cuh"
+#include "warp.cuh"
+#endif
+
+namespace lift_fast {
+
+constexpr int kMatchMaxWarps = 8;
+constexpr int kGroupPixels = 64;  // of a group that are matched together: two to a lane
+constexpr int kSeeds = 4;         // one for each query cell of a group
+// Of a block whose threads share patches.
+constexpr int kMatchThreads = 128;
+
+// Larger than every pixel's number.
+constexpr int kNoPixel = 0x7fffffff;
+constexpr int kNoSeed = -0x7fffffff - 1;
+// A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+constexpr float kMatchSlack = 16 * 1.1920929e-7f;
+constexpr float kMatchLargest = 3.4028235e38f;
+
+// How a call is cut into blocks.
+struct MatchLaunch {
+  std::int64_t blocks;
+  int warps;
+  std::int64_t shared;  // bytes of shared memory
+  int portions;         // blocks that share a group's pixels
+  bool staged;          // the bounds of the key's cells fit into shared memory
+};
+
+// Where everything lies in the shared memory of a block that matches groups, in bytes.
+struct GroupLayout {
+  int values, indices, seeds, seed_cells, largest, total;
+  __host__ __device__ GroupLayout(int cells, int warps) {
+    values = 4 * cells;  // after the bounds of the key's cells
+    indices = values + 4 * warps * kGroupPixels;
+    seeds = indices + 4 * warps * kGroupPixels;
+    seed_cells = seeds + 4 * warps * kSeeds;
+    largest = seed_cells + 4 * warps * kSeeds;
+    total = largest + 4 * warps;
+  }
+};
+
+// `shared_block`: bytes that a block of the device may have.
+inline MatchLaunch group_launch(const GroupMatchCall& call, std::int64_t shared_block) {
+  const std::int64_t cells = call.key.y.cells * call.key.x.cells;
+  MatchLaunch launch{};
+  // Large maps leave room for few blocks on a multiprocessor: more warps in each.
+  launch.warps = cells <= 8192 ? 4 : kMatchMaxWarps;
+  launch.staged = 4 * cells + GroupLayout(0, launch.warps).total <= shared_block;
+  launch.shared = GroupLayout(launch.staged ? static_cast<int>(cells) : 0, launch.warps).total;
+  const MatchBand& band = call.band;
+  const std::int64_t groups = (band.end_y - band.first_y) * (band.end_x - band.first_x);
+  // The outermost groups are larger than the rest; few groups share their pixels among many blocks.
+  const std::int64_t portions = (call.query_y.longest * call.query_x.longest + kGroupPixels - 1) / kGroupPixels;
+  launch.portions = static_cast<int>(std::min(portions, std::max<std::int64_t>(2, 4096 / groups)));
+  launch.blocks = groups * launch.portions;
+  if (launch.blocks > std::numeric_limits<std::int32_t>::max()) refuse_match("too large for one launch");
+  return launch;
+}
+
+struct AxisParams {
+  int cells, pixels, strips;
+  const std::int32_t *low, *high, *first;
+  const float* weight;
+};
+
+struct PictureParams {
+  AxisParams y, x;
+  const float *scale, *scale_high, *scale_low;
+};
+
+struct GroupParams {
+  const float* table;
+  PictureParams key;
+  AxisParams query_y, query_x;
+  int first_y, first_x, across, top, left, width;  // of the band; `across` strips in a row
+  int portions;
+  bool aligned;
+  float* similarity;
+  std::int64_t* index;
+};
+
+struct PointParams {
+  const float* table;
+  PictureParams key;
+  float* similarity;
+  std::int64_t* index;
+};
+
+struct MutualParams {
+  const float* table;
+  PictureParams query;
+  AxisParams key_y, key_x;
+  const std::int64_t* index;
+  bool* valid;
+};
+
+inline AxisParams axis_params(const MatchAxis& axis) {
+  return {static_cast<int>(axis.cells), static_cast<int>(axis.pixels), static_cast<int>(axis.strips), axis.low,
+          axis.high, axis.first, axis.weight};
+}
+
+inline PictureParams picture_params(const MatchPicture& picture) {
+  return {axis_params(picture.y), axis_params(picture.x), picture.scale, picture.scale_high, picture.scale_low};
+}
+
+inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& launch) {
+  const MatchBand& band = call.band;
+  GroupParams params{};
+  params.table = call.table;
+  params.key = picture_params(call.key);
+  params.query_y = axis_params(call.query_y);
+  params.query_x = axis_params(call.query_x);
+  params.first_y = static_cast<int>(band.first_y);
+  params.first_x = static_cast<int>(band.first_x);
+  params.across = static_cast<int>(band.end_x - band.first_x);
+  params.top = static_cast<int>(band.top);
+  params.left = static_cast<int>(band.left);
+  params.width = static_cast<int>(band.width);
+  params.portions = launch.portions;
+  params.aligned = rows_aligned(call);
+  params.similarity = call.similarity;
+  params.index = call.index;
+  return params;
+}
+
+inline PointParams point_params(const PointMatchCall& call) {
+  return {call.table, picture_params(call.key), call.similarity, call.index};
+}
+
+inline MutualParams mutual_params(const MutualMatchCall& call) {
+  return {call.table, picture_params(call.query), axis_params(call.key_y), axis_params(call.key_x), call.index,
+          call.valid};
+}
+
+__device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
+__device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
+// Zero, or NaN if the value is not finite.
+__device__ __forceinline__ float unsound(float value) { return value - value; }
+// An integer that is ordered as the number is; its own inverse.
+__device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+// A bilinear function of the shares (right, down) from its values at the four corners; exact where they are equal, and
+// the same wherever it is computed.
+struct Bilinear {
+  float near, right, down, both;
+  __device__ __forceinline__ Bilinear(float top_left, float top_right, float low_left, float low_right)
+      : near(top_left),
+        right(top_right - top_left),
+        down(low_left - top_left),
+        both((low_right - low_left) - (top_right - top_left)) {}
+  __device__ __forceinline__ float operator()(float share_x, float share_y) const {
+    return multiply_add(multiply_add(both, share_y, right), share_x, multiply_add(down, share_y, near));
+  }
+};
+
+// The better of two matches, the lower pixel among equals; what overflows takes no part.
+__device__ __forceinline__ void improve(float value, int pixel, float& best, int& index) {
+  const bool better = (value > best || (value == best && pixel < index)) && magnitude(value) <= kMatchLargest;
+  best = better ? value : best;
+  index = better ? pixel : index;
+}
+
+// A patch's four cells.
+struct Corners {
+  int top_left, top_right, low_left, low_right;
+  __device__ __forceinline__ Corners(const AxisParams& y, const AxisParams& x, int strip_y, int strip_x) {
+    const int top = y.low[strip_y] * x.cells, low = y.high[strip_y] * x.cells;
+    const int left = x.low[strip_x], right = x.high[strip_x];
+    top_left = top + left;
+    top_right = top + right;
+    low_left = low + left;
+    low_right = low + right;
+  }
+};
+
+// What a bound becomes by the patch's scales, rounding allowed for; `slack` without scales.
+template <bool kScale>
+__device__ __forceinline__ float scaled_bound(const PictureParams& p, int patch, float bound, float slack) {
+  if constexpr (!kScale) return bound + slack;
+  const float high = p.scale_high[patch];
+  return multiply_add(slack, high, bound * (bound > 0.0f ? high : p.scale_low[patch]));
+}
+
+// Calls visit(value, pixel) for the pixels of a patch that may be its largest, until that returns false.
+template <bool kScale, class Visit>
+__device__ __forceinline__ void each_pixel(const PictureParams& p, int strip_y, int strip_x, const Bilinear& patch,
+                                           Visit visit) {
+  const int first_y = p.y.first[strip_y], end_y = p.y.first[strip_y + 1];
+  const int first_x = p.x.first[strip_x], end_x = p.x.first[strip_x + 1];
+  if constexpr (kScale) {
+    for (int y = first_y; y < end_y; ++y) {
+      const float share_y = p.y.weight[y];
+      for (int x = first_x; x < end_x; ++x) {
+        const int pixel = y * p.x.pixels + x;
+        if (!visit(patch(p.x.weight[x], share_y) * p.scale[pixel], pixel)) return;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int y = i < 2 ? first_y : end_y - 1, x = i % 2 == 0 ? first_x : end_x - 1;
+      if (!visit(patch(p.x.weight[x], p.y.weight[y]), y * p.x.pixels + x)) return;
+    }
+  }
+}
+
+// A block's group of query pixels, 64 at a time, two to a lane: lane and lane + 32.
+template <bool kScale, bool kStaged>
+class GroupMatcher {
+ public:
+  __device__ __forceinline__ GroupMatcher(const GroupParams& params, unsigned char* shared)
+      : p_(params),
+        warps_(static_cast<int>(blockDim.x) / 32),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        cells_(params.key.y.cells * params.key.x.cells) {
+    const GroupLayout at(kStaged ? cells_ : 0, warps_);
+    upper_ = reinterpret_cast<float*>(shared);
+    values_ = reinterpret_cast<float*>(shared + at.values);
+    indices_ = reinterpret_cast<int*>(shared + at.indices);
+    seeds_ = reinterpret_cast<int*>(shared + at.seeds);
+    seed_cells_ = reinterpret_cast<int*>(shared + at.seed_cells);
+    largest_ = reinterpret_cast<int*>(shared + at.largest);
+  }
+
+  __device__ __forceinline__ void match() {
+    const int number = static_cast<int>(blockIdx.x) / p_.portions, portion = static_cast<int>(blockIdx.x) % p_.portions;
+    const int strip_y = p_.first_y + number / p_.across, strip_x = p_.first_x + number % p_.across;
+    const int start_y = p_.query_y.first[strip_y], start_x = p_.query_x.first[strip_x];
+    const int across = p_.query_x.first[strip_x + 1] - start_x;
+    const int count = (p_.query_y.first[strip_y + 1] - start_y) * across;
+    // The last portions of short strips are empty.
+    if (portion * kGroupPixels >= count) return;
+    const std::int64_t top = std::int64_t{p_.query_y.low[strip_y] - p_.top} * p_.width;
+    const std::int64_t low = std::int64_t{p_.query_y.high[strip_y] - p_.top} * p_.width;
+    const int left = p_.query_x.low[strip_x] - p_.left, right = p_.query_x.high[strip_x] - p_.left;
+    row_[0] = p_.table + (top + left) * cells_;
+    row_[1] = p_.table + (top + right) * cells_;
+    row_[2] = p_.table + (low + left) * cells_;
+    row_[3] = p_.table + (low + right) * cells_;
+    bound_cells();
+    const int step = p_.portions * kGroupPixels;
+    for (int base = portion * kGroupPixels, rest = count - base; rest > 0; base += step, rest -= step) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int own = base + lane_ + 32 * r;
+        const bool exists = lane_ + 32 * r < rest;
+        right_[r] = exists ? p_.query_x.weight[start_x + own % across] : 0.0f;
+        down_[r] = exists ? p_.query_y.weight[start_y + own / across] : 0.0f;
+        // Without a pixel: a best that no bound reaches.
+        best_[r] = as_float(exists ? static_cast<int>(0xff800000u) : 0x7f800000);
+        index_[r] = kNoPixel;
+      }
+      for (int seed = warp_; seed < kSeeds; seed += warps_) visit_seed(seed);
+      share();
+      scan();
+      share();
+      if (warp_ != 0) continue;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int own = base + lane_ + 32 * r;
+        if (lane_ + 32 * r >= rest) continue;
+        const std::int64_t out = std::int64_t{start_y + own / across} * p_.query_x.pixels + start_x + own % across;
+        p_.similarity[out] = best_[r];
+        p_.index[out] = index_[r] == kNoPixel ? -1 : index_[r];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float bound_of(float a, float b, float c, float d) const {
+    return larger(larger(a, b), larger(c, d)) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
+  }
+
+  // The largest similarity of the group's query cells to a key cell; NaN where one is not finite.
+  __device__ __forceinline__ float upper(int cell) const {
+    if constexpr (kStaged) return upper_[cell];
+    return bound_of(row_[0][cell], row_[1][cell], row_[2][cell], row_[3][cell]);
+  }
+
+  // `slot` counts the cells that this thread looks at.
+  __device__ __forceinline__ void look(int cell, int slot, float a, float b, float c, float d, int (&seed)[kSeeds],
+                                       float& most) {
+    const float bound = bound_of(a, b, c, d);
+    if constexpr (kStaged) upper_[cell] = bound;
+    if (!(bound == bound)) return;
+    most = larger(most, larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d))));
+    // The best cells only to a few digits, with the slot in place of the others; negative numbers in any order.
+    const int tag = slot < 1023 ? slot : 1023;
+    const float value[kSeeds] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < kSeeds; ++i) {
+      const int key = (as_int(value[i]) & ~1023) | tag;
+      seed[i] = key > seed[i] ? key : seed[i];
+    }
+  }
+
+  __device__ __forceinline__ void bound_cells() {
+    const int thread = static_cast<int>(threadIdx.x), threads = 32 * warps_;
+    int seed[kSeeds] = {kNoSeed, kNoSeed, kNoSeed, kNoSeed};
+    float most = 0.0f;
+    if (p_.aligned) {
+      int slot = 0;
+      for (int cell = 4 * thread; cell < cells_; cell += 4 * threads, slot += 4) {
+        float4 quad[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) quad[i] = *reinterpret_cast<const float4*>(row_[i] + cell);
+        look(cell, slot, quad[0].x, quad[1].x, quad[2].x, quad[3].x, seed, most);
+        look(cell + 1, slot + 1, quad[0].y, quad[1].y, quad[2].y, quad[3].y, seed, most);
+        look(cell + 2, slot + 2, quad[0].z, quad[1].z, quad[2].z, quad[3].z, seed, most);
+        look(cell + 3, slot + 3, quad[0].w, quad[1].w, quad[2].w, quad[3].w, seed, most);
+      }
+    } else {
+      int slot = 0;
+      for (int cell = thread; cell < cells_; cell += threads, ++slot) {
+        look(cell, slot, row_[0][cell], row_[1][cell], row_[2][cell], row_[3][cell], seed, most);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSeeds; ++i) {
+      const int best = warp_max(seed[i]), slot = best & 1023;
+      const int owner = lowest_bit(ballot(seed[i] == best));
+      if (lane_ == owner) {
+        seeds_[warp_ * kSeeds + i] = best;
+        seed_cells_[warp_ * kSeeds + i] =
+            p_.aligned ? 4 * (slot / 4 * threads + thread) + slot % 4 : slot * threads + thread;
+      }
+    }
+    const int largest = warp_max(as_int(most));
+    if (lane_ == 0) largest_[warp_] = largest;
+    __syncthreads();
+    int whole = 0;
+    for (int i = 0; i < warps_; ++i) whole = largest_[i] > whole ? largest_[i] : whole;
+    slack_ = kMatchSlack * as_float(whole);
+  }
+
+  // No value of the group in this patch is larger; NaN where the patch takes no part.
+  __device__ __forceinline__ float bound_patch(int top, int low, int strip_y, int strip_x) const {
+    const int left = p_.key.x.low[strip_x], right = p_.key.x.high[strip_x];
+    const float bound = max_nan(max_nan(upper(top + left), upper(top + right)), max_nan(upper(low + left), upper(low + right)));
+    return scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, bound, slack_);
+  }
+
+  // The most promising patch around the best key cell of a query cell.
+  __device__ __forceinline__ void visit_seed(int seed) {
+    int best = kNoSeed, cell = 0;
+    for (int i = 0; i < warps_; ++i) {
+      const int other = seeds_[i * kSeeds + seed];
+      cell = other > best ? seed_cells_[i * kSeeds + seed] : cell;
+      best = other > best ? other : best;
+    }
+    if (best == kNoSeed) return;
+    const AxisParams &y = p_.key.y, &x = p_.key.x;
+    // As many strips as cells, or some for fewer pixels than cells: then about there.
+    const int near_y = static_cast<int>(std::int64_t{cell / x.cells} * y.strips / y.cells);
+    const int near_x = static_cast<int>(std::int64_t{cell % x.cells} * x.strips / x.cells);
+    const int strip_y = near_y - (lane_ / 2) % 2, strip_x = near_x - lane_ % 2;
+    float bound = as_float(0x7fffffff);
+    if (strip_y >= 0 && strip_x >= 0) {
+      bound = bound_patch(y.low[strip_y] * x.cells, y.high[strip_y] * x.cells, strip_y, strip_x);
+    }
+    const int rank = bound == bound ? ordered(as_int(bound)) : kNoSeed;
+    const int most = warp_max(rank);
+    if (most == kNoSeed) return;
+    const int lane = lowest_bit(ballot(rank == most));
+    visit(near_y - (lane / 2) % 2, near_x - lane % 2);
+  }
+
+  // The least of the best values so far.
+  __device__ __forceinline__ float bar() const {
+    return as_float(ordered(warp_min(ordered(as_int(best_[0] < best_[1] ? best_[0] : best_[1])))));
+  }
+
+  __device__ __forceinline__ void scan() {
+    const AxisParams &y = p_.key.y, &x = p_.key.x;
+    float least = bar();
+    for (int strip_y = warp_; strip_y < y.strips; strip_y += warps_) {
+      const int top = y.low[strip_y] * x.cells, low = y.high[strip_y] * x.cells;
+      for (int base = 0; base < x.strips; base += 32) {
+        const int strip_x = base + lane_;
+        const float bound = strip_x < x.strips ? bound_patch(top, low, strip_y, strip_x) : as_float(0x7fffffff);
+        // NaN passes nothing; an equal bound may hold a lower pixel.
+        unsigned open = ballot(bound >= least);
+        while (open != 0) {
+          const int lane = lowest_bit(open);
+          open &= open - 1;
+          if (!(as_float(shuffle(as_int(bound), lane)) >= least)) continue;
+          visit(strip_y, base + lane);
+          least = bar();
+        }
+      }
+    }
+  }
+
+  // Looks for better matches of the group's pixels in one patch.
+  __device__ __forceinline__ void visit(int strip_y, int strip_x) {
+    const Corners at(p_.key.y, p_.key.x, strip_y, strip_x);
+    const int cell[4] = {at.top_left, at.top_right, at.low_left, at.low_right};
+    float value[2][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const Bilinear corner(row_[0][cell[k]], row_[1][cell[k]], row_[2][cell[k]], row_[3][cell[k]]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) value[r][k] = corner(right_[r], down_[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float most = larger(larger(value[r][0], value[r][1]), larger(value[r][2], value[r][3]));
+      const float bound = scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, most, slack_);
+      if (ballot(!(bound < best_[r])) == 0) continue;
+      each_pixel<kScale>(p_.key, strip_y, strip_x, Bilinear(value[r][0], value[r][1], value[r][2], value[r][3]),
+                         [&](float v, int pixel) {
+                           improve(v, pixel, best_[r], index_[r]);
+                           return true;
+                         });
+    }
+  }
+
+  // Every warp learns the best matches of all.
+  __device__ __forceinline__ void share() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      values_[warp_ * kGroupPixels + lane_ + 32 * r] = best_[r];
+      indices_[warp_ * kGroupPixels + lane_ + 32 * r] = index_[r];
+    }
+    __syncthreads();
+    for (int i = 0; i < warps_; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        improve(values_[i * kGroupPixels + lane_ + 32 * r], indices_[i * kGroupPixels + lane_ + 32 * r], best_[r],
+                index_[r]);
+      }
+    }
+    // Before anyone shares again.
+    __syncthreads();
+  }
+
+  const GroupParams& p_;
+  const int warps_, warp_, lane_, cells_;
+  float *upper_, *values_;
+  int *indices_, *seeds_, *seed_cells_, *largest_;
+  const float* row_[4];
+  float slack_;
+  float right_[2], down_[2], best_[2];
+  int index_[2];
+};
+
+template <bool kScale, bool kStaged>
+__global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
+    match_groups_kernel(const LIFT_FAST_GRID_CONSTANT GroupParams params) {
+  LIFT_FAST_DYNAMIC_SHARED(shared);
+  GroupMatcher<kScale, kStaged>(params, shared).match();
+}
+
+// One block for a point: its threads share the patches.
+template <bool kScale>
+__global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LIFT_FAST_GRID_CONSTANT PointParams p) {
+  LIFT_FAST_DYNAMIC_SHARED(shared);
+  const AxisParams &y = p.key.y, &x = p.key.x;
+  const float* row = p.table + std::int64_t{static_cast<int>(blockIdx.x)} * (y.cells * x.cells);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, patches = y.strips * x.strips;
+  float best = as_float(static_cast<int>(0xff800000u));
+  int index = kNoPixel;
+  for (int patch = thread; patch < patches; patch += kMatchThreads) {
+    const int strip_y = patch / x.strips, strip_x = patch % x.strips;
+    const Corners at(y, x, strip_y, strip_x);
+    const float a = row[at.top_left], b = row[at.top_right], c = row[at.low_left], d = row[at.low_right];
+    if ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)) != 0.0f) continue;
+    if constexpr (kScale) {
+      const float most = larger(larger(a, b), larger(c, d));
+      const float size = larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d)));
+      if (scaled_bound<kScale>(p.key, patch, most, kMatchSlack * size) < best) continue;
+    }
+    each_pixel<kScale>(p.key, strip_y, strip_x, Bilinear(a, b, c, d), [&](float value, int pixel) {
+      improve(value, pixel, best, index);
+      return true;
+    });
+  }
+  // The lowest pixel of those lanes that hold the largest value; each warp's, then the block's.
+  int* const ranks = reinterpret_cast<int*>(shared);
+  int* const pixels = ranks + kMatchThreads / 32;
+  const int rank = ordered(as_int(best)), most = warp_max(rank);
+  const int pixel = warp_min(rank == most ? index : kNoPixel);
+  if (lane == 0) {
+    ranks[thread / 32] = most;
+    pixels[thread / 32] = pixel;
+  }
+  __syncthreads();
+  if (thread != 0) return;
+  for (int i = 1; i < kMatchThreads / 32; ++i) improve(as_float(ordered(ranks[i])), pixels[i], best, index);
+  improve(as_float(ordered(ranks[0])), pixels[0], best, index);
+  p.similarity[blockIdx.x] = best;
+  p.index[blockIdx.x] = index == kNoPixel ? -1 : index;
+}
+
+constexpr int kPointShared = 2 * 4 * (kMatchThreads / 32);
+
+// The similarities of the query's cells to one key pixel, and how large their parts are.
+class KeyPixel {
+ public:
+  __device__ __forceinline__ KeyPixel(const MutualParams& p, int pixel) {
+    const AxisParams &y = p.key_y, &x = p.key_x;
+    const int row = pixel / x.pixels, column = pixel % x.pixels;
+    const Corners at(y, x, strip_of(y, row), strip_of(x, column));
+    const std::int64_t cells = std::int64_t{p.query.y.cells} * p.query.x.cells;
+    row_[0] = p.table + at.top_left * cells;
+    row_[1] = p.table + at.top_right * cells;
+    row_[2] = p.table + at.low_left * cells;
+    row_[3] = p.table + at.low_right * cells;
+    right_ = x.weight[column];
+    down_ = y.weight[row];
+  }
+  __device__ __forceinline__ float operator()(int cell, float& size) const {
+    const float a = row_[0][cell], b = row_[1][cell], c = row_[2][cell], d = row_[3][cell];
+    size = larger(size, larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d))));
+    return Bilinear(a, b, c, d)(right_, down_) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
+  }
+
+ private:
+  // The last strip that begins at a pixel or before it.
+  static __device__ __forceinline__ int strip_of(const AxisParams& axis, int pixel) {
+    int from = 0, to = axis.strips;
+    while (to - from > 1) {
+      const int middle = (from + to) / 2;
+      (axis.first[middle] <= pixel ? from : to) = middle;
+    }
+    return from;
+  }
+
+  const float* row_[4];
+  float right_, down_;
+};
+
+// A match to judge: the query pixel, the key pixel and their similarity.
+struct Candidate {
+  int query, key;
+  float value;
+};
+
+// The patch's pixels as the key pixel sees them.
+struct QueryPatch {
+  float a, b, c, d, size;
+  __device__ __forceinline__ QueryPatch(const PictureParams& p, const KeyPixel& key, int strip_y, int strip_x)
+      : size(0.0f) {
+    const Corners at(p.y, p.x, strip_y, strip_x);
+    a = key(at.top_left, size);
+    b = key(at.top_right, size);
+    c = key(at.low_left, size);
+    d = key(at.low_right, size);
+  }
+  __device__ __forceinline__ bool sound() const {
+    return (unsound(a) + unsound(b)) + (unsound(c) + unsound(d)) == 0.0f;
+  }
+};
+
+// Whether a pixel of this patch is more similar than the candidate's, or as similar and lower.
+template <bool kScale>
+__device__ __forceinline__ bool beaten_in(const PictureParams& p, const KeyPixel& key, const Candidate& candidate,
+                                          int strip_y, int strip_x) {
+  const QueryPatch patch(p, key, strip_y, strip_x);
+  if (!patch.sound()) return false;
+  if constexpr (kScale) {
+    const float most = larger(larger(patch.a, patch.b), larger(patch.c, patch.d));
+    const int number = strip_y * p.x.strips + strip_x;
+    if (scaled_bound<kScale>(p, number, most, kMatchSlack * patch.size) < candidate.value) return false;
+  }
+  bool beaten = false;
+  each_pixel<kScale>(p, strip_y, strip_x, Bilinear(patch.a, patch.b, patch.c, patch.d), [&](float value, int pixel) {
+    beaten = (value > candidate.value || (value == candidate.value && pixel < candidate.query)) &&
+             magnitude(value) <= kMatchLargest;
+    return !beaten;
+  });
+  return beaten;
+}
+
+// One block for a group of query pixels. Without scales only its four outermost pixels can be the best of any key pixel.
+// Few are the best within their own patch and those around it; for these the block looks at every patch.
+template <bool kScale>
+__global__ void __launch_bounds__(kMatchThreads, 8) match_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
+  LIFT_FAST_DYNAMIC_SHARED(shared);
+  const AxisParams &y = p.query.y, &x = p.query.x;
+  Candidate* const candidates = reinterpret_cast<Candidate*>(shared);
+  const int thread = static_cast<int>(threadIdx.x), patches = y.strips * x.strips;
+  const int strip_y = static_cast<int>(blockIdx.x) / x.strips, strip_x = static_cast<int>(blockIdx.x) % x.strips;
+  const int start_y = y.first[strip_y], start_x = x.first[strip_x];
+  const int across = x.first[strip_x + 1] - start_x, down = y.first[strip_y + 1] - start_y, count = across * down;
+  for (int own = thread; own < count; own += kMatchThreads) {
+    p.valid[(start_y + own / across) * x.pixels + start_x + own % across] = false;
+  }
+  const int limit = kScale ? count : 4;
+  for (int base = 0; base < limit; base += kMatchThreads) {
+    Candidate mine{-1, -1, 0.0f};
+    const int own = base + thread;
+    if (own < limit) {
+      const int row = start_y + (kScale ? own / across : (own / 2) * (down - 1));
+      const int column = start_x + (kScale ? own % across : (own % 2) * (across - 1));
+      const int query = row * x.pixels + column;
+      // Strips of one pixel have fewer outermost ones.
+      const bool once = kScale || ((own % 2 == 0 || across > 1) && (own / 2 == 0 || down > 1));
+      const int found = once ? static_cast<int>(p.index[query]) : -1;
+      if (found >= 0) {
+        const KeyPixel key(p, found);
+        const QueryPatch patch(p.query, key, strip_y, strip_x);
+        float value = Bilinear(patch.a, patch.b, patch.c, patch.d)(x.weight[column], y.weight[row]);
+        if constexpr (kScale) value *= p.query.scale[query];
+        const Candidate candidate{query, found, value};
+        if (!beaten_in<kScale>(p.query, key, candidate, strip_y, strip_x)) mine = candidate;
+      }
+    }
+    // The candidates of the round before have been judged.
+    __syncthreads();
+    candidates[thread] = mine;
+    __syncthreads();
+    const int round = limit - base < kMatchThreads ? limit - base : kMatchThreads;
+    for (int i = 0; i < round; ++i) {
+      const Candidate candidate = candidates[i];
+      if (candidate.query < 0) continue;
+      const KeyPixel key(p, candidate.key);
+      const int near_y = strip_y + thread / 3 - 1, near_x = strip_x + thread % 3 - 1;
+      bool beaten = thread < 9 && near_y >= 0 && near_y < y.strips && near_x >= 0 && near_x < x.strips &&
+                    beaten_in<kScale>(p.query, key, candidate, near_y, near_x);
+      bool lost = block_any(beaten);
+      // So many patches of each thread before they tell each other.
+      constexpr int kTogether = 8;
+      for (int first = 0; first < patches && !lost; first += kTogether * kMatchThreads) {
+        for (int k = 0; k < kTogether && !beaten; ++k) {
+          const int patch = first + k * kMatchThreads + thread;
+          if (patch >= patches) break;
+          beaten = beaten_in<kScale>(p.query, key, candidate, patch / x.strips, patch % x.strips);
+        }
+        lost = block_any(beaten);
+      }
+      if (!lost && thread == 0) p.valid[candidate.query] = true;
+    }
+  }
+}
+
+constexpr int kMutualShared = kMatchThreads * static_cast<int>(sizeof(Candidate));
+
+}  // namespace lift_fast

@@ -1,0 +1,73 @@
+// Dense matching from similarities of coarse cells on a CUDA device: for each query pixel the key pixel whose bilinearly
+// interpolated similarity is largest, the lowest row-major one of equals, and whether it leads back.
+//
+// A patch is the set of a picture's pixels between the same four cells, a group the query pixels between the same four.
+#pragma once
+
+#include <cstdint>
+
+namespace lift_fast {
+
+// How one axis of a picture is cut: strips of pixels between two neighbouring cells. The arrays are on the device and
+// not checked there: ascending cells below `cells`, and strips that cover the pixels.
+struct MatchAxis {
+  std::int64_t cells, pixels, strips;
+  const std::int32_t* low;    // [strips] cell on the near side
+  const std::int32_t* high;   // [strips] cell on the far side; low itself at the border
+  const std::int32_t* first;  // [strips + 1] first pixel of each strip; the last is `pixels`
+  const float* weight;        // [pixels] share of the far cell
+  std::int64_t longest;       // pixels of the longest strip
+};
+
+struct MatchPicture {
+  MatchAxis y, x;
+  // What similarities to each pixel are multiplied by, positive; all null for ones.
+  const float* scale;       // [y.pixels, x.pixels]
+  const float* scale_high;  // [y.strips, x.strips] the largest of each patch
+  const float* scale_low;
+};
+
+// The part of the query picture whose cells a table holds: strips [first, end), and cells from (top, left) on.
+struct MatchBand {
+  std::int64_t first_y, end_y, first_x, end_x, top, left, width;
+};
+
+// Every query pixel of a band.
+struct GroupMatchCall {
+  const float* table;  // [rows, key cells] similarities of the band's query cells, row-major, `band.width` in a row
+  std::int64_t rows;
+  MatchPicture key;
+  MatchAxis query_y, query_x;
+  MatchBand band;
+  float* similarity;    // [query pixels]; -inf where there is no match
+  std::int64_t* index;  // [query pixels] row-major key pixel; -1 where there is no match
+};
+
+// Single points, each with similarities of its own.
+struct PointMatchCall {
+  const float* table;  // [points, key cells]
+  std::int64_t points;
+  MatchPicture key;
+  float* similarity;    // [points]
+  std::int64_t* index;  // [points]
+};
+
+// Which matches lead back: the best query pixel of the matched key pixel is the one that it was matched from.
+struct MutualMatchCall {
+  const float* table;  // [key cells, query cells] similarities
+  MatchPicture query;  // with the scales of the query's pixels
+  MatchAxis key_y, key_x;
+  const std::int64_t* index;  // [query pixels] of a GroupMatchCall
+  bool* valid;                // [query pixels]
+};
+
+// Query pixels between the same four cells, each of which is compared with all of them.
+constexpr std::int64_t kMostMutualGroup = 4096;
+
+// Each launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls,
+// std::runtime_error where CUDA refuses. They allocate nothing, wait for nothing, and leave the current device as it was.
+void match_groups_run(const GroupMatchCall& call, int device, void* stream);
+void match_points_run(const PointMatchCall& call, int device, void* stream);
+void match_mutual_run(const MutualMatchCall& call, int device, void* stream);
+
+}  // namespace lift_fast

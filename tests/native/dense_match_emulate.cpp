@@ -1,0 +1,159 @@
+// Runs the dense matcher's CUDA kernels on the CPU, on exactly sized heap blocks, so that a sanitizer sees every byte
+// read or written outside. Serves calls from its standard input, as tests/test_native_dense_match_cuda.py writes them.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define LIFT_FAST_EMULATED_DEVICE
+#include "cuda/dense_match.cuh"
+
+using namespace lift_fast;
+
+namespace {
+
+void read(void* to, std::size_t size) {
+  if (size != 0 && std::fread(to, 1, size, stdin) != size) {
+    std::fprintf(stderr, "a call ends early\n");
+    std::exit(2);
+  }
+}
+
+void write(const void* from, std::size_t size) {
+  if (size != 0 && std::fwrite(from, 1, size, stdout) != size) std::exit(3);
+}
+
+std::int64_t number() {
+  std::int64_t value;
+  read(&value, sizeof value);
+  return value;
+}
+
+// An array on the emulated device.
+class Bytes {
+ public:
+  // Full of NaN.
+  explicit Bytes(std::int64_t size) : size_(static_cast<std::size_t>(size)), data_(std::malloc(size_)) {
+    std::memset(data_, 0xff, size_);
+  }
+  Bytes() : Bytes(number()) { read(data_, size_); }
+  ~Bytes() { std::free(data_); }
+  Bytes(const Bytes&) = delete;
+  template <class T>
+  T* as() const {
+    return size_ == 0 ? nullptr : static_cast<T*>(data_);
+  }
+  void reply() const { write(data_, size_); }
+
+ private:
+  std::size_t size_;
+  void* data_;
+};
+
+struct Axis {
+  std::int64_t cells = number(), pixels = number(), strips = number(), longest = number();
+  Bytes low, high, first, weight;
+  operator MatchAxis() const {
+    return {cells, pixels, strips, low.as<const std::int32_t>(), high.as<const std::int32_t>(),
+            first.as<const std::int32_t>(), weight.as<const float>(), longest};
+  }
+};
+
+struct Picture {
+  Axis y, x;
+  Bytes scale, high, low;
+  operator MatchPicture() const { return {y, x, scale.as<const float>(), high.as<const float>(), low.as<const float>()}; }
+};
+
+struct Settings {
+  std::int64_t order = number(), seed = number(), shared_block = number();
+};
+
+void run(const Settings& settings, std::int64_t blocks, int warps, std::int64_t shared, const std::function<void()>& kernel) {
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    emulated::run_block(static_cast<int>(block), warps, static_cast<std::size_t>(shared), emulated::Copies::early,
+                        static_cast<emulated::Order>(settings.order), static_cast<unsigned>(settings.seed + block),
+                        kernel);
+  }
+}
+
+void groups(const Settings& settings) {
+  GroupMatchCall call{};
+  const Bytes table;
+  call.table = table.as<const float>();
+  call.rows = number();
+  const Picture key;
+  const Axis query_y, query_x;
+  call.key = key;
+  call.query_y = query_y;
+  call.query_x = query_x;
+  std::int64_t* const band[7] = {&call.band.first_y, &call.band.end_y, &call.band.first_x, &call.band.end_x,
+                                 &call.band.top,     &call.band.left,  &call.band.width};
+  for (std::int64_t* part : band) *part = number();
+  // Of which the band's pixels alone are written.
+  const Bytes similarity, index;
+  call.similarity = similarity.as<float>();
+  call.index = index.as<std::int64_t>();
+  check_groups(call);
+  const MatchLaunch cut = group_launch(call, settings.shared_block);
+  const GroupParams params = group_params(call, cut);
+  const auto kernel = call.key.scale != nullptr
+                          ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
+                          : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
+  run(settings, cut.blocks, cut.warps, cut.shared, [&] { kernel(params); });
+  similarity.reply();
+  index.reply();
+}
+
+void points(const Settings& settings) {
+  PointMatchCall call{};
+  const Bytes table;
+  call.table = table.as<const float>();
+  call.points = number();
+  const Picture key;
+  call.key = key;
+  const Bytes similarity(4 * call.points), index(8 * call.points);
+  call.similarity = similarity.as<float>();
+  call.index = index.as<std::int64_t>();
+  check_points(call);
+  const PointParams params = point_params(call);
+  const auto kernel = call.key.scale != nullptr ? match_points_kernel<true> : match_points_kernel<false>;
+  run(settings, call.points, kMatchThreads / 32, kPointShared, [&] { kernel(params); });
+  similarity.reply();
+  index.reply();
+}
+
+void mutual(const Settings& settings) {
+  MutualMatchCall call{};
+  const Bytes table;
+  call.table = table.as<const float>();
+  const Picture query;
+  const Axis key_y, key_x;
+  call.query = query;
+  call.key_y = key_y;
+  call.key_x = key_x;
+  const Bytes index;
+  const Bytes valid(call.query.y.pixels * call.query.x.pixels);
+  call.index = index.as<const std::int64_t>();
+  call.valid = valid.as<bool>();
+  check_mutual(call);
+  const MutualParams params = mutual_params(call);
+  const auto kernel = call.query.scale != nullptr ? match_mutual_kernel<true> : match_mutual_kernel<false>;
+  run(settings, call.query.y.strips * call.query.x.strips, kMatchThreads / 32, kMutualShared, [&] { kernel(params); });
+  valid.reply();
+}
+
+}  // namespace
+
+int main() {
+  for (int kind = std::getc(stdin); kind != EOF; kind = std::getc(stdin)) {
+    const Settings settings;
+    if (kind == 'g') groups(settings);
+    if (kind == 'p') points(settings);
+    if (kind == 'm') mutual(settings);
+    std::fflush(stdout);
+  }
+}
