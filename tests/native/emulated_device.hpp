@@ -151,7 +151,9 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
                       const std::function<void()>& body) {
   Block b;
   block_pointer() = &b;
-  auto* shared = static_cast<unsigned char*>(std::aligned_alloc(16, shared_bytes));
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, shared_bytes) != 0) fail("no memory");
+  auto* shared = static_cast<unsigned char*>(memory);
   std::memset(shared, 0xff, shared_bytes);
   b.shared = shared;
   b.copies = copies;

@@ -1,0 +1,388 @@
+"""``dense_match``'s CUDA kernels without a GPU: their own source, run on the CPU, against every pixel in float64."""
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lift_fast import _native
+from lift_fast.ops import dense_match as op
+from lift_fast.ops import dense_match_cuda, dense_match_gpu
+from lift_fast.testing import poisoned_outputs
+
+ROOT = Path(__file__).resolve().parents[1]
+TIE = 1e-6
+PROTOCOLS = ["grid", "pixel", "none"]
+CPU = torch.device("cpu")
+
+
+def build(folder):
+    """The program, with the sanitizers where the compiler has them."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'native'}"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    if subprocess.run(["g++", *sanitizers, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
+        sanitizers = []
+    source = ROOT / "tests" / "native" / "dense_match_emulate.cpp"
+    done = subprocess.run(
+        ["g++", *flags, *sanitizers, str(source), "-o", str(folder / "run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def raw(address, size):
+    """What lies at an address on the CPU, after its size; nothing at 0."""
+    content = ctypes.string_at(address, size) if address else b""
+    return struct.pack("<q", len(content)) + content
+
+
+def axis(parts):
+    cells, pixels, strips, low, high, first, weight, longest = parts
+    sizes = struct.pack("<4q", cells, pixels, strips, longest)
+    return sizes + b"".join(
+        raw(address, 4 * count)
+        for address, count in ((low, strips), (high, strips), (first, strips + 1), (weight, pixels))
+    )
+
+
+def picture(y, x, scale):
+    patches = y[2] * x[2]
+    scales = (raw(address, 4 * count) for address, count in zip(scale, (y[1] * x[1], patches, patches), strict=True))
+    return axis(y) + axis(x) + b"".join(scales)
+
+
+class Emulation:
+    """Has the functions of the native core that ``lift_fast.ops.dense_match_cuda`` calls."""
+
+    def __init__(self, program):
+        self.process = subprocess.Popen(
+            [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        # Warps in ascending, descending or random order; bytes of shared memory that a block may have.
+        self.order, self.seed, self.shared_block = 0, 0, 227 << 10
+        self.calls = []
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def run(self, kind, content, *results):
+        """Send one call, and write the answer where the results lie: (address, size)."""
+        self.calls.append(kind)
+        self.process.stdin.write(kind + struct.pack("<3q", self.order, self.seed, self.shared_block) + content)
+        self.process.stdin.flush()
+        for address, size in results:
+            answer = self.process.stdout.read(size)
+            if len(answer) != size:
+                raise AssertionError(self.process.stderr.read().decode()[-6000:])
+            ctypes.memmove(address, answer, size)
+
+    def dense_match_groups(
+        self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, device, stream
+    ):
+        content = raw(table, 4 * rows * key_y[0] * key_x[0]) + struct.pack("<q", rows)
+        content += picture(key_y, key_x, key_scale) + axis(query_y) + axis(query_x) + struct.pack("<7q", *band)
+        pixels = query_y[1] * query_x[1]
+        content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels)
+        self.run(b"g", content, (similarity, 4 * pixels), (index, 8 * pixels))
+
+    def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, device, stream):
+        content = raw(table, 4 * points * key_y[0] * key_x[0]) + struct.pack("<q", points)
+        content += picture(key_y, key_x, key_scale)
+        self.run(b"p", content, (similarity, 4 * points), (index, 8 * points))
+
+    def dense_match_mutual(self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, device, stream):
+        query_cells, key_cells = query_y[0] * query_x[0], key_y[0] * key_x[0]
+        pixels = query_y[1] * query_x[1]
+        content = raw(table, 4 * query_cells * key_cells) + picture(query_y, query_x, query_scale)
+        content += axis(key_y) + axis(key_x) + raw(index, 8 * pixels)
+        self.run(b"m", content, (valid, pixels))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulation(program, monkeypatch):
+    """``lift_fast.ops.dense_match`` on the CPU as on a GPU; what it allocates is full of NaN."""
+    served = Emulation(program)
+    monkeypatch.setattr(_native, "require", lambda: served)
+    monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+    monkeypatch.setattr(dense_match_cuda, "_where", lambda device: (0, 0))
+    with poisoned_outputs():
+        yield served
+    served.close()
+
+
+def maps(channels, query_grid, key_grid):
+    seed = int(torch.randint(1 << 30, ()))
+    torch.manual_seed(seed)
+    print("seed", seed)
+    return torch.randn(channels, *query_grid), torch.randn(channels, *key_grid)
+
+
+def brute_force(query_map, key_map, query_size, key_size, normalize):
+    """Similarities in float64 and how far each may be off in float32: both [query pixels, key pixels]."""
+
+    def descriptors(cells, size):
+        cells = cells.double()
+        if normalize == "grid":
+            cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
+        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale = (
+            F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
+            for part in (cells, longest)
+        )
+        if normalize == "pixel":
+            norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            wide, scale = wide / norm, scale / norm
+        return wide, scale.clamp_min(1.0)
+
+    (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
+    values = query @ key.T
+    return values.masked_fill(~torch.isfinite(values), -torch.inf), (TIE * query_scale * key_scale.T).nan_to_num(0.0)
+
+
+def run(query_map, key_map, query_size, key_size, normalize="grid", points=None, mutual=True):
+    points = None if points is None else points[None]
+    similarity, xy, valid = op.dense_match(
+        query_map[None], key_map[None], query_size, key_size, points, normalize, mutual, backend="cuda"
+    )
+    index = torch.where(xy[0, :, 0] < 0, -1, xy[0, :, 1] * key_size[1] + xy[0, :, 0])
+    return similarity[0], index, valid[0]
+
+
+def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
+    similarity, index, valid = run(query_map, key_map, query_size, key_size, normalize, points)
+    values, tie = brute_force(query_map, key_map, query_size, key_size, normalize)
+    rows = torch.arange(len(values)) if points is None else points[:, 1] * query_size[1] + points[:, 0]
+    lost = values[rows].amax(1) == -torch.inf
+    assert torch.equal(index == -1, lost)
+    assert bool((similarity[lost] == -torch.inf).all())
+    assert not bool(valid[lost].any())
+    rows, index, similarity, valid = rows[~lost], index[~lost], similarity[~lost], valid[~lost]
+    found, rounding = values[rows, index], tie[rows, index]
+    assert bool((found + rounding >= (values - tie)[rows].amax(1)).all())
+    assert bool(((similarity.double() - found).abs() <= rounding).all())
+    # Mutual: judged only where no other query pixel comes within rounding of the best.
+    clear = (values + tie)[:, index] >= (values - tie)[:, index].amax(0)
+    clear = clear.sum(0) == 1
+    assert torch.equal(valid[clear], (values[:, index].argmax(0) == rows)[clear])
+
+
+# (query grid, key grid, query size, key size): one cell, one row, odd and prime, fewer pixels than cells, one pixel, as
+# many as cells, groups of more than 64 pixels.
+SHAPES = [
+    ((3, 2), (2, 4), (13, 7), (11, 19)),
+    ((1, 1), (3, 2), (3, 5), (7, 6)),
+    ((2, 3), (1, 1), (5, 4), (5, 7)),
+    ((5, 4), (4, 7), (3, 2), (2, 11)),
+    ((2, 2), (3, 3), (1, 1), (1, 1)),
+    ((4, 3), (3, 5), (4, 3), (3, 5)),
+    ((1, 5), (4, 1), (11, 17), (23, 1)),
+    ((2, 2), (2, 3), (31, 23), (13, 17)),
+]
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_brute_force(shape, normalize, emulation):
+    check(*maps(7, *shape[:2]), *shape[2:], normalize)
+    # One table served the search and the mutual check.
+    assert emulation.calls == [b"g", b"m"]
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_random_shapes(normalize, emulation):
+    """Every path: rows that can be read four cells at a time or not, orders of warps, bounds in memory or not."""
+    random = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
+    print("seed", random.initial_seed())
+
+    def draw(*limits):
+        return tuple(int(torch.randint(limit, (), generator=random)) + 1 for limit in limits)
+
+    for number in range(12):
+        emulation.order, emulation.seed = number % 3, number
+        emulation.shared_block = (227 << 10) if number % 4 else 0
+        shape = draw(5, 5), draw(5, 6), draw(17, 17), draw(21, 40)
+        print(shape)
+        torch.manual_seed(int(torch.randint(1 << 30, (), generator=random)))
+        check(torch.randn(5, *shape[0]), torch.randn(5, *shape[1]), *shape[2:], normalize)
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_smooth_maps(normalize, emulation):
+    """Most patches are skipped; strips of more patches than a warp has lanes."""
+    query_map, key_map = maps(8, (3, 4), (10, 9))
+    wide = F.interpolate(key_map[None], size=(23, 41), mode="bilinear")[0]
+    check(query_map, wide, (9, 13), (31, 53), normalize)
+
+
+def test_large_maps_take_more_warps(emulation):
+    query_map, key_map = maps(4, (1, 2), (89, 97))
+    emulation.order = 2
+    check(query_map, key_map, (2, 3), (100, 103))
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_points(normalize, emulation):
+    query_map, key_map = maps(5, (3, 4), (4, 3))
+    points = torch.stack([torch.randint(37, (7,)), torch.randint(29, (7,))], dim=1)
+    points[0] = torch.tensor([36, 28])
+    points[1] = 0
+    check(query_map, key_map, (29, 37), (23, 31), normalize, points)
+    assert set(emulation.calls) == {b"p"}
+
+
+def test_many_points_are_looked_up(emulation):
+    query_map, key_map = maps(3, (1, 2), (2, 2))
+    points = torch.stack([torch.randint(5, (40,)), torch.randint(4, (40,))], dim=1)
+    check(query_map, key_map, (4, 5), (5, 6), "pixel", points)
+    assert emulation.calls == [b"g", b"m"]
+
+
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+def test_bands(normalize, emulation, monkeypatch):
+    """Tables of part of the query picture; then there is none for the mutual check, and a second search makes it."""
+    monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
+    query_map, key_map = maps(3, (3, 2), (5, 4))
+    check(query_map, key_map, (5, 4), (9, 10), normalize)
+    assert emulation.calls == [b"g", b"g", b"p", b"p"]
+
+
+def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
+    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 11)
+    query_map, key_map = maps(3, (2, 2), (2, 2))
+    check(query_map, key_map, (7, 7), (5, 5))
+    assert b"m" not in emulation.calls
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
+    query_map, key_map = maps(4, (2, 2), (3, 2))
+    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    key_map = torch.zeros_like(key_map)
+    key_map[0] = 1
+    similarity, index, _ = run(query_map, key_map, (4, 5), (7, 6), normalize)
+    values, _ = brute_force(query_map, key_map, (4, 5), (7, 6), normalize)
+    torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=1e-5)
+    assert bool((index == 0).all())
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_equal_pixels_lead_back_to_the_first(normalize, emulation):
+    ones = torch.zeros(3, 3, 4)
+    ones[1] = 1
+    _, index, valid = run(ones, ones, (13, 11), (6, 7), normalize)
+    assert bool((index == 0).all())
+    assert valid.nonzero().flatten().tolist() == [0]
+
+
+def test_a_plateau_begins_at_its_first_pixel(emulation):
+    cells = torch.zeros(1, 4, 4)
+    cells[0, 1:3, 1:3] = 1
+    _, index, valid = run(torch.ones(1, 2, 2), cells, (3, 3), (16, 16), "none")
+    # Ones begin at the centre of cell (1, 1), between pixels 5 and 6.
+    assert index.tolist() == [6 * 16 + 6] * 9
+    assert valid.tolist() == [True] + [False] * 8
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_a_picture_matches_itself(normalize, emulation):
+    cells = F.normalize(torch.randn(16, 3, 4), dim=0)
+    similarity, index, valid = run(cells, cells, (12, 16), (12, 16), "pixel")
+    inner = torch.zeros(12, 16, dtype=torch.bool)
+    # Beyond the centres of the outermost cells the interpolation is constant: the lowest pixel stands for all.
+    inner[2:10, 2:14] = True
+    assert torch.equal(index[inner.flatten()], torch.arange(192)[inner.flatten()])
+    assert bool(valid[inner.flatten()].all())
+    torch.testing.assert_close(similarity, torch.ones(192))
+
+
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_cells_that_are_not_finite(normalize, emulation):
+    query_map, key_map = maps(4, (3, 3), (3, 4))
+    query_map[1, 0, 2] = torch.nan
+    key_map[0, 2, 1] = torch.inf
+    query_map[:, 2, 0] = 0
+    key_map[:, 0, 3] = 0
+    check(query_map, key_map, (7, 8), (9, 7), normalize)
+    key_map[0] = torch.nan
+    _, index, valid = run(query_map, key_map, (3, 2), (4, 3), normalize)
+    assert bool((index == -1).all())
+    assert not bool(valid.any())
+    assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize, torch.tensor([[1, 2]]))[1] == -1).all())
+
+
+def test_what_overflows_takes_no_part(emulation):
+    query_map, key_map = torch.full((1, 2, 2), 1e19), torch.full((1, 2, 3), 3e19)
+    key_map[0, 0, 2] = -3e19
+    similarity, index, _ = run(query_map, key_map, (3, 3), (5, 7), "none")
+    assert bool((similarity <= 3.1e38).all())
+    assert bool((index >= 0).all())
+    similarity, index, valid = run(query_map * 2, key_map, (3, 3), (5, 7), "none")
+    assert bool((similarity == -torch.inf).all())
+    assert bool((index == -1).all())
+    assert not bool(valid.any())
+
+
+def test_batches_through_the_operator(emulation):
+    query_map, key_map = torch.randn(2, 3, 6, 2, 3)
+    found = op.dense_match(query_map, key_map, [5, 7], [6, 5], None, "grid", True, backend="cuda")
+    for b in range(3):
+        one = run(query_map[b], key_map[b], (5, 7), (6, 5))
+        assert torch.equal(found[0][b], one[0])
+        assert torch.equal(found[2][b], one[2])
+
+
+class TestChoice:
+    """Which kernel serves a call."""
+
+    def test_the_native_one_comes_first(self, monkeypatch):
+        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        assert dense_match_gpu.select(CPU) == "cuda"
+        for wish in ("cuda", "triton"):
+            assert dense_match_gpu.select(CPU, wish) == wish
+        monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
+        with pytest.raises(RuntimeError, match="triton kernel cannot run: switched off by LIFT_FAST_DISABLE_TRITON=1"):
+            dense_match_gpu.select(CPU, "triton")
+
+    def test_where_it_cannot_run_triton_does(self, monkeypatch):
+        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        assert dense_match_gpu.select(CPU) == "triton"
+        with pytest.raises(RuntimeError, match="cuda kernel cannot run: no such luck"):
+            dense_match_gpu.select(CPU, "cuda")
+        with pytest.raises(RuntimeError, match="no such luck"):
+            op.dense_match(*torch.ones(2, 1, 1, 2, 2), [3, 3], [3, 3], None, "grid", False, backend="cuda")
+        with pytest.raises(ValueError, match='"cuda", "triton" or None, got \'tritom\''):
+            dense_match_gpu.select(CPU, "tritom")
+
+    def test_switched_off(self, monkeypatch):
+        monkeypatch.setenv("LIFT_FAST_DISABLE_CUDA", "1")
+        reason = "switched off by LIFT_FAST_DISABLE_CUDA=1"
+        assert dense_match_cuda.can_run(torch.device("cuda", 0)) == (False, reason)
+        assert dense_match_gpu.select(CPU) == "triton"
+
+    def test_the_mutual_check_is_the_native_ones(self, monkeypatch):
+        picture = op.Picture(torch.zeros(6, 2), (2, 3), (5, 5))
+        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        assert dense_match_gpu.checks_mutual(picture, picture, None)
+        assert not dense_match_gpu.checks_mutual(picture, picture, None, "triton")
+        assert not dense_match_gpu.checks_mutual(picture, picture, torch.zeros(3, 2, dtype=torch.int64))
+        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        assert not dense_match_gpu.checks_mutual(picture, picture, None)
