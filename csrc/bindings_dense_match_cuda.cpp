@@ -94,8 +94,8 @@ void points(std::uintptr_t table, std::int64_t count, const py::tuple& key_y, co
 }
 
 void mutual(std::uintptr_t table, const py::tuple& query_y, const py::tuple& query_x, const py::tuple& query_scale,
-            const py::tuple& key_y, const py::tuple& key_x, std::uintptr_t index, std::uintptr_t valid, int device,
-            std::uintptr_t stream) {
+            const py::tuple& key_y, const py::tuple& key_x, std::uintptr_t index, std::uintptr_t valid,
+            std::uintptr_t scratch, std::int64_t scratch_words, int device, std::uintptr_t stream) {
   MutualMatchCall call{};
   call.table = pointer<const float>(table);
   call.query = picture(query_y, query_x, query_scale);
@@ -103,6 +103,8 @@ void mutual(std::uintptr_t table, const py::tuple& query_y, const py::tuple& que
   call.key_x = axis(key_x);
   call.index = pointer<const std::int64_t>(index);
   call.valid = pointer<bool>(valid);
+  call.scratch = pointer<std::int32_t>(scratch);
+  call.scratch_words = scratch_words;
   check_mutual(call);
   launch(match_mutual, call, device, stream);
 }
@@ -125,9 +127,13 @@ void bind_dense_match_cuda(py::module_& m) {
         py::arg("key_scale"), py::arg("similarity"), py::arg("index"), py::arg("device"), py::arg("stream"),
         "The same for single points, each with its own row of table [points, key cells].");
   m.def("dense_match_mutual", &mutual, py::arg("table"), py::arg("query_y"), py::arg("query_x"), py::arg("query_scale"),
-        py::arg("key_y"), py::arg("key_x"), py::arg("index"), py::arg("valid"), py::arg("device"), py::arg("stream"),
-        "Whether the best query pixel of each query pixel's match is that pixel: table [key cells, query cells] float32, "
-        "index [query pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool.");
+        py::arg("key_y"), py::arg("key_x"), py::arg("index"), py::arg("valid"), py::arg("scratch"),
+        py::arg("scratch_words"), py::arg("device"), py::arg("stream"),
+        "Whether the best query pixel of each query pixel's match is that pixel: table [query cells, key cells] float32, "
+        "index [query pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool. scratch: int32 "
+        "zeros, 8 for each query pixel, or for four in each patch where there are no scales, and 8 more.");
+  m.attr("most_mutual_group") = kMostMutualGroup;
+  m.attr("most_mutual_cells") = kMostMutualCells;
 }
 
 }  // namespace lift_fast

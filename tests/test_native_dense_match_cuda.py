@@ -103,11 +103,15 @@ class Emulation:
         content += picture(key_y, key_x, key_scale)
         self.run(b"p", content, (similarity, 4 * points), (index, 8 * points))
 
-    def dense_match_mutual(self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, device, stream):
+    def dense_match_mutual(
+        self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, scratch, words, device, stream
+    ):
         query_cells, key_cells = query_y[0] * query_x[0], key_y[0] * key_x[0]
         pixels = query_y[1] * query_x[1]
         content = raw(table, 4 * query_cells * key_cells) + picture(query_y, query_x, query_scale)
         content += axis(key_y) + axis(key_x) + raw(index, 8 * pixels)
+        content += struct.pack("<q", words)
+        assert not any(ctypes.string_at(scratch, 4 * words))
         self.run(b"m", content, (valid, pixels))
 
 
@@ -254,6 +258,13 @@ def test_many_points_are_looked_up(emulation):
     points = torch.stack([torch.randint(5, (40,)), torch.randint(4, (40,))], dim=1)
     check(query_map, key_map, (4, 5), (5, 6), "pixel", points)
     assert emulation.calls == [b"g", b"m"]
+
+
+def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
+    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_CELLS", 5)
+    query_map, key_map = maps(3, (2, 2), (2, 3))
+    check(query_map, key_map, (7, 7), (5, 5))
+    assert b"m" not in emulation.calls
 
 
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])

@@ -7,10 +7,10 @@ namespace {
 constexpr const char* kName = "dense_match";
 
 template <class Kernel, class Params>
-void launch(Kernel kernel, const Params& params, std::int64_t blocks, int threads, std::int64_t shared, void* stream) {
-  succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), kName,
+void launch(Kernel kernel, const Params& params, const MatchLaunch& cut, void* stream) {
+  succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(cut.shared)), kName,
           "shared memory");
-  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<std::size_t>(shared),
+  kernel<<<static_cast<unsigned>(cut.blocks), 32 * cut.warps, static_cast<std::size_t>(cut.shared),
            static_cast<cudaStream_t>(stream)>>>(params);
   succeed(cudaGetLastError(), kName, "the launch");
 }
@@ -25,7 +25,7 @@ void match_groups_run(const GroupMatchCall& call, int device, void* stream) {
   const auto kernel = call.key.scale != nullptr
                           ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
                           : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
-  launch(kernel, group_params(call, cut), cut.blocks, 32 * cut.warps, cut.shared, stream);
+  launch(kernel, group_params(call, cut), cut, stream);
 }
 
 void match_points_run(const PointMatchCall& call, int device, void* stream) {
@@ -33,14 +33,17 @@ void match_points_run(const PointMatchCall& call, int device, void* stream) {
   if (call.points == 0) return;
   const DeviceGuard guard(device, kName);
   const auto kernel = call.key.scale != nullptr ? match_points_kernel<true> : match_points_kernel<false>;
-  launch(kernel, point_params(call), call.points, kMatchThreads, kPointShared, stream);
+  launch(kernel, point_params(call), point_launch(call), stream);
 }
 
 void match_mutual_run(const MutualMatchCall& call, int device, void* stream) {
   check_mutual(call);
   const DeviceGuard guard(device, kName);
-  const auto kernel = call.query.scale != nullptr ? match_mutual_kernel<true> : match_mutual_kernel<false>;
-  launch(kernel, mutual_params(call), call.query.y.strips * call.query.x.strips, kMatchThreads, kMutualShared, stream);
+  const MutualParams params = mutual_params(call);
+  const MatchLaunch find = find_launch(call), judge = judge_launch(call);
+  const bool scale = call.query.scale != nullptr;
+  launch(scale ? find_mutual_kernel<true> : find_mutual_kernel<false>, params, find, stream);
+  launch(scale ? judge_mutual_kernel<true> : judge_mutual_kernel<false>, params, judge, stream);
 }
 
 }  // namespace lift_fast

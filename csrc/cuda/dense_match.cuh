@@ -24,8 +24,9 @@ namespace lift_fast {
 constexpr int kMatchMaxWarps = 8;
 constexpr int kGroupPixels = 64;  // of a group that are matched together: two to a lane
 constexpr int kSeeds = 4;         // one for each query cell of a group
-// Of a block whose threads share patches.
+// Of a block for a point, for four groups, and for rows of the table.
 constexpr int kMatchThreads = 128;
+constexpr int kJudgeThreads = 256;
 
 // Larger than every pixel's number.
 constexpr int kNoPixel = 0x7fffffff;
@@ -85,6 +86,8 @@ struct PictureParams {
   const float *scale, *scale_high, *scale_low;
 };
 
+struct Candidate;
+
 struct GroupParams {
   const float* table;
   PictureParams key;
@@ -109,6 +112,9 @@ struct MutualParams {
   AxisParams key_y, key_x;
   const std::int64_t* index;
   bool* valid;
+  int* count;  // of the candidates
+  Candidate* candidates;
+  int rows;  // of the table that a block judges
 };
 
 inline AxisParams axis_params(const MatchAxis& axis) {
@@ -145,8 +151,35 @@ inline PointParams point_params(const PointMatchCall& call) {
 }
 
 inline MutualParams mutual_params(const MutualMatchCall& call) {
-  return {call.table, picture_params(call.query), axis_params(call.key_y), axis_params(call.key_x), call.index,
-          call.valid};
+  MutualParams params{};
+  params.table = call.table;
+  params.query = picture_params(call.query);
+  params.key_y = axis_params(call.key_y);
+  params.key_x = axis_params(call.key_x);
+  params.index = call.index;
+  params.valid = call.valid;
+  // The first record's place is the count's.
+  params.count = call.scratch;
+  params.candidates = reinterpret_cast<Candidate*>(call.scratch + kCandidateWords);
+  const std::int64_t cells = call.key_y.cells * call.key_x.cells;
+  params.rows = cells <= 4096 ? 4 : cells <= 8192 ? 2 : 1;
+  return params;
+}
+
+inline MatchLaunch point_launch(const PointMatchCall& call) {
+  constexpr int kWarps = kMatchThreads / 32;
+  return {call.points, kWarps, 2 * 4 * kWarps, 1, false};
+}
+
+inline MatchLaunch find_launch(const MutualMatchCall& call) {
+  constexpr int kWarps = kMatchThreads / 32;
+  return {(call.query.y.strips * call.query.x.strips + kWarps - 1) / kWarps, kWarps, 0, 1, false};
+}
+
+inline MatchLaunch judge_launch(const MutualMatchCall& call) {
+  const std::int64_t query_cells = call.query.y.cells * call.query.x.cells;
+  const std::int64_t key_cells = call.key_y.cells * call.key_x.cells, rows = mutual_params(call).rows;
+  return {(query_cells + rows - 1) / rows, kJudgeThreads / 32, 4 * rows * (key_cells + 2), 1, true};
 }
 
 __device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
@@ -510,79 +543,60 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
   p.index[blockIdx.x] = index == kNoPixel ? -1 : index;
 }
 
-constexpr int kPointShared = 2 * 4 * (kMatchThreads / 32);
-
-// The similarities of the query's cells to one key pixel, and how large their parts are.
-class KeyPixel {
- public:
-  __device__ __forceinline__ KeyPixel(const MutualParams& p, int pixel) {
-    const AxisParams &y = p.key_y, &x = p.key_x;
+// One key pixel between its four cells, as columns of the table.
+struct KeyPixel {
+  int cell, step_right, step_low;  // the first of them, and from there to those right and below
+  float right, down;
+  __device__ __forceinline__ KeyPixel() {}
+  __device__ __forceinline__ KeyPixel(const AxisParams& y, const AxisParams& x, int pixel) {
     const int row = pixel / x.pixels, column = pixel % x.pixels;
-    const Corners at(y, x, strip_of(y, row), strip_of(x, column));
-    const std::int64_t cells = std::int64_t{p.query.y.cells} * p.query.x.cells;
-    row_[0] = p.table + at.top_left * cells;
-    row_[1] = p.table + at.top_right * cells;
-    row_[2] = p.table + at.low_left * cells;
-    row_[3] = p.table + at.low_right * cells;
-    right_ = x.weight[column];
-    down_ = y.weight[row];
+    const int strip_y = strip_before(y.first, y.strips, row), strip_x = strip_before(x.first, x.strips, column);
+    const Corners at(y, x, strip_y, strip_x);
+    cell = at.top_left;
+    step_right = at.top_right - at.top_left;
+    step_low = at.low_left - at.top_left;
+    right = x.weight[column];
+    down = y.weight[row];
   }
-  __device__ __forceinline__ float operator()(int cell, float& size) const {
-    const float a = row_[0][cell], b = row_[1][cell], c = row_[2][cell], d = row_[3][cell];
-    size = larger(size, larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d))));
-    return Bilinear(a, b, c, d)(right_, down_) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
+  // Its similarity to the query cell that a row of the table belongs to; NaN where one of them is not finite.
+  __device__ __forceinline__ float similarity(const float* row) const {
+    const float a = row[cell], b = row[cell + step_right];
+    const float c = row[cell + step_low], d = row[cell + step_low + step_right];
+    return Bilinear(a, b, c, d)(right, down) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
   }
-
- private:
-  // The last strip that begins at a pixel or before it.
-  static __device__ __forceinline__ int strip_of(const AxisParams& axis, int pixel) {
-    int from = 0, to = axis.strips;
+  // The last of ascending numbers that is not above `most`, or the first.
+  static __device__ __forceinline__ int strip_before(const std::int32_t* ascending, int count, int most) {
+    int from = 0, to = count;
     while (to - from > 1) {
       const int middle = (from + to) / 2;
-      (axis.first[middle] <= pixel ? from : to) = middle;
+      (ascending[middle] <= most ? from : to) = middle;
     }
     return from;
   }
-
-  const float* row_[4];
-  float right_, down_;
 };
 
-// A match to judge: the query pixel, the key pixel and their similarity.
-struct Candidate {
-  int query, key;
+// A match to judge: the query pixel, the patch that it lies in, the key pixel and their similarity.
+struct alignas(16) Candidate {
+  KeyPixel key;
   float value;
+  int query, patch;
 };
+static_assert(sizeof(Candidate) == 4 * kCandidateWords, "the caller allocates these");
 
-// The patch's pixels as the key pixel sees them.
-struct QueryPatch {
-  float a, b, c, d, size;
-  __device__ __forceinline__ QueryPatch(const PictureParams& p, const KeyPixel& key, int strip_y, int strip_x)
-      : size(0.0f) {
-    const Corners at(p.y, p.x, strip_y, strip_x);
-    a = key(at.top_left, size);
-    b = key(at.top_right, size);
-    c = key(at.low_left, size);
-    d = key(at.low_right, size);
-  }
-  __device__ __forceinline__ bool sound() const {
-    return (unsound(a) + unsound(b)) + (unsound(c) + unsound(d)) == 0.0f;
-  }
-};
+// A query patch as a key pixel sees it.
+__device__ __forceinline__ Bilinear seen_from(const MutualParams& p, const KeyPixel& key, const Corners& at) {
+  const std::int64_t cells = p.key_y.cells * p.key_x.cells;
+  return {key.similarity(p.table + at.top_left * cells), key.similarity(p.table + at.top_right * cells),
+          key.similarity(p.table + at.low_left * cells), key.similarity(p.table + at.low_right * cells)};
+}
 
-// Whether a pixel of this patch is more similar than the candidate's, or as similar and lower.
+// Whether a query pixel of this patch is more similar than the candidate's, or as similar and lower.
 template <bool kScale>
-__device__ __forceinline__ bool beaten_in(const PictureParams& p, const KeyPixel& key, const Candidate& candidate,
-                                          int strip_y, int strip_x) {
-  const QueryPatch patch(p, key, strip_y, strip_x);
-  if (!patch.sound()) return false;
-  if constexpr (kScale) {
-    const float most = larger(larger(patch.a, patch.b), larger(patch.c, patch.d));
-    const int number = strip_y * p.x.strips + strip_x;
-    if (scaled_bound<kScale>(p, number, most, kMatchSlack * patch.size) < candidate.value) return false;
-  }
+__device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate& candidate, int strip_y, int strip_x) {
+  const Bilinear patch = seen_from(p, candidate.key, Corners(p.query.y, p.query.x, strip_y, strip_x));
   bool beaten = false;
-  each_pixel<kScale>(p, strip_y, strip_x, Bilinear(patch.a, patch.b, patch.c, patch.d), [&](float value, int pixel) {
+  // A patch with a corner that is not finite has no pixel that is.
+  each_pixel<kScale>(p.query, strip_y, strip_x, patch, [&](float value, int pixel) {
     beaten = (value > candidate.value || (value == candidate.value && pixel < candidate.query)) &&
              magnitude(value) <= kMatchLargest;
     return !beaten;
@@ -590,24 +604,27 @@ __device__ __forceinline__ bool beaten_in(const PictureParams& p, const KeyPixel
   return beaten;
 }
 
-// One block for a group of query pixels. Without scales only its four outermost pixels can be the best of any key pixel.
-// Few are the best within their own patch and those around it; for these the block looks at every patch.
+// Finds the candidates: matches whose query pixel is the best one, for the key pixel, of its own patch and of those around
+// it. One warp for each group of query pixels. Without scales only its four outermost pixels can be the best.
 template <bool kScale>
-__global__ void __launch_bounds__(kMatchThreads, 8) match_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
-  LIFT_FAST_DYNAMIC_SHARED(shared);
+__global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
   const AxisParams &y = p.query.y, &x = p.query.x;
-  Candidate* const candidates = reinterpret_cast<Candidate*>(shared);
-  const int thread = static_cast<int>(threadIdx.x), patches = y.strips * x.strips;
-  const int strip_y = static_cast<int>(blockIdx.x) / x.strips, strip_x = static_cast<int>(blockIdx.x) % x.strips;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int group = static_cast<int>(blockIdx.x) * (kMatchThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  if (group >= y.strips * x.strips) return;
+  const int strip_y = group / x.strips, strip_x = group % x.strips;
   const int start_y = y.first[strip_y], start_x = x.first[strip_x];
   const int across = x.first[strip_x + 1] - start_x, down = y.first[strip_y + 1] - start_y, count = across * down;
-  for (int own = thread; own < count; own += kMatchThreads) {
+  for (int own = lane; own < count; own += 32) {
     p.valid[(start_y + own / across) * x.pixels + start_x + own % across] = false;
   }
+  __syncwarp();
   const int limit = kScale ? count : 4;
-  for (int base = 0; base < limit; base += kMatchThreads) {
-    Candidate mine{-1, -1, 0.0f};
-    const int own = base + thread;
+  for (int base = 0; base < limit; base += 32) {
+    Candidate mine;
+    mine.query = -1;
+    mine.patch = group;
+    const int own = base + lane;
     if (own < limit) {
       const int row = start_y + (kScale ? own / across : (own / 2) * (down - 1));
       const int column = start_x + (kScale ? own % across : (own % 2) * (across - 1));
@@ -616,42 +633,105 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_mutual_kernel(const LI
       const bool once = kScale || ((own % 2 == 0 || across > 1) && (own / 2 == 0 || down > 1));
       const int found = once ? static_cast<int>(p.index[query]) : -1;
       if (found >= 0) {
-        const KeyPixel key(p, found);
-        const QueryPatch patch(p.query, key, strip_y, strip_x);
-        float value = Bilinear(patch.a, patch.b, patch.c, patch.d)(x.weight[column], y.weight[row]);
-        if constexpr (kScale) value *= p.query.scale[query];
-        const Candidate candidate{query, found, value};
-        if (!beaten_in<kScale>(p.query, key, candidate, strip_y, strip_x)) mine = candidate;
+        mine.key = KeyPixel(p.key_y, p.key_x, found);
+        mine.value = seen_from(p, mine.key, Corners(y, x, strip_y, strip_x))(x.weight[column], y.weight[row]);
+        if constexpr (kScale) mine.value *= p.query.scale[query];
+        mine.query = query;
+        if (beaten_in<kScale>(p, mine, strip_y, strip_x)) mine.query = -1;
       }
     }
-    // The candidates of the round before have been judged.
-    __syncthreads();
-    candidates[thread] = mine;
-    __syncthreads();
-    const int round = limit - base < kMatchThreads ? limit - base : kMatchThreads;
-    for (int i = 0; i < round; ++i) {
-      const Candidate candidate = candidates[i];
-      if (candidate.query < 0) continue;
-      const KeyPixel key(p, candidate.key);
-      const int near_y = strip_y + thread / 3 - 1, near_x = strip_x + thread % 3 - 1;
-      bool beaten = thread < 9 && near_y >= 0 && near_y < y.strips && near_x >= 0 && near_x < x.strips &&
-                    beaten_in<kScale>(p.query, key, candidate, near_y, near_x);
-      bool lost = block_any(beaten);
-      // So many patches of each thread before they tell each other.
-      constexpr int kTogether = 8;
-      for (int first = 0; first < patches && !lost; first += kTogether * kMatchThreads) {
-        for (int k = 0; k < kTogether && !beaten; ++k) {
-          const int patch = first + k * kMatchThreads + thread;
-          if (patch >= patches) break;
-          beaten = beaten_in<kScale>(p.query, key, candidate, patch / x.strips, patch % x.strips);
-        }
-        lost = block_any(beaten);
+    // Four at a time, eight neighbours each.
+    unsigned open = ballot(mine.query >= 0);
+    while (open != 0) {
+      int source = -1;
+      for (int i = 0; i < 4 && open != 0; ++i, open &= open - 1) {
+        if (lane / 8 == i) source = lowest_bit(open);
       }
-      if (!lost && thread == 0) p.valid[candidate.query] = true;
+      const int from = source < 0 ? 0 : source;
+      Candidate judged;
+      judged.key.cell = shuffle(mine.key.cell, from);
+      judged.key.step_right = shuffle(mine.key.step_right, from);
+      judged.key.step_low = shuffle(mine.key.step_low, from);
+      judged.key.right = as_float(shuffle(as_int(mine.key.right), from));
+      judged.key.down = as_float(shuffle(as_int(mine.key.down), from));
+      judged.value = as_float(shuffle(as_int(mine.value), from));
+      judged.query = shuffle(mine.query, from);
+      judged.patch = group;
+      const int side = lane % 8 < 4 ? lane % 8 : lane % 8 + 1;
+      const int near_y = strip_y + side / 3 - 1, near_x = strip_x + side % 3 - 1;
+      const bool beaten = source >= 0 && near_y >= 0 && near_y < y.strips && near_x >= 0 && near_x < x.strips &&
+                          beaten_in<kScale>(p, judged, near_y, near_x);
+      const unsigned lost = ballot(beaten);
+      const bool stays = source >= 0 && lane % 8 == 0 && ((lost >> (lane / 8 * 8)) & 0xffu) == 0;
+      const unsigned staying = ballot(stays);
+      if (staying == 0) continue;
+      int slot = 0;
+      if (lane == 0) slot = atomic_add(p.count, count_bits(staying));
+      slot = shuffle(slot, 0) + count_bits(staying & ((1u << lane) - 1u));
+      if (stays) {
+        p.candidates[slot] = judged;
+        p.valid[judged.query] = true;
+      }
     }
   }
 }
 
-constexpr int kMutualShared = kMatchThreads * static_cast<int>(sizeof(Candidate));
+// Judges the candidates against all query pixels: a block has rows of the table, those of some query cells, in its shared
+// memory, and looks at the patches around a cell where that cell passes a candidate's value.
+template <bool kScale>
+__global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
+  LIFT_FAST_DYNAMIC_SHARED(shared);
+  const AxisParams &y = p.query.y, &x = p.query.x;
+  float* const rows = reinterpret_cast<float*>(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int key_cells = p.key_y.cells * p.key_x.cells, query_cells = y.cells * x.cells;
+  const int first = static_cast<int>(blockIdx.x) * p.rows;
+  const int here = query_cells - first < p.rows ? query_cells - first : p.rows;
+  float* const range = rows + p.rows * key_cells;  // largest and smallest scale around each cell
+  const float* const from = p.table + std::int64_t{first} * key_cells;
+  for (int i = thread; i < here * key_cells; i += kJudgeThreads) rows[i] = from[i];
+  // The strips that begin or end at a cell: this one and the one before, where they do.
+  const auto last_y = [&](int cell) { return KeyPixel::strip_before(y.low, y.strips, cell / x.cells); };
+  const auto last_x = [&](int cell) { return KeyPixel::strip_before(x.low, x.strips, cell % x.cells); };
+  const auto touches = [](const AxisParams& axis, int strip, int cell) {
+    return strip >= 0 && (axis.low[strip] == cell || axis.high[strip] == cell);
+  };
+  if constexpr (kScale) {
+    if (thread < here) {
+      const int cell = first + thread, strip_y = last_y(cell), strip_x = last_x(cell);
+      float high = 0.0f, low = as_float(0x7f800000);
+      for (int i = 0; i < 4; ++i) {
+        const int near_y = strip_y - i / 2, near_x = strip_x - i % 2;
+        if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
+        high = larger(high, p.query.scale_high[near_y * x.strips + near_x]);
+        low = -larger(-low, -p.query.scale_low[near_y * x.strips + near_x]);
+      }
+      range[2 * thread] = high;
+      range[2 * thread + 1] = low;
+    }
+  }
+  __syncthreads();
+  const int count = *p.count;
+  for (int number = thread; number < count; number += kJudgeThreads) {
+    const Candidate candidate = p.candidates[number];
+    const float bar = candidate.value - kMatchSlack * magnitude(candidate.value);
+    for (int i = 0; i < here; ++i) {
+      float bound = candidate.key.similarity(rows + i * key_cells);
+      if constexpr (kScale) bound *= bound > 0.0f ? range[2 * i] : range[2 * i + 1];
+      // NaN passes nothing.
+      if (!(bound >= bar)) continue;
+      const int cell = first + i, strip_y = last_y(cell), strip_x = last_x(cell);
+      const int own_y = candidate.patch / x.strips, own_x = candidate.patch % x.strips;
+      for (int k = 0; k < 4; ++k) {
+        const int near_y = strip_y - k / 2, near_x = strip_x - k % 2;
+        if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
+        // Those around the candidate's own have been looked at.
+        const int off_y = near_y - own_y, off_x = near_x - own_x;
+        if (off_y >= -1 && off_y <= 1 && off_x >= -1 && off_x <= 1) continue;
+        if (beaten_in<kScale>(p, candidate, near_y, near_x)) p.valid[candidate.query] = false;
+      }
+    }
+  }
+}
 
 }  // namespace lift_fast

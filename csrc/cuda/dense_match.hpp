@@ -54,15 +54,20 @@ struct PointMatchCall {
 
 // Which matches lead back: the best query pixel of the matched key pixel is the one that it was matched from.
 struct MutualMatchCall {
-  const float* table;  // [key cells, query cells] similarities
+  const float* table;  // [query cells, key cells] similarities
   MatchPicture query;  // with the scales of the query's pixels
   MatchAxis key_y, key_x;
   const std::int64_t* index;  // [query pixels] of a GroupMatchCall
   bool* valid;                // [query pixels]
+  std::int32_t* scratch;      // match_scratch_words() of zeros
+  std::int64_t scratch_words;
 };
 
 // Query pixels between the same four cells, each of which is compared with all of them.
 constexpr std::int64_t kMostMutualGroup = 4096;
+// Key cells, of whose similarities a row has to fit into shared memory.
+constexpr std::int64_t kMostMutualCells = 24000;
+constexpr std::int64_t kCandidateWords = 8;
 
 // Each launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls,
 // std::runtime_error where CUDA refuses. They allocate nothing, wait for nothing, and leave the current device as it was.

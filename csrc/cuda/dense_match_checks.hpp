@@ -84,6 +84,13 @@ inline void check_points(const PointMatchCall& call) {
   check_match_pointer(call.index, "index", 8);
 }
 
+// What a mutual check needs to remember its candidates: with scales any pixel, else the four outermost of each group.
+inline std::int64_t match_scratch_words(const MutualMatchCall& call) {
+  const std::int64_t most = call.query.scale != nullptr ? call.query.y.pixels * call.query.x.pixels
+                                                        : 4 * call.query.y.strips * call.query.x.strips;
+  return kCandidateWords * (most + 1);
+}
+
 inline void check_mutual(const MutualMatchCall& call) {
   check_match_picture(call.query, "query");
   check_match_axes(call.key_y, call.key_x, "key");
@@ -91,9 +98,18 @@ inline void check_mutual(const MutualMatchCall& call) {
     refuse_match("groups of " + std::to_string(call.query.y.longest * call.query.x.longest) +
                  " query pixels are too large for the mutual check");
   }
+  if (call.key_y.cells * call.key_x.cells > kMostMutualCells) {
+    refuse_match("at most " + std::to_string(kMostMutualCells) + " key cells for the mutual check, got " +
+                 std::to_string(call.key_y.cells * call.key_x.cells));
+  }
+  if (call.scratch_words != match_scratch_words(call)) {
+    refuse_match("scratch must have " + std::to_string(match_scratch_words(call)) + " words, got " +
+                 std::to_string(call.scratch_words));
+  }
   check_match_pointer(call.table, "table", 4);
   check_match_pointer(call.index, "index", 8);
   check_match_pointer(call.valid, "valid", 1);
+  check_match_pointer(call.scratch, "scratch", 16);
 }
 
 // Rows of the table can be read four cells at a time.

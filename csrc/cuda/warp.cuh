@@ -1,4 +1,4 @@
-// What the lanes of a warp and the warps of a block tell each other. The tests put their own definitions of the same
+// What the lanes of a warp tell each other, and other short names. The tests put their own definitions of the same
 // names in place of these to run a kernel on the CPU.
 #pragma once
 
@@ -13,8 +13,10 @@ __device__ __forceinline__ int shuffle(int value, int lane) { return __shfl_sync
 // The lowest bit that is set, of at least one.
 __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
-// A barrier of the whole block; whether it holds for any thread.
-__device__ __forceinline__ bool block_any(bool holds) { return __syncthreads_or(holds) != 0; }
+__device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
+// What was there before.
+__device__ __forceinline__ int atomic_add(int* to, int value) { return atomicAdd(to, value); }
 
 __device__ __forceinline__ int as_int(float value) { return __float_as_int(value); }
 __device__ __forceinline__ float as_float(int bits) { return __int_as_float(bits); }

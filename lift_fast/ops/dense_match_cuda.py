@@ -9,8 +9,9 @@ from .. import _native
 from ..kernels.strips import Band, Scales, Strips
 from . import image_encoder_cuda
 
-# Query pixels between the same four cells; the mutual check compares each with all of them.
-MOST_MUTUAL_GROUP = 4096
+# Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
+# of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
+MOST_MUTUAL_GROUP, MOST_MUTUAL_CELLS, _CANDIDATE_WORDS = 4096, 24000, 8
 
 
 def can_run(device: torch.device) -> tuple[bool, str]:
@@ -122,8 +123,9 @@ def mutual(
     """Whether the best query pixel of each query pixel's match is that pixel.
 
     Args:
-        table: ``[key cells, query cells]`` float32 contiguous similarities.
-        query, key: the pictures' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells.
+        table: ``[query cells, key cells]`` float32 contiguous similarities.
+        query, key: the pictures' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells,
+            and ``MOST_MUTUAL_CELLS`` key cells.
         scales: of the query's pixels, or None for ones.
         index: ``[H * W]`` int64, the match of each query pixel, of :func:`match` on the same similarities.
 
@@ -140,9 +142,11 @@ def mutual(
     key_cells, query_cells = (axes[0].cells * axes[1].cells for axes in (key, query))
     _check(
         device,
-        table=(table, (key_cells, query_cells), torch.float32),
+        table=(table, (query_cells, key_cells), torch.float32),
         index=(index, (query[0].pixels * query[1].pixels,), torch.int64),
     )
+    most = 4 * query[0].count * query[1].count if scales is None else index.shape[0]
+    scratch = torch.zeros(_CANDIDATE_WORDS * (most + 1), dtype=torch.int32, device=device)
     valid = torch.empty(index.shape, dtype=torch.bool, device=device)
     _native.require().dense_match_mutual(
         table.data_ptr(),
@@ -151,6 +155,8 @@ def mutual(
         *map(_axis, key),
         index.data_ptr(),
         valid.data_ptr(),
+        scratch.data_ptr(),
+        scratch.shape[0],
         *_where(device),
     )
     return valid

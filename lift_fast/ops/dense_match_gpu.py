@@ -172,14 +172,16 @@ def match_gpu(
 
 
 def checks_mutual(query: Picture, key: Picture, points: Tensor | None, backend: str | None = None) -> bool:
-    """Whether :func:`match_mutual` serves these pictures: the CUDA kernels alone do, for tables that fit twice."""
+    """Whether :func:`match_mutual` serves these pictures: the CUDA kernels alone do, from one table of every cell."""
     if select(query.tokens.device, backend) != "cuda" or (points is not None and not _many(query, points)):
         return False
-    group = 1
-    for axis in _axes(query):
-        group *= axis.longest
-    table = 4 * query.tokens.shape[0] * key.tokens.shape[0]
-    return 2 * table <= _TABLE_BUDGET and group <= dense_match_cuda.MOST_MUTUAL_GROUP
+    y, x = _axes(query)
+    query_cells, key_cells = query.tokens.shape[0], key.tokens.shape[0]
+    return (
+        4 * query_cells * key_cells <= _TABLE_BUDGET
+        and key_cells <= dense_match_cuda.MOST_MUTUAL_CELLS
+        and y.longest * x.longest <= dense_match_cuda.MOST_MUTUAL_GROUP
+    )
 
 
 def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +198,7 @@ def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     table = query.tokens @ key.tokens.t()
     whole = Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, query.grid[1])
     dense_match_cuda.match(table, key_axes, key_scales, similarity, index, query_axes, whole)
-    valid = dense_match_cuda.mutual(table.t().contiguous(), query_axes, query_scales, key_axes, index)
+    valid = dense_match_cuda.mutual(table, query_axes, query_scales, key_axes, index)
     if query_scales is not None:
         similarity = torch.where(index < 0, similarity, similarity * query_scales.pixel)
     if points is None:

@@ -72,11 +72,11 @@ struct Settings {
   std::int64_t order = number(), seed = number(), shared_block = number();
 };
 
-void run(const Settings& settings, std::int64_t blocks, int warps, std::int64_t shared, const std::function<void()>& kernel) {
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    emulated::run_block(static_cast<int>(block), warps, static_cast<std::size_t>(shared), emulated::Copies::early,
-                        static_cast<emulated::Order>(settings.order), static_cast<unsigned>(settings.seed + block),
-                        kernel);
+void run(const Settings& settings, const MatchLaunch& cut, const std::function<void()>& kernel) {
+  for (std::int64_t block = 0; block < cut.blocks; ++block) {
+    emulated::run_block(static_cast<int>(block), cut.warps, static_cast<std::size_t>(cut.shared),
+                        emulated::Copies::early, static_cast<emulated::Order>(settings.order),
+                        static_cast<unsigned>(settings.seed + block), kernel);
   }
 }
 
@@ -103,7 +103,7 @@ void groups(const Settings& settings) {
   const auto kernel = call.key.scale != nullptr
                           ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
                           : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
-  run(settings, cut.blocks, cut.warps, cut.shared, [&] { kernel(params); });
+  run(settings, cut, [&] { kernel(params); });
   similarity.reply();
   index.reply();
 }
@@ -121,7 +121,7 @@ void points(const Settings& settings) {
   check_points(call);
   const PointParams params = point_params(call);
   const auto kernel = call.key.scale != nullptr ? match_points_kernel<true> : match_points_kernel<false>;
-  run(settings, call.points, kMatchThreads / 32, kPointShared, [&] { kernel(params); });
+  run(settings, point_launch(call), [&] { kernel(params); });
   similarity.reply();
   index.reply();
 }
@@ -139,10 +139,17 @@ void mutual(const Settings& settings) {
   const Bytes valid(call.query.y.pixels * call.query.x.pixels);
   call.index = index.as<const std::int64_t>();
   call.valid = valid.as<bool>();
+  const std::int64_t words = number();
+  const Bytes scratch(4 * words);
+  std::memset(scratch.as<void>(), 0, static_cast<std::size_t>(4 * words));
+  call.scratch = scratch.as<std::int32_t>();
+  call.scratch_words = words;
   check_mutual(call);
   const MutualParams params = mutual_params(call);
-  const auto kernel = call.query.scale != nullptr ? match_mutual_kernel<true> : match_mutual_kernel<false>;
-  run(settings, call.query.y.strips * call.query.x.strips, kMatchThreads / 32, kMutualShared, [&] { kernel(params); });
+  const MatchLaunch find = find_launch(call), judge = judge_launch(call);
+  const bool scale = call.query.scale != nullptr;
+  run(settings, find, [&] { scale ? find_mutual_kernel<true>(params) : find_mutual_kernel<false>(params); });
+  run(settings, judge, [&] { scale ? judge_mutual_kernel<true>(params) : judge_mutual_kernel<false>(params); });
   valid.reply();
 }
 

@@ -66,7 +66,6 @@ struct Copy {
 struct Thread {
   ucontext_t context;
   bool done = false;
-  long questions = 0;
   std::vector<std::vector<Copy>> groups;  // committed copies that have not arrived, oldest first
   std::vector<Copy> open;
 };
@@ -88,8 +87,6 @@ struct Block {
   ucontext_t scheduler;
   int current = 0, at_barrier = 0;
   long barriers = 0;
-  // What threads bring to a barrier with a question: of the latest one, those before and after it.
-  bool any[3] = {};
   Copies copies = Copies::early;
   std::function<void()> body;
 };
@@ -379,6 +376,7 @@ inline std::uint32_t shuffle_up(std::uint32_t value, unsigned lanes) {
 inline float as_float(int bits) { return emulated::as_float(static_cast<std::uint32_t>(bits)); }
 inline int as_int(float value) { return static_cast<int>(emulated::as_bits(value)); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 
 // One number for all lanes, from one of each.
@@ -428,17 +426,10 @@ inline int shuffle(int value, int lane) {
   return static_cast<int>(warp.out[me]);
 }
 
-inline bool block_any(bool holds) {
-  using namespace emulated;
-  Block& b = block();
-  Thread& self = b.threads[static_cast<std::size_t>(b.current)];
-  const long question = self.questions++;
-  bool& any = b.any[question % 3];
-  any |= holds;
-  __syncthreads();
-  // Everyone has read the answer to the one before.
-  b.any[(question + 2) % 3] = false;
-  return any;
+inline int atomic_add(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
