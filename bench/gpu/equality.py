@@ -178,6 +178,12 @@ if image_encoder_cuda.can_run(torch.device("cuda"))[0]:
     for dtype in (torch.bfloat16, torch.float32):
         for case in ((16, 5, 9, 1), (8, 3, 7, 2)):
             print(encoder_error("cuda", case, dtype, torch.device("cuda"), 1))
+from bench.gpu.matching import MAPS, dense_error
+from lift_fast.ops import dense_match_cuda
+if dense_match_cuda.can_run(torch.device("cuda"))[0]:
+    for normalize in ("grid", "pixel"):
+        print(dense_error(*MAPS[1], normalize, torch.device("cuda"), "cuda"))
+        print(dense_error((9, 7), (6, 11), (40, 37), (50, 61), normalize, torch.device("cuda"), "cuda"))
 for case in CASES[2:4]:
     print(errors(case, torch.bfloat16, torch.device("cuda"), 1))
 """

@@ -435,15 +435,14 @@ class GroupMatcher {
           const int lane = lowest_bit(open);
           open &= open - 1;
           if (!(as_float(shuffle(as_int(bound), lane)) >= least)) continue;
-          visit(strip_y, base + lane);
-          least = bar();
+          if (visit(strip_y, base + lane)) least = bar();
         }
       }
     }
   }
 
-  // Looks for better matches of the group's pixels in one patch.
-  __device__ __forceinline__ void visit(int strip_y, int strip_x) {
+  // Looks for better matches of the group's pixels in one patch; whether there may be some.
+  __device__ __forceinline__ bool visit(int strip_y, int strip_x) {
     const Corners at(p_.key.y, p_.key.x, strip_y, strip_x);
     const int cell[4] = {at.top_left, at.top_right, at.low_left, at.low_right};
     float value[2][4];
@@ -453,17 +452,20 @@ class GroupMatcher {
 #pragma unroll
       for (int r = 0; r < 2; ++r) value[r][k] = corner(right_[r], down_[r]);
     }
+    bool promising = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float most = larger(larger(value[r][0], value[r][1]), larger(value[r][2], value[r][3]));
       const float bound = scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, most, slack_);
       if (ballot(!(bound < best_[r])) == 0) continue;
+      promising = true;
       each_pixel<kScale>(p_.key, strip_y, strip_x, Bilinear(value[r][0], value[r][1], value[r][2], value[r][3]),
                          [&](float v, int pixel) {
                            improve(v, pixel, best_[r], index_[r]);
                            return true;
                          });
     }
+    return promising;
   }
 
   // Every warp learns the best matches of all.
