@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lift_fast import dense_match
 from lift_fast.ops import dense_match as op
-from lift_fast.ops import dense_match_gpu
+from lift_fast.ops import dense_match_cuda, dense_match_gpu
 from lift_fast.testing import poisoned_outputs
 
 pytest.importorskip("triton")
@@ -48,7 +48,7 @@ def run(query_map, key_map, query_size, key_size, normalize="grid", points=None)
     assert dense_match_gpu.fits(query, key)[0]
     at = None if points is None else points.to(DEVICE)
     with op.full_matmul_precision():
-        return [part.cpu() for part in dense_match_gpu.match_gpu(query, key, at, normalize == "pixel")]
+        return [part.cpu() for part in dense_match_gpu.match_gpu(query, key, at, normalize == "pixel", "triton")]
 
 
 def table(query_map, key_map, query_size, key_size, normalize):
@@ -199,14 +199,45 @@ class TestOnAGpu:
         torch.testing.assert_close(some, similarity[rows], rtol=0, atol=1e-5)
         assert float((at == index[rows]).float().mean()) > 0.9
 
-    def test_operator(self):
+    @pytest.mark.parametrize("normalize", ["grid", "pixel"])
+    @pytest.mark.parametrize("backend", ["cuda", "triton"])
+    def test_operator(self, backend, normalize):
+        runs, reason = dense_match_cuda.can_run(DEVICE)
+        if backend == "cuda" and not runs:
+            pytest.skip(reason)
         query_map, key_map = (part[None].to(DEVICE) for part in maps(64, (28, 28), (28, 28)))
-        ours = dense_match(query_map, key_map, (224, 224), (224, 224), mutual=True)
-        plain = op.dense_match(query_map, key_map, [224, 224], [224, 224], None, "grid", True, exhaustive=True)
-        torch.testing.assert_close(ours.similarity, plain[0], rtol=0, atol=1e-5)
-        assert float((ours.xy == plain[1]).float().mean()) > 0.999
+        arguments = query_map, key_map, [224, 224], [224, 224], None, normalize, True
+        ours = op.dense_match(*arguments, backend=backend)
+        plain = op.dense_match(*arguments, exhaustive=True)
+        torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-5)
+        assert float((ours[1] == plain[1]).float().mean()) > 0.999
+        assert float((ours[2] == plain[2]).float().mean()) > 0.999
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = dense_match(query_map, key_map, (224, 224), (224, 224), mutual=True)
+            captured = op.dense_match(*arguments, backend=backend)
         graph.replay()
-        assert torch.equal(captured.xy, ours.xy)
+        for part, expected in zip(captured, ours, strict=True):
+            assert torch.equal(part, expected)
+
+    @pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+    def test_the_package_chooses(self, normalize):
+        query_map, key_map = (part[None].to(DEVICE) for part in maps(16, (9, 13), (11, 7)))
+        points = torch.stack([torch.randint(70, (1, 40)), torch.randint(50, (1, 40))], dim=2).to(DEVICE)
+        for at in (None, points):
+            ours = dense_match(query_map, key_map, (50, 70), (60, 44), points=at, normalize=normalize, mutual=True)
+            plain = op.dense_match(
+                query_map, key_map, [50, 70], [60, 44], at, normalize or "none", True, exhaustive=True
+            )
+            torch.testing.assert_close(ours.similarity, plain[0], rtol=0, atol=1e-4)
+            assert float((ours.xy == plain[1]).float().mean()) > 0.97
+
+    def test_on_another_device(self):
+        other = torch.device("cuda", torch.cuda.device_count() - 1)
+        runs, reason = dense_match_cuda.can_run(other)
+        if torch.cuda.device_count() < 2 or not runs:
+            pytest.skip(f"needs two CUDA devices and the native core: {reason}")
+        query_map, key_map = (part[None].to(other) for part in maps(8, (5, 6), (7, 4)))
+        ours = op.dense_match(query_map, key_map, [20, 30], [25, 31], None, "grid", True, backend="cuda")
+        plain = op.dense_match(query_map, key_map, [20, 30], [25, 31], None, "grid", True, exhaustive=True)
+        torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-5)
+        assert torch.cuda.current_device() == 0
