@@ -295,6 +295,24 @@ def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
     assert bool((index == 0).all())
 
 
+@pytest.mark.parametrize("normalize", ["pixel", "none"])
+def test_zeros_of_either_sign_are_equal(normalize, emulation):
+    """As a zero vector's products are; wherever the first of them lies among the lanes."""
+    picture = op.Picture(torch.randn(40, 3), (5, 8), (23, 41))
+    axes = dense_match_gpu._axes(picture)
+    scales = dense_match_gpu._scales(picture, axes) if normalize == "pixel" else None
+    table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
+    similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
+    dense_match_cuda.match(table, axes, scales, similarity, index)
+    assert index.tolist() == [0] * 6
+    assert similarity.tolist() == [0.0] * 6
+    query = op.Picture(torch.zeros(4, 3), (2, 2), (3, 2))
+    similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
+    whole = dense_match_gpu.Band((0, 2), (0, 2), 0, 0, 2)
+    dense_match_cuda.match(table[:4], axes, scales, similarity, index, dense_match_gpu._axes(query), whole)
+    assert index.tolist() == [0] * 6
+
+
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_equal_pixels_lead_back_to_the_first(normalize, emulation):
     ones = torch.zeros(3, 3, 4)

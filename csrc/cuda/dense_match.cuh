@@ -24,6 +24,8 @@ namespace lift_fast {
 constexpr int kMatchMaxWarps = 8;
 constexpr int kGroupPixels = 64;  // of a group that are matched together: two to a lane
 constexpr int kSeeds = 4;         // one for each query cell of a group
+// So many are worth the lanes of a warp one after the other; of more, each lane takes its own.
+constexpr int kFewPixels = 6;
 // Of a block for a point, for four groups, and for rows of the table.
 constexpr int kMatchThreads = 128;
 constexpr int kJudgeThreads = 256;
@@ -186,8 +188,10 @@ __device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 // Zero, or NaN if the value is not finite.
 __device__ __forceinline__ float unsound(float value) { return value - value; }
-// An integer that is ordered as the number is; its own inverse.
+// An integer that is ordered as the number is, with one zero; and the number of such an integer.
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+__device__ __forceinline__ int rank_of(float value) { return ordered(as_int(value + 0.0f)); }
+__device__ __forceinline__ float ranked(int rank) { return as_float(ordered(rank)); }
 
 // A bilinear function of the shares (right, down) from its values at the four corners; exact where they are equal, and
 // the same wherever it is computed.
@@ -409,7 +413,7 @@ class GroupMatcher {
     if (strip_y >= 0 && strip_x >= 0) {
       bound = bound_patch(y.low[strip_y] * x.cells, y.high[strip_y] * x.cells, strip_y, strip_x);
     }
-    const int rank = bound == bound ? ordered(as_int(bound)) : kNoSeed;
+    const int rank = bound == bound ? rank_of(bound) : kNoSeed;
     const int most = warp_max(rank);
     if (most == kNoSeed) return;
     const int lane = lowest_bit(ballot(rank == most));
@@ -418,7 +422,7 @@ class GroupMatcher {
 
   // The least of the best values so far.
   __device__ __forceinline__ float bar() const {
-    return as_float(ordered(warp_min(ordered(as_int(best_[0] < best_[1] ? best_[0] : best_[1])))));
+    return ranked(warp_min(rank_of(best_[0] < best_[1] ? best_[0] : best_[1])));
   }
 
   __device__ __forceinline__ void scan() {
@@ -457,8 +461,15 @@ class GroupMatcher {
     for (int r = 0; r < 2; ++r) {
       const float most = larger(larger(value[r][0], value[r][1]), larger(value[r][2], value[r][3]));
       const float bound = scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, most, slack_);
-      if (ballot(!(bound < best_[r])) == 0) continue;
+      unsigned open = ballot(!(bound < best_[r]));
+      if (open == 0) continue;
       promising = true;
+      if (kScale && count_bits(open) <= kFewPixels) {
+        for (; open != 0; open &= open - 1) {
+          visit_for(lowest_bit(open), strip_y, strip_x, value[r], best_[r], index_[r]);
+        }
+        continue;
+      }
       each_pixel<kScale>(p_.key, strip_y, strip_x, Bilinear(value[r][0], value[r][1], value[r][2], value[r][3]),
                          [&](float v, int pixel) {
                            improve(v, pixel, best_[r], index_[r]);
@@ -466,6 +477,27 @@ class GroupMatcher {
                          });
     }
     return promising;
+  }
+
+  // For the pixel of one lane alone: the lanes share the patch's pixels.
+  __device__ __forceinline__ void visit_for(int owner, int strip_y, int strip_x, const float (&corner)[4], float& best,
+                                            int& index) {
+    float value[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) value[k] = as_float(shuffle(as_int(corner[k]), owner));
+    const Bilinear patch(value[0], value[1], value[2], value[3]);
+    const AxisParams &y = p_.key.y, &x = p_.key.x;
+    const int first_y = y.first[strip_y], first_x = x.first[strip_x], across = x.first[strip_x + 1] - first_x;
+    const int count = (y.first[strip_y + 1] - first_y) * across;
+    float most = as_float(static_cast<int>(0xff800000u));
+    int found = kNoPixel;
+    for (int i = lane_; i < count; i += 32) {
+      const int row = first_y + i / across, column = first_x + i % across, pixel = row * x.pixels + column;
+      improve(patch(x.weight[column], y.weight[row]) * p_.key.scale[pixel], pixel, most, found);
+    }
+    const int rank = rank_of(most), top = warp_max(rank);
+    const int lowest = warp_min(rank == top ? found : kNoPixel);
+    if (lane_ == owner) improve(ranked(top), lowest, best, index);
   }
 
   // Every warp learns the best matches of all.
@@ -531,7 +563,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
   // The lowest pixel of those lanes that hold the largest value; each warp's, then the block's.
   int* const ranks = reinterpret_cast<int*>(shared);
   int* const pixels = ranks + kMatchThreads / 32;
-  const int rank = ordered(as_int(best)), most = warp_max(rank);
+  const int rank = rank_of(best), most = warp_max(rank);
   const int pixel = warp_min(rank == most ? index : kNoPixel);
   if (lane == 0) {
     ranks[thread / 32] = most;
@@ -539,8 +571,8 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
   }
   __syncthreads();
   if (thread != 0) return;
-  for (int i = 1; i < kMatchThreads / 32; ++i) improve(as_float(ordered(ranks[i])), pixels[i], best, index);
-  improve(as_float(ordered(ranks[0])), pixels[0], best, index);
+  for (int i = 1; i < kMatchThreads / 32; ++i) improve(ranked(ranks[i]), pixels[i], best, index);
+  improve(ranked(ranks[0]), pixels[0], best, index);
   p.similarity[blockIdx.x] = best;
   p.index[blockIdx.x] = index == kNoPixel ? -1 : index;
 }
