@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # At once: a later import of the submodule of the same name would hide the function.
 from .backends import backends
 from .lift import LiFT
+from .losses import CosineLoss, cosine_loss
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
 from .ops.plan_cache import clear_plans
 from .propagation import propagate_labels
@@ -28,6 +29,7 @@ __version__ = version("lift_fast")
 
 __all__ = [
     "CapturedExtractor",
+    "CosineLoss",
     "DenseMatches",
     "FrozenViT",
     "ImageMatches",
@@ -40,6 +42,7 @@ __all__ = [
     "backends",
     "capture",
     "clear_plans",
+    "cosine_loss",
     "dense_match",
     "load_backbone",
     "load_lift",

@@ -69,7 +69,7 @@ def _cpu_native() -> Part:
     return Part(
         "cpu native",
         True,
-        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, LiFT decoder; {isa} of "
+        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, cosine loss, LiFT decoder; {isa} of "
         f"{', '.join(available)}; {threads}",
     )
 
@@ -77,7 +77,7 @@ def _cpu_native() -> Part:
 def _triton() -> Part:
     # Imported only here: Triton is optional and slow to load.
     runs, reason = import_module("lift_fast.kernels").can_run()
-    parts = "LiFT forward pass, nearest, dense_match, label propagation"
+    parts = "LiFT forward pass, cosine loss, nearest, dense_match, label propagation"
     return Part("triton", runs, f"{reason}: {parts}" if runs else reason)
 
 

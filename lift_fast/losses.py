@@ -4,47 +4,121 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
+
+__all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]
+
 _REDUCTIONS = ("mean", "sum", "none")
-_EPSILON = 1e-12
-
-
-def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
-    """:func:`cosine_loss` in plain PyTorch: reference, baseline and fallback."""
-    # torch.nn.CosineEmbeddingLoss adds its epsilon to the squared norms.
-    prediction, target = prediction.float(), target.float()
-    product = (prediction * target).sum(dim)
-    squares = (prediction.square().sum(dim) + _EPSILON) * (target.square().sum(dim) + _EPSILON)
-    loss = 1 - product / squares.sqrt()
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
-    """1 - cosine along ``dim``."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    return cosine_loss_plain(prediction, target, dim, reduction)
+    """1 - cosine of ``prediction`` and ``target`` along ``dim``: LiFT's training loss (paper, section 3.2).
+
+    The values and gradients of :class:`torch.nn.CosineEmbeddingLoss` with target 1, its epsilon included (1e-12 added
+    to both squared norms), for inputs of any layout without a permuted copy. One pass over both inputs computes the
+    loss and, where ``prediction`` requires one, its gradient; the backward pass only scales that. Memory beside the
+    inputs: the gradient, and one float32 for each position.
+
+    Args:
+        prediction: ``[..., C, ...]`` with the descriptors along ``dim``; float32, bfloat16, float16 or float64. Sums
+            are formed in float32 (float64 for float64).
+        target: same shape, dtype and device. If it requires a gradient as well, plain PyTorch computes everything.
+        dim: may be negative.
+        reduction: ``"mean"`` or ``"sum"`` over the positions, or ``"none"``. The mean of no position is NaN.
+
+    Returns:
+        A scalar, or the shape of the inputs without ``dim``; float32 for inputs in half precision (as PyTorch's loss
+        under autocast). Differentiable in ``prediction`` twice and more: with ``create_graph=True`` its gradient is
+        computed by plain PyTorch.
+
+    Raises:
+        TypeError: for inputs that are no floating-point tensors, or of different dtypes.
+        ValueError: for different shapes or devices, a ``dim`` out of range, an unknown ``reduction``.
+    """
+    dim = _check(prediction, target, dim, reduction)
+    if not torch.is_grad_enabled() or not (prediction.requires_grad or target.requires_grad):
+        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, False)[0]  # type: ignore[no-any-return]
+    if target.requires_grad:
+        return cosine_loss_plain(prediction, target, dim, reduction)
+    if torch.compiler.is_compiling():
+        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, True)[0]  # type: ignore[no-any-return]
+    return CosineLossFunction.apply(prediction, target, dim, reduction)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class CosineLoss(nn.Module):
-    """:func:`cosine_loss` as a module."""
+    """:func:`cosine_loss` as a module.
+
+    Args:
+        dim, reduction: see there.
+
+    Raises:
+        ValueError: for an unknown ``reduction``.
+    """
 
     def __init__(self, dim: int = 1, reduction: str = "mean") -> None:
         super().__init__()
+        _check_reduction(reduction)
         self.dim, self.reduction = dim, reduction
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """:func:`cosine_loss` of ``prediction`` and ``target``."""
         return cosine_loss(prediction, target, self.dim, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, reduction={self.reduction!r}"
+
+
+def _l1(prediction: Tensor, target: Tensor, dim: int = 1) -> Tensor:
+    return F.l1_loss(prediction.float(), target.float())
+
+
+def _l2(prediction: Tensor, target: Tensor, dim: int = 1) -> Tensor:
+    return F.mse_loss(prediction.float(), target.float())
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"cosine": cosine_loss, "l1": _l1, "l2": _l2}
+"""Losses that a LiFT may be trained with (paper, ablations): ``loss(prediction, target, dim)``, a scalar."""
 
 
 def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """The loss of that name, ``"cosine"``, ``"l1"`` or ``"l2"``, as a function of (prediction, target, dim)."""
-    if name == "cosine":
-        return cosine_loss
-    if name == "l1":
-        return lambda prediction, target, dim: F.l1_loss(prediction.float(), target.float())
-    if name == "l2":
-        return lambda prediction, target, dim: F.mse_loss(prediction.float(), target.float())
-    raise ValueError(f"loss must be one of 'cosine', 'l1', 'l2', got {name!r}")
+    """One of :data:`LOSSES`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    return LOSSES[name]
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+
+
+def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
+    """Check the arguments; returns ``dim`` counted from the front."""
+    for name, value in (("prediction", prediction), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if prediction.dtype != target.dtype:
+        raise TypeError(
+            f"prediction is {prediction.dtype}, target is {target.dtype}; convert one of them, for example "
+            "target.to(prediction.dtype)"
+        )
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must have one shape")
+    if prediction.device != target.device:
+        raise ValueError(f"prediction is on {prediction.device}, target on {target.device}; move one of them")
+    _check_reduction(reduction)
+    count = prediction.dim()
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
+        raise ValueError(f"dim must be an integer from {-count} to {count - 1} for {count} dimensions, got {dim!r}")
+    return dim % count

@@ -19,7 +19,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lift_fast import LiFT, tuning
-from lift_fast.kernels import dense_match, head, image_encoder, launch, nearest, propagate_labels, tiles, upsample
+from lift_fast.kernels import (
+    cosine_loss,
+    dense_match,
+    head,
+    image_encoder,
+    launch,
+    nearest,
+    propagate_labels,
+    tiles,
+    upsample,
+)
 from lift_fast.ops import dense_match as dense_match_op
 from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
 from lift_fast.plan import build_plan
@@ -65,6 +75,8 @@ def compile_call(kernel, args, options, capability):
         elif value is None or name in options or value == 1:
             # The launcher, too, compiles a kernel of its own for integers that are 1.
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
     source = ASTSource(kernel, signature, constants, attributes)
@@ -155,7 +167,24 @@ def propagation_launches(channels, grid, frames, batch, k, objects, dtype, capab
     return [(recorder.kernel, args, options) for args, options in recorder.calls]
 
 
+def cosine_loss_launches(shape, dtype, capability, tokens=False):
+    """(kernel, args, options) of one loss with its gradient, [outer, C, inner], and of the scaling."""
+    recorders = [Recorder(cosine_loss, "cosine_loss_kernel"), Recorder(cosine_loss, "scale_kernel")]
+    outer, channels, inner = shape
+    x = torch.empty(outer, inner, channels, dtype=dtype, device="meta").transpose(1, 2) if tokens else None
+    x = torch.empty(shape, dtype=dtype, device="meta") if x is None else x
+    loss = torch.empty(outer, inner, device="meta")
+    cosine_loss.cosine_loss(x, x, x, loss, 0.5, 1e-12)
+    cosine_loss.scale_in_place(x, loss[0, 0])
+    found = []
+    for recorder in recorders:
+        setattr(cosine_loss, recorder.name, recorder.kernel)
+        found += [(recorder.kernel, args, options) for args, options in recorder.calls]
+    return found
+
+
 OPERATORS = {
+    "cosine_loss": cosine_loss_launches,
     "lift_forward": launches,
     "nearest": nearest_launches,
     "dense_match": dense_match_launches,

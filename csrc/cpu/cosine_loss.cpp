@@ -1,0 +1,54 @@
+#include "cosine_loss.hpp"
+
+#include <stdexcept>
+#include <string>
+
+#include "memory.hpp"
+
+namespace lift_fast {
+namespace {
+
+// A gradient that exceeds what the caches keep is written past them: reading its lines first would cost a third more.
+constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("cosine_loss: ") + what);
+}
+
+}  // namespace
+
+void cosine_loss_run(const CosineLossCall& call, CpuIsa isa) {
+  constexpr std::int64_t limit = std::int64_t{1} << 40;
+  require(call.outer >= 0 && call.c >= 0 && call.inner >= 0, "sizes must not be negative");
+  require(call.outer < limit && call.c < (std::int64_t{1} << 31) && call.inner < limit, "sizes are too large");
+  require(call.outer == 0 || call.inner < (std::int64_t{1} << 60) / call.outer, "sizes are too large");
+  require(call.threads >= 1, "threads must be at least 1");
+  require(call.type == CosineLossType::float32 || call.type == CosineLossType::bfloat16 ||
+              call.type == CosineLossType::float16,
+          "unknown element type");
+  for (const CosineLossLayout& layout : {call.prediction_layout, call.target_layout, call.gradient_layout}) {
+    require(layout.outer >= 0 && layout.channel >= 0 && layout.inner >= 0, "strides must not be negative");
+  }
+  if (call.outer == 0 || call.inner == 0) return;
+  require(call.loss != nullptr, "loss must not be null");
+  require(call.c == 0 || (call.prediction != nullptr && call.target != nullptr),
+          "prediction and target must not be null");
+  CosineLossWork work{};
+  const std::int64_t elements = call.outer * call.c * call.inner;
+  work.stream = call.gradient != nullptr && call.type == CosineLossType::float32 && elements * 4 >= kStreamBytes;
+  // Either a row of both inputs and of the gradient, or a tile of both inputs behind its sums and factors.
+  const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
+  const std::int64_t words = rows ? 3 * call.c : (7 + 2 * call.c) * kCosineLossPositions;
+  work.scratch_words = (words + 31) / 16 * 16;
+  const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
+  work.scratch = scratch.get();
+  switch (isa) {
+#if defined(__x86_64__)
+    case CpuIsa::avx512: cosine_loss_kernel_avx512(call, work); return;
+    case CpuIsa::avx2: cosine_loss_kernel_avx2(call, work); return;
+#endif
+    default: cosine_loss_kernel_baseline(call, work); return;
+  }
+}
+
+}  // namespace lift_fast

@@ -1,0 +1,47 @@
+// 1 - cosine of two vectors at each position, and its gradient, in one pass over memory: a tile of positions is read
+// once, stays in the cache for the second sweep, and the gradient is written.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.hpp"
+
+namespace lift_fast {
+
+enum class CosineLossType : std::int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Strides in elements, of the dimensions outer, channel and inner.
+struct CosineLossLayout {
+  std::int64_t outer, channel, inner;
+};
+
+struct CosineLossCall {
+  const void* prediction;  // [outer, c, inner]
+  const void* target;      // [outer, c, inner]
+  CosineLossType type;     // of prediction, target and gradient
+  CosineLossLayout prediction_layout, target_layout, gradient_layout;
+  std::int64_t outer, c, inner;
+  float weight;    // the gradient's factor
+  float* loss;     // [outer, inner]
+  void* gradient;  // [outer, c, inner], or null
+  int threads;
+};
+
+// Throws std::invalid_argument for sizes or addresses that do not fit, std::bad_alloc.
+void cosine_loss_run(const CosineLossCall& call, CpuIsa isa);
+
+// One per translation unit. `scratch` holds `scratch_words` floats for each thread.
+struct CosineLossWork {
+  float* scratch;
+  std::int64_t scratch_words;
+  bool stream;  // write the gradient past the caches
+};
+void cosine_loss_kernel_baseline(const CosineLossCall& call, const CosineLossWork& work);
+void cosine_loss_kernel_avx2(const CosineLossCall& call, const CosineLossWork& work);
+void cosine_loss_kernel_avx512(const CosineLossCall& call, const CosineLossWork& work);
+
+// Positions that a kernel takes at one time where they lie side by side: two tiles of 384 channels fill half of a
+// second-level cache of 1 MiB, and a channel's share of a tile is whole cache lines.
+constexpr std::int64_t kCosineLossPositions = 128;
+
+}  // namespace lift_fast

@@ -1,0 +1,252 @@
+// For one instruction set. Each including translation unit defines, in an anonymous namespace, `struct Isa` and is
+// compiled with that set's flags; nothing here may call a standard library template, whose out-of-line copy could be
+// shared with code for older CPUs.
+#pragma once
+
+#include "cosine_loss.hpp"
+#include "threads.hpp"
+
+namespace lift_fast {
+namespace {
+
+// torch.nn.CosineEmbeddingLoss adds it to both squared norms, as a float32.
+constexpr double kEpsilon = 1e-12f;
+
+using Vec = Isa::Vec;
+constexpr int kLanes = Isa::lanes;
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// The three element types: widened to float32 on the way in, rounded to nearest even on the way out.
+struct Float32 {
+  using Raw = float;
+  static float widen(Raw value) { return value; }
+  static Raw narrow(float value) { return value; }
+};
+
+struct Bfloat16 {
+  using Raw = std::uint16_t;
+  static float widen(Raw value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float out;
+    __builtin_memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+  static Raw narrow(float value) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (bits >> 16) | 0x40u;
+    return static_cast<Raw>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
+};
+
+struct Float16 {
+  using Raw = std::uint16_t;
+  static float widen(Raw value) { return Isa::from_half(value); }
+  static Raw narrow(float value) { return Isa::to_half(value); }
+};
+
+// What the gradient of one position is made of: gradient = toward * target + along * prediction.
+struct Factors {
+  float toward, along;
+};
+
+// In float64: products of squared norms leave the range of float32.
+inline Factors factors(float product, float own, float other, float weight, float* loss) {
+  const double own_square = static_cast<double>(own) + kEpsilon, other_square = static_cast<double>(other) + kEpsilon;
+  const double length = __builtin_sqrt(own_square) * __builtin_sqrt(other_square);
+  const double cosine = static_cast<double>(product) / length;
+  *loss = static_cast<float>(1.0 - cosine);
+  return {static_cast<float>(-weight / length), static_cast<float>(weight * cosine / own_square)};
+}
+
+// out[i] = x[i] * a[i] + y[i] * b[i] with vectors a and b, or one value of each.
+template <bool kScalar>
+inline void combine(const float* x, const float* y, const float* a, const float* b, std::int64_t count, float* out,
+                    bool stream) {
+  std::int64_t i = 0;
+  const Vec one_a = Vec{} + *a, one_b = Vec{} + *b;
+  // Writes past the caches must be aligned; single elements lead up to the first that is.
+  constexpr std::uintptr_t line = sizeof(Vec);
+  const std::int64_t lead =
+      stream ? static_cast<std::int64_t>((line - reinterpret_cast<std::uintptr_t>(out) % line) % line / sizeof(float))
+             : 0;
+  for (; i < lead && i < count; ++i) out[i] = x[i] * a[kScalar ? 0 : i] + y[i] * b[kScalar ? 0 : i];
+  if (stream) {
+    for (; i + kLanes <= count; i += kLanes) {
+      Isa::stream(out + i, load(x + i) * (kScalar ? one_a : load(a + i)) + load(y + i) * (kScalar ? one_b : load(b + i)));
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    store(out + i, load(x + i) * (kScalar ? one_a : load(a + i)) + load(y + i) * (kScalar ? one_b : load(b + i)));
+  }
+  for (; i < count; ++i) out[i] = x[i] * a[kScalar ? 0 : i] + y[i] * b[kScalar ? 0 : i];
+}
+
+// `count` elements a stride apart as floats: where they lie if they are floats side by side, else in `room`.
+template <class Type>
+inline const float* gather(const typename Type::Raw* from, std::int64_t stride, std::int64_t count, float* room) {
+  if (stride == 1) {
+    for (std::int64_t i = 0; i < count; ++i) room[i] = Type::widen(from[i]);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) room[i] = Type::widen(from[i * stride]);
+  }
+  return room;
+}
+template <>
+inline const float* gather<Float32>(const float* from, std::int64_t stride, std::int64_t count, float* room) {
+  if (stride == 1) return from;
+  for (std::int64_t i = 0; i < count; ++i) room[i] = from[i * stride];
+  return room;
+}
+
+template <class Type>
+inline void scatter(const float* from, typename Type::Raw* to, std::int64_t stride, std::int64_t count) {
+  if (stride == 1) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = Type::narrow(from[i]);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) to[i * stride] = Type::narrow(from[i]);
+  }
+}
+
+// A gradient that can be written in place is computed there, without a detour.
+template <class Type>
+inline float* in_place(typename Type::Raw*, std::int64_t) {
+  return nullptr;
+}
+template <>
+inline float* in_place<Float32>(float* to, std::int64_t stride) {
+  return stride == 1 ? to : nullptr;
+}
+
+// One position whose channels lie side by side. `room` holds 3 c floats.
+template <class Type>
+inline void row(const CosineLossCall& call, const CosineLossWork& work, std::int64_t o, std::int64_t i, float* room) {
+  using Raw = typename Type::Raw;
+  const CosineLossLayout &p = call.prediction_layout, &t = call.target_layout, &g = call.gradient_layout;
+  const float* x = gather<Type>(static_cast<const Raw*>(call.prediction) + o * p.outer + i * p.inner, p.channel, call.c,
+                                room);
+  const float* y = gather<Type>(static_cast<const Raw*>(call.target) + o * t.outer + i * t.inner, t.channel, call.c,
+                                room + call.c);
+  Vec products[2] = {}, own[2] = {}, other[2] = {};
+  std::int64_t k = 0;
+  for (; k + 2 * kLanes <= call.c; k += 2 * kLanes) {
+    for (int u = 0; u < 2; ++u) {
+      const Vec a = load(x + k + u * kLanes), b = load(y + k + u * kLanes);
+      products[u] += a * b;
+      own[u] += a * a;
+      other[u] += b * b;
+    }
+  }
+  products[0] += products[1];
+  own[0] += own[1];
+  other[0] += other[1];
+  float product = 0, own_square = 0, other_square = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    product += products[0][lane];
+    own_square += own[0][lane];
+    other_square += other[0][lane];
+  }
+  for (; k < call.c; ++k) {
+    product += x[k] * y[k];
+    own_square += x[k] * x[k];
+    other_square += y[k] * y[k];
+  }
+  const Factors f = factors(product, own_square, other_square, call.weight, call.loss + o * call.inner + i);
+  if (call.gradient == nullptr) return;
+  Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + i * g.inner;
+  float* direct = in_place<Type>(to, g.channel);
+  float* out = direct != nullptr ? direct : room + 2 * call.c;
+  combine<true>(y, x, &f.toward, &f.along, call.c, out, work.stream && direct != nullptr);
+  if (direct == nullptr) scatter<Type>(out, to, g.channel, call.c);
+}
+
+// Positions [first, first + count) of one outer index, channel by channel. `room` holds the tile of both inputs where
+// they must be widened or gathered, and (4 + 3) * kCosineLossPositions floats before it.
+template <class Type>
+inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::int64_t o, std::int64_t first,
+                 std::int64_t count, float* room) {
+  using Raw = typename Type::Raw;
+  const CosineLossLayout &p = call.prediction_layout, &t = call.target_layout, &g = call.gradient_layout;
+  const Raw* from_x = static_cast<const Raw*>(call.prediction) + o * p.outer + first * p.inner;
+  const Raw* from_y = static_cast<const Raw*>(call.target) + o * t.outer + first * t.inner;
+  constexpr std::int64_t step = kCosineLossPositions;
+  float *product = room, *own = room + step, *other = room + 2 * step, *out = room + 3 * step;
+  float *toward = room + 4 * step, *along = room + 5 * step, *loss = room + 6 * step, *tiles = room + 7 * step;
+  for (std::int64_t i = 0; i < step; ++i) product[i] = own[i] = other[i] = 0;
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, tiles + k * step);
+    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, tiles + (call.c + k) * step);
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec a = load(x + i), b = load(y + i);
+      store(product + i, load(product + i) + a * b);
+      store(own + i, load(own + i) + a * a);
+      store(other + i, load(other + i) + b * b);
+    }
+    for (; i < count; ++i) {
+      product[i] += x[i] * y[i];
+      own[i] += x[i] * x[i];
+      other[i] += y[i] * y[i];
+    }
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Factors f = factors(product[i], own[i], other[i], call.weight, loss + i);
+    toward[i] = f.toward;
+    along[i] = f.along;
+  }
+  __builtin_memcpy(call.loss + o * call.inner + first, loss, static_cast<std::size_t>(count) * sizeof(float));
+  if (call.gradient == nullptr) return;
+  Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + first * g.inner;
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    // What was widened or gathered above is still there.
+    const float* x = tiles + k * step;
+    const float* y = tiles + (call.c + k) * step;
+    if (in_place<Type>(const_cast<Raw*>(from_x), p.inner) != nullptr) {
+      x = gather<Type>(from_x + k * p.channel, p.inner, count, nullptr);
+    }
+    if (in_place<Type>(const_cast<Raw*>(from_y), t.inner) != nullptr) {
+      y = gather<Type>(from_y + k * t.channel, t.inner, count, nullptr);
+    }
+    float* direct = in_place<Type>(to + k * g.channel, g.inner);
+    float* into = direct != nullptr ? direct : out;
+    combine<false>(y, x, toward, along, count, into, work.stream && direct != nullptr);
+    if (direct == nullptr) scatter<Type>(out, to + k * g.channel, g.inner, count);
+  }
+}
+
+template <class Type>
+inline void run_type(const CosineLossCall& call, const CosineLossWork& work) {
+  const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
+  const std::int64_t step = rows ? 1 : kCosineLossPositions;
+  const std::int64_t tiles = (call.inner + step - 1) / step, jobs = call.outer * tiles;
+#pragma omp parallel num_threads(call.threads)
+  {
+    float* room = work.scratch + thread_index() * work.scratch_words;
+#pragma omp for schedule(static)
+    for (std::int64_t job = 0; job < jobs; ++job) {
+      const std::int64_t o = job / tiles, first = job % tiles * step;
+      if (rows) {
+        row<Type>(call, work, o, first, room);
+      } else {
+        tile<Type>(call, work, o, first, call.inner - first < step ? call.inner - first : step, room);
+      }
+    }
+    if (work.stream) Isa::fence();
+  }
+}
+
+inline void run_cosine_loss(const CosineLossCall& call, const CosineLossWork& work) {
+  if (call.type == CosineLossType::float32) return run_type<Float32>(call, work);
+  if (call.type == CosineLossType::bfloat16) return run_type<Bfloat16>(call, work);
+  run_type<Float16>(call, work);
+}
+
+}  // namespace
+}  // namespace lift_fast

@@ -1,0 +1,169 @@
+"""1 - cosine at each position and its gradient on the GPU: both inputs are read once, into registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_guard
+
+# Elements of one input that a block of 8 warps holds: both are 48 registers of a thread.
+_TILE = 6144
+# Channels beyond this are read a second time, mostly from the second cache.
+_MOST_CHANNELS = 1024
+_LOOP_CHANNELS = 512
+# A warp's least share of one channel where positions lie side by side: whole sectors of the second cache.
+_LEAST_POSITIONS = 8
+_SCALE_BLOCK = 4096
+
+
+@triton.jit
+def _load(base, outer, channel, position, channels, inner, channel_stride, inner_stride, OTHER: tl.constexpr):
+    """[channels, positions] of one outer index; what lies outside is OTHER."""
+    mask = (channel[:, None] < channels) & (position[None, :] < inner)
+    at = channel[:, None].to(tl.int64) * channel_stride + position[None, :].to(tl.int64) * inner_stride
+    return tl.load(base + outer + at, mask=mask, other=OTHER)
+
+
+@triton.jit
+def _store(base, outer, channel, position, channels, inner, channel_stride, inner_stride, value):
+    mask = (channel[:, None] < channels) & (position[None, :] < inner)
+    at = channel[:, None].to(tl.int64) * channel_stride + position[None, :].to(tl.int64) * inner_stride
+    tl.store(base + outer + at, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cosine_loss_kernel(
+    prediction, target, gradient, loss, channels, inner,
+    prediction_outer, prediction_channel, prediction_inner,
+    target_outer, target_channel, target_inner,
+    gradient_outer, gradient_channel, gradient_inner,
+    weight, epsilon,
+    FIRST: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, LOOP: tl.constexpr, GRADIENT: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(inner, POSITIONS)
+    outer = (tl.program_id(0) // blocks).to(tl.int64)
+    position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)
+    at_x, at_y, at_g = outer * prediction_outer, outer * target_outer, outer * gradient_outer
+    channel = tl.arange(0, FIRST)
+    if LOOP:
+        product = tl.zeros([POSITIONS], tl.float32)
+        own = tl.zeros([POSITIONS], tl.float32)
+        other = tl.zeros([POSITIONS], tl.float32)
+        for start in range(0, channels, FIRST):
+            c = start + channel
+            x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+            y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            product += tl.sum(x * y, 0)
+            own += tl.sum(x * x, 0)
+            other += tl.sum(y * y, 0)
+    else:
+        x = _load(prediction, at_x, channel, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+        y = _load(target, at_y, channel, position, channels, inner, target_channel, target_inner, 0.0)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        product, own, other = tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0)
+        if REST:
+            # The channels beyond a power of two, in a tile of their own: 384 are 256 + 128, not 512.
+            last = FIRST + tl.arange(0, REST)
+            u = _load(prediction, at_x, last, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+            v = _load(target, at_y, last, position, channels, inner, target_channel, target_inner, 0.0)
+            u, v = u.to(tl.float32), v.to(tl.float32)
+            product += tl.sum(u * v, 0)
+            own += tl.sum(u * u, 0)
+            other += tl.sum(v * v, 0)
+    own = 1.0 / tl.sqrt(own + epsilon)
+    other = 1.0 / tl.sqrt(other + epsilon)
+    cosine = product * own * other
+    tl.store(loss + outer * inner + position, 1.0 - cosine, mask=position < inner)
+    if GRADIENT:
+        toward = (-weight * own * other)[None, :]
+        along = (weight * cosine * own * own)[None, :]
+        if LOOP:
+            for start in range(0, channels, FIRST):
+                c = start + channel
+                x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+                y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
+                g = toward * y.to(tl.float32) + along * x.to(tl.float32)
+                _store(gradient, at_g, c, position, channels, inner, gradient_channel, gradient_inner, g)
+        else:
+            g = toward * y + along * x
+            _store(gradient, at_g, channel, position, channels, inner, gradient_channel, gradient_inner, g)
+            if REST:
+                g = toward * v + along * u
+                _store(gradient, at_g, last, position, channels, inner, gradient_channel, gradient_inner, g)
+
+
+@triton.jit
+def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    scale = tl.load(factor)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(values + at, mask=at < count).to(tl.float32) * scale
+        tl.store(values + at, value.to(values.dtype.element_ty), mask=at < count)
+
+
+def tiling(channels: int, inner: int) -> tuple[int, int, int, bool]:
+    """(FIRST, REST, POSITIONS, LOOP) of :func:`cosine_loss_kernel`."""
+    if channels > _MOST_CHANNELS:
+        first, rest, loop = _LOOP_CHANNELS, 0, True
+    else:
+        first = 1 << (channels.bit_length() - 1)
+        rest, loop = triton.next_power_of_2(channels - first) if channels > first else 0, False
+        # Little is gained where the rest is as large.
+        first, rest = (2 * first, 0) if rest >= first else (first, rest)
+    room = max(1, _TILE // (first + rest))
+    positions = max(_LEAST_POSITIONS, 1 << (room.bit_length() - 1))
+    return first, rest, min(positions, triton.next_power_of_2(inner)), loop
+
+
+def cosine_loss(
+    prediction: Tensor, target: Tensor, gradient: Tensor | None, loss: Tensor, weight: float, epsilon: float
+) -> None:
+    """Launch :func:`cosine_loss_kernel`.
+
+    Args:
+        prediction, target: ``[outer, C, inner]`` of one dtype, any strides; float32, bfloat16 or float16, not empty.
+        gradient: same, written with ``weight`` times the gradient for ``prediction``; None for the loss alone.
+        loss: ``outer * inner`` float32, written.
+        weight, epsilon: the gradient's factor; what is added to squared norms.
+    """
+    outer, channels, inner = prediction.shape
+    first, rest, positions, loop = tiling(channels, inner)
+    into = prediction if gradient is None else gradient
+    with device_guard(prediction):
+        cosine_loss_kernel[(outer * triton.cdiv(inner, positions),)](
+            prediction,
+            target,
+            into,
+            loss,
+            channels,
+            inner,
+            *prediction.stride(),
+            *target.stride(),
+            *into.stride(),
+            weight,
+            epsilon,
+            FIRST=first,
+            REST=rest,
+            POSITIONS=positions,
+            LOOP=loop,
+            GRADIENT=gradient is not None,
+            num_warps=8 if (first + rest) * positions > _TILE // 4 else 4,
+        )
+
+
+def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a dense tensor by a scalar on its device; where that is one nothing is read or written.
+
+    Args:
+        values: of any dense memory format.
+        factor: one float32.
+    """
+    with device_guard(values):
+        scale_kernel[(triton.cdiv(values.numel(), _SCALE_BLOCK),)](
+            values, factor.to(torch.float32), values.numel(), BLOCK=_SCALE_BLOCK, num_warps=4
+        )
+    return values

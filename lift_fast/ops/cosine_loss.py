@@ -1,0 +1,271 @@
+"""``cosine_loss``: 1 - cosine along one dimension, with the gradient written by the forward pass.
+
+The gradient for the prediction g of ``1 - cos(g, t)`` is ``cos * g / |g|^2 - t / (|g| |t|)``: everything that the loss
+reads. So one pass over both inputs gives loss and gradient, and the backward pass only scales it. The plain form reads
+and writes them about thirty times.
+
+Epsilon, everywhere: 1e-12 is added to both squared norms, as :class:`torch.nn.CosineEmbeddingLoss` does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _env, _native
+from ..kernels import can_run as triton_can_run
+from . import library
+
+library.define(
+    "cosine_loss(Tensor prediction, Tensor target, int dim, str reduction, bool with_gradient) -> (Tensor, Tensor)"
+)
+library.define("cosine_loss_backward(Tensor gradient, Tensor grad_loss, int dim) -> Tensor")
+
+# 1e-12 as a float32, which is how PyTorch writes it down.
+EPSILON = 9.999999960041972e-13
+_NATIVE_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the loss: float32 for inputs in half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    total = loss.sum(dtype=torch.float64)
+    return (total / loss.numel() if reduction == "mean" else total).to(loss.dtype)
+
+
+def _weights(prediction: Tensor, dim: int, reduction: str) -> tuple[float, float]:
+    """What each position's gradient is multiplied by in the forward and in the backward pass: their product is
+    1 / positions for the mean, else 1."""
+    positions = math.prod(prediction.shape[:dim]) * math.prod(prediction.shape[dim + 1 :])
+    if reduction != "mean" or positions == 0:
+        return 1.0, 1.0
+    # The mean's gradients lie below the range of float16, and a gradient scaler's factor comes too late for them.
+    return (1.0, 1.0 / positions) if prediction.dtype == torch.float16 else (1.0 / positions, 1.0)
+
+
+def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
+    """:func:`lift_fast.cosine_loss` in plain PyTorch, differentiable as often as one likes in both inputs.
+
+    Reference, baseline and fallback.
+    """
+    dtype = loss_dtype(prediction.dtype)
+    prediction, target = prediction.to(dtype), target.to(dtype)
+    product = (prediction * target).sum(dim)
+    own, other = prediction.square().sum(dim) + EPSILON, target.square().sum(dim) + EPSILON
+    # A root of each: their product leaves the range of float32.
+    return _reduce(1 - product / (own.sqrt() * other.sqrt()), reduction)
+
+
+def gradient_plain(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient for ``prediction`` in the dtype and memory format of it."""
+    dtype = loss_dtype(prediction.dtype)
+    x, y = prediction.to(dtype), target.to(dtype)
+    own = (x.square().sum(dim, keepdim=True) + EPSILON).sqrt()
+    other = (y.square().sum(dim, keepdim=True) + EPSILON).sqrt()
+    cosine = (x * y).sum(dim, keepdim=True) / (own * other)
+    weight, _ = _weights(prediction, dim, reduction)
+    gradient = _new_gradient(prediction, dim)
+    gradient.copy_((weight * cosine / own / own) * x - (weight / own / other) * y)
+    return _reduce(1 - cosine.squeeze(dim), reduction), gradient
+
+
+def as_three(tensor: Tensor, dim: int) -> Tensor | None:
+    """``tensor`` as ``[outer, channels, inner]`` without a copy, None where its strides forbid it."""
+    shape = tensor.shape
+    try:
+        return tensor.view(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+    except RuntimeError:
+        return None
+
+
+def _three(tensor: Tensor, dim: int) -> Tensor:
+    """The same, of a copy where it must be."""
+    found = as_three(tensor, dim)
+    found = as_three(tensor.contiguous(), dim) if found is None else found
+    assert found is not None
+    return found
+
+
+def _new_gradient(prediction: Tensor, dim: int) -> Tensor:
+    """In the memory format of ``prediction``, unless that cannot be seen as three dimensions."""
+    gradient = torch.empty_like(prediction)
+    if as_three(gradient, dim) is None:
+        gradient = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+    return gradient
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    # A dimension of one element may have any stride; 1 for channels is the layout that costs least.
+    return tuple(1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def cosine_loss_native(
+    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """In the native core: float32, bfloat16 or float16 on the CPU."""
+    gradient = _new_gradient(prediction, dim) if with_gradient else None
+    into = None if gradient is None else as_three(gradient, dim)
+    x, y = _three(prediction, dim), _three(target, dim)
+    loss = x.new_empty(prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    _native.require().cosine_loss(
+        x.data_ptr(),
+        y.data_ptr(),
+        _NATIVE_TYPES[x.dtype],
+        x.shape,
+        _strides(x),
+        _strides(y),
+        (0, 0, 0) if into is None else _strides(into),
+        _weights(prediction, dim, reduction)[0],
+        loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        torch.get_num_threads(),
+        _env.cpu_isa(),
+    )
+    return _reduce(loss, reduction), gradient
+
+
+def _fits_native(prediction: Tensor) -> bool:
+    return prediction.device.type == "cpu" and prediction.dtype in _NATIVE_TYPES and _native.can_run()[0]
+
+
+def _fits_triton(prediction: Tensor) -> bool:
+    return (
+        prediction.device.type == "cuda"
+        and prediction.dtype in _NATIVE_TYPES
+        and prediction.numel() > 0
+        and triton_can_run(prediction.device)[0]
+    )
+
+
+def cosine_loss_triton(
+    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By the Triton kernel, on the device of the inputs."""
+    from ..kernels import cosine_loss as kernel
+
+    gradient = _new_gradient(prediction, dim) if with_gradient else None
+    into = None if gradient is None else as_three(gradient, dim)
+    loss = prediction.new_empty(prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    x, y = _three(prediction, dim), _three(target, dim)
+    kernel.cosine_loss(x, y, into, loss, _weights(prediction, dim, reduction)[0], EPSILON)
+    return _reduce(loss, reduction), gradient
+
+
+def _cosine_loss(
+    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    prediction, target = prediction.detach(), target.detach()
+    none = prediction.new_empty(0)
+    if _fits_native(prediction):
+        loss, gradient = cosine_loss_native(prediction, target, dim, reduction, with_gradient)
+    elif _fits_triton(prediction):
+        loss, gradient = cosine_loss_triton(prediction, target, dim, reduction, with_gradient)
+    elif with_gradient:
+        loss, gradient = gradient_plain(prediction, target, dim, reduction)
+    else:
+        loss, gradient = cosine_loss_plain(prediction, target, dim, reduction), None
+    return loss, none if gradient is None else gradient
+
+
+def _fake_cosine_loss(
+    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    positions = prediction.shape[:dim] + prediction.shape[dim + 1 :]
+    loss = prediction.new_empty(positions if reduction == "none" else (), dtype=loss_dtype(prediction.dtype))
+    if not with_gradient:
+        return loss, prediction.new_empty(0)
+    return loss, _new_gradient(prediction, dim)
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
+    """Each position's gradient times what comes back for its loss, in the dtype of ``gradient``."""
+    if grad_loss.dim():
+        grad_loss = grad_loss.unsqueeze(dim)
+    # The product of half precision with a float32 scalar would be rounded before it is multiplied.
+    return (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
+
+
+def _cosine_loss_backward(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
+    return _scaled(gradient, grad_loss, dim)
+
+
+def _fake_cosine_loss_backward(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
+    return _scaled(gradient, grad_loss, dim)
+
+
+library.implement("cosine_loss", _cosine_loss, fake=_fake_cosine_loss)
+library.implement("cosine_loss_backward", _cosine_loss_backward, fake=_fake_cosine_loss_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, ctx.dim, _, ctx.with_gradient = inputs
+    ctx.save_for_backward(output[1])
+    ctx.factor = _weights(inputs[0], inputs[2], inputs[3])[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 5
+    if not ctx.with_gradient:
+        raise RuntimeError("cosine_loss was called with with_gradient=False, so it has no gradient; pass True")
+    (gradient,) = ctx.saved_tensors
+    if ctx.factor != 1:
+        grad_loss = grad_loss * ctx.factor
+    return torch.ops.lift_fast.cosine_loss_backward(gradient, grad_loss, ctx.dim), None, None, None, None
+
+
+torch.library.register_autograd("lift_fast::cosine_loss", _backward, setup_context=_setup_context, lib=library.LIBRARY)
+
+
+class CosineLossFunction(torch.autograd.Function):
+    """The operator in eager mode, where the backward pass may keep the very tensor that the forward pass wrote.
+
+    An operator's own backward must not write to its outputs, and so would copy the gradient once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor, dim: int, reduction: str) -> Tensor:
+        loss, gradient = _cosine_loss(prediction, target, dim, reduction, True)
+        ctx.save_for_backward(prediction, target)
+        ctx.gradient, ctx.dim, ctx.reduction = gradient, dim, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grads
+        prediction, target = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody will differentiate this gradient again: it has to be made of operations that can be.
+            loss = cosine_loss_plain(prediction, target, ctx.dim, ctx.reduction)
+            (out,) = torch.autograd.grad(loss, prediction, grad_loss, create_graph=True)
+            return out, None, None, None
+        # Taken, not kept: it is changed in place. A second backward pass through a graph that was retained
+        # computes it again.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            gradient = _cosine_loss(prediction, target, ctx.dim, ctx.reduction, True)[1]
+        factor = _weights(prediction, ctx.dim, ctx.reduction)[1]
+        return _scale_in_place(gradient, grad_loss if factor == 1 else grad_loss * factor, ctx.dim), None, None, None
+
+
+def _scale_in_place(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
+    if grad_loss.dim():
+        grad_loss = grad_loss.unsqueeze(dim)
+        return gradient.mul_(grad_loss) if gradient.dtype == grad_loss.dtype else _scaled(gradient, grad_loss, 0)
+    if gradient.device.type == "cuda" and _fits_triton(gradient):
+        from ..kernels import cosine_loss as kernel
+
+        # Looks at the factor on the device, where it is one as a rule, and then touches nothing.
+        return kernel.scale_in_place(gradient, grad_loss)
+    factor = float(grad_loss)
+    return gradient if factor == 1 else gradient.mul_(factor)
