@@ -104,7 +104,7 @@ def tune(state: State) -> None:
 
 def sections(arguments: argparse.Namespace) -> list[tuple[str, object, float]]:
     """(name, function, seconds that it wants), in order."""
-    from .gpu import ceilings, equality, forward, matching, training
+    from .gpu import ceilings, cosine_loss, equality, forward, matching, training
 
     rows: list[tuple[str, object, float]] = [] if arguments.no_build else [("build", build, 5)]
     rows += [
@@ -119,6 +119,7 @@ def sections(arguments: argparse.Namespace) -> list[tuple[str, object, float]]:
     rows += [
         ("forward", forward.run, 20),
         ("matching", matching.run, 60),
+        ("cosine loss", cosine_loss.run_section, 20),
         ("training", training.run, 60),
         ("gpu tests", equality.run_tests, 40),
         ("compute-sanitizer", equality.run_sanitizer, 80),

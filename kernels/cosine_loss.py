@@ -16,7 +16,7 @@ _MOST_CHANNELS = 1024
 _LOOP_CHANNELS = 512
 # A warp's least share of one channel where positions lie side by side: whole sectors of the second cache.
 _LEAST_POSITIONS = 8
-_SCALE_BLOCK = 4096
+_SCALE_BLOCK = 2048
 
 
 @triton.jit

@@ -84,6 +84,18 @@ PROPAGATIONS += [
     },
 ]
 
+# The loss at the training's size as maps and as tokens, with one channel more than one tile holds, and with one.
+LOSSES = [
+    {"operator": "cosine_loss", "shape": shape, "tokens": tokens, "dtype": dtype, "capability": capability}
+    for capability in (80, 86, 90, 100)
+    for dtype in ("float32", "bfloat16", "float16")
+    for shape, tokens in (((256, 384, 784), False), ((256, 384, 784), True), ((2, 1024, 100), False))
+]
+LOSSES += [
+    {"operator": "cosine_loss", "shape": shape, "tokens": False, "dtype": "float32", "capability": 90}
+    for shape in ((3, 4099, 1), (1, 1, 1))
+]
+
 
 def compile_all(cases):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -160,3 +172,11 @@ def test_label_propagation_compiles_for_every_target():
     assert [one for one in compiled if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
     # Three channels fill no copy.
     assert [one for one in compiled if not one["async copies"] and one["channels"] == 384] == []
+
+
+def test_cosine_loss_compiles_for_every_target_without_spills():
+    compiled = compile_all(LOSSES)
+    assert len(compiled) == 2 * len(LOSSES)
+    assert {one["kernel"] for one in compiled} == {"cosine_loss_kernel", "scale_kernel"}
+    assert [one for one in compiled if one["local"] or one["stack"]] == []
+    assert [one for one in compiled if one["shared"] > one["shared limit"]] == []
