@@ -195,7 +195,7 @@ def test_unreadable_pictures_are_replaced_and_named(folder, tmp_path):
 def test_nothing_but_unreadable_pictures_is_an_error(tmp_path, workers):
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="^more than 50 pictures in a row cannot be read, the last: ") as error:
+    with pytest.raises(ValueError, match=r"^more than 50 pictures in a row cannot be read, the last: ") as error:
         train(settings(tmp_path, tmp_path / "out", workers=workers), quiet=True)
     assert "Traceback" not in str(error.value)
 

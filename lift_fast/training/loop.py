@@ -188,8 +188,8 @@ class _Run:
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
         if sample.failed:
             raise ValueError(
-                f"more than {MOST_UNREADABLE} pictures in a row cannot be read, the last: {sample.unreadable[-1]}; check "
-                f"{self.settings.data}"
+                f"more than {MOST_UNREADABLE} pictures in a row cannot be read, the last: {sample.unreadable[-1]}; "
+                f"check {self.settings.data}"
             )
         losses = self.step(sample.pixels)
         self.progress.step += 1
