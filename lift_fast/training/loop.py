@@ -102,6 +102,7 @@ class _Run:
             "precision": str(self.dtype).removeprefix("torch."),
             "processes": world.size,
             "pictures": disk.names_digest(self.paths, root),
+            "backbone": disk.weights_digest(backbone),
             "patch_size": backbone.patch_size,
             "channels": backbone.embed_dim,
         }
@@ -136,6 +137,9 @@ class _Run:
         pictures = Pictures(self.paths, settings.image_size, settings.fit, settings.jitter, settings.seed)
         self.loader = build_loader(pictures, self.batches, workers, pin=cuda)
         self.log_interval = _CUDA_LOG_INTERVAL if cuda else 1
+        if world.leads and saved is None:
+            # From here on, so that a resume cannot go on with what was to be overwritten.
+            disk.remove(settings.out)
         self.log = Log(settings.out, self.progress.step, settings.tensorboard) if world.leads else None
         self.waited = 0.0
         self._unlogged: list[tuple[int, int, Tensor]] = []
@@ -176,7 +180,6 @@ class _Run:
                 self.log.close()
         self._settle()
         seconds = time.perf_counter() - began
-        progress.seconds += seconds
         if stopped_by:
             raise Interrupted(stopped_by, progress.step, settings.out)
         return self._figures(progress.step - first, seconds)

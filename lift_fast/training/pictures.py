@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     """One picture."""
 
     pixels: Tensor
-    """[3, S, S] uint8; [B, 3, S, S] in a batch."""
+    """[3, S, S] uint8; [B, 3, S, S] in a batch. NHWC memory."""
     unreadable: list[str]
     """What was said of files that could not be read and in whose place this picture stands."""
     failed: bool = False
@@ -161,7 +161,9 @@ def default_workers(cuda: bool, processes: int) -> int:
 def _collate(samples: list[Sample]) -> Sample:
     unreadable = [message for sample in samples for message in sample.unreadable]
     failed = any(sample.failed for sample in samples)
-    return Sample(torch.stack([sample.pixels for sample in samples]), unreadable, failed)
+    # Pixel by pixel, as they lie in memory: no transposing here, and channels_last on the device.
+    pixels = torch.stack([sample.pixels.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    return Sample(pixels, unreadable, failed)
 
 
 def _start_worker(_: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lift_fast._files import atomic_path
+from lift_fast.backbones import FrozenViT
 from lift_fast.checkpoints import read_state_dict, save_lift
 from lift_fast.lift import LiFT
 
@@ -34,8 +35,6 @@ class Progress:
     """Mean loss of each epoch that is done."""
     epoch_sum: float = 0.0
     """Sum of the losses of the epoch that is not."""
-    seconds: float = 0.0
-    """Time spent training."""
     unreadable: dict[str, int] = field(default_factory=dict)
     """What was said of each file that could not be read, and how often it was met."""
 
@@ -100,6 +99,21 @@ def names_digest(paths: Sequence[Path], root: Path) -> str:
     """Tells one list of pictures from another, wherever their folder lies."""
     names = "\n".join(path.relative_to(root).as_posix() for path in paths)
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def weights_digest(backbone: FrozenViT) -> str:
+    """Tells one backbone's weights from another's by the first and the last ones that its features depend on."""
+    block = backbone.model.blocks[backbone.layer]
+    digest = hashlib.sha256()
+    for weight in (backbone.model.patch_embed.proj.weight, *block.norm1.parameters(), *block.attn.parameters()):
+        digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def remove(folder: Path) -> None:
+    """What an earlier run has left in ``folder``."""
+    for name in (STATE_FILE, LIFT_FILE, UNREADABLE_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _random_state() -> dict[str, Any]:
