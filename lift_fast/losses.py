@@ -42,12 +42,12 @@ def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str
     """
     dim = _check(prediction, target, dim, reduction)
     if not torch.is_grad_enabled() or not (prediction.requires_grad or target.requires_grad):
-        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, False)[0]  # type: ignore[no-any-return]
+        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, False)[0]
     if target.requires_grad:
         return cosine_loss_plain(prediction, target, dim, reduction)
     if torch.compiler.is_compiling():
-        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, True)[0]  # type: ignore[no-any-return]
-    return CosineLossFunction.apply(prediction, target, dim, reduction)  # type: ignore[no-any-return,no-untyped-call]
+        return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, True)[0]
+    return CosineLossFunction.apply(prediction, target, dim, reduction)
 
 
 class CosineLoss(nn.Module):
