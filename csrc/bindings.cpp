@@ -16,6 +16,7 @@ namespace py = pybind11;
 
 namespace lift_fast {
 
+void bind_bit_matrix(py::module_& m);
 void bind_cosine_loss(py::module_& m);
 void bind_dense_match(py::module_& m);
 void bind_dense_match_cuda(py::module_& m);
@@ -111,6 +112,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("nearest_isa", &lift_fast::nearest_isa_in_use, py::arg("isa") = "auto",
         "Which kernel nearest_f32 runs for a name.");
   m.attr("most_neighbours") = lift_fast::kMostNeighbours;
+  lift_fast::bind_bit_matrix(m);
   lift_fast::bind_cosine_loss(m);
   lift_fast::bind_dense_match(m);
   lift_fast::bind_dense_match_cuda(m);

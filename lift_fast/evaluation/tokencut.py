@@ -1,0 +1,349 @@
+"""TokenCut: the foreground object of one picture from a normalised cut of its tokens' similarity graph.
+
+The published procedure (Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized
+Cut", CVPR 2022) builds dense N x N matrices and hands them to a dense generalised eigensolver. The graph is binary, so
+here it is a matrix of bits, and the one eigenvector that is needed comes from a Lanczos iteration on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bit_graph import BitGraph
+
+TAU = {"voc07": 0.2, "voc12": 0.2, "coco20k": 0.3}
+"""Thresholds of the published evaluations."""
+EPS = 1e-5
+
+# Angle, in radians, that may be left between the computed eigenvector and the exact one.
+_ANGLE = 1e-9
+# Eigenvalues (they lie in -1 .. 1) that are nearer than this are one eigenvalue: float64 cannot tell their vectors apart.
+_SAME = 1e-10
+# Entries that differ by less than this share of the largest count as equal, so that rounding decides on no seed.
+_TIE = 1e-7
+_MOST_STEPS, _CHECK_EVERY = 400, 4
+# Below this the dense solver is quicker.
+_SMALL = 48
+# Rows of similarities at one time.
+_PANEL = 512
+
+
+@dataclass(frozen=True)
+class Eigenpair:
+    """The second smallest solution of (D - W) x = lambda D x."""
+
+    vector: Tensor
+    """[N] float64, x^T D x = 1; its sign means nothing."""
+    value: float
+    """lambda, 0 to 2."""
+    gap: float
+    """Distance to the next eigenvalue (a lower bound is not claimed); 0 if they are one."""
+    degenerate: bool
+    """Several eigenvectors share the eigenvalue: the vector is a start vector's projection onto their span."""
+    solver: str
+    """``"lanczos"`` or ``"dense"``."""
+    products: int
+    """Matrix-vector products that it took."""
+
+
+@dataclass(frozen=True)
+class TokenCut:
+    """Result of :func:`tokencut`."""
+
+    eigenvector: npt.NDArray[np.float64]
+    """[h, w], positive at the seed."""
+    foreground: npt.NDArray[np.bool_]
+    """[h, w], the side of the cut that holds the seed."""
+    component: npt.NDArray[np.bool_]
+    """[h, w], the part of the foreground that hangs together (4 neighbours) with the seed."""
+    seed: tuple[int, int]
+    """(row, column)"""
+    cells: tuple[int, int, int, int]
+    """(top, left, bottom, right) of the component's box in cells, bottom and right excluded."""
+    degenerate: bool
+    """The graph does not determine the cut; see :func:`tokencut`."""
+    value: float
+    gap: float
+    solver: str
+    products: int
+
+    def box(self, picture: tuple[int, int], padded: tuple[int, int] | None = None) -> tuple[float, float, float, float]:
+        """The box in pixels: (x0, y0, x1, y1), continuous, so that a whole picture is (0, 0, width, height).
+
+        Args:
+            picture: (height, width) of the picture, to which the box is clipped.
+            padded: (height, width) of what the grid covers; None where nothing was padded. A cell is ``padded / grid``
+                pixels: one patch of a plain backbone, half a patch after LiFT.
+        """
+        height, width = padded or picture
+        rows, columns = self.eigenvector.shape
+        top, left, bottom, right = self.cells
+        return (
+            min(left * width / columns, picture[1]),
+            min(top * height / rows, picture[0]),
+            min(right * width / columns, picture[1]),
+            min(bottom * height / rows, picture[0]),
+        )
+
+
+def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: float = EPS) -> TokenCut:
+    """The salient object of one picture.
+
+    Two tokens are joined with weight 1 if their cosine is above ``tau``, else with weight ``eps``. The second smallest
+    eigenvector of (D - W) x = lambda D x is split at its mean; the foreground is the side of the entry that is largest
+    in absolute value (the seed); the object is the foreground's connected component around the seed.
+
+    Three things that the published code leaves to rounding are decided here: of several seeds within 1e-7 of the
+    largest the first in reading order is taken, and entries that close to the mean are background; the lower triangle
+    of the cosines counts (as for its eigensolver) where the two differ by rounding; and where several eigenvectors
+    share the eigenvalue, a fixed start vector is projected onto their span (``degenerate``). A graph without any cut,
+    complete or without edges, or of a single token, gives the whole grid, and is ``degenerate`` too.
+
+    Args:
+        features: ``[N, C]`` in reading order, N = h * w, any floating point dtype and device; cosines are computed in
+            float32 where they lie, everything else in float64 on the CPU.
+        grid: (h, w).
+        tau: threshold of the cosine.
+        eps: weight of the other pairs, 0 < eps < 1.
+
+    Raises:
+        TypeError: if ``features`` is no floating point tensor.
+        ValueError: for a wrong shape, values that are not finite, or thresholds out of range.
+    """
+    h, w = _check(features, grid, tau, eps)
+    graph = similarity_graph(features, tau)
+    count, degree = graph.count, graph.degree
+    trivial = count == 1 or bool((degree == count).all()) or not graph.has_edges()
+    if trivial:
+        everywhere = np.ones((h, w), dtype=bool)
+        flat = np.full((h, w), 1 / math.sqrt(count))
+        return TokenCut(flat, everywhere, everywhere, (0, 0), (0, 0, h, w), True, 0.0, 0.0, "none", 0)
+    pair = second_eigenvector(graph, eps)
+    vector = pair.vector.numpy()
+    largest = np.abs(vector).max()
+    seed = int(np.flatnonzero(np.abs(vector) >= (1 - _TIE) * largest)[0])
+    vector = vector * np.sign(vector[seed])
+    foreground = (vector > vector.mean() + _TIE * largest).reshape(h, w)
+    at = divmod(seed, w)
+    component = _component(foreground, at)
+    rows, columns = np.flatnonzero(component.any(1)), np.flatnonzero(component.any(0))
+    cells = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+    return TokenCut(
+        vector.reshape(h, w),
+        foreground,
+        component,
+        at,
+        cells,
+        pair.degenerate,
+        pair.value,
+        pair.gap,
+        pair.solver,
+        pair.products,
+    )
+
+
+def similarity_graph(features: Tensor, tau: float) -> BitGraph:
+    """Which of the features ``[N, C]`` have a float32 cosine above ``tau``: the lower triangle, mirrored."""
+    unit = F.normalize(features.detach().float(), dim=1)
+    graph = BitGraph(len(unit))
+    for start in range(0, len(unit), _PANEL):
+        stop = min(start + _PANEL, len(unit))
+        # Only what lies below the diagonal is needed.
+        graph.set_rows(start, (unit[start:stop] @ unit[:stop].T).cpu(), tau)
+    graph.close()
+    return graph
+
+
+def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto") -> Eigenpair:
+    """The second smallest solution of (D - W) x = lambda D x, for W = 1 on the graph's edges and ``eps`` elsewhere.
+
+    With S = D^-1/2 W D^-1/2 these are the largest solutions of S v = (1 - lambda) v, x = D^-1/2 v. The largest is known
+    (v = D^1/2 1) and is kept out; the next comes from Lanczos's iteration in float64, every vector kept orthogonal to
+    all before it, until its residual over its distance to the next eigenvalue bounds the error's angle by 1e-9. A second
+    iteration beside it, from another start, then looks for further eigenvectors of the same eigenvalue, which one alone
+    never meets. If either does not come to an end, the dense solver decides.
+
+    Args:
+        graph: at least two nodes.
+        eps: weight of pairs without an edge, > 0.
+        solver: ``"auto"``, ``"lanczos"`` (raises instead of falling back) or ``"dense"``.
+
+    Raises:
+        ValueError: for fewer than two nodes or an unknown solver.
+        ArithmeticError: if ``solver="lanczos"`` and it does not converge.
+    """
+    if graph.count < 2:
+        raise ValueError(f"a graph of {graph.count} nodes has no second eigenvector; expected at least 2")
+    if solver not in ("auto", "lanczos", "dense"):
+        raise ValueError(f"solver must be 'auto', 'lanczos' or 'dense', got {solver!r}")
+    operator = _NormalisedAffinity(graph, eps)
+    # One start for each size: every run, on every machine, takes the same vector of a degenerate eigenspace.
+    starts = torch.randn(2, graph.count, generator=torch.Generator().manual_seed(graph.count), dtype=torch.float64)
+    if solver == "lanczos" or (solver == "auto" and graph.count > _SMALL):
+        found = _lanczos_pair(operator, starts)
+        if found is not None:
+            return found
+        if solver == "lanczos":
+            raise ArithmeticError(f"Lanczos's iteration did not converge in {_MOST_STEPS} steps; take solver='auto'")
+    return _dense_pair(operator, starts[0])
+
+
+class _NormalisedAffinity:
+    """S = D^-1/2 W D^-1/2 as an operator."""
+
+    def __init__(self, graph: BitGraph, eps: float) -> None:
+        self.graph, self.eps = graph, eps
+        degree = (1 - eps) * graph.degree.double() + eps * graph.count
+        self.root = degree.rsqrt()
+        first = degree.sqrt()
+        self.first = first / first.norm()
+        self.products = 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        self.products += 1
+        scaled = self.root * vector
+        return self.root * ((1 - self.eps) * self.graph.multiply(scaled) + self.eps * scaled.sum())
+
+    def dense(self) -> Tensor:
+        weights = self.graph.dense().mul_(1 - self.eps).add_(self.eps)
+        return weights.mul_(self.root).mul_(self.root[:, None])
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """The largest eigenvalue that a start vector leads to."""
+
+    value: float
+    residual: float
+    gap: float
+    vector: Tensor
+
+
+# Of (value, residual, gap) of the largest Ritz value.
+_Enough = Callable[[float, float, float], bool]
+
+
+def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor], enough: _Enough) -> _Ritz | None:
+    """The top Ritz pair orthogonal to ``without``, once ``enough`` of it is known; None if that takes too long."""
+    count, kept = len(start), len(without)
+    most = min(_MOST_STEPS, count - kept)
+    basis = torch.empty(kept + most + 1, count, dtype=torch.float64)
+    for row, vector in enumerate(without):
+        basis[row] = vector
+    alpha, beta = np.zeros(most), np.zeros(most + 1)
+
+    def orthogonal(vector: Tensor, rows: int) -> Tensor:
+        # Twice is enough (Kahan): the first pass leaves what rounding took of a much longer vector.
+        for _ in range(2):
+            vector = vector - basis[:rows].T @ (basis[:rows] @ vector)
+        return vector
+
+    vector = orthogonal(start / start.norm(), kept)
+    basis[kept] = vector / vector.norm()
+    for step in range(most):
+        current = kept + step
+        image = operator(basis[current])
+        alpha[step] = float(image @ basis[current])
+        image = orthogonal(image, current + 1)
+        beta[step + 1] = float(image.norm())
+        # The largest eigenvalue is 1: what is left below this is rounding, the space is invariant.
+        exhausted = beta[step + 1] < 1e-13 or step + 1 == count - kept
+        if not exhausted:
+            basis[current + 1] = image / beta[step + 1]
+        elif step + 1 < most:
+            beta[step + 1] = 0.0
+        if exhausted or (step + 1) % _CHECK_EVERY == 0 or step + 1 == most:
+            small = np.diag(alpha[: step + 1]) + np.diag(beta[1 : step + 1], 1) + np.diag(beta[1 : step + 1], -1)
+            values, vectors = np.linalg.eigh(small)
+            residuals = np.zeros(step + 1) if exhausted else beta[step + 1] * np.abs(vectors[-1])
+            # Rounding splits an eigenvalue of many vectors; its parts weigh as much as the start holds of them.
+            cluster = values > values[-1] - _SAME
+            gap = float(values[-1] - values[~cluster][-1]) if not cluster.all() else math.inf
+            residual = float(residuals[cluster].max())
+            settled = cluster.all() or float(residuals[~cluster][-1]) <= 0.5 * gap
+            if exhausted or (settled and enough(float(values[-1]), residual, gap)):
+                weights = vectors[:, cluster] @ vectors[0, cluster]
+                ritz = torch.from_numpy(weights) @ basis[kept : current + 1]
+                return _Ritz(float(values[-1]), residual, gap, ritz / ritz.norm())
+    return None
+
+
+def _lanczos_pair(operator: _NormalisedAffinity, starts: Tensor) -> Eigenpair | None:
+    top = _lanczos(operator, starts[0], [operator.first], lambda _, residual, gap: residual <= _ANGLE * gap)
+    if top is None:
+        return None
+
+    def settles(value: float, residual: float, _: float) -> bool:
+        return residual <= max(0.5 * (top.value - value), 0.1 * _SAME)
+
+    others = len(starts[0]) - 2
+    other = _lanczos(operator, starts[1], [operator.first, top.vector], settles) if others else None
+    if others and (other is None or other.value > top.value + _SAME):
+        return None
+    gap = top.gap if other is None else min(top.gap, top.value - other.value)
+    return _pair(operator, top.value, gap, top.vector, "lanczos")
+
+
+def _dense_pair(operator: _NormalisedAffinity, start: Tensor) -> Eigenpair:
+    # All eigenvalues lie in -1 .. 1: this moves the known one below the others.
+    matrix = operator.dense() - 3 * torch.outer(operator.first, operator.first)
+    values, vectors = torch.linalg.eigh(matrix)
+    cluster = values > values[-1] - _SAME
+    span = vectors[:, cluster]
+    vector = span @ (span.T @ start)
+    value = float(values[-1])
+    # The last of the ascending values below is the known one.
+    gap = 0.0 if span.shape[1] > 1 else (value - float(values[-2]) if len(values) > 2 else math.inf)
+    return _pair(operator, value, gap, vector / vector.norm(), "dense")
+
+
+def _pair(operator: _NormalisedAffinity, value: float, gap: float, vector: Tensor, solver: str) -> Eigenpair:
+    degenerate = gap < _SAME
+    gap = 0.0 if degenerate else gap
+    return Eigenpair(operator.root * vector, 1 - value, gap, degenerate, solver, operator.products)
+
+
+def _component(foreground: npt.NDArray[np.bool_], at: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The cells of ``foreground`` that are reached from ``at`` through neighbours above, below, left and right."""
+    within = np.pad(foreground, 1)
+    reached = np.zeros_like(within)
+    reached[at[0] + 1, at[1] + 1] = True
+    size = 1
+    while True:
+        grown = reached.copy()
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        reached = grown & within
+        new = int(reached.sum())
+        if new == size:
+            return reached[1:-1, 1:-1]
+        size = new
+
+
+def _check(features: Tensor, grid: tuple[int, int], tau: float, eps: float) -> tuple[int, int]:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        got = str(features.dtype) if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"features must be a floating point tensor [N, C], got {got}")
+    h, w = grid
+    if features.ndim != 2 or features.shape[1] == 0 or min(h, w) < 1 or features.shape[0] != h * w:
+        raise ValueError(
+            f"features must be [N, C] with N = h * w >= 1 tokens of the grid {h} x {w} and C >= 1, "
+            f"got {list(features.shape)}; leave out the class token"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features hold NaN or infinity; a picture or weights that are not finite make them")
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie between 0 and 1, got {eps}")
+    if not math.isfinite(tau):
+        raise ValueError(f"tau must be a finite cosine, got {tau}")
+    return h, w
