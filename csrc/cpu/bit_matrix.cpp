@@ -10,6 +10,9 @@
 namespace lift_fast {
 namespace {
 
+// Work for one thread.
+constexpr std::int64_t kThreadWords = 1 << 18;
+
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("bit_matrix: " + what);
 }
@@ -83,7 +86,8 @@ void bit_matrix_multiply(const std::uint64_t* bits, std::int64_t n, const double
   std::fill(padded.get() + n, padded.get() + 64 * call.words, 0.0);
   call.vector = padded.get();
   call.out = out;
-  call.threads = static_cast<int>(std::min<std::int64_t>(threads, (n + 255) / 256));
+  // Where one thread needs a millisecond, a second one costs more in waiting for it than it saves.
+  call.threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + n / 64 * n / kThreadWords));
 #if defined(__x86_64__)
   if (isa == CpuIsa::avx512) return bit_multiply_kernel_avx512(call);
   if (isa == CpuIsa::avx2) return bit_multiply_kernel_avx2(call);

@@ -55,7 +55,9 @@ class BitGraph:
         rows = len(similarity)
         stop = start + rows
         if start != self._filled or start % 64 or stop > self.count or rows == 0:
-            raise ValueError(f"expected rows from {self._filled} (a multiple of 64) up to {self.count}, got {start} .. {stop}")
+            raise ValueError(
+                f"expected rows from {self._filled} (a multiple of 64) up to {self.count}, got {start} .. {stop}"
+            )
         if similarity.shape != (rows, stop) or similarity.dtype != torch.float32 or similarity.device.type != "cpu":
             raise ValueError(
                 f"similarity must be [{rows}, {stop}] float32 on the CPU, got {list(similarity.shape)} "

@@ -258,22 +258,30 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
         exhausted = beta[step + 1] < 1e-13 or step + 1 == count - kept
         if not exhausted:
             basis[current + 1] = image / beta[step + 1]
-        elif step + 1 < most:
-            beta[step + 1] = 0.0
         if exhausted or (step + 1) % _CHECK_EVERY == 0 or step + 1 == most:
-            small = np.diag(alpha[: step + 1]) + np.diag(beta[1 : step + 1], 1) + np.diag(beta[1 : step + 1], -1)
-            values, vectors = np.linalg.eigh(small)
+            values, vectors = _tridiagonal(alpha[: step + 1], beta[1 : step + 1])
             residuals = np.zeros(step + 1) if exhausted else beta[step + 1] * np.abs(vectors[-1])
             # Rounding splits an eigenvalue of many vectors; its parts weigh as much as the start holds of them.
             cluster = values > values[-1] - _SAME
-            gap = float(values[-1] - values[~cluster][-1]) if not cluster.all() else math.inf
+            gap = math.inf if cluster.all() else float(values[-1] - values[~cluster][-1])
             residual = float(residuals[cluster].max())
-            settled = cluster.all() or float(residuals[~cluster][-1]) <= 0.5 * gap
+            settled = bool(cluster.all()) or float(residuals[~cluster][-1]) <= 0.5 * gap
             if exhausted or (settled and enough(float(values[-1]), residual, gap)):
                 weights = vectors[:, cluster] @ vectors[0, cluster]
-                ritz = torch.from_numpy(weights) @ basis[kept : current + 1]
+                ritz = basis[kept : current + 1].T @ torch.from_numpy(weights)
                 return _Ritz(float(values[-1]), residual, gap, ritz / ritz.norm())
     return None
+
+
+def _tridiagonal(
+    diagonal: npt.NDArray[np.float64], beside: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of a symmetric tridiagonal matrix."""
+    matrix = torch.diag(torch.from_numpy(diagonal))
+    matrix.diagonal(-1).copy_(torch.from_numpy(beside))
+    # Not NumPy's: its threads, beside PyTorch's, wait for each other far longer than this takes.
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.numpy(), vectors.numpy()
 
 
 def _lanczos_pair(operator: _NormalisedAffinity, starts: Tensor) -> Eigenpair | None:
