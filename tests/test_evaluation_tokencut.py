@@ -25,7 +25,7 @@ def one_thread():
 
 
 def planted(h, w, seed, channels=24, noise=0.35):
-    """[h * w, C] features of a rectangle on a ground whose features drift, and the rectangle (top, left, bottom, right)."""
+    """[h * w, C] features of a rectangle on a ground that drifts, and the rectangle (top, left, bottom, right)."""
     generator = torch.Generator().manual_seed(seed)
     top, left = (int(torch.randint(0, max(1, n // 2), (), generator=generator)) for n in (h, w))
     box = (top, left, top + max(2, h // 3), left + max(2, w // 3))

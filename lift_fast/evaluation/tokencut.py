@@ -25,7 +25,7 @@ EPS = 1e-5
 
 # Angle, in radians, that may be left between the computed eigenvector and the exact one.
 _ANGLE = 1e-9
-# Eigenvalues (they lie in -1 .. 1) that are nearer than this are one eigenvalue: float64 cannot tell their vectors apart.
+# Eigenvalues (they lie in -1 .. 1) nearer than this are one: float64 cannot tell their vectors apart.
 _SAME = 1e-10
 # Entries that differ by less than this share of the largest count as equal, so that rounding decides on no seed.
 _TIE = 1e-7
@@ -167,9 +167,9 @@ def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto
 
     With S = D^-1/2 W D^-1/2 these are the largest solutions of S v = (1 - lambda) v, x = D^-1/2 v. The largest is known
     (v = D^1/2 1) and is kept out; the next comes from Lanczos's iteration in float64, every vector kept orthogonal to
-    all before it, until its residual over its distance to the next eigenvalue bounds the error's angle by 1e-9. A second
-    iteration beside it, from another start, then looks for further eigenvectors of the same eigenvalue, which one alone
-    never meets. If either does not come to an end, the dense solver decides.
+    all before it, until its residual over its distance to the next eigenvalue bounds the angle of its error by 1e-9. A
+    second iteration beside it, from another start, then looks for further eigenvectors of the same eigenvalue, which
+    one alone never meets. If either does not come to an end, the dense solver decides.
 
     Args:
         graph: at least two nodes.

@@ -1,0 +1,284 @@
+"""Unsupervised object discovery: one box for each picture by TokenCut, judged by CorLoc."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lift_fast.images import to_tensor
+from lift_fast.pictures import confidence_colours
+
+from .boxes import Box, Sample
+from .tokencut import EPS, TokenCut, tokencut
+
+Features = Callable[[Tensor], Tensor]
+"""Normalised picture [1, 3, H, W], sides whole multiples of the patch size, to a feature map [1, C, h, w]."""
+
+_PANEL, _GAP, _TEXT = 480, 12, 18
+_PREDICTED, _TRUE, _INK = (220, 40, 40), (40, 200, 80), (25, 25, 25)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What :func:`discover` finds."""
+
+    cut: TokenCut
+    box: Box
+    """(x0, y0, x1, y1) in the picture's pixels."""
+    share: tuple[float, float]
+    """The picture's share of the height and width that the grid covers, padding included."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The box of one picture, and how it fares."""
+
+    name: str
+    box: Box
+    """(x0, y0, x1, y1) in pixels of the file."""
+    iou: float
+    """The largest with a ground-truth box."""
+    found: bool
+    """IoU >= 0.5 with any ground-truth box."""
+    degenerate: bool
+    """The graph did not determine the cut (:class:`lift_fast.evaluation.tokencut.TokenCut`)."""
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes in continuous pixels; 0 for empty boxes."""
+    inter, union = _areas(a, b)
+    return inter / union if union > 0 else 0.0
+
+
+def overlaps(a: Box, b: Box) -> bool:
+    """Whether the intersection over union is at least 0.5, exactly so for whole pixels."""
+    inter, union = _areas(a, b)
+    return union > 0 and 2 * inter >= union
+
+
+def _areas(a: Box, b: Box) -> tuple[float, float]:
+    wide, tall = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(wide, 0.0) * max(tall, 0.0)
+    return inter, (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+
+
+def read_as_stored(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture as 8-bit RGB in the pixels that annotations speak of: not turned by its EXIF orientation.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it does not decode.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {path}")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def discover(
+    image: Image.Image,
+    features: Features,
+    *,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    tau: float,
+    eps: float = EPS,
+    resolution: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Discovery:
+    """TokenCut's box in a picture, in the picture's pixels.
+
+    The normalised picture is padded with zeros at the right and at the bottom to whole patches; the grid of features
+    covers the padded picture, and the box is clipped to the picture.
+
+    Args:
+        image: RGB.
+        features: what to cut.
+        patch: the padded sides are multiples of it.
+        mean, std: of the normalisation.
+        tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
+        resolution: None keeps the picture's own size (the published TokenCut evaluation); S resizes it to S x S
+            (Lanczos) first, and scales the box back.
+        device, dtype: of what ``features`` takes.
+
+    Raises:
+        ValueError: for features of another form or that are not finite.
+    """
+    width, height = image.size
+    shown = image if resolution is None else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    tensor = to_tensor(shown, mean, std)
+    tall, wide = tensor.shape[2:]
+    padded = F.pad(tensor, (0, -wide % patch, 0, -tall % patch))
+    maps = features(padded.to(device=device, dtype=dtype))
+    if maps.ndim != 4 or maps.shape[0] != 1:
+        raise ValueError(f"features must give a map [1, C, h, w] for a picture, got {list(maps.shape)}")
+    grid = (maps.shape[2], maps.shape[3])
+    cut = tokencut(maps[0].flatten(1).T, grid, tau=tau, eps=eps)
+    x0, y0, x1, y1 = cut.box((tall, wide), (padded.shape[2], padded.shape[3]))
+    box = (x0 * width / wide, y0 * height / tall, x1 * width / wide, y1 * height / tall)
+    return Discovery(cut, box, (tall / padded.shape[2], wide / padded.shape[3]))
+
+
+def judge(sample: Sample, box: Box, degenerate: bool) -> Prediction:
+    """The prediction for a picture against its ground truth."""
+    return Prediction(
+        sample.name,
+        box,
+        max(iou(box, truth) for truth in sample.boxes),
+        any(overlaps(box, truth) for truth in sample.boxes),
+        degenerate,
+    )
+
+
+def corloc(predictions: Iterable[Prediction]) -> dict[str, Any]:
+    """Figures over pictures: ``corloc`` (percent of pictures whose box is correct), ``pictures``, ``found``,
+    ``mean_iou`` (0 to 1) and ``degenerate`` (how many)."""
+    all_of_them = list(predictions)
+    count, found = len(all_of_them), sum(p.found for p in all_of_them)
+    return {
+        "corloc": 100 * found / count if count else None,
+        "pictures": count,
+        "found": found,
+        "mean_iou": sum(p.iou for p in all_of_them) / count if count else None,
+        "degenerate": sum(p.degenerate for p in all_of_them),
+    }
+
+
+class Journal:
+    """Predictions in a file that grows by one line for each picture, so that an interrupted run goes on.
+
+    The first line holds the settings; a file of other settings is refused. A last line that an interruption cut off is
+    dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """
+        Raises:
+            ValueError: if the file was written with other settings, or is no journal.
+        """
+        self.path = Path(path)
+        self.done: dict[str, Prediction] = {}
+        header = json.dumps({"settings": settings}, sort_keys=True)
+        if self.path.exists() and not overwrite:
+            self._read(header)
+        else:
+            self.path.write_text(header + "\n", "utf-8")
+
+    def _read(self, header: str) -> None:
+        content = self.path.read_text("utf-8")
+        lines = content.splitlines()
+        if not lines or lines[0] != header:
+            raise ValueError(
+                f"{self.path} was written with other settings; take another --out, or --overwrite.\n"
+                f"there: {lines[0][:2000] if lines else 'nothing'}\nnow:   {header[:2000]}"
+            )
+        whole = lines[1:] if content.endswith("\n") else lines[1:-1]
+        for number, line in enumerate(whole, 2):
+            try:
+                entry = json.loads(line)
+                x0, y0, x1, y1 = entry.pop("box")
+                self.done[entry["name"]] = Prediction(box=(x0, y0, x1, y1), **entry)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.path}, line {number} is no prediction: {error}; take --overwrite") from error
+        if not content.endswith("\n"):
+            self.path.write_text("\n".join([header, *whole]) + "\n", "utf-8")
+
+    def add(self, prediction: Prediction) -> None:
+        """Append a line."""
+        self.done[prediction.name] = prediction
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(prediction)) + "\n")
+
+
+def run_discovery(
+    samples: Sequence[Sample],
+    find: Callable[[Image.Image], Discovery],
+    *,
+    journal: Journal | None = None,
+    failed: list[tuple[str, str]],
+    show: Callable[[Sample, Image.Image, Discovery, Prediction], None] | None = None,
+) -> Iterator[Prediction]:
+    """Predict and judge picture after picture; those in the journal are not computed again.
+
+    Args:
+        samples: what to go through.
+        find: :func:`discover` with its settings.
+        journal: where predictions are kept.
+        failed: receives (name, reason) of pictures that are missing or do not decode; they are left out.
+        show: called with what was computed.
+    """
+    for sample in samples:
+        if journal is not None and sample.name in journal.done:
+            yield journal.done[sample.name]
+            continue
+        try:
+            image = read_as_stored(sample.path)
+        except (OSError, ValueError) as error:
+            failed.append((sample.name, str(error)))
+            continue
+        discovery = find(image)
+        prediction = judge(sample, discovery.box, discovery.cut.degenerate)
+        if journal is not None:
+            journal.add(prediction)
+        if show is not None:
+            show(sample, image, discovery, prediction)
+        yield prediction
+
+
+def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, prediction: Prediction) -> Image.Image:
+    """One sheet: the picture with the predicted (red) and the true boxes (green), the eigenvector, the foreground."""
+    font = ImageFont.load_default(size=_TEXT)
+    scale = min(_PANEL / image.width, _PANEL / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    cut = discovery.cut
+    vector = cut.eigenvector
+    spread = float(vector.max() - vector.min())
+    stretched = (vector - vector.min()) / (spread if spread > 0 else 1.0)
+    rows = cut.foreground.astype(np.uint8) * 90 + cut.component.astype(np.uint8) * 165
+    panels = [
+        ("picture", image.resize(size, Image.Resampling.LANCZOS)),
+        (
+            f"eigenvector, {cut.eigenvector.shape[1]} x {cut.eigenvector.shape[0]}",
+            _over(confidence_colours(stretched), size, discovery.share),
+        ),
+        ("foreground, its component", _over(np.repeat(rows[..., None], 3, 2), size, discovery.share)),
+    ]
+    top = 2 * _GAP + 2 * _TEXT + _GAP
+    sheet = Image.new("RGB", (_GAP + 3 * (size[0] + _GAP), top + size[1] + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    verdict = "found" if prediction.found else "missed"
+    note = ", cut not determined" if prediction.degenerate else ""
+    draw.text((_GAP, _GAP), f"{sample.name}: IoU {prediction.iou:.3f}, {verdict}{note}", font=font, fill=_INK)
+    for number, (title, panel) in enumerate(panels):
+        left = _GAP + number * (size[0] + _GAP)
+        draw.text((left, _GAP + _TEXT + _GAP), title, font=font, fill=_INK)
+        sheet.paste(panel, (left, top))
+        if number == 0:
+            for box, colour in [*((b, _TRUE) for b in sample.boxes), (prediction.box, _PREDICTED)]:
+                x0, y0, x1, y1 = (v * scale for v in box)
+                far = (left + max(x0, x1 - 1), top + max(y0, y1 - 1))
+                draw.rectangle((left + x0, top + y0, *far), outline=colour, width=3)
+    return sheet
+
+
+def _over(cells: npt.NDArray[np.uint8], size: tuple[int, int], share: tuple[float, float]) -> Image.Image:
+    """Cells as a picture of ``size`` (width, height), without those that lie in the padding."""
+    covered = (0.0, 0.0, cells.shape[1] * share[1], cells.shape[0] * share[0])
+    return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST, box=covered)

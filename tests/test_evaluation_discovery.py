@@ -1,0 +1,366 @@
+"""CorLoc on generated data sets in the layouts of Pascal VOC and COCO, against boxes and overlaps written out."""
+
+import json
+import random
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from lift_fast.evaluation.boxes import read_coco, read_voc
+from lift_fast.evaluation.discovery import (
+    Journal,
+    Prediction,
+    corloc,
+    discover,
+    draw_discovery,
+    iou,
+    judge,
+    overlaps,
+    read_as_stored,
+    run_discovery,
+)
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def paint(path, size, box, seed):
+    """A picture of (width, height) with a bright red box on noisy blue."""
+    random_ = np.random.default_rng(seed)
+    pixels = random_.integers(0, 30, (size[1], size[0], 3)) + np.array([0, 0, 200])
+    x0, y0, x1, y1 = box
+    pixels[y0:y1, x0:x1] = random_.integers(0, 30, (y1 - y0, x1 - x0, 3)) + np.array([220, 0, 0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+
+
+def colours(pictures):
+    """Mean colour of each 8 x 8 patch, as features that TokenCut can cut: [1, 3, h, w]."""
+    return F.avg_pool2d(pictures, 8)
+
+
+def voc_object(box, name="cat", **flags):
+    """An object as VOC writes it: pixels from 1, both ends included; ``box`` is continuous."""
+    corners = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, box[2], box[3]), strict=True)
+    marks = "".join(f"<{flag}>{value}</{flag}>" for flag, value in flags.items())
+    inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
+    # Parts have boxes too, which are no objects.
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    return f"<object><name>{escape(name)}</name>{marks}<bndbox>{inner}</bndbox>{part}</object>"
+
+
+def make_voc(root, pictures, year=2007):
+    """VOCdevkit in its original layout; ``pictures``: name -> (size, painted box, list of objects' XML)."""
+    base = root / "VOCdevkit" / f"VOC{year}"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (base / folder).mkdir(parents=True)
+    for seed, (name, (size, box, objects)) in enumerate(pictures.items()):
+        paint(base / "JPEGImages" / f"{name}.jpg", size, box, seed)
+        (base / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><folder>VOC{year}</folder><filename>{name}.jpg</filename><size><width>{size[0]}</width>"
+            f"<height>{size[1]}</height><depth>3</depth></size>{''.join(objects)}</annotation>"
+        )
+    (base / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{name}\n" for name in pictures))
+    return base
+
+
+def make_coco(root, pictures, images="train2014"):
+    """COCO in its original layout; ``pictures``: id -> (size, painted box, [(bbox, iscrowd)])."""
+    names, entries, annotations = [], [], []
+    for number, (size, box, things) in pictures.items():
+        name = f"COCO_train2014_{number:012d}.jpg"
+        paint(root / images / name, size, box, number)
+        names.append(name)
+        entries.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        for bbox, crowd in things:
+            annotations.append(
+                {"id": len(annotations), "image_id": number, "bbox": bbox, "iscrowd": crowd, "category_id": 1}
+            )
+    (root / "annotations").mkdir()
+    content = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}
+    (root / "annotations" / "instances_train2014.json").write_text(json.dumps(content))
+    (root / "coco_20k_filenames.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def find(image, **options):
+    return discover(image, colours, patch=8, mean=MEAN, std=STD, tau=0.2, **options)
+
+
+def sizes_and_boxes(seed, count):
+    """Sizes that are no multiples of the patch, and boxes of whole patches inside them, smaller than half."""
+    pick = random.Random(seed)
+    for _ in range(count):
+        w, h = pick.randint(70, 120), pick.randint(70, 120)
+        x0, y0 = 8 * pick.randint(0, 3), 8 * pick.randint(0, 3)
+        yield (w, h), (x0, y0, x0 + 8 * pick.randint(2, 4), y0 + 8 * pick.randint(2, 4))
+
+
+def pixels_of(box):
+    """The pixels of a box of whole pixels, one by one."""
+    return {(x, y) for x in range(int(box[0]), int(box[2])) for y in range(int(box[1]), int(box[3]))}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_overlap_counts_pixels(seed):
+    pick = random.Random(seed)
+    for _ in range(60):
+        a, b = (
+            (x, y, x + pick.randint(1, 9), y + pick.randint(1, 9))
+            for x, y in ((pick.randint(0, 8), pick.randint(0, 8)) for _ in range(2))
+        )
+        inside, union = len(pixels_of(a) & pixels_of(b)), len(pixels_of(a) | pixels_of(b))
+        assert iou(a, b) == pytest.approx(inside / union, abs=1e-15)
+        assert overlaps(a, b) == (2 * inside >= union)
+    assert overlaps((0, 0, 2, 1), (0, 0, 1, 1))
+    assert iou((0, 0, 1, 1), (5, 5, 6, 6)) == 0
+    assert iou((3, 3, 3, 3), (3, 3, 3, 3)) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_objects_in_voc_are_all_found(tmp_path, seed):
+    pictures = {
+        f"{i:06d}": (size, box, [voc_object(box, difficult=0, truncated=0)])
+        for i, (size, box) in enumerate(sizes_and_boxes(seed, 5))
+    }
+    make_voc(tmp_path, pictures)
+    data = read_voc(tmp_path, 2007)
+    assert not data.skipped
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    predictions = list(run_discovery(data.samples, find, failed=[]))
+    assert [p.box for p in predictions] == [box for _, box, _ in pictures.values()]
+    assert corloc(predictions) == {"corloc": 100.0, "pictures": 5, "found": 5, "mean_iou": 1.0, "degenerate": 0}
+
+
+@pytest.mark.parametrize("images", ["train2014", "images/train2014"])
+def test_planted_objects_in_coco_are_all_found(tmp_path, images):
+    pictures = {}
+    for i, (size, box) in enumerate(sizes_and_boxes(7, 4)):
+        x0, y0, x1, y1 = box
+        exact = [x0 + 0.3, y0 - 0.3, x1 - x0 - 0.1, y1 - y0 + 0.4]
+        pictures[100 + i] = (size, box, [([0.0, 0.0, 5.0, 5.0], 1), (exact, 0)])
+    data = read_coco(make_coco(tmp_path, pictures, images))
+    # Crowds do not count; corners are rounded.
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    predictions = list(run_discovery(data.samples, find, failed=[]))
+    assert corloc(predictions)["corloc"] == 100
+
+
+def test_any_box_counts_and_half_is_enough():
+    sample = type("S", (), {"name": "a", "boxes": ((50, 50, 60, 60), (0, 0, 10, 20))})()
+    half = judge(sample, (0, 0, 10, 10), False)
+    assert half.found
+    assert half.iou == 0.5
+    assert not judge(sample, (0, 0, 10, 9), False).found
+
+
+def test_hard_objects_count_unless_left_out(tmp_path):
+    box = (8, 8, 32, 40)
+    other = (0, 0, 6, 6)
+    make_voc(
+        tmp_path,
+        {
+            "a": ((80, 64), box, [voc_object(box, difficult=1), voc_object(other, truncated=0, difficult=0)]),
+            "b": ((80, 64), box, [voc_object(box, truncated=1)]),
+            "c": ((80, 64), box, [voc_object(box)]),
+        },
+        year=2012,
+    )
+    assert [s.boxes for s in read_voc(tmp_path, 2012).samples] == [(box, other), (box,), (box,)]
+    easy = read_voc(tmp_path / "VOCdevkit", 2012, no_hard=True)
+    assert [(s.name, s.boxes) for s in easy.samples] == [("a", (other,)), ("c", (box,))]
+    assert easy.skipped == [("b", "no objects")]
+    # The year's own folder does as well.
+    assert len(read_voc(tmp_path / "VOCdevkit" / "VOC2012", 2012).samples) == 3
+
+
+def test_bad_voc_annotations_are_named_and_left_out(tmp_path):
+    box = (8, 8, 32, 40)
+    names = ("good", "cut", "empty", "none", "words", "inverted", "entities", "missing", "binary")
+    base = make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in names})
+    where = base / "Annotations"
+    whole = (where / "good.xml").read_text()
+    (where / "cut.xml").write_text(whole[:100])
+    (where / "empty.xml").write_text("")
+    (where / "none.xml").write_text("<annotation></annotation>")
+    (where / "words.xml").write_text(whole.replace("<xmin>9</xmin>", "<xmin>nine</xmin>"))
+    (where / "inverted.xml").write_text(whole.replace("<xmin>9</xmin>", "<xmin>70</xmin>"))
+    (where / "entities.xml").write_text('<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + whole)
+    (where / "missing.xml").unlink()
+    (where / "binary.xml").write_bytes(b"\xff\xfe\x00\x01")
+    (where / "good.xml").write_text('<?xml version="1.0" encoding="latin-1"?>' + whole.replace(">9<", "> 9.7 <", 1))
+    data = read_voc(tmp_path, 2007)
+    assert [sample.name for sample in data.samples] == ["good"]
+    assert data.samples[0].boxes == (box,)
+    reasons = dict(data.skipped)
+    assert set(reasons) == set(names) - {"good"}
+    for name, message in (
+        ("cut", "cut.xml is no annotation"),
+        ("empty", "empty.xml is no annotation"),
+        ("none", "no objects"),
+        ("words", "words.xml, object 0: expected a number in its bndbox, got 'nine'"),
+        ("inverted", "is empty"),
+        ("entities", "document type"),
+        ("missing", "no annotation at"),
+        ("binary", "binary.xml is no annotation"),
+    ):
+        assert message in reasons[name]
+
+
+def test_bad_coco_annotations_are_named_and_left_out(tmp_path):
+    box = (8, 8, 32, 40)
+    things = {
+        1: [([8, 8, 24, 32], 0)],
+        2: [([8, 8, 24, 32], 1)],
+        3: [([8, 8, 24], 0)],
+        4: [([8, 8, None, 3], 0)],
+        5: [([8, 8, 0, 3], 0)],
+        6: [],
+    }
+    make_coco(tmp_path, {number: ((80, 64), box, entry) for number, entry in things.items()})
+    names = tmp_path / "coco_20k_filenames.txt"
+    names.write_text("train2014/COCO_train2014_000000000099.jpg\n\n" + names.read_text() + names.read_text())
+    data = read_coco(tmp_path)
+    assert [sample.name for sample in data.samples] == ["COCO_train2014_000000000001.jpg"]
+    reasons = [reason for _, reason in data.skipped]
+    assert [next((r for r in reasons if part in r), None) is not None for part in ("id 99", "four numbers", "is empty")]
+    assert len(reasons) == 6
+    assert reasons.count("no objects") == 2
+
+
+def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="VOC2007"):
+        read_voc(tmp_path, 2007)
+    base = make_voc(tmp_path / "voc", {"a": ((80, 64), (8, 8, 32, 40), [])})
+    with pytest.raises(FileNotFoundError, match=r"val\.txt"):
+        read_voc(tmp_path / "voc", 2007, split="val")
+    (base / "ImageSets" / "Main" / "trainval.txt").write_text("\n")
+    with pytest.raises(ValueError, match="lists no pictures"):
+        read_voc(tmp_path / "voc", 2007)
+    (base / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
+    with pytest.raises(ValueError, match="leads out"):
+        read_voc(tmp_path / "voc", 2007)
+    coco = tmp_path / "coco"
+    coco.mkdir()
+    with pytest.raises(FileNotFoundError, match="coco_20k_filenames"):
+        read_coco(coco)
+    make_coco(coco, {1: ((80, 64), (8, 8, 32, 40), [([8, 8, 24, 32], 0)])})
+    source = coco / "annotations" / "instances_train2014.json"
+    for content, message in (("{", "no JSON"), ("[]", "images"), ('{"images": [3], "annotations": []}', "images")):
+        source.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_coco(coco)
+    source.unlink()
+    with pytest.raises(FileNotFoundError, match="no annotations"):
+        read_coco(coco)
+    (coco / "coco_20k_filenames.txt").write_text("cat.jpg\n")
+    with pytest.raises(ValueError, match="no picture id"):
+        read_coco(coco)
+
+
+def test_pictures_that_do_not_decode_are_left_out_and_counted(tmp_path):
+    box = (8, 8, 32, 40)
+    base = make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in ("a", "b", "c", "d")})
+    (base / "JPEGImages" / "b.jpg").unlink()
+    whole = (base / "JPEGImages" / "c.jpg").read_bytes()
+    (base / "JPEGImages" / "c.jpg").write_bytes(whole[: len(whole) // 2])
+    failed = []
+    predictions = list(run_discovery(read_voc(tmp_path, 2007).samples, find, failed=failed))
+    assert [p.name for p in predictions] == ["a", "d"]
+    assert [name for name, _ in failed] == ["b", "c"]
+    assert "b.jpg" in failed[0][1]
+    assert "c.jpg" in failed[1][1]
+    assert corloc([])["corloc"] is None
+
+
+def test_pictures_are_taken_as_stored(tmp_path):
+    # Annotations speak of the stored pixels, whatever way up the camera was held.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_as_stored(tmp_path / "a.jpg").size == (30, 20)
+
+
+@pytest.mark.parametrize("resolution", [None, 64, 72])
+def test_boxes_come_back_in_the_pictures_pixels(tmp_path, resolution):
+    paint(tmp_path / "a.png", (128, 64), (32, 16, 64, 48), 0)
+    found = find(Image.open(tmp_path / "a.png").convert("RGB"), resolution=resolution)
+    assert found.box == pytest.approx((32, 16, 64, 48), abs=0 if resolution is None else 20)
+    assert found.share == (1, 1)
+    with pytest.raises(ValueError, match=r"\[1, C, h, w\]"):
+        discover(Image.new("RGB", (16, 16)), lambda p: p[0], patch=8, mean=MEAN, std=STD, tau=0.2)
+
+
+def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
+    seen = []
+
+    def features(pictures):
+        seen.append(pictures)
+        return colours(pictures)
+
+    # The object touches the right and lower end, which lie inside a patch.
+    paint(tmp_path / "a.png", (61, 45), (32, 24, 61, 45), 0)
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+    found = discover(image, features, patch=8, mean=MEAN, std=STD, tau=0.2)
+    assert seen[0].shape == (1, 3, 48, 64)
+    assert (seen[0][:, :, 45:] == 0).all()
+    assert (seen[0][:, :, :, 61:] == 0).all()
+    expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(seen[0][0, :, :45, :61], expected.float(), rtol=0, atol=1e-6)
+    assert found.box == (32, 24, 61, 45)
+    assert found.share == (45 / 48, 61 / 64)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    box = (8, 8, 32, 40)
+    make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in "abcd"})
+    samples = read_voc(tmp_path, 2007).samples
+    path, settings = tmp_path / "run.jsonl", {"tau": 0.2}
+    whole = list(run_discovery(samples, find, failed=[]))
+    run = run_discovery(samples, find, journal=Journal(path, settings), failed=[])
+    assert [next(run), next(run)] == whole[:2]
+    run.close()
+    # Killed while it wrote a line.
+    path.write_text(path.read_text() + '{"name": "c", "bo')
+    computed = []
+
+    def counted(image):
+        computed.append(image)
+        return find(image)
+
+    again = list(run_discovery(samples, counted, journal=Journal(path, settings), failed=[]))
+    assert again == whole
+    assert len(computed) == 2
+    assert Journal(path, settings).done == {p.name: p for p in whole}
+    with pytest.raises(ValueError, match="other settings"):
+        Journal(path, {"tau": 0.3})
+    path.write_text(path.read_text() + "nonsense\n")
+    with pytest.raises(ValueError, match="line 6"):
+        Journal(path, settings)
+    assert Journal(path, settings, overwrite=True).done == {}
+
+
+def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
+    box = (8, 8, 32, 40)
+    make_voc(tmp_path, {"a": ((90, 70), box, [voc_object((8, 8, 40, 40))])})
+    sample = read_voc(tmp_path, 2007).samples[0]
+    image = read_as_stored(sample.path)
+    found = find(image)
+    sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
+    assert (sheet == (220, 40, 40)).all(2).sum() > 300
+    assert (sheet == (40, 200, 80)).all(2).sum() > 100
+    # Nothing to show is shown too.
+    nothing = discover(image, lambda p: torch.ones(1, 2, 3, 3), patch=8, mean=MEAN, std=STD, tau=0.2)
+    prediction = Prediction("a", nothing.box, 0.1, False, True)
+    assert draw_discovery(sample, image, nothing, prediction).size == sheet.shape[1::-1]
