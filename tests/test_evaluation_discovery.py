@@ -23,6 +23,7 @@ from lift_fast.evaluation.discovery import (
     read_as_stored,
     run_discovery,
 )
+from lift_fast.evaluation.methods import Features
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -45,9 +46,17 @@ def paint(path, size, box, seed):
     Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
 
 
-def colours(pictures):
+def whole(pictures, maps):
+    return Features(maps, (0, 0, *pictures.shape[2:]))
+
+
+def colours(batch):
     """Mean colour of each 8 x 8 patch, as features that TokenCut can cut: [1, 3, h, w]."""
-    return F.avg_pool2d(pictures, 8)
+    return whole(batch.imgs, F.avg_pool2d(batch.imgs, 8))
+
+
+def nothing(batch):
+    return whole(batch.imgs, torch.ones(1, 2, 3, 3))
 
 
 def voc_object(box, name="cat", **flags):
@@ -297,17 +306,17 @@ def test_boxes_come_back_in_the_pictures_pixels(tmp_path, resolution):
     paint(tmp_path / "a.png", (128, 64), (32, 16, 64, 48), 0)
     found = find(Image.open(tmp_path / "a.png").convert("RGB"), resolution=resolution)
     assert found.box == pytest.approx((32, 16, 64, 48), abs=0 if resolution is None else 20)
-    assert found.share == (1, 1)
+    assert found.covered == (0, 0, 1, 1)
     with pytest.raises(ValueError, match=r"\[1, C, h, w\]"):
-        discover(Image.new("RGB", (16, 16)), lambda p: p[0], patch=8, mean=MEAN, std=STD, tau=0.2)
+        discover(Image.new("RGB", (16, 16)), lambda b: whole(b.imgs, b.imgs[0]), patch=8, mean=MEAN, std=STD, tau=0.2)
 
 
 def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
     seen = []
 
-    def features(pictures):
-        seen.append(pictures)
-        return colours(pictures)
+    def features(batch):
+        seen.append(batch.imgs)
+        return colours(batch)
 
     # The object touches the right and lower end, which lie inside a patch.
     paint(tmp_path / "a.png", (61, 45), (32, 24, 61, 45), 0)
@@ -319,7 +328,7 @@ def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
     expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(seen[0][0, :, :45, :61], expected.float(), rtol=0, atol=1e-6)
     assert found.box == (32, 24, 61, 45)
-    assert found.share == (45 / 48, 61 / 64)
+    assert found.covered == (0, 0, 48 / 45, 64 / 61)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
@@ -361,6 +370,6 @@ def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
     assert (sheet == (220, 40, 40)).all(2).sum() > 300
     assert (sheet == (40, 200, 80)).all(2).sum() > 100
     # Nothing to show is shown too.
-    nothing = discover(image, lambda p: torch.ones(1, 2, 3, 3), patch=8, mean=MEAN, std=STD, tau=0.2)
-    prediction = Prediction("a", nothing.box, 0.1, False, True)
-    assert draw_discovery(sample, image, nothing, prediction).size == sheet.shape[1::-1]
+    flat = discover(image, nothing, patch=8, mean=MEAN, std=STD, tau=0.2)
+    prediction = Prediction("a", flat.box, 0.1, False, True)
+    assert draw_discovery(sample, image, flat, prediction).size == sheet.shape[1::-1]

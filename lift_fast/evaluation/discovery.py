@@ -14,16 +14,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from lift_fast.images import to_tensor
 from lift_fast.pictures import confidence_colours
 
 from .boxes import Box, Sample
+from .methods import Batch, Features
 from .tokencut import EPS, TokenCut, tokencut
-
-Features = Callable[[Tensor], Tensor]
-"""Normalised picture [1, 3, H, W], sides whole multiples of the patch size, to a feature map [1, C, h, w]."""
 
 _PANEL, _GAP, _TEXT = 480, 12, 18
 _PREDICTED, _TRUE, _INK = (220, 40, 40), (40, 200, 80), (25, 25, 25)
@@ -36,8 +33,8 @@ class Discovery:
     cut: TokenCut
     box: Box
     """(x0, y0, x1, y1) in the picture's pixels."""
-    share: tuple[float, float]
-    """The picture's share of the height and width that the grid covers, padding included."""
+    covered: tuple[float, float, float, float]
+    """(top, left, height, width) over which the grid lies, padding included, as shares of the picture's sides."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def read_as_stored(path: str | os.PathLike[str]) -> Image.Image:
 
 def discover(
     image: Image.Image,
-    features: Features,
+    features: Callable[[Batch], Features],
     *,
     patch: int,
     mean: Sequence[float],
@@ -105,12 +102,12 @@ def discover(
 ) -> Discovery:
     """TokenCut's box in a picture, in the picture's pixels.
 
-    The normalised picture is padded with zeros at the right and at the bottom to whole patches; the grid of features
-    covers the padded picture, and the box is clipped to the picture.
+    The normalised picture is padded with zeros at the right and at the bottom to whole patches; the box is clipped to
+    the picture.
 
     Args:
         image: RGB.
-        features: what to cut.
+        features: what to cut, a :class:`lift_fast.evaluation.methods.Method` or the like, of one picture at a time.
         patch: the padded sides are multiples of it.
         mean, std: of the normalisation.
         tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
@@ -126,14 +123,14 @@ def discover(
     tensor = to_tensor(shown, mean, std)
     tall, wide = tensor.shape[2:]
     padded = F.pad(tensor, (0, -wide % patch, 0, -tall % patch))
-    maps = features(padded.to(device=device, dtype=dtype))
+    maps, covered = features(Batch(padded.to(device=device, dtype=dtype)))
     if maps.ndim != 4 or maps.shape[0] != 1:
         raise ValueError(f"features must give a map [1, C, h, w] for a picture, got {list(maps.shape)}")
     grid = (maps.shape[2], maps.shape[3])
     cut = tokencut(maps[0].flatten(1).T, grid, tau=tau, eps=eps)
-    x0, y0, x1, y1 = cut.box((tall, wide), (padded.shape[2], padded.shape[3]))
+    x0, y0, x1, y1 = cut.box((tall, wide), covered)
     box = (x0 * width / wide, y0 * height / tall, x1 * width / wide, y1 * height / tall)
-    return Discovery(cut, box, (tall / padded.shape[2], wide / padded.shape[3]))
+    return Discovery(cut, box, (covered[0] / tall, covered[1] / wide, covered[2] / tall, covered[3] / wide))
 
 
 def judge(sample: Sample, box: Box, degenerate: bool) -> Prediction:
@@ -256,9 +253,9 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
         ("picture", image.resize(size, Image.Resampling.LANCZOS)),
         (
             f"eigenvector, {cut.eigenvector.shape[1]} x {cut.eigenvector.shape[0]}",
-            _over(confidence_colours(stretched), size, discovery.share),
+            _over(confidence_colours(stretched), size, discovery.covered),
         ),
-        ("foreground, its component", _over(np.repeat(rows[..., None], 3, 2), size, discovery.share)),
+        ("foreground, its component", _over(np.repeat(rows[..., None], 3, 2), size, discovery.covered)),
     ]
     top = 2 * _GAP + 2 * _TEXT + _GAP
     sheet = Image.new("RGB", (_GAP + 3 * (size[0] + _GAP), top + size[1] + _GAP), "white")
@@ -278,7 +275,12 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
     return sheet
 
 
-def _over(cells: npt.NDArray[np.uint8], size: tuple[int, int], share: tuple[float, float]) -> Image.Image:
-    """Cells as a picture of ``size`` (width, height), without those that lie in the padding."""
-    covered = (0.0, 0.0, cells.shape[1] * share[1], cells.shape[0] * share[0])
-    return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST, box=covered)
+def _over(
+    cells: npt.NDArray[np.uint8], size: tuple[int, int], covered: tuple[float, float, float, float]
+) -> Image.Image:
+    """Cells where they lie on the picture of ``size`` (width, height), grey where there are none."""
+    top, left, height, width = (share * size[1 - i % 2] for i, share in enumerate(covered))
+    sheet = Image.new("RGB", size, (128, 128, 128))
+    shape = (max(1, round(width)), max(1, round(height)))
+    sheet.paste(Image.fromarray(cells).resize(shape, Image.Resampling.NEAREST), (round(left), round(top)))
+    return sheet

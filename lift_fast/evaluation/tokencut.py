@@ -75,22 +75,28 @@ class TokenCut:
     solver: str
     products: int
 
-    def box(self, picture: tuple[int, int], padded: tuple[int, int] | None = None) -> tuple[float, float, float, float]:
+    def box(
+        self, picture: tuple[int, int], covered: tuple[float, float, float, float] | None = None
+    ) -> tuple[float, float, float, float]:
         """The box in pixels: (x0, y0, x1, y1), continuous, so that a whole picture is (0, 0, width, height).
 
         Args:
             picture: (height, width) of the picture, to which the box is clipped.
-            padded: (height, width) of what the grid covers; None where nothing was padded. A cell is ``padded / grid``
-                pixels: one patch of a plain backbone, half a patch after LiFT.
+            covered: (top, left, height, width) of the pixels over which the cells lie side by side; None for the
+                picture's own. A cell is one patch of a plain backbone, half a patch after LiFT.
         """
-        height, width = padded or picture
+        top, left, height, width = covered or (0, 0, *picture)
         rows, columns = self.eigenvector.shape
-        top, left, bottom, right = self.cells
+        y0, x0, y1, x1 = self.cells
+
+        def pixel(cell: int, start: float, length: float, cells: int, end: int) -> float:
+            return min(max(start + cell * length / cells, 0.0), end)
+
         return (
-            min(left * width / columns, picture[1]),
-            min(top * height / rows, picture[0]),
-            min(right * width / columns, picture[1]),
-            min(bottom * height / rows, picture[0]),
+            pixel(x0, left, width, columns, picture[1]),
+            pixel(y0, top, height, rows, picture[0]),
+            pixel(x1, left, width, columns, picture[1]),
+            pixel(y1, top, height, rows, picture[0]),
         )
 
 
