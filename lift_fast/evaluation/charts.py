@@ -1,0 +1,141 @@
+"""Line charts, drawn with Pillow: a few methods over a few sizes, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito: colour-blind people can tell them apart; each with a mark of its own, for print.
+_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
+_MARKS = ("circle", "square", "triangle", "diamond")
+_INK, _PAPER, _GRID = (25, 25, 25), (255, 255, 255), (225, 225, 225)
+_TEXT, _WIDTH, _HEIGHT = 20, 1000, 680
+_LEFT, _RIGHT, _TOP, _BELOW = 110, 30, 90, 90
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        points: (x, y), finite.
+        intervals: (low, high) of each point, or empty; NaN where there is none.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = field(default_factory=tuple)
+
+
+def line_chart(
+    series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False, joined: bool = True
+) -> Image.Image:
+    """A chart with its legend.
+
+    Args:
+        series: at least one point in all.
+        title, x, y: labels.
+        log_x: logarithmic x axis, for positive x.
+        joined: points of a series joined by lines, in the order of x.
+
+    Raises:
+        ValueError: without a point, for points that are not finite, and for x <= 0 on a logarithmic axis.
+    """
+    points = [point for line in series for point in line.points]
+    if not points or not all(math.isfinite(v) for point in points for v in point):
+        raise ValueError("a chart needs at least one point, and finite ones")
+    if log_x and min(p[0] for p in points) <= 0:
+        raise ValueError("a logarithmic axis needs positive values")
+    font = ImageFont.load_default(size=_TEXT)
+    legend = -(-len(series) // 3)
+    height = _HEIGHT + legend * (_TEXT + 12)
+    sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    ends = [v for line in series for pair in line.intervals for v in pair if math.isfinite(v)]
+    across = _Axis([p[0] for p in points], _LEFT, _WIDTH - _RIGHT, log_x)
+    up = _Axis([*(p[1] for p in points), *ends], _HEIGHT - _BELOW, _TOP, False)
+
+    draw.text((_LEFT, 20), title, font=font, fill=_INK)
+    draw.text((_LEFT, _TOP - _TEXT - 12), y, font=font, fill=_INK)
+    draw.text(((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 30), x, font=font, fill=_INK, anchor="mm")
+    for value in up.ticks():
+        draw.line((_LEFT, up(value), _WIDTH - _RIGHT, up(value)), fill=_GRID)
+        draw.text((_LEFT - 12, up(value)), up.label(value), font=font, fill=_INK, anchor="rm")
+    values = sorted({p[0] for p in points})
+    # The sizes that were measured, where there is room for their names.
+    ticks = values if len(values) <= 9 and not log_x else across.ticks()
+    for value in ticks:
+        draw.line((across(value), _TOP, across(value), _HEIGHT - _BELOW), fill=_GRID)
+        draw.text((across(value), _HEIGHT - _BELOW + 18), across.label(value), font=font, fill=_INK, anchor="mm")
+    draw.rectangle((_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BELOW), outline=_INK)
+
+    for number, line in enumerate(series):
+        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        order = sorted(range(len(line.points)), key=lambda i: line.points[i])
+        places = [(across(line.points[i][0]), up(line.points[i][1])) for i in order]
+        for i in order if line.intervals else []:
+            low, high = line.intervals[i]
+            if math.isfinite(low) and math.isfinite(high):
+                at = across(line.points[i][0])
+                draw.line((at, up(low), at, up(high)), fill=colour, width=2)
+                for end in (low, high):
+                    draw.line((at - 6, up(end), at + 6, up(end)), fill=colour, width=2)
+        if joined and len(places) > 1:
+            draw.line(places, fill=colour, width=3)
+        for place in places:
+            _draw_mark(draw, place, mark, colour)
+        left = _LEFT + (number % 3) * ((_WIDTH - _LEFT) // 3)
+        above = _HEIGHT + 6 + (number // 3) * (_TEXT + 12)
+        _draw_mark(draw, (left, above), mark, colour)
+        draw.text((left + 16, above), line.name, font=font, fill=_INK, anchor="lm")
+    return sheet
+
+
+class _Axis:
+    """From values to pixels."""
+
+    def __init__(self, values: Sequence[float], start: float, stop: float, log: bool) -> None:
+        self.log, self.start, self.stop = log, start, stop
+        low, high = min(values), max(values)
+        if log:
+            self.low, self.high = math.log10(low) - 0.1, math.log10(high) + 0.1
+        else:
+            # A single value stands in the middle.
+            room = 0.06 * (high - low) or 0.1 * max(abs(high), 1e-12)
+            self.low, self.high = low - room, high + room
+
+    def __call__(self, value: float) -> float:
+        at = math.log10(value) if self.log else value
+        return self.start + (at - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values."""
+        if self.log:
+            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+            values = [m * 10.0**d for d in decades for m in (1, 2, 5)]
+            return [v for v in values if self.low <= math.log10(v) <= self.high]
+        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
+        step = next(step * m for m in (1, 2, 2.5, 5, 10) if (self.high - self.low) / (step * m) <= 7)
+        first = math.ceil(self.low / step)
+        return [i * step for i in range(first, math.floor(self.high / step) + 1)]
+
+    @staticmethod
+    def label(value: float) -> str:
+        return f"{value:.6g}"
+
+
+def _draw_mark(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], mark: str, colour: tuple[int, int, int], size: float = 7
+) -> None:
+    x, y = at
+    if mark == "circle":
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=colour, outline=_PAPER)
+    elif mark == "square":
+        draw.rectangle((x - size, y - size, x + size, y + size), fill=colour, outline=_PAPER)
+    elif mark == "triangle":
+        draw.polygon(((x, y - size), (x + size, y + size), (x - size, y + size)), fill=colour, outline=_PAPER)
+    else:
+        draw.polygon(((x, y - size), (x + size, y), (x, y + size), (x - size, y)), fill=colour, outline=_PAPER)
