@@ -1,0 +1,189 @@
+"""Costs against counts written out by hand, and the published figures."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lift_fast import LiFT
+from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.cost import (
+    Cost,
+    accuracies,
+    as_content,
+    draw_curve,
+    measure,
+    method_cost,
+    published_count,
+    table,
+)
+
+
+def backbone_of(width, depth, heads, patch=16, **options):
+    with torch.device("meta"):
+        # Shapes are all that counts: no time goes into random weights.
+        model = timm.models.vision_transformer.VisionTransformer(
+            img_size=224, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+        )
+    return FrozenViT(model.to_empty(device="cpu"), head_order="interleaved", position_rule="dino", **options)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return backbone_of(384, 12, 6)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return backbone_of(32, 3, 2)
+
+
+def by_hand(width, depth, patch, size, stride=None):
+    """FLOPs for the keys of the last block: everything before it, its K rows on the patch tokens."""
+    stride = stride or patch
+    patches = (1 + (size - patch) // stride) ** 2
+    tokens = patches + 1
+    projection = patches * 3 * patch * patch * width
+    block = tokens * 12 * width * width + 2 * tokens * tokens * width
+    return 2 * (projection + (depth - 1) * block + patches * width * width)
+
+
+def lift_by_hand(c, size):
+    """Multiply-adds of LiFT on a backbone of patch 16: section 2 of the design, layer by layer."""
+    coarse, fine = (size // 16) ** 2, (size // 8) ** 2
+    image = 27 * 32 * (size // 2) ** 2 + 288 * 32 * (size // 4) ** 2 + 288 * 32 * coarse
+    up = (c + 32) * ((c + 32) // 2) * fine
+    rest = 9 * ((c + 32) // 2 + 32) * (c // 2) + 9 * (c // 2) ** 2 + (c // 2) * c
+    return image + up + rest * fine
+
+
+@pytest.mark.parametrize("size", [48, 112])
+def test_flops_agree_with_a_count_by_hand(tiny, size):
+    plain = method_cost("backbone", tiny, size)
+    expected = by_hand(32, 3, 16, size)
+    assert plain.gflops == expected / 1e9
+    assert plain.grid == (size // 16,) * 2
+    assert method_cost("bilinear", tiny, size).gflops == plain.gflops
+    assert method_cost("bilinear", tiny, size).grid == (size // 8,) * 2
+    assert method_cost("double-size", tiny, size).gflops == by_hand(32, 3, 16, 2 * size) / 1e9
+    strided = method_cost("stride-8", tiny, size)
+    assert strided.gflops == by_hand(32, 3, 16, size, stride=8) / 1e9
+    assert strided.grid == (1 + (size - 16) // 8,) * 2
+    once, twice = method_cost("lift", tiny, size), method_cost("lift-2", tiny, size)
+    step = [2 * lift_by_hand(32, s) for s in (size, 2 * size)]
+    assert once.gflops == pytest.approx((expected + step[0]) / 1e9, rel=1e-12)
+    assert twice.gflops == pytest.approx((expected + sum(step)) / 1e9, rel=1e-12)
+    assert (once.grid, twice.grid) == ((size // 8,) * 2, (size // 4,) * 2)
+    own = sum(p.numel() for p in LiFT(32, 16).parameters())
+    assert once.parameters == twice.parameters == plain.parameters + own
+    assert method_cost("random-lift", tiny, size).gflops == once.gflops
+
+
+def test_published_figures(small):
+    # The paper's cost table: 4.34 at 224 pixels, 17.28 at 448, and 22 % more with LiFT.
+    assert round(method_cost("backbone", small, 224).published_gflops, 2) == 4.34
+    assert round(method_cost("double-size", small, 224).published_gflops, 2) == 17.28
+    assert round(method_cost("backbone", small, 448).published_gflops, 2) == 17.28
+    with_lift = method_cost("lift", small, 224)
+    extra = with_lift.published_gflops - method_cost("backbone", small, 224).published_gflops
+    assert round(extra, 2) == 0.96
+    assert round(100 * extra / 4.34) == 22
+    stride = method_cost("stride-8", small, 224).published_gflops
+    assert stride / 4.34 - 1 == pytest.approx(2.7, abs=0.05)
+    assert with_lift.parameters - method_cost("backbone", small, 224).parameters == 1_187_280
+
+
+def test_published_count_by_hand(tiny):
+    tokens, width = 10, 32
+    layers = 9 * 768 * width + 3 * tokens * 12 * width * width
+    norms, again = 7 * 4 * tokens * width, tokens * 3 * width * width
+    assert method_cost("backbone", tiny, 48).published_gflops == (layers + norms + again) / 1e9
+    token = backbone_of(32, 3, 2, facet="token")
+    assert method_cost("backbone", token, 48).published_gflops == (layers + norms) / 1e9
+
+
+def test_any_module(tiny):
+    class Peer(nn.Module):
+        def __init__(self, tokens):
+            super().__init__()
+            self.grow = nn.ConvTranspose2d(32, 8, 3, stride=3, bias=False)
+            self.tokens = tokens
+
+        def forward(self, imgs, x):
+            out = self.grow(x.transpose(1, 2).unflatten(2, (3, 3)))
+            return out.flatten(2).transpose(1, 2) if self.tokens else out
+
+    plain = method_cost("backbone", tiny, 48)
+    for tokens in (False, True):
+        cost = method_cost("peer=module:Peer", tiny, 48, Peer(tokens))
+        assert cost.grid == (9, 9)
+        assert cost.gflops == pytest.approx(plain.gflops + 2 * 32 * 8 * 9 * 9 / 1e9)
+        assert cost.parameters == plain.parameters + 32 * 8 * 9
+    assert published_count(nn.BatchNorm2d(3, affine=False).eval(), torch.ones(1, 3, 2, 2)) == 24
+
+
+def test_counting_leaves_the_backbone_as_it_was(tiny):
+    for parameter in tiny.model.parameters():
+        nn.init.normal_(parameter.data, std=0.1)
+    pictures = torch.randn(1, 3, 48, 48)
+    before = tiny(pictures)
+    method_cost("lift", tiny, 48)
+    assert torch.equal(tiny(pictures), before)
+    assert not any(module._forward_hooks for module in tiny.modules())
+
+
+@pytest.mark.parametrize("name", ["lift-0", "lift-", "stride", "backbone-2", "nearest", "bilinear-2", ""])
+def test_unknown_methods_are_refused(tiny, name):
+    with pytest.raises(ValueError, match="cannot be counted"):
+        method_cost(name, tiny, 48)
+
+
+def test_sizes_below_a_patch_are_refused(tiny):
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        method_cost("backbone", tiny, 8)
+    with pytest.raises(ValueError, match="stride"):
+        method_cost("stride-17", tiny, 48)
+
+
+def test_table_and_json():
+    costs = [Cost("backbone", 224, (14, 14), 21_600_000, 7.5, 4.336), Cost("lift", 224, (28, 28), 22_800_000, 9, 5.295)]
+    assert "| backbone, 224 | 196 | 21.60 | 7.50 | 4.34 |" in table(costs).markdown()
+    assert "ms" in table([Cost("a", 56, (1, 1), 1, 1.0, 1.0, 2.5)]).markdown()
+    assert as_content(costs)["costs"][1]["grid"] == (28, 28)
+
+
+def test_curve_against_accuracy():
+    costs = [
+        Cost(name, size, (1, 1), 1, g * size, g * size / 2) for name, g in (("a", 1), ("b", 2)) for size in (56, 112)
+    ]
+    result = {
+        "summary": {
+            "sizes": {
+                "56": {"a": {"PCK@0.1": [10.0, 8.0, 12.0]}, "b": {"PCK@0.1": [20.0, None, None]}},
+                "112": {"a": {"PCK@0.1": 30.0}, "b": {"PCK@0.1": [None, None, None]}},
+            }
+        }
+    }
+    scores = accuracies([result], "PCK@0.1")
+    assert scores["a", 56] == (10, 8, 12)
+    assert scores["b", 56][0] == 20
+    assert math.isnan(scores["b", 56][1])
+    assert set(scores) == {("a", 56), ("b", 56), ("a", 112)}
+    for published in (False, True):
+        chart = np.asarray(draw_curve(costs, scores, "PCK@0.1", published))
+        assert (chart == (0, 114, 178)).all(2).sum() > 100
+    with pytest.raises(ValueError, match=r"there are PCK@0\.1"):
+        accuracies([result], "PCK@0.2")
+    with pytest.raises(ValueError, match="no figures"):
+        accuracies([{}], "PCK@0.2")
+    with pytest.raises(ValueError, match="at least one point"):
+        draw_curve([], scores, "PCK@0.1")
+
+
+def test_measured_time():
+    calls = []
+    assert measure(lambda: calls.append(1), torch.device("cpu"), repeats=5) >= 0
+    assert len(calls) == 7
