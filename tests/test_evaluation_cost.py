@@ -18,6 +18,7 @@ from lift_fast.evaluation.cost import (
     measure,
     method_cost,
     published_count,
+    score_table,
     table,
 )
 
@@ -118,7 +119,7 @@ def test_any_module(tiny):
 
     plain = method_cost("backbone", tiny, 48)
     for tokens in (False, True):
-        cost = method_cost("peer=module:Peer", tiny, 48, Peer(tokens))
+        cost = method_cost("peer", tiny, 48, Peer(tokens))
         assert cost.grid == (9, 9)
         assert cost.gflops == pytest.approx(plain.gflops + 2 * 32 * 8 * 9 * 9 / 1e9)
         assert cost.parameters == plain.parameters + 32 * 8 * 9
@@ -135,7 +136,7 @@ def test_counting_leaves_the_backbone_as_it_was(tiny):
     assert not any(module._forward_hooks for module in tiny.modules())
 
 
-@pytest.mark.parametrize("name", ["lift-0", "lift-", "stride", "backbone-2", "nearest", "bilinear-2", ""])
+@pytest.mark.parametrize("name", ["lift-0", "lift-", "stride", "backbone-2", "nearest", "bilinear-2", "", "stride-0"])
 def test_unknown_methods_are_refused(tiny, name):
     with pytest.raises(ValueError, match="cannot be counted"):
         method_cost(name, tiny, 48)
@@ -175,6 +176,8 @@ def test_curve_against_accuracy():
     for published in (False, True):
         chart = np.asarray(draw_curve(costs, scores, "PCK@0.1", published))
         assert (chart == (0, 114, 178)).all(2).sum() > 100
+    text = score_table(costs, scores, "PCK@0.1").markdown()
+    assert text.index("| a, 56 | 56.00 | 28.00 | 10.0 [8.0, 12.0] |") < text.index("| b, 56 |")
     with pytest.raises(ValueError, match=r"there are PCK@0\.1"):
         accuracies([result], "PCK@0.2")
     with pytest.raises(ValueError, match="no figures"):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -12,16 +13,16 @@ from PIL import Image
 
 from lift_fast.evaluation.boxes import read_coco, read_voc
 from lift_fast.evaluation.discovery import (
-    Journal,
     Prediction,
     corloc,
     discover,
     draw_discovery,
+    evaluate,
     iou,
     judge,
     overlaps,
+    prepare,
     read_as_stored,
-    run_discovery,
 )
 from lift_fast.evaluation.methods import Features
 
@@ -103,8 +104,23 @@ def make_coco(root, pictures, images="train2014"):
     return root
 
 
-def find(image, **options):
-    return discover(image, colours, patch=8, mean=MEAN, std=STD, tau=0.2, **options)
+def whereabouts():
+    """What the protocol asks of a backbone."""
+    projection = SimpleNamespace(weight=torch.zeros(1))
+    model = SimpleNamespace(patch_embed=SimpleNamespace(proj=projection))
+    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, model=model)
+
+
+def find(image, features=colours, resolution=None):
+    return discover(image, prepare(image, whereabouts(), resolution), features, tau=0.2)
+
+
+def run(data, **options):
+    """Predictions by colours, and what was left out."""
+    content = evaluate([("colours", colours)], whereabouts(), data, tau=0.2, **options)
+    found = [Prediction(**{**entry, "box": tuple(entry["box"])}) for entry in content["predictions"]["colours"]]
+    assert content["summary"]["colours"] == corloc(found)
+    return found, content["skipped"]
 
 
 def sizes_and_boxes(seed, count):
@@ -147,7 +163,7 @@ def test_planted_objects_in_voc_are_all_found(tmp_path, seed):
     data = read_voc(tmp_path, 2007)
     assert not data.skipped
     assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
-    predictions = list(run_discovery(data.samples, find, failed=[]))
+    predictions = run(data)[0]
     assert [p.box for p in predictions] == [box for _, box, _ in pictures.values()]
     assert corloc(predictions) == {"corloc": 100.0, "pictures": 5, "found": 5, "mean_iou": 1.0, "degenerate": 0}
 
@@ -162,7 +178,7 @@ def test_planted_objects_in_coco_are_all_found(tmp_path, images):
     data = read_coco(make_coco(tmp_path, pictures, images))
     # Crowds do not count; corners are rounded.
     assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
-    predictions = list(run_discovery(data.samples, find, failed=[]))
+    predictions = run(data)[0]
     assert corloc(predictions)["corloc"] == 100
 
 
@@ -284,13 +300,16 @@ def test_pictures_that_do_not_decode_are_left_out_and_counted(tmp_path):
     (base / "JPEGImages" / "b.jpg").unlink()
     whole = (base / "JPEGImages" / "c.jpg").read_bytes()
     (base / "JPEGImages" / "c.jpg").write_bytes(whole[: len(whole) // 2])
-    failed = []
-    predictions = list(run_discovery(read_voc(tmp_path, 2007).samples, find, failed=failed))
-    assert [p.name for p in predictions] == ["a", "d"]
-    assert [name for name, _ in failed] == ["b", "c"]
-    assert "b.jpg" in failed[0][1]
-    assert "c.jpg" in failed[1][1]
+    (base / "Annotations" / "d.xml").unlink()
+    predictions, skipped = run(read_voc(tmp_path, 2007))
+    assert [p.name for p in predictions] == ["a"]
+    assert set(skipped) == {"b", "c", "d"}
+    for name, file in (("b", "b.jpg"), ("c", "c.jpg"), ("d", "d.xml")):
+        assert file in skipped[name]
     assert corloc([])["corloc"] is None
+    (base / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="no picture of VOC2007"):
+        run(read_voc(tmp_path, 2007))
 
 
 def test_pictures_are_taken_as_stored(tmp_path):
@@ -308,7 +327,7 @@ def test_boxes_come_back_in_the_pictures_pixels(tmp_path, resolution):
     assert found.box == pytest.approx((32, 16, 64, 48), abs=0 if resolution is None else 20)
     assert found.covered == (0, 0, 1, 1)
     with pytest.raises(ValueError, match=r"\[1, C, h, w\]"):
-        discover(Image.new("RGB", (16, 16)), lambda b: whole(b.imgs, b.imgs[0]), patch=8, mean=MEAN, std=STD, tau=0.2)
+        find(Image.new("RGB", (16, 16)), lambda batch: whole(batch.imgs, batch.imgs[0]))
 
 
 def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
@@ -321,7 +340,7 @@ def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
     # The object touches the right and lower end, which lie inside a patch.
     paint(tmp_path / "a.png", (61, 45), (32, 24, 61, 45), 0)
     image = Image.open(tmp_path / "a.png").convert("RGB")
-    found = discover(image, features, patch=8, mean=MEAN, std=STD, tau=0.2)
+    found = find(image, features)
     assert seen[0].shape == (1, 3, 48, 64)
     assert (seen[0][:, :, 45:] == 0).all()
     assert (seen[0][:, :, :, 61:] == 0).all()
@@ -334,30 +353,34 @@ def test_padding_is_zero_after_normalisation_and_clipped_away(tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in "abcd"})
-    samples = read_voc(tmp_path, 2007).samples
-    path, settings = tmp_path / "run.jsonl", {"tau": 0.2}
-    whole = list(run_discovery(samples, find, failed=[]))
-    run = run_discovery(samples, find, journal=Journal(path, settings), failed=[])
-    assert [next(run), next(run)] == whole[:2]
-    run.close()
+    data = read_voc(tmp_path, 2007)
+    out = tmp_path / "run.json"
+    journal = tmp_path / "run.colours.jsonl"
+    expected, _ = run(data)
+    seen = []
+
+    def stop(name, sample, *_):
+        seen.append(sample.name)
+        if sample.name == "b":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, out=out, show=stop)
     # Killed while it wrote a line.
-    path.write_text(path.read_text() + '{"name": "c", "bo')
-    computed = []
-
-    def counted(image):
-        computed.append(image)
-        return find(image)
-
-    again = list(run_discovery(samples, counted, journal=Journal(path, settings), failed=[]))
-    assert again == whole
-    assert len(computed) == 2
-    assert Journal(path, settings).done == {p.name: p for p in whole}
+    journal.write_text(journal.read_text() + '{"name": "c", "bo')
+    seen.clear()
+    again, _ = run(data, out=out, show=lambda name, sample, *_: seen.append(sample.name))
+    assert again == expected
+    assert seen == ["c", "d"]
+    assert json.loads(out.read_text())["summary"]["colours"]["corloc"] == 100
+    # Nothing is left to compute; a picture that has gone meanwhile is not missed.
+    data.samples[0].path.unlink()
+    assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
     with pytest.raises(ValueError, match="other settings"):
-        Journal(path, {"tau": 0.3})
-    path.write_text(path.read_text() + "nonsense\n")
+        run(data, out=out, record={"seed": 1})
+    journal.write_text(journal.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match="line 6"):
-        Journal(path, settings)
-    assert Journal(path, settings, overwrite=True).done == {}
+        run(data, out=out)
 
 
 def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
@@ -370,6 +393,38 @@ def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
     assert (sheet == (220, 40, 40)).all(2).sum() > 300
     assert (sheet == (40, 200, 80)).all(2).sum() > 100
     # Nothing to show is shown too.
-    flat = discover(image, nothing, patch=8, mean=MEAN, std=STD, tau=0.2)
+    flat = find(image, nothing)
     prediction = Prediction("a", flat.box, 0.1, False, True)
     assert draw_discovery(sample, image, flat, prediction).size == sheet.shape[1::-1]
+
+
+def test_command(tmp_path, capsys):
+    from lift_fast.cli import main
+
+    pictures = {f"{i}": (size, box, [voc_object(box)]) for i, (size, box) in enumerate(sizes_and_boxes(1, 3))}
+    base = make_voc(tmp_path, pictures)
+    (base / "JPEGImages" / "2.jpg").unlink()
+    options = ["eval", "discovery", "--dataset", "voc07", "--root", str(tmp_path), "--quiet", "--json"]
+    model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift", "--device", "cpu"]
+    out = tmp_path / "run.json"
+    sheets = tmp_path / "sheets"
+    files = ["--out", str(out), "--table", str(tmp_path / "run.md"), "--pictures", str(sheets), "--picture-count", "1"]
+    assert main([*options, *model, *files, "--method", "backbone", "lift"]) == 1
+    shown = capsys.readouterr()
+    figures = json.loads(shown.out)
+    assert set(figures["summary"]) == {"backbone", "lift"}
+    assert figures["summary"]["lift"]["pictures"] == 2
+    assert "2.jpg" in shown.err
+    content = json.loads(out.read_text())
+    assert content["summary"] == figures["summary"]
+    assert [p["name"] for p in content["predictions"]["lift"]] == ["0", "1"]
+    assert content["record"]["versions"]
+    assert "CorLoc" in (tmp_path / "run.md").read_text()
+    assert sorted(p.name for p in sheets.iterdir()) == ["0_backbone.png", "0_lift.png"]
+    for wrong, message in (
+        ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
+        ([*options, "--list", "x"], "--list belongs to coco20k"),
+        (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
+    ):
+        assert main([*wrong, *model]) == 2
+        assert message in capsys.readouterr().err

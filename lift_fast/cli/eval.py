@@ -37,16 +37,24 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="evaluation protocols", description=__doc__, epilog=_EPILOG)
     protocols = parser.add_subparsers(dest="protocol", metavar="PROTOCOL", title="protocols", required=True)
     _add_warp(protocols)
+    # They build on this module.
+    from . import eval_cka, eval_cost, eval_discovery
+
+    for module in (eval_discovery, eval_cka, eval_cost):
+        module.add_parser(protocols)
 
 
-def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True) -> None:
     """What is compared, and where the results go; with the options of :func:`add_model_options`."""
     parser.add_argument(
         "--method", nargs="+", default=list(default), metavar="M", help=f"{_METHODS} (%(default)s)".replace("%%", "%")
     )
     parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)")
+    if batches:
+        parser.add_argument(
+            "--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)"
+        )
     add_model_options(parser, sizes=False)
     add_output_options(parser)
 
@@ -136,9 +144,9 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
         print(f"skipped: {name}: {reason}", file=sys.stderr)
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse what could not be written, before hours of work."""
-    for option in ("out", "table"):
+def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
+    """Refuse what could not be written (--out, --table and ``more``), before hours of work."""
+    for option in ("out", "table", *more):
         path = getattr(arguments, option)
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")

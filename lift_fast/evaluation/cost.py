@@ -20,7 +20,7 @@ from lift_fast.backbones.vit import shared_copy
 from lift_fast.lift import LiFT
 
 from .charts import Series, line_chart
-from .results import Column, Table
+from .results import Column, Estimate, Table
 
 # Of layers with an affine part, as the published count has it.
 _NORM_OPERATIONS = 4
@@ -44,27 +44,37 @@ class Cost:
     milliseconds: float | None = None
 
 
-def method_cost(name: str, backbone: FrozenViT, size: int, lift: nn.Module | None = None) -> Cost:
-    """Cost of ``backbone``, ``bilinear``, ``lift``, ``lift-N``, ``random-lift``, ``double-size`` or ``stride-S``.
+def method_cost(
+    name: str,
+    backbone: FrozenViT,
+    size: int,
+    network: nn.Module | None = None,
+    milliseconds: float | None = None,
+) -> Cost:
+    """Cost of a method for one picture.
 
     Nothing is computed: shapes alone run through the networks, so sizes and weights do not matter.
 
     Args:
-        name: as in :mod:`lift_fast.evaluation.methods`; ``LABEL=...`` together with its module in ``lift``.
+        name: ``backbone``, ``bilinear``, ``double-size``, ``stride-S``, ``lift``, ``lift-N``, ``random-lift``, or with
+            ``network`` any label.
         backbone: the frozen backbone.
         size: side of the picture in pixels.
-        lift: the network behind ``lift`` or a label: a ``LiFT`` or any module with ``forward(imgs, x)``. None takes a
-            LiFT of the published form.
+        network: what comes after the backbone: a ``LiFT`` or any module with ``forward(imgs, x)``. None takes a LiFT of
+            the published form for the methods that have one.
+        milliseconds: goes into the result.
 
     Raises:
         ValueError: for an unknown method, or a size smaller than a patch.
     """
-    match = re.fullmatch(
-        r"(backbone|bilinear|double-size|random-lift|lift|stride|[\w.+-]+=.*?)(?:-([1-9][0-9]*))?", name
-    )
-    if match is None or (match[2] is not None) != (match[1] == "stride" or (match[1] == "lift" and "-" in name)):
-        raise ValueError(f"the cost of {name!r} cannot be counted; expected a method of lift-fast eval")
-    kind, number = match[1], int(match[2] or 1)
+    match = re.fullmatch(r"(backbone|bilinear|double-size|random-lift|lift|stride)(?:-([1-9][0-9]*))?", name)
+    counted = match is not None and (match[2] is not None) == (match[1] == "stride")
+    if match is None or not (counted or match[1] == "lift"):
+        if network is None or not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"the cost of {name!r} cannot be counted; expected a method of lift-fast eval")
+        kind, number = "label", 1
+    else:
+        kind, number = match[1], int(match[2] or 1)
     pixels = 2 * size if kind == "double-size" else size
     if pixels < backbone.patch_size:
         raise ValueError(f"pictures of {pixels} pixels are smaller than a patch of {backbone.patch_size}")
@@ -75,24 +85,24 @@ def method_cost(name: str, backbone: FrozenViT, size: int, lift: nn.Module | Non
     count = sum(p.numel() for p in backbone.model.parameters())
     flops, published = _backbone_flops(backbone, pixels), published_backbone_count(backbone, pixels)
     grid = backbone.grid(pixels, pixels)
-    if kind in ("lift", "random-lift") or "=" in kind:
-        network = lift if lift is not None else LiFT(backbone.embed_dim, backbone.patch_size)
+    if kind in ("lift", "random-lift", "label"):
+        network = network if network is not None else LiFT(backbone.embed_dim, backbone.patch_size)
         count += sum(p.numel() for p in network.parameters())
         for step in range(number):
             more, more_published, grid = _upsampler_flops(network, backbone, size << step)
             flops, published = flops + more, published + more_published
     elif kind == "bilinear":
         grid = (2 * grid[0], 2 * grid[1])
-    return Cost(name, size, grid, count, flops / 1e9, published / 1e9)
+    return Cost(name, size, grid, count, flops / 1e9, published / 1e9, milliseconds)
 
 
 def published_backbone_count(backbone: FrozenViT, size: int) -> int:
     """What the LiFT paper's cost table counts for a backbone.
 
     DINO S/16 has 4.34 "GFLOPs" there at 224 pixels and 17.28 at 448. This rule gives both: multiply-adds, counted once,
-    of the linear and convolution layers of the whole network, 4 operations for each element of a LayerNorm, no products
-    of attention (they are no layers), and the qkv layer of the chosen block twice, for the extractor of Amir et al. that
-    the paper builds on computes it a second time to read the facet.
+    of the linear and convolution layers of the whole network; 4 operations for each element of a LayerNorm; no
+    products of attention, which are no layers; and the qkv layer of the chosen block twice, for the extractor of Amir
+    et al. that the paper builds on computes it a second time to read the facet.
     """
     copy = shared_copy(backbone)
     model: Any = copy.model
@@ -257,6 +267,17 @@ def accuracies(contents: Iterable[dict[str, Any]], metric: str) -> dict[tuple[st
     if not found:
         raise ValueError(f"no result has {metric!r}; there are {', '.join(sorted(known)) or 'no figures by size'}")
     return found
+
+
+def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], tuple[float, float, float]], metric: str) -> Table:
+    """A metric beside the cost that it takes, cheapest first."""
+    rows: list[tuple[str, list[Any]]] = []
+    for cost in sorted(costs, key=lambda cost: cost.gflops):
+        if (cost.method, cost.size) in scores:
+            score = Estimate(*scores[cost.method, cost.size])
+            rows.append((f"{cost.method}, {cost.size}", [cost.gflops, cost.published_gflops, score]))
+    columns = [Column("GFLOPs", "", 2), Column("GFLOPs as published", "", 2), Column(metric)]
+    return Table(f"{metric} against cost", columns, rows)
 
 
 def draw_curve(

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from lift_fast.backbones import FrozenViT
 from lift_fast.images import to_tensor
 from lift_fast.pictures import confidence_colours
 
-from .boxes import Box, Sample
+from .boxes import Box, BoxDataSet, Sample
 from .methods import Batch, Features
+from .results import Column, Table, as_json, save_json
 from .tokencut import EPS, TokenCut, tokencut
 
 _PANEL, _GAP, _TEXT = 480, 12, 18
@@ -87,47 +88,51 @@ def read_as_stored(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def discover(
-    image: Image.Image,
-    features: Callable[[Batch], Features],
-    *,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    tau: float,
-    eps: float = EPS,
-    resolution: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Discovery:
-    """TokenCut's box in a picture, in the picture's pixels.
+@dataclass(frozen=True)
+class Prepared:
+    """A picture as features take it."""
 
-    The normalised picture is padded with zeros at the right and at the bottom to whole patches; the box is clipped to
-    the picture.
+    batch: Batch
+    size: tuple[int, int]
+    """(height, width) of what is no padding."""
+
+
+def prepare(image: Image.Image, backbone: FrozenViT, resolution: int | None = None) -> Prepared:
+    """A picture, normalised and then padded with zeros at the right and at the bottom to whole patches.
 
     Args:
         image: RGB.
-        features: what to cut, a :class:`lift_fast.evaluation.methods.Method` or the like, of one picture at a time.
-        patch: the padded sides are multiples of it.
-        mean, std: of the normalisation.
-        tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
+        backbone: says what a patch is, how pictures are normalised, and where it runs.
         resolution: None keeps the picture's own size (the published TokenCut evaluation); S resizes it to S x S
-            (Lanczos) first, and scales the box back.
-        device, dtype: of what ``features`` takes.
+            (Lanczos).
+    """
+    shown = image if resolution is None else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    tensor = to_tensor(shown, backbone.mean, backbone.std)
+    tall, wide = tensor.shape[2:]
+    padded = F.pad(tensor, (0, -wide % backbone.patch_size, 0, -tall % backbone.patch_size))
+    weight = backbone.model.patch_embed.proj.weight
+    return Prepared(Batch(padded.to(weight.device, weight.dtype)), (tall, wide))
+
+
+def discover(
+    image: Image.Image, prepared: Prepared, features: Callable[[Batch], Features], *, tau: float, eps: float = EPS
+) -> Discovery:
+    """TokenCut's box in a picture, in the picture's pixels; padding is clipped off, a resized picture scaled back.
+
+    Args:
+        image: the picture.
+        prepared: of :func:`prepare`.
+        features: what to cut: a :class:`lift_fast.evaluation.methods.Method` or the like.
+        tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
 
     Raises:
         ValueError: for features of another form or that are not finite.
     """
-    width, height = image.size
-    shown = image if resolution is None else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    tensor = to_tensor(shown, mean, std)
-    tall, wide = tensor.shape[2:]
-    padded = F.pad(tensor, (0, -wide % patch, 0, -tall % patch))
-    maps, covered = features(Batch(padded.to(device=device, dtype=dtype)))
+    maps, covered = features(prepared.batch)
     if maps.ndim != 4 or maps.shape[0] != 1:
         raise ValueError(f"features must give a map [1, C, h, w] for a picture, got {list(maps.shape)}")
-    grid = (maps.shape[2], maps.shape[3])
-    cut = tokencut(maps[0].flatten(1).T, grid, tau=tau, eps=eps)
+    cut = tokencut(maps[0].flatten(1).T, (maps.shape[2], maps.shape[3]), tau=tau, eps=eps)
+    (width, height), (tall, wide) = image.size, prepared.size
     x0, y0, x1, y1 = cut.box((tall, wide), covered)
     box = (x0 * width / wide, y0 * height / tall, x1 * width / wide, y1 * height / tall)
     return Discovery(cut, box, (covered[0] / tall, covered[1] / wide, covered[2] / tall, covered[3] / wide))
@@ -165,7 +170,7 @@ class Journal:
     dropped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         """
         Raises:
             ValueError: if the file was written with other settings, or is no journal.
@@ -173,7 +178,7 @@ class Journal:
         self.path = Path(path)
         self.done: dict[str, Prediction] = {}
         header = json.dumps({"settings": settings}, sort_keys=True)
-        if self.path.exists() and not overwrite:
+        if self.path.exists():
             self._read(header)
         else:
             self.path.write_text(header + "\n", "utf-8")
@@ -183,7 +188,7 @@ class Journal:
         lines = content.splitlines()
         if not lines or lines[0] != header:
             raise ValueError(
-                f"{self.path} was written with other settings; take another --out, or --overwrite.\n"
+                f"{self.path} was written with other settings; take another --out, or delete it.\n"
                 f"there: {lines[0][:2000] if lines else 'nothing'}\nnow:   {header[:2000]}"
             )
         whole = lines[1:] if content.endswith("\n") else lines[1:-1]
@@ -193,7 +198,9 @@ class Journal:
                 x0, y0, x1, y1 = entry.pop("box")
                 self.done[entry["name"]] = Prediction(box=(x0, y0, x1, y1), **entry)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.path}, line {number} is no prediction: {error}; take --overwrite") from error
+                raise ValueError(
+                    f"{self.path}, line {number} is no prediction: {error}; delete the file to begin anew"
+                ) from error
         if not content.endswith("\n"):
             self.path.write_text("\n".join([header, *whole]) + "\n", "utf-8")
 
@@ -204,39 +211,111 @@ class Journal:
             file.write(json.dumps(asdict(prediction)) + "\n")
 
 
-def run_discovery(
-    samples: Sequence[Sample],
-    find: Callable[[Image.Image], Discovery],
+def evaluate(
+    methods: Sequence[tuple[str, Callable[[Batch], Features]]],
+    backbone: FrozenViT,
+    data: BoxDataSet,
     *,
-    journal: Journal | None = None,
-    failed: list[tuple[str, str]],
-    show: Callable[[Sample, Image.Image, Discovery, Prediction], None] | None = None,
-) -> Iterator[Prediction]:
-    """Predict and judge picture after picture; those in the journal are not computed again.
+    tau: float,
+    eps: float = EPS,
+    resolution: int | None = None,
+    out: Path | None = None,
+    record: dict[str, Any] | None = None,
+    show: Callable[[str, Sample, Image.Image, Discovery, Prediction], object] = lambda *_: None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
+    """CorLoc of methods on a data set.
 
     Args:
-        samples: what to go through.
-        find: :func:`discover` with its settings.
-        journal: where predictions are kept.
-        failed: receives (name, reason) of pictures that are missing or do not decode; they are left out.
-        show: called with what was computed.
+        methods: names and :class:`lift_fast.evaluation.methods.Method` or the like, of one backbone.
+        backbone: as :func:`prepare`.
+        data: pictures with boxes.
+        tau, eps: of TokenCut.
+        resolution: as :func:`prepare`.
+        out: file for the result. Beside it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
+            picture, from which an interrupted run with the same settings goes on.
+        record: what the result depends on beside these options; entries but ``"date"`` must be the same to go on.
+        show: called with each method's name and result, unless it came from the journal.
+        progress: called with 1 after each picture.
+
+    Returns:
+        The result as JSON holds it: ``"protocol"``, ``"options"``, ``"record"``, ``"summary"`` (method -> the figures
+        of :func:`corloc`), ``"skipped"`` (picture -> why: no annotation, no objects, not decoded; they are left out of
+        all figures) and ``"predictions"``.
+
+    Raises:
+        ValueError: if no picture is left, or the journals were written with other settings.
+        FileNotFoundError: if the folder of ``out`` does not exist.
     """
-    for sample in samples:
-        if journal is not None and sample.name in journal.done:
-            yield journal.done[sample.name]
-            continue
+    options = {
+        "dataset": data.name,
+        "methods": [name for name, _ in methods],
+        "tau": tau,
+        "eps": eps,
+        "resolution": resolution,
+    }
+    skipped = dict(data.skipped)
+    settings = {**options, **{k: v for k, v in (record or {}).items() if k != "date"}}
+    del settings["methods"]
+    journals = {
+        name: None if out is None else Journal(out.with_suffix(f".{name}.jsonl"), as_json({**settings, "method": name}))
+        for name, _ in methods
+    }
+    predictions: dict[str, list[Prediction]] = {name: [] for name, _ in methods}
+    for sample in data.samples:
+        before = {name: _done(journals[name]).get(sample.name) for name, _ in methods}
+        missing = [(name, run) for name, run in methods if before[name] is None]
         try:
-            image = read_as_stored(sample.path)
+            image = read_as_stored(sample.path) if missing else None
         except (OSError, ValueError) as error:
-            failed.append((sample.name, str(error)))
+            skipped[sample.name] = str(error)
+            progress(1)
             continue
-        discovery = find(image)
-        prediction = judge(sample, discovery.box, discovery.cut.degenerate)
-        if journal is not None:
-            journal.add(prediction)
-        if show is not None:
-            show(sample, image, discovery, prediction)
-        yield prediction
+        for name, known in before.items():
+            if known is not None:
+                predictions[name].append(known)
+        if image is None:
+            progress(1)
+            continue
+        prepared = prepare(image, backbone, resolution)
+        for name, run in missing:
+            discovery = discover(image, prepared, run, tau=tau, eps=eps)
+            prediction = judge(sample, discovery.box, discovery.cut.degenerate)
+            predictions[name].append(prediction)
+            journal = journals[name]
+            if journal is not None:
+                journal.add(prediction)
+            show(name, sample, image, discovery, prediction)
+        progress(1)
+    if not any(predictions.values()):
+        reason = next(iter(skipped.items()), ("", "the list is empty"))
+        raise ValueError(f"no picture of {data.name} can be used; the first: {reason[0]}: {reason[1]}")
+    content = {
+        "protocol": "discovery",
+        "options": options,
+        "record": record or {},
+        "summary": {name: corloc(found) for name, found in predictions.items()},
+        "skipped": skipped,
+        "predictions": {name: [asdict(p) for p in found] for name, found in predictions.items()},
+    }
+    if out is not None:
+        save_json(out, content)
+    return content
+
+
+def _done(journal: Journal | None) -> dict[str, Prediction]:
+    return {} if journal is None else journal.done
+
+
+def table(content: dict[str, Any]) -> Table:
+    """CorLoc by method."""
+    columns = [Column("CorLoc, %", digits=2), Column("mean IoU", digits=3), Column("not determined", "", 0)]
+    rows = [(name, [f["corloc"], f["mean_iou"], f["degenerate"]]) for name, f in content["summary"].items()]
+    options = content["options"]
+    counted = max(figures["pictures"] for figures in content["summary"].values())
+    where = "own size" if options["resolution"] is None else f"{options['resolution']} pixels"
+    title = f"{options['dataset']}, {counted} pictures at {where}, {len(content['skipped'])} left out"
+    return Table(f"{title}, tau {options['tau']:g}", columns, rows)
 
 
 def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, prediction: Prediction) -> Image.Image:

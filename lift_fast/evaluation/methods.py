@@ -66,6 +66,8 @@ class Method:
     compute: Callable[[Batch], Features]
     weights: str | None = None
     """File of its LiFT, for the record."""
+    network: nn.Module | None = None
+    """What comes after the backbone, ``forward(imgs, x)``."""
 
     def __call__(self, batch: Batch) -> Features:
         """Descriptors of a batch, without gradients."""
@@ -192,14 +194,15 @@ class _Builder:
             found = extractor.lift_map(batch.imgs, tokens, times)
             return Features(found, extractor.covered(*batch.imgs.shape[2:]))
 
-        return Method(name, compute, weights)
+        return Method(name, compute, weights, extractor.lift)
 
     def _labelled(self, label: str, source: str) -> Method:
         if not re.fullmatch(r"[\w.+-]+", label):
             raise ValueError(f"a label is letters, digits and . + - _, got {label!r} in {label}={source}")
         module, colon, attribute = source.partition(":")
         if colon and re.fullmatch(r"[A-Za-z_][\w.]*", module) and not os.path.exists(source):
-            return Method(label, self._foreign(source, _load_module(module, attribute)), source)
+            network = _load_module(module, attribute)
+            return Method(label, self._foreign(source, network), source, network)
         return self._lifted(label, self._extractor(lift_path=source), 1, source)
 
     def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:

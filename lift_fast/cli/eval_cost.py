@@ -1,0 +1,84 @@
+"""``lift-fast eval cost``: parameters, FLOPs and milliseconds of methods, and what they buy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, as_usage_error
+from .eval import add_method_options, build, check_outputs, record, show
+from .options import positive
+
+_DESCRIPTION = """Cost of one picture of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
+graph computes), and GFLOPs as the LiFT paper counts them (4.34 for DINO S/16 at 224 pixels). With --results, files of
+other protocols, accuracy against cost is drawn into --chart."""
+_EXAMPLE = (
+    "example: lift-fast eval cost --model dino_vits16 --lift lift_dino_vits16.pth --method backbone lift double-size "
+    "stride-8 --sizes 112 224 --results warp.json --metric PCK@0.1 --chart cost.png"
+)
+
+
+def add_parser(protocols: Any) -> None:
+    """Add the command to argparse's ``protocols``."""
+    parser = protocols.add_parser(
+        "cost", help="parameters, FLOPs, milliseconds", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=[56, 112, 224, 448], metavar="S", help="S x S pixels (%(default)s)"
+    )
+    parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one picture")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="JSON", help="results by size of other protocols"
+    )
+    parser.add_argument("--metric", default="PCK@0.1", help="figure of --results (%(default)s)")
+    parser.add_argument("--published", action="store_true", help="draw over the paper's count instead of FLOPs")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="metric against cost; needs --results")
+    add_method_options(parser, ("backbone", "bilinear", "lift", "double-size"), batches=False)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The protocol. Returns the exit status."""
+    import torch
+    from tqdm import tqdm
+
+    from lift_fast._files import atomic_path
+    from lift_fast.evaluation import cost
+    from lift_fast.evaluation.methods import Batch
+    from lift_fast.evaluation.results import load_json, save_json
+
+    check_outputs(arguments, "chart")
+    if arguments.chart is not None and not arguments.results:
+        raise UsageError("--chart draws --metric against cost; give the files of other protocols with --results")
+    with as_usage_error():
+        scores = {}
+        if arguments.results:
+            scores = cost.accuracies([load_json(path) for path in arguments.results], arguments.metric)
+    backbone, methods = build(arguments)
+    weight = backbone.model.patch_embed.proj.weight
+    pairs = [(method, size) for size in arguments.sizes for method in methods]
+    costs = []
+    with tqdm(pairs, unit="cost", disable=True if arguments.quiet else None, file=sys.stderr) as bar, as_usage_error():
+        for method, size in bar:
+            milliseconds = None
+            if arguments.measure:
+                picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+                milliseconds = cost.measure(lambda m=method, p=picture: m(Batch(p)), weight.device)
+            costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
+    content = cost.as_content(costs)
+    content["record"] = record(arguments, backbone, methods)
+    tables = [cost.table(costs)]
+    if scores:
+        content["metric"] = arguments.metric
+        for entry in content["costs"]:
+            entry["score"] = scores.get((entry["method"], entry["size"]))
+        tables.append(cost.score_table(costs, scores, arguments.metric))
+    if arguments.out is not None:
+        save_json(arguments.out, content)
+    if arguments.chart is not None:
+        with as_usage_error(), atomic_path(arguments.chart) as temporary:
+            cost.draw_curve(costs, scores, arguments.metric, arguments.published).save(temporary)
+    show(arguments, content, tables)
+    return 0

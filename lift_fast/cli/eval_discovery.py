@@ -1,0 +1,103 @@
+"""``lift-fast eval discovery``: unsupervised object discovery with TokenCut."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, as_usage_error
+from .eval import add_method_options, build, check_outputs, record, show
+from .options import positive, remarks
+
+_DESCRIPTION = """CorLoc: the share of pictures in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
+Data sets in their original layouts: VOCdevkit/VOC2007 or VOC2012 (trainval), or COCO with annotations/
+instances_train2014.json, train2014/ and the published list coco_20k_filenames.txt. Pictures without a usable
+annotation or that do not decode are named and left out (exit status 1). An interrupted run goes on from --out."""
+_EXAMPLE = (
+    "example: lift-fast eval discovery --dataset voc07 --root data/ --model dino_vits16 --lift lift_dino_vits16.pth "
+    "--method backbone bilinear lift --out voc07.json --table voc07.md"
+)
+_YEARS = {"voc07": 2007, "voc12": 2012}
+
+
+def add_parser(protocols: Any) -> None:
+    """Add the command to argparse's ``protocols``."""
+    parser = protocols.add_parser(
+        "discovery", help="object discovery with TokenCut", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("--dataset", required=True, choices=("voc07", "voc12", "coco20k"))
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--split", default="trainval", help="list of VOC's pictures (%(default)s)")
+    parser.add_argument("--no-hard", action="store_true", help="VOC: leave out difficult and truncated objects")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="COCO: list of pictures (ROOT/coco_20k_filenames.txt)"
+    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO: another annotation file")
+    parser.add_argument("--tau", type=float, help="threshold of the cosine (0.2 for VOC, 0.3 for COCO20k)")
+    parser.add_argument(
+        "--resolution", type=positive, metavar="S", help="resize pictures to S x S (their own size, as published)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="folder for sheets: boxes, eigenvector, foreground"
+    )
+    parser.add_argument("--picture-count", type=positive, default=20, metavar="N", help="sheets a method (%(default)s)")
+    add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The protocol. Returns the exit status."""
+    import re
+
+    from tqdm import tqdm
+
+    from lift_fast._files import atomic_path
+    from lift_fast.evaluation import discovery
+    from lift_fast.evaluation.boxes import read_coco, read_voc
+    from lift_fast.evaluation.tokencut import TAU
+
+    check_outputs(arguments)
+    voc = arguments.dataset in _YEARS
+    for option in ("list", "annotations") if voc else ("no_hard",):
+        if getattr(arguments, option):
+            other = "coco20k" if voc else "VOC"
+            raise UsageError(f"--{option.replace('_', '-')} belongs to {other}, not to {arguments.dataset}")
+    with as_usage_error():
+        if voc:
+            data = read_voc(arguments.root, _YEARS[arguments.dataset], split=arguments.split, no_hard=arguments.no_hard)
+        else:
+            data = read_coco(arguments.root, annotations=arguments.annotations, names=arguments.list)
+        data.samples = data.samples[: arguments.limit]
+        if arguments.pictures is not None:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+    backbone, methods = build(arguments)
+    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
+        print(remark, file=sys.stderr)
+    drawn = dict.fromkeys((method.name for method in methods), 0)
+
+    def draw(name: str, sample: Any, image: Any, found: Any, prediction: Any) -> None:
+        if arguments.pictures is None or drawn[name] >= arguments.picture_count:
+            return
+        drawn[name] += 1
+        stem = re.sub(r"[^\w.-]", "_", f"{Path(sample.name).stem}_{name}")
+        with atomic_path(arguments.pictures / f"{stem}.png") as temporary:
+            discovery.draw_discovery(sample, image, found, prediction).save(temporary)
+
+    hidden = True if arguments.quiet else None
+    with tqdm(total=len(data.samples), unit="picture", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+        content = discovery.evaluate(
+            [(method.name, method) for method in methods],
+            backbone,
+            data,
+            tau=TAU[arguments.dataset] if arguments.tau is None else arguments.tau,
+            resolution=arguments.resolution,
+            out=arguments.out,
+            record=record(arguments, backbone, methods),
+            show=draw,
+            progress=bar.update,
+        )
+    show(arguments, {k: v for k, v in content.items() if k != "predictions"}, [discovery.table(content)])
+    return 1 if content["skipped"] else 0
