@@ -1,5 +1,6 @@
 """Linear CKA against the textbook's centring matrices, and its curves over input sizes."""
 
+import json
 import math
 
 import numpy as np
@@ -202,3 +203,26 @@ def test_chart_of_any_numbers(log_x):
             line_chart([Series("a", bad)], title="t", x="x", y="y")
     with pytest.raises(ValueError, match="positive"):
         line_chart([Series("a", [(0, 1)])], title="t", x="x", y="y", log_x=True)
+
+
+def test_command(photographs, tmp_path, capsys):
+    from lift_fast.cli import main
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in photographs[:2]:
+        path.rename(folder / path.name)
+    options = ["eval", "cka", "--root", str(folder), "--quiet", "--device", "cpu", "--grid", "5"]
+    model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift"]
+    files = ["--out", str(tmp_path / "cka.json"), "--chart", str(tmp_path / "cka.png")]
+    (folder / "broken.png").write_bytes(b"no picture")
+    assert main([*options, *model, *files, "--json", "--sizes", "32", "48", "--reference", "64"]) == 1
+    shown = capsys.readouterr()
+    figures = json.loads(shown.out)
+    assert "broken.png" in shown.err
+    assert list(figures["curves"]) == ["backbone", "bilinear", "lift"]
+    assert 0 < figures["curves"]["lift"]["48"]["cka"][0] <= 1
+    assert json.loads((tmp_path / "cka.json").read_text())["curves"] == figures["curves"]
+    assert Image.open(tmp_path / "cka.png").width == 1000
+    assert main([*options, *model, "--chart", str(tmp_path / "none" / "a.png")]) == 2
+    assert "does not exist" in capsys.readouterr().err

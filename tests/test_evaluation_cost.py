@@ -1,11 +1,13 @@
 """Costs against counts written out by hand, and the published figures."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from lift_fast import LiFT
@@ -190,3 +192,29 @@ def test_measured_time():
     calls = []
     assert measure(lambda: calls.append(1), torch.device("cpu"), repeats=5) >= 0
     assert len(calls) == 7
+
+
+def test_command(tmp_path, capsys):
+    from lift_fast.cli import main
+
+    options = ["eval", "cost", "--model", "vit_tiny_patch16_224", "--random-weights", "--device", "cpu", "--quiet"]
+    methods = ["--random-lift", "--method", "backbone", "lift", "stride-8", "--sizes", "32"]
+    other = tmp_path / "warp.json"
+    entry = {"backbone": {"PCK@0.1": [10.0, 9.0, 11.0]}, "lift": {"PCK@0.1": [20.0, 19.0, 21.0]}}
+    other.write_text(json.dumps({"protocol": "warp", "summary": {"sizes": {"32": entry}}}))
+    out, chart = tmp_path / "cost.json", tmp_path / "cost.png"
+    files = ["--out", str(out), "--chart", str(chart), "--results", str(other)]
+    assert main([*options, *methods, *files, "--measure", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [(c["method"], c["size"]) for c in figures["costs"]] == [("backbone", 32), ("lift", 32), ("stride-8", 32)]
+    assert all(c["milliseconds"] > 0 for c in figures["costs"])
+    assert figures["costs"][0]["score"] == [10, 9, 11]
+    assert figures["costs"][2]["score"] is None
+    assert json.loads(out.read_text())["costs"] == figures["costs"]
+    assert Image.open(chart).width == 1000
+    for wrong, message in (
+        (["--chart", str(chart)], "give the files"),
+        (["--results", str(other), "--metric", "AP"], "there are PCK@0.1"),
+    ):
+        assert main([*options, *methods, *wrong]) == 2
+        assert message in capsys.readouterr().err

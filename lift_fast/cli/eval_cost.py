@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
 from .eval import add_method_options, build, check_outputs, record, show
 from .options import positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lift_fast.evaluation.methods import Method
 
 _DESCRIPTION = """Cost of one picture of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
 graph computes), and GFLOPs as the LiFT paper counts them (4.34 for DINO S/16 at 224 pixels). With --results, files of
@@ -46,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lift_fast._files import atomic_path
     from lift_fast.evaluation import cost
-    from lift_fast.evaluation.methods import Batch
     from lift_fast.evaluation.results import load_json, save_json
 
     check_outputs(arguments, "chart")
@@ -65,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             milliseconds = None
             if arguments.measure:
                 picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
-                milliseconds = cost.measure(lambda m=method, p=picture: m(Batch(p)), weight.device)
+                milliseconds = cost.measure(partial(_once, method, picture), weight.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
     content = cost.as_content(costs)
     content["record"] = record(arguments, backbone, methods)
@@ -82,3 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
             cost.draw_curve(costs, scores, arguments.metric, arguments.published).save(temporary)
     show(arguments, content, tables)
     return 0
+
+
+def _once(method: Method, picture: Tensor) -> None:
+    from lift_fast.evaluation.methods import Batch
+
+    # A batch keeps its tokens: each call needs its own.
+    method(Batch(picture))
