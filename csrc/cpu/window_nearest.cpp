@@ -12,8 +12,9 @@
 namespace lift_fast {
 namespace {
 
-// Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys.
-constexpr std::int64_t kStageBytes = 8 << 20, kTaskBytes = 256 << 10;
+// Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys; queries that are packed
+// once for all stages.
+constexpr std::int64_t kStageBytes = 8 << 20, kTaskBytes = 256 << 10, kQueryBytes = 8 << 20;
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("window_nearest: " + what);
@@ -113,7 +114,9 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   // Few tiles: smaller tasks, so that every thread has some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));
   const Memory<float> packed_keys = allocate<float>(call.stage_frames * frame);
-  const Memory<float> packed_queries = allocate<float>(product({call.threads, call.tiles_per_task, tile}));
+  call.pack_queries_once = call.stage_frames < call.key_frames && tiles <= kQueryBytes / (4 * tile);
+  const Memory<float> packed_queries = allocate<float>(
+      call.pack_queries_once ? product({tiles, tile}) : product({call.threads, call.tiles_per_task, tile}));
   call.packed_keys = packed_keys.get();
   call.packed_queries = packed_queries.get();
   switch (isa) {

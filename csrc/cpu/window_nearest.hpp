@@ -34,7 +34,8 @@ struct WindowNearestCall {
   std::int64_t stage_frames;    // key grids that are packed at one time
   std::int64_t tiles_per_task;
   float* packed_keys;           // [stage_frames, key_h, c + sections - 1, row_stride]
-  float* packed_queries;        // of each thread [tiles_per_task, c + sections - 1, query tile]
+  bool pack_queries_once;       // all of a batch's at its beginning, not those of a task for each stage
+  float* packed_queries;        // [tiles, c + sections - 1, query tile], or of each thread [tiles_per_task, ...]
 };
 
 // How an instruction set's kernel cuts the work up.
@@ -43,7 +44,8 @@ struct WindowNearestTiling {
   std::int64_t lanes;    // keys of a vector
 };
 
-// Working memory: a bounded number of packed key grids (at least one) and 256 KiB for each thread (at least one tile).
+// Working memory: a bounded number of packed key grids (at least one), and queries up to 8 MiB or 256 KiB for each
+// thread (at least one tile).
 // Throws std::invalid_argument for sizes out of range, std::bad_alloc.
 void window_nearest_run(WindowNearestCall call, CpuIsa isa);
 

@@ -18,6 +18,9 @@ namespace {
 constexpr int kLanes = WindowNearestIsa::lanes;
 constexpr int kQueries = WindowNearestIsa::queries;
 constexpr int kVectors = WindowNearestIsa::key_vectors;
+// Queries of a tile that are packed at one time.
+constexpr int kQueryWidth = kQueries <= kLanes ? kQueries : kQueries / 2;
+static_assert(kQueryWidth <= kLanes && kQueries % kQueryWidth == 0, "a tile is packed in equal parts");
 static_assert(kVectors == 2 || kVectors == 3, "steps of one, two and three vectors");
 constexpr unsigned kAllLanes = (1u << kLanes) - 1;
 constexpr float kInfinity = __builtin_inff();
@@ -81,7 +84,6 @@ struct RowScale {
     }
     scale = 1.0;
     const double norm = __builtin_sqrt(sum);
-    // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
     if (call.normalize) scale = 1.0 / (norm > 1e-12 ? norm : 1e-12);
     // Squares of finite floats never overflow a double.
     if (!(sum < __builtin_inf())) scale = __builtin_nan("");
@@ -94,27 +96,59 @@ struct RowScale {
   }
 };
 
-// `count` rows as [c][stride], scaled, and below them their bounds; zeros beyond the rows.
-inline void pack(const float* rows, std::int64_t count, std::int64_t stride, const WindowNearestCall& call,
-                 float* packed) {
-  // Some rows at a time, so that what is written stays in the cache until its lines are full.
-  constexpr std::int64_t block = 16;
+// Rows of a square block become its columns: after each step a pair of neighbours stands for rows that were half the
+// block apart.
+inline void transpose(Vec (&block)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = WindowNearestIsa::zip_low(block[i], block[i + kLanes / 2]);
+      mixed[2 * i + 1] = WindowNearestIsa::zip_high(block[i], block[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = mixed[i];
+  }
+}
+
+// `count` rows as [c][stride], scaled, and below them their bounds; zeros beyond the rows. kWidth columns at a time,
+// of which `stride` is a multiple.
+template <int kWidth>
+void pack(const float* rows, std::int64_t count, std::int64_t stride, const WindowNearestCall& call, float* packed) {
+  static_assert(kWidth <= kLanes, "the rows of a block are columns of one vector");
   const std::int64_t c = call.c;
-  for (std::int64_t first = 0; first < stride; first += block) {
-    const std::int64_t end = smaller(first + block, stride), filled = larger(first, smaller(end, count));
-    double scale[block];
-    for (std::int64_t r = first; r < filled; ++r) {
-      const RowScale by(rows + r * c, call);
-      scale[r - first] = by.scale;
-      for (std::int64_t s = 0; s + 1 < call.sections; ++s) packed[(c + s) * stride + r] = by.rest[s];
+  for (std::int64_t first = 0; first < stride; first += kWidth) {
+    const int filled = static_cast<int>(larger<std::int64_t>(smaller<std::int64_t>(kWidth, count - first), 0));
+    float scale[kWidth] = {}, before[kWidth] = {};
+    for (int r = 0; r < kWidth; ++r) {
+      float rest[window_nearest_sections] = {};
+      if (r < filled) {
+        const RowScale by(rows + (first + r) * c, call);
+        // As a float the reciprocal of a norm above 1e38 would be subnormal, with few digits left.
+        before[r] = by.scale < 0x1p-100 ? 0x1p-64f : 1.0f;
+        scale[r] = static_cast<float>(by.scale / before[r]);
+        for (std::int64_t s = 0; s + 1 < call.sections; ++s) rest[s] = by.rest[s];
+      }
+      for (std::int64_t s = 0; s + 1 < call.sections; ++s) packed[(c + s) * stride + first + r] = rest[s];
     }
-    for (std::int64_t i = 0; i < c; ++i) {
-      float* to = packed + i * stride;
-      for (std::int64_t r = first; r < filled; ++r) to[r] = static_cast<float>(rows[r * c + i] * scale[r - first]);
-      for (std::int64_t r = filled; r < end; ++r) to[r] = 0.0f;
+    const float* from = rows + first * c;
+    float* to = packed + first;
+    std::int64_t i = 0;
+    for (; i + kLanes <= c; i += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        block[r] = r < kWidth && r < filled ? load(from + r * c + i) * splat(before[r]) * splat(scale[r]) : Vec{};
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) __builtin_memcpy(to + (i + r) * stride, &block[r], 4 * kWidth);
     }
-    for (std::int64_t s = 0; s + 1 < call.sections; ++s) {
-      for (std::int64_t r = filled; r < end; ++r) packed[(c + s) * stride + r] = 0.0f;
+    for (; i < c; ++i) {
+      for (int r = 0; r < kWidth; ++r) {
+        to[i * stride + r] = r < filled ? from[r * c + i] * before[r] * scale[r] : 0.0f;
+      }
     }
   }
 }
@@ -260,7 +294,7 @@ void run_window_nearest(const WindowNearestCall& call) {
   const std::int64_t cells = call.key_h * call.key_w;
 #pragma omp parallel num_threads(call.threads)
   {
-    float* packed_queries = call.packed_queries + thread_index() * call.tiles_per_task * packed_tile;
+    float* own_queries = call.packed_queries + thread_index() * call.tiles_per_task * packed_tile;
     for (std::int64_t b = 0; b < call.batch; ++b) {
       const WindowMatcher matcher(call, b);
       const float* queries = call.query + b * matcher.queries() * call.c;
@@ -270,21 +304,30 @@ void run_window_nearest(const WindowNearestCall& call) {
         call.similarity[i] = -kInfinity;
         call.index[i] = -1;
       }
+      const auto pack_tile = [&](std::int64_t number, float* packed_queries) {
+        const Tile t = matcher.tile(number);
+        pack<kQueryWidth>(queries + (t.row * call.query_w + t.column) * call.c, t.count, kQueries, call,
+                          packed_queries);
+      };
+      if (call.pack_queries_once) {
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < tiles; ++i) pack_tile(i, call.packed_queries + i * packed_tile);
+      }
       for (std::int64_t stage = 0; stage < call.key_frames; stage += call.stage_frames) {
         const std::int64_t frames = smaller(call.stage_frames, call.key_frames - stage);
 #pragma omp for schedule(static)
         for (std::int64_t r = 0; r < frames * call.key_h; ++r) {
           const std::int64_t first = (b * call.key_frames + stage) * cells + r * call.key_w;
-          pack(call.key + first * call.c, call.key_w, call.row_stride, call, call.packed_keys + r * packed_row);
+          pack<kLanes>(call.key + first * call.c, call.key_w, call.row_stride, call, call.packed_keys + r * packed_row);
         }
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
           const std::int64_t begin = task * call.tiles_per_task, end = smaller(begin + call.tiles_per_task, tiles);
+          const float* packed_queries = call.pack_queries_once ? call.packed_queries + begin * packed_tile : own_queries;
           std::int32_t low = static_cast<std::int32_t>(call.key_h), high = -1;
           for (std::int64_t i = begin; i < end; ++i) {
             const Tile t = matcher.tile(i);
-            pack(queries + (t.row * call.query_w + t.column) * call.c, t.count, kQueries, call,
-                 packed_queries + (i - begin) * packed_tile);
+            if (!call.pack_queries_once) pack_tile(i, own_queries + (i - begin) * packed_tile);
             low = smaller(low, t.row_low);
             high = larger(high, t.row_high);
           }
