@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, as_usage_error
-from .eval import add_method_options, build, check_outputs, record, show
+from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive, remarks
 
 _DESCRIPTION = """Scale invariance: linear CKA between a method's features of a picture at each size and its features at

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
-from .eval import add_method_options, build, check_outputs, record, show
+from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive
 
 if TYPE_CHECKING:

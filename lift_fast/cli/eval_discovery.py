@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, as_usage_error
-from .eval import add_method_options, build, check_outputs, record, show
+from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive, remarks
 
 _DESCRIPTION = """CorLoc: the share of pictures in which TokenCut's one box overlaps an object by half (IoU >= 0.5).

@@ -1,0 +1,225 @@
+"""``lift-fast eval davis``: video object segmentation on DAVIS 2017 by label propagation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, as_usage_error
+from .eval_options import add_method_options, build, check_outputs, record, show
+from .options import positive, remarks
+
+if TYPE_CHECKING:
+    from lift_fast.backbones import FrozenViT
+    from lift_fast.evaluation.davis import Davis, SequenceScores
+    from lift_fast.evaluation.methods import Method
+
+_DESCRIPTION = """DAVIS 2017, semi-supervised: the masks of each video's first frame are carried through the video by
+label propagation, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean,
+recall and decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; a run that
+was interrupted goes on there. A sequence that cannot be used is named and left out (exit status 1)."""
+_EXAMPLE = (
+    "examples: lift-fast eval davis --root DAVIS --model dino_vits16 --lift lift_dino_vits16.pth --out davis.json; "
+    "lift-fast eval davis --root DAVIS --score MASKS/lift OTHER=elsewhere/masks"
+)
+
+
+def add_parser(protocols: Any) -> None:
+    """Add the protocol to argparse's ``protocols``."""
+    parser = protocols.add_parser(
+        "davis", help="video object segmentation on DAVIS 2017", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of DAVIS (480p, original form)")
+    parser.add_argument("--subset", default="val", help="list of sequences in ImageSets (%(default)s)")
+    parser.add_argument("--year", default="2017", help="folder of that list (%(default)s)")
+    parser.add_argument("--resolution", default="480p", help="folder of frames and masks (%(default)s)")
+    parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these of the list")
+    parser.add_argument(
+        "--masks", type=Path, default=Path("davis_masks"), metavar="DIR", help="folder for the masks (%(default)s)"
+    )
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--predict-only", action="store_true", help="write masks and score nothing")
+    steps.add_argument(
+        "--score",
+        nargs="+",
+        metavar="[LABEL=]DIR",
+        help="score folders of masks, DIR/<sequence>/<frame>.png, that are there, and predict nothing",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
+    parser.add_argument("--csv", action="store_true", help="beside the masks, the published evaluation's two CSV files")
+    numbers = parser.add_argument_group("protocol")
+    numbers.add_argument(
+        "--size", type=positive, default=448, metavar="S", help="frames are resized to S x S (%(default)s)"
+    )
+    numbers.add_argument("--queue", type=_whole, default=7, metavar="N", help="last frames as context (%(default)s)")
+    numbers.add_argument(
+        "--radius", type=_whole, default=12, metavar="N", help="of the neighbourhood in cells (%(default)s)"
+    )
+    numbers.add_argument("--topk", type=positive, default=5, metavar="K", help="keys to average (%(default)s)")
+    numbers.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of their weights (%(default)s)")
+    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict and score. Returns the exit status."""
+    import torch
+
+    from lift_fast.evaluation.davis import Davis, report
+    from lift_fast.evaluation.results import save_json
+
+    check_outputs(arguments)
+    with as_usage_error():
+        dataset = Davis(arguments.root, arguments.subset, arguments.resolution, arguments.year)
+    names = _chosen(dataset, arguments.sequences)
+    options = {
+        "subset": arguments.subset,
+        "year": arguments.year,
+        "resolution": arguments.resolution,
+        "sequences": names,
+    }
+    skipped: dict[str, str] = {}
+    if arguments.score:
+        folders = _labelled(arguments.score)
+        about: dict[str, Any] = {}
+    else:
+        backbone, methods = build(arguments)
+        for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
+            print(remark, file=sys.stderr)
+        folders = {method.name: arguments.masks / method.name for method in methods}
+        about = record(arguments, backbone, methods)
+        options.update(_numbers(arguments))
+        skipped = _predict(arguments, dataset, names, backbone, methods, about)
+    if arguments.predict_only:
+        for name, reason in skipped.items():
+            print(f"skipped: {name}: {reason}", file=sys.stderr)
+        return 1 if skipped else 0
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    scores = _score(arguments, dataset, [name for name in names if name not in skipped], folders, skipped)
+    content = report.content(scores, skipped, options, about)
+    if arguments.out is not None:
+        save_json(arguments.out, content)
+    show(arguments, content, report.tables(content))
+    return 1 if skipped else 0
+
+
+def _predict(
+    arguments: argparse.Namespace,
+    dataset: Davis,
+    names: list[str],
+    backbone: FrozenViT,
+    methods: list[Method],
+    record: dict[str, Any],
+) -> dict[str, str]:
+    """Masks of all methods; what had to be left out, and why."""
+    from tqdm import tqdm
+
+    from lift_fast.evaluation.davis import DavisError, Job, Network, PropagationOptions, predict_dataset
+
+    weight = backbone.model.patch_embed.proj.weight
+    network = Network(methods, backbone.mean, backbone.std, weight.device, weight.dtype)
+    with as_usage_error():
+        options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
+        backbone.grid(options.size, options.size)
+    # Machines and versions may change while a run goes on, networks and numbers may not.
+    kept = ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed")
+    jobs = []
+    for method in methods:
+        if method.name in (".", ".."):
+            raise UsageError(f"{method.name!r} cannot be a label here: masks go to a folder of that name")
+        settings = {
+            "method": method.name,
+            **{name: record[name] for name in kept},
+            "weights": {name: record["weights"].get(name) for name in ("backbone", method.name)},
+            **_numbers(arguments),
+        }
+        jobs.append(Job(method.name, method, arguments.masks / method.name, settings))
+    total = sum(len(list((dataset.frames_folder / name).glob("*.jpg"))) for name in names)
+    # Shown where somebody watches, unless switched off.
+    hidden = True if arguments.quiet else None
+    with tqdm(total=total, unit="frame", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+        try:
+            done = predict_dataset(
+                dataset, jobs, network, options, names=names, overwrite=arguments.overwrite, progress=bar.update
+            )
+        except DavisError as error:
+            hint = "; --overwrite computes them again" if "other settings" in str(error) else ""
+            raise UsageError(f"{error}{hint}") from error
+    if done.kept and not arguments.quiet:
+        print(
+            f"{len(done.kept)} of {len(done.kept) + len(done.computed)} were there already; --overwrite computes them "
+            "again",
+            file=sys.stderr,
+        )
+    return done.problems
+
+
+def _score(
+    arguments: argparse.Namespace,
+    dataset: Davis,
+    names: list[str],
+    folders: dict[str, Path],
+    skipped: dict[str, str],
+) -> dict[str, list[SequenceScores]]:
+    """Scores by method. What could not be scored joins ``skipped``, and is left out for every method."""
+    import torch
+    from tqdm import tqdm
+
+    from lift_fast.evaluation.davis import score_folder, write_csv
+
+    hidden = True if arguments.quiet else None
+    scores = {}
+    with tqdm(total=len(names) * len(folders), unit="sequence", disable=hidden, file=sys.stderr) as bar:
+        for method, folder in folders.items():
+            scores[method], problems = score_folder(
+                dataset, folder, names, threads=torch.get_num_threads(), progress=bar.update
+            )
+            for name, problem in problems.items():
+                skipped.setdefault(name, problem)
+    # Means over different objects could not be compared.
+    scores = {method: [one for one in found if one.name not in skipped] for method, found in scores.items()}
+    if arguments.csv:
+        for method, folder in folders.items():
+            if scores[method]:
+                write_csv(scores[method], folder, arguments.subset)
+    return scores
+
+
+def _numbers(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("size", "queue", "radius", "topk", "temperature")}
+
+
+def _chosen(dataset: Davis, wanted: list[str] | None) -> list[str]:
+    unknown = [name for name in wanted or () if name not in dataset.names]
+    if unknown:
+        raise UsageError(f"{dataset.list_path} does not list {', '.join(unknown)}")
+    return [name for name in dataset.names if wanted is None or name in wanted]
+
+
+def _labelled(entries: list[str]) -> dict[str, Path]:
+    """Folders of masks by label, by default the folder's name."""
+    folders: dict[str, Path] = {}
+    for entry in entries:
+        label, equals, path = entry.partition("=")
+        if not equals or Path(entry).is_dir():
+            label, path = Path(entry).resolve().name, entry
+        if not Path(path).is_dir():
+            raise UsageError(f"--score: no folder {path}")
+        if label in folders:
+            raise UsageError(f"--score: two folders are called {label!r}; give labels, LABEL=DIR")
+        folders[label] = Path(path)
+    return folders
+
+
+def _whole(text: str) -> int:
+    """argparse type: an integer >= 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return value

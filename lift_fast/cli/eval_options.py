@@ -1,0 +1,134 @@
+"""What the commands of ``lift-fast eval`` share: options for methods and results, and what is built from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, as_usage_error
+from .options import add_model_options, add_output_options, positive, takes_demonstration_lift
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lift_fast.backbones import FrozenViT
+    from lift_fast.evaluation.methods import Method
+    from lift_fast.evaluation.results import Table
+
+_METHODS = (
+    "backbone, bilinear, lift, lift-N (applied N times), random-lift, double-size, stride-S, LABEL=FILE (another LiFT "
+    "checkpoint), LABEL=MODULE:CALLABLE (an nn.Module with forward(imgs, x))"
+)
+
+
+def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True) -> None:
+    """What is compared, and where the results go; with the options of :func:`add_model_options`."""
+    parser.add_argument(
+        "--method", nargs="+", default=list(default), metavar="M", help=f"{_METHODS} (%(default)s)".replace("%%", "%")
+    )
+    parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
+    if batches:
+        parser.add_argument(
+            "--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)"
+        )
+    add_model_options(parser, sizes=False)
+    add_output_options(parser)
+
+
+def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
+    """Backbone and methods that the options describe; ``arguments.lift`` then names the LiFT that was taken.
+
+    Raises:
+        UsageError: if they cannot be built; says which option helps.
+    """
+    import torch
+
+    from lift_fast.backbones import load_backbone
+    from lift_fast.evaluation.methods import build_methods
+    from lift_fast.lift import LiFT
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if takes_demonstration_lift(arguments):
+        from lift_fast.demonstration import LIFT
+
+        arguments.lift = LIFT
+    with as_usage_error():
+        wish = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            backbone = load_backbone(
+                arguments.model,
+                weights=arguments.weights,
+                random_weights=arguments.random_weights,
+                facet=arguments.facet,
+                layer=arguments.layer,
+                stride=arguments.stride,
+                head_order="interleaved",
+                seed=arguments.seed,
+            ).to(wish, getattr(torch, arguments.dtype))
+        except (RuntimeError, AssertionError) as error:
+            if arguments.device is None or isinstance(error, UsageError):
+                raise
+            raise UsageError(f"--device {arguments.device}: {error}") from error
+        lift: Any = arguments.lift
+        if arguments.random_lift:
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(arguments.seed)
+                lift = LiFT(backbone.embed_dim, backbone.patch_size)
+        return backbone, build_methods(arguments.method, backbone, lift, arguments.seed)
+
+
+def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
+    """What the results depend on, as they store it."""
+    from lift_fast import demonstration
+    from lift_fast.evaluation.results import provenance
+
+    files: dict[str, Any] = {"backbone": arguments.weights}
+    if arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights):
+        files["backbone"] = demonstration.backbone_file()
+    for method in methods:
+        if method.weights is not None:
+            files[method.name] = demonstration.lift_file(method.weights)
+    return {
+        "model": arguments.model,
+        "random_weights": arguments.random_weights,
+        "facet": backbone.facet,
+        "layer": backbone.layer,
+        "stride": backbone.stride,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        **provenance(str(next(backbone.parameters()).device), files),
+    }
+
+
+def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequence[Table]) -> None:
+    """Print the figures and write the tables."""
+    from lift_fast._files import atomic_path
+    from lift_fast.evaluation.results import as_json
+
+    if arguments.table is not None:
+        latex = arguments.table.suffix.lower() == ".tex"
+        with atomic_path(arguments.table) as temporary:
+            temporary.write_text(
+                "\n".join(table.latex() if latex else table.markdown() for table in tables), encoding="utf-8"
+            )
+    if arguments.json:
+        print(json.dumps(as_json({name: value for name, value in content.items() if name != "scores"})))
+    else:
+        print("\n".join(table.markdown() for table in tables))
+    for name, reason in content["skipped"].items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
+
+
+def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
+    """Refuse what could not be written (--out, --table and ``more``), before hours of work."""
+    for option in ("out", "table", *more):
+        path = getattr(arguments, option)
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
+        if path is not None and path.is_dir():
+            raise UsageError(f"--{option} {path} is a folder; give a file")

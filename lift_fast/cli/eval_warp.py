@@ -1,0 +1,94 @@
+"""``lift-fast eval warp``: matching under known random warps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, as_usage_error
+from .eval_options import add_method_options, build, check_outputs, record, show
+from .options import positive, remarks
+
+_DESCRIPTION = """Find points of photographs again in a second view of the same photograph, a known random homography of
+it with changed colours: PCK@alpha, the share of points found within alpha * S pixels of S x S, with 95 % confidence
+intervals over photographs. Any folder of photographs will do. A run that was interrupted goes on from --out."""
+_EXAMPLE = (
+    "example: lift-fast eval warp --root photos/ --held-out --model dino_vits16 --lift lift_dino_vits16.pth "
+    "--method backbone bilinear lift random-lift l1=l1/lift.pth --seeds 3 --out warp.json --table warp.md"
+)
+
+
+def add_parser(protocols: Any) -> None:
+    """Add the command to argparse's ``protocols``."""
+    parser = protocols.add_parser(
+        "warp", help="matching under known random warps", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of photographs")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        nargs="?",
+        const=0.1,
+        metavar="X",
+        help="only the fraction that lift-fast train --holdout left out; without a number every tenth",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N photographs by name")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[112, 224, 448], metavar="S", help="(%(default)s)")
+    parser.add_argument("--points", type=positive, default=100, metavar="N", help="in each photograph (%(default)s)")
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.1, 0.05, 0.01], metavar="A", help="of PCK (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="warps of each (%(default)s)")
+    parser.add_argument("--no-photometric", action="store_true", help="leave the second view's colours as they are")
+    parser.add_argument("--reference", metavar="M", help="method to compare with (bilinear, if it is among them)")
+    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The warp protocol. Returns the exit status."""
+    from tqdm import tqdm
+
+    from lift_fast.evaluation import warp_run
+    from lift_fast.evaluation.warp import WarpProtocol
+    from lift_fast.images import list_images
+    from lift_fast.training import split
+
+    check_outputs(arguments)
+    with as_usage_error():
+        paths = list_images(arguments.root)
+        root = arguments.root if arguments.root.is_dir() else arguments.root.parent
+        if arguments.held_out is not None:
+            paths = split(paths, arguments.held_out, root=root)[1]
+        paths = paths[: arguments.limit]
+        if not paths:
+            raise UsageError(f"no photographs of {arguments.root} are held out; leave out --held-out")
+        protocol = WarpProtocol(arguments.points, tuple(arguments.alphas), not arguments.no_photometric)
+    backbone, methods = build(arguments)
+    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
+        print(remark, file=sys.stderr)
+    reference = arguments.reference
+    if reference is None and "bilinear" in arguments.method:
+        reference = "bilinear"
+    total = len(paths) * len(arguments.sizes) * arguments.seeds
+    # Shown where somebody watches, unless switched off.
+    hidden = True if arguments.quiet else None
+    with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+        content = warp_run.evaluate(
+            methods,
+            backbone,
+            paths,
+            root,
+            sizes=arguments.sizes,
+            seeds=arguments.seeds,
+            protocol=protocol,
+            reference=reference,
+            batch_size=arguments.batch_size,
+            out=arguments.out,
+            record=record(arguments, backbone, methods),
+            progress=bar.update,
+        )
+    show(arguments, content, warp_run.tables(content))
+    return 1 if content["skipped"] else 0

@@ -1,0 +1,166 @@
+"""DAVIS 2017 in its original layout: sequences of frames, indexed masks, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lift_fast._files import atomic_path
+
+Mask = npt.NDArray[np.uint8]
+
+# Pixels that annotators left open; the semi-supervised evaluation takes them for background.
+VOID = 255
+
+
+class DavisError(ValueError):
+    """A sequence or data set that cannot be used; the message names the path."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video: its frames, in order, and the folder of its annotations."""
+
+    name: str
+    frames: tuple[Path, ...]
+    annotations: Path
+
+    def annotation(self, frame: Path) -> Path:
+        """Where the annotation of a frame lies, whether or not it exists."""
+        return self.annotations / f"{frame.stem}.png"
+
+
+class Davis:
+    """Reader of ``JPEGImages/480p/<sequence>/*.jpg``, ``Annotations/480p/<sequence>/*.png`` and
+    ``ImageSets/2017/val.txt``.
+
+    Args:
+        root: folder of the data set.
+        subset: name of the list of sequences, ``val`` for ``val.txt``.
+        resolution: name of the folders below ``JPEGImages`` and ``Annotations``.
+        year: folder below ``ImageSets``.
+
+    Raises:
+        DavisError: if a folder or the list is missing, or the list is empty or not a list of folder names.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], subset: str = "val", resolution: str = "480p", year: str = "2017"
+    ) -> None:
+        self.root = Path(root)
+        self.subset = subset
+        self.resolution = resolution
+        self.frames_folder = self.root / "JPEGImages" / resolution
+        self.annotations_folder = self.root / "Annotations" / resolution
+        self.list_path = self.root / "ImageSets" / year / f"{subset}.txt"
+        for folder in (self.frames_folder, self.annotations_folder):
+            if not folder.is_dir():
+                raise DavisError(
+                    f"no folder {folder}; expected the layout of DAVIS 2017, {resolution}: JPEGImages, Annotations "
+                    "and ImageSets below the root"
+                )
+        self.names = _read_list(self.list_path)
+
+    @cached_property
+    def palette(self) -> list[int]:
+        """The data set's own palette, from the first mask that has one; else the usual colours."""
+        for name in self.names:
+            for path in sorted((self.annotations_folder / name).glob("*.png"))[:1]:
+                try:
+                    with Image.open(path) as image:
+                        palette = image.getpalette() if image.mode == "P" else None
+                except OSError:
+                    continue
+                if palette:
+                    return palette
+        return usual_palette()
+
+    def sequence(self, name: str) -> Video:
+        """The sequence of that name.
+
+        Raises:
+            DavisError: if it has no frames.
+        """
+        folder = self.frames_folder / name
+        frames = tuple(sorted(folder.glob("*.jpg")))
+        if not frames:
+            raise DavisError(f"{name}: no *.jpg in {folder}")
+        return Video(name, frames, self.annotations_folder / name)
+
+
+def _read_list(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise DavisError(f"no list of sequences at {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DavisError(f"{path} cannot be read: {error}") from error
+    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        raise DavisError(f"{path} lists no sequence")
+    for name in names:
+        # Names become folders of results.
+        if name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+            raise DavisError(f"{path}: expected the name of a folder in each line, got {name!r}")
+    return names
+
+
+def read_mask(path: Path) -> Mask:
+    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays.
+
+    Raises:
+        DavisError: naming the file, if it is missing, does not decode or holds no numbers of objects.
+    """
+    if not path.is_file():
+        raise DavisError(f"no mask at {path}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, mask = image.mode, np.array(image)
+    except Exception as error:
+        raise DavisError(f"{path} cannot be read as a mask: {error}") from error
+    if mode not in ("P", "L", "1"):
+        raise DavisError(f"{path} is a picture of mode {mode}; expected an indexed PNG whose values number the objects")
+    return mask.astype(np.uint8)
+
+
+def read_annotation(path: Path) -> Mask:
+    """:func:`read_mask` with void pixels as background, as the semi-supervised evaluation takes them."""
+    mask = read_mask(path)
+    mask[mask == VOID] = 0
+    return mask
+
+
+def first_annotation(video: Video) -> Mask:
+    """Mask of the first frame, which names the objects 1 to its largest number.
+
+    Raises:
+        DavisError: as :func:`read_mask`, and if there is no object.
+    """
+    path = video.annotation(video.frames[0])
+    mask = read_annotation(path)
+    if not mask.any():
+        raise DavisError(f"{path} holds no object")
+    return mask
+
+
+def write_mask(path: Path, mask: Mask, palette: list[int]) -> None:
+    """Indexed PNG, written as a whole or not at all."""
+    image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
+    image.putpalette(palette)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def usual_palette() -> list[int]:
+    """768 numbers: the colours of PASCAL VOC, which DAVIS uses too. Bits of an object's number, three by three, are the
+    high bits of red, green and blue."""
+    numbers = np.arange(256)[:, None] >> np.arange(0, 24, 3)
+    colours = [(((numbers >> channel) & 1) << np.arange(7, -1, -1)).sum(1) for channel in range(3)]
+    return [int(value) for value in np.stack(colours, axis=1).ravel()]

@@ -1,0 +1,153 @@
+"""A prediction run over a data set: sequence by sequence into a folder of masks, and on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lift_fast._files import atomic_path
+
+from .dataset import Davis, DavisError, Mask, Video, first_annotation, write_mask
+from .propagation import FeatureMaps, Network, PropagationOptions, predict
+
+# Says how the masks beside it were made.
+RECORD = "predictions.json"
+
+
+@dataclass
+class Predictions:
+    """What a run did, by sequence and method, and what is wrong with the sequences that were left out."""
+
+    computed: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and where its masks go.
+
+    Attributes:
+        name: of the method.
+        features: what it computes.
+        folder: for its masks; made if missing.
+        record: what they depend on, as JSON can hold it; written beside them and compared when a run goes on.
+    """
+
+    name: str
+    features: FeatureMaps
+    folder: Path
+    record: dict[str, Any]
+
+
+def predict_dataset(
+    dataset: Davis,
+    jobs: Sequence[Job],
+    network: Network,
+    options: PropagationOptions,
+    *,
+    names: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], Any] = lambda frames: None,
+) -> Predictions:
+    """Masks of each sequence by each method, ``folder/<sequence>/<frame>.png``, indexed, with the data set's palette.
+
+    A sequence's folder appears once all of its masks are there, and is then kept: an interrupted run goes on with the
+    next. A sequence that cannot be used is named and left out.
+
+    Args:
+        dataset: with at least the first annotation of each sequence.
+        jobs: methods that share the pictures and what they have in common of the features.
+        network: normalisation and device; its methods are not used.
+        options: numbers of the protocol.
+        names: of sequences; None for all of the data set's list.
+        overwrite: compute again what is there.
+        progress: called with the number of frames that have been done or left out.
+
+    Raises:
+        DavisError: if a folder holds masks of another record and ``overwrite`` is not set, or masks without a record.
+    """
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _agree(dataset, job, overwrite)
+    done = Predictions()
+    for name in dataset.names if names is None else names:
+        left = 0
+        try:
+            video = dataset.sequence(name)
+            left = len(video.frames)
+            missing = [job for job in jobs if overwrite or not _complete(job.folder / name, video.frames)]
+            done.kept.extend((name, job.name) for job in jobs if job not in missing)
+            if missing:
+                mask = first_annotation(video)
+                methods = replace(network, methods=[job.features for job in missing])
+                masks = predict(video.frames, mask, methods, options)
+                for _ in _write(masks, video, missing, dataset.palette):
+                    progress(1)
+                    left -= 1
+                done.computed.extend((name, job.name) for job in missing)
+                done.frames += len(video.frames)
+        except DavisError as error:
+            done.problems[name] = str(error)
+        progress(left)
+    return done
+
+
+def _write(masks: Iterator[list[Mask]], video: Video, jobs: Sequence[Job], palette: list[int]) -> Iterator[None]:
+    """Masks of one video into its folders, which appear at the end; yields after each frame."""
+    folders = [job.folder / f".{video.name}.partial" for job in jobs]
+    try:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        for frame, found in zip(video.frames, masks, strict=True):
+            for folder, mask in zip(folders, found, strict=True):
+                write_mask(folder / f"{frame.stem}.png", mask, palette)
+            yield
+        for folder, job in zip(folders, jobs, strict=True):
+            target = job.folder / video.name
+            if target.exists():
+                shutil.rmtree(target)
+            folder.rename(target)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _complete(folder: Path, frames: Sequence[Path]) -> bool:
+    return all((folder / f"{frame.stem}.png").is_file() for frame in frames)
+
+
+def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
+    """Masks of different settings, or masks that somebody else wrote, never stand side by side with ours."""
+    folder, path = job.folder, job.folder / RECORD
+    record = json.loads(json.dumps(job.record))
+    there = [name for name in dataset.names if (folder / name).exists()]
+    if there and not path.exists():
+        raise DavisError(
+            f"{folder} holds {there[0]}, but no {RECORD}: it was not written by this command and is left alone; choose "
+            "another folder"
+        )
+    old = None
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DavisError(f"{path} cannot be read: {error}; remove the folder or choose another") from error
+    if there and old != record:
+        if not overwrite:
+            keys = {**old, **record} if isinstance(old, dict) else record
+            differing = [key for key in keys if not isinstance(old, dict) or old.get(key) != record.get(key)]
+            raise DavisError(
+                f"{folder} holds masks that were made with other settings ({', '.join(differing)}); choose another "
+                "folder, or overwrite them"
+            )
+        for name in there:
+            shutil.rmtree(folder / name)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
