@@ -42,7 +42,7 @@ SIDES = {
     "large": ((7, 14), (12, 12), (14, 14), (14, 20), (20, 20), (24, 28), (28, 28)),
 }
 PATCHES_PER_STEP = 16 * (12 * 12 + 12 * 12)
-POINTS = 96
+POINTS = 160
 TEMPERATURE = 0.07
 
 
@@ -171,22 +171,30 @@ def keys_and_tokens(model: nn.Module, views: Tensor) -> list[Tensor]:
 
 
 def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE over the points that both views show; and how many find their partner among all of them."""
+    """Symmetric InfoNCE: each point that both views show against its partner and all cells of the other views.
+
+    Returns the loss, and how many points are most similar to their partner.
+    """
     found = [
-        F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both]
+        F.normalize(F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both], dim=1)
         for m, p in zip(maps, points, strict=True)
     ]
-    a, b = (F.normalize(f, dim=1) for f in found)
-    logits = a @ b.T / TEMPERATURE
-    # Neighbours within half a cell show nearly the same: neither positives nor negatives.
     owner = both.nonzero()[:, 0]
-    cell = 2.0 / maps[1].shape[-1]
-    near = (torch.cdist(points[1][both], points[1][both]) < 0.5 * cell) & (owner[:, None] == owner)
-    near.fill_diagonal_(False)
-    logits = logits.masked_fill(near, -torch.inf)
-    target = torch.arange(len(a))
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, float((logits.argmax(1) == target).float().mean())
+    partner = (found[0] * found[1]).sum(1, keepdim=True) / TEMPERATURE
+    losses, right = [], 0.0
+    for own, other in ((0, 1), (1, 0)):
+        batch, _, h, w = maps[other].shape
+        cells = F.normalize(maps[other].flatten(2).transpose(1, 2).reshape(batch * h * w, -1), dim=1)
+        logits = found[own] @ cells.T / TEMPERATURE
+        # Cells next to the partner show nearly the same: neither positives nor negatives.
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) * 2 / h - 1, (torch.arange(w) + 0.5) * 2 / w - 1, indexing="ij")
+        places = torch.stack([x, y], -1).view(1, -1, 2).expand(batch, -1, -1).reshape(-1, 2)
+        near = (points[other][both][:, None] - places).abs().amax(-1) < 1.5 * 2 / w
+        near &= owner[:, None] == torch.arange(batch).repeat_interleave(h * w)
+        logits = torch.cat([partner, logits.masked_fill(near, -torch.inf)], dim=1)
+        losses.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
+        right += float((logits.argmax(1) == 0).float().mean()) / 2
+    return (losses[0] + losses[1]) / 2, right
 
 
 def step_batch(
