@@ -19,12 +19,29 @@ def smooth_frames(count, device):
     return maps.flatten(2).transpose(1, 2).reshape(-1, 384)
 
 
-@pytest.mark.parametrize("objects", [4])
-def test_video_step(benchmark, compare, device, objects):
-    benchmark.group = f"propagate_labels, {device}, {FRAMES} frames of 56 x 56, C 384, radius {RADIUS}, top {K}"
+def lift_frames(count, device):
+    """The same with LiFT's structure: descriptors [count * 56 * 56, 384], and their 193 coordinates in its span."""
+    hidden = smooth_frames(count, device)[:, :192].relu()
+    weight, bias = torch.randn(384, 192, device=device) / 192**0.5, torch.randn(384, 1, device=device)
+    basis, coordinates = torch.linalg.qr(torch.cat([weight, bias], dim=1))
+    span = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1) @ coordinates.T
+    return span @ basis.T, span
+
+
+@pytest.mark.parametrize("features", ["any", "LiFT"])
+def test_video_step(benchmark, compare, device, features):
+    """``LiFT``: as the evaluation runs it, in the 193 coordinates of LiFT's span; the dense form has all 384."""
+    objects = 4
+    benchmark.group = (
+        f"propagate_labels, {device}, {FRAMES} frames of 56 x 56, C 384 ({features} features), radius {RADIUS}, top {K}"
+    )
     torch.manual_seed(0)
-    frames = smooth_frames(FRAMES + 1, device)
-    query, key = frames[: GRID[0] * GRID[1]], frames[GRID[0] * GRID[1] :]
+    if features == "LiFT":
+        frames, span = lift_frames(FRAMES + 1, device)
+    else:
+        frames = span = smooth_frames(FRAMES + 1, device)
+    cells = GRID[0] * GRID[1]
+    (query, key), (narrow_query, narrow_key) = ((rows[:cells], rows[cells:]) for rows in (frames, span))
     labels = F.one_hot(torch.randint(objects, (len(key),), device=device), objects).float()
     # Computed once for a video, as in published code.
     at = torch.arange(GRID[0] * GRID[1], device=device)
@@ -33,7 +50,9 @@ def test_video_step(benchmark, compare, device, objects):
     outside = ~near.repeat(1, FRAMES)
 
     def ours():
-        return propagate_labels(query, key, labels, grid=GRID, radius=RADIUS, k=K, temperature=TEMPERATURE)
+        return propagate_labels(
+            narrow_query, narrow_key, labels, grid=GRID, radius=RADIUS, k=K, temperature=TEMPERATURE
+        )
 
     def plain():
         similarity = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
