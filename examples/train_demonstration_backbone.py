@@ -1,8 +1,8 @@
 r"""Train the backbone of the demonstration pair from scratch on a folder of photographs, without labels.
 
-    python examples/train_demonstration_backbone.py PHOTOS --out small.pth
-    python examples/train_demonstration_backbone.py PHOTOS --out demo_vit.pth --start small.pth --views large \
-        --steps 400 --learning-rate 4e-4
+    python examples/train_demonstration_backbone.py PHOTOS --out small.safetensors
+    python examples/train_demonstration_backbone.py PHOTOS --out demo_vitt16.safetensors \
+        --start small.safetensors --views large --steps 300 --learning-rate 4e-4
 
 Two random views of a photograph are cut by random homographies and changed in colour; points that show the same spot of
 the photograph must have similar keys in the last block, and dissimilar ones to all other points of the batch (InfoNCE
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,7 +43,7 @@ SIDES = {
     "large": ((7, 14), (12, 12), (14, 14), (14, 20), (20, 20), (24, 28), (28, 28)),
 }
 PATCHES_PER_STEP = 16 * (12 * 12 + 12 * 12)
-POINTS = 160
+POINTS = 96
 TEMPERATURE = 0.07
 
 
@@ -171,30 +172,22 @@ def keys_and_tokens(model: nn.Module, views: Tensor) -> list[Tensor]:
 
 
 def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE: each point that both views show against its partner and all cells of the other views.
-
-    Returns the loss, and how many points are most similar to their partner.
-    """
+    """Symmetric InfoNCE over the points that both views show; and how many find their partner among all of them."""
     found = [
-        F.normalize(F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both], dim=1)
+        F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both]
         for m, p in zip(maps, points, strict=True)
     ]
+    a, b = (F.normalize(f, dim=1) for f in found)
+    logits = a @ b.T / TEMPERATURE
+    # Neighbours within half a cell show nearly the same: neither positives nor negatives.
     owner = both.nonzero()[:, 0]
-    partner = (found[0] * found[1]).sum(1, keepdim=True) / TEMPERATURE
-    losses, right = [], 0.0
-    for own, other in ((0, 1), (1, 0)):
-        batch, _, h, w = maps[other].shape
-        cells = F.normalize(maps[other].flatten(2).transpose(1, 2).reshape(batch * h * w, -1), dim=1)
-        logits = found[own] @ cells.T / TEMPERATURE
-        # Cells next to the partner show nearly the same: neither positives nor negatives.
-        y, x = torch.meshgrid((torch.arange(h) + 0.5) * 2 / h - 1, (torch.arange(w) + 0.5) * 2 / w - 1, indexing="ij")
-        places = torch.stack([x, y], -1).view(1, -1, 2).expand(batch, -1, -1).reshape(-1, 2)
-        near = (points[other][both][:, None] - places).abs().amax(-1) < 1.5 * 2 / w
-        near &= owner[:, None] == torch.arange(batch).repeat_interleave(h * w)
-        logits = torch.cat([partner, logits.masked_fill(near, -torch.inf)], dim=1)
-        losses.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
-        right += float((logits.argmax(1) == 0).float().mean()) / 2
-    return (losses[0] + losses[1]) / 2, right
+    cell = 2.0 / maps[1].shape[-1]
+    near = (torch.cdist(points[1][both], points[1][both]) < 0.5 * cell) & (owner[:, None] == owner)
+    near.fill_diagonal_(False)
+    logits = logits.masked_fill(near, -torch.inf)
+    target = torch.arange(len(a))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, float((logits.argmax(1) == target).float().mean())
 
 
 def step_batch(
@@ -212,7 +205,7 @@ def step_batch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("photographs", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="weights, float16")
+    parser.add_argument("--out", type=Path, required=True, help="weights, float16 safetensors")
     parser.add_argument("--log", type=Path, help="CSV of the course of the training")
     parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--views", choices=tuple(SIDES), default="small", help="sides of the views (%(default)s)")
@@ -232,7 +225,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = timm.models.vision_transformer.VisionTransformer(**ARCHITECTURE, dynamic_img_size=True)
     if arguments.start:
-        model.load_state_dict(torch.load(arguments.start, map_location="cpu", weights_only=True))
+        model.load_state_dict(load_file(arguments.start))
     model.norm.requires_grad_(False)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -284,7 +277,7 @@ def main() -> None:
             if arguments.log:
                 arguments.log.write_text("\n".join(rows) + "\n")
             with atomic_path(arguments.out) as temporary:
-                torch.save({k: v.detach().half().clone() for k, v in model.state_dict().items()}, temporary)
+                save_file({name: value.half() for name, value in model.state_dict().items()}, temporary)
 
 
 if __name__ == "__main__":
