@@ -1,13 +1,19 @@
-r"""Train the backbone of the demonstration pair from scratch on a folder of photographs, without labels.
+r"""Train the backbone of the demonstration pair from scratch on a folder of photographs, unlabelled, in four stages.
 
-    python examples/train_demonstration_backbone.py PHOTOS --out small.safetensors
-    python examples/train_demonstration_backbone.py PHOTOS --out demo_vitt16.safetensors \
-        --start small.safetensors --views large --steps 300 --learning-rate 4e-4
+    python examples/train_demonstration_backbone.py PHOTOS --stage 1 --out 1.safetensors
+    python examples/train_demonstration_backbone.py PHOTOS --stage 2 --start 1.safetensors --out 2.safetensors
+    python examples/train_demonstration_backbone.py PHOTOS --stage 3 --start 2.safetensors --out 3.safetensors
+    python examples/train_demonstration_backbone.py PHOTOS --stage 4 --start 3.safetensors --out demo_vitt16.safetensors
 
 Two random views of a photograph are cut by random homographies and changed in colour; points that show the same spot of
-the photograph must have similar keys in the last block, and dissimilar ones to all other points of the batch (InfoNCE
-over corresponding points, as in dense contrastive learning). Keys are read between cells by bilinear interpolation,
-because matching reads them so. A second term of the same kind keeps the output tokens of the last block useful.
+the photograph must have similar keys in the last block, and keys dissimilar to those of other spots (InfoNCE over
+corresponding points, as in dense contrastive learning). Keys are read between cells by bilinear interpolation, because
+matching reads them so. A second term of the same kind keeps the output tokens of the last block useful.
+
+Stage 1 compares points with points on small views, stage 2 also on large ones, stage 3 compares points with every cell
+of the other views. Stage 4 teaches the tokens of a picture at twice the size to mean what those of a crop mean: it adds
+position embeddings of random parts of larger grids, and views that were enlarged. Without it features get worse with
+the size of the picture, and LiFT, which predicts them, with them.
 
 A tenth of the photographs is held out, the same tenth that ``lift-fast train`` and ``lift-fast eval warp`` hold out.
 The result is no substitute for DINO: it saw a few hundred photographs, and knows textures and parts, not objects.
@@ -19,6 +25,7 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +44,34 @@ from lift_fast.training.split import split
 ARCHITECTURE = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 0}
 PATCH = 16
 SHORTER_SIDE = 352
-# Sides of the two views, in patches: keys should agree between sizes, since LiFT is trained across them.
-SIDES = {
-    "small": ((8, 14), (10, 12), (12, 12), (12, 12), (14, 14), (12, 18), (7, 14)),
-    "large": ((7, 14), (12, 12), (14, 14), (14, 20), (20, 20), (24, 28), (28, 28)),
-}
 PATCHES_PER_STEP = 16 * (12 * 12 + 12 * 12)
-POINTS = 96
 TEMPERATURE = 0.07
+Sides = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    steps: int
+    learning_rate: float
+    sides: tuple[Sides, ...]
+    """Of the two views, in patches: keys should agree between sizes, since LiFT is trained across them."""
+    points: int
+    """In each photograph."""
+    cells: bool = False
+    """Compare points with the cells of the other views, instead of with one another."""
+    crops: bool = False
+    """Tokens of large pictures as those of crops: parts of larger grids, enlarged views, large views not zoomed in."""
+
+
+_SMALL = ((8, 14), (10, 12), (12, 12), (12, 12), (14, 14), (12, 18), (7, 14))
+_LARGE = ((7, 14), (12, 12), (14, 14), (14, 20), (20, 20), (24, 28), (28, 28))
+_BOTH = ((7, 14), (12, 12), (14, 14), (14, 14), (14, 14), (12, 18), (14, 28), (20, 20), (28, 28), (28, 28))
+STAGES = {
+    1: Stage(2700, 1e-3, _SMALL, 96),
+    2: Stage(300, 4e-4, _LARGE, 96),
+    3: Stage(420, 4e-4, _LARGE, 160, cells=True),
+    4: Stage(1400, 8e-4, _BOTH, 160, cells=True, crops=True),
+}
 
 
 def load_photographs(paths: list[Path]) -> list[Tensor]:
@@ -64,10 +91,10 @@ def load_photographs(paths: list[Path]) -> list[Tensor]:
     return photographs
 
 
-def random_view(height: int, width: int, focus: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def random_view(height: int, width: int, focus: np.ndarray, nearest: float, random: np.random.Generator) -> np.ndarray:
     """3x3 homography from a view's coordinates (-1 to 1) to pixels of a photograph, looking roughly at ``focus``."""
     shorter = min(height, width)
-    half = 0.5 * shorter * math.exp(random.uniform(math.log(0.35), 0.0))
+    half = 0.5 * shorter * math.exp(random.uniform(math.log(nearest), 0.0))
     angle = math.radians(np.clip(random.normal(0, 18), -50, 50))
     stretch = math.exp(random.normal(0, 0.1))
     flatten = np.diag([half * stretch, half / stretch, 1.0])
@@ -137,9 +164,12 @@ def change_colours(view: Tensor, random: np.random.Generator) -> Tensor:
 
 
 def make_batch(
-    photographs: list[Tensor], indices: np.ndarray, sides: tuple[int, int], random: np.random.Generator
+    photographs: list[Tensor], indices: np.ndarray, sides: Sides, stage: Stage, random: np.random.Generator
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Two batches of views, the points of each in its coordinates ``[B, P, 2]``, and which are in both ``[B, P]``."""
+    """Two batches of views, ``sides`` pixels a side, the points of each in its coordinates, and which are in both.
+
+    Points are ``[B, P, 2]`` from -1 to 1, the last ``[B, P]``.
+    """
     views: list[list[Tensor]] = [[], []]
     points: list[list[Tensor]] = [[], []]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
@@ -149,20 +179,45 @@ def make_batch(
         if random.random() < 0.5:
             photograph = photograph.flip(2)
         focus = random.uniform(0.25, 0.75, 2) * (width, height)
-        homographies = [random_view(height, width, focus, random) for _ in range(2)]
-        here = torch.from_numpy(random.uniform(-0.97, 0.97, (POINTS, 2))).float()
+        # A large view of a small part would be a blur.
+        large = stage.crops and max(sides) > 16 * PATCH
+        nearest = min(0.7, 0.35 * max(sides) / (16 * PATCH)) if large else 0.35
+        homographies = [random_view(height, width, focus, nearest, random) for _ in range(2)]
+        here = torch.from_numpy(random.uniform(-0.97, 0.97, (stage.points, 2))).float()
         there = project(torch.from_numpy(np.linalg.inv(homographies[1]) @ homographies[0]).float(), here)
         for k in range(2):
-            view = change_colours(render(photograph, homographies[k], sides[k]), random)
+            # Small pictures are enlarged before they are matched: features must not live on fine detail alone.
+            coarse = stage.crops and sides[k] >= 20 * PATCH and random.random() < 0.4
+            view = change_colours(render(photograph, homographies[k], sides[k] // (1 + coarse)), random)
+            if coarse:
+                view = F.interpolate(view[None], scale_factor=2, mode="bilinear", align_corners=False)[0]
             views[k].append((view - mean) / std)
             points[k].append((here, there)[k])
     batches, places = [torch.stack(v) for v in views], [torch.stack(p) for p in points]
     return batches, places, (places[1].abs() < 0.97).all(-1)
 
 
-def keys_and_tokens(model: nn.Module, views: Tensor) -> list[Tensor]:
+def with_position(model: nn.Module, patches: Tensor, random: np.random.Generator | None) -> Tensor:
+    """Tokens with position embeddings: of the whole grid, or half the time of a random part of a larger one.
+
+    A picture twice the size is more tokens, closer together; its tokens should mean what a crop's do.
+    """
+    side = patches.shape[1]
+    if random is None or random.random() < 0.4:
+        return model._pos_embed(patches)
+    whole = int(random.integers(side, max(28, round(1.4 * side)) + 1))
+    y, x = random.integers(0, whole - side + 1, 2)
+    count = model.num_prefix_tokens
+    old = round((model.pos_embed.shape[1] - count) ** 0.5)
+    table = model.pos_embed[:, count:].transpose(1, 2).unflatten(2, (old, old))
+    table = F.interpolate(table, (whole, whole), mode="bicubic", antialias=True)[..., y : y + side, x : x + side]
+    prefix = (model.cls_token + model.pos_embed[:, :count]).expand(len(patches), -1, -1)
+    return torch.cat([prefix, patches.flatten(1, 2) + table.flatten(2).transpose(1, 2)], 1)
+
+
+def keys_and_tokens(model: nn.Module, views: Tensor, random: np.random.Generator | None = None) -> list[Tensor]:
     """Keys of the last block and its output tokens, each as a map ``[B, C, h, w]``."""
-    x = model._pos_embed(model.patch_embed(views))
+    x = with_position(model, model.patch_embed(views), random)
     *blocks, last = model.blocks
     for block in blocks:
         x = block(x)
@@ -171,34 +226,45 @@ def keys_and_tokens(model: nn.Module, views: Tensor) -> list[Tensor]:
     return [t[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).float() for t in (keys, last(x))]
 
 
-def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE over the points that both views show; and how many find their partner among all of them."""
+def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor, cells: bool) -> tuple[Tensor, float]:
+    """Symmetric InfoNCE over the points that both views show; and how many are most similar to their partner."""
     found = [
-        F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both]
+        F.normalize(F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both], dim=1)
         for m, p in zip(maps, points, strict=True)
     ]
-    a, b = (F.normalize(f, dim=1) for f in found)
-    logits = a @ b.T / TEMPERATURE
-    # Neighbours within half a cell show nearly the same: neither positives nor negatives.
     owner = both.nonzero()[:, 0]
-    cell = 2.0 / maps[1].shape[-1]
-    near = (torch.cdist(points[1][both], points[1][both]) < 0.5 * cell) & (owner[:, None] == owner)
-    near.fill_diagonal_(False)
-    logits = logits.masked_fill(near, -torch.inf)
-    target = torch.arange(len(a))
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, float((logits.argmax(1) == target).float().mean())
+    partner = (found[0] * found[1]).sum(1, keepdim=True) / TEMPERATURE
+    target = torch.zeros(len(owner), dtype=torch.long)
+    losses, right = [], 0.0
+    for own, other in ((0, 1), (1, 0)):
+        batch, _, h, w = maps[other].shape
+        here = points[other][both]
+        if cells:
+            others = F.normalize(maps[other].flatten(2).transpose(1, 2).flatten(0, 1), dim=1)
+            y, x = torch.meshgrid(*((torch.arange(n) + 0.5) * 2 / n - 1 for n in (h, w)), indexing="ij")
+            there = torch.stack([x, y], -1).view(-1, 2).repeat(batch, 1)
+            owners, radius = torch.arange(batch).repeat_interleave(h * w), 1.5 * 2 / w
+        else:
+            others, there, owners, radius = found[other], here, owner, 0.5 * 2 / w
+        # What lies next to the partner shows nearly the same: neither positive nor negative.
+        near = (here[:, None] - there).abs().amax(-1) < radius
+        logits = (found[own] @ others.T / TEMPERATURE).masked_fill(near & (owner[:, None] == owners), -torch.inf)
+        logits = torch.cat([partner, logits], dim=1)
+        losses.append(F.cross_entropy(logits, target))
+        right += float((logits.argmax(1) == 0).float().mean()) / 2
+    return (losses[0] + losses[1]) / 2, right
 
 
 def step_batch(
-    photographs: list[Tensor], model: nn.Module, indices: np.ndarray, sides: tuple[int, int], seed: list[int]
+    photographs: list[Tensor], model: nn.Module, indices: np.ndarray, sides: Sides, stage: Stage, seed: list[int]
 ) -> tuple[Tensor, float]:
     """Loss of keys and tokens, and the keys' share of points that find their partner."""
     random = np.random.default_rng(seed)
-    views, points, both = make_batch(photographs, indices, (PATCH * sides[0], PATCH * sides[1]), random)
+    views, points, both = make_batch(photographs, indices, (PATCH * sides[0], PATCH * sides[1]), stage, random)
+    parts = random if stage.crops and model.training else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps = [keys_and_tokens(model, v) for v in views]
-    losses = [correspondence_loss([m[facet] for m in maps], points, both) for facet in range(2)]
+        maps = [keys_and_tokens(model, v, parts) for v in views]
+    losses = [correspondence_loss([m[facet] for m in maps], points, both, stage.cells) for facet in range(2)]
     return losses[0][0] + 0.5 * losses[1][0], losses[0][1]
 
 
@@ -208,13 +274,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="weights, float16 safetensors")
     parser.add_argument("--log", type=Path, help="CSV of the course of the training")
     parser.add_argument("--start", type=Path, help="weights to go on from")
-    parser.add_argument("--views", choices=tuple(SIDES), default="small", help="sides of the views (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2700)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--stage", type=int, choices=tuple(STAGES), default=1)
+    parser.add_argument("--steps", type=int, help="other than the stage's")
+    parser.add_argument("--learning-rate", type=float, help="at its peak, other than the stage's")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
+    stage = STAGES[arguments.stage]
+    steps = stage.steps if arguments.steps is None else arguments.steps
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     import timm
@@ -231,28 +299,25 @@ def main() -> None:
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=arguments.learning_rate,
+        lr=arguments.learning_rate or stage.learning_rate,
         betas=(0.9, 0.95),
     )
-    warm = max(1, arguments.steps // 25)
+    warm = max(1, steps // 25)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min(
-            (s + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, s - warm) / max(1, arguments.steps - warm)))
-        ),
+        lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, s - warm) / max(1, steps - warm)))),
     )
     random = np.random.default_rng(arguments.seed)
     order: list[int] = []
     rows, start, running = ["step,seconds,loss,found,held_out_loss,held_out_found"], time.time(), [0.0, 0.0, 0]
-    bar = tqdm(range(arguments.steps), unit="step")
+    bar = tqdm(range(steps), unit="step")
     for step in bar:
-        choices = SIDES[arguments.views]
-        sides = choices[random.integers(len(choices))]
+        sides = stage.sides[random.integers(len(stage.sides))]
         count = max(4, PATCHES_PER_STEP // (sides[0] ** 2 + sides[1] ** 2))
         if len(order) < count:
             order = list(random.permutation(len(training)))
         indices = np.array([order.pop() for _ in range(count)])
-        loss, found = step_batch(training, model, indices, sides, [arguments.seed, step])
+        loss, found = step_batch(training, model, indices, sides, stage, [arguments.seed, step])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,12 +325,13 @@ def main() -> None:
         schedule.step()
         running = [running[0] + loss.item(), running[1] + found, running[2] + 1]
         bar.set_postfix(loss=f"{loss.item():.3f}", found=f"{found:.3f}", refresh=False)
-        if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             model.eval()
             with torch.inference_mode():
-                # The same views of the held-out photographs every time.
-                parts = np.array_split(np.arange(len(held_out)), max(1, len(held_out) // 28))[:3]
-                results = [step_batch(held_out, model, part, (12, 12), [12345, i]) for i, part in enumerate(parts)]
+                # The same views of the held-out photographs every time, at the size that the stage is about.
+                side = (12, 12) if arguments.stage < 4 else (28, 28)
+                parts = np.array_split(np.arange(len(held_out)), max(1, len(held_out) // 8))[:4]
+                results = [step_batch(held_out, model, p, side, stage, [12345, i]) for i, p in enumerate(parts)]
             model.train()
             held = [sum(float(r[k]) for r in results) / len(results) for k in range(2)]
             rows.append(

@@ -142,6 +142,7 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
     out, _ = straight
     for change, named in (
         ({"loss": "l1"}, "loss: saved 'cosine', now 'l1'"),
+        ({"target": "half-stride"}, "target: saved 'double-size', now 'half-stride'"),
         ({"batch_size": 5}, "batch_size: saved 4, now 5"),
         ({"limit": 20}, "pictures: saved"),
         ({"learning_rate": 0.1, "seed": 1}, "learning_rate: saved 0.001, now 0.1; seed: saved 0, now 1"),
@@ -260,7 +261,7 @@ def test_runs_that_cannot_be(folder, tmp_path, changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "hinge"}, {"fit": "stretch"}, {"precision": "int8"}, {"facet": "keys"}, {"epochs": 0}, {"epochs": 1.5},
+        {"loss": "hinge"}, {"target": "triple-size"}, {"fit": "stretch"}, {"precision": "int8"}, {"facet": "keys"}, {"epochs": 0}, {"epochs": 1.5},
         {"batch_size": 0}, {"batch_size": True}, {"jitter": 0.6}, {"jitter": float("nan")}, {"held_out": 1.0},
         {"learning_rate": 0.0}, {"learning_rate": float("inf")}, {"seed": -1}, {"workers": -1}, {"limit": 0},
         {"data": 3}, {"save_every_epochs": 0}, {"image_channels": 0},
@@ -291,6 +292,7 @@ def test_a_diverging_loss_stops_and_keeps_what_was_saved(folder, tmp_path):
     "changes",
     [
         {"use_image": False}, {"image_channels": 8, "extra_image_blocks": 1}, {"loss": "l1"}, {"loss": "l2"},
+        {"target": "half-stride"},
         {"facet": "token"}, {"fit": "crop", "jitter": 0.0}, {"model": "vit_small_patch14_dinov2", "image_size": 56},
     ],
 )  # fmt: skip
@@ -368,7 +370,40 @@ def test_trained_features_are_those_that_the_extractor_feeds(folder):
     )  # fmt: skip
     extractor.extract_descriptors(to_tensor(picture, backbone.mean, backbone.std))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    assert relative_error(FrozenFeatures(backbone)(pixels).full_features, seen[0]) < 1e-5
+    assert relative_error(FrozenFeatures(backbone)(pixels).half_target, seen[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch8_224"])
+def test_half_stride_targets_are_those_of_a_padded_picture(name):
+    backbone = load_backbone(name, random_weights=True, layer=1, head_order="interleaved").double()
+    side = 4 * 2 * backbone.patch_size
+    pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    features = FrozenFeatures(backbone, target="half-stride")
+    views, published = features(pixels), FrozenFeatures(backbone)(pixels)
+    for field in ("half", "quarter", "half_features", "quarter_features"):
+        assert torch.equal(getattr(views, field), getattr(published, field))
+    imgs = ((pixels.float() / 255 - features.mean) / features.std).double()
+    stride = backbone.patch_size // 2
+    for step, target in ((2, views.half_target), (4, views.quarter_target)):
+        # Patches on twice the grid: the first begins a quarter of a patch before the picture.
+        pad = (stride // 2, stride - stride // 2)
+        wide = np.pad(imgs[:, :, ::step, ::step].numpy(), ((0, 0), (0, 0), pad, pad), mode="reflect")
+        expected = load_strided(name, stride, backbone)(torch.from_numpy(wide))
+        assert target.shape == (2, (2 * side // step // backbone.patch_size) ** 2, backbone.embed_dim)
+        assert relative_error(target, expected) < 1e-10
+
+
+def load_strided(name, stride, like):
+    other = load_backbone(name, random_weights=True, layer=1, head_order="interleaved", stride=stride).double()
+    other.model.load_state_dict(like.model.state_dict())
+    return other
+
+
+def test_half_stride_needs_an_even_patch():
+    backbone = load_backbone("vit_tiny_patch16_224", random_weights=True)
+    backbone.patch_size = 15
+    with pytest.raises(ValueError, match="even patch size, got 15"):
+        FrozenFeatures(backbone, target="half-stride")
 
 
 def test_pictures_do_not_depend_on_who_reads_them(folder):

@@ -107,6 +107,25 @@ class FrozenViT(nn.Module):
         p, s = self.patch_size, self.stride
         return 1 + (height - p) // s, 1 + (width - p) // s
 
+    def strided(self, stride: int) -> FrozenViT:
+        """The same backbone on the same weights with patches ``stride`` pixels apart.
+
+        Raises:
+            ValueError: if ``stride`` is no integer from 1 to the patch size.
+        """
+        return FrozenViT(
+            self.model,
+            facet=self.facet,
+            layer=self.layer,
+            stride=stride,
+            head_order=self.head_order,
+            position_rule=self.position_rule,
+            mean=self.mean,
+            std=self.std,
+            name=self.name,
+            random_weights=self.random_weights,
+        )
+
     def forward(self, imgs: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised pictures to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
 

@@ -75,6 +75,13 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--loss", default="cosine", choices=("cosine", "l1", "l2"), help="(%(default)s)")
     group.add_argument(
+        "--target",
+        default="double-size",
+        choices=("double-size", "half-stride"),
+        help="predict features of the picture at twice the size, as published, or of the same picture with patches "
+        "half a patch apart, for backbones that get worse on enlarged pictures (%(default)s)",
+    )
+    group.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
@@ -126,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
                 facet=arguments.facet,
                 layer=arguments.layer,
                 loss=arguments.loss,
+                target=arguments.target,
                 use_image=not arguments.no_image,
                 image_channels=arguments.image_channels,
                 extra_image_blocks=arguments.extra_image_blocks,

@@ -152,18 +152,7 @@ class _Builder:
         return Features(fine.map, (top // 2, left // 2, height // 2, width // 2))
 
     def _strided(self, name: str, stride: int) -> Method:
-        own = self.backbone
-        strided = FrozenViT(
-            own.model,
-            facet=own.facet,
-            layer=own.layer,
-            stride=stride,
-            head_order=own.head_order,
-            position_rule=own.position_rule,
-            mean=own.mean,
-            std=own.std,
-            name=own.name,
-        )
+        strided = self.backbone.strided(stride)
 
         def compute(batch: Batch) -> Features:
             grid = strided.grid(*batch.imgs.shape[2:])

@@ -117,7 +117,7 @@ class _Run:
         optimizer = torch.optim.Adam(
             self.lift.parameters(), lr=settings.learning_rate, fused=self.device.type == "cuda"
         )
-        features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile)
+        features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile, settings.target)
         self.step = TrainingStep(features, self._wrap(Objective(self.lift, settings.loss)), optimizer)
         self.progress = Progress()
         if saved is not None:

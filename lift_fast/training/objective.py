@@ -1,10 +1,11 @@
-"""LiFT's objective: features of a picture at half and quarter size, lifted, against those at full and half size."""
+"""LiFT's objective: features of a picture at half and quarter size, lifted, against features on twice their grid."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_fast.backbones import FrozenViT
@@ -13,22 +14,24 @@ from lift_fast.losses import feature_loss
 
 
 class Views(NamedTuple):
-    """What the two LiFT passes of one step read: pictures at half and quarter size, features at all three."""
+    """What the two LiFT passes of one step read: pictures and features at half and quarter size, and their targets."""
 
     half: Tensor
     """[B, 3, S/2, S/2]"""
     quarter: Tensor
     """[B, 3, S/4, S/4]"""
-    full_features: Tensor
-    """[B, T, C], target of the first pass."""
     half_features: Tensor
-    """[B, T/4, C], input of the first pass and target of the second."""
+    """[B, T, C], input of the first pass."""
     quarter_features: Tensor
-    """[B, T/16, C], input of the second pass."""
+    """[B, T/4, C], input of the second pass."""
+    half_target: Tensor
+    """[B, 4T, C], on twice the grid."""
+    quarter_target: Tensor
+    """[B, T, C]"""
 
 
 class Objective(nn.Module):
-    """``d(LiFT(I_1/2, F(I_1/2)), F(I))`` and ``d(LiFT(I_1/4, F(I_1/4)), F(I_1/2))`` as ``[2]``.
+    """``d(LiFT(I_1/2, F(I_1/2)), target)`` and ``d(LiFT(I_1/4, F(I_1/4)), target)`` as ``[2]``.
 
     One module with both passes, so that a distributed wrapper sees one forward call. Each pass has its own BatchNorm
     statistics, as in the published training.
@@ -40,25 +43,37 @@ class Objective(nn.Module):
         self.distance = feature_loss(loss)
 
     def forward(self, views: Views) -> Tensor:
-        first = self.distance(self.lift(views.half, views.half_features), views.full_features, 2)
-        second = self.distance(self.lift(views.quarter, views.quarter_features), views.half_features, 2)
+        first = self.distance(self.lift(views.half, views.half_features), views.half_target, 2)
+        second = self.distance(self.lift(views.quarter, views.quarter_features), views.quarter_target, 2)
         return torch.stack([first, second])
 
 
 class FrozenFeatures:
-    """Normalises pictures and runs the frozen backbone on them at full, half and quarter size.
+    """Normalises pictures and runs the frozen backbone on them.
 
     Args:
         backbone: on the device and in the dtype in which it computes.
         compiled: run it through ``torch.compile``.
+        target: ``"double-size"``: features of the picture at twice the size, as published: F(I) and F(I_1/2);
+            ``"half-stride"``: features of the same picture with patches half a patch apart.
+
+    Raises:
+        ValueError: for ``"half-stride"`` with an odd patch size.
     """
 
-    def __init__(self, backbone: FrozenViT, compiled: bool = False) -> None:
+    def __init__(self, backbone: FrozenViT, compiled: bool = False, target: str = "double-size") -> None:
         weight = backbone.model.patch_embed.proj.weight
         self.dtype, self.device = weight.dtype, weight.device
         self.run = torch.compile(backbone, dynamic=False) if compiled else backbone
         self.mean = torch.tensor(backbone.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(backbone.std, device=self.device).view(1, 3, 1, 1)
+        self.patch_size = backbone.patch_size
+        self.overlapping: nn.Module | None = None
+        if target == "half-stride":
+            if self.patch_size % 2:
+                raise ValueError(f"target 'half-stride' needs an even patch size, got {self.patch_size}")
+            strided = backbone.strided(self.patch_size // 2)
+            self.overlapping = torch.compile(strided, dynamic=False) if compiled else strided  # type: ignore[assignment]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Views:
@@ -67,4 +82,18 @@ class FrozenFeatures:
         # The operations of images.to_tensor, so that training sees the values that inference will see.
         full = ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)
         half, quarter = (full[:, :, ::step, ::step].contiguous(memory_format=torch.channels_last) for step in (2, 4))
-        return Views(half, quarter, self.run(full), self.run(half), self.run(quarter))
+        half_features, quarter_features = self.run(half), self.run(quarter)
+        if self.overlapping is None:
+            targets = self.run(full), half_features
+        else:
+            targets = self._half_stride(half), self._half_stride(quarter)
+        return Views(half, quarter, half_features, quarter_features, *targets)
+
+    def _half_stride(self, imgs: Tensor) -> Tensor:
+        """``[B, 4T, C]``: patches centred where the cells of the doubled grid are."""
+        assert self.overlapping is not None
+        before = self.patch_size // 4
+        after = self.patch_size // 2 - before
+        wide = F.pad(imgs, (before, after, before, after), mode="reflect")
+        features: Tensor = self.overlapping(wide.contiguous(memory_format=torch.channels_last))
+        return features

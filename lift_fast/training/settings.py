@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LOSSES = ("cosine", "l1", "l2")
+TARGETS = ("double-size", "half-stride")
 FITS = ("squash", "crop")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _FACETS = ("key", "query", "value", "token")
@@ -40,6 +41,10 @@ class TrainingSettings:
     """Block of the backbone, may be negative; None is the last."""
     loss: str = "cosine"
     """``"cosine"``, ``"l1"`` or ``"l2"``."""
+    target: str = "double-size"
+    """What LiFT predicts: ``"double-size"``, features of the picture at twice the size, as published;
+    ``"half-stride"``, features of the same picture with overlapping patches, half a patch apart: for backbones whose
+    features get worse, not better, when a picture is enlarged."""
     use_image: bool = True
     """False trains the "no image" ablation."""
     image_channels: int = 32
@@ -92,7 +97,13 @@ class TrainingSettings:
                 if not isinstance(value, (str, os.PathLike)):
                     raise ValueError(f"{name} must be a path, got {value!r}")
                 object.__setattr__(self, name, Path(value))
-        for name, allowed in (("loss", LOSSES), ("fit", FITS), ("precision", PRECISIONS), ("facet", _FACETS)):
+        for name, allowed in (
+            ("loss", LOSSES),
+            ("target", TARGETS),
+            ("fit", FITS),
+            ("precision", PRECISIONS),
+            ("facet", _FACETS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         for name, least in (
