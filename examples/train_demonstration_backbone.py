@@ -11,9 +11,8 @@ corresponding points, as in dense contrastive learning). Keys are read between c
 matching reads them so. A second term of the same kind keeps the output tokens of the last block useful.
 
 Stage 1 compares points with points on small views, stage 2 also on large ones, stage 3 compares points with every cell
-of the other views. Stage 4 teaches the tokens of a picture at twice the size to mean what those of a crop mean: it adds
-position embeddings of random parts of larger grids, and views that were enlarged. Without it features get worse with
-the size of the picture, and LiFT, which predicts them, with them.
+of the other views. Stage 4, the longest, goes on so on views of all sizes, with position embeddings of random parts of
+larger grids and views that were enlarged, so that tokens mean the same in a picture of any size.
 
 A tenth of the photographs is held out, the same tenth that ``lift-fast train`` and ``lift-fast eval warp`` hold out.
 The result is no substitute for DINO: it saw a few hundred photographs, and knows textures and parts, not objects.
