@@ -115,7 +115,7 @@ class _Run:
         }
         if out is not None and out.exists():
             before = results.load_json(out, PROTOCOL)
-            _check_same(out, before, self.content)
+            results.check_same(out, before, self.content)
             self.content["scores"], self.content["skipped"] = before["scores"], before["skipped"]
 
     def has(self, seed: int, size: int, name: str) -> bool:
@@ -157,20 +157,6 @@ def _groups(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
             group = []
     if group:
         yield group
-
-
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    def relevant(content: dict[str, Any]) -> dict[str, Any]:
-        record = {name: value for name, value in content["record"].items() if name != "date"}
-        plain: dict[str, Any] = results.as_json({**content["options"], **record})
-        return plain
-
-    old, new = relevant(before), relevant(now)
-    other = [name for name in new if old.get(name) != new[name]] + [name for name in old if name not in new]
-    if other:
-        raise ValueError(
-            f"{out} holds results with other {', '.join(other)}; give another file, or delete it to begin anew"
-        )
 
 
 def summarise(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,326 @@
+"""SPair-71k in its original layout: pairs of pictures with key points, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+SPLITS = ("trn", "val", "test")
+LAYOUTS = ("large", "small")
+# How far, in pixels, a pair's key points may lie from those of its pictures' own annotations without a remark.
+_TOLERANCE = 1.0
+
+
+class SPairError(ValueError):
+    """A data set or annotation that cannot be used; the message names the path."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One annotated pair of pictures of a category."""
+
+    name: str
+    """Of its annotation, ``number-source-target:category``."""
+    category: str
+    annotation: Path
+    source: Path
+    target: Path
+    source_points: Array
+    """[N, 2] (x, y) in pixels of the source picture."""
+    target_points: Array
+    """[N, 2] the same parts in the target picture."""
+    box: tuple[float, float, float, float]
+    """Of the object in the target picture: left, top, right, bottom."""
+    source_size: tuple[int, int] | None
+    """(width, height) that the annotation gives for the source picture."""
+    target_size: tuple[int, int] | None
+    difficulty: dict[str, int]
+    """``viewpoint_variation``, ``scale_variation``, ``truncation`` and ``occlusion``, as far as annotated."""
+    part_names: tuple[str, ...] = ()
+    """Names of the N key points in the pictures' own annotations; empty where the pair does not give them."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which pairs to take by their annotated difficulty; None takes all.
+
+    Attributes:
+        viewpoint_variation: 0 easy, 1 medium, 2 hard.
+        scale_variation: 0 easy, 1 medium, 2 hard.
+        truncation: 0 none, 1 source, 2 target, 3 both.
+        occlusion: as ``truncation``.
+    """
+
+    viewpoint_variation: tuple[int, ...] | None = None
+    scale_variation: tuple[int, ...] | None = None
+    truncation: tuple[int, ...] | None = None
+    occlusion: tuple[int, ...] | None = None
+
+    def takes(self, pair: Pair) -> bool:
+        """Whether the pair passes.
+
+        Raises:
+            SPairError: if the annotation lacks what is asked for.
+        """
+        for name, wanted in vars(self).items():
+            if wanted is None:
+                continue
+            if name not in pair.difficulty:
+                raise SPairError(f"{pair.annotation}: no {name} to choose by")
+            if pair.difficulty[name] not in wanted:
+                return False
+        return True
+
+
+@dataclass
+class Selection:
+    """The pairs of an evaluation and what had to be left out of them."""
+
+    categories: tuple[str, ...] = ()
+    """What was asked for."""
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    """By category, in the order of their names; none that is empty."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Annotation (its path below the root) or category -> what is wrong with it."""
+    remarks: dict[str, str] = field(default_factory=dict)
+    """Annotations that are used but disagree with those of their pictures."""
+
+
+class SPair:
+    """Reader of ``PairAnnotation/<split>/*.json``, ``ImageAnnotation/<category>/*.json``,
+    ``JPEGImages/<category>/*.jpg`` and ``Layout/<layout>/<split>.txt``.
+
+    Args:
+        root: folder of the data set.
+        split: ``test``, ``val`` or ``trn``.
+        layout: list of pairs, ``large`` or ``small``; None takes ``large`` or, where there is no such list, every file
+            of ``PairAnnotation/<split>``.
+
+    Raises:
+        SPairError: if a folder or list is missing, or there is no pair.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "test", layout: str | None = None) -> None:
+        self.root, self.split = Path(root), split
+        self.annotations = self.root / "PairAnnotation" / split
+        self.pictures = self.root / "JPEGImages"
+        for folder in (self.annotations, self.pictures):
+            if not folder.is_dir():
+                raise SPairError(
+                    f"no folder {folder}; expected the layout of SPair-71k: PairAnnotation/{split}, ImageAnnotation, "
+                    "JPEGImages and Layout below the root"
+                )
+        chosen = layout or LAYOUTS[0]
+        path = self.root / "Layout" / chosen / f"{split}.txt"
+        if layout is None and not path.is_file():
+            self.layout, names = None, sorted(file.stem for file in self.annotations.glob("*.json"))
+        else:
+            self.layout, names = chosen, _read_list(path)
+        if not names:
+            raise SPairError(f"{path if self.layout else self.annotations} holds no pair")
+        self.categories = tuple(sorted(folder.name for folder in self.pictures.iterdir() if folder.is_dir()))
+        if not self.categories:
+            raise SPairError(f"{self.pictures} holds no folder; expected one for each category")
+        self.names: dict[str, list[str]] = {category: [] for category in self.categories}
+        self.strays: list[str] = []
+        """Names of pairs that belong to no category."""
+        for name in names:
+            category = self._category(name)
+            (self.strays if category is None else self.names[category]).append(name)
+
+    def read(self, name: str, category: str) -> Pair:
+        """The pair of that name.
+
+        Raises:
+            SPairError: naming the file, if it is missing or malformed.
+        """
+        path = self._path(name)
+        content = _read_json(path)
+        try:
+            return self._pair(name, category, path, content)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise SPairError(f"{path}: malformed annotation: {reason}") from error
+
+    def select(
+        self,
+        categories: Sequence[str] | None = None,
+        filters: Filters | None = None,
+        progress: Callable[[int], Any] = lambda count: None,
+    ) -> Selection:
+        """Read the pairs of some categories.
+
+        Args:
+            categories: None for all.
+            filters: by difficulty.
+            progress: called with the number of annotations that have been read.
+
+        Raises:
+            SPairError: for an unknown category.
+        """
+        unknown = [name for name in categories or () if name not in self.categories]
+        if unknown:
+            raise SPairError(f"{self.pictures} has no {', '.join(unknown)}; there are {', '.join(self.categories)}")
+        found = Selection(tuple(dict.fromkeys(self.categories if categories is None else categories)))
+        for name in self.strays if categories is None else ():
+            found.skipped[self.below(self._path(name))] = "belongs to none of the categories in JPEGImages"
+        for category in found.categories:
+            pairs = self._read_category(category, filters or Filters(), found, progress)
+            if pairs:
+                found.pairs[category] = pairs
+                found.remarks.update(self._compare(category, pairs))
+            else:
+                left = "no pair left" if self.names[category] else f"no pair in {self.split}"
+                found.skipped[category] = f"empty category: {left}"
+        return found
+
+    def below(self, path: Path) -> str:
+        """A file's path below the root, by which results name it."""
+        return path.relative_to(self.root).as_posix()
+
+    def _read_category(
+        self, category: str, filters: Filters, found: Selection, progress: Callable[[int], Any]
+    ) -> list[Pair]:
+        pairs = []
+        for name in sorted(set(self.names[category])):
+            try:
+                pair = self.read(name, category)
+                if filters.takes(pair):
+                    pairs.append(pair)
+            except SPairError as error:
+                found.skipped[self.below(self._path(name))] = str(error)
+            progress(1)
+        return pairs
+
+    def _category(self, name: str) -> str | None:
+        stem, colon, category = name.rpartition(":")
+        if colon and stem:
+            return category if category in self.categories else None
+        # File systems without colons in names.
+        fitting = [category for category in self.categories if name.endswith(f"_{category}")]
+        return max(fitting, key=len, default=None)
+
+    def _path(self, name: str) -> Path:
+        path = self.annotations / f"{name}.json"
+        other = self.annotations / f"{name.replace(':', '_')}.json"
+        return other if other.is_file() and not path.is_file() else path
+
+    def _pair(self, name: str, category: str, path: Path, content: dict[str, Any]) -> Pair:
+        if content.get("category", category) != category:
+            raise ValueError(f"category is {content['category']!r}, the file's name says {category!r}")
+        if content.get("mirror", 0) != 0:
+            raise ValueError("the pair is mirrored; the protocol has no such pairs")
+        source, target = (_points(content, key) for key in ("src_kps", "trg_kps"))
+        if len(source) != len(target):
+            raise ValueError(f"{len(source)} source and {len(target)} target key points; expected as many")
+        box = np.asarray(content["trg_bndbox"], dtype=np.float64)
+        if box.shape != (4,) or not np.isfinite(box).all() or max(box[2] - box[0], box[3] - box[1]) <= 0:
+            raise ValueError(f"trg_bndbox is {content['trg_bndbox']}; expected left, top, right, bottom")
+        grades = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
+        parts = tuple(str(part) for part in content.get("kps_ids") or ())
+        left, top, right, bottom = (float(value) for value in box)
+        return Pair(
+            name,
+            category,
+            path,
+            self.pictures / category / _file_name(content, "src_imname"),
+            self.pictures / category / _file_name(content, "trg_imname"),
+            source,
+            target,
+            (left, top, right, bottom),
+            _picture_size(content, "src_imsize"),
+            _picture_size(content, "trg_imsize"),
+            {grade: int(content[grade]) for grade in grades if grade in content},
+            parts if len(parts) == len(source) else (),
+        )
+
+    def _compare(self, category: str, pairs: Iterable[Pair]) -> dict[str, str]:
+        """Remarks on pairs whose key points are not those of their pictures' annotations."""
+        folder = self.root / "ImageAnnotation" / category
+        known: dict[Path, dict[str, Any] | None] = {}
+        remarks = {}
+        for pair in pairs:
+            for picture, points in ((pair.source, pair.source_points), (pair.target, pair.target_points)):
+                path = folder / f"{picture.stem}.json"
+                if path not in known:
+                    try:
+                        own = _read_json(path).get("kps")
+                        known[path] = own if isinstance(own, dict) else None
+                        if known[path] is None:
+                            remarks[self.below(path)] = f"{path} has no kps; the pairs' own key points are used"
+                    except SPairError as error:
+                        known[path] = None
+                        remarks[self.below(path)] = f"{error}; the pairs' own key points are used"
+                of_picture = known[path]
+                if of_picture is not None and not _agree(of_picture, pair.part_names, points):
+                    remarks[self.below(pair.annotation)] = f"{pair.annotation}: key points differ from those of {path}"
+        return remarks
+
+
+def _agree(own: dict[str, Any], names: Sequence[str], points: Array) -> bool:
+    for name, point in zip(names, points, strict=False):
+        try:
+            there = np.asarray(own.get(name), dtype=np.float64)
+        except (TypeError, ValueError):
+            return False
+        if there.shape != (2,) or not (np.abs(there - point) <= _TOLERANCE).all():
+            return False
+    return True
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise SPairError(f"no list of pairs at {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SPairError(f"{path} cannot be read: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if any(mark in name for mark in ("/", "\\", "\0")):
+            raise SPairError(f"{path}: expected the name of an annotation in each line, got {name!r}")
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SPairError(f"no annotation at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SPairError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SPairError(f"{path} holds a {type(content).__name__}; expected an object with the fields of SPair-71k")
+    return content
+
+
+def _points(content: dict[str, Any], key: str) -> Array:
+    points = np.asarray(content[key], dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
+        raise ValueError(f"{key} must be a list of one or more [x, y]")
+    return points
+
+
+def _file_name(content: dict[str, Any], key: str) -> str:
+    name = content[key]
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+        raise ValueError(f"{key} is {name!r}; expected the name of a file")
+    return name
+
+
+def _picture_size(content: dict[str, Any], key: str) -> tuple[int, int] | None:
+    if content.get(key) is None:
+        return None
+    width, height = (int(value) for value in content[key][:2])
+    if width < 1 or height < 1:
+        raise ValueError(f"{key} is {content[key]}; expected width, height, channels")
+    return width, height

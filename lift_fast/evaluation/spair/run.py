@@ -1,0 +1,431 @@
+"""Running SPair-71k: category by category, features of a picture once for all of its pairs; summary and tables."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation import results
+from lift_fast.evaluation.methods import Batch, Features, Method
+from lift_fast.evaluation.results import Column, Table
+from lift_fast.images import read_image, to_tensor
+
+from .dataset import Filters, Pair, Selection, SPair
+from .protocol import Protocol, fit, is_right, match_points, square
+
+PROTOCOL = "spair"
+CACHE_BYTES = 1 << 30
+# Of the maps that are matched in one call.
+_STACKED_BYTES = 32 << 20
+
+
+def draw_pairs(pairs: Sequence[Pair], category: str, count: int | None, seed: int) -> list[Pair]:
+    """``count`` of a category's pairs, drawn without replacement by seed and category alone, in the order of their
+    names; all if there are no more. A larger draw of the same seed holds every smaller one."""
+    if count is None or count >= len(pairs):
+        return list(pairs)
+    order = np.random.default_rng([seed, zlib.crc32(category.encode())]).permutation(len(pairs))
+    return [pairs[index] for index in sorted(order[:count])]
+
+
+def evaluate(
+    methods: Sequence[Method],
+    backbone: FrozenViT,
+    dataset: SPair,
+    selection: Selection,
+    *,
+    sizes: Sequence[int] = (56, 112, 224, 448),
+    seeds: int = 1,
+    pairs_per_category: int | None = None,
+    filters: Filters | None = None,
+    protocol: Protocol | None = None,
+    batch_size: int = 8,
+    cache_bytes: int = CACHE_BYTES,
+    out: Path | None = None,
+    record: dict[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """Evaluate methods on pairs.
+
+    Args:
+        methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
+        backbone: says how pictures are normalised and where it runs.
+        dataset: says what the results are of.
+        selection: of :meth:`SPair.select`, made with ``filters``.
+        sizes: pixels S of the squares.
+        seeds: draws of ``pairs_per_category``; 0 to ``seeds - 1``.
+        pairs_per_category: how many to draw; None for all.
+        filters: recorded with the results.
+        protocol: options; None takes the defaults.
+        batch_size: pictures that go through the backbone at one time.
+        cache_bytes: descriptors that are kept; where a category's pictures need more, it is done in parts.
+        out: file for the result, written after each category too; one that is there and was made with the same
+            ``record`` and options is gone on with.
+        record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
+            must be the same when going on.
+        progress: called with the number of pairs that have been done.
+
+    Returns:
+        The result as JSON holds it: ``"protocol", "complete", "options", "record"``; ``"scores"``: seed, size, method,
+        category, pair -> number of key points, then how many are right at each alpha by ``<``, then by ``<=``;
+        ``"skipped"``: file or category -> what is wrong with it; ``"left_out"``: pair -> file; ``"remarks"``; and
+        ``"summary"``, see :func:`summarise`.
+
+    Raises:
+        ValueError: for sizes or seeds that do not fit, or an ``out`` of other options.
+        FileNotFoundError: if the folder of ``out`` does not exist.
+    """
+    protocol = protocol or Protocol()
+    if seeds < 1 or not sizes or min(sizes) < backbone.patch_size or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"expected at least one seed and different sizes of at least a patch ({backbone.patch_size} pixels), got "
+            f"{seeds} seeds and sizes {', '.join(map(str, sizes))}"
+        )
+    if seeds > 1 and pairs_per_category is None:
+        raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
+    options = {
+        "methods": [method.name for method in methods],
+        "split": dataset.split,
+        "layout": dataset.layout,
+        "categories": list(selection.categories),
+        "sizes": list(sizes),
+        "seeds": seeds,
+        "pairs_per_category": pairs_per_category,
+        **{name: None if wanted is None else sorted(wanted) for name, wanted in vars(filters or Filters()).items()},
+        "alphas": list(protocol.alphas),
+        "placement": protocol.placement,
+    }
+    run = _Run(out, options, record or {}, selection, dataset)
+    for seed in range(seeds):
+        for size in sizes:
+            for category, known in selection.pairs.items():
+                pairs = draw_pairs(known, category, pairs_per_category, seed)
+                if run.has(seed, size, category, pairs):
+                    progress(len(pairs))
+                    continue
+                pictures = _Pictures(methods, backbone, size, batch_size, cache_bytes)
+                with torch.inference_mode():
+                    run.add(seed, size, category, _score(pictures, pairs, protocol, run, progress))
+    return run.finish()
+
+
+class _Run:
+    """What has been measured so far, in memory and on disk."""
+
+    def __init__(
+        self, out: Path | None, options: dict[str, Any], record: dict[str, Any], selection: Selection, dataset: SPair
+    ) -> None:
+        self.out, self.dataset = out, dataset
+        self.content: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "complete": False,
+            "options": options,
+            "record": record,
+            "scores": {},
+            "skipped": dict(selection.skipped),
+            "left_out": {},
+            "remarks": dict(selection.remarks),
+        }
+        if out is not None and out.exists():
+            before = results.load_json(out, PROTOCOL)
+            results.check_same(out, before, self.content)
+            self.content["scores"] = before["scores"]
+            # Pictures may have been repaired since.
+            again = [pair for pairs in selection.pairs.values() for pair in pairs if pair.name in before["left_out"]]
+            for pair in again:
+                _check_pictures(pair, self)
+
+    def has(self, seed: int, size: int, category: str, pairs: Sequence[Pair]) -> bool:
+        wanted = {pair.name for pair in pairs} - set(self.content["left_out"])
+        done = [self._scores(seed, size, method).get(category) for method in self.content["options"]["methods"]]
+        return all(one is not None and wanted == set(one) - set(self.content["left_out"]) for one in done)
+
+    def leave_out(self, pair: Pair, path: Path, reason: str) -> None:
+        name = self.dataset.below(path)
+        self.content["skipped"].setdefault(name, reason)
+        self.content["left_out"][pair.name] = name
+
+    def add(self, seed: int, size: int, category: str, scores: dict[str, dict[str, list[int]]]) -> None:
+        for method, by_pair in scores.items():
+            self._scores(seed, size, method)[category] = by_pair
+        if self.out is not None:
+            results.save_json(self.out, self.content)
+
+    def finish(self) -> dict[str, Any]:
+        self.content["complete"] = True
+        self.content["summary"] = summarise(self.content)
+        for category in self.content["options"]["categories"]:
+            if not self.content["summary"]["pairs"].get(category):
+                self.content["skipped"].setdefault(category, "empty category: no usable pair left")
+        self.content["summary"]["skipped"] = len(self.content["skipped"])
+        if self.out is not None:
+            results.save_json(self.out, self.content)
+        return self.content
+
+    def _scores(self, seed: int, size: int, method: str) -> dict[str, dict[str, list[int]]]:
+        found: dict[str, dict[str, list[int]]] = (
+            self.content["scores"].setdefault(str(seed), {}).setdefault(str(size), {}).setdefault(method, {})
+        )
+        return found
+
+
+@dataclass
+class _Pictures:
+    """Descriptors of the pictures of one category at one size."""
+
+    methods: Sequence[Method]
+    backbone: FrozenViT
+    side: int
+    batch_size: int
+    budget: int
+    sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """(width, height) of each picture that could be read."""
+    problems: dict[Path, str] = field(default_factory=dict)
+    features: dict[Path, dict[str, Features]] = field(default_factory=dict)
+
+    def load(self, paths: Iterable[Path]) -> None:
+        """Compute what is missing of ``paths``, without regard to the budget."""
+        tensors: dict[Path, Tensor] = {}
+        missing = [path for path in paths if path not in self.features and path not in self.problems]
+        for number, path in enumerate(missing, 1):
+            try:
+                image = read_image(path)
+                self.sizes[path] = image.size
+                tensors[path] = to_tensor(square(image, self.side), self.backbone.mean, self.backbone.std)
+            except (OSError, ValueError) as error:
+                self.problems[path] = str(error)
+            if tensors and (len(tensors) == self.batch_size or number == len(missing)):
+                self._compute(tensors)
+                tensors = {}
+
+    def keep(self, paths: Iterable[Path]) -> None:
+        """Forget all others."""
+        wanted = set(paths)
+        self.features = {path: found for path, found in self.features.items() if path in wanted}
+
+    def capacity(self) -> int:
+        """How many pictures' descriptors fit the budget; needs one that has been loaded."""
+        if not self.features:
+            return 2
+        each = next(iter(self.features.values()))
+        return max(2, self.budget // sum(_bytes(features) for features in each.values()))
+
+    def _compute(self, tensors: dict[Path, Tensor]) -> None:
+        weight = self.backbone.model.patch_embed.proj.weight
+        batch = Batch(torch.cat(list(tensors.values())).to(weight.device, weight.dtype))
+        for path in tensors:
+            self.features[path] = {}
+        for method in self.methods:
+            found = method(batch)
+            for path, one in zip(tensors, found.map, strict=True):
+                # A copy: a view would keep the whole batch when others of it are forgotten.
+                self.features[path][method.name] = Features(one.contiguous().clone(), found.covered)
+
+
+def _bytes(features: Features) -> int:
+    return features.map.numel() * features.map.element_size()
+
+
+def _score(
+    pictures: _Pictures, pairs: Sequence[Pair], protocol: Protocol, run: _Run, progress: Callable[[int], object]
+) -> dict[str, dict[str, list[int]]]:
+    """Counts by method and pair."""
+    scores: dict[str, dict[str, list[int]]] = {method.name: {} for method in pictures.methods}
+    for part in _parts(pictures, pairs):
+        sound = [pair for pair in part if _usable(pair, pictures, run)]
+        progress(len(part) - len(sound))
+        for method in pictures.methods:
+            for group in _groups(sound, pictures, method.name):
+                scores[method.name].update(_score_group(group, pictures, method.name, protocol))
+                if method is pictures.methods[-1]:
+                    progress(len(group))
+    return {method: dict(sorted(by_pair.items())) for method, by_pair in scores.items()}
+
+
+def _parts(pictures: _Pictures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """The pairs in such an order, and so many at a time, that their pictures' descriptors fit the budget."""
+    paths = sorted({path for pair in pairs for path in (pair.source, pair.target)})
+    pictures.load(paths[: pictures.batch_size])
+    capacity = pictures.capacity()
+    # Two blocks of pictures are held at one time, so each block meets each other one.
+    length = max(1, len(paths) if capacity >= len(paths) else capacity // 2)
+    block = {path: index // length for index, path in enumerate(paths)}
+    parts: dict[tuple[int, int], list[Pair]] = {}
+    for pair in pairs:
+        low, high = sorted((block[pair.source], block[pair.target]))
+        parts.setdefault((low, high), []).append(pair)
+    for _, part in sorted(parts.items()):
+        needed = sorted({path for pair in part for path in (pair.source, pair.target)})
+        pictures.keep(needed)
+        pictures.load(needed)
+        yield part
+
+
+def _usable(pair: Pair, pictures: _Pictures, run: _Run) -> bool:
+    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
+        if path in pictures.problems:
+            run.leave_out(pair, path, pictures.problems[path])
+            return False
+        if (reason := _other_size(pair, path, said, pictures.sizes[path])) is not None:
+            run.leave_out(pair, pair.annotation, reason)
+            return False
+    return True
+
+
+def _check_pictures(pair: Pair, run: _Run) -> None:
+    """Leave a pair out if its pictures cannot be used."""
+    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
+        try:
+            size = read_image(path).size
+        except (OSError, ValueError) as error:
+            run.leave_out(pair, path, str(error))
+            return
+        if (reason := _other_size(pair, path, said, size)) is not None:
+            run.leave_out(pair, pair.annotation, reason)
+            return
+
+
+def _other_size(pair: Pair, path: Path, said: tuple[int, int] | None, size: tuple[int, int]) -> str | None:
+    if said in (None, size):
+        return None
+    return f"{pair.annotation}: {path.name} is {size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
+
+
+def _groups(pairs: Sequence[Pair], pictures: _Pictures, method: str) -> Iterator[list[Pair]]:
+    """Pairs whose maps agree in shape, with similar numbers of points, as many as fit one call."""
+    by_shape: dict[Any, list[Pair]] = {}
+    for pair in sorted(pairs, key=lambda pair: (len(pair.source_points), pair.name)):
+        source, target = (pictures.features[path][method] for path in (pair.source, pair.target))
+        key = (source.map.shape, target.map.shape, source.covered, target.covered)
+        by_shape.setdefault(key, []).append(pair)
+    for group in by_shape.values():
+        each = 2 * _bytes(pictures.features[group[0].source][method])
+        count = max(1, _STACKED_BYTES // each)
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
+
+
+def _score_group(pairs: Sequence[Pair], pictures: _Pictures, method: str, protocol: Protocol) -> dict[str, list[int]]:
+    """Counts by pair: key points, right ones at each alpha by ``<``, right ones by ``<=``."""
+    sides = []
+    for paths in ([pair.source for pair in pairs], [pair.target for pair in pairs]):
+        features = [pictures.features[path][method] for path in paths]
+        sides.append(Features(torch.stack([one.map for one in features]), features[0].covered))
+    frames = [[fit(pictures.sizes[path], pictures.side) for path in (pair.source, pair.target)] for pair in pairs]
+    points = [source.place(pair.source_points) for pair, (source, _) in zip(pairs, frames, strict=True)]
+    matches = match_points(sides[0], sides[1], points, pictures.side, protocol.placement)
+    counts = {}
+    for pair, (_, target), found in zip(pairs, frames, matches, strict=True):
+        below, at_most = is_right(found, target.place(pair.target_points), pair.box, target.scale, protocol.alphas)
+        counts[pair.name] = [len(found), *map(int, below.sum(0)), *map(int, at_most.sum(0))]
+    return counts
+
+
+def titles(alphas: Sequence[float]) -> list[str]:
+    """Names of the figures: by key points with ``<``, then by pairs of pictures with ``<=``."""
+    names = [f"PCK@{alpha:g}" for alpha in alphas]
+    return names + [f"{name} per image" for name in names]
+
+
+def summarise(content: dict[str, Any]) -> dict[str, Any]:
+    """Averages in percent.
+
+    ``PCK@alpha`` is the LiFT paper's: by ``<``, over all key points of a category, then the mean over categories.
+    ``PCK@alpha per image`` is the data set authors': by ``<=``, over the key points of each pair, then the mean over a
+    category's pairs, or over all pairs. Means over seeds of those.
+
+    Returns:
+        ``"sizes"``: size -> method -> figures, ``"seed_std"`` (their standard deviation over seeds, None for one
+        seed) and ``"categories"``: category -> figures; ``"pairs"`` and ``"points"``: how many of each category went
+        in, over all seeds; ``"left_out"``: how many pairs could not be used; ``"skipped"``: how many files and
+        categories are named as the reason.
+    """
+    options = content["options"]
+    count, names = len(options["alphas"]), titles(options["alphas"])
+    sizes: dict[str, Any] = {}
+    pairs: dict[str, int] = {}
+    points: dict[str, int] = {}
+    for size in map(str, options["sizes"]):
+        sizes[size] = {}
+        for method in options["methods"]:
+            by_seed, by_category = [], []
+            pairs, points = {}, {}
+            for seed in map(str, range(options["seeds"])):
+                scores = content["scores"].get(seed, {}).get(size, {}).get(method, {})
+                tables = {}
+                for category in options["categories"]:
+                    rows = [row for n, row in scores.get(category, {}).items() if n not in content["left_out"]]
+                    pairs[category] = pairs.get(category, 0) + len(rows)
+                    points[category] = points.get(category, 0) + sum(row[0] for row in rows)
+                    if rows:
+                        tables[category] = np.array(rows, dtype=np.float64)
+                if tables:
+                    figures, each = _averages(tables, count)
+                    by_seed.append(figures)
+                    by_category.append(each)
+            if not by_seed:
+                continue
+            entry: dict[str, Any] = dict(zip(names, map(float, np.mean(by_seed, 0)), strict=True))
+            spread = np.std(by_seed, 0, ddof=1) if len(by_seed) > 1 else None
+            entry["seed_std"] = None if spread is None else dict(zip(names, map(float, spread), strict=True))
+            entry["categories"] = {
+                category: dict(
+                    zip(names, map(float, np.mean([e[category] for e in by_category if category in e], 0)), strict=True)
+                )
+                for category in options["categories"]
+                if any(category in each for each in by_category)
+            }
+            sizes[size][method] = entry
+    return {
+        "pairs": pairs,
+        "points": points,
+        "left_out": len(content["left_out"]),
+        "skipped": len(content["skipped"]),
+        "sizes": sizes,
+    }
+
+
+def _averages(tables: dict[str, Any], count: int) -> tuple[Any, dict[str, Any]]:
+    """Figures of one seed in percent, over all and by category; rows are points, ``<`` counts, ``<=`` counts."""
+    each = {}
+    for category, table in tables.items():
+        per_point = table[:, 1 : 1 + count].sum(0) / table[:, 0].sum()
+        per_image = (table[:, 1 + count :] / table[:, :1]).mean(0)
+        each[category] = 100 * np.concatenate([per_point, per_image])
+    per_point = np.mean([figures[:count] for figures in each.values()], 0)
+    everything = np.concatenate(list(tables.values()))
+    per_image = 100 * (everything[:, 1 + count :] / everything[:, :1]).mean(0)
+    return np.concatenate([per_point, per_image]), each
+
+
+def tables(content: dict[str, Any], per_category: bool = False) -> list[Table]:
+    """One table for each size; with ``per_category`` also one for each size and figure, by category."""
+    options, summary = content["options"], content["summary"]
+    names = titles(options["alphas"])
+    pairs, points = sum(summary["pairs"].values()), sum(summary["points"].values())
+    count = sum(1 for number in summary["pairs"].values() if number)
+    about = f"SPair-71k {options['split']}, {count} categories, {pairs} pairs, {points} key points"
+    if options["seeds"] > 1:
+        about += f", {options['seeds']} draws"
+    found = []
+    for size, entries in summary["sizes"].items():
+        rows = [(method, [entry[name] for name in names]) for method, entry in entries.items()]
+        found.append(Table(f"{about}, {size} pixels", [Column(name) for name in names], rows))
+    for size, entries in summary["sizes"].items() if per_category else ():
+        categories = [category for category in options["categories"] if summary["pairs"].get(category)]
+        for name in names:
+            rows = [
+                (method, [*(entry["categories"][category][name] for category in categories), entry[name]])
+                for method, entry in entries.items()
+            ]
+            columns = [Column(category) for category in (*categories, "mean")]
+            found.append(Table(f"{name}, {size} pixels", columns, rows))
+    return found
