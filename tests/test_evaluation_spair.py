@@ -282,7 +282,7 @@ def test_averages_over_points_and_over_images_differ_as_defined():
         "alphas": [0.1], "sizes": [56], "methods": ["m"], "seeds": 1, "categories": ["cat", "dog", "cow"],
         "split": "test",
     }  # fmt: skip
-    content = {"options": options, "scores": {"0": {"56": {"m": scores}}}, "left_out": {}, "skipped": {}}
+    content = {"options": options, "scores": {"56": {"m": scores}}, "draws": None, "left_out": {}, "skipped": {}}
     summary = spair.summarise(content)
     entry = summary["sizes"]["56"]["m"]
     assert entry["categories"]["cat"] == pytest.approx({"PCK@0.1": 40, "PCK@0.1 per image": 75})
@@ -293,6 +293,11 @@ def test_averages_over_points_and_over_images_differ_as_defined():
     # A pair that had to be left out later on counts nowhere.
     content["left_out"] = {"c": "JPEGImages/dog/x.jpg"}
     assert spair.summarise(content)["sizes"]["56"]["m"]["PCK@0.1"] == pytest.approx(40)
+    # Draws are averaged one by one.
+    content["left_out"], content["draws"] = {}, [{"cat": ["a"], "dog": ["c"]}, {"cat": ["b"], "dog": ["c"]}]
+    entry = spair.summarise(content)["sizes"]["56"]["m"]
+    assert entry["PCK@0.1"] == pytest.approx((25 / 2 + 100 / 2) / 2)
+    assert entry["seed_std"]["PCK@0.1"] == pytest.approx((50 - 12.5) / math.sqrt(2))
 
 
 def test_placement_over_what_cells_cover():
@@ -482,25 +487,27 @@ def test_an_interrupted_run_goes_on_after_its_last_category(root, tmp_path, monk
     left = load(out)
     assert not left["complete"]
     assert "summary" not in left
-    assert set(left["scores"]["0"]["32"]["bilinear"]) == {"cat", "pottedplant"}
-    assert set(left["scores"]["0"]["64"]["bilinear"]) == {"cat"}
+    assert set(left["scores"]["32"]["bilinear"]) == {"cat", "pottedplant"}
+    assert set(left["scores"]["64"]["bilinear"]) == {"cat"}
     calls.clear()
     monkeypatch.setattr(FrozenViT, "forward", lambda self, imgs: calls.append(len(imgs)) or forward(self, imgs))
     assert run(*options, "--out", out) == 0
-    # Two draws at two sizes of two categories, less the three that were there; a category fits one batch here.
-    assert len(calls) == 5
-    assert {**load(out), "record": None} == {**load(whole), "record": None}
-    entry = load(out)["summary"]["sizes"]["64"]["backbone"]
-    draws = [load(out)["scores"][seed]["64"]["backbone"]["cat"] for seed in "01"]
-    assert all(len(draw) == 4 for draw in draws)
-    rows = [np.array(list(draw.values())) for draw in draws]
-    expected = np.mean([100 * table[:, 1].sum() / table[:, 0].sum() for table in rows])
+    # Both draws together, and only what was missing: one category at one size, which fits one batch here.
+    assert len(calls) == 1
+    content = load(out)
+    assert {**content, "record": None} == {**load(whole), "record": None}
+    entry = content["summary"]["sizes"]["64"]["backbone"]
+    scores, draws = content["scores"]["64"]["backbone"]["cat"], content["draws"]
+    assert [len(draw["cat"]) for draw in draws] == [4, 4]
+    assert draws[0] != draws[1]
+    tables = [np.array([scores[name] for name in draw["cat"]]) for draw in draws]
+    expected = np.mean([100 * table[:, 1].sum() / table[:, 0].sum() for table in tables])
     assert entry["categories"]["cat"]["PCK@0.9"] == pytest.approx(expected)
     assert expected > 0
     assert set(entry["seed_std"]) == set(entry["categories"]["cat"])
 
 
-def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, tmp_path, capsys):
+def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, tmp_path, capsys, monkeypatch):
     (root / "JPEGImages" / "tvmonitor").mkdir()
     broken = root / "JPEGImages" / "cat" / "2008_000001.jpg"
     missing = root / "JPEGImages" / "pottedplant" / "2008_000000.jpg"
@@ -526,7 +533,9 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     assert content["summary"]["pairs"]["tvmonitor"] == 0
     assert sum(content["summary"]["pairs"].values()) == 14 - len(touched)
     # Going on with the same files computes nothing anew; repaired ones are taken.
-    assert run(*options) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenViT, "forward", None)
+        assert run(*options) == 1
     again = load(out)
     assert {**again, "record": None} == {**content, "record": None}
     for path, data in kept.items():
@@ -539,6 +548,10 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     assert run(*options) == 1
     assert list(load(out)["skipped"]) == ["tvmonitor"]
     assert sum(load(out)["summary"]["pairs"].values()) == 14
+    # An annotation that is spoilt later on takes its pair out of what was measured before.
+    known[0].annotation.write_text("{")
+    assert run(*options) == 1
+    assert sum(load(out)["summary"]["pairs"].values()) == 13
 
 
 def test_a_picture_of_another_size_than_annotated_is_left_out(root, tmp_path):

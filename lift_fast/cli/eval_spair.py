@@ -92,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     backbone, methods = build(arguments)
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
-    each = [min(len(pairs), arguments.pairs_per_category or len(pairs)) for pairs in selection.pairs.values()]
-    total = sum(each) * len(arguments.sizes) * arguments.seeds
+    wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds)
+    total = sum(map(len, wanted.values())) * len(arguments.sizes)
     with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
         content = spair.evaluate(
             methods,

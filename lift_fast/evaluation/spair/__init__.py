@@ -2,7 +2,7 @@
 
 from .dataset import Filters, Pair, Selection, SPair, SPairError
 from .protocol import Frame, Protocol, fit, is_right, match_points, square
-from .run import draw_pairs, evaluate, summarise, tables
+from .run import draw_pairs, drawn, evaluate, summarise, tables
 
 __all__ = [
     "Filters",
@@ -13,6 +13,7 @@ __all__ = [
     "SPairError",
     "Selection",
     "draw_pairs",
+    "drawn",
     "evaluate",
     "fit",
     "is_right",

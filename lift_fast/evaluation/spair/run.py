@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ def draw_pairs(pairs: Sequence[Pair], category: str, count: int | None, seed: in
         return list(pairs)
     order = np.random.default_rng([seed, zlib.crc32(category.encode())]).permutation(len(pairs))
     return [pairs[index] for index in sorted(order[:count])]
+
+
+def draws(selection: Selection, count: int | None, seeds: int) -> list[dict[str, list[Pair]]]:
+    """For each seed the pairs of each category, see :func:`draw_pairs`."""
+    return [
+        {category: draw_pairs(pairs, category, count, seed) for category, pairs in selection.pairs.items()}
+        for seed in range(seeds)
+    ]
+
+
+def drawn(selection: Selection, count: int | None, seeds: int) -> dict[str, list[Pair]]:
+    """The pairs of each category that any of the seeds draws, each once."""
+    found = draws(selection, count, seeds)
+    return {
+        category: list({pair.name: pair for draw in found for pair in draw[category]}.values())
+        for category in selection.pairs
+    }
 
 
 def evaluate(
@@ -74,10 +92,10 @@ def evaluate(
         progress: called with the number of pairs that have been done.
 
     Returns:
-        The result as JSON holds it: ``"protocol", "complete", "options", "record"``; ``"scores"``: seed, size, method,
+        The result as JSON holds it: ``"protocol", "complete", "options", "record"``; ``"scores"``: size, method,
         category, pair -> number of key points, then how many are right at each alpha by ``<``, then by ``<=``;
-        ``"skipped"``: file or category -> what is wrong with it; ``"left_out"``: pair -> file; ``"remarks"``; and
-        ``"summary"``, see :func:`summarise`.
+        ``"draws"``: for each seed category -> pairs, None where all are taken; ``"skipped"``: file or category -> what
+        is wrong with it; ``"left_out"``: pair -> file; ``"remarks"``; and ``"summary"``, see :func:`summarise`.
 
     Raises:
         ValueError: for sizes or seeds that do not fit, or an ``out`` of other options.
@@ -104,16 +122,21 @@ def evaluate(
         "placement": protocol.placement,
     }
     run = _Run(out, options, record or {}, selection, dataset)
-    for seed in range(seeds):
-        for size in sizes:
-            for category, known in selection.pairs.items():
-                pairs = draw_pairs(known, category, pairs_per_category, seed)
-                if run.has(seed, size, category, pairs):
-                    progress(len(pairs))
-                    continue
-                pictures = _Pictures(methods, backbone, size, batch_size, cache_bytes)
-                with torch.inference_mode():
-                    run.add(seed, size, category, _score(pictures, pairs, protocol, run, progress))
+    if pairs_per_category is not None:
+        run.content["draws"] = [
+            {category: [pair.name for pair in pairs] for category, pairs in draw.items()}
+            for draw in draws(selection, pairs_per_category, seeds)
+        ]
+    # A pair's score is the same in every draw.
+    wanted = drawn(selection, pairs_per_category, seeds)
+    for size in sizes:
+        for category, pairs in wanted.items():
+            if run.has(size, category, pairs):
+                progress(len(pairs))
+                continue
+            pictures = _Pictures(methods, backbone, size, batch_size, cache_bytes)
+            with torch.inference_mode():
+                run.add(size, category, _score(pictures, pairs, protocol, run, progress))
     return run.finish()
 
 
@@ -130,6 +153,7 @@ class _Run:
             "options": options,
             "record": record,
             "scores": {},
+            "draws": None,
             "skipped": dict(selection.skipped),
             "left_out": {},
             "remarks": dict(selection.remarks),
@@ -137,25 +161,30 @@ class _Run:
         if out is not None and out.exists():
             before = results.load_json(out, PROTOCOL)
             results.check_same(out, before, self.content)
-            self.content["scores"] = before["scores"]
-            # Pictures may have been repaired since.
+            # Annotations may have been spoilt or repaired since, and so may pictures.
+            known = {pair.name for pairs in selection.pairs.values() for pair in pairs}
+            for size, by_method in before["scores"].items():
+                for method, by_category in by_method.items():
+                    for category, scores in by_category.items():
+                        sound = {name: row for name, row in scores.items() if name in known}
+                        self._scores(size, method)[category] = sound
             again = [pair for pairs in selection.pairs.values() for pair in pairs if pair.name in before["left_out"]]
             for pair in again:
                 _check_pictures(pair, self)
 
-    def has(self, seed: int, size: int, category: str, pairs: Sequence[Pair]) -> bool:
+    def has(self, size: int, category: str, pairs: Sequence[Pair]) -> bool:
         wanted = {pair.name for pair in pairs} - set(self.content["left_out"])
-        done = [self._scores(seed, size, method).get(category) for method in self.content["options"]["methods"]]
-        return all(one is not None and wanted == set(one) - set(self.content["left_out"]) for one in done)
+        done = [self._scores(size, method).get(category) for method in self.content["options"]["methods"]]
+        return all(one is not None and wanted <= set(one) for one in done)
 
     def leave_out(self, pair: Pair, path: Path, reason: str) -> None:
         name = self.dataset.below(path)
         self.content["skipped"].setdefault(name, reason)
         self.content["left_out"][pair.name] = name
 
-    def add(self, seed: int, size: int, category: str, scores: dict[str, dict[str, list[int]]]) -> None:
+    def add(self, size: int, category: str, scores: dict[str, dict[str, list[int]]]) -> None:
         for method, by_pair in scores.items():
-            self._scores(seed, size, method)[category] = by_pair
+            self._scores(size, method)[category] = by_pair
         if self.out is not None:
             results.save_json(self.out, self.content)
 
@@ -170,10 +199,8 @@ class _Run:
             results.save_json(self.out, self.content)
         return self.content
 
-    def _scores(self, seed: int, size: int, method: str) -> dict[str, dict[str, list[int]]]:
-        found: dict[str, dict[str, list[int]]] = (
-            self.content["scores"].setdefault(str(seed), {}).setdefault(str(size), {}).setdefault(method, {})
-        )
+    def _scores(self, size: int | str, method: str) -> dict[str, dict[str, list[int]]]:
+        found: dict[str, dict[str, list[int]]] = self.content["scores"].setdefault(str(size), {}).setdefault(method, {})
         return found
 
 
@@ -193,18 +220,18 @@ class _Pictures:
 
     def load(self, paths: Iterable[Path]) -> None:
         """Compute what is missing of ``paths``, without regard to the budget."""
-        tensors: dict[Path, Tensor] = {}
         missing = [path for path in paths if path not in self.features and path not in self.problems]
-        for number, path in enumerate(missing, 1):
-            try:
-                image = read_image(path)
-                self.sizes[path] = image.size
-                tensors[path] = to_tensor(square(image, self.side), self.backbone.mean, self.backbone.std)
-            except (OSError, ValueError) as error:
-                self.problems[path] = str(error)
-            if tensors and (len(tensors) == self.batch_size or number == len(missing)):
-                self._compute(tensors)
-                tensors = {}
+        with ThreadPoolExecutor(torch.get_num_threads()) as readers:
+            for start in range(0, len(missing), self.batch_size):
+                group = missing[start : start + self.batch_size]
+                tensors: dict[Path, Tensor] = {}
+                for path, found in zip(group, readers.map(self._read, group), strict=True):
+                    if isinstance(found, str):
+                        self.problems[path] = found
+                    else:
+                        self.sizes[path], tensors[path] = found
+                if tensors:
+                    self._compute(tensors)
 
     def keep(self, paths: Iterable[Path]) -> None:
         """Forget all others."""
@@ -217,6 +244,13 @@ class _Pictures:
             return 2
         each = next(iter(self.features.values()))
         return max(2, self.budget // sum(_bytes(features) for features in each.values()))
+
+    def _read(self, path: Path) -> tuple[tuple[int, int], Tensor] | str:
+        try:
+            image = read_image(path)
+            return image.size, to_tensor(square(image, self.side), self.backbone.mean, self.backbone.std)
+        except (OSError, ValueError) as error:
+            return str(error)
 
     def _compute(self, tensors: dict[Path, Tensor]) -> None:
         weight = self.backbone.model.patch_embed.proj.weight
@@ -358,11 +392,12 @@ def summarise(content: dict[str, Any]) -> dict[str, Any]:
         for method in options["methods"]:
             by_seed, by_category = [], []
             pairs, points = {}, {}
-            for seed in map(str, range(options["seeds"])):
-                scores = content["scores"].get(seed, {}).get(size, {}).get(method, {})
+            scores = content["scores"].get(size, {}).get(method, {})
+            for draw in content["draws"] or [scores]:
                 tables = {}
                 for category in options["categories"]:
-                    rows = [row for n, row in scores.get(category, {}).items() if n not in content["left_out"]]
+                    taken = [name for name in draw.get(category, ()) if name not in content["left_out"]]
+                    rows = [scores[category][name] for name in taken]
                     pairs[category] = pairs.get(category, 0) + len(rows)
                     points[category] = points.get(category, 0) + sum(row[0] for row in rows)
                     if rows:
