@@ -417,6 +417,20 @@ def test_disagreement_with_the_pictures_annotation_is_a_remark(root):
     assert len(found.remarks) == 2
 
 
+def test_pairs_of_no_category_are_named_and_lost_folders_make_an_empty_one(root, tmp_path):
+    listed = root / "Layout" / "large" / "test.txt"
+    listed.write_text(listed.read_text() + "000099-a-b:unicorn\n000100-nonsense\n")
+    dataset = spair.SPair(root)
+    names = ["PairAnnotation/test/000099-a-b:unicorn.json", "PairAnnotation/test/000100-nonsense.json"]
+    assert list(dataset.select().skipped) == names
+    assert not dataset.select(["cat"]).skipped
+    shutil.rmtree(root / "JPEGImages" / "cat")
+    out = tmp_path / "r.json"
+    assert run("--root", root, *TINY, "--sizes", "32", "--categories", "cat", "pottedplant", "--out", out) == 1
+    assert load(out)["skipped"]["cat"] == "empty category: no usable pair left"
+    assert load(out)["summary"]["pairs"]["pottedplant"] == 7
+
+
 LAYOUT = {
     "nothing": (lambda root: shutil.rmtree(root), "no folder .*PairAnnotation"),
     "no pictures": (lambda root: shutil.rmtree(root / "JPEGImages"), "no folder .*JPEGImages"),
@@ -579,7 +593,7 @@ def test_a_category_without_a_usable_picture_is_empty(root, tmp_path):
 
 USAGE = {
     "root": (["--root", "nowhere"], "no folder nowhere"),
-    "category": (["--root", "{}", "--categories", "unicorn"], "has no unicorn; there are cat, pottedplant"),
+    "category": (["--root", "{}", "--categories", "unicorn"], "has no category unicorn; there are cat, pottedplant"),
     "seeds": (["--root", "{}", "--seeds", "2"], "give --pairs-per-category"),
     "alpha": (["--root", "{}", "--alphas", "2"], "alphas must lie in 0 to 1"),
     "alpha twice": (["--root", "{}", "--alphas", "0.1", "0.1"], "each alpha once"),

@@ -127,7 +127,7 @@ class SPair:
             self.layout, names = chosen, _read_list(path)
         if not names:
             raise SPairError(f"{path if self.layout else self.annotations} holds no pair")
-        self.categories = tuple(sorted(folder.name for folder in self.pictures.iterdir() if folder.is_dir()))
+        self.categories = tuple(sorted({*_folders(self.pictures), *_folders(self.root / "ImageAnnotation")}))
         if not self.categories:
             raise SPairError(f"{self.pictures} holds no folder; expected one for each category")
         self.names: dict[str, list[str]] = {category: [] for category in self.categories}
@@ -169,10 +169,12 @@ class SPair:
         """
         unknown = [name for name in categories or () if name not in self.categories]
         if unknown:
-            raise SPairError(f"{self.pictures} has no {', '.join(unknown)}; there are {', '.join(self.categories)}")
+            raise SPairError(
+                f"{self.root} has no category {', '.join(unknown)}; there are {', '.join(self.categories)}"
+            )
         found = Selection(tuple(dict.fromkeys(self.categories if categories is None else categories)))
         for name in self.strays if categories is None else ():
-            found.skipped[self.below(self._path(name))] = "belongs to none of the categories in JPEGImages"
+            found.skipped[self.below(self._path(name))] = "of a category that has no folder in JPEGImages"
         for category in found.categories:
             pairs = self._read_category(category, filters or Filters(), found, progress)
             if pairs:
@@ -275,6 +277,10 @@ def _agree(own: dict[str, Any], names: Sequence[str], points: Array) -> bool:
         if there.shape != (2,) or not (np.abs(there - point) <= _TOLERANCE).all():
             return False
     return True
+
+
+def _folders(path: Path) -> list[str]:
+    return [folder.name for folder in path.glob("[!.]*") if folder.is_dir()]
 
 
 def _read_list(path: Path) -> list[str]:

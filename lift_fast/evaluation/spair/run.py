@@ -447,7 +447,8 @@ def tables(content: dict[str, Any], per_category: bool = False) -> list[Table]:
     names = titles(options["alphas"])
     pairs, points = sum(summary["pairs"].values()), sum(summary["points"].values())
     count = sum(1 for number in summary["pairs"].values() if number)
-    about = f"SPair-71k {options['split']}, {count} categories, {pairs} pairs, {points} key points"
+    categories = "1 category" if count == 1 else f"{count} categories"
+    about = f"SPair-71k {options['split']}, {categories}, {pairs} pairs, {points} key points"
     if options["seeds"] > 1:
         about += f", {options['seeds']} draws"
     found = []
@@ -455,12 +456,12 @@ def tables(content: dict[str, Any], per_category: bool = False) -> list[Table]:
         rows = [(method, [entry[name] for name in names]) for method, entry in entries.items()]
         found.append(Table(f"{about}, {size} pixels", [Column(name) for name in names], rows))
     for size, entries in summary["sizes"].items() if per_category else ():
-        categories = [category for category in options["categories"] if summary["pairs"].get(category)]
+        shown = [category for category in options["categories"] if summary["pairs"].get(category)]
         for name in names:
             rows = [
-                (method, [*(entry["categories"][category][name] for category in categories), entry[name]])
+                (method, [*(entry["categories"][category][name] for category in shown), entry[name]])
                 for method, entry in entries.items()
             ]
-            columns = [Column(category) for category in (*categories, "mean")]
+            columns = [Column(category) for category in (*shown, "mean")]
             found.append(Table(f"{name}, {size} pixels", columns, rows))
     return found
