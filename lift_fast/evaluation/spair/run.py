@@ -287,7 +287,10 @@ def _score(
 def _parts(pictures: _Pictures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     """The pairs in such an order, and so many at a time, that their pictures' descriptors fit the budget."""
     paths = sorted({path for pair in pairs for path in (pair.source, pair.target)})
-    pictures.load(paths[: pictures.batch_size])
+    for start in range(0, len(paths), pictures.batch_size):
+        pictures.load(paths[start : start + pictures.batch_size])
+        if pictures.features:
+            break
     capacity = pictures.capacity()
     # Two blocks of pictures are held at one time, so each block meets each other one.
     length = max(1, len(paths) if capacity >= len(paths) else capacity // 2)
