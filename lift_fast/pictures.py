@@ -21,11 +21,11 @@ _HATCH = np.array([[220, 220, 220], [150, 150, 150]], dtype=np.uint8)
 # Corners of the position colours, from the palette of Okabe and Ito, so that colour-blind people can tell them apart:
 # top left, top right, bottom left, bottom right.
 _CORNERS = np.array([[[0, 90, 181], [240, 228, 66]], [[75, 0, 110], [220, 80, 0]]], dtype=np.float64)
-# Anchors of a dark-to-bright scale that stays ordered in grey.
-_SCALE = np.array(
+SCALE = np.array(
     [[13, 8, 85], [84, 2, 163], [156, 23, 158], [204, 71, 120], [237, 121, 83], [253, 180, 47], [240, 249, 33]],
     dtype=np.float64,
 )
+"""Anchors of a dark-to-bright scale that stays ordered in grey and for colour-blind people."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,26 @@ def position_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
 
 def confidence_colours(value: npt.NDArray[np.floating]) -> Pixels:
     """Colours ``[..., 3]`` of values in 0 to 1, dark to bright."""
-    at = np.clip(value, 0, 1)[..., None] * (len(_SCALE) - 1)
-    low = np.minimum(at.astype(int), len(_SCALE) - 2)[..., 0]
-    mixed = _SCALE[low] + (at - low[..., None]) * (_SCALE[low + 1] - _SCALE[low])
+    at = np.clip(value, 0, 1)[..., None] * (len(SCALE) - 1)
+    low = np.minimum(at.astype(int), len(SCALE) - 2)[..., 0]
+    mixed = SCALE[low] + (at - low[..., None]) * (SCALE[low + 1] - SCALE[low])
     colours: Pixels = np.rint(mixed).astype(np.uint8)
     return colours
+
+
+def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, float, float, float]) -> Image.Image:
+    """Cells ``[h, w, 3]`` as blocks where they lie on a picture of ``size`` (width, height), grey where there are none.
+
+    Args:
+        cells: colours.
+        size: of the result.
+        covered: (top, left, height, width) over which the cells lie side by side, as fractions of the picture.
+    """
+    top, left, height, width = (share * size[1 - i % 2] for i, share in enumerate(covered))
+    sheet = Image.new("RGB", size, (128, 128, 128))
+    shape = (max(1, round(width)), max(1, round(height)))
+    sheet.paste(Image.fromarray(cells).resize(shape, Image.Resampling.NEAREST), (round(left), round(top)))
+    return sheet
 
 
 def even_sample(valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:

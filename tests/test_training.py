@@ -261,7 +261,8 @@ def test_runs_that_cannot_be(folder, tmp_path, changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "hinge"}, {"target": "triple-size"}, {"fit": "stretch"}, {"precision": "int8"}, {"facet": "keys"}, {"epochs": 0}, {"epochs": 1.5},
+        {"target": "triple-size"},
+        {"loss": "hinge"}, {"fit": "stretch"}, {"precision": "int8"}, {"facet": "keys"}, {"epochs": 0}, {"epochs": 1.5},
         {"batch_size": 0}, {"batch_size": True}, {"jitter": 0.6}, {"jitter": float("nan")}, {"held_out": 1.0},
         {"learning_rate": 0.0}, {"learning_rate": float("inf")}, {"seed": -1}, {"workers": -1}, {"limit": 0},
         {"data": 3}, {"save_every_epochs": 0}, {"image_channels": 0},

@@ -1,4 +1,4 @@
-"""The command line: ``lift-fast match | extract | train | eval | info``. PyTorch is imported once a command runs."""
+"""The command line: ``lift-fast match | extract | train | eval | show | info``. PyTorch loads when one runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import eval as evaluation
-from . import extract, info, match, train
+from . import extract, info, match, show, train
 from .errors import UsageError
 
 _EPILOG = "Each command has its own --help with an example."
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (match, extract, train, evaluation, info):
+    for module in (match, extract, train, evaluation, show, info):
         module.add_parser(commands)
     return parser
 

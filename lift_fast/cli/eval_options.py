@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lift_fast.evaluation.methods import Method
     from lift_fast.evaluation.results import Table
 
-_METHODS = (
+METHODS = (
     "backbone, bilinear, lift, lift-N (applied N times), random-lift, double-size, stride-S, LABEL=FILE (another LiFT "
     "checkpoint), LABEL=MODULE:CALLABLE (an nn.Module with forward(imgs, x))"
 )
@@ -27,7 +27,7 @@ _METHODS = (
 def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True) -> None:
     """What is compared, and where the results go; with the options of :func:`add_model_options`."""
     parser.add_argument(
-        "--method", nargs="+", default=list(default), metavar="M", help=f"{_METHODS} (%(default)s)".replace("%%", "%")
+        "--method", nargs="+", default=list(default), metavar="M", help=f"{METHODS} (%(default)s)".replace("%%", "%")
     )
     parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.images import to_tensor
-from lift_fast.pictures import confidence_colours
+from lift_fast.pictures import confidence_colours, place_cells
 
 from .boxes import Box, BoxDataSet, Sample
 from .methods import Batch, Features
@@ -332,9 +331,9 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
         ("picture", image.resize(size, Image.Resampling.LANCZOS)),
         (
             f"eigenvector, {cut.eigenvector.shape[1]} x {cut.eigenvector.shape[0]}",
-            _over(confidence_colours(stretched), size, discovery.covered),
+            place_cells(confidence_colours(stretched), size, discovery.covered),
         ),
-        ("foreground, its component", _over(np.repeat(rows[..., None], 3, 2), size, discovery.covered)),
+        ("foreground, its component", place_cells(np.repeat(rows[..., None], 3, 2), size, discovery.covered)),
     ]
     top = 2 * _GAP + 2 * _TEXT + _GAP
     sheet = Image.new("RGB", (_GAP + 3 * (size[0] + _GAP), top + size[1] + _GAP), "white")
@@ -351,15 +350,4 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
                 x0, y0, x1, y1 = (v * scale for v in box)
                 far = (left + max(x0, x1 - 1), top + max(y0, y1 - 1))
                 draw.rectangle((left + x0, top + y0, *far), outline=colour, width=3)
-    return sheet
-
-
-def _over(
-    cells: npt.NDArray[np.uint8], size: tuple[int, int], covered: tuple[float, float, float, float]
-) -> Image.Image:
-    """Cells where they lie on the picture of ``size`` (width, height), grey where there are none."""
-    top, left, height, width = (share * size[1 - i % 2] for i, share in enumerate(covered))
-    sheet = Image.new("RGB", size, (128, 128, 128))
-    shape = (max(1, round(width)), max(1, round(height)))
-    sheet.paste(Image.fromarray(cells).resize(shape, Image.Resampling.NEAREST), (round(left), round(top)))
     return sheet

@@ -1,0 +1,139 @@
+"""Pictures with their features by method, similarity to a point, principal components as colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.methods import Batch, Features, Method
+from lift_fast.images import LoadSize, resized_size, to_tensor
+from lift_fast.pictures import Pixels
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture and what each method makes of it."""
+
+    name: str
+    image: Image.Image
+    """RGB, as stored."""
+    size: tuple[int, int]
+    """(height, width) at which it was read, whole patches."""
+    features: Mapping[str, Features]
+    """By method; maps ``[1, C, h, w]``."""
+
+    def covered(self, method: str) -> tuple[float, float, float, float]:
+        """(top, left, height, width) over which a method's cells lie, as fractions of the picture."""
+        top, left, height, width = self.features[method].covered
+        return top / self.size[0], left / self.size[1], height / self.size[0], width / self.size[1]
+
+
+def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, methods: Sequence[Method]) -> Shown:
+    """Features of a picture by every method.
+
+    Args:
+        name: what it is called on the sheet.
+        image: RGB.
+        size: its shorter side, or (height, width), in pixels; rounded to whole patches.
+        backbone: says what a patch is, how pictures are normalised, and where it runs.
+        methods: of :func:`lift_fast.evaluation.methods.build_methods`.
+
+    Raises:
+        ValueError: for a size out of range, or a method whose map has another form or is not finite.
+    """
+    patch = backbone.patch_size
+    wide, tall = (max(patch, round(side / patch) * patch) for side in resized_size(image.size, size))
+    resized = image.resize((wide, tall), Image.Resampling.LANCZOS)
+    weight = backbone.model.patch_embed.proj.weight
+    batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(weight.device, weight.dtype))
+    features = {}
+    for method in methods:
+        found = method(batch)
+        if found.map.ndim != 4 or found.map.shape[0] != 1:
+            raise ValueError(f"{method.name} must give a map [1, C, h, w] for a picture, got {list(found.map.shape)}")
+        if not bool(torch.isfinite(found.map).all()):
+            raise ValueError(f"{method.name}: its features of {name} are not finite")
+        features[method.name] = Features(found.map.float(), found.covered)
+    return Shown(name, image, (tall, wide), features)
+
+
+def cell_position(features: Features, point: tuple[float, float]) -> tuple[float, float]:
+    """Where (x, y), in pixels of the picture as it was read, lies on the map: (x, y) in cells, cell centres whole.
+
+    Beyond the outermost centres it is theirs, as in bilinear interpolation with ``align_corners=False``.
+    """
+    top, left, height, width = features.covered
+    h, w = features.map.shape[2:]
+    x, y = (point[0] - left) * w / width - 0.5, (point[1] - top) * h / height - 0.5
+    return min(max(x, 0.0), w - 1.0), min(max(y, 0.0), h - 1.0)
+
+
+def similarity_map(source: Features, target: Features, point: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """Similarity of a point of one picture to every cell of a picture (the same one or another).
+
+    Descriptors are normalised on their grid and interpolated bilinearly at the point, as SPair-71k is evaluated
+    (``normalize="grid"`` of :func:`lift_fast.dense_match`): at a cell's centre this is the cosine.
+
+    Args:
+        source, target: of one method, maps ``[1, C, h, w]`` and ``[1, C, h', w']``.
+        point: (x, y) in pixels of the source picture as it was read; continuous, pixel centres at halves.
+
+    Returns:
+        ``[h', w']`` float32.
+    """
+    x, y = cell_position(source, point)
+    query = F.normalize(source.map[0], dim=0)
+    column, row = int(x), int(y)
+    right, below = min(column + 1, query.shape[2] - 1), min(row + 1, query.shape[1] - 1)
+    s, t = x - column, y - row
+    descriptor = (1 - t) * ((1 - s) * query[:, row, column] + s * query[:, row, right])
+    descriptor = descriptor + t * ((1 - s) * query[:, below, column] + s * query[:, below, right])
+    found: npt.NDArray[np.float32] = (
+        torch.einsum("c,chw->hw", descriptor, F.normalize(target.map[0], dim=0)).cpu().numpy()
+    )
+    return found
+
+
+def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
+    """The three strongest principal components of descriptors as red, green and blue, one basis for all maps.
+
+    Descriptors are normalised and centred; each component runs from its 1st to its 99th percentile. A component's sign
+    is the one that makes its third moment positive, so that a picture always gets the same colours.
+
+    Args:
+        maps: ``[C, h, w]`` each, of one method.
+
+    Returns:
+        ``[h, w, 3]`` each; missing components (fewer than four different descriptors) are mid grey.
+    """
+    rows = [F.normalize(each.double().cpu(), dim=0).flatten(1).T for each in maps]
+    every = torch.cat(rows)
+    mean = every.mean(0)
+    centred = every - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    count = min(3, vectors.shape[1])
+    basis = vectors.flip(1)[:, :count]
+    projected = centred @ basis
+    projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
+    low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    # Components that are rounding alone would fill the picture with noise.
+    real = values.flip(0)[:count] > 1e-9 * len(every)
+    colours = torch.full((len(every), 3), 0.5, dtype=torch.float64)
+    scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    colours[:, :count] = torch.where(real, scaled, 0.5)
+    pixels = (colours * 255).round().to(torch.uint8).numpy()
+    parts = np.split(pixels, np.cumsum([len(each) for each in rows])[:-1])
+    return [part.reshape(*each.shape[1:], 3) for part, each in zip(parts, maps, strict=True)]
+
+
+def _sample(rows: Tensor, most: int = 1_000_000) -> Tensor:
+    # torch.quantile takes 16 million values at most.
+    return rows[:: -(-len(rows) // most)]

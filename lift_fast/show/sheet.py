@@ -1,0 +1,198 @@
+"""One sheet with a column for each method: similarity to chosen points, principal components, TokenCut's saliency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lift_fast.evaluation.tokencut import tokencut
+from lift_fast.matching import dense_match
+from lift_fast.pictures import confidence_colours, place_cells
+
+from .maps import Shown, pca_colours, similarity_map
+
+VIEWS = ("similarity", "pca", "saliency")
+_PANEL, _GAP, _TEXT = 300, 14, 18
+_INK, _FAINT, _MARK, _BOX = (25, 25, 25), (95, 95, 95), (255, 255, 255), (230, 60, 40)
+# TokenCut's graph takes a bit for each pair of tokens.
+_MOST_TOKENS = 128 * 128
+
+Point = tuple[float, float]
+
+
+class _Row(NamedTuple):
+    label: str
+    shown: Shown
+    panels: list[Image.Image]
+    notes: list[str]
+    mark: Point | None
+    """On the picture itself."""
+
+
+def draw_sheet(
+    pictures: Sequence[Shown],
+    points: Sequence[Point],
+    views: Sequence[str] = VIEWS,
+    *,
+    caption: str = "",
+    tau: float = 0.2,
+) -> Image.Image:
+    """The sheet: a row for each picture and view (and point), the picture on the left, then a panel for each method.
+
+    Cells are drawn as blocks, so that their size can be seen. Similarity has one colour range for all methods and
+    pictures of a point; its ends are printed. The cross in the second picture is the best match of all its pixels.
+
+    Args:
+        pictures: one, or two to look for the first one's points in the second; the same methods in both.
+        points: (x, y) in pixels of the first picture as it is stored; pixel centres at halves.
+        views: of :data:`VIEWS`.
+        caption: first line.
+        tau: of :func:`lift_fast.evaluation.tokencut.tokencut`.
+
+    Raises:
+        ValueError: for an unknown view, or a point outside the first picture.
+    """
+    unknown = sorted(set(views) - set(VIEWS))
+    if unknown:
+        raise ValueError(f"unknown view {unknown[0]!r}; there are {', '.join(VIEWS)}")
+    first = pictures[0]
+    for x, y in points:
+        if not (0 <= x <= first.image.width and 0 <= y <= first.image.height):
+            raise ValueError(
+                f"the point {x:g},{y:g} lies outside {first.name}, which is {first.image.width} x {first.image.height}"
+            )
+    methods = list(first.features)
+    rows: list[_Row] = []
+    if "similarity" in views:
+        for point in points:
+            rows += _similarity_rows(pictures, methods, point)
+    if "pca" in views:
+        colours = [pca_colours([shown.features[method].map[0] for shown in pictures]) for method in methods]
+        for number, shown in enumerate(pictures):
+            panels = [
+                place_cells(each[number], _size(shown), shown.covered(method))
+                for method, each in zip(methods, colours, strict=True)
+            ]
+            rows.append(_Row("principal components", shown, panels, [""] * len(methods), None))
+    if "saliency" in views:
+        rows += [_saliency_row(shown, methods, tau) for shown in pictures]
+    return _lay_out(rows, methods, first, caption)
+
+
+def _similarity_rows(pictures: Sequence[Shown], methods: Sequence[str], point: Point) -> list[_Row]:
+    first = pictures[0]
+    read = _as_read(first, point)
+    maps = [
+        [similarity_map(first.features[method], shown.features[method], read) for method in methods]
+        for shown in pictures
+    ]
+    low = min(float(each.min()) for row in maps for each in row)
+    high = max(float(each.max()) for row in maps for each in row)
+    rows = []
+    for number, (shown, row) in enumerate(zip(pictures, maps, strict=True)):
+        panels, notes = [], []
+        for method, values in zip(methods, row, strict=True):
+            scaled = (values - low) / max(high - low, 1e-12)
+            panel = place_cells(confidence_colours(scaled), _size(shown), shown.covered(method))
+            if number == 0:
+                best, note = point, ""
+            else:
+                best, similarity = best_match(first, shown, method, point)
+                note = f"best {similarity:.3f} at {best[0]:.0f}, {best[1]:.0f}"
+            _cross(panel, _on_panel(shown, best))
+            panels.append(panel)
+            notes.append(note)
+        label = f"similarity to {point[0]:.0f}, {point[1]:.0f}   dark {low:.2f}, bright {high:.2f}"
+        rows.append(_Row(label, shown, panels, notes, point if number == 0 else None))
+    return rows
+
+
+def best_match(source: Shown, target: Shown, method: str, point: Point) -> tuple[Point, float]:
+    """The best of all pixels of ``target`` for a point of ``source``: (x, y) in its stored pixels, and the similarity.
+
+    Both are what :func:`lift_fast.dense_match` finds with ``normalize="grid"``.
+    """
+    here, there = source.features[method], target.features[method]
+    x, y = _as_read(source, point)
+    top, left, height, width = here.covered
+    column, row = (int(min(max(v - start, 0), length - 1)) for v, start, length in ((x, left, width), (y, top, height)))
+    start = torch.tensor([[[column, row]]], device=here.map.device)
+    found = dense_match(here.map, there.map, (height, width), there.covered[2:], points=start, normalize="grid")
+    column, row = found.xy[0, 0].tolist()
+    scale = target.image.width / target.size[1], target.image.height / target.size[0]
+    best = (column + there.covered[1] + 0.5) * scale[0], (row + there.covered[0] + 0.5) * scale[1]
+    return best, float(found.similarity[0, 0])
+
+
+def _saliency_row(shown: Shown, methods: Sequence[str], tau: float) -> _Row:
+    panels, notes = [], []
+    for method in methods:
+        features = shown.features[method]
+        h, w = features.map.shape[2:]
+        if h * w > _MOST_TOKENS:
+            panels.append(Image.new("RGB", _size(shown), (128, 128, 128)))
+            notes.append(f"left out: {h * w} tokens")
+            continue
+        cut = tokencut(features.map[0].flatten(1).T, (h, w), tau=tau)
+        vector = cut.eigenvector - cut.eigenvector.min()
+        spread = float(vector.max())
+        panel = place_cells(
+            confidence_colours(vector / (spread if spread > 0 else 1.0)), _size(shown), shown.covered(method)
+        )
+        x0, y0, x1, y1 = cut.box(shown.size, features.covered)
+        scale = panel.width / shown.size[1], panel.height / shown.size[0]
+        far = max(x0 * scale[0], x1 * scale[0] - 1), max(y0 * scale[1], y1 * scale[1] - 1)
+        ImageDraw.Draw(panel).rectangle((x0 * scale[0], y0 * scale[1], *far), outline=_BOX, width=3)
+        panels.append(panel)
+        notes.append("no cut" if cut.degenerate else "")
+    return _Row("TokenCut saliency and its box", shown, panels, notes, None)
+
+
+def _lay_out(rows: Sequence[_Row], methods: Sequence[str], first: Shown, caption: str) -> Image.Image:
+    font = ImageFont.load_default(size=_TEXT)
+    width = _GAP + (1 + len(methods)) * (_PANEL + _GAP)
+    line = _TEXT + 6
+    heights = [2 * line + _size(row.shown)[1] + _GAP for row in rows]
+    sheet = Image.new("RGB", (width, _GAP + 2 * line + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP // 2), caption, font=font, fill=_INK)
+    for number, method in enumerate(methods):
+        h, w = first.features[method].map.shape[2:]
+        left = _GAP + (number + 1) * (_PANEL + _GAP)
+        draw.text((left, _GAP // 2 + line), f"{method}, {w} x {h}", font=font, fill=_INK)
+    top = _GAP + 2 * line
+    for row, height in zip(rows, heights, strict=True):
+        draw.text((_GAP, top), f"{row.shown.name}: {row.label}", font=font, fill=_INK)
+        picture = row.shown.image.resize(_size(row.shown), Image.Resampling.LANCZOS)
+        if row.mark is not None:
+            _cross(picture, _on_panel(row.shown, row.mark))
+        for number, (panel, note) in enumerate(zip([picture, *row.panels], ["", *row.notes], strict=True)):
+            left = _GAP + number * (_PANEL + _GAP)
+            sheet.paste(panel, (left, top + line))
+            draw.text((left, top + line + panel.height + 2), note, font=font, fill=_FAINT)
+        top += height
+    return sheet
+
+
+def _size(shown: Shown) -> tuple[int, int]:
+    """(width, height) of a panel."""
+    return _PANEL, max(1, min(3 * _PANEL, round(_PANEL * shown.image.height / shown.image.width)))
+
+
+def _as_read(shown: Shown, point: Point) -> Point:
+    return point[0] * shown.size[1] / shown.image.width, point[1] * shown.size[0] / shown.image.height
+
+
+def _on_panel(shown: Shown, point: Point) -> Point:
+    width, height = _size(shown)
+    return point[0] * width / shown.image.width, point[1] * height / shown.image.height
+
+
+def _cross(panel: Image.Image, at: Point) -> None:
+    draw, (x, y) = ImageDraw.Draw(panel), at
+    for reach, width, colour in ((10, 5, _INK), (9, 2, _MARK)):
+        draw.line((x - reach, y, x + reach, y), fill=colour, width=width)
+        draw.line((x, y - reach, x, y + reach), fill=colour, width=width)
