@@ -127,7 +127,7 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
 def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
     """Refuse what could not be written (--out, --table and ``more``), before hours of work."""
     for option in ("out", "table", *more):
-        path = getattr(arguments, option)
+        path = getattr(arguments, option, None)
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
         if path is not None and path.is_dir():

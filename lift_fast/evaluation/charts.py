@@ -50,7 +50,10 @@ def line_chart(
     if log_x and min(p[0] for p in points) <= 0:
         raise ValueError("a logarithmic axis needs positive values")
     font = ImageFont.load_default(size=_TEXT)
-    legend = -(-len(series) // 3)
+    # As many columns as the longest name leaves room for.
+    longest = max(font.getlength(line.name) for line in series) + 36
+    columns = max(1, min(3, int((_WIDTH - _LEFT) // longest)))
+    legend = -(-len(series) // columns)
     height = _HEIGHT + legend * (_TEXT + 12)
     sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -87,8 +90,8 @@ def line_chart(
             draw.line(places, fill=colour, width=3)
         for place in places:
             _draw_mark(draw, place, mark, colour)
-        left = _LEFT + (number % 3) * ((_WIDTH - _LEFT) // 3)
-        above = _HEIGHT + 6 + (number // 3) * (_TEXT + 12)
+        left = _LEFT + (number % columns) * ((_WIDTH - _LEFT) // columns)
+        above = _HEIGHT + 6 + (number // columns) * (_TEXT + 12)
         _draw_mark(draw, (left, above), mark, colour)
         draw.text((left + 16, above), line.name, font=font, fill=_INK, anchor="lm")
     return sheet

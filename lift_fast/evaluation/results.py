@@ -181,50 +181,60 @@ class Table:
     title: str
     columns: Sequence[Column]
     rows: Sequence[tuple[str, Sequence[Estimate | float | None]]]
+    sets: Sequence[int | None] | None = None
+    """For each row the set of rows among which the best is printed in bold; None for a row that does not compete.
+    Without it all rows are one set."""
 
     def markdown(self) -> str:
         """As GitHub shows it: best values bold, intervals in brackets."""
         lines = [
             f"**{self.title}**",
             "",
-            "| method | " + " | ".join(column.title for column in self.columns) + " |",
+            "| method | " + " | ".join(_bars(column.title) for column in self.columns) + " |",
             "| --- |" + " ---: |" * len(self.columns),
         ]
-        lines += ["| " + " | ".join(cells) + " |" for cells in self._cells("**{}**")]
+        lines += ["| " + " | ".join([_bars(cells[0]), *cells[1:]]) + " |" for cells in self._cells("**{}**")]
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
         """A ``tabular`` for ``booktabs``."""
-        head = " & ".join(["method", *(_escape(column.title) for column in self.columns)])
+        head = " & ".join(["method", *(escape_latex(column.title) for column in self.columns)])
         lines = [
-            f"% {self.title}",
+            "% " + self.title.replace("\n", " "),
             r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
             r"\toprule",
             head + r" \\",
             r"\midrule",
-            *(" & ".join([_escape(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
+            *(" & ".join([escape_latex(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
             r"\bottomrule",
             r"\end{tabular}",
         ]
         return "\n".join(lines) + "\n"
 
     def _cells(self, bold: str) -> list[list[str]]:
-        best = []
-        for index, column in enumerate(self.columns):
-            numbers = [_number(row[index]) for _, row in self.rows]
-            known = [round(n, column.digits) for n in numbers if n is not None]
-            pick = {"high": max, "low": min}.get(column.best)
-            best.append(pick(known) if pick and len(known) > 1 else None)
+        sets = [0] * len(self.rows) if self.sets is None else self.sets
+        numbers: dict[tuple[int | None, int], list[float]] = {}
+        for (_, row), group in zip(self.rows, sets, strict=True):
+            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
+                number = _number(cell)
+                if number is not None:
+                    numbers.setdefault((group, index), []).append(round(number, column.digits))
+        best: dict[tuple[int | None, int], float] = {}
+        for (group, index), known in numbers.items():
+            pick = {"high": max, "low": min}.get(self.columns[index].best)
+            if group is not None and pick is not None and len(known) > 1:
+                best[group, index] = pick(known)
         result = []
-        for name, row in self.rows:
+        for (name, row), group in zip(self.rows, sets, strict=True):
             cells = [name]
-            for column, cell, top in zip(self.columns, row, best, strict=True):
+            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
                 number = _number(cell)
                 if number is None:
                     cells.append("")
                     continue
                 text = f"{number:.{column.digits}f}"
-                text = bold.format(text) if top is not None and round(number, column.digits) == top else text
+                if best.get((group, index)) == round(number, column.digits):
+                    text = bold.format(text)
                 if isinstance(cell, Estimate) and math.isfinite(cell.low):
                     text += f" [{cell.low:.{column.digits}f}, {cell.high:.{column.digits}f}]"
                 cells.append(text)
@@ -237,5 +247,15 @@ def _number(cell: Estimate | float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _escape(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%")
+def _bars(text: str) -> str:
+    """Text that stays in one cell of a Markdown table."""
+    return " ".join(text.splitlines()).replace("|", r"\|")
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX.update({character: "\\" + character for character in "&%$#_{}"})
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it literally."""
+    return "".join(_LATEX.get(character, character) for character in text)

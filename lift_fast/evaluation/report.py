@@ -1,0 +1,409 @@
+"""Several runs side by side, with published numbers: tables, what the runs do not share, charts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from .charts import Series, line_chart
+from .metrics import METRICS, metric_of
+from .published import Entry, Published
+from .results import Column, Estimate, Table, escape_latex
+from .runs import Difference, Run, differences
+
+_TITLES = {
+    "warp": "Matching under known warps",
+    "spair": "SPair-71k",
+    "davis": "DAVIS 2017",
+    "discovery": "Object discovery",
+    "cka": "Scale invariance",
+    "cost": "Cost of one picture",
+}
+_KINDS = {
+    "measured": "Measured differently",
+    "networks": "Networks and options that differ",
+    "surroundings": "Versions and machines that differ",
+}
+Key = tuple[str, "int | None"]
+"""Metric and size."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of one run, or of a publication."""
+
+    run: str | None
+    """None for published numbers."""
+    method: str
+    cells: dict[Key, Estimate | float]
+    rank: int | None
+    """Rows of the same rank measured the same thing; None for published numbers."""
+    backbone: str | None
+    label: str
+    """What the table calls it."""
+    cited: dict[Key, tuple[str, ...]] = field(default_factory=dict)
+    """Sources of published numbers."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of all its numbers."""
+        return tuple(dict.fromkeys(name for names in self.cited.values() for name in names))
+
+
+@dataclass(frozen=True)
+class Group:
+    """All runs of one protocol on one data set."""
+
+    protocol: str
+    dataset: str
+    runs: tuple[Run, ...]
+    columns: tuple[Key, ...]
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+    left_out: int
+    """Published numbers of other backbones than the runs'."""
+
+    @property
+    def title(self) -> str:
+        """What was measured."""
+        title = _TITLES[self.protocol]
+        return f"{title}, {self.dataset}" if self.dataset else title
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the runs did not all measure the same thing."""
+        return any(difference.kind == "measured" for difference in self.differences)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs by protocol."""
+
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    sources: dict[str, str]
+    """Of the published numbers that are shown, in the order of their numbers."""
+
+    def markdown(self) -> str:
+        """Tables, and below each what it needs to be read with."""
+        parts = []
+        for group in self.groups:
+            notes = "\n".join(f"- {note}" for note in _notes(group))
+            parts.append(f"{_table(group, self.sources).markdown()}\n{notes}\n")
+        footnotes = "".join(f"[{n}] {text}\n\n" for n, text in enumerate(self.sources.values(), 1))
+        return "\n".join([*parts, footnotes] if footnotes else parts)
+
+    def latex(self) -> str:
+        """Each table as a ``tabular`` for ``booktabs``, with its notes below it."""
+        parts = []
+        for group in self.groups:
+            notes = "\n\n".join(escape_latex(note) for note in _notes(group))
+            parts.append(f"{_table(group, self.sources).latex()}\n{{\\footnotesize\n{notes}\n\n}}\n")
+        footnotes = "\n\n".join(escape_latex(f"[{n}] {text}") for n, text in enumerate(self.sources.values(), 1))
+        return "\n".join([*parts, f"{{\\footnotesize\n{footnotes}\n\n}}\n"] if footnotes else parts)
+
+    def as_content(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "protocol": "report",
+            "files": {run.name: str(run.path) for run in self.runs},
+            "groups": [_group_content(group) for group in self.groups],
+            "sources": self.sources,
+        }
+
+
+def build(runs: Sequence[Run], published: Published | None = None, metrics: Sequence[str] | None = None) -> Report:
+    """Lay runs out by protocol and data set.
+
+    Args:
+        runs: of :func:`lift_fast.evaluation.runs.read_run`.
+        published: numbers to show below them, where a run has the same protocol, data set, metric and size; only those
+            of the runs' backbones, if there are any, else all.
+        metrics: which to show; None shows each protocol's main ones.
+
+    Raises:
+        ValueError: for no runs, two of one name, one file twice, or metrics that no run has.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run")
+    names, files = [run.name for run in runs], [run.path.resolve() for run in runs]
+    for run, file in zip(runs, files, strict=True):
+        if names.count(run.name) > 1:
+            raise ValueError(f"two runs are called {run.name!r}; give names, NAME=FILE")
+        if files.count(file) > 1:
+            raise ValueError(f"{run.path} is given twice")
+    known = dict.fromkeys(figure.metric for run in runs for figure in run.figures)
+    unknown = [metric for metric in metrics or () if metric not in known]
+    if unknown:
+        raise ValueError(f"no run has the metric {unknown[0]!r}; there are {', '.join(known)}")
+    groups = []
+    for key in dict.fromkeys((run.protocol, run.dataset) for run in runs):
+        group = _group([run for run in runs if (run.protocol, run.dataset) == key], published, metrics)
+        if group.columns:
+            groups.append(group)
+    cited = dict.fromkeys(name for group in groups for row in group.rows for name in row.sources)
+    sources = {name: str(published.sources[name]) for name in cited} if published is not None else {}
+    return Report(tuple(runs), tuple(groups), sources)
+
+
+def _group(runs: list[Run], published: Published | None, metrics: Sequence[str] | None) -> Group:
+    protocol, dataset = runs[0].protocol, runs[0].dataset
+    found = {(figure.metric, figure.size) for run in runs for figure in run.figures}
+    columns = sorted((key for key in found if _wanted(protocol, key[0], metrics)), key=_order(protocol, metrics))
+    rows = []
+    ranks: dict[str, int] = {}
+    for run in runs:
+        rank = ranks.setdefault(json.dumps(run.measured, sort_keys=True), len(ranks))
+        for method in dict.fromkeys(figure.method for figure in run.figures):
+            cells = {(f.metric, f.size): f.value for f in run.figures if f.method == method}
+            cells = {key: value for key, value in cells.items() if key in columns}
+            if cells:
+                rows.append(Row(run.name, method, cells, rank, run.networks.get("model"), method))
+    entries = [
+        entry
+        for entry in (published.entries if published is not None else ())
+        if entry.protocol == protocol and entry.dataset in (None, dataset) and (entry.metric, entry.size) in columns
+    ]
+    own = _of_backbones(entries, {run.networks.get("model") for run in runs})
+    rows += _published_rows(own)
+    return Group(
+        protocol, dataset, tuple(runs), tuple(columns), tuple(rows), tuple(differences(runs)), len(entries) - len(own)
+    )
+
+
+def _wanted(protocol: str, metric: str, metrics: Sequence[str] | None) -> bool:
+    if metrics is not None:
+        return metric in metrics
+    found = metric_of(protocol, metric)
+    return found is not None and found.shown
+
+
+def _order(protocol: str, metrics: Sequence[str] | None) -> Any:
+    """Sorting key of columns: metrics as they were asked for or as protocols list them, wide thresholds and small
+    pictures first."""
+    known = [metric for metric in METRICS if protocol in metric.protocols]
+
+    def key(column: Key) -> tuple[Any, ...]:
+        name, size = column
+        metric = metric_of(protocol, name)
+        place = list(metrics).index(name) if metrics is not None else -1
+        threshold = -float(name.partition("@")[2]) if metric is not None and "@" in name else 0.0
+        rank = known.index(metric) if metric is not None else len(known)
+        return place, rank, threshold, name, -1 if size is None else size
+
+    return key
+
+
+def _of_backbones(entries: list[Entry], models: set[Any]) -> list[Entry]:
+    own = [entry for entry in entries if entry.backbone in models]
+    return own or entries
+
+
+def _published_rows(entries: list[Entry]) -> list[Row]:
+    rows: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in entries:
+        rows.setdefault((entry.label, entry.method, entry.backbone), []).append(entry)
+    return [
+        Row(
+            None,
+            method,
+            {(entry.metric, entry.size): entry.value for entry in own},
+            None,
+            backbone,
+            label,
+            {(entry.metric, entry.size): entry.sources for entry in own},
+        )
+        for (label, method, backbone), own in rows.items()
+    ]
+
+
+def _table(group: Group, sources: dict[str, str]) -> Table:
+    numbers = {name: number for number, name in enumerate(sources, 1)}
+    columns = []
+    for name, size in group.columns:
+        metric = metric_of(group.protocol, name)
+        title = (metric.title if metric is not None else "") or name
+        place = f" at {size}" if size is not None else ", own size" if group.protocol == "discovery" else ""
+        columns.append(Column(title + place, metric.best if metric else "", metric.digits if metric else 2))
+    rows = []
+    for row in group.rows:
+        name = _name(row)
+        if row.run is None:
+            name += f" [{', '.join(str(number) for number in sorted(numbers[source] for source in row.sources))}]"
+        rows.append((name, [row.cells.get(key) for key in group.columns]))
+    return Table(group.title, columns, rows, [row.rank for row in group.rows])
+
+
+def _name(row: Row) -> str:
+    return f"{'published' if row.run is None else row.run}: {row.label}"
+
+
+def _notes(group: Group) -> list[str]:
+    """What the table needs to be read with."""
+    notes = [f"{run.name}: {_about(run)}" for run in group.runs]
+    if group.unlike:
+        notes.append(
+            "UNLIKE RUNS: they did not all measure the same thing (see below), so their figures do not compare; the "
+            "best is bold within each set of like runs"
+        )
+    for kind, title in _KINDS.items():
+        told = [f"{d.name}: {_values(d)}" for d in group.differences if d.kind == kind]
+        if told:
+            notes.append(f"{title}: " + "; ".join(told))
+    seen: dict[str, str] = {}
+    for run in group.runs:
+        if run.content in seen:
+            notes.append(f"{run.name} and {seen[run.content]} hold the same result")
+        seen.setdefault(run.content, run.name)
+    if any(row.run is None for row in group.rows):
+        notes.append(
+            "Published rows were measured by others, with their code, weights, pairs and machines; they are never bold"
+        )
+        models = {run.networks.get("model") for run in group.runs}
+        if not any(row.run is None and row.backbone in models for row in group.rows):
+            notes.append("The published rows are of other backbones than the runs'")
+    if group.left_out:
+        notes.append(f"{group.left_out} published numbers of other backbones are left out")
+    return notes
+
+
+def _about(run: Run) -> str:
+    model = run.networks.get("model")
+    parts = [f"{model}" if model else "masks or figures without a record of the networks behind them"]
+    if run.networks.get("random_weights"):
+        parts.append("RANDOM WEIGHTS, its figures mean nothing")
+    parts += [f"{value} {key[10:]}" for key, value in run.measured.items() if key.startswith("number of ")]
+    if run.skipped:
+        parts.append(f"{run.skipped} skipped")
+    if run.date:
+        parts.append(run.date)
+    return ", ".join([*parts, run.path.name])
+
+
+def _values(difference: Difference) -> str:
+    return ", ".join(f"{_short(difference.name, value)} ({run})" for run, value in difference.values.items())
+
+
+def _short(name: str, value: Any) -> str:
+    if value is None:
+        return "not said"
+    if isinstance(value, list):
+        return f"{len(value)} entries" if len(value) > 4 else "[" + ", ".join(map(str, value)) + "]"
+    return str(value)[:12] if name.startswith("weights of ") else str(value)
+
+
+def _group_content(group: Group) -> dict[str, Any]:
+    return {
+        "protocol": group.protocol,
+        "dataset": group.dataset,
+        "unlike": group.unlike,
+        "columns": [{"metric": metric, "size": size} for metric, size in group.columns],
+        "rows": [
+            {
+                "run": row.run,
+                "method": row.method,
+                "published": row.run is None,
+                "backbone": row.backbone,
+                "label": row.label,
+                "set": row.rank,
+                "values": [_json_cell(row.cells.get(key)) for key in group.columns],
+                "sources": [list(row.cited.get(key, ())) for key in group.columns],
+            }
+            for row in group.rows
+        ],
+        "differences": [difference._asdict() for difference in group.differences],
+        "notes": _notes(group),
+    }
+
+
+def _json_cell(cell: Estimate | float | None) -> Any:
+    return cell.as_list() if isinstance(cell, Estimate) else cell
+
+
+def draw(report: Report, metric: str | None = None, against: str = "size") -> Image.Image:
+    """A chart of a metric against the pictures' size or against cost.
+
+    Args:
+        report: runs of one protocol that has the metric by size; for cost also runs of the protocol ``cost``, with the
+            same backbones and methods.
+        metric: what to draw; None takes the first that has at least two sizes.
+        against: ``"size"``, with published numbers of the runs' methods beside theirs, or ``"cost"``.
+
+    Raises:
+        ValueError: if nothing fits, or more than one group does.
+    """
+    if against not in ("size", "cost"):
+        raise ValueError(f"against must be 'size' or 'cost', got {against!r}")
+    least = 2 if against == "size" else 1
+    fitting = []
+    for group in report.groups:
+        if against == "cost" and group.protocol == "cost":
+            continue
+        names = dict.fromkeys(name for name, _ in group.columns) if metric is None else [metric]
+        for name in names:
+            if len({size for found, size in group.columns if found == name and size is not None}) >= least:
+                fitting.append((group, name))
+                break
+    if not fitting:
+        what = metric or "metric"
+        raise ValueError(f"there is nothing to draw: no run has a {what} at {least} or more sizes")
+    if len(fitting) > 1:
+        titles = ", ".join(group.title for group, _ in fitting)
+        raise ValueError(f"one chart takes one protocol, but several fit: {titles}; give their runs one at a time")
+    group, name = fitting[0]
+    if against == "size":
+        return line_chart(_by_size(group, name), title=f"{group.title}: {name}", x="input size, pixels", y=name)
+    series = _by_cost(group, name, _costs(report))
+    return line_chart(series, title=f"{group.title}: {name} against cost", x="GFLOPs", y=name, log_x=True)
+
+
+def _series(name: str, points: list[tuple[float, Estimate | float]]) -> Series:
+    bare = [(x, y.value if isinstance(y, Estimate) else y) for x, y in points]
+    spread = [(y.low, y.high) if isinstance(y, Estimate) else (math.nan, math.nan) for _, y in points]
+    return Series(name, bare, spread)
+
+
+def _by_size(group: Group, metric: str) -> list[Series]:
+    found = []
+    methods = {row.method for row in group.rows if row.run is not None}
+    for row in (row for row in group.rows if row.run is not None or row.method in methods):
+        points = [(float(size), cell) for (name, size), cell in row.cells.items() if name == metric and size]
+        if points:
+            found.append(_series(_name(row), sorted(points, key=lambda point: point[0])))
+    return found
+
+
+def _costs(report: Report) -> dict[tuple[Any, str, int | None], float]:
+    """GFLOPs by backbone, method and size."""
+    costs: dict[tuple[Any, str, int | None], float] = {}
+    for run in (run for run in report.runs if run.protocol == "cost"):
+        for figure in run.figures:
+            if figure.metric == "GFLOPs" and not isinstance(figure.value, Estimate):
+                key = run.networks.get("model"), figure.method, figure.size
+                if costs.setdefault(key, figure.value) != figure.value:
+                    raise ValueError(
+                        f"two runs give different costs of {figure.method} on {key[0]} at {figure.size} pixels"
+                    )
+    if not costs:
+        raise ValueError("a chart against cost needs a result of lift-fast eval cost among the runs")
+    return costs
+
+
+def _by_cost(group: Group, metric: str, costs: dict[tuple[Any, str, int | None], float]) -> list[Series]:
+    found = []
+    for row in (row for row in group.rows if row.run is not None):
+        points = [
+            (costs[row.backbone, row.method, size], cell)
+            for (name, size), cell in row.cells.items()
+            if name == metric and (row.backbone, row.method, size) in costs
+        ]
+        if points:
+            found.append(_series(_name(row), sorted(points, key=lambda point: point[0])))
+    if not found:
+        raise ValueError("the cost results hold none of the runs' backbones, methods and sizes")
+    return found

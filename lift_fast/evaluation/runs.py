@@ -1,0 +1,248 @@
+"""Results of any protocol read back into one form: figures by method, metric and size, and what they depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .results import Estimate, load_json
+
+# Options that choose what is reported and change no figure; sizes are columns.
+_NEUTRAL = {"methods", "sizes", "alphas", "reference"}
+_SURROUNDINGS = {"versions", "platform", "device", "cpu"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a run."""
+
+    method: str
+    metric: str
+    """As :mod:`lift_fast.evaluation.metrics` names it."""
+    size: int | None
+    """Pixels S of S x S pictures; None for pictures in their own size, and where the result does not say."""
+    value: Estimate | float
+
+
+class Shape(NamedTuple):
+    """What one protocol's result says."""
+
+    dataset: str
+    """Results of different ones never share a table; empty where the protocol has none."""
+    figures: list[Figure]
+    measured: dict[str, Any]
+    """What decides which figures are measured: runs where it differs do not compare."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result."""
+
+    name: str
+    path: Path
+    protocol: str
+    dataset: str
+    figures: tuple[Figure, ...]
+    measured: dict[str, Any]
+    networks: dict[str, Any]
+    """Model, options and weights."""
+    surroundings: dict[str, Any]
+    """Versions and machine."""
+    date: str
+    skipped: int
+    """What could not be used."""
+    content: str
+    """All of the result but its date, to recognise copies."""
+
+
+class Difference(NamedTuple):
+    """Something that is not the same in all runs."""
+
+    kind: str
+    """``"measured"``, ``"networks"`` or ``"surroundings"``."""
+    name: str
+    values: dict[str, Any]
+    """By the name of the run; None where a run does not say."""
+
+
+def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
+    """Read a result of ``lift-fast eval``.
+
+    Args:
+        path: the file.
+        name: what the report calls it; None takes the file's name without suffix.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no result, one of an unknown protocol, one without a summary, or one of another form.
+    """
+    path = Path(path)
+    content = load_json(path)
+    protocol = content["protocol"]
+    reader = _READERS.get(protocol) if isinstance(protocol, str) else None
+    if reader is None:
+        raise ValueError(f"{path} holds results of {protocol!r}; a report takes those of {', '.join(_READERS)}")
+    if content.get("complete") is False and "summary" not in content:
+        raise ValueError(f"{path} is of a run that was interrupted; give its command again, and it goes on to the end")
+    try:
+        shape = reader(content)
+        record = dict(content.get("record") or {})
+        skipped = len(content.get("skipped") or {})
+        surroundings = {key: record.pop(key) for key in _SURROUNDINGS if key in record}
+        date = str(record.pop("date", ""))
+        weights = {f"weights of {key}": _weights(entry) for key, entry in dict(record.pop("weights", {})).items()}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path} says that it holds results of {protocol}, but not in their form ({type(error).__name__}: {error})"
+        ) from error
+    if not shape.figures:
+        raise ValueError(f"{path} holds no figures: nothing could be evaluated")
+    # A date says nothing of what was found.
+    undated = {**content, "record": {k: v for k, v in (content.get("record") or {}).items() if k != "date"}}
+    return Run(
+        path.stem if name is None else name,
+        path,
+        protocol,
+        shape.dataset,
+        tuple(shape.figures),
+        _flat(shape.measured),
+        _flat({**record, **weights}),
+        _flat(surroundings),
+        date,
+        skipped,
+        json.dumps(undated, sort_keys=True),
+    )
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """What is not the same in all runs, in the order of the kinds."""
+    found = []
+    for kind in ("measured", "networks", "surroundings"):
+        told = {run.name: getattr(run, kind) for run in runs}
+        for name in dict.fromkeys(key for entries in told.values() for key in entries):
+            values = {run: entries.get(name) for run, entries in told.items()}
+            # A method's weights say nothing about runs without that method.
+            if name.startswith("weights of "):
+                values = {run: value for run, value in values.items() if value is not None}
+            first = next(iter(values.values()))
+            if any(value != first for value in values.values()):
+                found.append(Difference(kind, name, values))
+    return found
+
+
+def _weights(entry: Any) -> str:
+    return entry["sha256"] or entry["file"]
+
+
+def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            result.update(_flat(value, f"{prefix}{key} "))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def _options(content: dict[str, Any], *columns: str) -> dict[str, Any]:
+    """Options that decide what is measured; ``columns`` are told apart by the table already."""
+    return {key: value for key, value in content["options"].items() if key not in _NEUTRAL and key not in columns}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _value(entry: Any) -> Estimate | float | None:
+    """A figure as results hold it: a number, ``[value, low, high]`` or null."""
+    if not isinstance(entry, list):
+        return None if entry is None else _number(entry)
+    value, low, high = (math.nan if part is None else _number(part) for part in entry)
+    return Estimate(value, low, high) if math.isfinite(value) else None
+
+
+def _by_size(content: dict[str, Any]) -> Shape:
+    summary = content["summary"]
+    figures = []
+    for size, methods in summary["sizes"].items():
+        for method, entries in methods.items():
+            for metric, entry in entries.items():
+                # Differences, categories and the like stand beside the metrics.
+                if entry is not None and not isinstance(entry, (dict, str)):
+                    value = _value(entry)
+                    if value is not None:
+                        figures.append(Figure(method, metric, int(size), value))
+    counts = {f"number of {key}": value for key, value in summary.items() if type(value) is int}
+    return Shape(str(content["options"].get("split", "")), figures, {**_options(content, "split"), **counts})
+
+
+def _davis(content: dict[str, Any]) -> Shape:
+    options = content["options"]
+    # Masks that were only scored do not say how large the frames were that they come from.
+    size = options.get("size")
+    figures, counts = [], {}
+    for method, entries in content["summary"].items():
+        for metric, entry in entries.items():
+            if metric in ("sequences", "objects"):
+                counts[f"number of {metric}"] = entry
+            elif entry is not None:
+                figures.append(Figure(method, metric, None if size is None else int(size), _number(entry)))
+    return Shape(str(options["subset"]), figures, {**_options(content, "subset", "size"), **counts})
+
+
+def _discovery(content: dict[str, Any]) -> Shape:
+    options = content["options"]
+    size = options["resolution"]
+    figures, counts = [], {}
+    for method, entries in content["summary"].items():
+        counts["number of pictures"] = entries["pictures"]
+        for metric, key in (("CorLoc", "corloc"), ("mean IoU", "mean_iou")):
+            if entries[key] is not None:
+                figures.append(Figure(method, metric, None if size is None else int(size), _number(entries[key])))
+    return Shape(str(options["dataset"]), figures, {**_options(content, "dataset", "resolution"), **counts})
+
+
+def _cka(content: dict[str, Any]) -> Shape:
+    figures = []
+    for method, curve in content["curves"].items():
+        for size, entry in curve.items():
+            for metric, key in (("CKA", "cka"), ("pooled CKA", "pooled")):
+                value = _value(entry[key])
+                if value is not None:
+                    figures.append(Figure(method, metric, int(size), value))
+    measured = {key: content[key] for key in ("estimator", "reference", "grid")}
+    return Shape("", figures, {**measured, "number of pictures": content["pictures"]})
+
+
+def _cost(content: dict[str, Any]) -> Shape:
+    figures = []
+    timed = False
+    for cost in content["costs"]:
+        values = {
+            "parameters, M": _number(cost["parameters"]) / 1e6,
+            "GFLOPs": _number(cost["gflops"]),
+            "GFLOPs as published": _number(cost["published_gflops"]),
+        }
+        if cost["milliseconds"] is not None:
+            timed, values["ms"] = True, _number(cost["milliseconds"])
+        figures += [Figure(cost["method"], metric, int(cost["size"]), value) for metric, value in values.items()]
+    # Only milliseconds depend on the machine.
+    record = content.get("record") or {}
+    return Shape("", figures, {key: record.get(key) for key in ("device", "cpu")} if timed else {})
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Shape]] = {
+    "warp": _by_size,
+    "spair": _by_size,
+    "davis": _davis,
+    "discovery": _discovery,
+    "cka": _cka,
+    "cost": _cost,
+}
