@@ -69,8 +69,8 @@ def _cpu_native() -> Part:
     return Part(
         "cpu native",
         True,
-        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, cosine loss, LiFT decoder; "
-        f"{isa} of {', '.join(available)}; {threads}",
+        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, cosine loss, LiFT decoder, "
+        f"bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
     )
 
 

@@ -119,7 +119,7 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     """
     _check(view)
     font = ImageFont.load_default(size=_TEXT)
-    caption = _wrap(view.caption, font, _WIDTH - 2 * _GAP)
+    caption = wrap(view.caption, font, _WIDTH - 2 * _GAP)
     banner = 2 * _TEXT if view.warning else 0
     top = banner + _GAP + len(caption) * (_TEXT + 6) + _GAP
     title = _TEXT + 8
@@ -239,11 +239,22 @@ def _draw_lines(
     for row, column in sample:
         red, green, blue = (int(v) for v in position_colours(view.points[row, column], size_a))
         start, end = on_sheet(view.points[row, column], place_a), on_sheet(view.matches[row, column], place_b)
-        # A dark rim keeps a line visible on any picture.
-        draw.line((start, end), fill=_INK, width=4)
-        draw.line((start, end), fill=(red, green, blue), width=2)
-        for x, y in (start, end):
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=(red, green, blue), outline=_INK, width=2)
+        draw_match_line(draw, start, end, (red, green, blue))
+
+
+def draw_match_line(
+    draw: ImageDraw.ImageDraw,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colour: tuple[int, int, int],
+    radius: int = 5,
+    width: int = 2,
+) -> None:
+    """A line with dots of ``radius`` at its ends (x, y); a dark rim keeps it visible on any picture."""
+    draw.line((start, end), fill=_INK, width=width + 2)
+    draw.line((start, end), fill=colour, width=width)
+    for x, y in (start, end):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=_INK, width=2)
 
 
 def _draw_bar(sheet: Image.Image, ends: tuple[str, str], place: tuple[int, int, int], font: Font) -> None:
@@ -296,7 +307,8 @@ def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def wrap(text: str, font: Font, width: int) -> list[str]:
+    """Lines of ``text`` at most ``width`` pixels wide, broken between words."""
     lines: list[str] = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word

@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
 from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive, remarks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lift_fast.backbones import FrozenViT
+    from lift_fast.evaluation.methods import Method
+    from lift_fast.evaluation.warp import WarpProtocol
 
 _DESCRIPTION = """Find points of photographs again in a second view of the same photograph, a known random homography of
 it with changed colours: PCK@alpha, the share of points found within alpha * S pixels of S x S, with 95 % confidence
@@ -43,6 +50,12 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="warps of each (%(default)s)")
     parser.add_argument("--no-photometric", action="store_true", help="leave the second view's colours as they are")
     parser.add_argument("--reference", metavar="M", help="method to compare with (bilinear, if it is among them)")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="draw some photographs' views and matches, largest of --sizes"
+    )
+    parser.add_argument(
+        "--sheet-count", type=positive, default=4, metavar="N", help="photographs on the sheet (%(default)s)"
+    )
     add_method_options(parser, ("backbone", "bilinear", "lift"))
     parser.set_defaults(run=run)
 
@@ -52,11 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lift_fast.evaluation import warp_run
-    from lift_fast.evaluation.warp import WarpProtocol
+    from lift_fast.evaluation.warp import WarpProtocol, picture_name
     from lift_fast.images import list_images
     from lift_fast.training import split
 
-    check_outputs(arguments)
+    check_outputs(arguments, "sheet")
+    if arguments.sheet is not None and arguments.sheet.suffix.lower() != ".png":
+        raise UsageError(f"--sheet must end in .png, got {arguments.sheet}")
     with as_usage_error():
         paths = list_images(arguments.root)
         root = arguments.root if arguments.root.is_dir() else arguments.root.parent
@@ -90,5 +105,34 @@ def run(arguments: argparse.Namespace) -> int:
             record=record(arguments, backbone, methods),
             progress=bar.update,
         )
+    if arguments.sheet is not None:
+        readable = [path for path in paths if picture_name(path, root) not in content["skipped"]]
+        _draw_sheet(arguments, methods, backbone, readable, root, protocol)
     show(arguments, content, warp_run.tables(content))
     return 1 if content["skipped"] else 0
+
+
+def _draw_sheet(
+    arguments: argparse.Namespace,
+    methods: Sequence[Method],
+    backbone: FrozenViT,
+    paths: Sequence[Path],
+    root: Path,
+    protocol: WarpProtocol,
+) -> None:
+    from lift_fast._files import atomic_path
+    from lift_fast.evaluation import warp_sheet
+    from lift_fast.evaluation.warp import normaliser
+
+    weight = backbone.model.patch_embed.proj.weight
+    normalise = normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
+    size, chosen = max(arguments.sizes), warp_sheet.choose(paths, arguments.sheet_count)
+    pairs = list(warp_sheet.match_pairs(methods, chosen, root, size, normalise, protocol))
+    if not pairs:
+        print(f"--sheet {arguments.sheet}: there is no photograph to draw", file=sys.stderr)
+        return
+    caption = "; ".join([f"{arguments.model}, {size} x {size} pixels", *remarks(arguments)])
+    # The middle threshold: the widest hides what the narrowest asks too much for.
+    alpha = sorted(protocol.alphas)[len(protocol.alphas) // 2]
+    with atomic_path(arguments.sheet) as temporary:
+        warp_sheet.draw_sheet(pairs, alpha, caption=caption).save(temporary, format="PNG")
