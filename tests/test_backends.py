@@ -59,6 +59,30 @@ def test_cpu_native_names_its_instruction_sets(monkeypatch):
         assert result.index[:, 0].tolist() == [4, 3, 2, 1, 0]
 
 
+# What the functions of the core are for, in the words of the table; helpers stand for their operator.
+NATIVE_PARTS = {
+    "nearest": "nearest",
+    "most_": "nearest",
+    "dense_match": "dense_match",
+    "map_": "dense_match",
+    "window_nearest": "label propagation",
+    "cosine_loss": "cosine loss",
+    "lift_decoder": "LiFT decoder",
+    "bit_matrix": "bit matrix",
+}
+
+
+@needs_native
+def test_cpu_native_names_every_operator_of_the_core():
+    about = ("build_info", "cpu_isas", "cuda_probe", "image_encoder")
+    functions = [name for name in dir(_native.require()) if not name.startswith("_") and name not in about]
+    detail = lift_fast.backends()["cpu native"].detail
+    for name in functions:
+        parts = [part for prefix, part in NATIVE_PARTS.items() if name.startswith(prefix)]
+        assert parts, f"{name} belongs to no part of the table"
+        assert all(part in detail for part in parts)
+
+
 @needs_native
 def test_an_instruction_set_that_the_cpu_lacks_is_a_reason(monkeypatch):
     class Old:

@@ -80,8 +80,9 @@ def spair(base=20.0, **changes):
             method: {
                 "PCK@0.1": [base + 3 * n + size / 100, base - 1, base + 9],
                 "PCK@0.05": [base / 2 + n, None, None],
-                "difference": None,
-                "categories": {"cat": {"PCK@0.1": [1, 0, 2]}},
+                "PCK@0.1 per image": base + n,
+                "seed_std": None,
+                "categories": {"cat": {"PCK@0.1": 7.0}},
             }
             for n, method in enumerate(METHODS)
         }
@@ -93,7 +94,7 @@ def spair(base=20.0, **changes):
         "options": {"methods": list(METHODS), "sizes": [112, 224], "alphas": [0.1, 0.05], "split": "test"},
         "record": record(**changes),
         "skipped": {},
-        "summary": {"pairs": 1800, "sizes": summary},
+        "summary": {"sizes": summary, "pairs": {"cat": 900, "dog": 900}, "left_out": 0},
     }
 
 
@@ -218,6 +219,9 @@ def test_other_metrics_can_be_asked_for(saved):
     runs = [saved("d", davis()), saved("w", warp())]
     found = report.build(runs, metrics=["J-Decay", "J-Mean"])
     assert [group.columns for group in found.groups] == [(("J-Decay", 224), ("J-Mean", 224))]
+    group = one_group(saved("s", spair(20)), metrics=["PCK@0.1 per image", "PCK@0.1"])
+    assert [name for name, _ in group.columns] == ["PCK@0.1 per image"] * 2 + ["PCK@0.1"] * 2
+    assert value(group, "s", "lift", "PCK@0.1 per image", 112) == 21
     with pytest.raises(ValueError, match=r"no run has the metric 'AP'; there are J&F-Mean"):
         report.build(runs, metrics=["AP"])
 
@@ -254,7 +258,7 @@ UNLIKE = {
     "tau": (discovery(), lambda c: c["options"].update(tau=0.2)),
     "lattice": (cka(), lambda c: c.update(grid=14)),
     "milliseconds": (costs(1.0), lambda c: c["record"].update(cpu="another")),
-    "pairs": (spair(), lambda c: c["summary"].update(pairs=17)),
+    "pairs": (spair(), lambda c: c["summary"].update(pairs={"cat": 17})),
 }
 
 
@@ -301,7 +305,7 @@ def test_differences_in_networks_and_versions_are_listed(saved):
     }
     text = report.build(runs).markdown()
     assert "weights of lift: cdcdcdcdcdcd (one), m:f (two)" in text
-    assert "two: dino_vits16, RANDOM WEIGHTS, its figures mean nothing, 1800 pairs" in text
+    assert "two: dino_vits16, RANDOM WEIGHTS, its figures mean nothing, 1800 pairs, 0 left out" in text
 
 
 def test_masks_of_unknown_origin_and_skipped_pictures_are_said(saved):

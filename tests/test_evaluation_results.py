@@ -13,6 +13,7 @@ from lift_fast.evaluation.results import (
     Estimate,
     Table,
     bootstrap,
+    escape_latex,
     load_json,
     provenance,
     save_json,
@@ -85,3 +86,25 @@ def test_tables():
     latex = Table("title", columns, rows).latex()
     assert r"two\_b & \textbf{50.0} [44.0, 56.0] & \textbf{3.00} & 1.0 \\" in latex
     assert r"PCK & error\_px & difference" in latex
+
+
+def test_the_best_is_sought_within_each_set():
+    columns = [Column("high"), Column("low", "low"), Column("none", "")]
+    rows = [(name, [value, value, value]) for name, value in zip("abcde", (1.0, 2.0, 3.0, 4.0, 9.0), strict=True)]
+    lines = Table("t", columns, rows, [0, 0, 1, 1, None]).markdown().splitlines()[4:]
+    assert lines == [
+        "| a | 1.0 | **1.0** | 1.0 |",
+        "| b | **2.0** | 2.0 | 2.0 |",
+        "| c | 3.0 | **3.0** | 3.0 |",
+        "| d | **4.0** | 4.0 | 4.0 |",
+        "| e | 9.0 | 9.0 | 9.0 |",
+    ]
+    # One row alone is no best.
+    assert "**1" not in Table("t", columns, rows[:1], [3]).markdown()
+
+
+def test_names_stay_in_their_cells():
+    text = Table("t", [Column("x|y")], [("a|b\nc", [1.0])]).markdown()
+    assert r"| method | x\|y |" in text
+    assert r"| a\|b c | 1.0 |" in text
+    assert escape_latex("a_b%{}\\") == r"a\_b\%\{\}\textbackslash{}"

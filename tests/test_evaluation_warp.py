@@ -17,7 +17,7 @@ from torch import nn
 from lift_fast import LiFT, ViTLiFTExtractor, load_lift, save_lift
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
-from lift_fast.evaluation import warp, warp_run
+from lift_fast.evaluation import warp, warp_run, warp_sheet
 from lift_fast.evaluation.methods import Batch, build_methods
 from lift_fast.testing import randomize
 
@@ -286,7 +286,89 @@ def test_command_takes_the_held_out_and_names_bad_files(folder, tmp_path, capsys
     assert "skipped: b.png" in captured.err
 
 
+class Same(nn.Module):
+    """Descriptors that are all alike: every match is the first pixel."""
+
+    def forward(self, imgs, x):
+        return torch.ones_like(imgs)
+
+
+def coloured(sheet, colour):
+    return int((np.asarray(sheet) == colour).all(-1).sum())
+
+
+def test_sheet_shows_right_and_wrong_matches():
+    size, protocol = 96, warp.WarpProtocol(points=30, photometric=False)
+    ramp = np.linspace(0, 1, 200)
+    scene = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200)), np.zeros((200, 200))], -1)
+    view = warp.make_view(Image.fromarray((255 * scene).astype(np.uint8)), "ramp", size, 5, protocol)
+    right, wrong = np.rint(view.truth).astype(np.int64), np.zeros_like(view.points)
+    sheets = {}
+    for name, found in {"right": right, "wrong": wrong}.items():
+        sheets[name] = warp_sheet.draw_sheet([warp_sheet.Pair("ramp", view, {name: found})], 0.05, points=4)
+    assert sheets["right"].size == sheets["wrong"].size
+    assert coloured(sheets["right"], warp_sheet.RIGHT) > 500
+    assert coloured(sheets["right"], warp_sheet.WRONG) == 0
+    assert coloured(sheets["wrong"], warp_sheet.WRONG) > 500
+    assert coloured(sheets["wrong"], warp_sheet.RIGHT) == 0
+    # Methods stand beside each other, photographs below.
+    pair = warp_sheet.Pair("ramp", view, {"right": right, "wrong": wrong})
+    both = warp_sheet.draw_sheet([pair, pair], 0.05, points=4)
+    assert both.width > 1.9 * sheets["right"].width
+    assert both.height > 1.7 * sheets["right"].height
+    assert coloured(both, warp_sheet.RIGHT) > 2 * 400
+    assert coloured(both, warp_sheet.WRONG) > 2 * 400
+    for pairs, points in (([], 4), ([pair], 0)):
+        with pytest.raises(ValueError, match="at least one pair and one point"):
+            warp_sheet.draw_sheet(pairs, 0.05, points)
+
+
+def test_sheet_matches_are_those_that_are_scored(folder):
+    size, protocol = 64, warp.WarpProtocol(points=21)
+    backbone = tiny_backbone()
+    methods = build_methods(["backbone", f"same={__name__}:Same"], backbone)
+    normalise = warp.normaliser(backbone.mean, backbone.std, torch.device("cpu"), torch.float32)
+    (folder / "b.png").write_bytes(b"no picture")
+    paths = sorted(folder.rglob("*.png"))
+    pairs = list(warp_sheet.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
+    assert [pair.name for pair in pairs] == ["a.png", "c.png", "deep/b.png"]
+    for pair in pairs:
+        assert (pair.matches["same"] == 0).all()
+        with torch.inference_mode():
+            scores = warp.evaluate_batch(methods, [pair.view], size, normalise, protocol)
+        distance = np.linalg.norm(pair.matches["backbone"] - pair.view.truth, axis=1)
+        assert scores["backbone"][0].error == pytest.approx(distance.mean())
+
+
+@pytest.mark.parametrize(("total", "count", "chosen"), [(9, 3, [1, 4, 7]), (2, 4, [0, 1]), (5, 5, [0, 1, 2, 3, 4])])
+def test_sheet_spreads_its_photographs(total, count, chosen):
+    assert warp_sheet.choose(list(range(total)), count) == chosen
+
+
+def test_command_draws_a_sheet(folder, tmp_path, capsys):
+    (folder / "b.png").write_bytes(b"no picture")
+    sheet, table = tmp_path / "sheet.png", tmp_path / "r.md"
+    options = ["--sizes", "32", "64", "--points", "9", "--quiet", "--table", table, "--sheet", sheet]
+    assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "2") == 1
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG"
+        assert picture.height > 2 * 320
+    drawn = sheet.read_bytes()
+    assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "1") == 1
+    assert sheet.read_bytes() != drawn
+    # Nothing to draw is said, and no reason to lose the figures.
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    sheet.unlink()
+    capsys.readouterr()
+    assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options) == 1
+    assert "there is no photograph to draw" in capsys.readouterr().err
+    assert not sheet.exists()
+
+
 USAGE = {
+    "sheet": (["--root", "{}", "--sheet", "sheet.jpg"], "--sheet must end in .png, got sheet.jpg"),
+    "sheet's folder": (["--root", "{}", "--sheet", "nowhere/x.png"], "the folder nowhere does not exist"),
     "root": (["--root", "nowhere"], "nowhere"),
     "out": (["--root", "{}", "--out", "nowhere/x.json"], "the folder nowhere does not exist"),
     "method": (["--root", "{}", "--method", "bicubic"], "unknown method 'bicubic'"),

@@ -192,7 +192,7 @@ def _order(protocol: str, metrics: Sequence[str] | None) -> Any:
         name, size = column
         metric = metric_of(protocol, name)
         place = list(metrics).index(name) if metrics is not None else -1
-        threshold = -float(name.partition("@")[2]) if metric is not None and "@" in name else 0.0
+        threshold = -float(name.partition("@")[2].split()[0]) if metric is not None and "@" in name else 0.0
         rank = known.index(metric) if metric is not None else len(known)
         return place, rank, threshold, name, -1 if size is None else size
 
@@ -277,7 +277,9 @@ def _about(run: Run) -> str:
     parts = [f"{model}" if model else "masks or figures without a record of the networks behind them"]
     if run.networks.get("random_weights"):
         parts.append("RANDOM WEIGHTS, its figures mean nothing")
-    parts += [f"{value} {key[10:]}" for key, value in run.measured.items() if key.startswith("number of ")]
+    parts += [
+        f"{value} {key[10:].replace('_', ' ')}" for key, value in run.measured.items() if key.startswith("number of ")
+    ]
     if run.skipped:
         parts.append(f"{run.skipped} skipped")
     if run.date:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .metrics import metric_of
 from .results import Estimate, load_json
 
 # Options that choose what is reported and change no figure; sizes are columns.
@@ -168,6 +169,11 @@ def _value(entry: Any) -> Estimate | float | None:
     return Estimate(value, low, high) if math.isfinite(value) else None
 
 
+def _count(value: Any) -> Any:
+    """A number; of numbers by category their sum."""
+    return sum(value.values()) if isinstance(value, dict) else value
+
+
 def _by_size(content: dict[str, Any]) -> Shape:
     summary = content["summary"]
     figures = []
@@ -175,11 +181,11 @@ def _by_size(content: dict[str, Any]) -> Shape:
         for method, entries in methods.items():
             for metric, entry in entries.items():
                 # Differences, categories and the like stand beside the metrics.
-                if entry is not None and not isinstance(entry, (dict, str)):
+                if metric_of(content["protocol"], metric) is not None:
                     value = _value(entry)
                     if value is not None:
                         figures.append(Figure(method, metric, int(size), value))
-    counts = {f"number of {key}": value for key, value in summary.items() if type(value) is int}
+    counts = {f"number of {key}": _count(value) for key, value in summary.items() if key != "sizes"}
     return Shape(str(content["options"].get("split", "")), figures, {**_options(content, "split"), **counts})
 
 

@@ -178,7 +178,7 @@ def summarise(content: dict[str, Any]) -> dict[str, Any]:
             # A photograph that was skipped at one size is left out at all of them.
             names = [n for n in options["photographs"] if n not in content["skipped"] and all(n in s for s in by_seed)]
             values = np.array([[scores[name] for name in names] for scores in by_seed]).reshape(
-                len(seeds), len(names), -1
+                len(seeds), len(names), len(titles) + 2
             )
             tables[method] = values.mean(0) * np.array([100.0] * len(titles) + [1.0, 1.0])
             counted = len(names)
