@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lift_fast.evaluation.results import Estimate, save_json
 from lift_fast.evaluation.runs import read_run
 
 METHODS = ("backbone", "lift")
+DOCUMENTATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation_report.md"
 
 
 def record(**changes):
@@ -537,6 +539,14 @@ def test_files_of_published_numbers_that_are_no_json(tmp_path):
     (tmp_path / "numbers.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         load_published(tmp_path / "numbers.json")
+
+
+@pytest.mark.skipif(not DOCUMENTATION.is_file(), reason="runs from a checkout")
+def test_the_documented_example_is_valid(tmp_path):
+    (example,) = re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "example.json").write_text(example)
+    (found,) = load_published(tmp_path / "example.json").entries
+    assert (found.protocol, found.dataset, found.size) == ("discovery", "voc07", 224)
 
 
 def test_metrics_are_told_apart():
