@@ -14,6 +14,7 @@ from PIL import Image
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
 from lift_fast.evaluation import cost, report, warp_run
+from lift_fast.evaluation.charts import Series, line_chart
 from lift_fast.evaluation.davis import SequenceScores
 from lift_fast.evaluation.davis import report as davis_report
 from lift_fast.evaluation.discovery import Prediction, corloc
@@ -554,6 +555,7 @@ def test_metrics_are_told_apart():
     for name in names:
         fitting = [metric for metric in METRICS if re.fullmatch(metric.pattern, name)]
         assert len(fitting) == 1
+    assert metric_of("warp", "PCK@1e-05") is not None
     assert metric_of("spair", "PCK@") is None
     assert metric_of("davis", "PCK@0.1") is None
 
@@ -586,6 +588,17 @@ def test_charts(saved):
     assert pixels(report.draw(with_published)).shape[0] > first.shape[0]
     both = report.build(runs, metrics=["PCK@0.1"])
     assert not np.array_equal(pixels(report.draw(both, "PCK@0.1", "cost")), first)
+
+
+def test_long_names_find_room_in_a_legend():
+    short, long = (
+        pixels(line_chart([Series(name * 60, [(1, 2), (3, 4)]) for name in names], title="", x="", y=""))
+        for names in (("", "", ""), ("m", "n", "o"))
+    )
+    assert long.shape[0] > short.shape[0]
+    # Three rows of the legend, each with ink of its own.
+    dark = (long[short.shape[0] - 40 :] < 100).all(-1).any(1)
+    assert np.count_nonzero(np.diff(dark.astype(int)) == 1) >= 3
 
 
 def test_charts_that_cannot_be_drawn(saved):

@@ -28,8 +28,8 @@ class Metric:
 
 _POINTS = ("warp", "spair")
 METRICS = (
-    Metric(_POINTS, r"PCK@(0\.\d+|1)", "high", 2, highest=100.0),
-    Metric(_POINTS, r"PCK@(0\.\d+|1) per image", "high", 2, highest=100.0, shown=False),
+    Metric(_POINTS, r"PCK@\d+(\.\d+)?(e-\d+)?", "high", 2, highest=100.0),
+    Metric(_POINTS, r"PCK@\d+(\.\d+)?(e-\d+)? per image", "high", 2, highest=100.0, shown=False),
     Metric(_POINTS, r"median", "low", 2, title="median error, px"),
     Metric(_POINTS, r"error", "low", 2, shown=False, title="mean error, px"),
     Metric(("davis",), r"J&F-Mean", "high", 1, highest=100.0),
