@@ -255,6 +255,16 @@ def test_unlike_runs_are_told_apart(saved):
         assert {name.partition(":")[0] for name in names} == {"one", "two"}
 
 
+def test_long_lists_are_counted(saved):
+    names = [f"{n}.png" for n in range(9)]
+    runs = [saved("one", warp(1, names=names)), saved("two", warp(2, names=[*names[3:], "q.png"]))]
+    other = warp(3, names=names)
+    del other["options"]["photographs"]
+    assert "photographs: 9 (one), 7 (two), 6 of them in all" in report.build(runs).markdown()
+    text = report.build([*runs, saved("three", other)]).markdown()
+    assert "photographs: 9 (one), 7 (two), not said (three), 6 of them in all" in text
+
+
 UNLIKE = {
     "points": (warp(), lambda c: c["options"].update(points=50)),
     "davis": (davis(), lambda c: c["options"].update(topk=9)),
@@ -308,13 +318,13 @@ def test_differences_in_networks_and_versions_are_listed(saved):
     }
     text = report.build(runs).markdown()
     assert "weights of lift: cdcdcdcdcdcd (one), m:f (two)" in text
-    assert "two: dino_vits16, RANDOM WEIGHTS, its figures mean nothing, 1800 pairs, 0 left out" in text
+    assert "two: dino_vits16, RANDOM WEIGHTS, its figures mean nothing, pairs: 1800, left out: 0" in text
 
 
 def test_masks_of_unknown_origin_and_skipped_pictures_are_said(saved):
     text = report.build([saved("masks", davis(None)), saved("found", discovery())]).markdown()
-    assert "masks: masks or figures without a record of the networks behind them, 1 sequences, 2 objects" in text
-    assert "found: dino_vits16, 8 pictures, 1 skipped" in text
+    assert "masks: masks or figures without a record of the networks behind them, sequences: 1, objects: 2" in text
+    assert "found: dino_vits16, pictures: 8, 1 skipped" in text
 
 
 def test_copies_are_recognised(saved):
@@ -370,6 +380,8 @@ MALFORMED = {
     "davis text": (davis, lambda c: c["summary"]["lift"].update({"J-Mean": "7"}), "expected a number, got '7'"),
     "discovery": (discovery, without(["summary", "lift", "corloc"]), "not in their form"),
     "cka": (cka, without(["curves"]), "not in their form"),
+    "huge": (davis, lambda c: c["summary"]["lift"].update({"J-Mean": 10**400}), "not in their form"),
+    "model": (warp, lambda c: c["record"].update(model=["x"]), "expected the name of a model"),
     "cost": (costs, lambda c: c["costs"].append({}), "not in their form"),
     "record": (warp, lambda c: c.update(record=[1]), "not in their form"),
     "weights": (warp, lambda c: c["record"].update(weights={"lift": "x"}), "not in their form"),
@@ -383,6 +395,15 @@ def test_malformed_results_are_refused_with_their_file(case, saved):
     change(content)
     with pytest.raises(ValueError, match=rf"odd\.json .*{message}"):
         saved("odd", content)
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    # Other programs write NaN and Infinity into JSON.
+    content = discovery()
+    content["summary"]["lift"]["corloc"] = float("nan")
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected a number, got nan"):
+        read_run(tmp_path / "odd.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', "\x00"])
@@ -433,7 +454,9 @@ def test_published_numbers_of_other_protocols(saved):
     assert rows["cost"]["DINO S/16 + LiFT"] == {("GFLOPs as published", 224): 5.30, ("parameters, M", 224): 22.2}
     assert rows["warp"] == {}
     # Another size or data set has no published number here.
-    for other in (davis(480), discovery(None), discovery(dataset="voc07")):
+    year = davis()
+    year["options"]["year"] = "2016"
+    for other in (year, davis(480), discovery(None), discovery(dataset="voc07")):
         (group,) = report.build([saved("o", other)], load_published()).groups
         assert all(row.run is not None for row in group.rows)
 
@@ -518,6 +541,7 @@ BROKEN = {
     "share": (table(entry(value=133)), "PCK@0.1 must lie from 0 to 100, got 133"),
     "value": (table(entry(value="33")), "\"value\" must be a number, got '33'"),
     "truth": (table(entry(value=True)), '"value" must be a number, got True'),
+    "huge": (table(entry(metric="median", value=10**400)), "too large"),
     "nan": (table(entry(value=float("nan"))), '"value" must be a number, got nan'),
     "size": (table(entry(size=0)), '"size" must be a number of pixels or null, got 0'),
     "no source": (table(entry(sources=[])), '"sources" must name at least one source'),

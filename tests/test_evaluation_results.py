@@ -107,4 +107,7 @@ def test_names_stay_in_their_cells():
     text = Table("t", [Column("x|y")], [("a|b\nc", [1.0])]).markdown()
     assert r"| method | x\|y |" in text
     assert r"| a\|b c | 1.0 |" in text
+    # Alone, these would be an argument of the line before.
+    for name in ("[a]", "(a)", "*a"):
+        assert f"\n{{}}{name} & 1.0" in Table("t", [Column("x")], [(name, [1.0])]).latex()
     assert escape_latex("a_b%{}\\") == r"a\_b\%\{\}\textbackslash{}"

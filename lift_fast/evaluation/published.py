@@ -49,7 +49,7 @@ class Entry:
     protocol: str
     """As the results name it: ``spair``, ``davis``, ``discovery``, ``cka`` or ``cost``; ``warp`` for other people's."""
     dataset: str | None
-    """``val`` for DAVIS, ``voc07``, ``voc12`` or ``coco20k`` for discovery; None for the others."""
+    """``2017 val`` for DAVIS, ``voc07``, ``voc12`` or ``coco20k`` for discovery, SPair's split; None for any."""
     label: str
     """What to call the row."""
     method: str
@@ -88,7 +88,7 @@ def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
         raise ValueError(f"{path} is no JSON file ({error})") from error
     try:
         return _published(content)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}; docs/evaluation_report.md describes files of published numbers") from error
 
 

@@ -19,7 +19,7 @@ from .runs import Difference, Run, differences
 _TITLES = {
     "warp": "Matching under known warps",
     "spair": "SPair-71k",
-    "davis": "DAVIS 2017",
+    "davis": "DAVIS",
     "discovery": "Object discovery",
     "cka": "Scale invariance",
     "cost": "Cost of one picture",
@@ -29,6 +29,8 @@ _KINDS = {
     "networks": "Networks and options that differ",
     "surroundings": "Versions and machines that differ",
 }
+# Entries of a list that are still spelt out, and characters of a hash that tell files apart.
+_LONG, _HASH = 4, 12
 Key = tuple[str, "int | None"]
 """Metric and size."""
 
@@ -262,7 +264,8 @@ def _notes(group: Group) -> list[str]:
         seen.setdefault(run.content, run.name)
     if any(row.run is None for row in group.rows):
         notes.append(
-            "Published rows were measured by others, with their code, weights, pairs and machines; they are never bold"
+            "Published rows were measured by others, on whole data sets or their choice of them, with their code, "
+            "weights and machines; they are never bold"
         )
         models = {run.networks.get("model") for run in group.runs}
         if not any(row.run is None and row.backbone in models for row in group.rows):
@@ -278,7 +281,7 @@ def _about(run: Run) -> str:
     if run.networks.get("random_weights"):
         parts.append("RANDOM WEIGHTS, its figures mean nothing")
     parts += [
-        f"{value} {key[10:].replace('_', ' ')}" for key, value in run.measured.items() if key.startswith("number of ")
+        f"{key[10:].replace('_', ' ')}: {value}" for key, value in run.measured.items() if key.startswith("number of ")
     ]
     if run.skipped:
         parts.append(f"{run.skipped} skipped")
@@ -288,6 +291,12 @@ def _about(run: Run) -> str:
 
 
 def _values(difference: Difference) -> str:
+    lists = {run: value for run, value in difference.values.items() if isinstance(value, list)}
+    if any(len(value) > _LONG for value in lists.values()):
+        shared = set.intersection(*(set(map(str, value)) for value in lists.values()))
+        told = [f"{len(value)} ({run})" for run, value in lists.items()]
+        told += [f"not said ({run})" for run in difference.values if run not in lists]
+        return f"{', '.join(told)}, {len(shared)} of them in all"
     return ", ".join(f"{_short(difference.name, value)} ({run})" for run, value in difference.values.items())
 
 
@@ -295,8 +304,8 @@ def _short(name: str, value: Any) -> str:
     if value is None:
         return "not said"
     if isinstance(value, list):
-        return f"{len(value)} entries" if len(value) > 4 else "[" + ", ".join(map(str, value)) + "]"
-    return str(value)[:12] if name.startswith("weights of ") else str(value)
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)[:_HASH] if name.startswith("weights of ") else str(value)
 
 
 def _group_content(group: Group) -> dict[str, Any]:

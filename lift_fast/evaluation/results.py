@@ -205,7 +205,7 @@ class Table:
             r"\toprule",
             head + r" \\",
             r"\midrule",
-            *(" & ".join([escape_latex(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
+            *(" & ".join([_first_cell(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
             r"\bottomrule",
             r"\end{tabular}",
         ]
@@ -250,6 +250,12 @@ def _number(cell: Estimate | float | None) -> float | None:
 def _bars(text: str) -> str:
     """Text that stays in one cell of a Markdown table."""
     return " ".join(text.splitlines()).replace("|", r"\|")
+
+
+def _first_cell(text: str) -> str:
+    """Text that begins a row: what begins with these would be taken for an argument of the row before."""
+    escaped = escape_latex(text)
+    return "{}" + escaped if escaped.startswith(("[", "(", "*")) else escaped
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

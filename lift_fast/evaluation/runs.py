@@ -93,11 +93,13 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     try:
         shape = reader(content)
         record = dict(content.get("record") or {})
+        if not isinstance(record.get("model", ""), str):
+            raise TypeError(f"expected the name of a model, got {record['model']!r}")
         skipped = len(content.get("skipped") or {})
         surroundings = {key: record.pop(key) for key in _SURROUNDINGS if key in record}
         date = str(record.pop("date", ""))
         weights = {f"weights of {key}": _weights(entry) for key, entry in dict(record.pop("weights", {})).items()}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} says that it holds results of {protocol}, but not in their form ({type(error).__name__}: {error})"
         ) from error
@@ -137,7 +139,7 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 
 def _weights(entry: Any) -> str:
-    return entry["sha256"] or entry["file"]
+    return str(entry["sha256"] or entry["file"])
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _options(content: dict[str, Any], *columns: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TypeError(f"expected a number, got {value!r}")
     return float(value)
 
@@ -200,7 +202,9 @@ def _davis(content: dict[str, Any]) -> Shape:
                 counts[f"number of {metric}"] = entry
             elif entry is not None:
                 figures.append(Figure(method, metric, None if size is None else int(size), _number(entry)))
-    return Shape(str(options["subset"]), figures, {**_options(content, "subset", "size"), **counts})
+    return Shape(
+        f"{options['year']} {options['subset']}", figures, {**_options(content, "year", "subset", "size"), **counts}
+    )
 
 
 def _discovery(content: dict[str, Any]) -> Shape:
@@ -238,7 +242,7 @@ def _cost(content: dict[str, Any]) -> Shape:
         }
         if cost["milliseconds"] is not None:
             timed, values["ms"] = True, _number(cost["milliseconds"])
-        figures += [Figure(cost["method"], metric, int(cost["size"]), value) for metric, value in values.items()]
+        figures += [Figure(str(cost["method"]), metric, int(cost["size"]), value) for metric, value in values.items()]
     # Only milliseconds depend on the machine.
     record = content.get("record") or {}
     return Shape("", figures, {key: record.get(key) for key in ("device", "cpu")} if timed else {})
