@@ -93,12 +93,12 @@ def test_wheel_holds_the_package_alone(built):
         wanted = {f"{place}/{path.relative_to(tree / folder)}" for path in (tree / folder).rglob("*.py")}
         assert wanted <= set(names), wanted - set(names)
     assert "lift_fast/kernels/__init__.py" in names
-    assert {"lift_fast/py.typed", "lift_fast/evaluation/published.json"} <= set(names)
+    assert {"lift_fast/py.typed", "lift_fast/evaluation/published.json", "lift_fast/show/page.html"} <= set(names)
     assert len([name for name in names if name.startswith("lift_fast/_C.") and name.endswith(".so")]) == 1
     assert any(name.endswith("/LICENSE") for name in names)
     weights = {f"lift_fast/weights/{name}.safetensors" for name in ("demo_vitt16", "lift_demo_vitt16")}
     assert {name for name in names if name.startswith("lift_fast/weights/")} == weights
-    allowed = (".py", ".so", "py.typed", *weights, "lift_fast/evaluation/published.json")
+    allowed = (".py", ".so", "py.typed", *weights, "lift_fast/evaluation/published.json", "lift_fast/show/page.html")
     assert [n for n in names if ".dist-info/" not in n and not n.endswith(allowed)] == []
 
 

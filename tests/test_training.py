@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import subprocess
 import sys
 import types
@@ -215,6 +216,8 @@ def test_nothing_but_unreadable_pictures_is_an_error(tmp_path, workers):
     with pytest.raises(ValueError, match=r"^more than 50 pictures in a row cannot be read, the last: ") as error:
         train(settings(tmp_path, tmp_path / "out", workers=workers), quiet=True)
     assert "Traceback" not in str(error.value)
+    # The error still holds the frames of the training; its processes must not outlive it.
+    assert multiprocessing.active_children() == []
 
 
 def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from lift_fast.lift import LiFT
 from . import state as disk
 from .log import Log, progress_bar
 from .objective import FrozenFeatures, Objective
-from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers
+from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .settings import TrainingSettings, contradictions
 from .split import split
 from .state import Progress
@@ -175,6 +175,7 @@ class _Run:
                 if progress.batch == self.batches.batches:
                     self._end_epoch(bar)
         finally:
+            stop_workers(self.loader)
             bar.close()
             if self.log is not None:
                 self.log.close()

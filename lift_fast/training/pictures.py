@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,6 +147,17 @@ def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: 
         # Otherwise each epoch would draw from the global generator.
         generator=torch.Generator(),
     )
+
+
+def stop_workers(loader: DataLoader[Sample]) -> None:
+    """End the reading processes now.
+
+    They ignore SIGTERM, with which Python would end them at exit: it would wait for them forever if an error's
+    traceback kept the loader alive until then.
+    """
+    iterator: Any = getattr(loader, "_iterator", None)
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 def default_workers(cuda: bool, processes: int) -> int:
