@@ -33,7 +33,9 @@ ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
+ISA_FLAGS["_avx2_int16"] = ISA_FLAGS["_avx2"]
 ISA_FLAGS["_avx512_bf16"] = [*ISA_FLAGS["_avx512"], "-mavx512bf16"]
+ISA_FLAGS["_avx512_int16"] = [*ISA_FLAGS["_avx512"], "-mavx512vnni"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]
 
 
@@ -165,7 +167,7 @@ class BuildNative(build_ext):
         except RuntimeError as error:
             hint = " (LIFT_FAST_CUDA=0 builds without CUDA, LIFT_FAST_NATIVE=0 without any native code)"
             raise fail(f"the native core does not compile{hint}:\n{error}") from None
-        isas = "avx512, avx512_bf16, avx2, baseline" if X86 else "baseline"
+        isas = "avx512, avx2, baseline" if X86 else "baseline"
         cuda = f"CUDA for {described}" if nvcc is not None else f"no CUDA: {cuda_reason}"
         print(
             f"lift_fast: built the native core for the CPU ({isas}{'' if openmp else ', no OpenMP'}) and {cuda}"

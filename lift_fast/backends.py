@@ -65,7 +65,8 @@ def _cpu_native() -> Part:
     threads = (
         f"{torch.get_num_threads()} threads" if module.build_info()["openmp"] else "one thread, built without OpenMP"
     )
-    search = "bfloat16" if module.nearest_isa(wish).endswith("bf16") else "float32"
+    numbers = {"bf16": "bfloat16", "int16": "16-bit integers"}
+    search = numbers.get(module.nearest_isa(wish).rpartition("_")[2], "float32")
     return Part(
         "cpu native",
         True,

@@ -16,7 +16,9 @@ NearestTiling tiling(NearestIsa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case NearestIsa::avx512_bf16: return nearest_tiling_avx512_bf16();
+    case NearestIsa::avx512_int16: return nearest_tiling_avx512_int16();
     case NearestIsa::avx512: return nearest_tiling_avx512();
+    case NearestIsa::avx2_int16: return nearest_tiling_avx2_int16();
     case NearestIsa::avx2: return nearest_tiling_avx2();
 #endif
     default: return nearest_tiling_baseline();
@@ -24,17 +26,17 @@ NearestTiling tiling(NearestIsa isa) {
 }
 
 bool supported(NearestIsa isa) {
-  switch (isa) {
-    case NearestIsa::baseline: return true;
-    case NearestIsa::avx2: return cpu_has(CpuIsa::avx2);
-    case NearestIsa::avx512: return cpu_has(CpuIsa::avx512);
-    case NearestIsa::avx512_bf16: break;
-  }
 #if defined(__x86_64__)
-  return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
+  switch (isa) {
+    case NearestIsa::avx512_bf16: return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case NearestIsa::avx512_int16: return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512vnni");
+    case NearestIsa::avx512: return cpu_has(CpuIsa::avx512);
+    case NearestIsa::avx2_int16:
+    case NearestIsa::avx2: return cpu_has(CpuIsa::avx2);
+    case NearestIsa::baseline: break;
+  }
 #endif
+  return isa == NearestIsa::baseline;
 }
 
 }  // namespace
@@ -42,7 +44,9 @@ bool supported(NearestIsa isa) {
 const char* nearest_isa_name(NearestIsa isa) {
   switch (isa) {
     case NearestIsa::avx512_bf16: return "avx512_bf16";
+    case NearestIsa::avx512_int16: return "avx512_int16";
     case NearestIsa::avx512: return "avx512";
+    case NearestIsa::avx2_int16: return "avx2_int16";
     case NearestIsa::avx2: return "avx2";
     case NearestIsa::baseline: break;
   }
@@ -50,13 +54,15 @@ const char* nearest_isa_name(NearestIsa isa) {
 }
 
 NearestIsa nearest_isa(const std::string& name) {
-  for (NearestIsa isa : {NearestIsa::avx512_bf16, NearestIsa::avx512, NearestIsa::avx2, NearestIsa::baseline}) {
+  for (NearestIsa isa : {NearestIsa::avx512_bf16, NearestIsa::avx512_int16, NearestIsa::avx512, NearestIsa::avx2_int16,
+                         NearestIsa::avx2, NearestIsa::baseline}) {
     if (name == "auto" ? supported(isa) : name == nearest_isa_name(isa)) {
       if (!supported(isa)) throw std::invalid_argument("this CPU cannot run " + name + "; use isa=\"auto\"");
       return isa;
     }
   }
-  throw std::invalid_argument("isa must be auto, avx512_bf16, avx512, avx2 or baseline, got " + name);
+  throw std::invalid_argument("isa must be auto, avx512_bf16, avx512_int16, avx512, avx2_int16, avx2 or "
+                              "baseline, got " + name);
 }
 
 void nearest_run(NearestCall call, NearestIsa isa) {
@@ -105,11 +111,12 @@ void nearest_run(NearestCall call, NearestIsa isa) {
   const auto packed = allocate<float>(work.padded_keys * words);
   const auto each = allocate<char>(scratch.end * call.threads);
   const auto query_norms = allocate<double>(call.n), key_norms = allocate<double>(call.m);
-  const auto centres = allocate<float>(2 * call.c), key_bias = allocate<float>(work.padded_keys);
+  const auto centres = allocate<float>(2 * call.c), of_keys = allocate<float>(2 * work.padded_keys);
   work.packed_keys = packed.get();
   work.query_centre = centres.get();
   work.key_centre = work.query_centre + call.c;
-  work.key_bias = key_bias.get();
+  work.key_bias = of_keys.get();
+  work.key_steps = work.key_bias + work.padded_keys;
   work.query_norms = query_norms.get();
   work.key_norms = key_norms.get();
   work.scratch = each.get();
@@ -127,7 +134,9 @@ void nearest_run(NearestCall call, NearestIsa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case NearestIsa::avx512_bf16: nearest_kernel_avx512_bf16(call, work); return;
+    case NearestIsa::avx512_int16: nearest_kernel_avx512_int16(call, work); return;
     case NearestIsa::avx512: nearest_kernel_avx512(call, work); return;
+    case NearestIsa::avx2_int16: nearest_kernel_avx2_int16(call, work); return;
     case NearestIsa::avx2: nearest_kernel_avx2(call, work); return;
 #endif
     default: nearest_kernel_baseline(call, work); return;

@@ -1,7 +1,7 @@
 // Fused cosine similarity and top-k: for each query row its most similar key rows, without the matrix of similarities.
 //
-// Two steps make it exact at the speed of short operands. The search multiplies all pairs, in bfloat16 where the CPU
-// has such products, and keeps the keys that come within a proven rounding bound of the k-th best. The verdict takes
+// Two steps make it exact at the speed of short operands. The search multiplies all pairs, in bfloat16 or in integers
+// of 16 bits where the CPU multiplies these faster, and keeps the keys that come within a proven rounding bound of the k-th best. The verdict takes
 // the similarity of those few pairs anew from the float32 rows.
 #pragma once
 
@@ -29,10 +29,11 @@ struct NearestCall {
   int threads;
 };
 
-enum class NearestIsa : std::int32_t { baseline, avx2, avx512, avx512_bf16 };
+enum class NearestIsa : std::int32_t { baseline, avx2, avx2_int16, avx512, avx512_int16, avx512_bf16 };
 
 const char* nearest_isa_name(NearestIsa isa);
-// The kernel for a CPU's instruction set: "auto" searches in bfloat16 where the CPU multiplies it, the others in float32.
+// The kernel for a CPU's instruction set: "auto" searches in the shortest numbers that the CPU multiplies faster than
+// float32, a set's own name in float32.
 // Throws std::invalid_argument for an unknown name or a set that this CPU lacks.
 NearestIsa nearest_isa(const std::string& name);
 
@@ -53,7 +54,7 @@ struct NearestCandidates {
 // Working memory, shared between its sizing and its use. Byte offsets, multiples of 64.
 struct NearestScratch {
   std::int64_t room;  // candidates of one query before they are judged
-  std::int64_t packed, thresholds, factors, shifts, bounds, counts, top, place, found, key, best, where, end;
+  std::int64_t packed, thresholds, factors, shifts, bounds, steps, counts, top, place, found, key, best, where, end;
   NearestScratch(std::int64_t task_rows, std::int64_t words, std::int64_t k) {
     const auto align = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
     room = 4 * k + 60;
@@ -62,7 +63,8 @@ struct NearestScratch {
     factors = thresholds + align(task_rows * 4);
     shifts = factors + align(task_rows * 4);
     bounds = shifts + align(task_rows * 4);
-    counts = bounds + align(task_rows * 4);
+    steps = bounds + align(task_rows * 4);
+    counts = steps + align(task_rows * 4);
     top = counts + align(task_rows * 12);
     place = top + align(task_rows * k * 4);
     found = place + align(task_rows * k * 4);
@@ -82,6 +84,7 @@ struct NearestWork {
   float* query_centre;        // [c]
   float* key_centre;          // [c]
   float* key_bias;            // [padded_keys]
+  float* key_steps;           // [padded_keys]: what a packed number of the key stands for
   double* query_norms;        // [n], NaN for a row that takes no part
   double* key_norms;          // [m]
   float* group_best;          // [groups, padded_keys] or null
@@ -101,11 +104,15 @@ struct NearestTiling {
 // One per translation unit.
 NearestTiling nearest_tiling_baseline();
 NearestTiling nearest_tiling_avx2();
+NearestTiling nearest_tiling_avx2_int16();
 NearestTiling nearest_tiling_avx512();
+NearestTiling nearest_tiling_avx512_int16();
 NearestTiling nearest_tiling_avx512_bf16();
 void nearest_kernel_baseline(const NearestCall& call, const NearestWork& work);
 void nearest_kernel_avx2(const NearestCall& call, const NearestWork& work);
+void nearest_kernel_avx2_int16(const NearestCall& call, const NearestWork& work);
 void nearest_kernel_avx512(const NearestCall& call, const NearestWork& work);
+void nearest_kernel_avx512_int16(const NearestCall& call, const NearestWork& work);
 void nearest_kernel_avx512_bf16(const NearestCall& call, const NearestWork& work);
 
 }  // namespace lift_fast

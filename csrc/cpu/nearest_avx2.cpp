@@ -6,6 +6,8 @@ namespace {
 // 12 accumulators, 2 vectors of keys and a broadcast query of 16 registers.
 struct Isa {
   typedef float Vec __attribute__((vector_size(32)));
+  typedef Vec Sum;
+  static constexpr bool integers = false;
   static constexpr int lanes = 8, query_rows = 6, key_vectors = 2, channels_per_word = 1;
   static Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }

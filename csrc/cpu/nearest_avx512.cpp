@@ -6,6 +6,8 @@ namespace {
 // 24 accumulators, 2 vectors of keys and a broadcast query of 32 registers.
 struct Isa {
   typedef float Vec __attribute__((vector_size(64)));
+  typedef Vec Sum;
+  static constexpr bool integers = false;
   static constexpr int lanes = 16, query_rows = 12, key_vectors = 2, channels_per_word = 1;
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }

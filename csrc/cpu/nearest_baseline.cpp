@@ -4,6 +4,8 @@ namespace {
 // For every CPU: four-float vectors in the compiler's own notation.
 struct Isa {
   typedef float Vec __attribute__((vector_size(16)));
+  typedef Vec Sum;
+  static constexpr bool integers = false;
   static constexpr int lanes = 4, query_rows = 6, key_vectors = 2, channels_per_word = 1;
   static Vec broadcast(const float* p) { return Vec{} + *p; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }

@@ -17,6 +17,7 @@ constexpr int kQueries = Isa::query_rows;
 constexpr int kVectors = Isa::key_vectors;
 constexpr int kKeys = kLanes * kVectors;
 constexpr int kChannels = Isa::channels_per_word;
+constexpr bool kIntegers = Isa::integers;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 static_assert(kKeys <= 32, "the keys of a tile are told apart by the bits of a word");
@@ -104,7 +105,11 @@ struct PackedRow {
   double length;  // of the row as the search takes it, before rounding
   double moved;   // how far rounding moved it
   double along;   // its product with the other side's centre, the row's own centre not yet subtracted
+  float step;     // what a packed number stands for
 };
+
+// Integers of a row of this length: none passes 16 bits, and by Cauchy and Schwarz no sum of products passes 32.
+constexpr float kIntegerLength = 32000;
 
 // One row, times `factor` and less its side's centre, into column `r` of a panel [words][width].
 inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const float* centre, const float* other,
@@ -112,13 +117,32 @@ inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const
   const float scale = static_cast<float>(factor);
   // As a float the reciprocal of a norm above 1e38 would be subnormal, that of one below 1e-38 infinite.
   const bool plain = moderate(factor);
+  const auto value_of = [&](std::int64_t i) { return plain ? row[i] * scale : static_cast<float>(row[i] * factor); };
   double length[2] = {}, moved[2] = {}, along[2] = {};
   const auto take = [&](std::int64_t i) {
-    const float value = plain ? row[i] * scale : static_cast<float>(row[i] * factor), left = value - centre[i];
+    const float value = value_of(i), left = value - centre[i];
     along[i & 1] += static_cast<double>(value) * other[i];
     length[i & 1] += left * left;
     return left;
   };
+  if (kIntegers) {
+    for (std::int64_t i = 0; i < c; ++i) take(i);
+    const double whole = __builtin_sqrt(length[0] + length[1]);
+    // A row that is all but its centre is left out of the products; squares below 1e-38 would be lost.
+    const float step = whole > 1e-15 ? static_cast<float>(whole) / kIntegerLength : 0.0f;
+    const float numbers = step > 0 ? 1.0f / step : 0.0f;
+    const auto round = [&](std::int64_t i) {
+      const float left = value_of(i) - centre[i], number = __builtin_rintf(left * numbers);
+      const double by = left - static_cast<double>(number) * step;
+      moved[i & 1] += by * by;
+      return static_cast<std::uint32_t>(static_cast<std::int32_t>(number)) & 0xffff;
+    };
+    for (std::int64_t i = 0; i < c; i += 2) {
+      const std::uint32_t low = round(i), high = i + 1 < c ? round(i + 1) : 0;
+      panel[i / 2 * width + r] = as_float(low | high << 16);
+    }
+    return {whole, __builtin_sqrt(moved[0] + moved[1]), along[0] + along[1], step};
+  }
   if (kChannels == 1) {
     for (std::int64_t i = 0; i < c; ++i) panel[i * width + r] = take(i);
   } else {
@@ -131,7 +155,7 @@ inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const
       moved[1] += high_moved * high_moved;
     }
   }
-  return {__builtin_sqrt(length[0] + length[1]), __builtin_sqrt(moved[0] + moved[1]), along[0] + along[1]};
+  return {__builtin_sqrt(length[0] + length[1]), __builtin_sqrt(moved[0] + moved[1]), along[0] + along[1], 1.0f};
 }
 
 inline void clear_row(std::int64_t words, int width, int r, float* panel) {
@@ -262,10 +286,11 @@ __attribute__((noinline)) void offer(const Batch& batch, const Row& row, std::in
 }
 
 // Similarities of the search between a panel of queries and one of keys, [kQueries][kKeys].
-inline void multiply(const float* queries, const float* keys, const float* bias, std::int64_t words, float* table) {
-  Vec sums[kQueries][kVectors];
+inline void multiply(const float* queries, const float* query_steps, const float* keys, const float* key_steps,
+                     const float* bias, std::int64_t words, float* table) {
+  Isa::Sum sums[kQueries][kVectors];
   for (int q = 0; q < kQueries; ++q) {
-    for (int v = 0; v < kVectors; ++v) sums[q][v] = Vec{};
+    for (int v = 0; v < kVectors; ++v) sums[q][v] = Isa::Sum{};
   }
   for (std::int64_t w = 0; w < words; ++w) {
     Vec key[kVectors];
@@ -280,7 +305,11 @@ inline void multiply(const float* queries, const float* keys, const float* bias,
 #pragma GCC unroll 16
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(table + q * kKeys + v * kLanes, sums[q][v] + load(bias + v * kLanes));
+    for (int v = 0; v < kVectors; ++v) {
+      Vec sum = __builtin_convertvector(sums[q][v], Vec);
+      if (kIntegers) sum = sum * load(key_steps + v * kLanes) * splat(query_steps[q]);
+      store(table + q * kKeys + v * kLanes, sum + load(bias + v * kLanes));
+    }
   }
 }
 
@@ -310,6 +339,7 @@ class Task {
         factors_(at<float>(scratch, layout_.factors)),
         shifts_(at<float>(scratch, layout_.shifts)),
         bounds_(at<float>(scratch, layout_.bounds)),
+        steps_(at<float>(scratch, layout_.steps)),
         counts_(at<std::int32_t>(scratch, layout_.counts)),
         scratch_(scratch) {}
 
@@ -327,8 +357,8 @@ class Task {
     // A panel of keys meets all query panels of the task while it is in the cache.
     for (std::int64_t k = 0; k < work.padded_keys / kKeys; ++k) {
       for (std::int64_t p = 0; p < panels; ++p) {
-        multiply(packed_ + p * kQueries * words_, packed_keys + k * kKeys * words_, work.key_bias + k * kKeys, words_,
-                 table);
+        multiply(packed_ + p * kQueries * words_, steps_ + p * kQueries, packed_keys + k * kKeys * words_,
+                 work.key_steps + k * kKeys, work.key_bias + k * kKeys, words_, table);
 #pragma GCC unroll 16
         for (int q = 0; q < kQueries; ++q) {
           std::uint32_t hits = 0;
@@ -392,7 +422,7 @@ class Task {
       clear_row(words_, kQueries, r, panel);
       thresholds_[i] = kInfinity;
       // Rows that take no part must not win a column; minus infinity times their similarity of zero would be NaN.
-      factors_[i] = shifts_[i] = bounds_[i] = 0;
+      factors_[i] = shifts_[i] = bounds_[i] = steps_[i] = 0;
       return;
     }
     const double unit = call.normalize ? 1.0 : power_of_two(norm);
@@ -403,6 +433,7 @@ class Task {
     factors_[i] = static_cast<float>(unit / batch_.query_unit);
     shifts_[i] = static_cast<float>(packed.along - batch_.centre_product);
     bounds_[i] = static_cast<float>(bound(packed));
+    steps_[i] = packed.step;
   }
 
   // |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'|, and what float32 sums round.
@@ -411,7 +442,8 @@ class Task {
     const double c = static_cast<double>(batch_.call.c);
     const double length = query.length + query.moved, key_length = batch_.key_length + batch_.key_moved;
     const double rounding = query.moved * batch_.key_length + length * batch_.key_moved;
-    const double search = ulp * ((c + 8) * length * key_length + 16);
+    // Sums of integers are exact.
+    const double search = ulp * (((kIntegers ? 0 : c) + 8) * length * key_length + 16);
     // Rows are no longer than one here. A lane of the verdict sums a part of the channels, then lanes are added.
     const double judgement = ulp * (c / (4 * kLanes) + 2 * kLanes + 16);
     return 1.001 * (rounding + search + judgement) + 1e-30;
@@ -456,6 +488,7 @@ class Task {
   float* const factors_;
   float* const shifts_;
   float* const bounds_;
+  float* const steps_;
   std::int32_t* const counts_;
   char* const scratch_;
 };
@@ -549,13 +582,14 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
           const double norm = key < whole.m ? work.key_norms[key] : __builtin_nan("");
           if (norm != norm) {
             clear_row(words, kKeys, r, panel);
-            work.key_bias[key] = 0;
+            work.key_bias[key] = work.key_steps[key] = 0;
             continue;
           }
           const double factor = whole.normalize ? unit_factor(norm, true) : 1.0 / batch.key_unit;
           const PackedRow packed = pack_row(batch.keys + key * whole.c, whole.c, factor, work.key_centre,
                                             work.query_centre, kKeys, r, panel);
           work.key_bias[key] = static_cast<float>(packed.along);
+          work.key_steps[key] = packed.step;
           if (packed.moved > moved) moved = packed.moved;
           if (packed.length > length) length = packed.length;
         }

@@ -50,7 +50,7 @@ void run(NearestIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std
 
 int main() {
   const std::int64_t counts[] = {0, 1, 2, 7, 13, 16, 33, 97, 300}, channels[] = {0, 1, 3, 8, 17};
-  for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
+  for (const char* name : {"baseline", "avx2", "avx2_int16", "avx512", "avx512_int16", "avx512_bf16"}) {
     NearestIsa isa;
     try {
       isa = nearest_isa(name);

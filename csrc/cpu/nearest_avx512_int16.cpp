@@ -1,0 +1,29 @@
+#include <immintrin.h>
+
+namespace lift_fast {
+namespace {
+
+// The search in integers of 16 bits: words hold pairs of channels, twice the products of float32 in each instruction
+// (AVX512-VNNI, which processors have that lack bfloat16).
+struct Isa {
+  typedef float Vec __attribute__((vector_size(64)));
+  typedef int Sum __attribute__((vector_size(64)));
+  static constexpr bool integers = true;
+  static constexpr int lanes = 16, query_rows = 12, key_vectors = 2, channels_per_word = 2;
+  static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static Sum dot(Vec a, Vec b, Sum sum) {
+    return (Sum)_mm512_dpwssd_epi32((__m512i)sum, _mm512_castps_si512(a), _mm512_castps_si512(b));
+  }
+  static unsigned above(Vec v, float limit) { return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_GT_OQ); }
+};
+
+}  // namespace
+}  // namespace lift_fast
+
+#include "nearest_kernel.hpp"
+
+namespace lift_fast {
+NearestTiling nearest_tiling_avx512_int16() { return {kQueries, kKeys, kChannels}; }
+void nearest_kernel_avx512_int16(const NearestCall& call, const NearestWork& work) { run_nearest(call, work); }
+}  // namespace lift_fast
