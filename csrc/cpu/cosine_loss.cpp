@@ -10,6 +10,22 @@ namespace {
 
 // A gradient that exceeds what the caches keep is written past them: reading its lines first would cost a third more.
 constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+// What all threads' tiles of both inputs may take of the last cache. The larger a tile, the longer the pieces in which
+// memory is read: short ones, a page apart, come at half the speed.
+constexpr std::int64_t kTileBytes = std::int64_t{12} << 20;
+constexpr std::int64_t kFewestPositions = 128;
+
+// Tiles of nearly one size, whole cache lines of them, some for each thread.
+std::int64_t tile_positions(const CosineLossCall& call) {
+  const std::int64_t bytes = call.type == CosineLossType::float32 ? 4 : 2;
+  const std::int64_t most = kTileBytes / (2 * bytes * (call.c > 0 ? call.c : 1) * call.threads);
+  const std::int64_t limit = most > kFewestPositions ? most : kFewestPositions;
+  const auto split = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  std::int64_t tiles = split(2 * call.threads, call.outer);
+  if (tiles > split(call.inner, kFewestPositions)) tiles = split(call.inner, kFewestPositions);
+  if (tiles < split(call.inner, limit)) tiles = split(call.inner, limit);
+  return split(split(call.inner, tiles), 32) * 32;
+}
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("cosine_loss: ") + what);
@@ -36,9 +52,10 @@ void cosine_loss_run(const CosineLossCall& call, CpuIsa isa) {
   CosineLossWork work{};
   const std::int64_t elements = call.outer * call.c * call.inner;
   work.stream = call.gradient != nullptr && call.type == CosineLossType::float32 && elements * 4 >= kStreamBytes;
-  // Either a row of both inputs and of the gradient, or a tile of both inputs behind its sums and factors.
+  work.positions = tile_positions(call);
+  // Either a row of both inputs and of the gradient, or nine of a tile's.
   const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
-  const std::int64_t words = rows ? 3 * call.c : (7 + 2 * call.c) * kCosineLossPositions;
+  const std::int64_t words = rows ? 3 * call.c : 9 * work.positions;
   work.scratch_words = (words + 31) / 16 * 16;
   const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
   work.scratch = scratch.get();

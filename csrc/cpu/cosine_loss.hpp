@@ -34,14 +34,11 @@ void cosine_loss_run(const CosineLossCall& call, CpuIsa isa);
 struct CosineLossWork {
   float* scratch;
   std::int64_t scratch_words;
-  bool stream;  // write the gradient past the caches
+  std::int64_t positions;  // that a kernel takes at one time where they lie side by side
+  bool stream;             // write the gradient past the caches
 };
 void cosine_loss_kernel_baseline(const CosineLossCall& call, const CosineLossWork& work);
 void cosine_loss_kernel_avx2(const CosineLossCall& call, const CosineLossWork& work);
 void cosine_loss_kernel_avx512(const CosineLossCall& call, const CosineLossWork& work);
-
-// Positions that a kernel takes at one time where they lie side by side: two tiles of 384 channels fill half of a
-// second-level cache of 1 MiB, and a channel's share of a tile is whole cache lines.
-constexpr std::int64_t kCosineLossPositions = 128;
 
 }  // namespace lift_fast

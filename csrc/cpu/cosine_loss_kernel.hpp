@@ -167,8 +167,8 @@ inline void row(const CosineLossCall& call, const CosineLossWork& work, std::int
   if (direct == nullptr) scatter<Type>(out, to, g.channel, call.c);
 }
 
-// Positions [first, first + count) of one outer index, channel by channel. `room` holds the tile of both inputs where
-// they must be widened or gathered, and (4 + 3) * kCosineLossPositions floats before it.
+// Positions [first, first + count) of one outer index, channel by channel: once for the sums, once for the gradient, when
+// the tile is still in the cache. `room` holds 9 rows of work.positions floats.
 template <class Type>
 inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::int64_t o, std::int64_t first,
                  std::int64_t count, float* room) {
@@ -176,13 +176,14 @@ inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::in
   const CosineLossLayout &p = call.prediction_layout, &t = call.target_layout, &g = call.gradient_layout;
   const Raw* from_x = static_cast<const Raw*>(call.prediction) + o * p.outer + first * p.inner;
   const Raw* from_y = static_cast<const Raw*>(call.target) + o * t.outer + first * t.inner;
-  constexpr std::int64_t step = kCosineLossPositions;
+  const std::int64_t step = work.positions;
   float *product = room, *own = room + step, *other = room + 2 * step, *out = room + 3 * step;
-  float *toward = room + 4 * step, *along = room + 5 * step, *loss = room + 6 * step, *tiles = room + 7 * step;
-  for (std::int64_t i = 0; i < step; ++i) product[i] = own[i] = other[i] = 0;
+  float *toward = room + 4 * step, *along = room + 5 * step, *loss = room + 6 * step;
+  float *room_x = room + 7 * step, *room_y = room + 8 * step;
+  for (std::int64_t i = 0; i < count; ++i) product[i] = own[i] = other[i] = 0;
   for (std::int64_t k = 0; k < call.c; ++k) {
-    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, tiles + k * step);
-    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, tiles + (call.c + k) * step);
+    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
+    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
     std::int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       const Vec a = load(x + i), b = load(y + i);
@@ -205,15 +206,8 @@ inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::in
   if (call.gradient == nullptr) return;
   Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + first * g.inner;
   for (std::int64_t k = 0; k < call.c; ++k) {
-    // What was widened or gathered above is still there.
-    const float* x = tiles + k * step;
-    const float* y = tiles + (call.c + k) * step;
-    if (in_place<Type>(const_cast<Raw*>(from_x), p.inner) != nullptr) {
-      x = gather<Type>(from_x + k * p.channel, p.inner, count, nullptr);
-    }
-    if (in_place<Type>(const_cast<Raw*>(from_y), t.inner) != nullptr) {
-      y = gather<Type>(from_y + k * t.channel, t.inner, count, nullptr);
-    }
+    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
+    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
     float* direct = in_place<Type>(to + k * g.channel, g.inner);
     float* into = direct != nullptr ? direct : out;
     combine<false>(y, x, toward, along, count, into, work.stream && direct != nullptr);
@@ -224,7 +218,7 @@ inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::in
 template <class Type>
 inline void run_type(const CosineLossCall& call, const CosineLossWork& work) {
   const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
-  const std::int64_t step = rows ? 1 : kCosineLossPositions;
+  const std::int64_t step = rows ? 1 : work.positions;
   const std::int64_t tiles = (call.inner + step - 1) / step, jobs = call.outer * tiles;
 #pragma omp parallel num_threads(call.threads)
   {
