@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/dense_match.hpp"
+#include "cpu/dense_match_points.hpp"
 #include "cpu/map_products.hpp"
 
 namespace py = pybind11;
@@ -45,6 +46,39 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
   const CpuIsa target = cpu_isa(isa);
   py::gil_scoped_release release;
   dense_match_run(call, target);
+}
+
+// (address, channel stride, cell stride, (h, w), whether cells are to be normalised)
+DenseMatchMap map_of(const py::tuple& t) {
+  if (t.size() != 5) throw py::value_error("dense_match: a map is (address, channel stride, cell stride, (h, w), normalize)");
+  const auto grid = t[3].cast<std::pair<std::int64_t, std::int64_t>>();
+  return {pointer<const float>(t[0]), t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(),
+          grid.first, grid.second, t[4].cast<bool>()};
+}
+
+void match_points(const py::handle& points, std::int64_t count, std::int64_t c, const py::tuple& query,
+                  const py::tuple& key, const std::pair<std::int64_t, std::int64_t>& size, bool normalize,
+                  const py::tuple& y, const py::tuple& x, const py::handle& scale, const py::handle& similarity,
+                  const py::handle& index, std::int64_t table_bytes, int threads, const std::string& isa) {
+  DenseMatchPointsCall call{};
+  call.points = pointer<const std::int64_t>(points);
+  call.count = count;
+  call.c = c;
+  call.query = map_of(query);
+  call.key = map_of(key);
+  call.height = size.first;
+  call.width = size.second;
+  call.normalize = normalize;
+  call.y = axis(y);
+  call.x = axis(x);
+  call.scale = pointer<const float>(scale);
+  call.similarity = pointer<float>(similarity);
+  call.index = pointer<std::int64_t>(index);
+  call.table_bytes = table_bytes;
+  call.threads = threads;
+  const CpuIsa target = cpu_isa(isa);
+  py::gil_scoped_release release;
+  dense_match_points_run(call, target);
 }
 
 void map_products(const py::handle& descriptors, const py::handle& map, std::int64_t channel_stride,
@@ -102,6 +136,13 @@ void bind_dense_match(py::module_& m) {
         "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
         "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
         "[points] int64; -inf and -1 where every value is NaN or infinite.");
+  m.def("dense_match_points_f32", &match_points, py::arg("points"), py::arg("count"), py::arg("c"), py::arg("query"),
+        py::arg("key"), py::arg("size"), py::arg("normalize"), py::arg("y"), py::arg("x"), py::arg("scale"),
+        py::arg("similarity"), py::arg("index"), py::arg("table_bytes"), py::arg("threads"), py::arg("isa") = "auto",
+        "For points [count, 2] int64 (x, y) of a query picture of size (H, W) the key pixel as in dense_match_f32, each "
+        "by its own descriptor, divided by its norm if asked for. Maps are (address, channel stride, cell stride, "
+        "(h, w), whether cells are to be divided by their norm), [c, h, w] float32; one stride of the key's is 1. "
+        "map_sample_f32 and map_products_f32 are its first two steps.");
   m.def("map_sample_f32", &map_sample, py::arg("points"), py::arg("map"), py::arg("channel_stride"),
         py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("grid"), py::arg("size"),
         py::arg("normalize_cells"), py::arg("normalize_result"), py::arg("descriptors"), py::arg("threads"),

@@ -42,6 +42,46 @@ def exact(query, key, points, per_pixel):
     return table.masked_fill(~torch.isfinite(table), -torch.inf), scale
 
 
+def map_sample(picture, points, normalize):
+    """The first step of matching a few points: their descriptors ``[P, C]``."""
+    cells, points = picture.tokens, points.contiguous()
+    descriptors = cells.new_empty((len(points), cells.shape[1]))
+    native.map_sample_f32(
+        points.data_ptr(),
+        cells.data_ptr(),
+        cells.stride(1),
+        cells.stride(0),
+        *descriptors.shape,
+        picture.grid,
+        picture.size,
+        picture.unnormalized,
+        normalize,
+        descriptors.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return descriptors
+
+
+def map_products(descriptors, cells, normalize, isa):
+    """The second step: products ``[P, n]`` with the cells ``[n, C]``, which may lie in either order."""
+    if 1 not in cells.stride() or 0 in cells.stride():
+        cells = cells.contiguous()
+    table = descriptors.new_empty((len(descriptors), len(cells)))
+    native.map_products_f32(
+        descriptors.data_ptr(),
+        cells.data_ptr(),
+        cells.stride(1),
+        cells.stride(0),
+        *descriptors.shape,
+        len(cells),
+        normalize,
+        table.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
+    return table
+
+
 def check(query, key, points, per_pixel, limit=2e-6):
     similarity, index = op.match_native(query, key, points, per_pixel)
     table, scale = exact(query, key, points, per_pixel)
@@ -252,7 +292,7 @@ def test_map_sample(grid, size, normalize, unnormalized):
                 expected = unit_rows(expected)
             for there in laid_out(cells):
                 with poisoned_outputs():
-                    ours = op.map_sample(op.Picture(there, grid, size, unnormalized), at, normalize)
+                    ours = map_sample(op.Picture(there, grid, size, unnormalized), at, normalize)
                 assert bool(((ours.double() - expected).abs() <= limit).all()), (c, scale, there.stride())
 
 
@@ -261,7 +301,7 @@ def test_map_sample_of_cells_that_are_not_finite():
     cells[5, 2], cells[11, 0] = torch.nan, torch.inf
     at = op.pixel_grid((9, 8), 0, 72, torch.device("cpu"))
     for unnormalized in (True, False):
-        ours = op.map_sample(op.Picture(cells, (3, 4), (9, 8), unnormalized), at, False)
+        ours = map_sample(op.Picture(cells, (3, 4), (9, 8), unnormalized), at, False)
         plain = op.sample_bilinear(unit_rows(cells) if unnormalized else cells, (3, 4), (9, 8), at)
         assert torch.equal(ours.isfinite().all(1), plain.isfinite().all(1))
 
@@ -305,10 +345,9 @@ def test_map_sample_refuses_bad_arguments(changes, message):
 @pytest.mark.parametrize("count", [1, 2, 5, 13])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.usefixtures("one_thread")
-def test_map_products(normalize, count, isa, monkeypatch):
-    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+def test_map_products(normalize, count, isa):
     for c in (0, 1, 3, 16, 37, 193):
-        for n in (1, 4, 63, 65, 131):
+        for n in (1, 4, 63, 65, 131, 259):
             descriptors, cells = torch.randn(count, c), torch.randn(n, c)
             exact = cells.double()
             if normalize:
@@ -317,19 +356,18 @@ def test_map_products(normalize, count, isa, monkeypatch):
             limit = (c + 8) * 6e-8 * max(1e-30, float(descriptors.double().norm(dim=1).max() * exact.norm(dim=1).max()))
             for cells_there in laid_out(cells):
                 with poisoned_outputs():
-                    table = op.map_products(descriptors, cells_there, normalize)
+                    table = map_products(descriptors, cells_there, normalize, isa)
                 assert float((table.double() - expected).abs().max()) <= limit, (c, n, cells_there.stride())
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e18, 1e30])
-def test_map_products_normalizes_every_magnitude(scale, isa, monkeypatch):
-    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+def test_map_products_normalizes_every_magnitude(scale, isa):
     descriptors, cells = torch.randn(3, 24), torch.randn(70, 24).clamp(-3, 3) * scale
     cells[5], cells[6, 3], cells[7, 2] = 0, torch.nan, torch.inf
     expected = descriptors.double() @ unit_rows(cells.double()).T
     for cells_there in laid_out(cells):
-        table = op.map_products(descriptors, cells_there, True)
+        table = map_products(descriptors, cells_there, True, isa)
         assert bool((table[:, 5] == 0).all())
         assert bool(table[:, 6:8].isnan().all())
         torch.testing.assert_close(table.double(), expected, rtol=0, atol=1e-5, equal_nan=True)
@@ -368,6 +406,78 @@ def test_map_products_refuses_bad_arguments(changes, message):
         native.map_products_f32(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("table_bytes", [0, 3 * 4 * 63, 1 << 20])
+def test_points_in_portions_and_in_every_layout(table_bytes, isa, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    monkeypatch.setattr(op, "_TABLE_BUDGET", table_bytes)
+    sizes = (41, 30), (23, 37)
+    tokens = torch.randn(56, 19), torch.randn(63, 19)
+    points = torch.stack([torch.randint(30, (11,)), torch.randint(41, (11,))], dim=1)
+    for unnormalized in (True, False):
+        query, key = (
+            op.Picture(t, g, s, unnormalized) for t, g, s in zip(tokens, ((8, 7), (7, 9)), sizes, strict=True)
+        )
+        sound = [p._replace(tokens=unit_rows(p.tokens) if unnormalized else p.tokens) for p in (query, key)]
+        table, scale = exact(*sound, points, False)
+        for query_tokens, key_tokens in zip(laid_out(tokens[0]), laid_out(tokens[1]), strict=True):
+            with poisoned_outputs():
+                similarity, index = op.match_native(
+                    query._replace(tokens=query_tokens), key._replace(tokens=key_tokens), points.flip(0), False
+                )
+            # Pixels beyond the outermost cells tie, so the index is judged by what it leads to.
+            chosen = table.flip(0).gather(1, index[:, None])[:, 0]
+            torch.testing.assert_close(similarity.double(), table.flip(0).amax(1), rtol=0, atol=2e-6 * scale)
+            torch.testing.assert_close(similarity.double(), chosen, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": -1}, "points"),
+        ({"c": 2**31}, "channels"),
+        ({"points": 0}, "null"),
+        ({"index": 0}, "null"),
+        ({"size": (3, 4)}, "inside the picture"),
+        ({"key": (0, 1, 3, (2, 2), True)}, "null"),
+        ({"key": (1, 1, 3, (2, 3), True)}, "axes"),
+        ({"key": (1, 1, 3, (0, 2), True)}, "cells"),
+        ({"key": (1, 1, 3)}, "a map is"),
+        ({"query": (0, 1, 3, (2, 2), True)}, "null"),
+        ({"table_bytes": -1}, "table_bytes"),
+        ({"threads": 0}, "threads"),
+        ({"isa": "sse9"}, "sse9"),
+    ],
+)
+def test_points_refuse_bad_arguments(changes, message):
+    points, cells, similarity, index = (
+        torch.tensor([[3, 3], [0, 0]]),
+        torch.randn(4, 3),
+        torch.empty(2),
+        torch.empty(2).long(),
+    )
+    axis = op._cut_strips(2, 4).arguments()
+    arguments = {
+        "points": points.data_ptr(),
+        "count": 2,
+        "c": 3,
+        "query": (cells.data_ptr(), 1, 3, (2, 2), True),
+        "key": (cells.data_ptr(), 1, 3, (2, 2), True),
+        "size": (4, 4),
+        "normalize": False,
+        "y": axis,
+        "x": axis,
+        "scale": 0,
+        "similarity": similarity.data_ptr(),
+        "index": index.data_ptr(),
+        "table_bytes": 0,
+        "threads": 1,
+    }
+    native.dense_match_points_f32(**arguments)
+    with pytest.raises(ValueError, match=message):
+        native.dense_match_points_f32(**{**arguments, **changes})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
@@ -388,7 +498,7 @@ def test_sanitizers(sanitizer, tmp_path):
     probe.write_text("int main() { return 0; }\n")
     if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip("g++ has no such sanitizer libraries")
-    sources = ["cpu/isa.cpp", "cpu/dense_match.cpp", "cpu/dense_match_baseline.cpp"]
+    sources = ["cpu/isa.cpp", "cpu/dense_match.cpp", "cpu/dense_match_points.cpp", "cpu/dense_match_baseline.cpp"]
     sources += ["cpu/map_products.cpp", "cpu/map_products_baseline.cpp"]
     extra = {}
     if "avx2" in ISAS:

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "memory.hpp"
+#include "threads.hpp"
 
 namespace lift_fast {
 namespace {
@@ -38,35 +39,43 @@ Neighbours neighbours(std::int64_t pixel, std::int64_t cells, std::int64_t pixel
 }
 
 // 1 / max(norm, 1e-12), the norm in float64 so that it cannot overflow; NaN for what is not finite.
-double inverse_norm(const float* values, std::int64_t stride, std::int64_t count) {
-  double sum = 0;
-  for (std::int64_t k = 0; k < count; ++k) sum += static_cast<double>(values[k * stride]) * values[k * stride];
+double inverse_norm(const float* values, std::int64_t count) {
+  double sums[4] = {};
+  std::int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    for (int i = 0; i < 4; ++i) sums[i] += static_cast<double>(values[k + i]) * values[k + i];
+  }
+  for (; k < count; ++k) sums[0] += static_cast<double>(values[k]) * values[k];
+  const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   if (!(sum < std::numeric_limits<double>::infinity())) return std::numeric_limits<double>::quiet_NaN();
   return 1.0 / std::fmax(std::sqrt(sum), 1e-12);
 }
 
-void sample_point(const MapSampleCall& call, std::int64_t point) {
+// `room` holds four cells.
+void sample_point(const MapSampleCall& call, std::int64_t point, float* room) {
   const Neighbours x = neighbours(call.points[2 * point], call.grid_w, call.width);
   const Neighbours y = neighbours(call.points[2 * point + 1], call.grid_h, call.height);
   const std::int64_t cells[4] = {y.low * call.grid_w + x.low, y.low * call.grid_w + x.high,
                                  y.high * call.grid_w + x.low, y.high * call.grid_w + x.high};
   const double weights[4] = {(1.0 - y.weight) * (1.0 - x.weight), (1.0 - y.weight) * x.weight,
                              y.weight * (1.0 - x.weight), static_cast<double>(y.weight) * x.weight};
-  const float* from[4];
-  double factors[4];
-  for (int i = 0; i < 4; ++i) {
-    from[i] = call.map + cells[i] * call.cell_stride;
-    // A cell that is not finite spoils the point, also with a weight of zero.
-    factors[i] = weights[i] * (call.normalize_cells ? inverse_norm(from[i], call.channel_stride, call.c) : 1.0);
+  float* from[4];
+  for (int i = 0; i < 4; ++i) from[i] = room + i * call.c;
+  // Channels may lie a page apart: all four cells at once, so that the waits for memory overlap.
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    const float* channel = call.map + k * call.channel_stride;
+    for (int i = 0; i < 4; ++i) from[i][k] = channel[cells[i] * call.cell_stride];
   }
+  double factors[4];
+  // A cell that is not finite spoils the point, also with a weight of zero.
+  for (int i = 0; i < 4; ++i) factors[i] = weights[i] * (call.normalize_cells ? inverse_norm(from[i], call.c) : 1.0);
   float* to = call.descriptors + point * call.c;
   for (std::int64_t k = 0; k < call.c; ++k) {
-    const std::int64_t at = k * call.channel_stride;
-    to[k] = static_cast<float>((factors[0] * from[0][at] + factors[1] * from[1][at]) +
-                               (factors[2] * from[2][at] + factors[3] * from[3][at]));
+    to[k] = static_cast<float>((factors[0] * from[0][k] + factors[1] * from[1][k]) +
+                               (factors[2] * from[2][k] + factors[3] * from[3][k]));
   }
   if (!call.normalize_result) return;
-  const double inverse = inverse_norm(to, 1, call.c);
+  const double inverse = inverse_norm(to, call.c);
   for (std::int64_t k = 0; k < call.c; ++k) to[k] = static_cast<float>(to[k] * inverse);
 }
 
@@ -88,8 +97,14 @@ void map_sample_run(const MapSampleCall& call) {
     const std::int64_t x = call.points[2 * p], y = call.points[2 * p + 1];
     require(x >= 0 && x < call.width && y >= 0 && y < call.height, "points must lie inside the picture");
   }
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.count > 1)
-  for (std::int64_t p = 0; p < call.count; ++p) sample_point(call, p);
+  const int threads = call.threads < call.count ? call.threads : static_cast<int>(call.count);
+  const Memory<float> rooms = allocate<float>(4 * call.c * threads);
+#pragma omp parallel num_threads(threads)
+  {
+    float* room = rooms.get() + 4 * call.c * thread_index();
+#pragma omp for schedule(static)
+    for (std::int64_t p = 0; p < call.count; ++p) sample_point(call, p, room);
+  }
 }
 
 void map_products_run(const MapProductsCall& call, CpuIsa isa) {

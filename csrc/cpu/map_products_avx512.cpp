@@ -3,10 +3,10 @@
 namespace lift_fast {
 namespace {
 
-// 20 accumulators and 4 of squares, 4 vectors of cells and a broadcast descriptor of 32 registers.
+// 20 accumulators, 4 vectors of cells and a broadcast descriptor of 32 registers.
 struct Isa {
   typedef float Vec __attribute__((vector_size(64)));
-  static constexpr int lanes = 16, rows = 5, vectors = 4;
+  static constexpr int lanes = 16, rows = 5, vectors = 4, panels = 2, row_cells = 4;
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
   static float sum(Vec v) {
@@ -31,6 +31,6 @@ struct Isa {
 #include "map_products_kernel.hpp"
 
 namespace lift_fast {
-MapProductsTiling map_products_tiling_avx512() { return {kCells, kLanes}; }
+MapProductsTiling map_products_tiling_avx512() { return {kBlock, kLanes}; }
 void map_products_kernel_avx512(const MapProductsCall& call, const MapProductsWork& work) { run_map_products(call, work); }
 }  // namespace lift_fast

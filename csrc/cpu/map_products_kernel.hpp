@@ -14,7 +14,10 @@ constexpr int kLanes = Isa::lanes;
 constexpr int kRows = Isa::rows;        // descriptors of a tile
 constexpr int kVectors = Isa::vectors;  // vectors of cells of a tile where cells lie side by side
 constexpr int kCells = kLanes * kVectors;
-constexpr int kRowCells = 4;            // cells of a tile where channels lie side by side
+constexpr int kPanels = Isa::panels;    // tiles' widths that are copied together
+constexpr int kBlock = kCells * kPanels;
+constexpr int kRowCells = Isa::row_cells;  // cells of a tile where channels lie side by side
+constexpr std::int64_t kAhead = 16;     // channels that are on their way from memory while a block is copied
 
 inline Vec load(const float* p) {
   Vec v;
@@ -44,21 +47,17 @@ inline float inverse_norm(const MapProductsCall& call, const MapProductsWork& wo
   return 1.0f;
 }
 
-// Descriptors [first, first + kRows) and kCells cells that lie side by side, rows of channels `stride` apart.
-template <bool kSquares>
-inline void column_tile(const float* const* rows, const float* cells, std::int64_t stride, std::int64_t c, Vec* squares,
-                        Vec (*sums)[kVectors]) {
-  for (int v = 0; v < kVectors; ++v) {
-    if (kSquares) squares[v] = Vec{};
-    for (int r = 0; r < kRows; ++r) sums[r][v] = Vec{};
+// kRows descriptors times one panel [c][kCells], as [kRows][kCells]. Sums whose address is taken would be stored in every
+// step, so they are copied at the end.
+inline void panel_tile(const float* const* rows, const float* panel, std::int64_t c, float* products) {
+  Vec sums[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec{};
   }
   for (std::int64_t k = 0; k < c; ++k) {
     Vec cell[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      cell[v] = load(cells + k * stride + v * kLanes);
-      if (kSquares) squares[v] = Isa::multiply_add(cell[v], cell[v], squares[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) cell[v] = load(panel + k * kCells + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec value = Isa::broadcast(rows[r] + k);
@@ -66,44 +65,70 @@ inline void column_tile(const float* const* rows, const float* cells, std::int64
       for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::multiply_add(value, cell[v], sums[r][v]);
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(products + r * kCells + v * kLanes, sums[r][v]);
+  }
 }
 
-// Cells [first, first + kCells), fewer at the end of the map.
-inline void columns(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
-  const std::int64_t width = smaller(kCells, call.cells - first);
-  const float* cells = call.map + first;
-  std::int64_t stride = call.channel_stride;
-  if (width < kCells) {
-    for (std::int64_t k = 0; k < call.c; ++k) {
-      for (int i = 0; i < kCells; ++i) scratch[k * kCells + i] = i < width ? cells[k * stride + i] : 0.0f;
+// A block of cells, whose channels lie a row of the map apart, as panels [kPanels][c][kCells], and the sums of their
+// squares. In the map each channel is on a page of its own, which every descriptor would have to look up anew.
+inline void pack_block(const float* cells, std::int64_t stride, std::int64_t c, float* panels, float* squares) {
+  Vec sums[kPanels * kVectors] = {};
+  for (std::int64_t k = 0; k < c; ++k) {
+    if (k + kAhead < c) {
+      for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(cells + (k + kAhead) * stride + i);
     }
-    cells = scratch;
-    stride = kCells;
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanels * kVectors; ++i) {
+      const Vec cell = load(cells + k * stride + i * kLanes);
+      sums[i] = Isa::multiply_add(cell, cell, sums[i]);
+      store(panels + (i / kVectors * c + k) * kCells + i % kVectors * kLanes, cell);
+    }
   }
-  Vec squares[kVectors] = {}, sums[kRows][kVectors];
-  for (std::int64_t p = 0; p < call.count; p += kRows) {
-    const float* rows[kRows];
-    // Beyond the last descriptor the last one again, whose result is not kept.
-    for (int r = 0; r < kRows; ++r) rows[r] = work.padded + smaller(p + r, call.count - 1) * work.padded_channels;
-    if (p == 0) {
-      column_tile<true>(rows, cells, stride, call.c, squares, sums);
-    } else {
-      column_tile<false>(rows, cells, stride, call.c, squares, sums);
+#pragma GCC unroll 16
+  for (int i = 0; i < kPanels * kVectors; ++i) store(squares + i * kLanes, sums[i]);
+}
+
+// The same of fewer cells, the others zero.
+inline void pack_part(const float* cells, std::int64_t width, std::int64_t stride, std::int64_t c, float* panels,
+                      float* squares) {
+  for (int i = 0; i < kBlock; ++i) squares[i] = 0;
+  for (std::int64_t k = 0; k < c; ++k) {
+    for (int i = 0; i < kBlock; ++i) {
+      const float cell = i < width ? cells[k * stride + i] : 0.0f;
+      squares[i] += cell * cell;
+      panels[(i / kCells * c + k) * kCells + i % kCells] = cell;
     }
-    for (int r = 0; r < kRows && p + r < call.count; ++r) {
-      float* out = call.table + (p + r) * call.cells + first;
-      for (int v = 0; v < kVectors; ++v) {
-        if (width == kCells) {
-          store(out + v * kLanes, sums[r][v]);
-        } else {
-          for (int i = 0; i < kLanes && v * kLanes + i < width; ++i) out[v * kLanes + i] = sums[r][v][i];
-        }
+  }
+}
+
+// Cells [first, first + kBlock), fewer at the end of the map.
+inline void columns(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
+  const std::int64_t width = smaller(kBlock, call.cells - first);
+  float inverse[kBlock];
+  if (width == kBlock) {
+    pack_block(call.map + first, call.channel_stride, call.c, scratch, inverse);
+  } else {
+    pack_part(call.map + first, width, call.channel_stride, call.c, scratch, inverse);
+  }
+  for (std::int64_t start = 0; start < width; start += kCells) {
+    const float* panel = scratch + start * call.c;
+    const std::int64_t filled = smaller(kCells, width - start);
+    for (std::int64_t p = 0; p < call.count; p += kRows) {
+      const float* rows[kRows];
+      // Beyond the last descriptor the last one again, whose result is not kept.
+      for (int r = 0; r < kRows; ++r) rows[r] = work.padded + smaller(p + r, call.count - 1) * work.padded_channels;
+      float products[kRows * kCells];
+      panel_tile(rows, panel, call.c, products);
+      for (int r = 0; r < kRows && p + r < call.count; ++r) {
+        float* out = call.table + (p + r) * call.cells + first + start;
+        for (std::int64_t i = 0; i < filled; ++i) out[i] = products[r * kCells + i];
       }
     }
   }
   if (!call.normalize) return;
-  float inverse[kCells];
-  for (int v = 0; v < kVectors; ++v) store(inverse + v * kLanes, squares[v]);
   for (std::int64_t i = 0; i < width; ++i) inverse[i] = inverse_norm(call, work, first + i, inverse[i]);
   for (std::int64_t p = 0; p < call.count; ++p) {
     float* out = call.table + p * call.cells + first;
@@ -118,6 +143,31 @@ inline Vec load_part(const float* p, std::int64_t count) {
   return v;
 }
 
+// kRows descriptors times kRowCells cells, channels side by side in both.
+inline void row_tile(const float* const* rows, const float* const* cells, std::int64_t c,
+                     float (*products)[kRowCells]) {
+  Vec sums[kRows][kRowCells] = {};
+  const auto step = [&](std::int64_t k, auto load_cell) {
+    Vec cell[kRowCells];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowCells; ++i) cell[i] = load_cell(cells[i] + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec row = load(rows[r] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRowCells; ++i) sums[r][i] = Isa::multiply_add(row, cell[i], sums[r][i]);
+    }
+  };
+  std::int64_t k = 0;
+  for (; k + kLanes <= c; k += kLanes) step(k, [](const float* p) { return load(p); });
+  if (k < c) step(k, [&](const float* p) { return load_part(p, c - k); });
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowCells; ++i) products[r][i] = Isa::sum(sums[r][i]);
+  }
+}
+
 // Cells [first, first + kRowCells), each with its channels side by side.
 inline void rows_of_channels(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first) {
   const float* cells[kRowCells];
@@ -128,21 +178,11 @@ inline void rows_of_channels(const MapProductsCall& call, const MapProductsWork&
   for (std::int64_t p = 0; p < call.count; p += kRows) {
     const float* rows[kRows];
     for (int r = 0; r < kRows; ++r) rows[r] = work.padded + smaller(p + r, call.count - 1) * work.padded_channels;
-    Vec sums[kRows][kRowCells] = {};
-    for (std::int64_t k = 0; k < call.c; k += kLanes) {
-      Vec cell[kRowCells];
-#pragma GCC unroll 4
-      for (int i = 0; i < kRowCells; ++i) cell[i] = load_part(cells[i] + k, call.c - k);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vec row = load(rows[r] + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < kRowCells; ++i) sums[r][i] = Isa::multiply_add(row, cell[i], sums[r][i]);
-      }
-    }
+    float products[kRows][kRowCells];
+    row_tile(rows, cells, call.c, products);
     for (int r = 0; r < kRows && p + r < call.count; ++r) {
       for (int i = 0; i < kRowCells && first + i < call.cells; ++i) {
-        call.table[(p + r) * call.cells + first + i] = Isa::sum(sums[r][i]);
+        call.table[(p + r) * call.cells + first + i] = products[r][i];
       }
     }
   }
@@ -167,7 +207,7 @@ void run_map_products(const MapProductsCall& call, const MapProductsWork& work) 
       for (std::int64_t first = 0; first < call.cells; first += kRowCells) rows_of_channels(call, work, first);
     } else {
 #pragma omp for schedule(static)
-      for (std::int64_t first = 0; first < call.cells; first += kCells) columns(call, work, first, scratch);
+      for (std::int64_t first = 0; first < call.cells; first += kBlock) columns(call, work, first, scratch);
     }
   }
 }

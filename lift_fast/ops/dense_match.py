@@ -10,6 +10,7 @@ do the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -102,6 +103,11 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
         ValueError: if one lies outside the picture of ``size`` (H, W), or is NaN.
     """
     pixels = points.floor() if points.is_floating_point() else points
+    if pixels.device.type == "cpu" and pixels.numel():
+        # Two reductions tell that all is well, as a rule; NaN passes through them and fails.
+        least, most = (part.tolist() for part in torch.aminmax(pixels.reshape(-1, 2), dim=0))
+        if least[0] >= 0 and least[1] >= 0 and most[0] < size[1] and most[1] < size[0]:
+            return pixels.long()
     limit = torch.tensor([size[1], size[0]], device=points.device)
     # Written so that NaN fails too.
     outside = ~((pixels >= 0) & (pixels < limit)).all(-1)
@@ -125,6 +131,10 @@ class Picture(NamedTuple):
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
+
+    def arguments(self) -> tuple[int, int, int, tuple[int, int], bool]:
+        """The map as the native core takes it."""
+        return self.tokens.data_ptr(), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
 
     def axes(self) -> tuple[Axis, Axis]:
         device, dtype = self.tokens.device, self.tokens.dtype
@@ -336,13 +346,18 @@ class _NativeSearch:
         return similarity, index
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts behind each other; a single one as it is, for a few points take no longer than some operators."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:
     """The result of :func:`match_exhaustive` from the native core, float32 on the CPU."""
     search = _NativeSearch(key, per_pixel)
     count = query.pixels if points is None else points.shape[0]
     norms = query.inverse_norms().flatten() if per_pixel and count >= query.tokens.shape[0] else None
-    parts = [(query.tokens.new_empty(0), torch.empty(0, dtype=torch.int64))]
-    for start in range(0, count, _MOST_POINTS):
+    parts = []
+    for start in range(0, max(count, 1), _MOST_POINTS):
         stop = min(start + _MOST_POINTS, count)
         at = pixel_grid(query.size, start, stop, query.tokens.device) if points is None else points[start:stop]
         if count < query.tokens.shape[0]:
@@ -350,68 +365,35 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
         else:
             parts.append(_match_many(search, query, key, at, norms))
     similarity, index = zip(*parts, strict=True)
-    return torch.cat(similarity), torch.cat(index)
-
-
-def map_sample(picture: Picture, points: Tensor, normalize: bool) -> Tensor:
-    """:func:`sample_bilinear` in the native core, float32: the descriptors ``[P, C]`` of pixels ``[P, 2]`` int64.
-
-    With ``normalize``, divided by max(their norm, 1e-12).
-    """
-    points, cells = points.contiguous(), picture.tokens
-    descriptors = cells.new_empty((points.shape[0], cells.shape[1]))
-    _native.require().map_sample_f32(
-        points.data_ptr(),
-        cells.data_ptr(),
-        cells.stride(1),
-        cells.stride(0),
-        *descriptors.shape,
-        picture.grid,
-        picture.size,
-        picture.unnormalized,
-        normalize,
-        descriptors.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return descriptors
-
-
-def map_products(descriptors: Tensor, cells: Tensor, normalize: bool) -> Tensor:
-    """``descriptors [P, C]`` times ``cells [n, C]``, which may lie in either order, as ``[P, n]``; native, float32.
-
-    With ``normalize``, divided by max(norm of the cell, 1e-12).
-    """
-    if 1 not in cells.stride() or 0 in cells.stride():
-        cells = cells.contiguous()
-    descriptors = descriptors.contiguous()
-    table = descriptors.new_empty((descriptors.shape[0], cells.shape[0]))
-    _native.require().map_products_f32(
-        descriptors.data_ptr(),
-        cells.data_ptr(),
-        cells.stride(1),
-        cells.stride(0),
-        *descriptors.shape,
-        cells.shape[0],
-        normalize,
-        table.data_ptr(),
-        torch.get_num_threads(),
-        _env.cpu_isa(),
-    )
-    return table
+    return _joined(similarity), _joined(index)
 
 
 def _match_few(
     search: _NativeSearch, query: Picture, key: Picture, at: Tensor, per_pixel: bool
 ) -> tuple[Tensor, Tensor]:
     """By the similarities of each point's own descriptor, interpolated on the key's side alone."""
-    parts = []
-    for part in at.split(max(1, _TABLE_BUDGET // (4 * max(key.tokens.shape)))):
-        descriptors = map_sample(query, part, per_pixel)
-        table = map_products(descriptors, key.tokens, key.unnormalized)
-        rows = torch.arange(len(part) + 1)
-        parts.append(search(table, rows[:-1, None].expand(-1, 4), rows, torch.zeros(len(part), 2)))
-    similarity, index = zip(*parts, strict=True)
-    return torch.cat(similarity), torch.cat(index)
+    if 1 not in key.tokens.stride() or 0 in key.tokens.stride():
+        key = key._replace(tokens=key.tokens.contiguous())
+    at = at.contiguous()
+    similarity, index = query.tokens.new_empty(len(at)), torch.empty(len(at), dtype=torch.int64)
+    _native.require().dense_match_points_f32(
+        at.data_ptr(),
+        len(at),
+        query.tokens.shape[1],
+        query.arguments(),
+        key.arguments(),
+        query.size,
+        per_pixel,
+        search.y.arguments(),
+        search.x.arguments(),
+        0 if search.scale is None else search.scale.data_ptr(),
+        similarity.data_ptr(),
+        index.data_ptr(),
+        _TABLE_BUDGET,
+        torch.get_num_threads(),
+        _env.cpu_isa(),
+    )
+    return similarity, index
 
 
 def _match_many(
@@ -562,8 +544,10 @@ def dense_match(
             indices.append(index)
             valid.append(good)
     index = torch.stack(indices)
-    xy = torch.stack([index % key_hw[1], index // key_hw[1]], dim=-1)
-    return torch.stack(similarity), torch.where(index[..., None] < 0, -1, xy), torch.stack(valid)
+    row = index // key_hw[1]
+    # Without a match, index -1, both are -1.
+    column = torch.where(index < 0, index, index - row * key_hw[1])
+    return torch.stack(similarity), torch.stack([column, row], dim=-1), torch.stack(valid)
 
 
 def _fake_dense_match(

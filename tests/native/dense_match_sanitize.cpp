@@ -128,7 +128,7 @@ void all(CpuIsa isa) {
   }
   for (int count : {1, 6, 11}) {
     for (int c : {1, 3, 16, 37}) {
-      for (int cells : {1, 3, 64, 131}) {
+      for (int cells : {1, 3, 64, 131, 260}) {
         for (bool normalize : {false, true}) {
           products(isa, count, c, cells, false, normalize);
           products(isa, count, c, cells, true, normalize);
