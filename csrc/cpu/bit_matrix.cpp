@@ -90,7 +90,6 @@ void bit_matrix_multiply(const std::uint64_t* bits, std::int64_t n, const double
   call.threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + n / 64 * n / kThreadWords));
 #if defined(__x86_64__)
   if (isa == CpuIsa::avx512) return bit_multiply_kernel_avx512(call);
-  if (isa == CpuIsa::avx2) return bit_multiply_kernel_avx2(call);
 #endif
   (void)isa;
   bit_multiply_kernel_baseline(call);
