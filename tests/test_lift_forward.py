@@ -60,6 +60,19 @@ def test_plan_equals_the_plain_module(channels, patch, height, width, options):
             assert ours <= min(limit, 3 * theirs + 1e-4), (dtype, ours, theirs, seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_that_the_processor_lacks_is_rounded_once(dtype, monkeypatch):
+    monkeypatch.setattr("lift_fast.ops.lift_forward.cpu_computes", lambda dtype: dtype == torch.float32)
+    lift = network(8, 8, seed=3).to(dtype)
+    imgs, x = (t.to(dtype) for t in inputs(8, 24, 16, 8))
+    with torch.no_grad():
+        ours = lift(imgs, x)
+        # The weights as they are, but float32 arithmetic between them.
+        exact = copy.deepcopy(lift).float()(imgs.float(), x.float())
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("grid", AWKWARD_GRIDS)
 def test_composed_upsample_equals_the_two_layers(grid):
     generator = torch.Generator().manual_seed(grid[0] * 100 + grid[1])

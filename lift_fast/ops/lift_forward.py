@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _env, _native
 from ..plan import Architecture, Plan
+from ..precision import cpu_computes
 from . import gpu_plan, library
 from .image_encoder import TorchEncoder, encode_image, prepare_encoder
 from .plan_cache import prepared_plan
@@ -206,7 +207,10 @@ def _lift_forward(
     basis: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    device, dtype, network = x.device, x.dtype, (weights, epsilons, Architecture(image_blocks, pool))
+    device, network, given = x.device, (weights, epsilons, Architecture(image_blocks, pool)), x.dtype
+    # Half precision that the processor would have to emulate is the inputs' and the result's alone.
+    dtype = given if device.type != "cpu" or cpu_computes(given) else torch.float32
+    imgs, x = imgs.to(dtype), x.to(dtype)
 
     def prepared(variant: tuple[Hashable, ...], prepare: Callable[[Plan], Any]) -> Any:
         name = (*variant, device, dtype, basis)
@@ -226,7 +230,7 @@ def _lift_forward(
             out = run_plan(prepared(("torch",), lambda p: prepare_torch(p, device, dtype)), imgs, x)
         # Half precision would lose digits of the norm.
         wide = torch.promote_types(dtype, torch.float32)
-        return F.normalize(out.to(wide), dim=-1).to(dtype) if normalize else out
+        return (F.normalize(out.to(wide), dim=-1) if normalize else out).to(given)
 
 
 def _fake_lift_forward(

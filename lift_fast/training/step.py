@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lift_fast.precision import cpu_computes
+
 from .objective import FrozenFeatures
 
 
@@ -63,16 +65,10 @@ def resolve_precision(wish: str, device: torch.device) -> torch.dtype:
         fits = (
             torch.cuda.get_device_capability(device) >= (8, 0)
             if device.type == "cuda"
-            else device.type == "cpu" and _cpu_computes_bfloat16()
+            else device.type == "cpu" and cpu_computes(torch.bfloat16)
         )
         return torch.bfloat16 if fits else torch.float32
     if wish == "float16" and device.type == "cpu":
         raise ValueError("precision float16 is for GPUs; on the CPU take bfloat16 or float32")
     dtype: torch.dtype = getattr(torch, wish)
     return dtype
-
-
-def _cpu_computes_bfloat16() -> bool:
-    # Emulated bfloat16 is slower than float32.
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return known is not None and bool(known())

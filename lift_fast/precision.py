@@ -1,0 +1,17 @@
+"""Which numbers a processor computes in by itself, and which it only emulates."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies ``dtype`` at least as fast as float32.
+
+    bfloat16 does with AVX512-BF16. Elsewhere PyTorch emulates it, as it does float16: convolutions then take ten times
+    as long as in float32.
+    """
+    if dtype == torch.bfloat16:
+        known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return known is not None and bool(known())
+    return dtype in (torch.float32, torch.float64)
