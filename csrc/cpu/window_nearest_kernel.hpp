@@ -210,9 +210,11 @@ class WindowMatcher {
       for (int v = 0; v < kCount; ++v) sums[q][v] = Vec{};
     }
     const float *at = keys + column, *from = queries;
+    const std::int64_t stride = call_.row_stride;
     std::int64_t i = 0;
     for (std::int64_t s = 0;; ++s) {
-      for (; i < call_.section_end[s]; ++i, at += call_.row_stride, from += kQueries) {
+      const std::int64_t end = call_.section_end[s];
+      for (; i < end; ++i, at += stride, from += kQueries) {
         Vec key[kCount];
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) key[v] = load(at + v * kLanes);
