@@ -5,6 +5,7 @@
 
 #include "map_products.hpp"
 #include "threads.hpp"
+#include "transpose.hpp"
 
 namespace lift_fast {
 namespace {
@@ -17,6 +18,7 @@ constexpr int kCells = kLanes * kVectors;
 constexpr int kPanels = Isa::panels;    // tiles' widths that are copied together
 constexpr int kBlock = kCells * kPanels;
 constexpr int kRowCells = Isa::row_cells;  // cells of a tile where channels lie side by side
+constexpr std::int64_t kFewest = 8;     // descriptors for which cells with their channels side by side are copied
 constexpr std::int64_t kAhead = 16;     // channels that are on their way from memory while a block is copied
 
 inline Vec load(const float* p) {
@@ -72,9 +74,9 @@ inline void panel_tile(const float* const* rows, const float* panel, std::int64_
   }
 }
 
-// A block of cells, whose channels lie a row of the map apart, as panels [kPanels][c][kCells], and the sums of their
-// squares. In the map each channel is on a page of its own, which every descriptor would have to look up anew.
-inline void pack_block(const float* cells, std::int64_t stride, std::int64_t c, float* panels, float* squares) {
+// A block of cells as panels [kPanels][c][kCells], and the sums of their squares. In a map of one row for each channel
+// these are on a page each, which every descriptor would have to look up anew.
+inline void pack_channels(const float* cells, std::int64_t stride, std::int64_t c, float* panels, float* squares) {
   Vec sums[kPanels * kVectors] = {};
   for (std::int64_t k = 0; k < c; ++k) {
     if (k + kAhead < c) {
@@ -91,27 +93,59 @@ inline void pack_block(const float* cells, std::int64_t stride, std::int64_t c, 
   for (int i = 0; i < kPanels * kVectors; ++i) store(squares + i * kLanes, sums[i]);
 }
 
+// The same from a map of one row for each cell.
+inline void pack_cells(const float* cells, std::int64_t stride, std::int64_t c, float* panels, float* squares) {
+  for (int first = 0; first < kBlock; first += kLanes) {
+    const float* from = cells + first * stride;
+    float* to = panels + first / kCells * c * kCells + first % kCells;
+    Vec sums[2] = {};
+    std::int64_t k = 0;
+    for (; k + kLanes <= c; k += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * stride + k);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        sums[i % 2] = Isa::multiply_add(block[i], block[i], sums[i % 2]);
+        store(to + (k + i) * kCells, block[i]);
+      }
+    }
+    Vec sum = sums[0] + sums[1];
+    for (; k < c; ++k) {
+      Vec cell;
+      for (int i = 0; i < kLanes; ++i) cell[i] = from[i * stride + k];
+      sum = Isa::multiply_add(cell, cell, sum);
+      store(to + k * kCells, cell);
+    }
+    store(squares + first, sum);
+  }
+}
+
 // The same of fewer cells, the others zero.
-inline void pack_part(const float* cells, std::int64_t width, std::int64_t stride, std::int64_t c, float* panels,
+inline void pack_part(const float* cells, std::int64_t width, const MapProductsCall& call, float* panels,
                       float* squares) {
   for (int i = 0; i < kBlock; ++i) squares[i] = 0;
-  for (std::int64_t k = 0; k < c; ++k) {
+  for (std::int64_t k = 0; k < call.c; ++k) {
     for (int i = 0; i < kBlock; ++i) {
-      const float cell = i < width ? cells[k * stride + i] : 0.0f;
+      const float cell = i < width ? cells[k * call.channel_stride + i * call.cell_stride] : 0.0f;
       squares[i] += cell * cell;
-      panels[(i / kCells * c + k) * kCells + i % kCells] = cell;
+      panels[(i / kCells * call.c + k) * kCells + i % kCells] = cell;
     }
   }
 }
 
 // Cells [first, first + kBlock), fewer at the end of the map.
-inline void columns(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
+inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
   const std::int64_t width = smaller(kBlock, call.cells - first);
   float inverse[kBlock];
-  if (width == kBlock) {
-    pack_block(call.map + first, call.channel_stride, call.c, scratch, inverse);
+  const float* cells = call.map + first * call.cell_stride;
+  if (width < kBlock) {
+    pack_part(cells, width, call, scratch, inverse);
+  } else if (call.cell_stride == 1) {
+    pack_channels(cells, call.channel_stride, call.c, scratch, inverse);
   } else {
-    pack_part(call.map + first, width, call.channel_stride, call.c, scratch, inverse);
+    pack_cells(cells, call.cell_stride, call.c, scratch, inverse);
   }
   for (std::int64_t start = 0; start < width; start += kCells) {
     const float* panel = scratch + start * call.c;
@@ -202,12 +236,12 @@ void run_map_products(const MapProductsCall& call, const MapProductsWork& work) 
 #pragma omp parallel num_threads(call.threads)
   {
     float* scratch = work.scratch + thread_index() * work.scratch_words;
-    if (call.channel_stride == 1 && call.c > 1) {
+    if (call.channel_stride == 1 && call.c > 1 && call.count < kFewest) {
 #pragma omp for schedule(static)
       for (std::int64_t first = 0; first < call.cells; first += kRowCells) rows_of_channels(call, work, first);
     } else {
 #pragma omp for schedule(static)
-      for (std::int64_t first = 0; first < call.cells; first += kBlock) columns(call, work, first, scratch);
+      for (std::int64_t first = 0; first < call.cells; first += kBlock) block_of_cells(call, work, first, scratch);
     }
   }
 }

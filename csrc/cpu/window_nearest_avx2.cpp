@@ -14,15 +14,6 @@ struct WindowNearestIsa {
   static Vec multiply_add(Vec a, Vec b, Vec sum) {
     return _mm256_fmadd_ps(a, b, sum);
   }
-  // The first halves of two vectors, their lanes in turn; and the second halves.
-  template <class Vec>
-  static Vec zip_low(Vec a, Vec b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
-  }
-  template <class Vec>
-  static Vec zip_high(Vec a, Vec b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
-  }
   // Bit i: lane i of the mask is set.
   template <class Mask>
   static unsigned bits(Mask mask) {

@@ -15,16 +15,6 @@ struct WindowNearestIsa {
   static Vec multiply_add(Vec a, Vec b, Vec sum) {
     return _mm512_fmadd_ps(a, b, sum);
   }
-  // The first halves of two vectors, their lanes in turn; and the second halves.
-  template <class Vec>
-  static Vec zip_low(Vec a, Vec b) {
-    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
-  }
-  template <class Vec>
-  static Vec zip_high(Vec a, Vec b) {
-    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
-                                  b);
-  }
   // Bit i: lane i of the mask is set.
   template <class Mask>
   static unsigned bits(Mask mask) {

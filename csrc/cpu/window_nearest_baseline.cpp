@@ -12,15 +12,6 @@ struct WindowNearestIsa {
   static Vec multiply_add(Vec a, Vec b, Vec sum) {
     return sum + a * b;
   }
-  // The first halves of two vectors, their lanes in turn; and the second halves.
-  template <class Vec>
-  static Vec zip_low(Vec a, Vec b) {
-    return Vec{a[0], b[0], a[1], b[1]};
-  }
-  template <class Vec>
-  static Vec zip_high(Vec a, Vec b) {
-    return Vec{a[2], b[2], a[3], b[3]};
-  }
   // Bit i: lane i of the mask is set.
   template <class Mask>
   static unsigned bits(Mask mask) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "threads.hpp"
+#include "transpose.hpp"
 #include "window_nearest.hpp"
 
 namespace lift_fast {
@@ -95,22 +96,6 @@ struct RowScale {
     }
   }
 };
-
-// Rows of a square block become its columns: after each step a pair of neighbours stands for rows that were half the
-// block apart.
-inline void transpose(Vec (&block)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    Vec mixed[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      mixed[2 * i] = WindowNearestIsa::zip_low(block[i], block[i + kLanes / 2]);
-      mixed[2 * i + 1] = WindowNearestIsa::zip_high(block[i], block[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = mixed[i];
-  }
-}
 
 // `count` rows as [c][stride], scaled, and below them their bounds; zeros beyond the rows. kWidth columns at a time,
 // of which `stride` is a multiple.

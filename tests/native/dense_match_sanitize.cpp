@@ -127,7 +127,7 @@ void all(CpuIsa isa) {
     sample(9, 1, 6, 2, 3, 1, rows);
   }
   for (int count : {1, 6, 11}) {
-    for (int c : {1, 3, 16, 37}) {
+    for (int c : {1, 3, 16, 37, 50}) {
       for (int cells : {1, 3, 64, 131, 260}) {
         for (bool normalize : {false, true}) {
           products(isa, count, c, cells, false, normalize);
