@@ -17,8 +17,8 @@ import torch
 
 # Rounds shrink with the length of one call, so that a whole run takes minutes.
 _SECONDS, _FEWEST, _MOST = 2.0, 9, 40
-# Pairs that take longer are timed this often.
-_SLOW_SECONDS, _FEWEST_SLOW = 3.0, 4
+# Calls that take longer are made as few times as a median needs: emulated bfloat16 takes ten seconds.
+_SLOW_SECONDS, _SLOW_ROUNDS = 2.0, 3
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -79,12 +79,11 @@ def _compare(
     if not error <= limit:
         pytest.fail(f"results differ by {error:.2e}, more than {limit:.0e}: no figure is printed")
     benchmark.extra_info["error"] = error
-    for _ in range(2):
-        seconds(ours, device)
-        seconds(plain, device)
     slowest = max(seconds(ours, device), seconds(plain, device))
-    fewest = _FEWEST_SLOW if slowest > _SLOW_SECONDS else _FEWEST
-    rounds = max(fewest, min(_MOST, int(_SECONDS / max(slowest, 1e-6))))
+    slow = slowest > _SLOW_SECONDS
+    for _ in range(0 if slow else 2):
+        slowest = max(seconds(ours, device), seconds(plain, device))
+    rounds = _SLOW_ROUNDS if slow else max(_FEWEST, min(_MOST, int(_SECONDS / max(slowest, 1e-6))))
     ratios, plain_times, own_times = [], [], []
     gc.collect()
     for _ in range(rounds):
@@ -109,7 +108,7 @@ def _compare(
         benchmark.extra_info["plain_memory_mib"] = peak_memory(plain, device)
     else:
         benchmark.extra_info["plain_share"] = share
-    benchmark.pedantic(lambda: seconds(ours, device), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(lambda: seconds(ours, device), rounds=1 if slow else rounds, warmup_rounds=0 if slow else 1)
 
 
 @pytest.fixture(params=["cpu", "cuda"], scope="session")
