@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.backbones import FrozenViT
@@ -162,6 +164,14 @@ def _shapes_only() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    # Attention as matrix products: which of its fused operators the counter knows depends on PyTorch's version, and
+    # the CPU's is not among them everywhere.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def _picture(backbone: FrozenViT, size: int) -> Tensor:
     weight = backbone.model.patch_embed.proj.weight
     return torch.empty(1, 3, size, size, dtype=weight.dtype, device=weight.device)
@@ -170,7 +180,7 @@ def _picture(backbone: FrozenViT, size: int) -> Tensor:
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
     # A copy, because the position embeddings that it keeps would be made of nothing.
     copy = shared_copy(backbone)
-    with _shapes_only(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _shapes_only(), torch.no_grad(), _counter() as counter:
         copy(_picture(backbone, size))
     return int(counter.get_total_flops())
 
@@ -185,7 +195,7 @@ def _upsampler_flops(network: nn.Module, backbone: FrozenViT, size: int) -> tupl
         imgs = _picture(backbone, size)
         h, w = (size // backbone.patch_size,) * 2
         tokens = imgs.new_empty(1, h * w, backbone.embed_dim)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _counter() as counter:
             out = copy(imgs, tokens)
         published = published_count(copy, imgs, tokens)
     if out.dim() == 4:
