@@ -425,6 +425,7 @@ def test_command(tmp_path, capsys):
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
         ([*options, "--list", "x"], "--list belongs to coco20k"),
         (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
+        ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),
     ):
         assert main([*wrong, *model]) == 2
         assert message in capsys.readouterr().err

@@ -260,22 +260,36 @@ def accuracies(contents: Iterable[dict[str, Any]], metric: str) -> dict[tuple[st
         metric: e.g. ``PCK@0.1``.
 
     Raises:
-        ValueError: if no result has the metric; says which there are.
+        ValueError: if no result has the metric (says which there are), or one is not of that form.
     """
     found: dict[tuple[str, int], tuple[float, float, float]] = {}
     known: set[str] = set()
     for content in contents:
-        sizes = content.get("summary", {}).get("sizes", {})
-        for size, methods in sizes.items():
-            for method, entry in methods.items():
-                known.update(name for name, value in entry.items() if isinstance(value, (list, float, int)))
-                value = entry.get(metric)
-                values = value if isinstance(value, list) else [value, None, None]
-                if values[0] is not None:
-                    numbers = [math.nan if v is None else float(v) for v in values]
-                    found[method, int(size)] = (numbers[0], numbers[1], numbers[2])
+        for (method, size), entry in _by_method_and_size(content).items():
+            known.update(name for name, value in entry.items() if isinstance(value, (list, float, int)))
+            value = entry.get(metric)
+            values = value if isinstance(value, list) else [value, None, None]
+            if values[0] is not None:
+                low, high = (math.nan if v is None else float(v) for v in values[1:])
+                found[method, size] = float(values[0]), low, high
     if not found:
         raise ValueError(f"no result has {metric!r}; there are {', '.join(sorted(known)) or 'no figures by size'}")
+    return found
+
+
+def _by_method_and_size(content: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The entries of ``summary["sizes"]``; none for protocols that have no such."""
+    try:
+        sizes = content.get("summary", {}).get("sizes", {})
+        found = {(method, int(size)): entry for size, methods in sizes.items() for method, entry in methods.items()}
+        lists = [value for entry in found.values() for value in entry.values() if isinstance(value, list)]
+        if not all(len(value) == 3 and all(isinstance(v, (int, float, type(None))) for v in value) for value in lists):
+            raise ValueError("a figure is a number or [value, low, high]")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the summary of a result ({content.get('protocol')}) is not in the form of results by size and method "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return found
 
 
@@ -301,6 +315,9 @@ def draw_curve(
     Raises:
         ValueError: if no cost has a score.
     """
+    if not any((cost.method, cost.size) in scores for cost in costs):
+        there = ", ".join(f"{method} at {size}" for method, size in sorted(scores))
+        raise ValueError(f"nothing to draw: of these methods and sizes no result has {metric}; there are {there}")
     series = []
     for method in dict.fromkeys(cost.method for cost in costs):
         known = [c for c in costs if c.method == method and (c.method, c.size) in scores]
