@@ -14,6 +14,7 @@ from PIL import Image
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
 from lift_fast.evaluation import cost, report, warp_run
+from lift_fast.evaluation.boxes import COCO_LIST, read_coco, read_voc
 from lift_fast.evaluation.charts import Series, line_chart
 from lift_fast.evaluation.davis import SequenceScores
 from lift_fast.evaluation.davis import report as davis_report
@@ -459,6 +460,36 @@ def test_published_numbers_of_other_protocols(saved):
     for other in (year, davis(480), discovery(None), discovery(dataset="voc07")):
         (group,) = report.build([saved("o", other)], load_published()).groups
         assert all(row.run is not None for row in group.rows)
+
+
+def test_data_sets_are_known_by_what_published_numbers_call_them(tmp_path, saved):
+    (tmp_path / "train2014").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2014.json").write_text('{"images": [], "annotations": []}')
+    names = tmp_path / COCO_LIST
+    names.write_text("COCO_train2014_000000000009.jpg\n")
+    (tmp_path / "mine.txt").write_text(names.read_text())
+    run = saved("o", discovery(dataset=read_coco(tmp_path).name))
+    assert run.dataset == "coco20k"
+    (group,) = report.build([run], load_published()).groups
+    assert any(row.label == "DINO S/16 + LiFT" for row in group.rows)
+    # A list of one's own is another data set.
+    assert saved("o", discovery(dataset=read_coco(tmp_path, names=tmp_path / "mine.txt").name)).dataset == "COCO mine"
+    for year in (2007, 2012):
+        base = tmp_path / f"VOC{year}" / "ImageSets" / "Main"
+        base.mkdir(parents=True)
+        (base / "trainval.txt").write_text("000001\n")
+        for no_hard in (False, True):
+            name = saved("o", discovery(dataset=read_voc(tmp_path, year, no_hard=no_hard).name)).dataset
+            assert (name == f"voc{year % 100:02}") is not no_hard
+
+
+def test_pictures_without_a_determined_cut_are_counted(saved):
+    content = discovery()
+    content["summary"]["lift"]["degenerate"] = 7
+    group = one_group(saved("a", content))
+    assert value(group, "a", "lift", "not determined", 224) == 7
+    assert value(group, "a", "backbone", "not determined", 224) == 0
 
 
 def test_other_backbones_are_said_to_be_others(saved):
