@@ -271,6 +271,7 @@ UNLIKE = {
     "davis": (davis(), lambda c: c["options"].update(topk=9)),
     "tau": (discovery(), lambda c: c["options"].update(tau=0.2)),
     "lattice": (cka(), lambda c: c.update(grid=14)),
+    "photographs": (cka(), lambda c: c.update(options={"photographs": list("wxyz")})),
     "milliseconds": (costs(1.0), lambda c: c["record"].update(cpu="another")),
     "pairs": (spair(), lambda c: c["summary"].update(pairs={"cat": 17})),
 }

@@ -231,6 +231,7 @@ def _cka(content: dict[str, Any]) -> Shape:
                 if value is not None:
                     figures.append(Figure(method, metric, int(size), value))
     measured = {key: content[key] for key in ("estimator", "reference", "grid")}
+    measured["photographs"] = content.get("options", {}).get("photographs")
     return Shape("", figures, {**measured, "number of pictures": content["pictures"]})
 
 
