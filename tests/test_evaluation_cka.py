@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lift_fast.evaluation import cka_run
-from lift_fast.evaluation.charts import Series, line_chart
+from lift_fast.evaluation.charts import Series, _dashes, line_chart
 from lift_fast.evaluation.cka import (
     StreamingCKA,
     centres,
@@ -257,6 +257,19 @@ def test_chart_of_any_numbers(log_x):
             line_chart([Series("a", bad)], title="t", x="x", y="y")
     with pytest.raises(ValueError, match="positive"):
         line_chart([Series("a", [(0, 1)])], title="t", x="x", y="y", log_x=True)
+
+
+def test_dashed_lines_have_gaps_and_reach_both_ends():
+    whole, dashed = (
+        (np.asarray(line_chart([Series("a", [(0, 0), (1, 1)], dashed=d)], title="t", x="x", y="y")) == (0, 114, 178))
+        for d in (False, True)
+    )
+    assert 0.4 < dashed.all(2).sum() / whole.all(2).sum() < 0.8
+    pieces = _dashes((0, 0), (30, 40))
+    assert pieces[0][:2] == (0, 0)
+    assert pieces[-1][2:] == pytest.approx((30, 40))
+    # Two points in one place.
+    assert all(piece == (5, 5, 5, 5) for piece in _dashes((5, 5), (5, 5)))
 
 
 def test_command(photographs, tmp_path, capsys):

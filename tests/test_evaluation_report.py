@@ -596,6 +596,10 @@ def test_files_of_published_numbers_that_are_no_json(tmp_path):
     (tmp_path / "numbers.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         load_published(tmp_path / "numbers.json")
+    with pytest.raises(FileNotFoundError, match="no file of published numbers at"):
+        load_published(tmp_path / "gone.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_published(tmp_path)
 
 
 @pytest.mark.skipif(not DOCUMENTATION.is_file(), reason="runs from a checkout")
