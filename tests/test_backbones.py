@@ -419,6 +419,8 @@ def test_models_that_are_no_vit() -> None:
         load_backbone("resnet18", random_weights=True)
     with pytest.raises(ValueError, match=r"unknown backbone 'dino_vits61'.*did you mean dino_vits16"):
         load_backbone("dino_vits61", random_weights=True)
+    with pytest.raises(ValueError, match=r"unknown backbone 'nonsense'\. Official names"):
+        load_backbone("nonsense", random_weights=True)
     with pytest.raises(ValueError, match=r"no pretrained tag 'nonsense'.*dino"):
         load_backbone("vit_small_patch16_224.nonsense", random_weights=True)
     with pytest.raises(TypeError, match=r"nn.Module"):

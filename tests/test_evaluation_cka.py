@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lift_fast.evaluation.charts import Series, line_chart
+from lift_fast.evaluation import cka_run
+from lift_fast.evaluation.charts import Series, _dashes, line_chart
 from lift_fast.evaluation.cka import (
     StreamingCKA,
     centres,
@@ -20,6 +21,7 @@ from lift_fast.evaluation.cka import (
     table,
 )
 from lift_fast.evaluation.methods import Features
+from lift_fast.evaluation.results import load_json
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +187,58 @@ def test_constant_pictures_are_left_out_of_the_mean(tmp_path, photographs):
         draw_curves(nothing)
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(cka_run, "_SAVE_SECONDS", 0.0)
+    broken = tmp_path / "0 broken.png"
+    broken.write_bytes(b"no picture")
+    out, partial = tmp_path / "cka.json", tmp_path / "cka.partial.pt"
+    seen = []
+
+    def counted(batch):
+        seen.append(1)
+        if len(seen) == limit:
+            raise KeyboardInterrupt
+        return patches(batch)
+
+    def run(**changes):
+        options = {"sizes": (16, 32), "reference": 64, "grid": 5, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        seen.clear()
+        return scale_invariance(
+            [("patches", counted), ("noise", noise)], [broken, *photographs], root=tmp_path, **{**options, **changes}
+        )
+
+    limit = 0
+    expected = run()
+    # Three maps of each picture; the third picture breaks off in the middle.
+    limit = 3 * 2 + 2
+    with pytest.raises(KeyboardInterrupt):
+        run(out=out)
+    assert partial.is_file()
+    assert not out.exists()
+    with pytest.raises(ValueError, match=r"cka\.partial\.pt holds results with other grid;"):
+        run(out=out, grid=4)
+    limit = 0
+    content = run(out=out, record={"date": "then"})
+    assert len(seen) == 3 * 2
+    assert not partial.exists()
+    assert content["curves"] == expected["curves"]
+    assert content["skipped"] == expected["skipped"]
+    assert list(content["skipped"]) == ["0 broken.png"]
+    assert content["scores"] == expected["scores"]
+    assert list(content["scores"]["noise"]["16"]) == [path.name for path in photographs]
+    # Complete: nothing is computed again, and nothing is overwritten by other options.
+    assert run(out=out, record={"date": "now"}) == load_json(out)
+    assert not seen
+    with pytest.raises(ValueError, match="results with other reference;"):
+        run(out=out, reference=48)
+    out.unlink()
+    partial.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"partial\.pt cannot be gone on with .* delete it"):
+        run(out=out)
+    with pytest.raises(ValueError, match="each size once"):
+        run(sizes=(16, 16))
+
+
 def test_nothing_to_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none of 1"):
         scale_invariance([], [tmp_path / "none.png"], mean=(0,) * 3, std=(1,) * 3)
@@ -203,6 +257,19 @@ def test_chart_of_any_numbers(log_x):
             line_chart([Series("a", bad)], title="t", x="x", y="y")
     with pytest.raises(ValueError, match="positive"):
         line_chart([Series("a", [(0, 1)])], title="t", x="x", y="y", log_x=True)
+
+
+def test_dashed_lines_have_gaps_and_reach_both_ends():
+    whole, dashed = (
+        (np.asarray(line_chart([Series("a", [(0, 0), (1, 1)], dashed=d)], title="t", x="x", y="y")) == (0, 114, 178))
+        for d in (False, True)
+    )
+    assert 0.4 < dashed.all(2).sum() / whole.all(2).sum() < 0.8
+    pieces = _dashes((0, 0), (30, 40))
+    assert pieces[0][:2] == (0, 0)
+    assert pieces[-1][2:] == pytest.approx((30, 40))
+    # Two points in one place.
+    assert all(piece == (5, 5, 5, 5) for piece in _dashes((5, 5), (5, 5)))
 
 
 def test_command(photographs, tmp_path, capsys):

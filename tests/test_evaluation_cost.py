@@ -184,8 +184,13 @@ def test_curve_against_accuracy():
         accuracies([result], "PCK@0.2")
     with pytest.raises(ValueError, match="no figures"):
         accuracies([{}], "PCK@0.2")
-    with pytest.raises(ValueError, match="at least one point"):
+    with pytest.raises(ValueError, match=r"nothing to draw: .* there are a at 56, a at 112, b at 56"):
         draw_curve([], scores, "PCK@0.1")
+    for summary in (3, {"sizes": [1]}, {"sizes": {"x": {"a": {}}}}, {"sizes": {"56": {"a": 3}}}):
+        with pytest.raises(ValueError, match="not in the form of results by size"):
+            accuracies([{"summary": summary}], "PCK@0.1")
+    with pytest.raises(ValueError, match="value, low, high"):
+        accuracies([{"summary": {"sizes": {"56": {"a": {"PCK@0.1": [1.0]}}}}}], "PCK@0.1")
 
 
 def test_measured_time():
@@ -212,9 +217,14 @@ def test_command(tmp_path, capsys):
     assert figures["costs"][2]["score"] is None
     assert json.loads(out.read_text())["costs"] == figures["costs"]
     assert Image.open(chart).width == 1000
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps({**json.loads(other.read_text()), "record": {"model": "dino_vits16"}}))
     for wrong, message in (
         (["--chart", str(chart)], "give the files"),
         (["--results", str(other), "--metric", "AP"], "there are PCK@0.1"),
+        (["--results", str(elsewhere)], "measured with dino_vits16, the costs are those of vit_tiny_patch16_224"),
+        (["--results", str(tmp_path / "gone.json")], "no file of results at"),
+        (["--results", str(tmp_path)], "is a folder"),
     ):
         assert main([*options, *methods, *wrong]) == 2
         assert message in capsys.readouterr().err

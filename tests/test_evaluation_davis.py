@@ -693,6 +693,8 @@ def test_command_predicts_and_scores(tmp_path, capsys):
 def test_command_names_what_cannot_be_used(tmp_path, capsys):
     root = write_davis(tmp_path / "davis", sequences=1)
     masks = ["--masks", tmp_path / "masks", "--method", "backbone", *TINY]
+    file = tmp_path / "note.txt"
+    file.touch()
     for arguments, message in (
         (["--root", tmp_path], "JPEGImages"),
         (["--root", root, "--sequences", "elsewhere"], "val.txt does not list elsewhere"),
@@ -701,6 +703,8 @@ def test_command_names_what_cannot_be_used(tmp_path, capsys):
         (["--root", root, *masks, "--temperature", "0"], "temperature must be a positive number"),
         (["--root", root, *masks, "--size", "15"], "patch"),
         (["--root", root, *masks, "--out", tmp_path / "no/r.json"], "does not exist"),
+        (["--root", root, *masks, "--masks", file], "note.txt is a file; give a folder"),
+        (["--root", root, *masks, "--masks", file / "deeper/still"], "note.txt is a file; give a folder"),
     ):
         assert command(*arguments) == 2
         assert message in capsys.readouterr().err

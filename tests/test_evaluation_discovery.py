@@ -376,11 +376,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     # Nothing is left to compute; a picture that has gone meanwhile is not missed.
     data.samples[0].path.unlink()
     assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was written with other settings \(seed\); give"):
         run(data, out=out, record={"seed": 1})
     journal.write_text(journal.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match="line 6"):
         run(data, out=out)
+    for first in ("", "nonsense\n", "[1]\n", '{"settings": 3}\n'):
+        journal.write_text(first)
+        with pytest.raises(ValueError, match="or is no journal of this command; give another --out, or delete it"):
+            run(data, out=out)
 
 
 def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
@@ -425,6 +429,7 @@ def test_command(tmp_path, capsys):
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
         ([*options, "--list", "x"], "--list belongs to coco20k"),
         (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
+        ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),
     ):
         assert main([*wrong, *model]) == 2
         assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from PIL import Image
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
 from lift_fast.evaluation import cost, report, warp_run
+from lift_fast.evaluation.boxes import COCO_LIST, read_coco, read_voc
 from lift_fast.evaluation.charts import Series, line_chart
 from lift_fast.evaluation.davis import SequenceScores
 from lift_fast.evaluation.davis import report as davis_report
@@ -270,6 +271,7 @@ UNLIKE = {
     "davis": (davis(), lambda c: c["options"].update(topk=9)),
     "tau": (discovery(), lambda c: c["options"].update(tau=0.2)),
     "lattice": (cka(), lambda c: c.update(grid=14)),
+    "photographs": (cka(), lambda c: c.update(options={"photographs": list("wxyz")})),
     "milliseconds": (costs(1.0), lambda c: c["record"].update(cpu="another")),
     "pairs": (spair(), lambda c: c["summary"].update(pairs={"cat": 17})),
 }
@@ -461,6 +463,36 @@ def test_published_numbers_of_other_protocols(saved):
         assert all(row.run is not None for row in group.rows)
 
 
+def test_data_sets_are_known_by_what_published_numbers_call_them(tmp_path, saved):
+    (tmp_path / "train2014").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2014.json").write_text('{"images": [], "annotations": []}')
+    names = tmp_path / COCO_LIST
+    names.write_text("COCO_train2014_000000000009.jpg\n")
+    (tmp_path / "mine.txt").write_text(names.read_text())
+    run = saved("o", discovery(dataset=read_coco(tmp_path).name))
+    assert run.dataset == "coco20k"
+    (group,) = report.build([run], load_published()).groups
+    assert any(row.label == "DINO S/16 + LiFT" for row in group.rows)
+    # A list of one's own is another data set.
+    assert saved("o", discovery(dataset=read_coco(tmp_path, names=tmp_path / "mine.txt").name)).dataset == "COCO mine"
+    for year in (2007, 2012):
+        base = tmp_path / f"VOC{year}" / "ImageSets" / "Main"
+        base.mkdir(parents=True)
+        (base / "trainval.txt").write_text("000001\n")
+        for no_hard in (False, True):
+            name = saved("o", discovery(dataset=read_voc(tmp_path, year, no_hard=no_hard).name)).dataset
+            assert (name == f"voc{year % 100:02}") is not no_hard
+
+
+def test_pictures_without_a_determined_cut_are_counted(saved):
+    content = discovery()
+    content["summary"]["lift"]["degenerate"] = 7
+    group = one_group(saved("a", content))
+    assert value(group, "a", "lift", "not determined", 224) == 7
+    assert value(group, "a", "backbone", "not determined", 224) == 0
+
+
 def test_other_backbones_are_said_to_be_others(saved):
     found = report.build([saved("mine", spair(model="demo_vitt16"))], load_published())
     assert "The published rows are of other backbones than the runs'" in found.markdown()
@@ -564,6 +596,10 @@ def test_files_of_published_numbers_that_are_no_json(tmp_path):
     (tmp_path / "numbers.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         load_published(tmp_path / "numbers.json")
+    with pytest.raises(FileNotFoundError, match="no file of published numbers at"):
+        load_published(tmp_path / "gone.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_published(tmp_path)
 
 
 @pytest.mark.skipif(not DOCUMENTATION.is_file(), reason="runs from a checkout")

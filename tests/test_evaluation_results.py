@@ -13,6 +13,7 @@ from lift_fast.evaluation.results import (
     Estimate,
     Table,
     bootstrap,
+    check_same,
     escape_latex,
     load_json,
     provenance,
@@ -60,8 +61,20 @@ def test_json_round_trip(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         load_json(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no file of results at"):
         load_json(tmp_path / "gone.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_json(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"options": None}, {"record": 3}, {"scores": [1]}])
+def test_results_of_another_form_are_not_gone_on_with(change):
+    now = {"protocol": "x", "options": {"a": 1}, "record": {}, "scores": {}}
+    check_same("r.json", now, now)
+    with pytest.raises(ValueError, match=rf"r\.json cannot be gone on with: it holds no {next(iter(change))}"):
+        check_same("r.json", {**now, **change}, now)
+    with pytest.raises(ValueError, match="results with other a;"):
+        check_same("r.json", {**now, "options": {"a": 2}}, now)
 
 
 def test_provenance_hashes_files(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lift_fast import load_backbone
 from lift_fast.cli import main
@@ -128,6 +128,15 @@ def test_sheet_has_a_panel_for_each_method(pair, views):
     for column in range(5):
         part = pixels[:, 14 + column * 314 : 14 + column * 314 + 300].reshape(-1, 3)
         assert len(np.unique(part, axis=0)) > 8
+
+
+def test_points_are_named_by_the_pixel_they_lie_in(pair, monkeypatch):
+    said = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **o: (said.append(a[2]), text(*a, **o))[1])
+    # Half to even would say 102, 100.
+    draw_sheet(pair[:1], [(101.5, 99.5)], ["similarity"])
+    assert any("similarity to 101, 99 " in line for line in said)
 
 
 def test_sheet_refuses_what_it_cannot_draw(pair):

@@ -158,7 +158,7 @@ def _lookup(name: str) -> Backbone:
     if not timm.is_model(architecture):
         known = [*OFFICIAL, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
         close = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise ValueError(
             f"unknown backbone {name!r}{hint} Official names: {', '.join(OFFICIAL)}; beyond them any timm ViT"
         )

@@ -13,7 +13,8 @@ from .options import positive, remarks
 
 _DESCRIPTION = """Scale invariance: linear CKA between a method's features of a picture at each size and its features at
 the reference size, both read at the same lattice of positions; averaged over pictures, with 95 %% confidence
-intervals. Any folder of pictures will do. Pictures that do not decode are named and left out (exit status 1)."""
+intervals. Any folder of pictures will do. Pictures that do not decode are named and left out (exit status 1). An
+interrupted run goes on from --out."""
 _EXAMPLE = (
     "example: lift-fast eval cka --root photos/ --model dino_vits16 --lift lift_dino_vits16.pth --out cka.json "
     "--chart cka.png"
@@ -41,7 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lift_fast._files import atomic_path
     from lift_fast.evaluation import cka
-    from lift_fast.evaluation.results import save_json
     from lift_fast.images import list_images
 
     check_outputs(arguments, "chart")
@@ -66,11 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
             std=backbone.std,
             device=weight.device,
             dtype=weight.dtype,
+            root=arguments.root,
+            out=arguments.out,
+            record=record(arguments, backbone, methods),
             progress=bar.update,
         )
-    content["record"] = record(arguments, backbone, methods)
-    if arguments.out is not None:
-        save_json(arguments.out, content)
     if arguments.chart is not None:
         with as_usage_error(), atomic_path(arguments.chart) as temporary:
             cka.draw_curves(content).save(temporary)

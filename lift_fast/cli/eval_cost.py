@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lift_fast._files import atomic_path
     from lift_fast.evaluation import cost
-    from lift_fast.evaluation.results import load_json, save_json
+    from lift_fast.evaluation.results import save_json
 
     check_outputs(arguments, "chart")
     if arguments.chart is not None and not arguments.results:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     with as_usage_error():
         scores = {}
         if arguments.results:
-            scores = cost.accuracies([load_json(path) for path in arguments.results], arguments.metric)
+            scores = cost.accuracies(_results(arguments.results, arguments.model), arguments.metric)
     backbone, methods = build(arguments)
     weight = backbone.model.patch_embed.proj.weight
     pairs = [(method, size) for size in arguments.sizes for method in methods]
@@ -87,6 +87,24 @@ def run(arguments: argparse.Namespace) -> int:
             cost.draw_curve(costs, scores, arguments.metric, arguments.published).save(temporary)
     show(arguments, content, tables)
     return 0
+
+
+def _results(paths: list[Path], model: str) -> list[dict[str, Any]]:
+    """Results of the backbone whose costs are counted."""
+    from lift_fast.evaluation.results import load_json
+
+    contents = []
+    for path in paths:
+        content = load_json(path)
+        record = content.get("record")
+        measured = record.get("model", model) if isinstance(record, dict) else model
+        if measured != model:
+            # One's figures over the other's costs would make a chart of nothing.
+            raise UsageError(
+                f"{path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
+            )
+        contents.append(content)
+    return contents
 
 
 def _once(method: Method, picture: Tensor) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
+from .eval_options import add_method_options, build, check_folder, check_outputs, record, show
 from .options import positive, remarks
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lift_fast.evaluation.results import save_json
 
     check_outputs(arguments)
+    if not arguments.score:
+        check_folder("masks", arguments.masks)
     with as_usage_error():
         dataset = Davis(arguments.root, arguments.subset, arguments.resolution, arguments.year)
     names = _chosen(dataset, arguments.sequences)

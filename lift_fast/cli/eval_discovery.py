@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
+from .eval_options import add_method_options, build, check_folder, check_outputs, record, show
 from .options import positive, remarks
 
 _DESCRIPTION = """CorLoc: the share of pictures in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lift_fast.evaluation.tokencut import TAU
 
     check_outputs(arguments)
+    if arguments.pictures is not None:
+        check_folder("pictures", arguments.pictures)
     voc = arguments.dataset in _YEARS
     for option in ("list", "annotations") if voc else ("no_hard",):
         if getattr(arguments, option):

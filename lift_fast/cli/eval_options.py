@@ -132,3 +132,10 @@ def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
             raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
         if path is not None and path.is_dir():
             raise UsageError(f"--{option} {path} is a folder; give a file")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Refuse a folder that cannot be made because a file lies in its place or above it."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"--{option} {path}: {there} is a file; give a folder")

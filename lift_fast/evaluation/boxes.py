@@ -19,6 +19,8 @@ Box = tuple[float, float, float, float]
 
 COCO_LIST = "coco_20k_filenames.txt"
 """The published list of COCO20k, from the repositories of LOST and TokenCut."""
+PUBLISHED_NAMES = {"VOC2007 trainval": "voc07", "VOC2012 trainval": "voc12", f"COCO {COCO_LIST[:-4]}": "coco20k"}
+"""What published numbers call a data set, by :attr:`BoxDataSet.name`; subsets and other lists are none of these."""
 # Real annotation files have some kilobytes.
 _LARGEST_XML = 1 << 24
 

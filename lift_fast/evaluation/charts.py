@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +15,7 @@ _MARKS = ("circle", "square", "triangle", "diamond")
 _INK, _PAPER, _GRID = (25, 25, 25), (255, 255, 255), (225, 225, 225)
 _TEXT, _WIDTH, _HEIGHT = 20, 1000, 680
 _LEFT, _RIGHT, _TOP, _BELOW = 110, 30, 90, 90
+_DASH = 10
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Series:
     Attributes:
         points: (x, y), finite.
         intervals: (low, high) of each point, or empty; NaN where there is none.
+        dashed: tells what was taken from elsewhere from what was measured.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] = field(default_factory=tuple)
+    dashed: bool = False
 
 
 def line_chart(
@@ -86,8 +90,9 @@ def line_chart(
                 draw.line((at, up(low), at, up(high)), fill=colour, width=2)
                 for end in (low, high):
                     draw.line((at - 6, up(end), at + 6, up(end)), fill=colour, width=2)
-        if joined and len(places) > 1:
-            draw.line(places, fill=colour, width=3)
+        for start, stop in pairwise(places) if joined else ():
+            for piece in _dashes(start, stop) if line.dashed else [(*start, *stop)]:
+                draw.line(piece, fill=colour, width=3)
         for place in places:
             _draw_mark(draw, place, mark, colour)
         left = _LEFT + (number % columns) * ((_WIDTH - _LEFT) // columns)
@@ -128,6 +133,16 @@ class _Axis:
     @staticmethod
     def label(value: float) -> str:
         return f"{value:.6g}"
+
+
+def _dashes(start: tuple[float, float], stop: tuple[float, float]) -> list[tuple[float, float, float, float]]:
+    """Every other piece of a line, as ends (x0, y0, x1, y1)."""
+    (x, y), wide, tall = start, stop[0] - start[0], stop[1] - start[1]
+    count = 2 * max(1, round(math.hypot(wide, tall) / (2 * _DASH))) + 1
+    return [
+        (x + wide * i / count, y + tall * i / count, x + wide * (i + 1) / count, y + tall * (i + 1) / count)
+        for i in range(0, count, 2)
+    ]
 
 
 def _draw_mark(

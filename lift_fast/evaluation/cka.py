@@ -15,6 +15,7 @@ from torch import Tensor
 from lift_fast.images import to_tensor
 
 from .charts import Series, line_chart
+from .cka_run import CKARun
 from .discovery import read_as_stored
 from .methods import Batch, Features
 from .results import Column, Estimate, Table, bootstrap
@@ -57,6 +58,7 @@ class StreamingCKA:
 
     def __init__(self) -> None:
         self.count = 0
+        self._origin: tuple[Tensor, ...] = ()
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
 
@@ -79,12 +81,26 @@ class StreamingCKA:
                 f"expected {len(self._sums[0])} and {len(self._sums[1])} channels as before, got {x.shape[1]} and "
                 f"{y.shape[1]}"
             )
-        x, y = x - self._origin[0], y - self._origin[1]
+        x, y = (each - origin.to(each.device) for each, origin in zip((x, y), self._origin, strict=True))
         self.count += len(x)
         for total, part in zip(self._sums, (x, y), strict=True):
-            total += part.sum(0)
+            total += part.sum(0).to(total.device)
         for total, (a, b) in zip(self._products, ((x, x), (y, y), (y, x)), strict=True):
-            total += a.T @ b
+            total += (a.T @ b).to(total.device)
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs; plain values and tensors on the CPU."""
+        if not self.count:
+            return {"count": 0}
+        parts = {"origin": self._origin, "sums": self._sums, "products": self._products}
+        return {"count": self.count, **{name: [t.cpu().clone() for t in part] for name, part in parts.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the :meth:`state` of another."""
+        self.count = state["count"]
+        if self.count:
+            self._origin = tuple(state["origin"])
+            self._sums, self._products = list(state["sums"]), list(state["products"])
 
     def value(self) -> float:
         """Linear CKA of all positions so far; NaN without any."""
@@ -149,6 +165,9 @@ def scale_invariance(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    root: Path | None = None,
+    out: Path | None = None,
+    record: dict[str, Any] | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
     """CKA of each method's features at each size with its own features at the reference size.
@@ -167,56 +186,86 @@ def scale_invariance(
         mean, std: of the normalisation.
         device, dtype: of what the methods take.
         seed: of the interval's resampling.
-        progress: called with 1 after each picture.
+        root: folder below which results name pictures; None names them as ``paths`` do.
+        out: file for the result; one that is there and was made with the same ``record`` and options is the result.
+            An interrupted run goes on from ``OUT.partial.pt`` beside it.
+        record: what the result depends on beside the options, stored with it.
+        progress: called with the number of pictures that have been done.
 
     Returns:
         ``curves``: method -> size -> ``cka`` (mean over pictures, low, high) and ``pooled``; ``pictures`` (how many);
-        ``skipped``: name -> reason of pictures that do not decode.
+        ``scores``: method -> size -> picture -> CKA; ``skipped``: name -> reason of pictures that do not decode;
+        ``options`` and ``record``.
 
     Raises:
-        ValueError: if no picture could be used, or for a grid of fewer than 2 x 2 positions.
+        ValueError: if no picture could be used, for a grid of fewer than 2 x 2 positions, a size given twice, or an
+            ``out`` of other options.
+        FileNotFoundError: if the folder of ``out`` does not exist.
     """
     if grid < 2:
         raise ValueError(f"grid must be at least 2, for CKA needs several positions, got {grid}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"each size once, got {', '.join(map(str, sizes))}")
     positions = centres(grid, grid)
     pooled = {(name, size): StreamingCKA() for name, _ in methods for size in sizes}
-    scores: list[list[float]] = []
-    skipped: dict[str, str] = {}
+    options = {
+        "methods": [name for name, _ in methods],
+        "sizes": list(sizes),
+        "reference": reference,
+        "grid": grid,
+        "photographs": [_name(path, root) for path in paths],
+    }
+    run = CKARun(out, options, record or {}, pooled)
+    if run.finished is not None:
+        progress(len(paths))
+        return run.finished
     for path in paths:
+        name = _name(path, root)
+        if name in run.rows or name in run.skipped:
+            progress(1)
+            continue
         try:
             image = read_as_stored(path)
         except (OSError, ValueError) as error:
-            skipped[str(path)] = str(error)
+            run.add(name, str(error))
             progress(1)
             continue
         batches = {
             size: Batch(_square(image, size, mean, std).to(device=device, dtype=dtype)) for size in {*sizes, reference}
         }
-        row = []
-        for name, method in methods:
+        pairs = []
+        for _, method in methods:
             target = sample(method(batches[reference]), positions, (reference, reference))
-            for size in sizes:
-                found = sample(method(batches[size]), positions, (size, size))
-                row.append(linear_cka(found, target))
-                pooled[name, size].update(found, target)
-        scores.append(row)
+            pairs += [(sample(method(batches[size]), positions, (size, size)), target) for size in sizes]
+        row = [linear_cka(*pair) for pair in pairs]
+        # After everything that may fail: a picture's part is in all sums or in none.
+        for total, pair in zip(pooled.values(), pairs, strict=True):
+            total.update(*pair)
+        run.add(name, row)
         progress(1)
+    scores = list(run.rows.values())
     if not scores:
-        raise ValueError(f"none of {len(paths)} pictures could be read: {next(iter(skipped.values()), 'none given')}")
+        raise ValueError(
+            f"none of {len(paths)} pictures could be read: {next(iter(run.skipped.values()), 'none given')}"
+        )
     estimates = _means(scores, seed)
     curves: dict[str, dict[str, Any]] = {name: {} for name, _ in methods}
     for (name, size), estimate in zip(pooled, estimates, strict=True):
         curves[name][str(size)] = {"cka": estimate.as_list(), "pooled": pooled[name, size].value()}
-    return {
-        "protocol": "cka",
+    content = {
         "estimator": "linear, biased",
         "reference": reference,
         "sizes": list(sizes),
         "grid": grid,
         "pictures": len(scores),
         "curves": curves,
-        "skipped": skipped,
     }
+    return run.finish(content)
+
+
+def _name(path: Path, root: Path | None) -> str:
+    """What results know a picture by."""
+    return str(path) if root is None or path == root else path.relative_to(root).as_posix()
 
 
 def _square(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

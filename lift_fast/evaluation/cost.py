@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.backbones import FrozenViT
@@ -162,6 +164,14 @@ def _shapes_only() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    # Attention as matrix products: which of its fused operators the counter knows depends on PyTorch's version, and
+    # the CPU's is not among them everywhere.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def _picture(backbone: FrozenViT, size: int) -> Tensor:
     weight = backbone.model.patch_embed.proj.weight
     return torch.empty(1, 3, size, size, dtype=weight.dtype, device=weight.device)
@@ -170,7 +180,7 @@ def _picture(backbone: FrozenViT, size: int) -> Tensor:
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
     # A copy, because the position embeddings that it keeps would be made of nothing.
     copy = shared_copy(backbone)
-    with _shapes_only(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _shapes_only(), torch.no_grad(), _counter() as counter:
         copy(_picture(backbone, size))
     return int(counter.get_total_flops())
 
@@ -185,7 +195,7 @@ def _upsampler_flops(network: nn.Module, backbone: FrozenViT, size: int) -> tupl
         imgs = _picture(backbone, size)
         h, w = (size // backbone.patch_size,) * 2
         tokens = imgs.new_empty(1, h * w, backbone.embed_dim)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _counter() as counter:
             out = copy(imgs, tokens)
         published = published_count(copy, imgs, tokens)
     if out.dim() == 4:
@@ -250,22 +260,36 @@ def accuracies(contents: Iterable[dict[str, Any]], metric: str) -> dict[tuple[st
         metric: e.g. ``PCK@0.1``.
 
     Raises:
-        ValueError: if no result has the metric; says which there are.
+        ValueError: if no result has the metric (says which there are), or one is not of that form.
     """
     found: dict[tuple[str, int], tuple[float, float, float]] = {}
     known: set[str] = set()
     for content in contents:
-        sizes = content.get("summary", {}).get("sizes", {})
-        for size, methods in sizes.items():
-            for method, entry in methods.items():
-                known.update(name for name, value in entry.items() if isinstance(value, (list, float, int)))
-                value = entry.get(metric)
-                values = value if isinstance(value, list) else [value, None, None]
-                if values[0] is not None:
-                    numbers = [math.nan if v is None else float(v) for v in values]
-                    found[method, int(size)] = (numbers[0], numbers[1], numbers[2])
+        for (method, size), entry in _by_method_and_size(content).items():
+            known.update(name for name, value in entry.items() if isinstance(value, (list, float, int)))
+            value = entry.get(metric)
+            values = value if isinstance(value, list) else [value, None, None]
+            if values[0] is not None:
+                low, high = (math.nan if v is None else float(v) for v in values[1:])
+                found[method, size] = float(values[0]), low, high
     if not found:
         raise ValueError(f"no result has {metric!r}; there are {', '.join(sorted(known)) or 'no figures by size'}")
+    return found
+
+
+def _by_method_and_size(content: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The entries of ``summary["sizes"]``; none for protocols that have no such."""
+    try:
+        sizes = content.get("summary", {}).get("sizes", {})
+        found = {(method, int(size)): entry for size, methods in sizes.items() for method, entry in methods.items()}
+        lists = [value for entry in found.values() for value in entry.values() if isinstance(value, list)]
+        if not all(len(value) == 3 and all(isinstance(v, (int, float, type(None))) for v in value) for value in lists):
+            raise ValueError("a figure is a number or [value, low, high]")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the summary of a result ({content.get('protocol')}) is not in the form of results by size and method "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return found
 
 
@@ -291,6 +315,9 @@ def draw_curve(
     Raises:
         ValueError: if no cost has a score.
     """
+    if not any((cost.method, cost.size) in scores for cost in costs):
+        there = ", ".join(f"{method} at {size}" for method, size in sorted(scores))
+        raise ValueError(f"nothing to draw: of these methods and sizes no result has {metric}; there are {there}")
     series = []
     for method in dict.fromkeys(cost.method for cost in costs):
         known = [c for c in costs if c.method == method and (c.method, c.size) in scores]

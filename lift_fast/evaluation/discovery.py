@@ -187,8 +187,8 @@ class Journal:
         lines = content.splitlines()
         if not lines or lines[0] != header:
             raise ValueError(
-                f"{self.path} was written with other settings; take another --out, or delete it.\n"
-                f"there: {lines[0][:2000] if lines else 'nothing'}\nnow:   {header[:2000]}"
+                f"{self.path} was written with other settings{_differing(lines[:1], header)}; give another --out, or "
+                "delete it to begin anew"
             )
         whole = lines[1:] if content.endswith("\n") else lines[1:-1]
         for number, line in enumerate(whole, 2):
@@ -208,6 +208,16 @@ class Journal:
         self.done[prediction.name] = prediction
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(prediction)) + "\n")
+
+
+def _differing(there: list[str], header: str) -> str:
+    """The names of the settings that are not the same, for a message; nothing if the line holds none."""
+    try:
+        (old, new) = (json.loads(line)["settings"] for line in (*there, header))
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ", or is no journal of this command"
+    return f" ({', '.join(names)})"
 
 
 def evaluate(

@@ -80,10 +80,14 @@ def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON or breaks the schema; says which entry and why.
+        ValueError: if it is a folder, no JSON, or breaks the schema; says which entry and why.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file of published numbers at {path}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; expected a JSON file of published numbers") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file ({error})") from error
     try:

@@ -373,10 +373,10 @@ def draw(report: Report, metric: str | None = None, against: str = "size") -> Im
     return line_chart(series, title=f"{group.title}: {name} against cost", x="GFLOPs", y=name, log_x=True)
 
 
-def _series(name: str, points: list[tuple[float, Estimate | float]]) -> Series:
+def _series(row: Row, points: list[tuple[float, Estimate | float]]) -> Series:
     bare = [(x, y.value if isinstance(y, Estimate) else y) for x, y in points]
     spread = [(y.low, y.high) if isinstance(y, Estimate) else (math.nan, math.nan) for _, y in points]
-    return Series(name, bare, spread)
+    return Series(_name(row), bare, spread, dashed=row.run is None)
 
 
 def _by_size(group: Group, metric: str) -> list[Series]:
@@ -385,7 +385,7 @@ def _by_size(group: Group, metric: str) -> list[Series]:
     for row in (row for row in group.rows if row.run is not None or row.method in methods):
         points = [(float(size), cell) for (name, size), cell in row.cells.items() if name == metric and size]
         if points:
-            found.append(_series(_name(row), sorted(points, key=lambda point: point[0])))
+            found.append(_series(row, sorted(points, key=lambda point: point[0])))
     return found
 
 
@@ -414,7 +414,7 @@ def _by_cost(group: Group, metric: str, costs: dict[tuple[Any, str, int | None],
             if name == metric and (row.backbone, row.method, size) in costs
         ]
         if points:
-            found.append(_series(_name(row), sorted(points, key=lambda point: point[0])))
+            found.append(_series(row, sorted(points, key=lambda point: point[0])))
     if not found:
         raise ValueError("the cost results hold none of the runs' backbones, methods and sizes")
     return found

@@ -112,11 +112,15 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no result, or one of another protocol.
+        ValueError: if it is a folder, holds no result, or one of another protocol.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file of results at {path}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; expected a file that lift-fast eval wrote with --out") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file ({error})") from error
     found = content.get("protocol") if isinstance(content, dict) else None
     if found is None or (protocol is not None and found != protocol):
@@ -135,8 +139,14 @@ def check_same(path: str | os.PathLike[str], before: dict[str, Any], now: dict[s
         now: the content that a new run begins with; both have ``"options"`` and ``"record"``.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming what differs, or what ``before`` lacks of the objects that ``now`` holds.
     """
+    lacking = [name for name in now if isinstance(now[name], dict) and not isinstance(before.get(name), dict)]
+    if lacking:
+        raise ValueError(
+            f"{path} cannot be gone on with: it holds no {', '.join(lacking)} as such results have them; give another "
+            "file, or delete it to begin anew"
+        )
 
     def relevant(content: dict[str, Any]) -> dict[str, Any]:
         record = {name: value for name, value in content["record"].items() if name != "date"}

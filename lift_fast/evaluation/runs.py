@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .boxes import PUBLISHED_NAMES
 from .metrics import metric_of
 from .results import Estimate, load_json
 
@@ -213,10 +214,12 @@ def _discovery(content: dict[str, Any]) -> Shape:
     figures, counts = [], {}
     for method, entries in content["summary"].items():
         counts["number of pictures"] = entries["pictures"]
-        for metric, key in (("CorLoc", "corloc"), ("mean IoU", "mean_iou")):
+        for metric, key in (("CorLoc", "corloc"), ("mean IoU", "mean_iou"), ("not determined", "degenerate")):
             if entries[key] is not None:
                 figures.append(Figure(method, metric, None if size is None else int(size), _number(entries[key])))
-    return Shape(str(options["dataset"]), figures, {**_options(content, "dataset", "resolution"), **counts})
+    name = str(options["dataset"])
+    measured = {**_options(content, "dataset", "resolution"), **counts}
+    return Shape(PUBLISHED_NAMES.get(name, name), figures, measured)
 
 
 def _cka(content: dict[str, Any]) -> Shape:
@@ -228,6 +231,7 @@ def _cka(content: dict[str, Any]) -> Shape:
                 if value is not None:
                     figures.append(Figure(method, metric, int(size), value))
     measured = {key: content[key] for key in ("estimator", "reference", "grid")}
+    measured["photographs"] = content.get("options", {}).get("photographs")
     return Shape("", figures, {**measured, "number of pictures": content["pictures"]})
 
 

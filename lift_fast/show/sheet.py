@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,11 +102,11 @@ def _similarity_rows(pictures: Sequence[Shown], methods: Sequence[str], point: P
                 best, note = point, ""
             else:
                 best, similarity = best_match(first, shown, method, point)
-                note = f"best {similarity:.3f} at {best[0]:.0f}, {best[1]:.0f}"
+                note = f"best {similarity:.3f} at {_pixel(best)}"
             _cross(panel, _on_panel(shown, best))
             panels.append(panel)
             notes.append(note)
-        label = f"similarity to {point[0]:.0f}, {point[1]:.0f}   dark {low:.2f}, bright {high:.2f}"
+        label = f"similarity to {_pixel(point)}   dark {low:.2f}, bright {high:.2f}"
         rows.append(_Row(label, shown, panels, notes, point if number == 0 else None))
     return rows
 
@@ -184,6 +185,11 @@ def _size(shown: Shown) -> tuple[int, int]:
 
 def _as_read(shown: Shown, point: Point) -> Point:
     return point[0] * shown.size[1] / shown.image.width, point[1] * shown.size[0] / shown.image.height
+
+
+def _pixel(point: Point) -> str:
+    """The pixel that a point lies in. Rounding would name the next one of every second centre."""
+    return f"{math.floor(point[0])}, {math.floor(point[1])}"
 
 
 def _on_panel(shown: Shown, point: Point) -> Point:
