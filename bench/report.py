@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import torch
 
+from lift_fast import _native
 from lift_fast._files import atomic_path
 
 matplotlib.use("Agg")
@@ -51,6 +52,7 @@ def environment(run: dict[str, Any]) -> dict[str, Any]:
         "commit": run.get("commit_info", {}).get("id", "")[:12],
         "cpu": cpu.get("brand_raw", platform.processor()),
         "cores": cpu.get("count"),
+        "instructions": _native.require().cpu_isas()[0] if _native.can_run()[0] else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "lift_fast")},

@@ -449,3 +449,33 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "baseline ok" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="that kernel is not built here")
+def test_the_kernel_for_avx512_vnni_on_any_processor(tmp_path):
+    """Its very source, with a header that says in plain C++ what its instructions do."""
+    root = Path(__file__).resolve().parents[1]
+    flags = ["-std=c++17", "-O2", "-fopenmp", "-Wno-psabi", f"-I{root / 'csrc'}"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *avx2]
+    sources = {
+        "csrc/cpu/isa.cpp": [],
+        "csrc/cpu/nearest.cpp": [],
+        "csrc/cpu/nearest_baseline.cpp": [],
+        "csrc/cpu/nearest_avx2.cpp": avx2,
+        "csrc/cpu/nearest_avx2_int16.cpp": avx2,
+        "csrc/cpu/nearest_avx512.cpp": avx512,
+        "csrc/cpu/nearest_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
+        "csrc/cpu/nearest_avx512_int16.cpp": [f"-I{root / 'tests' / 'native' / 'emulated_avx512'}"],
+        "tests/native/nearest_emulate.cpp": [],
+    }
+    objects = []
+    for source, more in sources.items():
+        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
+        subprocess.run(["g++", *flags, *more, "-c", str(root / source), "-o", objects[-1]], check=True)
+    subprocess.run(["g++", "-fopenmp", *objects, "-o", str(tmp_path / "run")], check=True)
+    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "matches ok" in done.stdout

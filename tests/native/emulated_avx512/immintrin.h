@@ -1,0 +1,42 @@
+// The AVX-512 instructions of nearest_avx512_int16.cpp in plain C++, so that its very source runs on any CPU. Compiled
+// instead of the compiler's own header; semantics as in Intel's manual.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+typedef float __m512 __attribute__((vector_size(64), may_alias));
+typedef int __m512i __attribute__((vector_size(64), may_alias));
+typedef std::uint16_t __mmask16;
+enum { _CMP_GT_OQ = 0x1e };
+
+static inline __m512 _mm512_set1_ps(float value) {
+  // Lane by lane: arithmetic would change the bits of integers that look like NaN.
+  __m512 all;
+  for (int i = 0; i < 16; ++i) std::memcpy(reinterpret_cast<char*>(&all) + 4 * i, &value, 4);
+  return all;
+}
+static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+static inline __m512i _mm512_castps_si512(__m512 value) { return (__m512i)value; }
+// Sums of two products of 16-bit integers each, which wrap around as the instruction's do.
+static inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+  std::int16_t x[32], y[32];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; ++i) {
+    const std::int64_t wide = std::int64_t{sum[i]} + std::int32_t{x[2 * i]} * y[2 * i] +
+                              std::int64_t{std::int32_t{x[2 * i + 1]} * y[2 * i + 1]};
+    // An overflow would be a fault of the packing: it has to keep every sum in range.
+    if (wide != static_cast<std::int32_t>(wide)) __builtin_trap();
+    sum[i] = static_cast<std::int32_t>(wide);
+  }
+  return sum;
+}
+static inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) mask = static_cast<__mmask16>(mask | (a[i] > b[i]) << i);
+  return mask;
+}
