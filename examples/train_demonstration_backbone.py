@@ -24,6 +24,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +32,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lift_fast._files import atomic_path
+from lift_fast._files import atomic_path, make_folder
 from lift_fast.backbones.registry import IMAGENET
 from lift_fast.images import list_images, read_image
 from lift_fast.training.split import split
+from lift_fast.training.step import autocast, resolve_precision
 
 ARCHITECTURE = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 0}
+CPU = torch.device("cpu")
 PATCH = 16
 SHORTER_SIDE = 352
 PATCHES_PER_STEP = 16 * (12 * 12 + 12 * 12)
@@ -261,15 +265,16 @@ def step_batch(
     random = np.random.default_rng(seed)
     views, points, both = make_batch(photographs, indices, (PATCH * sides[0], PATCH * sides[1]), stage, random)
     parts = random if stage.crops and model.training else None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    # Where the processor does not compute in bfloat16, emulating it takes eight times as long as float32.
+    with autocast(CPU, resolve_precision("auto", CPU)):
         maps = [keys_and_tokens(model, v, parts) for v in views]
     losses = [correspondence_loss([m[facet] for m in maps], points, both, stage.cells) for facet in range(2)]
     return losses[0][0] + 0.5 * losses[1][0], losses[0][1]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("photographs", type=Path)
+    parser.add_argument("photographs", type=Path, help="folder, searched with its subfolders")
     parser.add_argument("--out", type=Path, required=True, help="weights, float16 safetensors")
     parser.add_argument("--log", type=Path, help="CSV of the course of the training")
     parser.add_argument("--start", type=Path, help="weights to go on from")
@@ -279,20 +284,29 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     stage = STAGES[arguments.stage]
     steps = stage.steps if arguments.steps is None else arguments.steps
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     import timm
 
-    paths = list_images(arguments.photographs)
+    try:
+        # Before the first hundred steps, after which something is written.
+        for path in filter(None, (arguments.out, arguments.log)):
+            make_folder(path.parent)
+        paths = list_images(arguments.photographs)
+        start_from = load_file(arguments.start) if arguments.start else None
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.error(str(error))
     training, held_out = (load_photographs(part) for part in split(paths, root=arguments.photographs))
+    if not held_out:
+        parser.error(f"{len(paths)} photographs leave none to hold out; give at least ten")
     print(f"{len(training)} photographs to train on, {len(held_out)} held out", file=sys.stderr)
     torch.manual_seed(arguments.seed)
     model = timm.models.vision_transformer.VisionTransformer(**ARCHITECTURE, dynamic_img_size=True)
-    if arguments.start:
-        model.load_state_dict(load_file(arguments.start))
+    if start_from is not None:
+        model.load_state_dict(start_from)
     model.norm.requires_grad_(False)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -312,7 +326,7 @@ def main() -> None:
     bar = tqdm(range(steps), unit="step")
     for step in bar:
         sides = stage.sides[random.integers(len(stage.sides))]
-        count = max(4, PATCHES_PER_STEP // (sides[0] ** 2 + sides[1] ** 2))
+        count = min(len(training), max(4, PATCHES_PER_STEP // (sides[0] ** 2 + sides[1] ** 2)))
         if len(order) < count:
             order = list(random.permutation(len(training)))
         indices = np.array([order.pop() for _ in range(count)])

@@ -1,4 +1,4 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, never a part."""
+"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them."""
 
 from __future__ import annotations
 
@@ -35,3 +35,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder ``path``, made if missing, with the folders above it; files can be written there.
+
+    To be called before long work whose results go there.
+
+    Raises:
+        ValueError: if it cannot be made, or nothing can be written to it; says why.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError as error:
+        raise ValueError(f"{folder} is a file; expected a folder for the results, give another one") from error
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}; give another one") from error
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import zipfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ._files import atomic_path
@@ -129,10 +130,15 @@ def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: if the file cannot be written.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in lift.state_dict().items()}
+    if Path(path).suffix == ".safetensors":
+        content = save(state)
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
     with atomic_path(path) as temporary:
-        if Path(path).suffix == ".safetensors":
-            save_file(state, temporary)
-        else:
-            torch.save(state, temporary)
+        # Both libraries' own writers hide the system's error, such as a full disk, behind one of theirs.
+        temporary.write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +49,14 @@ def leads() -> bool:
 
 
 @contextmanager
-def join_world(device: str | None) -> Iterator[World]:
+def join_world(device: str | None, patience: timedelta | None = None) -> Iterator[World]:
     """The world that ``torchrun``'s environment variables describe; its process group lives as long as the context.
 
     NCCL joins CUDA devices, gloo everything else.
+
+    Args:
+        device: that the processes compute on.
+        patience: how long one process waits for another; None is PyTorch's, minutes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -62,7 +67,7 @@ def join_world(device: str | None) -> Iterator[World]:
     cuda = torch.device(device).type == "cuda" if device is not None else torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     try:
         yield world
     finally:

@@ -103,7 +103,8 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """Pictures in a folder and its subfolders, sorted; a file is returned as it is.
 
-    Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped.
+    Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped. Links to folders are followed,
+    unless they lead back to a folder that they lie in.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
@@ -114,16 +115,33 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
         raise FileNotFoundError(f"no file or folder at {path}")
     if path.is_file():
         return [path]
-    found = [
-        p
-        for p in path.rglob("*")
-        if p.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        and p.is_file()
-    ]
+    found = _pictures_below(path, frozenset())
     if not found:
         raise ValueError(f"no pictures in {path} (suffixes {', '.join(sorted(SUFFIXES))})")
     return sorted(found)
+
+
+def _pictures_below(folder: Path, above: frozenset[str]) -> list[Path]:
+    """The files of :func:`list_images`; ``above`` are the folders that ``folder`` was reached through."""
+    where = os.path.realpath(folder)
+    if where in above:
+        return []
+    found: list[Path] = []
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        if above:
+            # What belongs to somebody else, such as lost+found, is no obstacle.
+            return []
+        raise
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += _pictures_below(folder / entry.name, above | {where})
+        elif Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
+            found.append(folder / entry.name)
+    return found
 
 
 def resize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
 
@@ -34,13 +35,15 @@ def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str
     Returns:
         A scalar, or the shape of the inputs without ``dim``; float32 for inputs in half precision (as PyTorch's loss
         under autocast). Differentiable in ``prediction`` twice and more: with ``create_graph=True`` its gradient is
-        computed by plain PyTorch.
+        computed by plain PyTorch, which also serves the transforms of ``torch.func`` and forward-mode differentiation.
 
     Raises:
-        TypeError: for inputs that are no floating-point tensors, or of different dtypes.
-        ValueError: for different shapes or devices, a ``dim`` out of range, an unknown ``reduction``.
+        TypeError: for inputs that are no dense floating-point tensors, or of different dtypes.
+        ValueError: for scalars, different shapes or devices, a ``dim`` out of range, an unknown ``reduction``.
     """
     dim = _check(prediction, target, dim, reduction)
+    if not torch.compiler.is_compiling() and _is_transformed(prediction, target):
+        return cosine_loss_plain(prediction, target, dim, reduction)
     if not torch.is_grad_enabled() or not (prediction.requires_grad or target.requires_grad):
         return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, False)[0]
     if target.requires_grad:
@@ -96,6 +99,19 @@ def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
     return LOSSES[name]
 
 
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation follows ``tensors``: both know plain operations only.
+
+    The operator would be refused by the one, and have no tangent, silently, for the other.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # The level first: looking for tangents takes longer than a small loss.
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
 def _check_reduction(reduction: str) -> None:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
@@ -108,6 +124,8 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if value.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {value.layout}; convert it with to_dense()")
     if prediction.dtype != target.dtype:
         raise TypeError(
             f"prediction is {prediction.dtype}, target is {target.dtype}; convert one of them, for example "
@@ -119,6 +137,8 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
         raise ValueError(f"prediction is on {prediction.device}, target on {target.device}; move one of them")
     _check_reduction(reduction)
     count = prediction.dim()
+    if count == 0:
+        raise ValueError("prediction and target are scalars; expected at least one dimension, that of the descriptors")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
         raise ValueError(f"dim must be an integer from {-count} to {count - 1} for {count} dimensions, got {dim!r}")
     return dim % count

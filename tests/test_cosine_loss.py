@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 import lift_fast
 from lift_fast import CosineLoss, cosine_loss
@@ -295,7 +297,8 @@ BAD = {
     "shapes": ((torch.ones(2, 2), torch.ones(2, 3)), {}, ValueError, r"\[2, 2\] and target \[2, 3\]"),
     "device": ((torch.ones(2, 2), torch.ones(2, 2, device="meta")), {}, ValueError, "target on meta"),
     "dim": ((torch.ones(2, 2),) * 2, {"dim": 2}, ValueError, "dim must be an integer from -2 to 1"),
-    "no dim": ((torch.tensor(1.0),) * 2, {"dim": 0}, ValueError, "dim must be an integer"),
+    "no dim": ((torch.tensor(1.0),) * 2, {"dim": 0}, ValueError, "are scalars; expected at least one dimension"),
+    "sparse": ((torch.ones(2, 2).to_sparse(),) * 2, {}, TypeError, r"must be dense, got torch.sparse_coo"),
     "bool": ((torch.ones(2, 2),) * 2, {"dim": True}, ValueError, "got True"),
     "reduction": ((torch.ones(2, 2),) * 2, {"reduction": "max"}, ValueError, "'mean', 'sum', 'none', got 'max'"),
 }
@@ -322,6 +325,31 @@ def test_registry():
     with pytest.raises(ValueError, match="cosine, l1, l2, got 'huber'"):
         feature_loss("huber")
     assert lift_fast.cosine_loss is cosine_loss
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_function_transforms_and_forward_mode_follow_it(reduction):
+    x, y, tangent = random(3, 6, 4), random(3, 6, 4, seed=1), random(3, 6, 4, seed=2)
+    loss = partial(cosine_loss, target=y, reduction=reduction)
+    plain = partial(op.cosine_loss_plain, target=y, reduction=reduction)
+    wanted, slope = torch.func.jvp(plain, (x,), (tangent,))
+    assert slope.abs().max() > 1e-3
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,)), (wanted, slope))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent, slope)
+    jacobian = torch.func.jacrev(plain)(x)
+    torch.testing.assert_close(torch.func.jacrev(loss)(x), jacobian)
+    for create_graph in (False, True):
+        torch.testing.assert_close(
+            torch.autograd.functional.jacobian(loss, x, vectorize=True, create_graph=create_graph), jacobian
+        )
+    z = x.clone().requires_grad_()
+    value = loss(z)
+    rows = torch.eye(max(1, value.numel())).view(-1, *value.shape)
+    (found,) = torch.func.vmap(lambda row: torch.autograd.grad(value, z, row))(rows)
+    torch.testing.assert_close(found.view(jacobian.shape), jacobian)
+    each = torch.func.vmap(partial(cosine_loss, dim=0, reduction=reduction))(x, y)
+    torch.testing.assert_close(each, torch.stack([cosine_loss(x[i], y[i], 0, reduction) for i in range(len(x))]))
 
 
 def test_native_memory_is_the_gradient_and_little_more():

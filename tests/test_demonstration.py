@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from lift_fast.cli import main
 from lift_fast.evaluation import warp
 from lift_fast.evaluation.methods import build_methods
 
-CAT = Path(__file__).resolve().parents[1] / "examples" / "photographs" / "cat.jpg"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+CAT = EXAMPLES / "photographs" / "cat.jpg"
 
 
 def test_files_are_small_and_half_precision():
@@ -112,3 +115,67 @@ def test_its_own_lift_in_its_place(tmp_path, capsys):
     options = ["match", str(CAT), str(CAT), "--out", str(tmp_path / "m.png"), "--size", "64", "--lift"]
     assert main([*options, str(tmp_path / "mine.pth")]) == 0
     assert "LiFT (mine.pth)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def script(monkeypatch):
+    file = EXAMPLES / "train_demonstration_backbone.py"
+    spec = importlib.util.spec_from_file_location("train_demonstration_backbone", file)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclass looks itself up.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    cat = Image.open(CAT).resize((96, 80))
+    for number in range(10):
+        cat.rotate(9 * number).save(folder / f"{number}.png")
+    return folder
+
+
+def test_the_script_trains_what_loads_under_its_name(script, photographs, tmp_path, monkeypatch):
+    # Fewer photographs than a batch has; small views.
+    monkeypatch.setitem(script.STAGES, 1, script.Stage(1, 1e-3, ((4, 4),), 8))
+    first, log, second = tmp_path / "new" / "1.safetensors", tmp_path / "logs" / "1.csv", tmp_path / "2.safetensors"
+    script.main([str(photographs), "--out", str(first), "--log", str(log), "--threads", "1"])
+    assert len(log.read_text().splitlines()) == 2
+    script.main([str(photographs), "--start", str(first), "--out", str(second), "--learning-rate", "1e-9"])
+    trained, gone_on, shipped = load_file(first), load_file(second), load_file(demonstration.backbone_file())
+    assert {k: (v.shape, v.dtype) for k, v in trained.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
+    assert all((trained[name] - gone_on[name]).abs().max() < 1e-3 for name in trained)
+
+
+@pytest.mark.parametrize("precise", [torch.float32, torch.bfloat16])
+def test_the_script_computes_in_bfloat16_only_where_the_processor_does(script, precise, monkeypatch):
+    monkeypatch.setattr(script, "resolve_precision", lambda wish, device: precise)
+    seen = []
+
+    def stop(model, views, parts):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "keys_and_tokens", stop)
+    model = torch.nn.Identity().eval()
+    with pytest.raises(InterruptedError):
+        script.step_batch([torch.zeros(3, 80, 96, dtype=torch.uint8)], model, [0], (4, 4), script.STAGES[1], [0])
+    assert seen == [precise == torch.bfloat16]
+
+
+def test_the_script_says_what_it_cannot_do_before_it_trains(script, photographs, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "1.safetensors")]
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([str(tmp_path / "nowhere"), *out], "no file or folder at"),
+        ([str(CAT), *out], "1 photographs leave none to hold out; give at least ten"),
+        ([str(photographs), "--out", str(tmp_path / "file" / "1.safetensors")], "is a file; expected a folder"),
+        ([str(photographs), *out, "--start", str(tmp_path / "gone.safetensors")], "gone.safetensors"),
+        ([str(photographs), *out, "--start", str(tmp_path / "file")], "error: "),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(arguments)
+        assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """Atomic writing: the old file or the whole new one, nothing in between."""
 
+import errno
 import os
 import stat
 
 import pytest
 
-from lift_fast._files import atomic_path
+from lift_fast._files import atomic_path, make_folder
 
 
 def test_success_replaces_the_file(tmp_path):
@@ -49,3 +50,24 @@ def test_missing_folder_is_named(tmp_path):
         atomic_path(tmp_path / "no_such_folder" / "a"),
     ):
         pass
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    assert make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert os.listdir(make_folder(tmp_path / "a" / "b")) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; expected a folder"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"cannot write to the folder .*below: Not a directory; give another one"):
+        make_folder(tmp_path / "file" / "below")
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    # Whoever runs the tests may be allowed to write anywhere.
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="Read-only file system; give another one"):
+        make_folder(tmp_path)

@@ -80,6 +80,17 @@ def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_image(tmp_path / "whole.jpg")
 
 
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None:
+    (tmp_path / "store" / "cats").mkdir(parents=True)
+    (tmp_path / "store" / "cats" / "a.jpg").touch()
+    root = tmp_path / "classes"
+    root.mkdir()
+    (root / "cats").symlink_to(tmp_path / "store" / "cats")
+    (root / "circle").symlink_to(root)
+    (root / "nowhere.jpg").symlink_to(tmp_path / "nothing")
+    assert list_images(root) == [root / "cats" / "a.jpg"]
+
+
 def test_list_images(tmp_path: Path) -> None:
     (tmp_path / "b" / ".hidden").mkdir(parents=True)
     (tmp_path / "empty").mkdir()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import resource
 import subprocess
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from lift_fast import LiFT, ViTLiFTExtractor, load_backbone
 from lift_fast.images import to_tensor
 from lift_fast.losses import feature_loss
 from lift_fast.testing import relative_error
-from lift_fast.training import TrainingSettings, split, train
+from lift_fast.training import NotSaved, TrainingSettings, split, train
 from lift_fast.training.objective import FrozenFeatures, Objective
 from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
 from lift_fast.training.reference import PlainObjective
@@ -166,6 +168,45 @@ def test_a_folder_with_a_training_is_not_overwritten_unasked(folder, tmp_path):
     assert not (tmp_path / "unreadable.txt").exists()
 
 
+def test_what_cannot_begin_overwrites_nothing(folder, tmp_path, monkeypatch):
+    train(settings(folder, tmp_path, max_steps=1), quiet=True)
+    before = (tmp_path / "last.pth").read_bytes()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(settings(folder, tmp_path, tensorboard=True), overwrite=True, quiet=True)
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A file that grows beyond ``size`` bytes meets what a full disk gives: an error of the system."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "what"), [(0, "log.csv"), (200_000, "lift.pth"), (2_000_000, "last.pth")])
+def test_a_full_disk_is_said_and_keeps_what_was_saved(folder, tmp_path, size, what):
+    train(settings(folder, tmp_path, max_steps=1), quiet=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # What the sizes are for: room for the log alone, for LiFT as well, for nothing.
+    assert len(before["log.csv"]) + 100 < 200_000 < len(before["lift.pth"]) < 2_000_000 < len(before["last.pth"])
+    with (
+        files_of_at_most(size),
+        pytest.raises(NotSaved, match=r"cannot write to .* at step \d: File too large\. What was saved .* resume$"),
+    ):
+        train(settings(folder, tmp_path, max_steps=2), resume=True, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
+    assert (tmp_path / "last.pth").read_bytes() == before["last.pth"]
+    assert ((tmp_path / "lift.pth").read_bytes() == before["lift.pth"]) == (what != "last.pth")
+    train(settings(folder, tmp_path, max_steps=2), resume=True, quiet=True)
+    train(settings(folder, tmp_path / "straight", max_steps=2), quiet=True)
+    assert_same(state(tmp_path), state(tmp_path / "straight"))
+
+
 def test_another_backbone_file_under_the_same_name_is_refused(folder, tmp_path):
     model = load_backbone("vit_tiny_patch16_224", random_weights=True).model
     torch.save(model.state_dict(), tmp_path / "a.pth")
@@ -238,7 +279,8 @@ def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, mon
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     train(settings(folder, tmp_path / "b", tensorboard=True, max_steps=2), quiet=True)
-    assert seen[0] == (str(tmp_path / "b"), None)
+    # Steps of an earlier run in this folder are not shown.
+    assert seen[0] == (str(tmp_path / "b"), 1)
     assert [entry for entry in seen if entry[0] == "loss"] == [("loss", 1), ("loss", 2)]
     assert seen[-1] == "closed"
 

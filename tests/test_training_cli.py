@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -108,6 +109,8 @@ def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
         (["--model", "nonsense"], "unknown backbone"),
         (["--weights", "nowhere.pth", "--model", "dino_vits16"], "random_weights"),
         (["--device", "warp"], "does not exist"),
+        (["--out", __file__], "is a file; expected a folder for the results"),
+        (["--out", f"{__file__}/below"], "Not a directory; give another one"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(folder, tmp_path, capsys, extra, message):
@@ -207,6 +210,46 @@ def test_two_processes_with_synchronised_batchnorm_train_as_one(folder, tmp_path
     assert list(a) == list(b)
     name = "up1.conv_1.double_conv.1.running_var"
     assert torch.allclose(a[name], b[name], rtol=1e-2)
+
+
+def test_numbers_that_may_be_zero_say_so(folder, tmp_path, capsys):
+    for text in ("-1", "many"):
+        with pytest.raises(SystemExit):
+            run("train", folder, "--out", tmp_path, "--workers", text)
+        assert f"expected a whole number of at least 0, got '{text}'" in capsys.readouterr().err
+
+
+def test_a_training_that_cannot_be_saved_ends_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lift_fast.training.state.save", full)
+    assert run("train", folder, "--out", tmp_path, *TINY, "--max-steps", 1, "--quiet") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"lift-fast train: cannot write to {tmp_path} at step 1: No space left on device. ")
+    assert error.count("\n") == 1
+    monkeypatch.setattr("numpy.savez", full)
+    common = ("extract", folder, *TINY[:-8], "--size", 64, "--device", "cpu", "--quiet")
+    assert run(*common, "--out", tmp_path / "f") == 2
+    error = capsys.readouterr().err
+    assert "00.npz: No space left on device; put that right and run the same command again" in error
+    assert error.count("\n") == 1
+
+
+def test_processes_of_extract_wait_for_one_another_as_long_as_it_takes(folder, tmp_path, monkeypatch):
+    asked = {}
+
+    def stop(backend, timeout):
+        asked.update(backend=backend, timeout=timeout)
+        raise ValueError("far enough")
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", stop)
+    with pytest.raises(ValueError, match="far enough"):
+        run("extract", folder, "--out", tmp_path, *TINY[:-8], "--device", "cpu")
+    assert asked["backend"] == "gloo"
+    assert asked["timeout"].days > 30
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed package")

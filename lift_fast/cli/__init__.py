@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 if some inputs had to be skipped or a training diverged, 2 for input that cannot be used (said
-        on stderr), 130 after an interrupt, 143 after a SIGTERM that saved a training.
+        0 on success, 1 if some inputs had to be skipped or a training diverged or could not be saved, 2 for input that
+        cannot be used (said on stderr), 130 after an interrupt, 143 after a SIGTERM that saved a training.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lift_fast.distributed import join_world
 
-    # The processes exchange nothing but their figures.
-    with join_world("cpu") as world:
+    # The processes exchange nothing but their figures, at the end: one may be hours before another, whose share of the
+    # pictures has more that are not there yet. Of a process that dies torchrun knows.
+    with join_world("cpu", timedelta(days=365)) as world:
         if world.size > 1 and torch.cuda.is_available():
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
         return _run(arguments, world)
@@ -61,10 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     from tqdm import tqdm
 
+    from lift_fast._files import make_folder
+
     quiet = arguments.quiet or not world.leads
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.out)
     # Shared out before looking at what is there: meanwhile other processes write.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.exists()}
@@ -199,12 +203,18 @@ def _extract(
         grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
     stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
     for descriptors, (target, file_size) in zip(stored, members, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                descriptors=descriptors,
-                image_size=np.array([height, width]),
-                file_size=np.array(file_size),
-                settings=np.array(settings),
-            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary, temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    descriptors=descriptors,
+                    image_size=np.array([height, width]),
+                    file_size=np.array(file_size),
+                    settings=np.array(settings),
+                )
+        except OSError as error:
+            raise UsageError(
+                f"cannot write {target}: {error.strerror or error}; put that right and run the same command again, "
+                "what was written before is kept"
+            ) from error

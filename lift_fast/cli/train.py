@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from lift_fast.distributed import leads
-    from lift_fast.training import Interrupted, TrainingSettings, train
+    from lift_fast.training import Interrupted, NotSaved, TrainingSettings, train
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
             figures = train(settings, resume=arguments.resume, overwrite=arguments.overwrite, quiet=arguments.quiet)
         except FileExistsError as error:
             raise UsageError(f"{error} (--resume, --overwrite, --out)") from error
-        except FloatingPointError as error:
+        except (FloatingPointError, NotSaved) as error:
             print(f"lift-fast train: {error}", file=sys.stderr)
             return 1
         except Interrupted as stop:
@@ -181,4 +181,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _whole(text: str) -> int:
     """argparse type: an integer >= 0."""
-    return 0 if text == "0" else positive(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return value

@@ -255,7 +255,17 @@ class CosineLossFunction(torch.autograd.Function):
         if gradient is None:
             gradient = _cosine_loss(prediction, target, ctx.dim, ctx.reduction, True)[1]
         factor = _weights(prediction, ctx.dim, ctx.reduction)[1]
-        return _scale_in_place(gradient, grad_loss if factor == 1 else grad_loss * factor, ctx.dim), None, None, None
+        grad_loss = grad_loss if factor == 1 else grad_loss * factor
+        if _is_batched(grad_loss):
+            # Many gradients at once do not fit into the one that is here.
+            return _scaled(gradient, grad_loss, ctx.dim), None, None, None
+        return _scale_in_place(gradient, grad_loss, ctx.dim), None, None, None
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for many: of ``torch.func.vmap``, or of autograd's older ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _scale_in_place(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:

@@ -13,10 +13,17 @@ if TYPE_CHECKING:
     from .loop import Interrupted, train
     from .settings import TrainingSettings
     from .split import split
+    from .state import NotSaved
 
-__all__ = ["Interrupted", "TrainingSettings", "split", "train"]
+__all__ = ["Interrupted", "NotSaved", "TrainingSettings", "split", "train"]
 
-_HOME = {"Interrupted": ".loop", "TrainingSettings": ".settings", "split": ".split", "train": ".loop"}
+_HOME = {
+    "Interrupted": ".loop",
+    "NotSaved": ".state",
+    "TrainingSettings": ".settings",
+    "split": ".split",
+    "train": ".loop",
+}
 
 
 def __getattr__(name: str) -> Any:

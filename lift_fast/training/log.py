@@ -17,11 +17,11 @@ class Log:
     """Appends a row for each step to ``log.csv``; with ``resumed_step``, rows after it are dropped first.
 
     Raises:
-        ValueError: if TensorBoard is asked for and not installed.
+        ValueError: as :func:`tensorboard_writer`.
     """
 
     def __init__(self, folder: Path, resumed_step: int, tensorboard: bool) -> None:
-        self._events: Any = _events(folder, resumed_step) if tensorboard else None
+        self._events: Any = None
         self.path = folder / LOG_FILE
         rows: list[list[str]] = []
         if resumed_step and self.path.exists():
@@ -32,6 +32,9 @@ class Log:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(row for row in rows if int(row[0]) <= resumed_step)
+        if tensorboard:
+            # Steps from here on replace those that an earlier run has left in this folder.
+            self._events = tensorboard_writer()(str(folder), purge_step=resumed_step + 1)
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 
@@ -53,12 +56,17 @@ class Log:
             self._events.close()
 
 
-def _events(folder: Path, resumed_step: int) -> Any:
+def tensorboard_writer() -> Any:
+    """PyTorch's class that writes TensorBoard events.
+
+    Raises:
+        ValueError: if TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard=True needs TensorBoard: pip install tensorboard, or leave it out") from error
-    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+    return SummaryWriter
 
 
 def progress_bar(total: int, done: int, quiet: bool) -> Any:

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lift_fast._files import make_folder
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.distributed import World, join_world, resolve_device
 from lift_fast.images import list_images
 from lift_fast.lift import LiFT
 
 from . import state as disk
-from .log import Log, progress_bar
+from .log import Log, progress_bar, tensorboard_writer
 from .objective import FrozenFeatures, Objective
 from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .settings import TrainingSettings, contradictions
@@ -69,6 +71,7 @@ def train(
         WeightsNotFoundError: as :func:`lift_fast.load_backbone`.
         FileExistsError: if ``settings.out`` holds a training and neither ``resume`` nor ``overwrite`` is given.
         FloatingPointError: if the loss is no longer finite; what was saved before stays.
+        NotSaved: if something could not be written to ``settings.out``, say for want of room; the same holds.
         Interrupted: after SIGINT or SIGTERM.
     """
     with join_world(settings.device) as world:
@@ -140,7 +143,10 @@ class _Run:
         if world.leads and saved is None:
             # From here on, so that a resume cannot go on with what was to be overwritten.
             disk.remove(settings.out)
-        self.log = Log(settings.out, self.progress.step, settings.tensorboard) if world.leads else None
+        self.log: Log | None = None
+        if world.leads:
+            with self._writing():
+                self.log = Log(settings.out, self.progress.step, settings.tensorboard)
         self.waited = 0.0
         self._unlogged: list[tuple[int, int, Tensor]] = []
         self._since = time.perf_counter()
@@ -178,7 +184,8 @@ class _Run:
             stop_workers(self.loader)
             bar.close()
             if self.log is not None:
-                self.log.close()
+                with self._writing():
+                    self.log.close()
         self._settle()
         seconds = time.perf_counter() - began
         if stopped_by:
@@ -220,7 +227,8 @@ class _Run:
             rows.append((step, epoch, loss, full, half, speed, len(self.progress.unreadable)))
         self._unlogged.clear()
         if self.log is not None:
-            self.log.write(rows)
+            with self._writing():
+                self.log.write(rows)
         bar.set_postfix_str(f"loss {rows[-1][2]:.4f}, {speed:.3g} images/s", refresh=False)
 
     def _end_epoch(self, bar: Any) -> None:
@@ -245,7 +253,13 @@ class _Run:
                 f"LiFT's weights are no longer finite at step {self.progress.step}; take a lower learning rate, or "
                 f"precision float32. What was saved in {self.settings.out} before is sound"
             )
-        disk.save(self.settings.out, self.lift, self.step.optimizer, self.step.scaler, self.progress, self.description)
+        with self._writing():
+            disk.save(
+                self.settings.out, self.lift, self.step.optimizer, self.step.scaler, self.progress, self.description
+            )
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return disk.writing(self.settings.out, self.progress.step)
 
     def _agreed(self, number: int) -> int:
         """The signal that any process has received; the processes learn of it a step later, all at the same one."""
@@ -272,6 +286,9 @@ class _Run:
 
     def _check(self, backbone: FrozenViT) -> None:
         settings, patch, count = self.settings, backbone.patch_size, len(self.paths)
+        if settings.tensorboard:
+            # Before an earlier training is overwritten.
+            tensorboard_writer()
         if settings.image_size % (4 * patch):
             near = max(1, round(settings.image_size / (4 * patch))) * 4 * patch
             raise ValueError(
@@ -291,8 +308,7 @@ class _Run:
             )
 
     def _saved(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        out = self.settings.out
-        out.mkdir(parents=True, exist_ok=True)
+        out = make_folder(self.settings.out)
         if resume:
             saved = disk.load(out)
             if saved is None and not self.quiet:

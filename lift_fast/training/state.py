@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,22 @@ from lift_fast.lift import LiFT
 
 LIFT_FILE, STATE_FILE, UNREADABLE_FILE = "lift.pth", "last.pth", "unreadable.txt"
 _FORMAT = 1
+
+
+class NotSaved(Exception):
+    """A file of the run could not be written, say for want of room; what was saved before stays."""
+
+
+@contextmanager
+def writing(folder: Path, step: int) -> Iterator[None]:
+    """Raise :class:`NotSaved` where what is inside cannot write to ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        raise NotSaved(
+            f"cannot write to {folder} at step {step}: {error.strerror or error}. What was saved there before is "
+            "sound; put that right and resume"
+        ) from error
 
 
 @dataclass
@@ -47,7 +65,11 @@ def save(
     progress: Progress,
     description: dict[str, Any],
 ) -> None:
-    """Write ``lift.pth`` (published format), ``last.pth`` and, if need be, ``unreadable.txt``, each atomically."""
+    """Write ``lift.pth`` (published format), ``last.pth`` and, if need be, ``unreadable.txt``, each atomically.
+
+    Raises:
+        OSError: if one cannot be written.
+    """
     state = {
         "format": _FORMAT,
         "lift": lift.state_dict(),
@@ -57,12 +79,16 @@ def save(
         "random": _random_state(),
         "description": description,
     }
-    with atomic_path(folder / STATE_FILE) as temporary:
-        torch.save(state, temporary)
     save_lift(lift, folder / LIFT_FILE)
     if progress.unreadable:
         with atomic_path(folder / UNREADABLE_FILE) as temporary:
             temporary.write_text("".join(f"{message}\n" for message in sorted(progress.unreadable)), errors="replace")
+    # Last: what has this state has the weights that belong to it, wherever the run may be killed.
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic_path(folder / STATE_FILE) as temporary:
+        # PyTorch's own writer hides the system's error behind an assertion of its own.
+        temporary.write_bytes(content.getbuffer())
 
 
 def load(folder: Path) -> dict[str, Any] | None:
