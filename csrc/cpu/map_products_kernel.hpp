@@ -125,12 +125,16 @@ inline void pack_cells(const float* cells, std::int64_t stride, std::int64_t c, 
 // The same of fewer cells, the others zero.
 inline void pack_part(const float* cells, std::int64_t width, const MapProductsCall& call, float* panels,
                       float* squares) {
+  const std::int64_t channel = call.channel_stride, cell = call.cell_stride, c = call.c;
   for (int i = 0; i < kBlock; ++i) squares[i] = 0;
-  for (std::int64_t k = 0; k < call.c; ++k) {
-    for (int i = 0; i < kBlock; ++i) {
-      const float cell = i < width ? cells[k * call.channel_stride + i * call.cell_stride] : 0.0f;
-      squares[i] += cell * cell;
-      panels[(i / kCells * call.c + k) * kCells + i % kCells] = cell;
+  for (std::int64_t start = 0; start < width; start += kCells) {
+    const std::int64_t filled = smaller(kCells, width - start);
+    for (std::int64_t k = 0; k < c; ++k) {
+      const float* from = cells + k * channel + start * cell;
+      float* to = panels + (start / kCells * c + k) * kCells;
+      for (std::int64_t i = 0; i < filled; ++i) to[i] = from[i * cell];
+      for (std::int64_t i = filled; i < kCells; ++i) to[i] = 0.0f;
+      for (std::int64_t i = 0; i < kCells; ++i) squares[start + i] += to[i] * to[i];
     }
   }
 }
