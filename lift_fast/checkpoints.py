@@ -45,9 +45,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, object]:
         SafetensorError,
         zipfile.BadZipFile,
         ValueError,
-        KeyError,
+        LookupError,
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, LookupError):
+            # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
+            reason = "its content is of another kind"
         raise ValueError(
             f"{path} is no readable checkpoint ({reason}); expected a PyTorch or .safetensors file"
         ) from error

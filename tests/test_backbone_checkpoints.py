@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lift_fast import load_lift
 from lift_fast.backbones import (
     FrozenViT,
     WeightsNotFoundError,
@@ -240,6 +241,10 @@ def test_corrupt_and_missing_files(model: nn.Module, tmp_path: Path) -> None:
     for name in ("cut.pth", "text.pth", "empty.pth", "bad.safetensors"):
         with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
             load_backbone(NAME, weights=tmp_path / name)
+    (tmp_path / "words.pth").write_text("hello")
+    for load in (lambda path: load_backbone(NAME, weights=path), lambda path: load_lift(path, patch_size=16)):
+        with pytest.raises(ValueError, match=r"words.pth is no readable checkpoint.*another kind"):
+            load(tmp_path / "words.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pth"):
         load_backbone(NAME, weights=tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="is a folder"):

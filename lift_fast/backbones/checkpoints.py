@@ -212,4 +212,7 @@ def _some(entries: list[str]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
+    if isinstance(error, LookupError):
+        return "its content is of another kind"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
