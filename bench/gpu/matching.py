@@ -277,11 +277,9 @@ def _peer(name: str, exact: Tensor, half: Tensor) -> Callable[[], Any]:
         resources = faiss.StandardGpuResources()
         return lambda: faiss.knn_gpu(resources, exact[0], exact[1], 1, metric=faiss.METRIC_INNER_PRODUCT)
     if name == "flash_kmeans":
-        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+        from flash_kmeans.assign_euclid_triton import cosine_assign_triton
 
-        # Among unit vectors the nearest is the most similar.
-        norms = (half[:1].float() ** 2).sum(-1)
-        return lambda: euclid_assign_triton(half[:1], half[1:], norms)
+        return lambda: cosine_assign_triton(half[:1], half[1:])
     from pykeops.torch import LazyTensor
 
     return lambda: (LazyTensor(exact[0][:, None]) | LazyTensor(exact[1][None])).argmax(dim=1)
