@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, as_usage_error
 from .eval_options import add_method_options, build, check_folder, check_outputs, record, show
-from .options import positive, remarks
+from .options import positive, remarks, whole
 
 if TYPE_CHECKING:
     from lift_fast.backbones import FrozenViT
@@ -53,9 +53,9 @@ def add_parser(protocols: Any) -> None:
     numbers.add_argument(
         "--size", type=positive, default=448, metavar="S", help="frames are resized to S x S (%(default)s)"
     )
-    numbers.add_argument("--queue", type=_whole, default=7, metavar="N", help="last frames as context (%(default)s)")
+    numbers.add_argument("--queue", type=whole, default=7, metavar="N", help="last frames as context (%(default)s)")
     numbers.add_argument(
-        "--radius", type=_whole, default=12, metavar="N", help="of the neighbourhood in cells (%(default)s)"
+        "--radius", type=whole, default=12, metavar="N", help="of the neighbourhood in cells (%(default)s)"
     )
     numbers.add_argument("--topk", type=positive, default=5, metavar="K", help="keys to average (%(default)s)")
     numbers.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of their weights (%(default)s)")
@@ -214,14 +214,3 @@ def _labelled(entries: list[str]) -> dict[str, Path]:
             raise UsageError(f"--score: two folders are called {label!r}; give labels, LABEL=DIR")
         folders[label] = Path(path)
     return folders
-
-
-def _whole(text: str) -> int:
-    """argparse type: an integer >= 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return value

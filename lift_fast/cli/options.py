@@ -18,12 +18,21 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def positive(text: str) -> int:
     """argparse type: an integer >= 1."""
+    return _at_least(1, text)
+
+
+def whole(text: str) -> int:
+    """argparse type: an integer >= 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, as_usage_error
-from .options import add_output_options, positive
+from .options import add_output_options, positive, whole
 
 _DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
 picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--no-image", action="store_true", help='the "no image" ablation')
     group.add_argument("--image-channels", type=positive, default=32, metavar="N", help="image encoder (%(default)s)")
     group.add_argument(
-        "--extra-image-blocks", type=_whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
+        "--extra-image-blocks", type=whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
     )
 
     group = parser.add_argument_group("pictures")
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
         metavar="X",
         help="hold out a fraction of the pictures, evenly by name; without a number every tenth",
     )
-    group.add_argument("--workers", type=_whole, metavar="N", help="processes that read pictures, for each process")
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that read pictures, for each process")
 
     group = parser.add_argument_group("training")
     group.add_argument("--loss", default="cosine", choices=("cosine", "l1", "l2"), help="(%(default)s)")
@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
     group.add_argument("--max-steps", type=positive, metavar="N", help="end after N steps")
     group.add_argument("--lr", type=float, default=1e-3, metavar="X", help="learning rate of Adam (%(default)s)")
-    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="(%(default)s)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="(%(default)s)")
     group.add_argument("--save-every", type=positive, metavar="N", help="save after every N steps too")
     group.add_argument("--save-every-epochs", type=positive, default=1, metavar="N", help="(%(default)s)")
 
@@ -177,14 +177,3 @@ def run(arguments: argparse.Namespace) -> int:
         rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
         print(f"wrote {figures['lift']} after {figures['steps']} steps, {figures['seconds']} s{rate}", file=sys.stderr)
     return 0
-
-
-def _whole(text: str) -> int:
-    """argparse type: an integer >= 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return value
