@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast import load_backbone
 from lift_fast.backbones.reference import extract_hooked
+from lift_fast.evaluation.cost import flop_counter
 from lift_fast.testing import relative_error
 
 
 def flops(function):
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         function()
     return counter.get_total_flops()
 

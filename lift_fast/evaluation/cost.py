@@ -165,7 +165,8 @@ def _shapes_only() -> FakeTensorMode:
 
 
 @contextmanager
-def _counter() -> Iterator[FlopCounterMode]:
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """PyTorch's counter of FLOPs, attention included whatever the release and the device."""
     # Attention as matrix products: which of its fused operators the counter knows depends on PyTorch's version, and
     # the CPU's is not among them everywhere.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -180,7 +181,7 @@ def _picture(backbone: FrozenViT, size: int) -> Tensor:
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
     # A copy, because the position embeddings that it keeps would be made of nothing.
     copy = shared_copy(backbone)
-    with _shapes_only(), torch.no_grad(), _counter() as counter:
+    with _shapes_only(), torch.no_grad(), flop_counter() as counter:
         copy(_picture(backbone, size))
     return int(counter.get_total_flops())
 
@@ -195,7 +196,7 @@ def _upsampler_flops(network: nn.Module, backbone: FrozenViT, size: int) -> tupl
         imgs = _picture(backbone, size)
         h, w = (size // backbone.patch_size,) * 2
         tokens = imgs.new_empty(1, h * w, backbone.embed_dim)
-        with torch.no_grad(), _counter() as counter:
+        with torch.no_grad(), flop_counter() as counter:
             out = copy(imgs, tokens)
         published = published_count(copy, imgs, tokens)
     if out.dim() == 4:
