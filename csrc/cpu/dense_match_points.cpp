@@ -1,7 +1,6 @@
 #include "dense_match_points.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 

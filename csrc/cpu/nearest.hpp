@@ -1,8 +1,8 @@
 // Fused cosine similarity and top-k: for each query row its most similar key rows, without the matrix of similarities.
 //
 // Two steps make it exact at the speed of short operands. The search multiplies all pairs, in bfloat16 or in integers
-// of 16 bits where the CPU multiplies these faster, and keeps the keys that come within a proven rounding bound of the k-th best. The verdict takes
-// the similarity of those few pairs anew from the float32 rows.
+// of 16 bits where the CPU multiplies these faster, and keeps the keys that come within a proven rounding bound of the
+// k-th best. The verdict takes the similarity of those few pairs anew from the float32 rows.
 #pragma once
 
 #include <cstddef>
