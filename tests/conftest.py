@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before Triton is imported.
+from lift_fast import interpreter
+
+# Without a GPU the Triton kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.enable()
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +21,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def interpreter_loops() -> None:
-    """Skips where Triton's interpreter cannot count to a number that a kernel computes."""
-    if torch.cuda.is_available():
-        return
-    triton = pytest.importorskip("triton")
-    older = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < (3, 9)
-    try:
-        int(np.zeros(1))
-    except TypeError:
-        if older:
-            pytest.skip("the interpreter of this Triton needs an older NumPy")

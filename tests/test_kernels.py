@@ -19,10 +19,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Triton's interpreter multiplies bfloat16 as if it were integers.
-LIMITS = {torch.float32: 1e-3 if DEVICE.type == "cuda" else 1e-6, torch.float16: 2e-3}
-if DEVICE.type == "cuda":
-    LIMITS[torch.bfloat16] = 1e-2
+LIMITS = {torch.float32: 1e-3 if DEVICE.type == "cuda" else 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # The native encoder has no interpreter; tests/test_native_image_encoder.py runs it without a GPU.
 ENCODERS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["triton"]
 # (C, patch, h, w, B, options): both scales, odd and rectangular grids, one token, widths that fill no tile.

@@ -21,7 +21,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIE = 1e-6
 # Of NumPy, which the interpreter computes with.
 pytestmark = [
-    pytest.mark.usefixtures("interpreter_loops"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 

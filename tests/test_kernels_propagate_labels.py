@@ -15,7 +15,6 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter_loops"),
     # Of NumPy, which the interpreter computes with.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]

@@ -1,0 +1,126 @@
+"""Triton's interpreter, mended where it counts or rounds wrongly: tests and the GPU report's rehearsal run kernels in it.
+
+Two things in Triton 3.6 to 3.9 keep it from proving a kernel:
+
+* Triton 3.6 makes a loop's bound with ``int(array)`` of an array with one dimension, which NumPy 2.4 refuses.
+* bfloat16 is kept as its 16 bits in uint16, and NumPy adds, multiplies, compares and sums those as integers; a
+  conversion from float32 cuts the lower bits off where a GPU rounds to the nearest, ties to even.
+
+A bound on NumPy in the ``test`` extra would mend the first alone, and the tests would run on another NumPy than people
+install. What follows wraps Triton's own methods, so that a release that has mended one of them is not undone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def enable() -> None:
+    """Have kernels run on the CPU, in Triton's interpreter; call it before Triton is imported. Without Triton: nothing.
+
+    Raises:
+        RuntimeError: if Triton has been imported to compile: its own functions then do not run in the interpreter.
+    """
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "Triton is already imported; call lift_fast.interpreter.enable() first, or set TRITON_INTERPRET=1"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        _mend()
+
+
+def float32_of(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 numbers, given as uint16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bfloat16_of(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16, ties to even, as uint16; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).reshape(np.shape(values))
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+@functools.cache
+def _mend() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    handle_type, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+
+    def wide(value: Any) -> Any:
+        """bfloat16 in float32, which holds it exactly; anything else as it is."""
+        # What a comparison returns is of bools, and carries its operands' type.
+        if isinstance(value, handle_type) and value.dtype.scalar.is_bf16() and value.data.dtype == np.uint16:
+            return handle_type(float32_of(value.data), tl.float32)
+        return value
+
+    def narrow(handle: Any) -> Any:
+        return handle_type(bfloat16_of(handle.data), tl.bfloat16)
+
+    def in_float32(method: Any) -> Any:
+        """Compute in float32 and round once: what a GPU's own bfloat16 arithmetic comes to."""
+
+        def wrapped(self: Any, *arguments: Any) -> Any:
+            widened = [wide(argument) for argument in arguments]
+            result = method(self, *widened)
+            same = all(one is other for one, other in zip(arguments, widened, strict=True))
+            return result if same or result.data.dtype != np.float32 else narrow(result)
+
+        return wrapped
+
+    for name in ("unary_op", "binary_op", "ternary_op", "create_fma"):
+        setattr(builder, name, in_float32(getattr(builder, name)))
+
+    product, cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return product(self, wide(a), wide(b), *others)
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        source = wide(source)
+        return narrow(cast(self, source, tl.float32)) if to.scalar.is_bf16() else cast(self, source, to)
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return narrow(self.get_fp32(value))
+
+    builder.create_dot, builder.cast_impl, builder.get_bf16 = create_dot, cast_impl, get_bf16
+
+    # Reductions and scans with a shortcut in NumPy; the others call a function of the kernel's on each pair.
+    base = interpreter.ReduceScanOpInterface
+    to_tensor = base.to_tensor
+
+    def to_tensor_rounded(self: Any, values: Any, dtype: Any) -> Any:
+        if dtype.is_bf16() and np.asarray(values).dtype == np.float32:
+            values = bfloat16_of(values)
+        return to_tensor(self, values, dtype)
+
+    def of_float32(method: Any) -> Any:
+        def wrapped(self: Any, tensor: Any, *arguments: Any, **options: Any) -> Any:
+            return method(self, tl.tensor(wide(tensor.handle), tensor.type), *arguments, **options)
+
+        return wrapped
+
+    base.to_tensor = to_tensor_rounded
+    for owner, name in (
+        (interpreter.ReduceOps, "sum"),
+        (interpreter.ReduceOps, "min_max"),
+        (interpreter.ScanOps, "cumsum"),
+        (interpreter.ScanOps, "cumprod"),
+    ):
+        setattr(owner, name, of_float32(getattr(owner, name)))
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
