@@ -197,8 +197,9 @@ def test_the_profilers_table_is_read():
 KERNELS = ("upsample", "head", "head, normalised", "forward", "image encoder, Triton", "nearest", "propagate_labels")
 FIGURES = (
     "ceiling: copy", "forward B1 32", "forward B1 32, host alone", "upsample B1 32", "head B1 32",
-    "nearest bf16, mutual", "nearest fp32", "chunked matmul + max, bf16", "cosine loss fp32", "cosine loss bf16", "training step, ours",
-    "pair to mutual matches, demonstration pair, photographs, graph", "interpolate + argmax, 30 points",
+    "nearest bf16, mutual", "nearest fp32", "chunked matmul + max, bf16", "cosine loss fp32", "cosine loss bf16",
+    "training step, ours", "pair to mutual matches, demonstration pair, photographs, graph",
+    "interpolate + argmax, 30 points",
 )  # fmt: skip
 
 
