@@ -6,10 +6,16 @@ namespace {
 
 constexpr const char* kName = "dense_match";
 
+ReadyKernels& kernels() {
+  static ReadyKernels ready(kName, match_groups_kernel<true, true>, match_groups_kernel<true, false>,
+                            match_groups_kernel<false, true>, match_groups_kernel<false, false>,
+                            match_points_kernel<true>, match_points_kernel<false>, find_mutual_kernel<true>,
+                            find_mutual_kernel<false>, judge_mutual_kernel<true>, judge_mutual_kernel<false>);
+  return ready;
+}
+
 template <class Kernel, class Params>
 void launch(Kernel kernel, const Params& params, const MatchLaunch& cut, void* stream) {
-  succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(cut.shared)), kName,
-          "shared memory");
   kernel<<<static_cast<unsigned>(cut.blocks), 32 * cut.warps, static_cast<std::size_t>(cut.shared),
            static_cast<cudaStream_t>(stream)>>>(params);
   succeed(cudaGetLastError(), kName, "the launch");
@@ -17,11 +23,15 @@ void launch(Kernel kernel, const Params& params, const MatchLaunch& cut, void* s
 
 }  // namespace
 
+void dense_match_prepare(int device) {
+  const DeviceGuard guard(device, kName);
+  kernels().on(device);
+}
+
 void match_groups_run(const GroupMatchCall& call, int device, void* stream) {
   check_groups(call);
   const DeviceGuard guard(device, kName);
-  const MatchLaunch cut =
-      group_launch(call, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, kName));
+  const MatchLaunch cut = group_launch(call, kernels().on(device).shared_block);
   const auto kernel = call.key.scale != nullptr
                           ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
                           : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
@@ -32,6 +42,7 @@ void match_points_run(const PointMatchCall& call, int device, void* stream) {
   check_points(call);
   if (call.points == 0) return;
   const DeviceGuard guard(device, kName);
+  kernels().on(device);
   const auto kernel = call.key.scale != nullptr ? match_points_kernel<true> : match_points_kernel<false>;
   launch(kernel, point_params(call), point_launch(call), stream);
 }
@@ -39,6 +50,7 @@ void match_points_run(const PointMatchCall& call, int device, void* stream) {
 void match_mutual_run(const MutualMatchCall& call, int device, void* stream) {
   check_mutual(call);
   const DeviceGuard guard(device, kName);
+  kernels().on(device);
   const MutualParams params = mutual_params(call);
   const MatchLaunch find = find_launch(call), judge = judge_launch(call);
   const bool scale = call.query.scale != nullptr;

@@ -69,6 +69,9 @@ constexpr std::int64_t kMostMutualGroup = 4096;
 constexpr std::int64_t kMostMutualCells = 24000;
 constexpr std::int64_t kCandidateWords = 8;
 
+// Loads the kernels on a device, which the first call there does otherwise. Throws std::runtime_error where CUDA refuses.
+void dense_match_prepare(int device);
+
 // Each launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls,
 // std::runtime_error where CUDA refuses. They allocate nothing, wait for nothing, and leave the current device as it was.
 void match_groups_run(const GroupMatchCall& call, int device, void* stream);

@@ -39,6 +39,9 @@ struct EncoderDevice {
   std::int64_t shared_block, shared_multiprocessor;  // bytes that one block may have, and that all together have
 };
 
+// Loads the kernels on a device, which the first call there does otherwise. Throws std::runtime_error where CUDA refuses.
+void image_encoder_prepare(int device);
+
 // Launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls, std::runtime_error
 // where CUDA refuses. Allocates nothing, waits for nothing, leaves the current device as it was.
 void image_encoder_run(const ImageEncoderCall& call, int device, void* stream);

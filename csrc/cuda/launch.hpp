@@ -1,8 +1,11 @@
-// What every launch of a CUDA kernel needs: errors as exceptions, and its device made current.
+// What every launch of a CUDA kernel needs: errors as exceptions, its device made current, and kernels that are ready.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -37,10 +40,73 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline int device_attribute(cudaDeviceAttr name, int device, const char* what) {
-  int value = 0;
-  succeed(cudaDeviceGetAttribute(&value, name, device), what, "a device attribute");
-  return value;
-}
+// In here the thread may load kernels although one of its streams is being captured into a graph.
+class CaptureTolerated {
+ public:
+  CaptureTolerated() { known_ = cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess; }
+  ~CaptureTolerated() {
+    if (known_) (void)cudaThreadExchangeStreamCaptureMode(&mode_);
+  }
+  CaptureTolerated(const CaptureTolerated&) = delete;
+  CaptureTolerated& operator=(const CaptureTolerated&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  bool known_ = false;
+};
+
+struct DeviceFacts {
+  int multiprocessors;
+  int shared_block, shared_multiprocessor;  // bytes that one block may have, and that all together have
+};
+
+// The kernels of one source, which are made ready once on each device: loaded there, and allowed all the shared memory
+// that a block may have. A launch then asks CUDA for nothing, and no thread changes a limit under another one's launch.
+class ReadyKernels {
+ public:
+  template <class... Kernels>
+  explicit ReadyKernels(const char* what, Kernels*... kernels)
+      : what_(what), kernels_{reinterpret_cast<const void*>(kernels)...} {
+    static_assert(sizeof...(Kernels) <= kMost, "too many kernels");
+  }
+
+  // The device must be current.
+  const DeviceFacts& on(int device) {
+    if (device < 0 || device >= kDevices) {
+      throw std::runtime_error(std::string(what_) + ": at most " + std::to_string(kDevices) + " devices, got device " +
+                               std::to_string(device));
+    }
+    Device& known = devices_[static_cast<std::size_t>(device)];
+    if (known.ready.load(std::memory_order_acquire)) return known.facts;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (known.ready.load(std::memory_order_relaxed)) return known.facts;
+    const CaptureTolerated tolerated;
+    const auto ask = [&](cudaDeviceAttr name) {
+      int value = 0;
+      succeed(cudaDeviceGetAttribute(&value, name, device), what_, "a device attribute");
+      return value;
+    };
+    known.facts = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                   ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    for (const void* kernel : kernels_) {
+      if (kernel == nullptr) break;
+      succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, known.facts.shared_block), what_,
+              "shared memory");
+    }
+    known.ready.store(true, std::memory_order_release);
+    return known.facts;
+  }
+
+ private:
+  static constexpr int kDevices = 64, kMost = 16;
+  struct Device {
+    std::atomic<bool> ready{false};
+    DeviceFacts facts{};
+  };
+  const char* const what_;
+  const std::array<const void*, kMost> kernels_;
+  std::array<Device, kDevices> devices_;
+  std::mutex mutex_;
+};
 
 }  // namespace lift_fast

@@ -1,22 +1,46 @@
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+
+#include "dense_match.hpp"
+#include "image_encoder.hpp"
+#include "launch.hpp"
 #include "probe.hpp"
 
 namespace lift_fast {
 namespace {
 
-__global__ void report_architecture(int* architecture) {
+constexpr const char* kName = "the probe";
+
+__device__ int reported_architecture;
+
+__global__ void report_architecture() {
 #if defined(__CUDA_ARCH__)
-  *architecture = __CUDA_ARCH__;
-#else
-  *architecture = 0;
+  reported_architecture = __CUDA_ARCH__;
 #endif
 }
 
-CudaProbe failure(const char* step, cudaError_t error) {
-  // Clears the error, so that the next user of the runtime does not meet it.
-  (void)cudaGetLastError();
-  return {false, std::string(step) + ": " + cudaGetErrorString(error)};
+// A stream that waits for no other, and that no other waits for.
+class OwnStream {
+ public:
+  OwnStream() { succeed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kName, "no stream"); }
+  ~OwnStream() { (void)cudaStreamDestroy(stream); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  cudaStream_t stream = nullptr;
+};
+
+// What a kernel on the current device says it was compiled for.
+int architecture() {
+  const OwnStream own;
+  int value = -1;
+  report_architecture<<<1, 1, 0, own.stream>>>();
+  constexpr const char* kStep = "built for " LIFT_FAST_CUDA_ARCHITECTURES ", but a kernel fails";
+  succeed(cudaGetLastError(), kName, kStep);
+  succeed(cudaMemcpyFromSymbolAsync(&value, reported_architecture, sizeof value, 0, cudaMemcpyDeviceToHost, own.stream),
+          kName, kStep);
+  succeed(cudaStreamSynchronize(own.stream), kName, kStep);
+  return value;
 }
 
 }  // namespace
@@ -24,30 +48,24 @@ CudaProbe failure(const char* step, cudaError_t error) {
 int cuda_runtime_version() { return CUDART_VERSION; }
 
 CudaProbe probe_cuda(int device) {
-  int count = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return failure("no CUDA device", error);
-  if (device < 0 || device >= count) {
-    return {false, "CUDA device " + std::to_string(device) + " does not exist, there are " + std::to_string(count)};
+  try {
+    int count = 0;
+    succeed(cudaGetDeviceCount(&count), kName, "no CUDA device");
+    if (device < 0 || device >= count) {
+      return {false, "CUDA device " + std::to_string(device) + " does not exist, there are " + std::to_string(count)};
+    }
+    // The first call of an operator may come while its stream is captured.
+    const CaptureTolerated tolerated;
+    const DeviceGuard guard(device, kName);
+    const int value = architecture();
+    if (value < 800) return {false, "a kernel ran but wrote " + std::to_string(value) + " for its architecture"};
+    // Kernels load when they are first used; so that none has to within a capture.
+    image_encoder_prepare(device);
+    dense_match_prepare(device);
+    return {true, "kernels compiled for compute_" + std::to_string(value / 10) + " run"};
+  } catch (const std::runtime_error& error) {
+    return {false, error.what()};
   }
-  int previous = 0;
-  error = cudaGetDevice(&previous);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return failure("the device cannot be chosen", error);
-
-  int* architecture = nullptr;
-  int value = -1;
-  error = cudaMalloc(&architecture, sizeof *architecture);
-  if (error == cudaSuccess) {
-    report_architecture<<<1, 1>>>(architecture);
-    error = cudaGetLastError();
-    if (error == cudaSuccess) error = cudaMemcpy(&value, architecture, sizeof value, cudaMemcpyDeviceToHost);
-    cudaFree(architecture);
-  }
-  cudaSetDevice(previous);
-  if (error != cudaSuccess) return failure("built for " LIFT_FAST_CUDA_ARCHITECTURES ", but a kernel fails", error);
-  if (value < 800) return {false, "a kernel ran but wrote " + std::to_string(value) + " for its architecture"};
-  return {true, "kernels compiled for compute_" + std::to_string(value / 10) + " run"};
 }
 
 }  // namespace lift_fast

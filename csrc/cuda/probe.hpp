@@ -12,7 +12,7 @@ struct CudaProbe {
 
 // Version of the CUDA runtime this binary carries, as CUDA writes it (13000 is 13.0).
 int cuda_runtime_version();
-// Initialises CUDA on `device`; never throws.
+// Initialises CUDA on `device` and loads the kernels there. Never throws, and works while a stream is captured.
 CudaProbe probe_cuda(int device);
 
 }  // namespace lift_fast

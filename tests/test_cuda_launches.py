@@ -1,0 +1,110 @@
+"""What the CUDA launchers ask of CUDA, written down by a runtime that does nothing else: no GPU is needed."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """{scene: its lines}; see tests/native/record_launches.cpp."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("launches")
+    flags = ["-std=c++17", "-O1", "-arch=sm_90", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', f"-I{ROOT / 'csrc'}"]
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "native" / "record_launches.cpp"]
+    # No runtime but the one in record_launches.cpp.
+    done = subprocess.run(
+        [nvcc, *flags, "--cudart", "none", *map(str, sources), "-o", str(folder / "run")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = subprocess.run([str(folder / "run")], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line in text.splitlines():
+        scene, event = line.split(" ", 1)
+        found.setdefault(scene, []).append(event)
+    return found
+
+
+def launches(events):
+    return [event for event in events if event.startswith("cudaLaunchKernel ")]
+
+
+def test_nothing_breaks_a_capture(scenes):
+    """Not even the first call of all; and nothing goes to the legacy stream, which no capture permits beside itself."""
+    events = [event for scene in scenes.values() for event in scene]
+    assert len(launches(events)) > 20
+    for mark in ("BREAKS-CAPTURE", "LEGACY-STREAM", "cudaMalloc", "cudaFree", "cudaMemcpy "):
+        assert [event for event in events if mark in event] == []
+
+
+def test_every_kernel_is_loaded_before_it_is_launched(scenes):
+    """With lazy loading, which is CUDA's default, the first launch would load it."""
+    for name in ("capture-after-probe", "first-call-in-capture", "large"):
+        assert launches(scenes[name])
+        assert [event for event in scenes[name] if "NOT-LOADED" in event or "NOT-ALLOWED" in event] == []
+
+
+def test_after_the_probe_a_launch_asks_for_nothing(scenes):
+    calls = [event.split(" ")[0] for event in scenes["capture-after-probe"]]
+    assert set(calls) == {"cudaGetDevice", "cudaSetDevice", "cudaLaunchKernel", "cudaGetLastError"}
+    assert [event.split(" ")[0] for event in scenes["same-device"]] == [
+        "cudaGetDevice",
+        "cudaLaunchKernel",
+        "cudaGetLastError",
+    ]
+
+
+def test_every_kernel_is_launched(scenes):
+    kernels = {re.search(r"kernel=(\S+)", event)[1] for event in launches(scenes["capture-after-probe"])}
+    assert len([name for name in kernels if "image_encoder" in name]) >= 6
+    # Without the two for tables too large for shared memory.
+    assert len([name for name in kernels if "match" in name or "mutual" in name]) >= 8
+
+
+def test_launches_go_to_the_device_and_stream_that_were_named(scenes):
+    for name, device, stream, before in (
+        ("capture-after-probe", 1, 7, 0),
+        ("first-call-in-capture", 0, 8, 1),
+        ("same-device", 0, 9, 0),
+    ):
+        assert all(f" device={device} " in event and f" stream={stream}" in event for event in launches(scenes[name]))
+        chosen = [event for event in scenes[name] if event.startswith("cudaSetDevice")]
+        if device != before:
+            assert chosen[-1] == f"cudaSetDevice device={before}"
+        else:
+            assert chosen == []
+
+
+def test_tilings_follow_the_device(scenes):
+    """The second device has fewer multiprocessors, and less shared memory."""
+    limits = {0: 227 << 10, 1: 99 << 10}
+    for events in scenes.values():
+        for event in launches(events):
+            device, shared = (int(re.search(rf"{name}=(\d+)", event)[1]) for name in ("device", "shared"))
+            assert shared <= limits[device]
+    values = {event for events in scenes.values() for event in events if event.startswith("cudaFuncSetAttribute")}
+    assert values == {f"cudaFuncSetAttribute device={device} value={limit}" for device, limit in limits.items()}
+
+
+def test_the_probe(scenes):
+    assert scenes["first-probe-in-capture"][-1] == "answer works=1 kernels compiled for compute_90 run"
+    assert scenes["no-such-device"][-1] == "answer works=0 CUDA device 2 does not exist, there are 2"
+    answer, after = scenes["failing-probe"][-2:]
+    assert answer == "answer works=0 the probe: built for one, but a kernel fails: as if"
+    assert after == "after device=0 last=0 mode=0"
+
+
+def test_a_refused_launch_is_an_error_and_leaves_nothing_behind(scenes):
+    error, after = scenes["refused"][-2:]
+    assert error == "error image_encoder: the launch: as if"
+    assert after == "after device=0 last=0"
