@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it counts or rounds wrongly: tests and the GPU report's rehearsal run kernels in it.
+"""Triton's interpreter, mended where it counts or rounds wrongly: tests and the GPU report's rehearsal run in it.
 
 Two things in Triton 3.6 to 3.9 keep it from proving a kernel:
 
@@ -29,7 +29,7 @@ def enable() -> None:
     """
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            "Triton is already imported; call lift_fast.interpreter.enable() first, or set TRITON_INTERPRET=1"
+            "Triton is imported already; set TRITON_INTERPRET=1, or call lift_fast.interpreter.enable() first"
         )
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:

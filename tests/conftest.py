@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from numeric_count import pytest_addoption, pytest_configure  # noqa: F401
 
 from lift_fast import interpreter
 

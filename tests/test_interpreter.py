@@ -1,4 +1,4 @@
-"""bfloat16 in the mended interpreter against PyTorch's on the CPU, which computes in float32 and rounds to nearest even."""
+"""bfloat16 in the mended interpreter against PyTorch's on the CPU: computed in float32, rounded to nearest even."""
 
 import os
 import subprocess

@@ -18,6 +18,7 @@ from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+numeric = pytest.mark.numeric("lift_forward")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMITS = {torch.float32: 1e-3 if DEVICE.type == "cuda" else 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # The native encoder has no interpreter; tests/test_native_image_encoder.py runs it without a GPU.
@@ -69,6 +70,7 @@ def poisoned():
         yield
 
 
+@numeric
 @pytest.mark.parametrize(
     # The interpreter is slow: wide networks in one dtype.
     ("case", "dtype"),
@@ -89,6 +91,7 @@ def test_forward_equals_the_plain_module(case, dtype):
     assert relative_error(out.cpu(), network.exact) <= LIMITS[dtype], network.seed
 
 
+@numeric
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 2), (5, 1)])
@@ -111,6 +114,7 @@ def test_image_encoder(encoder, grid, patch, dtype):
             assert relative_error(actual.cpu(), expected.permute(0, 2, 3, 1)) <= LIMITS[dtype], network.seed
 
 
+@numeric
 @pytest.mark.parametrize(("rows", "accumulators"), [(16, 1), (32, 3), (64, 1), (128, 3)])
 def test_tiles_do_not_change_the_result(rows, accumulators):
     network = Network(384, 8, 3, 2, 2, {})
@@ -124,6 +128,7 @@ def test_tiles_do_not_change_the_result(rows, accumulators):
     assert relative_error(out.cpu(), network.exact) <= LIMITS[torch.float32], network.seed
 
 
+@numeric
 @pytest.mark.parametrize("channels", [2, 7, 48, 192])
 def test_basis_keeps_products_and_norms(channels):
     network = Network(channels, 8, 2, 3, 1, {})
@@ -135,6 +140,7 @@ def test_basis_keeps_products_and_norms(channels):
     assert relative_error(ours @ ours.T, exact @ exact.T) <= 2 * LIMITS[torch.float32], network.seed
 
 
+@numeric
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("channels", [7, 48, 192])
 def test_normalized_on_the_way_out(channels, basis):
@@ -151,6 +157,7 @@ def test_normalized_on_the_way_out(channels, basis):
     assert float((out.norm(dim=1) - 1).abs().max()) <= 1e-6
 
 
+@numeric
 def test_a_zero_descriptor_stays_zero():
     network = Network(8, 8, 1, 2, 1, {}, seed=1)
     with torch.no_grad():
@@ -162,6 +169,7 @@ def test_a_zero_descriptor_stays_zero():
     assert float(out.abs().max()) == 0
 
 
+@numeric
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("channels", [7, 16])
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 5, 4)])
@@ -177,6 +185,7 @@ def test_nan_reaches_its_neighbourhood_and_no_further(shape, channels, normalize
     assert torch.equal(out.isnan(), plain.isnan())
 
 
+@numeric
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("width", [20, 32])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -194,6 +203,7 @@ def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, 
         assert torch.equal(actual.cpu().isfinite(), wanted.isfinite())
 
 
+@numeric
 @pytest.mark.parametrize("channels", [6, 32])
 def test_an_infinite_channel_does_not_meet_the_padding_of_the_weights(channels):
     network = Network(channels, 8, 1, 1, 1, {"use_image": False})
@@ -210,6 +220,7 @@ def test_an_infinite_channel_does_not_meet_the_padding_of_the_weights(channels):
     assert torch.equal(out.isinf(), plain.isinf())
 
 
+@numeric
 @pytest.mark.slow
 def test_pictures_may_be_spread_beyond_the_range_of_int32():
     network = Network(8, 8, 1, 1, 1, {})

@@ -15,6 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 kernel = importlib.import_module("lift_fast.kernels.cosine_loss")
+numeric = pytest.mark.numeric("cosine_loss")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Half a unit in the last place, and float32's own rounding.
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6, torch.float16: 2**-11 + 2e-6}
@@ -60,6 +61,7 @@ def check(prediction, target, dim, reduction="mean"):
     assert gradient_error(gradient, slope, prediction, dim, reduction) <= EPS[prediction.dtype]
 
 
+@numeric
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_plain_version(shape, dtype):
@@ -73,6 +75,7 @@ def test_equals_the_plain_version(shape, dtype):
     check(torch.cat([x, x], 2)[:, :, ::2], y, 1)
 
 
+@numeric
 def test_zero_vectors_and_infinities():
     x = torch.randn(2, 5, 4)
     y = torch.randn(2, 5, 4)
@@ -85,6 +88,7 @@ def test_zero_vectors_and_infinities():
     assert torch.equal(~loss.cpu().isfinite(), spoilt)
 
 
+@numeric
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("factor", [1.0, -0.3, 0.0, float("nan")])
 def test_scales_in_place(dtype, factor):

@@ -17,6 +17,7 @@ from lift_fast.kernels import dense_match as kernel
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+numeric = pytest.mark.numeric("dense_match")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIE = 1e-6
 # Of NumPy, which the interpreter computes with.
@@ -88,6 +89,7 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
     assert bool(((similarity.double() - found).abs() <= rounding).all())
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 @pytest.mark.parametrize(
     ("query_grid", "key_grid", "query_size", "key_size"),
@@ -104,6 +106,7 @@ def test_against_brute_force(query_grid, key_grid, query_size, key_size, normali
     check(*maps(7, query_grid, key_grid), query_size, key_size, normalize)
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_points(normalize):
     query_map, key_map = maps(5, (3, 4), (4, 3))
@@ -113,12 +116,14 @@ def test_points(normalize):
     check(query_map, key_map, (29, 37), (23, 31), normalize, points)
 
 
+@numeric
 def test_many_points_are_looked_up():
     query_map, key_map = maps(3, (1, 2), (2, 2))
     points = torch.stack([torch.randint(5, (40,)), torch.randint(4, (40,))], dim=1)
     check(query_map, key_map, (4, 5), (5, 6), "pixel", points)
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands_and_chunks(normalize, monkeypatch):
     """Tables of part of the query picture, and key pictures of more patches than a program holds at one time."""
@@ -130,6 +135,7 @@ def test_bands_and_chunks(normalize, monkeypatch):
     check(query_map, key_map, (5, 4), (9, 10), normalize, points)
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 def test_flat_pictures_go_to_the_first_pixel(normalize):
     query_map, key_map = maps(4, (2, 2), (3, 2))
@@ -142,6 +148,7 @@ def test_flat_pictures_go_to_the_first_pixel(normalize):
     assert bool((index == 0).all())
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 def test_cells_that_are_not_finite(normalize):
     query_map, key_map = maps(4, (3, 3), (3, 4))

@@ -17,6 +17,7 @@ from lift_fast.kernels import tiles
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+numeric = pytest.mark.numeric("nearest")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TIE = 1e-6
@@ -97,6 +98,7 @@ def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True
     return similarity, index, valid
 
 
+@numeric
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n", "m", "channels", "options"),
@@ -115,6 +117,7 @@ def test_against_brute_force(n, m, channels, options, dtype):
     check(*sets(n, m, channels, dtype, batch=2 if n * m < 100 else 1), **options)
 
 
+@numeric
 @pytest.mark.parametrize(
     ("window", "frames", "k"),
     [
@@ -132,11 +135,13 @@ def test_window(window, frames, k, dtype):
     check(*sets(query_h * query_w, frames * key_h * key_w, 6, dtype), k=k, window=window, mutual=True)
 
 
+@numeric
 def test_window_of_several_patches():
     # One dtype: the interpreter is slow.
     check(*sets(9 * 17, 9 * 17, 6, torch.bfloat16), window=[1, 9, 17, 9, 17], mutual=True)
 
 
+@numeric
 @pytest.mark.parametrize("most_blocks", [kernel.MOST_BLOCKS, 0])
 @pytest.mark.parametrize("options", [{"mutual": True}, {"ratio": 0.97}, {"k": 3}], ids=str)
 def test_float32_search_in_float16(options, most_blocks, monkeypatch):
@@ -151,6 +156,7 @@ def test_float32_search_in_float16(options, most_blocks, monkeypatch):
     check(query, key, **options)
 
 
+@numeric
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -174,10 +180,12 @@ def test_many_tiles(options, dtype, monkeypatch):
         assert bool(valid[0, :10].all())
 
 
+@numeric
 def test_fast_compares_in_half_precision():
     check(*sets(9, 140, 24), fast=True, tie=2**-9)
 
 
+@numeric
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rules(search, dtype, monkeypatch):
@@ -205,6 +213,7 @@ def test_rules(search, dtype, monkeypatch):
     assert index[0, 6].tolist() == [0, 1]
 
 
+@numeric
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_flat_sets(dtype, monkeypatch):
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
@@ -215,6 +224,7 @@ def test_flat_sets(dtype, monkeypatch):
     torch.testing.assert_close(similarity, torch.ones_like(similarity))
 
 
+@numeric
 def test_range():
     """Norms whose squares leave the range of float32, and products that overflow."""
     query, key = sets(6, 40, 8)

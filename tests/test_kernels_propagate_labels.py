@@ -18,6 +18,7 @@ pytestmark = [
     # Of NumPy, which the interpreter computes with.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
+numeric = pytest.mark.numeric("propagate_labels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -51,6 +52,7 @@ CASES = [
 ]
 
 
+@numeric
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_plain_version(case):
     grid, key_grid, frames, radius, k, channels, objects, batch = case
@@ -62,6 +64,7 @@ def test_equals_the_plain_version(case):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
+@numeric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     generator = torch.Generator().manual_seed(1)
@@ -71,6 +74,7 @@ def test_half_precision(dtype):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
+@numeric
 @pytest.mark.parametrize("normalize", [True, False])
 def test_ties_and_what_takes_no_part(normalize):
     """Small integers: their products are exact, so that every tie is one; the label rows name the keys chosen."""
@@ -89,6 +93,7 @@ def test_ties_and_what_takes_no_part(normalize):
     assert bool((ours[1, :, 100] == 0).all())
 
 
+@numeric
 def test_large_products():
     query, key, labels = torch.full((1, 3, 2), 1e30), torch.full((1, 3, 2), 1e30), torch.eye(3)[None]
     key[0, 1] = 1
@@ -101,6 +106,7 @@ def test_large_products():
     assert out.cpu().tolist() == [[[0.0, 1.0, 0.0]] * 3]
 
 
+@numeric
 @pytest.mark.parametrize("temperature", [1e-300, 1e300])
 def test_extreme_temperatures(temperature):
     generator = torch.Generator().manual_seed(3)
@@ -109,6 +115,7 @@ def test_extreme_temperatures(temperature):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
+@numeric
 def test_large_enough_for_wide_patches(monkeypatch):
     from lift_fast.kernels import propagate_labels as kernel
 

@@ -15,6 +15,7 @@ from lift_fast.ops import dense_match as op
 from lift_fast.ops import dense_match_cuda, dense_match_gpu
 from lift_fast.testing import poisoned_outputs
 
+numeric = pytest.mark.numeric("dense_match (CUDA C++)")
 ROOT = Path(__file__).resolve().parents[1]
 TIE = 1e-6
 PROTOCOLS = ["grid", "pixel", "none"]
@@ -203,6 +204,7 @@ SHAPES = [
 ]
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_brute_force(shape, normalize, emulation):
@@ -211,6 +213,7 @@ def test_against_brute_force(shape, normalize, emulation):
     assert emulation.calls == [b"g", b"m"]
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_random_shapes(normalize, emulation):
     """Every path: rows that can be read four cells at a time or not, orders of warps, bounds in memory or not."""
@@ -229,6 +232,7 @@ def test_random_shapes(normalize, emulation):
         check(torch.randn(5, *shape[0]), torch.randn(5, *shape[1]), *shape[2:], normalize)
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_smooth_maps(normalize, emulation):
     """Most patches are skipped; strips of more patches than a warp has lanes."""
@@ -237,12 +241,14 @@ def test_smooth_maps(normalize, emulation):
     check(query_map, wide, (9, 13), (31, 53), normalize)
 
 
+@numeric
 def test_large_maps_take_more_warps(emulation):
     query_map, key_map = maps(4, (1, 2), (89, 97))
     emulation.order = 2
     check(query_map, key_map, (2, 3), (100, 103))
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_points(normalize, emulation):
     query_map, key_map = maps(5, (3, 4), (4, 3))
@@ -253,6 +259,7 @@ def test_points(normalize, emulation):
     assert set(emulation.calls) == {b"p"}
 
 
+@numeric
 def test_many_points_are_looked_up(emulation):
     query_map, key_map = maps(3, (1, 2), (2, 2))
     points = torch.stack([torch.randint(5, (40,)), torch.randint(4, (40,))], dim=1)
@@ -260,6 +267,7 @@ def test_many_points_are_looked_up(emulation):
     assert emulation.calls == [b"g", b"m"]
 
 
+@numeric
 def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
     monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_CELLS", 5)
     query_map, key_map = maps(3, (2, 2), (2, 3))
@@ -267,6 +275,7 @@ def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
     assert b"m" not in emulation.calls
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands(normalize, emulation, monkeypatch):
     """Tables of part of the query picture; then there is none for the mutual check, and a second search makes it."""
@@ -276,6 +285,7 @@ def test_bands(normalize, emulation, monkeypatch):
     assert emulation.calls == [b"g", b"g", b"p", b"p"]
 
 
+@numeric
 def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
     monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 11)
     query_map, key_map = maps(3, (2, 2), (2, 2))
@@ -283,6 +293,7 @@ def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
     assert b"m" not in emulation.calls
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
     query_map, key_map = maps(4, (2, 2), (3, 2))
@@ -295,6 +306,7 @@ def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
     assert bool((index == 0).all())
 
 
+@numeric
 @pytest.mark.parametrize("normalize", ["pixel", "none"])
 def test_zeros_of_either_sign_are_equal(normalize, emulation):
     """As a zero vector's products are; wherever the first of them lies among the lanes."""
@@ -313,6 +325,7 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     assert index.tolist() == [0] * 6
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_equal_pixels_lead_back_to_the_first(normalize, emulation):
     ones = torch.zeros(3, 3, 4)
@@ -322,6 +335,7 @@ def test_equal_pixels_lead_back_to_the_first(normalize, emulation):
     assert valid.nonzero().flatten().tolist() == [0]
 
 
+@numeric
 def test_a_plateau_begins_at_its_first_pixel(emulation):
     cells = torch.zeros(1, 4, 4)
     cells[0, 1:3, 1:3] = 1
@@ -331,6 +345,7 @@ def test_a_plateau_begins_at_its_first_pixel(emulation):
     assert valid.tolist() == [True] + [False] * 8
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_a_picture_matches_itself(normalize, emulation):
     cells = F.normalize(torch.randn(16, 3, 4), dim=0)
@@ -343,6 +358,7 @@ def test_a_picture_matches_itself(normalize, emulation):
     torch.testing.assert_close(similarity, torch.ones(192))
 
 
+@numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_cells_that_are_not_finite(normalize, emulation):
     query_map, key_map = maps(4, (3, 3), (3, 4))
@@ -358,6 +374,7 @@ def test_cells_that_are_not_finite(normalize, emulation):
     assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize, torch.tensor([[1, 2]]))[1] == -1).all())
 
 
+@numeric
 def test_what_overflows_takes_no_part(emulation):
     query_map, key_map = torch.full((1, 2, 2), 1e19), torch.full((1, 2, 3), 3e19)
     key_map[0, 0, 2] = -3e19
@@ -370,6 +387,7 @@ def test_what_overflows_takes_no_part(emulation):
     assert not bool(valid.any())
 
 
+@numeric
 def test_batches_through_the_operator(emulation):
     query_map, key_map = torch.randn(2, 3, 6, 2, 3)
     found = op.dense_match(query_map, key_map, [5, 7], [6, 5], None, "grid", True, backend="cuda")

@@ -16,6 +16,7 @@ from lift_fast.ops import gpu_plan, image_encoder_cuda
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize
 
+numeric = pytest.mark.numeric("image_encoder (CUDA C++)")
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Relative to the largest value: what a stored value and a few roundings that fell the other way make of it.
@@ -144,6 +145,7 @@ def run_cases(program, folder, cases):
 GRIDS = [((1, 1), 2), ((1, 3), 1), ((3, 2), 2), ((5, 1), 1), ((2, 7), 1)]
 
 
+@numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("dtype", TYPES)
@@ -152,6 +154,7 @@ def test_equals_the_rounded_reference(dtype, patch, emulation, tmp_path):
     run_cases(emulation, tmp_path, cases)
 
 
+@numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_any_strides(dtype, emulation, tmp_path):
@@ -160,6 +163,7 @@ def test_any_strides(dtype, emulation, tmp_path):
     run_cases(emulation, tmp_path, [Case(dtype, p, (2, 3), 2, layout) for p in (8, 16) for layout in layouts])
 
 
+@numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 def test_any_cut_into_blocks(patch, emulation, tmp_path):
@@ -171,6 +175,7 @@ def test_any_cut_into_blocks(patch, emulation, tmp_path):
     run_cases(emulation, tmp_path, cases)
 
 
+@numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
@@ -185,6 +190,7 @@ def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
     run_cases(emulation, tmp_path, cases)
 
 
+@numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 def test_no_order_of_warps_and_copies_changes_the_result(patch, emulation, tmp_path):

@@ -155,7 +155,7 @@ class Network:
 @torch.no_grad()
 def _forward(work: Work, context: Context) -> Iterator[Row]:
     work = TINY if context.rehearse else work
-    network = Network(work, torch.bfloat16 if context.device.type == "cuda" else torch.float32, context.device)
+    network = Network(work, torch.bfloat16, context.device)
     name, cost, device, inputs = network.name, network.cost, context.device, network.inputs
     total = cost["image encoder"] + cost["upsample"] + cost["head"]
     yield _row(f"forward {name}", network.time(network.forward, inputs), total)
@@ -213,7 +213,7 @@ def _tiles_of_lift(context: Context) -> Iterator[Row]:
     from lift_fast import tuning
 
     for work in (TINY,) if context.rehearse else (ONE, MANY):
-        network = Network(work, torch.bfloat16 if context.device.type == "cuda" else torch.float32, context.device)
+        network = Network(work, torch.bfloat16, context.device)
         plan, (imgs, x) = network.plan, network.inputs[0]
         tokens = network.tokens(x)
         f, g = gpu_plan.encode_image(plan, imgs)
@@ -337,7 +337,7 @@ def _products(sets: Tensor) -> float:
 
 
 def _half(context: Context) -> Tensor:
-    return _sets(context).to(torch.bfloat16 if context.device.type == "cuda" else torch.float16)
+    return _sets(context).bfloat16()
 
 
 def _nearest(sets: Tensor, **options: Any) -> Callable[[], Any]:
@@ -409,7 +409,7 @@ def _pair(context: Context) -> Iterator[Row]:
     from lift_fast.demonstration import BACKBONE, LIFT
 
     size = 32 if context.rehearse else SIDE
-    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16
     module = ViTLiFTExtractor(BACKBONE, lift_path=LIFT, device=context.device, dtype=dtype, silent=True)
     names = ("cat.jpg", "cat_second_view.jpg")
     batch = torch.cat([module.preprocess(PHOTOGRAPHS / name, load_size=(size, size))[0] for name in names])
@@ -569,7 +569,7 @@ def _one_launch(what: str, context: Context) -> Iterator[Row]:
     """One call, warmed up, between the profiler's marks."""
     if what in ("upsample", "head", "image encoder"):
         work = TINY if context.rehearse else MANY
-        network = Network(work, torch.bfloat16 if context.device.type == "cuda" else torch.float32, context.device)
+        network = Network(work, torch.bfloat16, context.device)
         imgs, x = network.inputs[0]
         f, g = gpu_plan.encode_image(network.plan, imgs)
         u = gpu_plan.upsample(network.plan, network.tokens(x), f, g)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from lift_fast import interpreter
 
 # The exit status of a worker whose device is lost to it.
 LOST = 3
@@ -27,7 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rehearse:
         # Before Triton is imported.
-        os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.enable()
 
     import torch
 
@@ -36,7 +37,6 @@ def main() -> int:
 
     if arguments.rehearse:
         torch.set_num_threads(1)
-        rehearse_interpreter()
     device = torch.device("cpu") if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
     context = Context(device, arguments.rehearse, arguments.seed)
     jobs = {job.name: job for group in jobs_of(arguments.stage, arguments.rehearse).values() for job in group}
@@ -65,10 +65,6 @@ def main() -> int:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return 0
-
-
-def rehearse_interpreter() -> None:
-    """Let Triton's interpreter run every kernel, whatever the release and its NumPy."""
 
 
 def _lost(device: Any) -> bool:
