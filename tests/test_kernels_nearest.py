@@ -20,6 +20,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 numeric = pytest.mark.numeric("nearest")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter is slow, and float32 is searched for in float16 as well.
+FEWER = DTYPES if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
 TIE = 1e-6
 # Of NumPy, which the interpreter computes with.
 pytestmark = [
@@ -129,7 +131,7 @@ def test_against_brute_force(n, m, channels, options, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEWER, ids=str)
 def test_window(window, frames, k, dtype):
     _, query_h, query_w, key_h, key_w = window
     check(*sets(query_h * query_w, frames * key_h * key_w, 6, dtype), k=k, window=window, mutual=True)
@@ -157,7 +159,7 @@ def test_float32_search_in_float16(options, most_blocks, monkeypatch):
 
 
 @numeric
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEWER, ids=str)
 @pytest.mark.parametrize(
     "options",
     [{"mutual": True}, {"mutual": True, "ratio": 0.98}, {"k": 3}, {"window": [2, 5, 9, 5, 9], "mutual": True}],
