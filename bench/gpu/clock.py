@@ -71,11 +71,15 @@ def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return lambda: (graph.replay(), result)
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that one call holds at its peak beyond what was there before, its result included; None on the CPU."""
+def peak_bytes(call: Callable[[], Any], device: torch.device, warm: bool = True) -> int | None:
+    """Bytes that one call holds at its peak beyond what was there before, its result included; None on the CPU.
+
+    ``warm``: call it once before, so that what it keeps is there before.
+    """
     if device.type != "cuda":
         return None
-    call()
+    if warm:
+        call()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

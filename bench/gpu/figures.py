@@ -71,9 +71,9 @@ def jobs(rehearse: bool) -> list[Job]:
     ]
     first += [Job(f"forward {work[0]}", partial(_forward, work), 8) for work in FURTHER]
     first += [
+        Job("tiles of LiFT", _tiles_of_lift, 60),
         Job("plain forms of nearest", _nearest_plain, 10),
         Job("tiles of nearest", _tiles_of_nearest, 40),
-        Job("tiles of LiFT", _tiles_of_lift, 60),
         Job("plain forms compiled", _compiled, 150),
         Job("training compiled", _training_compiled, 150),
         *(Job(f"peer {name}", partial(_peer, name), 30) for name in PEERS),
@@ -235,7 +235,8 @@ def _tile(what: str, tile: Any, run: Callable[[], Tensor], expected: Tensor, cos
     """One tile's time, or the reason why it has none: an odd tile may be refused by the compiler."""
     try:
         error = relative_error(run(), expected)
-        time = milliseconds(run, [()], expected.device, seconds=0.02)
+        # As a graph: the host launches small kernels more slowly than they run.
+        time = replay_milliseconds(run, (), expected.device, replays=5)
     except Exception as reason:
         if "CUDA error" in str(reason):
             raise
@@ -273,11 +274,9 @@ def _dense_match(context: Context) -> Iterator[Row]:
     for channels in (8,) if context.rehearse else (193, CHANNELS):
         maps = maps_like_features(channels, context)
         what = f"dense_match {SIDE}, {channels} channels, {backend}"
-        yield _timed(what, _matcher(maps, backend, context), context)
-        yield _timed(f"{what}, mutual", _matcher(maps, backend, context, mutual=True), context)
         for mutual in (False, True):
-            captured = recorded(_matcher(maps, backend, context, mutual=mutual), context.device)
-            yield _timed(f"{what}{', mutual' if mutual else ''}, graph", captured, context, memory=False)
+            call = _matcher(maps, backend, context, mutual=mutual)
+            yield from _both(f"{what}{', mutual' if mutual else ''}", call, context)
     table = maps.flatten(2)
     yield _timed("dense_match's table alone, fp32", lambda: table[0].t().contiguous() @ table[1], context)
 
@@ -302,7 +301,7 @@ def _dense_match_more(context: Context) -> Iterator[Row]:
             _matcher(maps, backend, context, normalize="pixel", mutual=True),
             context,
         )
-        yield _timed(f"{what}, {POINTS} points", _matcher(maps, backend, context, points), context)
+        yield from _both(f"{what}, {POINTS} points", _matcher(maps, backend, context, points), context)
         yield _timed(f"{what}, flat features", _matcher(flat, backend, context), context)
 
     def plain() -> Tensor:
@@ -322,6 +321,12 @@ def _timed(
     if memory:
         row["peak bytes"] = peak_bytes(call, context.device)
     return row
+
+
+def _both(what: str, call: Callable[[], Any], context: Context) -> Iterator[Row]:
+    """As a graph, and eager, where the host may be what takes the time."""
+    yield _timed(f"{what}, graph", recorded(call, context.device), context, memory=False)
+    yield _timed(what, call, context)
 
 
 @cache
@@ -468,11 +473,19 @@ def _loss(context: Context) -> Iterator[Row]:
         name = "fp32" if dtype == torch.float32 else "bf16"
         size = x.numel() * x.element_size()
         for what, loss in (("cosine loss", cosine_loss), ("permuted copies and CosineEmbeddingLoss", embedding_loss)):
-            time = milliseconds(lambda: loss_step(loss, x, y), [()], context.device)  # noqa: B023
-            # Two inputs read, one gradient written.
-            row = {"what": f"{what} {name}", "ms": time, "bytes": 3 * size}
-            peak = peak_bytes(lambda: loss_step(loss, x, y), context.device)  # noqa: B023
+
+            def step(loss: Any = loss, x: Tensor = x, y: Tensor = y) -> None:
+                loss_step(loss, x, y)
+
+            # Two inputs read, one gradient written. As a graph, and with the time that autograd takes on the host.
+            x.grad = None
+            row = {"what": f"{what} {name}", "ms": replay_milliseconds(step, (), context.device, 20), "bytes": 3 * size}
+            x.grad = None
+            step()
+            x.grad = None
+            peak = peak_bytes(step, context.device, warm=False)
             yield row if peak is None else {**row, "peak bytes": peak, "peak in gradients": peak / size}
+            yield {"what": f"{what} {name}, eager", "ms": milliseconds(step, [()], context.device)}
 
 
 def _training_parts(context: Context) -> tuple[str, Tensor, torch.dtype]:
