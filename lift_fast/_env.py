@@ -11,13 +11,24 @@ VARIABLES = {
     "LIFT_FAST_DISABLE_NATIVE": "1: run without the native core, as if it were not installed",
     "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
     "LIFT_FAST_DISABLE_CUDA": "1: run without the native core's CUDA kernels, on the Triton ones",
+    "LIFT_FAST_DISABLE_DIRECT_LAUNCH": "1: launch every Triton kernel through Triton's launcher; read at its first launch",
     "LIFT_FAST_CACHE": "folder for measured tile shapes; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
     "LIFT_FAST_CPU_ISA": f"instruction set of the native core on the CPU: {', '.join(_CPU_ISAS)}",
 }
 
 
+_KEYS = {name: os.environ.encodekey(name) for name in VARIABLES}
+
+
+def _given(name: str) -> str:
+    """A variable's value, or "". Switches are read at each call of an operator, and hardly ever there."""
+    # os.environ takes 0.8 us to say that a variable is not there, the dictionary behind it 0.1.
+    known = getattr(os.environ, "_data", None)
+    return "" if known is not None and _KEYS[name] not in known else os.environ.get(name, "")
+
+
 def _choice(name: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name, "") or allowed[0]
+    value = _given(name) or allowed[0]
     if value not in allowed:
         raise ValueError(f"environment variable {name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
@@ -48,6 +59,15 @@ def cuda_disabled() -> bool:
         ValueError: for another value than 0 or 1.
     """
     return _choice("LIFT_FAST_DISABLE_CUDA", ("0", "1")) == "1"
+
+
+def direct_launch_disabled() -> bool:
+    """LIFT_FAST_DISABLE_DIRECT_LAUNCH.
+
+    Raises:
+        ValueError: for another value than 0 or 1.
+    """
+    return _choice("LIFT_FAST_DISABLE_DIRECT_LAUNCH", ("0", "1")) == "1"
 
 
 def cache_folder() -> Path:
