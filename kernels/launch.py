@@ -9,8 +9,8 @@ given sizes to Triton, remembers what Triton called the compiled kernel with, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,12 +25,12 @@ _current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 # Triton compiles for addresses that are multiples of this.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 # Of both tables; a program that passes it has ever new sizes, and gains nothing from them.
 _CAPACITY = 4096
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A compiled kernel on its device, and what its launch takes beside grid, stream and the launcher's arguments."""
 
     kernel: Any
@@ -47,18 +47,48 @@ _Key = tuple[Any, ...]
 # What Triton compiled at the first launch, with the kernel, whose address is part of the key.
 _seen: dict[_Key, tuple[Any, Any]] = {}
 # None where Triton calls its kernels in another way than this module knows.
-_ready: dict[_Key, _Ready | None] = {}
+_ready: dict[_Key, Ready | None] = {}
 _lock = threading.Lock()
 
 
-def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one, on whose current stream Triton launches."""
-    device = tensor.get_device()
-    return nullcontext() if device < 0 or device == _current_device() else torch.cuda.device(device)
+class Launch(NamedTuple):
+    """A launch that Triton had no part in."""
+
+    ready: Ready
+    grid: tuple[int, ...]
+    args: Sequence[Any]
+
+
+class _Journal(threading.local):
+    launches: list[Launch | None] | None = None
+
+
+_journal = _Journal()
+
+
+@contextmanager
+def journal() -> Iterator[list[Launch | None]]:
+    """Collects what this thread launches through :func:`run`; None for each launch that was left to Triton."""
+    before, launches = _journal.launches, []  # type: ignore[var-annotated]
+    _journal.launches = launches
+    try:
+        yield launches
+    finally:
+        _journal.launches = before
+
+
+def device_of(tensor: Tensor) -> int:
+    """Number of a tensor's GPU, -1 for tensors elsewhere."""
+    return tensor.get_device()
+
+
+def is_current(device: int) -> bool:
+    """Whether a GPU is the current one: Triton launches nowhere else."""
+    return device == _current_device()
 
 
 def current_stream(device: int) -> int:
-    """Address of a device's current stream."""
+    """Address of a GPU's current stream."""
     return _current_stream(device)
 
 
@@ -71,11 +101,12 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, 
         args: the arguments before the constants, in the kernel's order, a tensor first.
         options: every ``tl.constexpr`` of the kernel, and ``num_warps`` and the like.
     """
-    device = args[0].get_device()  # type: ignore[union-attr]
+    device = device_of(args[0])  # type: ignore[arg-type]
     if device < 0:
         # Triton's interpreter, and stand-ins that record launches.
+        _left_to_triton()
         kernel[grid](*args, **options)
-    elif device == _current_device():
+    elif is_current(device):
         _launch(device, kernel, grid, args, options)
     else:
         with torch.cuda.device(device):
@@ -105,21 +136,28 @@ def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any]
             plain.append(arg)
             key.append(float if type(arg) is float else arg)
     name = tuple(key)
-    if addresses % _ALIGNMENT or _watched(kernel):
-        kernel[grid](*args, **options)
-        return
-    ready = _ready.get(name)
+    aside = addresses % ALIGNMENT or watched() or getattr(kernel, "pre_run_hooks", None)
+    ready = None if aside else _ready.get(name)
+    if ready is None:
+        _left_to_triton()
+    elif _journal.launches is not None:
+        _journal.launches.append(Launch(ready, grid, args))
     if ready is not None:
         ready.run(
             *grid, *ready.fill, _current_stream(device), ready.function, ready.metadata, None, None, None,
             *plain, *ready.constants
         )  # fmt: skip
-    elif name in _ready:
+    elif aside or name in _ready:
         kernel[grid](*args, **options)
     elif name in _seen:
         _second(name, device, kernel, grid, args, options)
     else:
         _first(name, kernel, grid, args, options)
+
+
+def _left_to_triton() -> None:
+    if _journal.launches is not None:
+        _journal.launches.append(None)
 
 
 def _first(name: _Key, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> None:
@@ -161,7 +199,7 @@ def _second(
         constants = [options.get(parameter, given) for parameter in kernel.arg_names[len(args) :]]
         if len(given) == 1:
             fill = (1,) * (3 - len(grid))
-            ready = _Ready(kernel, real, compiled.function, compiled.packed_metadata, fill, tuple(constants))  # type: ignore[arg-type]
+            ready = Ready(kernel, real, compiled.function, compiled.packed_metadata, fill, tuple(constants))  # type: ignore[arg-type]
             head = (*grid, *fill, _current_stream(device), ready.function, ready.metadata)
             # Between them hooks, of which there are none.
             hooks = given[0][len(head) : len(head) + 3]
@@ -177,14 +215,11 @@ def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     )
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether a profiler or a debugger wants to hear of launches: Triton tells it."""
+def watched() -> bool:
+    """Whether a profiler wants to hear of launches: Triton tells it."""
     runtime = _runtime()
-    return bool(
-        getattr(kernel, "pre_run_hooks", ())
-        or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
-        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
-    )
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @cache

@@ -11,7 +11,7 @@ VARIABLES = {
     "LIFT_FAST_DISABLE_NATIVE": "1: run without the native core, as if it were not installed",
     "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
     "LIFT_FAST_DISABLE_CUDA": "1: run without the native core's CUDA kernels, on the Triton ones",
-    "LIFT_FAST_DISABLE_DIRECT_LAUNCH": "1: launch every Triton kernel through Triton's launcher; read at its first launch",
+    "LIFT_FAST_DISABLE_DIRECT_LAUNCH": "1: every Triton kernel through Triton's own launcher; read at its first launch",
     "LIFT_FAST_CACHE": "folder for measured tile shapes; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
     "LIFT_FAST_CPU_ISA": f"instruction set of the native core on the CPU: {', '.join(_CPU_ISAS)}",
 }

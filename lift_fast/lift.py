@@ -6,7 +6,8 @@ State-dict keys, their order and shapes are those of the published checkpoints.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
 from .plan import Architecture, span_basis
 
+# Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
+_Network = tuple[list[Tensor], list[float], Architecture]
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
 
 
@@ -154,7 +157,7 @@ class LiFT(
             out = self._forward_plain(self._align(imgs, h, w), self._as_map(x, h, w))
             return out.flatten(2).transpose(1, 2) if self.post_shape else out
         tokens = self._forward_fused(imgs, x, h, w, network)
-        return tokens.flatten(1, 2) if self.post_shape else tokens.permute(0, 3, 1, 2)
+        return tokens.view(x.shape[0], 4 * h * w, -1) if self.post_shape else tokens.permute(0, 3, 1, 2)
 
     def matching_map(self, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
         """The descriptors of :meth:`forward` in half the channels, for matching: exact, not a compression.
@@ -213,7 +216,7 @@ class LiFT(
             imgs, x = imgs.to(dtype), x.to(dtype)
         # The no-image network reads nothing of the pictures: hand over an empty tensor instead of a resized picture.
         aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
-        x_map = x.unflatten(1, (h, w)) if self.pre_shape else x.permute(0, 2, 3, 1)
+        x_map = x.view(x.shape[0], h, w, self.in_channels) if self.pre_shape else x.permute(0, 2, 3, 1)
         weights, epsilons, architecture = network
         return lift_forward(aligned, x_map, weights, epsilons, architecture, basis=basis, normalize=normalize)
 
@@ -226,10 +229,7 @@ class LiFT(
     @property
     def architecture(self) -> Architecture:
         """What the plan must know beside the weights."""
-        return self._architecture(len(self.image_convs_1) // 3 if self.use_image else 0)
-
-    def _architecture(self, image_blocks: int) -> Architecture:
-        return Architecture(image_blocks, pool=image_blocks > 0 and self.patch_size != 8)
+        return _architecture(len(self.image_convs_1) // 3 if self.use_image else 0, self.patch_size)
 
     def _forward_plain(self, imgs: Tensor, x: Tensor) -> Tensor:
         """The published graph. ``imgs`` is aligned (8 or 16 pixels per token), ``x`` is ``[B, C, h, w]``."""
@@ -243,6 +243,9 @@ class LiFT(
     def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
         """Centred crop to whole patches; other patch sizes than 8 and 16 are resized to 16 pixels per token."""
         p = self.patch_size
+        # A compiler of graphs for any size must not take this one for all.
+        if p in (8, 16) and not torch.compiler.is_compiling() and imgs.shape[2:] == (p * h, p * w):
+            return imgs
         top, left = (imgs.shape[2] - p * h) // 2, (imgs.shape[3] - p * w) // 2
         imgs = imgs[:, :, top : top + p * h, left : left + p * w]
         if p in (8, 16) or not self.use_image:
@@ -255,23 +258,27 @@ class LiFT(
         """What the plan is made from; None where the plain graph must run, whatever the inputs."""
         if not self.fused or self.training:
             return None
-        convs, norms, image_blocks = self._layers()
-        if any(norm.training for norm in norms):
-            return None
-        return _Network(_weights(convs, norms), [norm.eps for norm in norms], self._architecture(image_blocks))
+        compiling = torch.compiler.is_compiling()
+        convs, norms, image_blocks = self._layers(compiling)
+        for norm in norms:
+            if norm.training:
+                return None
+        architecture = _architecture(image_blocks, self.patch_size)
+        return _weights(convs, norms, compiling), [norm.eps for norm in norms], architecture
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
         """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon."""
-        convs, norms, _ = self._layers()
-        return _weights(convs, norms), [norm.eps for norm in norms]
+        compiling = torch.compiler.is_compiling()
+        convs, norms, _ = self._layers(compiling)
+        return _weights(convs, norms, compiling), [norm.eps for norm in norms]
 
-    def _layers(self) -> tuple[list[Any], list[Any], int]:
+    def _layers(self, compiling: bool) -> tuple[list[Any], list[Any], int]:
         """The convolutions and the BatchNorms in the order of the plan, and the first image encoder's blocks.
 
         First the image encoders', each with its BatchNorm; the transposed one; the double convolution's, each with its
         BatchNorm; the output's.
         """
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._layers_by_name()
         try:
             # Each attribute of a module costs 0.5 us and each index of a Sequential 1 us; a forward pass needs 30.
@@ -325,7 +332,7 @@ class LiFT(
             )
         if batch == 0:
             raise ValueError("LiFT got an empty batch (B = 0); pass at least one picture")
-        weight = self.outc.weight if network is None else network.weights[-2]
+        weight = self.outc.weight if network is None else network[0][-2]
         device, dtype = x.device, x.dtype
         if imgs.device != device or device != weight.device:
             raise ValueError(
@@ -342,50 +349,55 @@ class LiFT(
         return f"in_channels={self.in_channels}, patch_size={self.patch_size}, use_image={self.use_image}"
 
 
-class _Network(NamedTuple):
-    """What the plan is made from, see :func:`lift_fast.plan.build_plan`."""
-
-    weights: list[Tensor]
-    epsilons: list[float]
-    architecture: Architecture
+@cache
+def _architecture(image_blocks: int, patch_size: int) -> Architecture:
+    return Architecture(image_blocks, pool=image_blocks > 0 and patch_size != 8)
 
 
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network.weights)
+    return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network[0])
 
 
-def _weights(convs: list[Any], norms: list[Any]) -> list[Tensor]:
+class _ByName:
+    """A layer whose weights answer to their names only: parametrised, pruned, wrapped, or read by a compiler."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._parameters = self._buffers = self
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def _weights(convs: list[Any], norms: list[Any], compiling: bool) -> list[Tensor]:
     """The layers' weights and buffers in the order of the plan."""
+    if not compiling:
+        try:
+            return _held(convs, norms)
+        except (KeyError, AttributeError):
+            pass
+    return _held([_ByName(conv) for conv in convs], [_ByName(norm) for norm in norms])
+
+
+def _held(convs: list[Any], norms: list[Any]) -> list[Tensor]:
+    # The dictionaries of the layers: their attributes would cost 0.5 us each.
     weights: list[Tensor] = []
     encoders = len(norms) - 2
     for conv, norm in zip(convs[:encoders], norms, strict=False):
-        weights += _convolution(conv)
-        weights += _batch_norm(norm)
-    weights += _convolution(convs[encoders])
+        own, affine, seen = conv._parameters, norm._parameters, norm._buffers
+        weights += (own["weight"], own["bias"], affine["weight"], affine["bias"])
+        weights += (seen["running_mean"], seen["running_var"])
+    own = convs[encoders]._parameters
+    weights += (own["weight"], own["bias"])
     for conv, norm in zip(convs[encoders + 1 :], norms[encoders:], strict=False):
-        weights.append(_convolution(conv)[0])
-        weights += _batch_norm(norm)
-    weights += _convolution(convs[-1])
+        affine, seen = norm._parameters, norm._buffers
+        weights += (conv._parameters["weight"], affine["weight"], affine["bias"])
+        weights += (seen["running_mean"], seen["running_var"])
+    own = convs[-1]._parameters
+    weights += (own["weight"], own["bias"])
     return weights
-
-
-# Parametrised and pruned layers keep their weights elsewhere than in a module's dictionaries, and answer to their names.
-def _convolution(conv: Any) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        own = conv._parameters
-        if "weight" in own and "bias" in own:
-            return own["weight"], own["bias"]
-    return conv.weight, conv.bias
-
-
-def _batch_norm(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        own, statistics = norm._parameters, norm._buffers
-        if "weight" in own and "bias" in own and "running_var" in statistics:
-            return own["weight"], own["bias"], statistics["running_mean"], statistics["running_var"]
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def _check_integer(name: str, value: int, minimum: int) -> None:

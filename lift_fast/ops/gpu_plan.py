@@ -15,15 +15,18 @@ from torch import Tensor
 
 from .. import tuning
 from ..kernels import can_run as triton_can_run
-from ..kernels.launch import tf32_allowed
+from ..kernels import launch
+from ..kernels.launch import product_precision, tf32_allowed
 from ..plan import Plan
-from . import image_encoder, image_encoder_cuda
+from . import gpu_pass, image_encoder, image_encoder_cuda
 
 if TYPE_CHECKING:
     from ..kernels.head import HeadWeights
     from ..kernels.tiles import Tile
     from ..kernels.upsample import UpsampleWeights
 
+# Detectors see pictures of many sizes.
+_MOST_PASSES = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,6 +41,8 @@ class GpuPlan(NamedTuple):
     upsample_counts: tuple[int, ...]
     """Numbers of accumulators that a block of the upsample kernel may have."""
     head_counts: tuple[int, ...]
+    passes: dict[Any, gpu_pass.Pass]
+    """Passes through the kernels for inputs of sizes met before."""
 
 
 @cache
@@ -93,7 +98,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
         weights = image_encoder.prepare_encoder(plan, device, dtype)
     first, second = upsample.pack_upsample(plan, device, dtype), head.pack_head(plan, device, dtype)
     counts = (tuple(upsample.accumulators_of(first)), tuple(head.accumulators_of(second)))
-    return GpuPlan(encoder, weights, first, second, *counts)
+    return GpuPlan(encoder, weights, first, second, *counts, passes={})
 
 
 def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
@@ -143,5 +148,21 @@ def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = 
 
 def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
     """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.lift_forward`."""
-    f, g = encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
-    return head(plan, upsample(plan, x.contiguous(), f, g), normalize)
+    x = x.contiguous()
+    key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tuning.edition())
+    known = plan.passes.get(key)
+    if known is not None:
+        return known.run(imgs, x)
+    with launch.journal() as launches:
+        f, g = encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
+        u = upsample(plan, x, f, g)
+        out = head(plan, u, normalize)
+    if key is not None and plan.encoder != "torch":
+        encode = image_encoder_cuda.launcher(imgs, plan.encoder_weights) if plan.encoder == "cuda" else None
+        weights = (*(plan.encoder_weights or ()), *plan.upsample, *plan.head)
+        again = gpu_pass.build(launches, (imgs, x, f, g, u, out), weights, encode)
+        if again is not None:
+            if len(plan.passes) >= _MOST_PASSES:
+                plan.passes.clear()
+            plan.passes[key] = again
+    return out

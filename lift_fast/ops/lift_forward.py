@@ -240,14 +240,14 @@ def _compute(
     basis: bool,
     normalize: bool,
 ) -> Tensor:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
         # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return _compute(imgs, x, weights, epsilons, architecture, basis, normalize)
-    if gpu_plan.can_run(x.device, x.dtype)[0]:
+    if gpu_plan.can_run(device, x.dtype)[0]:
         return _run_gpu(imgs, x, weights, epsilons, architecture, basis, normalize)
-    device, given = x.device, x.dtype
+    given = x.dtype
     # Half precision that the processor would have to emulate is the inputs' and the result's alone.
     dtype = given if device.type != "cpu" or cpu_computes(given) else torch.float32
     imgs, x = imgs.to(dtype), x.to(dtype)

@@ -46,7 +46,7 @@ class _Witnesses:
 
 
 def _pointers(weights: Sequence[Tensor]) -> list[int]:
-    return [weight.data_ptr() for weight in weights]
+    return list(map(Tensor.data_ptr, weights))
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
@@ -71,9 +71,7 @@ class _Entry:
 
     def fits(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> bool:
         return (
-            architecture == self.architecture
-            and list(epsilons) == self.epsilons
-            and self.witnesses.recognise(weights)
+            architecture == self.architecture and list(epsilons) == self.epsilons and self.witnesses.recognise(weights)
         )
 
 
