@@ -99,6 +99,8 @@ def build(
     constant = {id(weight) for weight in weights}
     which = {id(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
     ours = []
+    if not launches:
+        return None
     for one in launches:
         if one is None:
             return None
