@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -43,11 +44,37 @@ int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "stand-in"; return 0; }
 int cuOccupancyMaxActiveClusters(int *count, void *function, void *config) { *count = 1; return 0; }
 int cuPointerGetAttribute(void *value, int attribute, uint64_t address) { *(uint64_t *)value = address; return 0; }
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuTensorMapEncodeTiled(void) { return 0; }
 int cuTensorMapEncodeIm2col(void) { return 0; }
-int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) { return 0; }
-int cuLaunchKernel(void) { return 0; }
+/* The grid, the stream and the first argument, an address, of every launch. */
+static uint64_t seen[64][5];
+static int count;
+int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) {
+  uint64_t *one = seen[count++ % 64];
+  const unsigned *grid = (const unsigned *)config;
+  one[0] = grid[0], one[1] = grid[1], one[2] = grid[2];
+  one[3] = *(const uint64_t *)((const char *)config + 32);
+  one[4] = *(const uint64_t *)arguments[0];
+  return 0;
+}
+int stand_in_launches(uint64_t *to) {
+  for (int i = 0; i < 5 * 64; i++) to[i] = seen[0][i];
+  int result = count;
+  count = 0;
+  return result;
+}
 """
+
+_library: ctypes.CDLL | None = None
+
+
+def native_launches() -> list[tuple[int, ...]]:
+    """(grid, stream, first argument) of what the native stand-in has launched since it was last asked, 64 at most."""
+    assert _library is not None
+    to = (ctypes.c_uint64 * (5 * 64))()
+    count = _library.stand_in_launches(to)
+    return [tuple(to[5 * i : 5 * i + 5]) for i in range(count)]
 
 
 class Launched(NamedTuple):
@@ -131,7 +158,8 @@ def _build_driver() -> None:
         [compiler, "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "driver.c"],
         check=True,
     )
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    global _library
+    _library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # The launchers that Triton builds above this driver must not be found by processes with another.
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -182,17 +210,23 @@ def _compiled(src: Any, target: Any, driver: Any, device: Device, native: bool) 
 
 def _believe(device: Device, native: bool) -> None:
     """Let the package take CPU tensors for tensors of the device."""
-    from lift_fast import _native
+    from lift_fast import _env, kernels
     from lift_fast.kernels import launch
     from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder_cuda
 
+    # These answer as on a GPU, and take as long.
+    where = torch.device("cuda", 0)
+    gpu_can_run, encoder_can_run = gpu_plan.can_run, image_encoder_cuda.can_run
+    kernels._probe = cache(lambda of: (True, "stand-in"))
+    image_encoder_cuda._probe = cache(lambda index: (True, "stand-in"))
+    gpu_plan.can_run = lambda of, dtype: gpu_can_run(where, dtype)
+    gpu_plan._route.cache_clear()
+    image_encoder_cuda.can_run = lambda of: encoder_can_run(where)
     launch.device_of = lambda tensor: device.home
     launch._current_device = lambda: device.current
     launch._current_stream = device.stream
     launch.capability = lambda of: (9, 0)
     launch.multiprocessors = lambda of: 132
-    gpu_plan.can_run = lambda of, dtype: (True, "stand-in")
-    image_encoder_cuda.can_run = lambda of: (True, "stand-in")
 
     def core(name: str) -> Any:
         def call(*given: Any) -> None:
@@ -204,4 +238,4 @@ def _believe(device: Device, native: bool) -> None:
     names = ("image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual")
     stand_in = SimpleNamespace(**{name: core(name) for name in names})
     for module in (image_encoder_cuda, dense_match_cuda):
-        module._native = SimpleNamespace(require=lambda: stand_in, can_run=_native.can_run)
+        module._native = SimpleNamespace(require=lambda: stand_in, can_run=lambda: (not _env.native_disabled(), ""))

@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import stand_in
 
-DEVICE = stand_in.install()
+NATIVE = sys.argv[1:] == ["native"]
+DEVICE = stand_in.install(NATIVE)
 
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -320,8 +321,26 @@ def passes():
     return out
 
 
+@torch.no_grad()
+def native():
+    """Triton's own launcher in C: what reaches the driver when Triton launches, and later without it."""
+    imgs, x = inputs()
+    rounds = []
+    for DEVICE.home in (0, 1):
+        lift = network()
+        for _ in range(4):
+            DEVICE.triton_calls = 0
+            lift(imgs, x)
+            rounds.append([DEVICE.triton_calls, stand_in.native_launches()])
+    deepest = [type(ready.run).__name__ for ready in launch._ready.values()]
+    return {"features": x.data_ptr(), "rounds": rounds, "functions": deepest}
+
+
 if __name__ == "__main__":
     os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if NATIVE:
+        print(json.dumps(native()))
+        sys.exit()
     print(json.dumps({"kernels": kernels(), "direct": direct(), "passes": passes(), "two devices": two_devices()}))

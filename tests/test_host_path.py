@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,19 @@ KERNELS = ["image_encoder", "upsample_kernel", "head_kernel"]
 MOST_CALLS = 120
 
 
-@pytest.fixture(scope="module")
-def seen():
+def program(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("TRITON_INTERPRET", "LIFT_FAST_DISABLE_DIRECT_LAUNCH"):
         environment.pop(name, None)
-    program = Path(__file__).with_name("host_path.py")
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    path = Path(__file__).with_name("host_path.py")
+    run = subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return program()
 
 
 def test_triton_launches_twice_and_then_no_more(seen):
@@ -139,3 +144,21 @@ def test_every_operator_is_asked(seen):
     assert sorted(seen["two devices"]["rounds"]) == sorted(OPERATORS)
     kernels = {kernel for rounds in seen["two devices"]["rounds"].values() for kernel, *_ in rounds[0]["launches"]}
     assert kernels == set(seen["kernels"])
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+def test_the_driver_gets_the_same_without_triton():
+    seen = program("native")
+    by_triton, launches = zip(*seen["rounds"], strict=True)
+    assert by_triton == (2, 2, 0, 0, 2, 2, 0, 0)
+    for number, round_ in enumerate(launches):
+        assert len(round_) == 2
+        (*upsample_grid, upsample_stream, features), (*head_grid, head_stream, between) = round_
+        assert upsample_stream == head_stream == 1000 + number // 4
+        assert features == seen["features"] != between
+        assert [upsample_grid, head_grid] == [one[:3] for one in launches[0]]
+    # The C function itself, with releases of Triton whose launcher is known.
+    import triton
+
+    if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "8"], ["3", "9"]):
+        assert set(seen["functions"]) == {"builtin_function_or_method"}

@@ -27,11 +27,12 @@ class _Launch(NamedTuple):
 
     run: Callable[..., Any]
     grid: tuple[int, ...]
-    function: Any
-    metadata: Any
+    rest: tuple[Any, ...]
+    nested: bool
     arguments: list[Any]
     places: tuple[tuple[int, int], ...]
     """(position among the arguments, which address)"""
+    held: launch.Ready
 
 
 class Pass:
@@ -67,11 +68,14 @@ class Pass:
         addresses = (imgs.data_ptr(), x.data_ptr(), at + f, at + g, at + u, out.data_ptr())
         if self._encode is not None:
             self._encode(imgs, addresses[_F], addresses[_G], stream)
-        for run, grid, function, metadata, arguments, places in self._launches:
+        for run, grid, rest, nested, arguments, places, _ in self._launches:
             given = arguments.copy()
             for place, which in places:
                 given[place] = addresses[which]
-            run(*grid, stream, function, metadata, None, None, None, *given)
+            if nested:
+                run(*grid, stream, *rest, tuple(given))
+            else:
+                run(*grid, stream, *rest, *given)
         return out
 
 
@@ -114,9 +118,8 @@ def build(
             arguments.append(argument.data_ptr() if isinstance(argument, Tensor) else argument)
         ready = one.ready
         arguments += ready.constants
-        ours.append(
-            _Launch(ready.run, (*one.grid, *ready.fill), ready.function, ready.metadata, arguments, tuple(places))
-        )
+        grid = (*one.grid, *ready.fill)
+        ours.append(_Launch(ready.run, grid, ready.rest, ready.nested, arguments, tuple(places), ready))
     x, out = tensors[_X], tensors[_OUT]
     assert x is not None
     assert out is not None

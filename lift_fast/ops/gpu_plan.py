@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tuning
+from .. import _env, tuning
 from ..kernels import can_run as triton_can_run
 from ..kernels import launch
 from ..kernels.launch import product_precision, tf32_allowed
@@ -66,6 +66,21 @@ def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
     return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]
+
+
+def route(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What decides how a plan is laid out, to be compared; None where the kernels do not run.
+
+    The switches and PyTorch's TF32 setting may change at any time, the rest does not.
+    """
+    return _route(device, dtype, _env.switches(), dtype != torch.float32 or tf32_allowed())
+
+
+@cache
+def _route(
+    device: torch.device, dtype: torch.dtype, switches: tuple[str, ...], rounded: bool
+) -> tuple[Any, ...] | None:
+    return ("gpu", may_use_cuda(device, dtype), device, dtype) if can_run(device, dtype)[0] else None
 
 
 def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:

@@ -65,17 +65,20 @@ def lift_forward(
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_tracing, _transforms = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiling = torch._C._autograd._profiler_enabled
 
 
 def _undisturbed(imgs: Tensor, x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether nobody but the caller would see the operator: then the dispatcher, 10 us with 37 weights, has no part."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _tracing() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _profiling()
         or (torch.is_grad_enabled() and (imgs.requires_grad or x.requires_grad))
         or type(imgs) is not Tensor
         or type(x) is not Tensor
@@ -245,8 +248,10 @@ def _compute(
         # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
         with torch.autocast(device.type, enabled=False):
             return _compute(imgs, x, weights, epsilons, architecture, basis, normalize)
-    if gpu_plan.can_run(device, x.dtype)[0]:
-        return _run_gpu(imgs, x, weights, epsilons, architecture, basis, normalize)
+    route = gpu_plan.route(device, x.dtype)
+    if route is not None:
+        # At batch 1 the host takes as long as the device.
+        return _run_gpu(imgs, x, weights, epsilons, architecture, basis, normalize, route)
     given = x.dtype
     # Half precision that the processor would have to emulate is the inputs' and the result's alone.
     dtype = given if device.type != "cpu" or cpu_computes(given) else torch.float32
@@ -276,16 +281,14 @@ def _run_gpu(
     architecture: Architecture,
     basis: bool,
     normalize: bool,
+    route: tuple[Any, ...],
 ) -> Tensor:
-    """By the kernels. At batch 1 the host takes as long as the device: each line here counts."""
-    device, dtype = x.device, x.dtype
-    # Switches and PyTorch's TF32 setting may change which image encoder a plan is for.
-    variant = ("gpu", gpu_plan.may_use_cuda(device, dtype), device, dtype, basis)
+    dtype = x.dtype
 
     def prepare(plan: Plan) -> gpu_plan.GpuPlan:
-        return gpu_plan.prepare_gpu(plan.in_basis() if basis else plan, device, dtype)
+        return gpu_plan.prepare_gpu(plan.in_basis() if basis else plan, x.device, dtype)
 
-    plan = prepared_plan(weights, epsilons, architecture, variant, prepare)
+    plan = prepared_plan(weights, epsilons, architecture, (route, basis), prepare)
     return gpu_plan.run_gpu_plan(plan, imgs if imgs.dtype == dtype else imgs.to(dtype), x, normalize)
 
 

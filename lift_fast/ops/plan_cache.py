@@ -27,7 +27,7 @@ class _Witnesses:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._pointers = _pointers(weights)
+        self._pointers = list(map(Tensor.data_ptr, weights))
         # Holding the storages weakly keeps their addresses from being handed out again unnoticed.
         self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
         self._names = [storage.cdata for storage in self._storages]
@@ -35,7 +35,9 @@ class _Witnesses:
         self._contents = {i: weight.detach().clone() for i, weight in enumerate(weights) if weight.is_inference()}
 
     def recognise(self, weights: Sequence[Tensor]) -> bool:
-        if _pointers(weights) != self._pointers or self.expired() or _versions(weights) != self._versions:
+        if list(map(Tensor.data_ptr, weights)) != self._pointers or self.expired():
+            return False
+        if _versions(weights) != self._versions:
             return False
         # Comparing waits for the device; whoever records a graph ran the network just before.
         return all(_capturing(weights[i]) or torch.equal(weights[i], held) for i, held in self._contents.items())
@@ -43,10 +45,6 @@ class _Witnesses:
     def expired(self) -> bool:
         """Whether the memory of one of the weights is gone."""
         return any(map(torch.UntypedStorage._expired, self._names))
-
-
-def _pointers(weights: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, weights))
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
