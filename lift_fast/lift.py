@@ -6,7 +6,6 @@ State-dict keys, their order and shapes are those of the published checkpoints.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -284,12 +283,17 @@ class LiFT(
             # Each attribute of a module costs 0.5 us and each index of a Sequential 1 us; a forward pass needs 30.
             modules = self._modules
             up: Any = modules["up1"]._modules  # type: ignore[union-attr]
-            double = [*up["conv_1"]._modules["double_conv"]._modules.values()]
+            sequences = [up["conv_1"]._modules["double_conv"]]
+            if self.use_image:
+                sequences += (modules["image_convs_1"], modules["image_convs_2"])
+            for sequence in sequences:
+                if type(sequence) is not nn.Sequential:
+                    return self._layers_by_name()
+            double, *images = [[*sequence._modules.values()] for sequence in sequences]
             convs, norms = [up["up"], double[0], double[3], modules["outc"]], [double[1], double[4]]
-            if not self.use_image:
+            if not images:
                 return convs, norms, 0
-            first = [*modules["image_convs_1"]._modules.values()]  # type: ignore[union-attr]
-            second = [*modules["image_convs_2"]._modules.values()]  # type: ignore[union-attr]
+            first, second = images
             return [*first[::3], second[0], *convs], [*first[1::3], second[1], *norms], len(first) // 3
         except (KeyError, IndexError, AttributeError):
             # A wrapper around one of them answers to its names only.
@@ -349,7 +353,6 @@ class LiFT(
         return f"in_channels={self.in_channels}, patch_size={self.patch_size}, use_image={self.use_image}"
 
 
-@cache
 def _architecture(image_blocks: int, patch_size: int) -> Architecture:
     return Architecture(image_blocks, pool=image_blocks > 0 and patch_size != 8)
 
