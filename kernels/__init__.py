@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import _env
@@ -11,6 +13,12 @@ def can_run(device: torch.device | None = None) -> tuple[bool, str]:
     """Whether Triton kernels can run on a CUDA device (the current one), and the reason if not. May initialise CUDA."""
     if _env.triton_disabled():
         return False, "switched off by LIFT_FAST_DISABLE_TRITON=1"
+    # The switch may change at any time, a device does not.
+    return _probe(device) if device is not None and device.index is not None else _probe.__wrapped__(device)
+
+
+@cache
+def _probe(device: torch.device | None) -> tuple[bool, str]:
     try:
         import triton
     except ImportError as error:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from . import launch
+from .tiles import cdiv, next_power_of_2
 
 # Elements of one input that a block of 8 warps holds: both are 48 registers of a thread.
 _TILE = 6144
@@ -111,12 +112,12 @@ def tiling(channels: int, inner: int) -> tuple[int, int, int, bool]:
         first, rest, loop = _LOOP_CHANNELS, 0, True
     else:
         first = 1 << (channels.bit_length() - 1)
-        rest, loop = triton.next_power_of_2(channels - first) if channels > first else 0, False
+        rest, loop = next_power_of_2(channels - first) if channels > first else 0, False
         # Little is gained where the rest is as large.
         first, rest = (2 * first, 0) if rest >= first else (first, rest)
     room = max(1, _TILE // (first + rest))
     positions = max(_LEAST_POSITIONS, 1 << (room.bit_length() - 1))
-    return first, rest, min(positions, triton.next_power_of_2(inner)), loop
+    return first, rest, min(positions, next_power_of_2(inner)), loop
 
 
 def cosine_loss(
@@ -133,26 +134,27 @@ def cosine_loss(
     outer, channels, inner = prediction.shape
     first, rest, positions, loop = tiling(channels, inner)
     into = prediction if gradient is None else gradient
-    with device_guard(prediction):
-        cosine_loss_kernel[(outer * triton.cdiv(inner, positions),)](
-            prediction,
-            target,
-            into,
-            loss,
-            channels,
-            inner,
-            *prediction.stride(),
-            *target.stride(),
-            *into.stride(),
-            weight,
-            epsilon,
-            FIRST=first,
-            REST=rest,
-            POSITIONS=positions,
-            LOOP=loop,
-            GRADIENT=gradient is not None,
-            num_warps=8 if (first + rest) * positions > _TILE // 4 else 4,
-        )
+    launch.run(
+        cosine_loss_kernel,
+        (outer * cdiv(inner, positions),),
+        prediction,
+        target,
+        into,
+        loss,
+        channels,
+        inner,
+        *prediction.stride(),
+        *target.stride(),
+        *into.stride(),
+        weight,
+        epsilon,
+        FIRST=first,
+        REST=rest,
+        POSITIONS=positions,
+        LOOP=loop,
+        GRADIENT=gradient is not None,
+        num_warps=8 if (first + rest) * positions > _TILE // 4 else 4,
+    )
 
 
 def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
@@ -162,8 +164,13 @@ def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
         values: of any dense memory format.
         factor: one float32.
     """
-    with device_guard(values):
-        scale_kernel[(triton.cdiv(values.numel(), _SCALE_BLOCK),)](
-            values, factor.to(torch.float32), values.numel(), BLOCK=_SCALE_BLOCK, num_warps=4
-        )
+    launch.run(
+        scale_kernel,
+        (cdiv(values.numel(), _SCALE_BLOCK),),
+        values,
+        factor.to(torch.float32),
+        values.numel(),
+        BLOCK=_SCALE_BLOCK,
+        num_warps=4,
+    )
     return values

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from . import launch
 from .strips import Band, Scales, Strips
+from .tiles import cdiv, next_power_of_2
 
 # Larger than every pixel's number.
 NONE = tl.constexpr(0x7FFFFFFF)
@@ -277,43 +278,44 @@ def match(
     """
     y, x = key
     patches = y.count * x.count
-    chunk = max(16, min(_CHUNK, triton.next_power_of_2(patches)))
+    chunk = max(16, min(_CHUNK, next_power_of_2(patches)))
     if query is None or band is None:
         query, band = key, Band((0, 0), (0, 1), 0, 0, 1)
         points, queries, portions, programs = True, 1, 1, table.shape[0]
     else:
         largest = query[0].longest * query[1].longest
         # The outermost strips are longer than the rest: they take several programs.
-        usual = triton.cdiv(query[0].pixels, query[0].cells) * triton.cdiv(query[1].pixels, query[1].cells)
-        points, queries = False, min(256, triton.next_power_of_2(min(usual, largest)))
-        portions = triton.cdiv(largest, queries)
+        usual = cdiv(query[0].pixels, query[0].cells) * cdiv(query[1].pixels, query[1].cells)
+        points, queries = False, min(256, next_power_of_2(min(usual, largest)))
+        portions = cdiv(largest, queries)
         programs = portions * (band.strips_y[1] - band.strips_y[0]) * (band.strips_x[1] - band.strips_x[0])
     scale = (scales.pixel, scales.high, scales.low, scales.largest) if scales is not None else (None,) * 4
-    with device_guard(table):
-        match_kernel[(programs,)](
-            table,
-            *(part for axis in (*query, y, x) for part in (axis.low, axis.high, axis.first, axis.weight)),
-            *scale,
-            similarity,
-            index,
-            query[1].pixels,
-            band.top,
-            band.left,
-            band.width,
-            band.strips_y[0],
-            band.strips_x[0],
-            band.strips_x[1] - band.strips_x[0],
-            portions,
-            x.cells,
-            y.cells * x.cells,
-            x.pixels,
-            y.count,
-            x.count,
-            POINTS=points,
-            QUERIES=queries,
-            KEYS=128 if points else 16,
-            CHUNK=chunk,
-            CHUNKS=triton.cdiv(patches, chunk),
-            SLACK=SLACK,
-            num_warps=8 if chunk > 2048 else 4,
-        )
+    launch.run(
+        match_kernel,
+        (programs,),
+        table,
+        *(part for axis in (*query, y, x) for part in (axis.low, axis.high, axis.first, axis.weight)),
+        *scale,
+        similarity,
+        index,
+        query[1].pixels,
+        band.top,
+        band.left,
+        band.width,
+        band.strips_y[0],
+        band.strips_x[0],
+        band.strips_x[1] - band.strips_x[0],
+        portions,
+        x.cells,
+        y.cells * x.cells,
+        x.pixels,
+        y.count,
+        x.count,
+        POINTS=points,
+        QUERIES=queries,
+        KEYS=128 if points else 16,
+        CHUNK=chunk,
+        CHUNKS=cdiv(patches, chunk),
+        SLACK=SLACK,
+        num_warps=8 if chunk > 2048 else 4,
+    )

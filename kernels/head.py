@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import launch
-from .launch import device_guard, product_precision
-from .tiles import Tile, columns_of, padded, shared_memory
+from .launch import product_precision
+from .tiles import Tile, cdiv, columns_of, padded, shared_memory
 
 # A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
 NORM_FLOOR = 1e-12
@@ -182,30 +182,31 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
     """
     batch, height, width, channels = u.shape
     out = u.new_empty((batch, height, width, weights.out_channels))
-    with device_guard(u):
-        head_kernel[(triton.cdiv(batch * height * width, tile.rows),)](
-            u,
-            weights.conv,
-            weights.conv_bias,
-            weights.out,
-            weights.out_bias,
-            out,
-            batch,
-            height,
-            width,
-            CHANNELS=channels,
-            N=weights.conv.shape[0],
-            OUT_CHANNELS=weights.out_channels,
-            M=weights.out.shape[0],
-            ROWS=tile.rows,
-            WIDE=tile.columns,
-            OUT_WIDE=columns_of(weights.out_channels),
-            DEPTH=tile.depth,
-            STAGES=tile.stages,
-            OUT_STAGES=_out_stages(weights, tile, u),
-            NORMALIZE=normalize,
-            FLOOR=NORM_FLOOR,
-            PREC=product_precision(u.dtype),
-            num_warps=tile.warps,
-        )
+    launch.run(
+        head_kernel,
+        (cdiv(batch * height * width, tile.rows),),
+        u,
+        weights.conv,
+        weights.conv_bias,
+        weights.out,
+        weights.out_bias,
+        out,
+        batch,
+        height,
+        width,
+        CHANNELS=channels,
+        N=weights.conv.shape[0],
+        OUT_CHANNELS=weights.out_channels,
+        M=weights.out.shape[0],
+        ROWS=tile.rows,
+        WIDE=tile.columns,
+        OUT_WIDE=columns_of(weights.out_channels),
+        DEPTH=tile.depth,
+        STAGES=tile.stages,
+        OUT_STAGES=_out_stages(weights, tile, u),
+        NORMALIZE=normalize,
+        FLOOR=NORM_FLOOR,
+        PREC=product_precision(u.dtype),
+        num_warps=tile.warps,
+    )
     return out

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import ImageConv, Plan
-from .launch import device_guard, product_precision
+from . import launch
+from .launch import product_precision
+from .tiles import cdiv, next_power_of_2
 
 # Positions of a block; every convolution is 32 channels wide, so registers and not memory set the limit.
 _ROWS = 64
@@ -49,7 +51,7 @@ def unsupported(plan: Plan) -> str | None:
 def pack_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> EncoderWeights:
     """Lay out the plan's image encoders for :func:`encode_image`."""
     channels = plan.fine.shape[2]
-    width = max(16, triton.next_power_of_2(channels))
+    width = max(16, next_power_of_2(channels))
     more = width - channels
     pad = torch.nn.functional.pad
 
@@ -200,22 +202,32 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
         "PREC": product_precision(imgs.dtype),
         "num_warps": 4,
     }
-    with device_guard(imgs):
-        fine_kernel[(triton.cdiv(4 * batch * height * width, _ROWS),)](
-            imgs,
-            *imgs.stride(),
-            weights.first,
-            weights.first_bias,
-            weights.second,
-            weights.second_bias,
-            f,
-            batch,
-            2 * height,
-            2 * width,
-            POOL=pool,
-            **options,
-        )
-        coarse_kernel[(triton.cdiv(batch * height * width, _ROWS),)](
-            f, weights.third, weights.third_bias, g, batch, height, width, **options
-        )
+    launch.run(
+        fine_kernel,
+        (cdiv(4 * batch * height * width, _ROWS),),
+        imgs,
+        *imgs.stride(),
+        weights.first,
+        weights.first_bias,
+        weights.second,
+        weights.second_bias,
+        f,
+        batch,
+        2 * height,
+        2 * width,
+        POOL=pool,
+        **options,
+    )
+    launch.run(
+        coarse_kernel,
+        (cdiv(batch * height * width, _ROWS),),
+        f,
+        weights.third,
+        weights.third_bias,
+        g,
+        batch,
+        height,
+        width,
+        **options,
+    )
     return f, g

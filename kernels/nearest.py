@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
-from .tiles import Tile, shared_memory
+from . import launch
+from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
 # A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
 NORM_FLOOR = 1e-12
@@ -640,34 +640,34 @@ def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int
         residual=vector() if measured else None,
         normalized=normalize,
     )
-    with device_guard(given):
-        prepare_kernel[(triton.cdiv(padded, 16), batch)](
-            given,
-            rows.copy,
-            rows.shift,
-            rows.scale,
-            rows.bias,
-            rows.residual,
-            n,
-            padded,
-            channels,
-            WIDTH=width,
-            NORMALIZE=normalize,
-            # Float16 products never pass the range of float32.
-            SHIFT=normalize and given.dtype != torch.float16,
-            LENGTH=HALF_LENGTH,
-            FLOOR=NORM_FLOOR,
-            ROWS=16,
-            DEPTH=128,
-            num_warps=4,
-        )
+    launch.run(
+        prepare_kernel,
+        (cdiv(padded, 16), batch),
+        given,
+        rows.copy,
+        rows.shift,
+        rows.scale,
+        rows.bias,
+        rows.residual,
+        n,
+        padded,
+        channels,
+        WIDTH=width,
+        NORMALIZE=normalize,
+        # Float16 products never pass the range of float32.
+        SHIFT=normalize and given.dtype != torch.float16,
+        LENGTH=HALF_LENGTH,
+        FLOOR=NORM_FLOOR,
+        ROWS=16,
+        DEPTH=128,
+        num_warps=4,
+    )
     return rows
 
 
 def _splits(tiles: int, column_tiles: int, places: int, device: torch.device) -> int:
     """Into how many parts to cut the keys, so that few queries, too, keep the device busy to the end."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(4 * multiprocessors // tiles, column_tiles, 32, 512 // places))
+    return max(1, min(4 * launch.multiprocessors(device) // tiles, column_tiles, 32, 512 // places))
 
 
 class Found(NamedTuple):
@@ -702,14 +702,14 @@ def search(
     """
     batch, n, channels = query.given.shape
     m = key.given.shape[1]
-    places = triton.next_power_of_2(depth)
+    places = next_power_of_2(depth)
     patch = min(16, tile.rows)
     if window is None:
-        tiles, column_tiles = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
+        tiles, column_tiles = cdiv(n, tile.rows), cdiv(m, tile.columns)
     else:
         down, across = tile.rows // patch, patch
-        tiles = window.row_frames * triton.cdiv(window.row_height, down) * triton.cdiv(window.row_width, across)
-        column_tiles = triton.cdiv(m, 4 * tile.columns)
+        tiles = window.row_frames * cdiv(window.row_height, down) * cdiv(window.row_width, across)
+        column_tiles = cdiv(m, 4 * tile.columns)
     splits = 1 if chosen is not None else _splits(tiles * batch, column_tiles, places, query.given.device)
     values = query.given.new_empty((batch, splits, n, places), dtype=torch.float32)
     indices = torch.empty_like(values, dtype=torch.int32)
@@ -717,40 +717,41 @@ def search(
     if mutual:
         back = torch.full((batch, key.bias.shape[1]), -(1 << 63), dtype=torch.int64, device=values.device)
     copied = query.copy is not None
-    with device_guard(query.given):
-        search_kernel[(tiles, splits, batch)](
-            query.copy if copied else query.given,
-            query.shift,
-            query.scale,
-            query.bias,
-            key.copy if copied else key.given,
-            key.shift,
-            key.scale,
-            key.bias,
-            values,
-            indices,
-            back,
-            chosen[0] if chosen is not None else None,
-            chosen[1] if chosen is not None else None,
-            n,
-            m,
-            query.bias.shape[1],
-            key.bias.shape[1],
-            channels,
-            *((*window[:6], window.frames) if window is not None else (1,) * 7),
-            COPIED=copied,
-            NORMALIZED=query.normalized,
-            WINDOW=window is not None,
-            PATCH=patch,
-            WIDTH=query.copy.shape[2] if query.copy is not None else triton.cdiv(channels, tile.depth) * tile.depth,
-            PLACES=places,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            STAGES=tile.stages,
-            PREC="tf32" if copied else "tf32x3",
-            num_warps=tile.warps,
-        )
+    launch.run(
+        search_kernel,
+        (tiles, splits, batch),
+        query.copy if copied else query.given,
+        query.shift,
+        query.scale,
+        query.bias,
+        key.copy if copied else key.given,
+        key.shift,
+        key.scale,
+        key.bias,
+        values,
+        indices,
+        back,
+        chosen[0] if chosen is not None else None,
+        chosen[1] if chosen is not None else None,
+        n,
+        m,
+        query.bias.shape[1],
+        key.bias.shape[1],
+        channels,
+        *((*window[:6], window.frames) if window is not None else (1,) * 7),
+        COPIED=copied,
+        NORMALIZED=query.normalized,
+        WINDOW=window is not None,
+        PATCH=patch,
+        WIDTH=query.copy.shape[2] if query.copy is not None else cdiv(channels, tile.depth) * tile.depth,
+        PLACES=places,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        STAGES=tile.stages,
+        PREC="tf32" if copied else "tf32x3",
+        num_warps=tile.warps,
+    )
     return Found(values, indices, back)
 
 
@@ -760,32 +761,33 @@ def finish(
     """Write ``similarity``, ``index [B, n, k]``: float32 values of the best keys found, in order."""
     batch, n, channels = query.given.shape
     _, splits, _, places = found.values.shape
-    with device_guard(query.given):
-        finish_kernel[(n, batch)](
-            query.given,
-            query.shift,
-            query.scale,
-            key.given,
-            key.shift,
-            key.scale,
-            found.values,
-            found.indices,
-            chosen[0] if chosen is not None else None,
-            chosen[1] if chosen is not None else None,
-            similarity,
-            index,
-            n,
-            key.given.shape[1],
-            query.bias.shape[1],
-            key.bias.shape[1],
-            channels,
-            index.shape[2],
-            SPLITS=splits,
-            PLACES=places,
-            LANES=triton.next_power_of_2(splits * places),
-            DEPTH=128,
-            num_warps=1,
-        )
+    launch.run(
+        finish_kernel,
+        (n, batch),
+        query.given,
+        query.shift,
+        query.scale,
+        key.given,
+        key.shift,
+        key.scale,
+        found.values,
+        found.indices,
+        chosen[0] if chosen is not None else None,
+        chosen[1] if chosen is not None else None,
+        similarity,
+        index,
+        n,
+        key.given.shape[1],
+        query.bias.shape[1],
+        key.bias.shape[1],
+        channels,
+        index.shape[2],
+        SPLITS=splits,
+        PLACES=places,
+        LANES=next_power_of_2(splits * places),
+        DEPTH=128,
+        num_warps=1,
+    )
 
 
 def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> Tensor:
@@ -802,26 +804,27 @@ def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> T
     valid = torch.empty((batch, n), dtype=torch.int8, device=index.device)
     columns = tile.rows
     stages = max(2, min(tile.stages, (64 << 10) // (2 * columns * tile.depth * query.copy.element_size())))
-    with device_guard(index):
-        mutual_kernel[(triton.cdiv(n, tile.rows), batch)](
-            query.copy,
-            query.scale,
-            query.bias,
-            key.copy,
-            index,
-            back,
-            valid,
-            n,
-            query.bias.shape[1],
-            key.bias.shape[1],
-            k,
-            WIDTH=query.copy.shape[2],
-            ROWS=tile.rows,
-            DEPTH=tile.depth,
-            STAGES=stages,
-            PREC="tf32",
-            num_warps=tile.warps,
-        )
+    launch.run(
+        mutual_kernel,
+        (cdiv(n, tile.rows), batch),
+        query.copy,
+        query.scale,
+        query.bias,
+        key.copy,
+        index,
+        back,
+        valid,
+        n,
+        query.bias.shape[1],
+        key.bias.shape[1],
+        k,
+        WIDTH=query.copy.shape[2],
+        ROWS=tile.rows,
+        DEPTH=tile.depth,
+        STAGES=stages,
+        PREC="tf32",
+        num_warps=tile.warps,
+    )
     return valid
 
 
@@ -838,25 +841,26 @@ def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, til
     blocks = key.bias.shape[1] // block
     out = query.bias.new_empty((count, blocks))
     tiles = count // tile.rows
-    with device_guard(out):
-        splits = _splits(tiles, key.bias.shape[1] // tile.columns, 1, out.device)
-        blocks_kernel[(tiles, splits)](
-            query.copy,
-            key.copy,
-            key.bias,
-            out,
-            first,
-            blocks,
-            key.bias.shape[1],
-            WIDTH=query.copy.shape[2],
-            BLOCK=block,
-            LENGTH=HALF_LENGTH,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    splits = _splits(tiles, key.bias.shape[1] // tile.columns, 1, out.device)
+    launch.run(
+        blocks_kernel,
+        (tiles, splits),
+        query.copy,
+        key.copy,
+        key.bias,
+        out,
+        first,
+        blocks,
+        key.bias.shape[1],
+        WIDTH=query.copy.shape[2],
+        BLOCK=block,
+        LENGTH=HALF_LENGTH,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
     return out
 
 
@@ -884,40 +888,41 @@ def rescore(
     assert query.residual is not None
     assert key.residual is not None
     _, n, channels = query.given.shape
-    places = triton.next_power_of_2(depth)
+    places = next_power_of_2(depth)
     bar = maxima.amax(1) if depth == 1 else maxima.topk(min(depth, maxima.shape[1])).values[:, -1].contiguous()
     if depth > maxima.shape[1]:
         bar = torch.full_like(bar, -torch.inf)
-    with device_guard(maxima):
-        rescore_kernel[(min(maxima.shape[0], n - first),)](
-            query.given,
-            query.shift,
-            query.scale,
-            query.bias,
-            query.residual,
-            key.given,
-            key.shift,
-            key.scale,
-            key.bias,
-            key.residual.amax(),
-            maxima,
-            bar,
-            chosen[0],
-            chosen[1],
-            similarity,
-            index,
-            first,
-            n,
-            key.given.shape[1],
-            channels,
-            maxima.shape[1],
-            index.shape[2],
-            # Sums of unit vectors on the tensor cores, twice the longest chain of roundings.
-            (channels + 16) * 2.0**-23,
-            BLOCK=block,
-            MOST=MOST_BLOCKS,
-            PLACES=places,
-            LANES=1024 if maxima.shape[1] > 512 else 512,
-            DEPTH=max(16, 4096 // block),
-            num_warps=4,
-        )
+    launch.run(
+        rescore_kernel,
+        (min(maxima.shape[0], n - first),),
+        query.given,
+        query.shift,
+        query.scale,
+        query.bias,
+        query.residual,
+        key.given,
+        key.shift,
+        key.scale,
+        key.bias,
+        key.residual.amax(),
+        maxima,
+        bar,
+        chosen[0],
+        chosen[1],
+        similarity,
+        index,
+        first,
+        n,
+        key.given.shape[1],
+        channels,
+        maxima.shape[1],
+        index.shape[2],
+        # Sums of unit vectors on the tensor cores, twice the longest chain of roundings.
+        (channels + 16) * 2.0**-23,
+        BLOCK=block,
+        MOST=MOST_BLOCKS,
+        PLACES=places,
+        LANES=1024 if maxima.shape[1] > 512 else 512,
+        DEPTH=max(16, 4096 // block),
+        num_warps=4,
+    )

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from . import launch
+from .tiles import cdiv, next_power_of_2
 
 # A query's matches lie in registers; PyTorch's own selection serves more of them.
 MOST_MATCHES = 32
@@ -144,32 +145,33 @@ def propagate_labels(
     out = query.new_empty((batch, n, objects))
     if not out.numel():
         return out
-    side = 8 if batch * triton.cdiv(query_h, 8) * triton.cdiv(query_w, 8) >= _FULL else 4
-    blocks = batch * triton.cdiv(query_h, side) * triton.cdiv(query_w, side)
-    with device_guard(query):
-        propagate_labels_kernel[(blocks,)](
-            query,
-            key,
-            query_part,
-            key_part,
-            labels,
-            out,
-            m // (key_h * key_w),
-            query_h,
-            query_w,
-            key_h,
-            key_w,
-            2 * radius * query_h,
-            2 * radius * query_w,
-            objects,
-            temperature,
-            C=channels,
-            K=k,
-            TOP=triton.next_power_of_2(k),
-            SIDE=side,
-            KEYS=64,
-            DEPTH=max(16, min(32, triton.next_power_of_2(channels))),
-            OBJECTS=max(1, min(32, triton.next_power_of_2(objects))),
-            num_warps=side,
-        )
+    side = 8 if batch * cdiv(query_h, 8) * cdiv(query_w, 8) >= _FULL else 4
+    blocks = batch * cdiv(query_h, side) * cdiv(query_w, side)
+    launch.run(
+        propagate_labels_kernel,
+        (blocks,),
+        query,
+        key,
+        query_part,
+        key_part,
+        labels,
+        out,
+        m // (key_h * key_w),
+        query_h,
+        query_w,
+        key_h,
+        key_w,
+        2 * radius * query_h,
+        2 * radius * query_w,
+        objects,
+        temperature,
+        C=channels,
+        K=k,
+        TOP=next_power_of_2(k),
+        SIDE=side,
+        KEYS=64,
+        DEPTH=max(16, min(32, next_power_of_2(channels))),
+        OBJECTS=max(1, min(32, next_power_of_2(objects))),
+        num_warps=side,
+    )
     return out

@@ -36,6 +36,17 @@ class Tile(NamedTuple):
     """Loads in flight."""
 
 
+# Triton's functions of these names, made for kernels as well, cost the host 2 us a call.
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of ``size`` hold ``count``."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not below ``count`` >= 1."""
+    return 1 << (count - 1).bit_length()
+
+
 def shared_memory(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may use on a device of this compute capability."""
     known = [key for key in _SHARED_MEMORY if key <= capability]

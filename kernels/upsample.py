@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Plan
-from .launch import device_guard, product_precision
-from .tiles import Tile, columns_of, padded
+from . import launch
+from .launch import product_precision
+from .tiles import Tile, cdiv, columns_of, next_power_of_2, padded
 
 
 class UpsampleWeights(NamedTuple):
@@ -200,31 +201,32 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
     out = x.new_empty((batch, 2 * height, 2 * width, weights.channels))
     padded_channels = weights.bias.shape[1]
     column_blocks = padded_channels // (tile.columns * tile.accumulators)
-    blocks = 4 * column_blocks * triton.cdiv(batch * height * width, tile.rows)
-    with device_guard(x):
-        upsample_kernel[(blocks,)](
-            x,
-            g,
-            f,
-            weights.coarse,
-            weights.image,
-            weights.fine,
-            weights.bias,
-            out,
-            batch,
-            height,
-            width,
-            C=channels,
-            G=image,
-            N=padded_channels,
-            CHANNELS=weights.channels,
-            ROWS=tile.rows,
-            WIDE=tile.columns,
-            PIECES=tile.accumulators,
-            DEPTH=tile.depth,
-            IMAGE_DEPTH=max(16, min(tile.depth, triton.next_power_of_2(max(image, 1)))),
-            STAGES=tile.stages,
-            PREC=product_precision(x.dtype),
-            num_warps=tile.warps,
-        )
+    blocks = 4 * column_blocks * cdiv(batch * height * width, tile.rows)
+    launch.run(
+        upsample_kernel,
+        (blocks,),
+        x,
+        g,
+        f,
+        weights.coarse,
+        weights.image,
+        weights.fine,
+        weights.bias,
+        out,
+        batch,
+        height,
+        width,
+        C=channels,
+        G=image,
+        N=padded_channels,
+        CHANNELS=weights.channels,
+        ROWS=tile.rows,
+        WIDE=tile.columns,
+        PIECES=tile.accumulators,
+        DEPTH=tile.depth,
+        IMAGE_DEPTH=max(16, min(tile.depth, next_power_of_2(max(image, 1)))),
+        STAGES=tile.stages,
+        PREC=product_precision(x.dtype),
+        num_warps=tile.warps,
+    )
     return out

@@ -17,6 +17,8 @@ from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
 from .plan import Architecture, span_basis
 
+# Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
+_Network = tuple[list[Tensor], list[float], Architecture]
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
 
 
@@ -148,12 +150,13 @@ class LiFT(
             ValueError: for shapes, dtypes or devices that do not fit each other or the module; for weights that are
                 not finite when the plan is built.
         """
-        x_map = self._checked_map(imgs, x)
-        if self._needs_plain_graph(imgs, x):
-            out = self._forward_plain(self._align(imgs, *x_map.shape[2:]), x_map)
+        network = self._network()
+        h, w = self._check(imgs, x, network)
+        if network is None or _wants_gradients(imgs, x, network):
+            out = self._forward_plain(self._align(imgs, h, w), self._as_map(x, h, w))
             return out.flatten(2).transpose(1, 2) if self.post_shape else out
-        tokens = self._forward_fused(imgs, x_map)
-        return tokens.flatten(1, 2) if self.post_shape else tokens.permute(0, 3, 1, 2)
+        tokens = self._forward_fused(imgs, x, h, w, network)
+        return tokens.view(x.shape[0], 4 * h * w, -1) if self.post_shape else tokens.permute(0, 3, 1, 2)
 
     def matching_map(self, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
         """The descriptors of :meth:`forward` in half the channels, for matching: exact, not a compression.
@@ -179,10 +182,11 @@ class LiFT(
         Raises:
             ValueError: as :meth:`forward`.
         """
-        x_map = self._checked_map(imgs, x)
-        if not self._needs_plain_graph(imgs, x):
-            return self._forward_fused(imgs, x_map, basis=True, normalize=normalize).permute(0, 3, 1, 2)
-        wide = self._forward_plain(self._align(imgs, *x_map.shape[2:]), x_map)
+        network = self._network()
+        h, w = self._check(imgs, x, network)
+        if network is not None and not _wants_gradients(imgs, x, network):
+            return self._forward_fused(imgs, x, h, w, network, basis=True, normalize=normalize).permute(0, 3, 1, 2)
+        wide = self._forward_plain(self._align(imgs, h, w), self._as_map(x, h, w))
         # Half precision would round a second time.
         dtype = torch.promote_types(wide.dtype, torch.float32)
         with torch.autocast(wide.device.type, enabled=False):
@@ -190,22 +194,30 @@ class LiFT(
             narrow = F.conv2d(wide.to(dtype), basis.to(dtype).t()[:, :, None, None])
             return (F.normalize(narrow, dim=1) if normalize else narrow).to(wide.dtype)
 
-    def _checked_map(self, imgs: Tensor, x: Tensor) -> Tensor:
-        """Check the inputs; returns ``x`` as ``[B, C, h, w]``."""
-        h, w = self._check(imgs, x)
+    def _as_map(self, x: Tensor, h: int, w: int) -> Tensor:
+        """``x`` as ``[B, C, h, w]``."""
         return x.transpose(1, 2).unflatten(2, (h, w)) if self.pre_shape else x
 
-    def _forward_fused(self, imgs: Tensor, x_map: Tensor, basis: bool = False, normalize: bool = False) -> Tensor:
+    def _forward_fused(
+        self,
+        imgs: Tensor,
+        x: Tensor,
+        h: int,
+        w: int,
+        network: _Network,
+        basis: bool = False,
+        normalize: bool = False,
+    ) -> Tensor:
         """The inference plan: ``[B, 2h, 2w, C]``, c + 1 channels with ``basis``."""
-        if torch.is_autocast_enabled(x_map.device.type):
-            dtype = torch.get_autocast_dtype(x_map.device.type)
-            imgs, x_map = imgs.to(dtype), x_map.to(dtype)
-        weights, epsilons = self._plan_sources()
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            imgs, x = imgs.to(dtype), x.to(dtype)
         # The no-image network reads nothing of the pictures: hand over an empty tensor instead of a resized picture.
-        none = imgs.new_empty((imgs.shape[0], 3, 0, 0))
-        aligned = self._align(imgs, *x_map.shape[2:]) if self.use_image else none
-        x_map = x_map.permute(0, 2, 3, 1)
-        return lift_forward(aligned, x_map, weights, epsilons, self.architecture, basis=basis, normalize=normalize)
+        aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
+        x_map = x.view(x.shape[0], h, w, self.in_channels) if self.pre_shape else x.permute(0, 2, 3, 1)
+        weights, epsilons, architecture = network
+        return lift_forward(aligned, x_map, weights, epsilons, architecture, basis=basis, normalize=normalize)
 
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is made anew after it."""
@@ -216,9 +228,7 @@ class LiFT(
     @property
     def architecture(self) -> Architecture:
         """What the plan must know beside the weights."""
-        if not self.use_image:
-            return Architecture(image_blocks=0, pool=False)
-        return Architecture(image_blocks=len(self.image_convs_1) // 3, pool=self.patch_size != 8)
+        return _architecture(len(self.image_convs_1) // 3 if self.use_image else 0, self.patch_size)
 
     def _forward_plain(self, imgs: Tensor, x: Tensor) -> Tensor:
         """The published graph. ``imgs`` is aligned (8 or 16 pixels per token), ``x`` is ``[B, C, h, w]``."""
@@ -232,6 +242,9 @@ class LiFT(
     def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
         """Centred crop to whole patches; other patch sizes than 8 and 16 are resized to 16 pixels per token."""
         p = self.patch_size
+        # A compiler of graphs for any size must not take this one for all.
+        if p in (8, 16) and not torch.compiler.is_compiling() and imgs.shape[2:] == (p * h, p * w):
+            return imgs
         top, left = (imgs.shape[2] - p * h) // 2, (imgs.shape[3] - p * w) // 2
         imgs = imgs[:, :, top : top + p * h, left : left + p * w]
         if p in (8, 16) or not self.use_image:
@@ -240,50 +253,75 @@ class LiFT(
         resized = F.interpolate(imgs.float(), size=(16 * h, 16 * w), mode="bilinear", antialias=True)
         return resized.to(imgs.dtype)
 
-    def _batch_norms(self) -> list[nn.BatchNorm2d]:
-        norms = [self.image_convs_1[3 * i + 1] for i in range(len(self.image_convs_1) // 3)] if self.use_image else []
-        if self.use_image:
-            norms.append(self.image_convs_2[1])
-        double = self.up1.conv_1.double_conv
-        return [*norms, double[1], double[4]]  # type: ignore[list-item]
+    def _network(self) -> _Network | None:
+        """What the plan is made from; None where the plain graph must run, whatever the inputs."""
+        if not self.fused or self.training:
+            return None
+        compiling = torch.compiler.is_compiling()
+        convs, norms, image_blocks = self._layers(compiling)
+        for norm in norms:
+            if norm.training:
+                return None
+        architecture = _architecture(image_blocks, self.patch_size)
+        return _weights(convs, norms, compiling), [norm.eps for norm in norms], architecture
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
         """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon."""
-        convs: list[Any] = []
-        if self.use_image:
-            convs = [self.image_convs_1[3 * i] for i in range(len(self.image_convs_1) // 3)]
-            convs.append(self.image_convs_2[0])
-        norms = self._batch_norms()
-        weights: list[Tensor] = []
-        for conv, norm in zip(convs, norms, strict=False):
-            weights += [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]  # type: ignore[list-item]
-        weights += [self.up1.up.weight, self.up1.up.bias]  # type: ignore[list-item]
+        compiling = torch.compiler.is_compiling()
+        convs, norms, _ = self._layers(compiling)
+        return _weights(convs, norms, compiling), [norm.eps for norm in norms]
+
+    def _layers(self, compiling: bool) -> tuple[list[Any], list[Any], int]:
+        """The convolutions and the BatchNorms in the order of the plan, and the first image encoder's blocks.
+
+        First the image encoders', each with its BatchNorm; the transposed one; the double convolution's, each with its
+        BatchNorm; the output's.
+        """
+        if compiling:
+            return self._layers_by_name()
+        try:
+            # Each attribute of a module costs 0.5 us and each index of a Sequential 1 us; a forward pass needs 30.
+            modules = self._modules
+            up: Any = modules["up1"]._modules  # type: ignore[union-attr]
+            sequences = [up["conv_1"]._modules["double_conv"]]
+            if self.use_image:
+                sequences += (modules["image_convs_1"], modules["image_convs_2"])
+            for sequence in sequences:
+                if type(sequence) is not nn.Sequential:
+                    return self._layers_by_name()
+            double, *images = [[*sequence._modules.values()] for sequence in sequences]
+            convs, norms = [up["up"], double[0], double[3], modules["outc"]], [double[1], double[4]]
+            if not images:
+                return convs, norms, 0
+            first, second = images
+            return [*first[::3], second[0], *convs], [*first[1::3], second[1], *norms], len(first) // 3
+        except (KeyError, IndexError, AttributeError):
+            # A wrapper around one of them answers to its names only.
+            return self._layers_by_name()
+
+    def _layers_by_name(self) -> tuple[list[Any], list[Any], int]:
         double = self.up1.conv_1.double_conv
-        for conv, norm in zip((double[0], double[3]), norms[len(convs) :], strict=True):
-            weights += [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]  # type: ignore[list-item]
-        weights += [self.outc.weight, self.outc.bias]  # type: ignore[list-item]
-        return weights, [norm.eps for norm in norms]
+        convs, norms = [self.up1.up, double[0], double[3], self.outc], [double[1], double[4]]
+        if not self.use_image:
+            return convs, norms, 0
+        first, second, blocks = self.image_convs_1, self.image_convs_2, len(self.image_convs_1) // 3
+        convs = [*(first[3 * i] for i in range(blocks)), second[0], *convs]
+        return convs, [*(first[3 * i + 1] for i in range(blocks)), second[1], *norms], blocks
 
-    def _needs_plain_graph(self, imgs: Tensor, x: Tensor) -> bool:
-        if not self.fused or self.training or any(norm.training for norm in self._batch_norms()):
-            return True
-        if not torch.is_grad_enabled():
-            return False
-        return imgs.requires_grad or x.requires_grad or any(p.requires_grad for p in self.parameters())
-
-    def _check(self, imgs: Tensor, x: Tensor) -> tuple[int, int]:
+    def _check(self, imgs: Tensor, x: Tensor, network: _Network | None) -> tuple[int, int]:
         """Check the inputs against each other and the module; returns the coarse grid (h, w)."""
         p, channels = self.patch_size, self.in_channels
         if not isinstance(imgs, Tensor) or not isinstance(x, Tensor):
             raise ValueError(f"LiFT expects tensors imgs and x, got {type(imgs).__name__} and {type(x).__name__}")
-        if imgs.dim() != 4 or imgs.shape[1] != 3:
-            raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
+        size = imgs.shape
+        if len(size) != 4 or size[1] != 3:
+            raise ValueError(f"imgs must be [B, 3, H, W], got {list(size)}")
         if not imgs.is_floating_point() or not x.is_floating_point():
             raise ValueError(
                 f"imgs and x must be floating point, got {imgs.dtype} and {x.dtype}; "
                 "normalise the pictures first (ViTLiFTExtractor.preprocess does)"
             )
-        batch, height, width = imgs.shape[0], imgs.shape[2], imgs.shape[3]
+        batch, _, height, width = size
         h, w = height // p, width // p
         if h == 0 or w == 0:
             raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
@@ -298,13 +336,13 @@ class LiFT(
             )
         if batch == 0:
             raise ValueError("LiFT got an empty batch (B = 0); pass at least one picture")
-        weight = self.outc.weight
-        if imgs.device != x.device or x.device != weight.device:
+        weight = self.outc.weight if network is None else network[0][-2]
+        device, dtype = x.device, x.dtype
+        if imgs.device != device or device != weight.device:
             raise ValueError(
-                f"imgs are on {imgs.device}, x on {x.device}, LiFT's weights on {weight.device}; move all to one"
+                f"imgs are on {imgs.device}, x on {device}, LiFT's weights on {weight.device}; move all to one"
             )
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if not autocast and (imgs.dtype != x.dtype or x.dtype != weight.dtype):
+        if (imgs.dtype != dtype or dtype != weight.dtype) and not torch.is_autocast_enabled(device.type):
             raise ValueError(
                 f"imgs are {imgs.dtype}, x is {x.dtype}, LiFT's weights are {weight.dtype}; "
                 "convert them to one dtype or use torch.autocast"
@@ -313,6 +351,56 @@ class LiFT(
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, patch_size={self.patch_size}, use_image={self.use_image}"
+
+
+def _architecture(image_blocks: int, patch_size: int) -> Architecture:
+    return Architecture(image_blocks, pool=image_blocks > 0 and patch_size != 8)
+
+
+def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network[0])
+
+
+class _ByName:
+    """A layer whose weights answer to their names only: parametrised, pruned, wrapped, or read by a compiler."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._parameters = self._buffers = self
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def _weights(convs: list[Any], norms: list[Any], compiling: bool) -> list[Tensor]:
+    """The layers' weights and buffers in the order of the plan."""
+    if not compiling:
+        try:
+            return _held(convs, norms)
+        except (KeyError, AttributeError):
+            pass
+    return _held([_ByName(conv) for conv in convs], [_ByName(norm) for norm in norms])
+
+
+def _held(convs: list[Any], norms: list[Any]) -> list[Tensor]:
+    # The dictionaries of the layers: their attributes would cost 0.5 us each.
+    weights: list[Tensor] = []
+    encoders = len(norms) - 2
+    for conv, norm in zip(convs[:encoders], norms, strict=False):
+        own, affine, seen = conv._parameters, norm._parameters, norm._buffers
+        weights += (own["weight"], own["bias"], affine["weight"], affine["bias"])
+        weights += (seen["running_mean"], seen["running_var"])
+    own = convs[encoders]._parameters
+    weights += (own["weight"], own["bias"])
+    for conv, norm in zip(convs[encoders + 1 :], norms[encoders:], strict=False):
+        affine, seen = norm._parameters, norm._buffers
+        weights += (conv._parameters["weight"], affine["weight"], affine["bias"])
+        weights += (seen["running_mean"], seen["running_var"])
+    own = convs[-1]._parameters
+    weights += (own["weight"], own["bias"])
+    return weights
 
 
 def _check_integer(name: str, value: int, minimum: int) -> None:

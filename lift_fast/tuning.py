@@ -91,8 +91,18 @@ def tile_for(work: Work, device: torch.device) -> Tile:
     return _choose(work, device)
 
 
+_edition = 0
+
+
+def edition() -> int:
+    """Another number after each :func:`forget`: what was launched before may have other tiles now."""
+    return _edition
+
+
 def forget() -> None:
     """Read the file anew at the next launch."""
+    global _edition
+    _edition += 1
     _measured.cache_clear()
     _choose.cache_clear()
 

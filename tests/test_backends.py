@@ -112,7 +112,7 @@ def test_bad_values_name_the_variable(variable, value, monkeypatch):
 
 
 def test_every_variable_is_described():
-    names = ("NATIVE", "TRITON", "CUDA")
+    names = ("NATIVE", "TRITON", "CUDA", "DIRECT_LAUNCH")
     assert tuple(_env.VARIABLES) == (
         *(f"LIFT_FAST_DISABLE_{name}" for name in names),
         "LIFT_FAST_CACHE",

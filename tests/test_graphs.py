@@ -37,15 +37,15 @@ def test_looking_for_a_plan_does_not_wait_during_a_capture(monkeypatch):
     """Weights made in inference mode are compared by their contents, which a capture cannot wait for."""
     with torch.inference_mode():
         weight = torch.randn(3)
-    witness = plan_cache._Witness(weight)
-    assert witness.recognises(weight)
+    witnesses = plan_cache._Witnesses([weight])
+    assert witnesses.recognise([weight])
 
     def equal(*_):
         raise AssertionError("compared during a capture")
 
     monkeypatch.setattr(torch, "equal", equal)
     monkeypatch.setattr(plan_cache, "_capturing", lambda tensor: True)
-    assert witness.recognises(weight)
+    assert witnesses.recognise([weight])
     clear_plans()
 
 

@@ -1,10 +1,12 @@
 """The inference plan against the plain module, and the operator that executes it."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import prune as prune_module
 
 from lift_fast import LiFT, clear_plans
 from lift_fast.ops import plan_cache
@@ -176,6 +178,147 @@ def test_plan_follows_loading_training_and_replacement(built):
     check()
     lift.double().float()
     check()
+
+
+class Wrapper(torch.nn.Module):
+    """Around a part of the network: answers to that part's names, as wrappers for sharding and compiling do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def __getitem__(self, index):
+        return self.inner[index]
+
+    def __len__(self):
+        return len(self.inner)
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def replace_memory(lift):
+    lift.outc.bias.data = torch.randn(8)
+
+
+def replace_freed_memory(lift):
+    # The allocator gives the same address again, and no version counts.
+    lift.outc.bias.data = torch.empty(0)
+    lift.outc.bias.data = torch.randn(8)
+
+
+def parametrize(lift):
+    torch.nn.utils.parametrize.register_parametrization(lift.up1.up, "weight", Doubled())
+
+
+def prune(lift):
+    prune_module.l1_unstructured(lift.up1.conv_1.double_conv[3], "weight", 0.5)
+
+
+def wrap(name):
+    def change(lift):
+        setattr(lift, name, Wrapper(getattr(lift, name)))
+        with torch.no_grad():
+            lift.state_dict()[f"{name}.inner." + {"up1": "up.bias", "outc": "bias"}.get(name, "0.bias")].add_(1)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replace_memory, replace_freed_memory, parametrize, prune, *map(wrap, ("up1", "outc", "image_convs_1"))],
+    ids=["memory", "freed memory", "parametrized", "pruned", "wrapped up1", "wrapped outc", "wrapped image_convs_1"],
+)
+def test_plan_follows_however_the_weights_are_held(change):
+    lift = network(8, 8, seed=13)
+    imgs, x = inputs(8, 24, 16, 8)
+    with torch.no_grad():
+        before = lift(imgs, x)
+        change(lift)
+        after = lift(imgs, x)
+        lift.fused = False
+        assert relative_error(after, lift(imgs, x)) < 1e-5
+    assert relative_error(after, before) > 1e-3
+
+
+def test_plan_follows_weights_given_for_one_call():
+    lift, other = network(8, 8, seed=14), network(8, 8, seed=15)
+    imgs, x = inputs(8, 24, 16, 8)
+    with torch.no_grad():
+        expected = other(imgs, x)
+        lift(imgs, x)
+        assert torch.equal(torch.func.functional_call(lift, other.state_dict(), (imgs, x)), expected)
+
+
+def test_a_layer_made_in_inference_mode_is_noticed():
+    lift = network(8, 8, seed=16)
+    imgs, x = inputs(8, 24, 16, 8)
+    with torch.inference_mode():
+        lift(imgs, x)
+        lift.outc = torch.nn.Conv2d(4, 8, 1)
+        assert relative_error(lift(imgs, x), plain(lift, imgs, x, torch.float64)) < 1e-5
+
+
+def test_frozen_evaluation_with_gradients_enabled_is_fused(built):
+    lift = network(8, 8, seed=17).requires_grad_(False)
+    imgs, x = inputs(8, 24, 16, 8)
+    assert not lift(imgs, x).requires_grad
+    assert len(built) == 1
+    lift.outc.bias.requires_grad_(True)
+    assert lift(imgs, x).requires_grad
+    lift.outc.bias.requires_grad_(False)
+    assert lift(imgs, x.requires_grad_()).requires_grad
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatches(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Pictures(torch.Tensor):
+    pass
+
+
+def test_the_dispatcher_has_its_part_where_somebody_looks(monkeypatch):
+    lift = network(8, 8, seed=18)
+    imgs, x = inputs(8, 24, 16, 8)
+    operator = sys.modules[lift_forward.__module__]
+    undisturbed, answers = operator._undisturbed, []
+    monkeypatch.setattr(operator, "_undisturbed", lambda *given: answers.append(undisturbed(*given)) or answers[-1])
+
+    def dispatched(*given):
+        lift(*given)
+        return not answers[-1]
+
+    with torch.no_grad():
+        assert not dispatched(imgs, x)
+        for watcher in (Functions(), Dispatches(), torch.profiler.profile()):
+            with watcher:
+                assert dispatched(imgs, x), watcher
+        assert dispatched(imgs.as_subclass(Pictures), x)
+        assert dispatched(imgs, x.as_subclass(Pictures))
+        seen = []
+        torch.func.vmap(lambda one: seen.append(dispatched(imgs, x)) or one)(x)
+        assert seen == [True]
+        lift.outc.weight = torch.nn.Parameter(lift.outc.weight.as_subclass(Pictures))
+        assert isinstance(lift.outc.weight, Pictures)
+        assert dispatched(imgs, x)
 
 
 def test_plan_of_inference_tensors_follows_changes():

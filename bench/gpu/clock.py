@@ -89,14 +89,24 @@ def peak_bytes(call: Callable[[], Any], device: torch.device, warm: bool = True)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def host_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device) -> float:
-    """Time in which the host launches one call, without waiting for the device."""
+def host_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device, calls: int = 20) -> float:
+    """Time in which the host launches one call, without waiting for the device.
+
+    Of several calls in a row, few enough for the device's queue: the first launch after a wait costs more than others.
+    """
     if device.type != "cuda":
         return _wall(run, arguments)
     times = []
-    for _ in range(100):
+    # Compilation, and what a launcher learns of its first calls.
+    for _ in range(4):
+        run(*arguments)
+    for _ in range(30):
         torch.cuda.synchronize(device)
-        times.append(_wall(run, arguments))
+        start = time.perf_counter()
+        for _ in range(calls):
+            run(*arguments)
+        times.append(1000 * (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize(device)
     return statistics.median(times)
 
 

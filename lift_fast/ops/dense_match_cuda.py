@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..kernels import launch
 from ..kernels.strips import Band, Scales, Strips
 from . import image_encoder_cuda
 
@@ -30,9 +31,10 @@ def _factors(scales: Scales | None) -> tuple[int, int, int]:
     return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr()
 
 
-def _where(device: torch.device) -> tuple[int, int]:
-    """Number of a device, and its current stream."""
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """Number of a tensor's device, and the device's current stream."""
+    device = launch.device_of(tensor)
+    return device, launch.current_stream(device)
 
 
 def _check(device: torch.device, **tensors: tuple[Tensor, tuple[int, ...], torch.dtype]) -> None:
@@ -106,11 +108,11 @@ def match(
     pictures = (table.data_ptr(), rows, _axis(y), _axis(x), _factors(scales))
     results = (similarity.data_ptr(), index.data_ptr())
     if query is None or band is None:
-        _native.require().dense_match_points(*pictures, *results, *_where(device))
+        _native.require().dense_match_points(*pictures, *results, *_where(table))
         return
     _check_picture(device, "query", query, None)
     cut = (*band.strips_y, *band.strips_x, band.top, band.left, band.width)
-    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, *_where(device))
+    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, *_where(table))
 
 
 def mutual(
@@ -157,6 +159,6 @@ def mutual(
         valid.data_ptr(),
         scratch.data_ptr(),
         scratch.shape[0],
-        *_where(device),
+        *_where(table),
     )
     return valid

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from .. import _env, tuning
 from ..kernels import can_run as triton_can_run
-from ..kernels.launch import tf32_allowed
+from ..kernels import launch
+from ..kernels.launch import product_precision, tf32_allowed
 from ..plan import Plan
-from . import image_encoder, image_encoder_cuda
+from . import gpu_pass, image_encoder, image_encoder_cuda
 
 if TYPE_CHECKING:
     from ..kernels.head import HeadWeights
     from ..kernels.tiles import Tile
     from ..kernels.upsample import UpsampleWeights
 
+# Detectors see pictures of many sizes.
+_MOST_PASSES = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,18 +38,27 @@ class GpuPlan(NamedTuple):
     encoder_weights: Any
     upsample: UpsampleWeights
     head: HeadWeights
+    upsample_counts: tuple[int, ...]
+    """Numbers of accumulators that a block of the upsample kernel may have."""
+    head_counts: tuple[int, ...]
+    passes: dict[Any, gpu_pass.Pass]
+    """Passes through the kernels for inputs of sizes met before."""
+
+
+@cache
+def _kernels() -> tuple[Any, Any, Any]:
+    """Image encoder, upsample and head. Triton is optional and slow to load, and an import costs 1 us a call."""
+    from ..kernels import head, image_encoder, upsample
+
+    return image_encoder, upsample, head
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the plan's kernels serve this device and dtype, and the reason if not."""
+    if device.type != "cuda":
+        return False, f"the kernels run on CUDA devices, not on {device}"
     if dtype not in DTYPES:
         return False, f"the kernels compute in {', '.join(map(str, DTYPES))}, not in {dtype}"
-    # The switch may change at any time, the device does not.
-    return triton_can_run(device) if _env.triton_disabled() else _device_can_run(device)
-
-
-@cache
-def _device_can_run(device: torch.device) -> tuple[bool, str]:
     runs, reason = triton_can_run(device)
     return runs, reason
 
@@ -54,6 +66,21 @@ def _device_can_run(device: torch.device) -> tuple[bool, str]:
 def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
     return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]
+
+
+def route(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What decides how a plan is laid out, to be compared; None where the kernels do not run.
+
+    The switches and PyTorch's TF32 setting may change at any time, the rest does not.
+    """
+    return _route(device, dtype, _env.switches(), dtype != torch.float32 or tf32_allowed())
+
+
+@cache
+def _route(
+    device: torch.device, dtype: torch.dtype, switches: tuple[str, ...], rounded: bool
+) -> tuple[Any, ...] | None:
+    return ("gpu", may_use_cuda(device, dtype), device, dtype) if can_run(device, dtype)[0] else None
 
 
 def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:
@@ -68,9 +95,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     Raises:
         RuntimeError: if the image encoder that was asked for cannot run; says why.
     """
-    from ..kernels import head, upsample
-    from ..kernels import image_encoder as triton_encoder
-
+    triton_encoder, upsample, head = _kernels()
     if not plan.image_convs_1:
         encoder = "none"
     elif encoder is None:
@@ -86,20 +111,15 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
         weights = triton_encoder.pack_encoder(plan, device, dtype)
     elif encoder == "torch":
         weights = image_encoder.prepare_encoder(plan, device, dtype)
-    return GpuPlan(
-        encoder,
-        weights,
-        upsample.pack_upsample(plan, device, dtype),
-        head.pack_head(plan, device, dtype),
-    )
+    first, second = upsample.pack_upsample(plan, device, dtype), head.pack_head(plan, device, dtype)
+    counts = (tuple(upsample.accumulators_of(first)), tuple(head.accumulators_of(second)))
+    return GpuPlan(encoder, weights, first, second, *counts, passes={})
 
 
 def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
-    from ..kernels import image_encoder as triton_encoder
-
     if may_use_cuda(device, dtype) and not image_encoder_cuda.unsupported(plan, dtype):
         return "cuda"
-    return "torch" if triton_encoder.unsupported(plan) else "triton"
+    return "torch" if _kernels()[0].unsupported(plan) else "triton"
 
 
 def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,48 +127,57 @@ def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
     if plan.encoder == "cuda":
         return image_encoder_cuda.encode_image(imgs, plan.encoder_weights)
     if plan.encoder == "triton":
-        from ..kernels import image_encoder as triton_encoder
-
-        return triton_encoder.encode_image(imgs, plan.encoder_weights)
+        f, g = _kernels()[0].encode_image(imgs, plan.encoder_weights)
+        return f, g
     f, g = image_encoder.encode_image(plan.encoder_weights, imgs)
     return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
 
 
 def upsample_work(plan: GpuPlan, x: Tensor) -> tuning.Work:
     """The upsample stage's launch for features ``x [B, h, w, C]``."""
-    from ..kernels import upsample
-
-    counts = tuple(upsample.accumulators_of(plan.upsample))
+    batch, height, width, channels = x.shape
     # Four phases each.
-    positions = 4 * x.shape[0] * x.shape[1] * x.shape[2]
-    return tuning.Work("upsample", positions, plan.upsample.channels, x.shape[3], counts, x.dtype)
+    positions = 4 * batch * height * width
+    return tuning.Work("upsample", positions, plan.upsample.channels, channels, plan.upsample_counts, x.dtype)
 
 
 def upsample(plan: GpuPlan, x: Tensor, f: Tensor | None, g: Tensor | None, tile: Tile | None = None) -> Tensor:
     """First stage: x ``[B, h, w, C]``, f and g of :func:`encode_image` to u ``[B, 2h, 2w, c]``, all contiguous."""
-    from ..kernels import upsample as kernel
-
-    return kernel.upsample(x, f, g, plan.upsample, tile or tuning.tile_for(upsample_work(plan, x), x.device))
+    tile = tile or tuning.tile_for(upsample_work(plan, x), x.device)
+    u: Tensor = _kernels()[1].upsample(x, f, g, plan.upsample, tile)
+    return u
 
 
 def head_work(plan: GpuPlan, u: Tensor) -> tuning.Work:
     """The head's launch for ``u [B, 2h, 2w, c]``."""
-    from ..kernels import head
-
-    positions = u.shape[0] * u.shape[1] * u.shape[2]
-    return tuning.Work(
-        "head", positions, plan.head.channels, u.shape[3], tuple(head.accumulators_of(plan.head)), u.dtype
-    )
+    batch, height, width, channels = u.shape
+    return tuning.Work("head", batch * height * width, plan.head.channels, channels, plan.head_counts, u.dtype)
 
 
 def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = None) -> Tensor:
     """Second stage: u ``[B, 2h, 2w, c]`` to descriptors ``[B, 2h, 2w, C]``, L2-normalised if asked for."""
-    from ..kernels import head as kernel
-
-    return kernel.head(u, plan.head, tile or tuning.tile_for(head_work(plan, u), u.device), normalize)
+    tile = tile or tuning.tile_for(head_work(plan, u), u.device)
+    out: Tensor = _kernels()[2].head(u, plan.head, tile, normalize)
+    return out
 
 
 def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
     """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.lift_forward`."""
-    f, g = encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
-    return head(plan, upsample(plan, x.contiguous(), f, g), normalize)
+    x = x.contiguous()
+    key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tuning.edition())
+    known = plan.passes.get(key)
+    if known is not None:
+        return known.run(imgs, x)
+    with launch.journal() as launches:
+        f, g = encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
+        u = upsample(plan, x, f, g)
+        out = head(plan, u, normalize)
+    if key is not None and plan.encoder != "torch":
+        encode = image_encoder_cuda.launcher(imgs, plan.encoder_weights) if plan.encoder == "cuda" else None
+        weights = (*(plan.encoder_weights or ()), *plan.upsample, *plan.head)
+        again = gpu_pass.build(launches, (imgs, x, f, g, u, out), weights, encode)
+        if again is not None:
+            if len(plan.passes) >= _MOST_PASSES:
+                plan.passes.clear()
+            plan.passes[key] = again
+    return out

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _env, _native
+from ..kernels import launch
 from ..kernels.launch import tf32_allowed
 from ..plan import ImageConv, Plan
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# With the names by which the core knows them.
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+DTYPES = tuple(_NAMES)
 _CHANNELS = 32
 
 
@@ -142,27 +146,36 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
                 f"the {name} are {tensor.dtype} on {tensor.device}, imgs {imgs.dtype} on {imgs.device}; "
                 "pack the plan for the dtype and device of imgs"
             )
-    if imgs.device.type != "cuda":
+    if launch.device_of(imgs) < 0:
         raise ValueError(f"the native image encoder needs a CUDA device, got {imgs.device}")
     batch, height, width = imgs.shape[0], imgs.shape[2] // side, imgs.shape[3] // side
     f = imgs.new_empty((batch, 2 * height, 2 * width, _CHANNELS))
     g = imgs.new_empty((batch, height, width, _CHANNELS))
-    _native.require().image_encoder(
-        imgs.data_ptr(),
-        imgs.stride(),
-        weights.packed.data_ptr(),
-        weights.packed.numel(),
-        weights.bias.data_ptr(),
-        f.data_ptr(),
-        f.numel(),
-        g.data_ptr(),
-        g.numel(),
-        batch,
-        height,
-        width,
-        weights.pool,
-        str(imgs.dtype).removeprefix("torch."),
-        imgs.device.index,
-        torch.cuda.current_stream(imgs.device).cuda_stream,
-    )
+    launcher(imgs, weights)(imgs, f.data_ptr(), g.data_ptr(), launch.current_stream(launch.device_of(imgs)))
     return f, g
+
+
+def launcher(imgs: Tensor, weights: EncoderWeights) -> Callable[[Tensor, int, int, int], None]:
+    """``encode(imgs, f, g, stream)`` for pictures like these: addresses of f, g and a stream on the pictures' device.
+
+    :func:`encode_image` checks what this takes on trust.
+    """
+    side = 16 if weights.pool else 8
+    batch, height, width = imgs.shape[0], imgs.shape[2] // side, imgs.shape[3] // side
+    cells = batch * height * width * _CHANNELS
+    packed = (weights.packed.data_ptr(), weights.packed.numel(), weights.bias.data_ptr())
+    where = (batch, height, width, weights.pool, _NAMES[imgs.dtype], launch.device_of(imgs))
+    return partial(_encode, _native.require().image_encoder, packed, cells, where)
+
+
+def _encode(
+    core: Callable[..., None],
+    packed: tuple[int, int, int],
+    cells: int,
+    where: tuple[int, int, int, bool, str, int],
+    imgs: Tensor,
+    f: int,
+    g: int,
+    stream: int,
+) -> None:
+    core(imgs.data_ptr(), imgs.stride(), *packed, f, 4 * cells, g, cells, *where, stream)
