@@ -76,7 +76,7 @@ def _mend() -> None:
 
         return wrapped
 
-    for name in ("unary_op", "binary_op", "ternary_op", "create_fma"):
+    for name in ("unary_op", "binary_op", "create_fma"):
         setattr(builder, name, in_float32(getattr(builder, name)))
 
     product, cast = builder.create_dot, builder.cast_impl
