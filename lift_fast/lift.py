@@ -6,6 +6,7 @@ State-dict keys, their order and shapes are those of the published checkpoints.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -262,7 +263,8 @@ class LiFT(
         for norm in norms:
             if norm.training:
                 return None
-        architecture = _architecture(image_blocks, self.patch_size)
+        # Compilers warn of caches.
+        architecture = (_architecture if compiling else _known_architecture)(image_blocks, self.patch_size)
         return _weights(convs, norms, compiling), [norm.eps for norm in norms], architecture
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
@@ -283,17 +285,11 @@ class LiFT(
             # Each attribute of a module costs 0.5 us and each index of a Sequential 1 us; a forward pass needs 30.
             modules = self._modules
             up: Any = modules["up1"]._modules  # type: ignore[union-attr]
-            sequences = [up["conv_1"]._modules["double_conv"]]
-            if self.use_image:
-                sequences += (modules["image_convs_1"], modules["image_convs_2"])
-            for sequence in sequences:
-                if type(sequence) is not nn.Sequential:
-                    return self._layers_by_name()
-            double, *images = [[*sequence._modules.values()] for sequence in sequences]
+            double = _members(up["conv_1"]._modules["double_conv"])
             convs, norms = [up["up"], double[0], double[3], modules["outc"]], [double[1], double[4]]
-            if not images:
+            if not self.use_image:
                 return convs, norms, 0
-            first, second = images
+            first, second = _members(modules["image_convs_1"]), _members(modules["image_convs_2"])
             return [*first[::3], second[0], *convs], [*first[1::3], second[1], *norms], len(first) // 3
         except (KeyError, IndexError, AttributeError):
             # A wrapper around one of them answers to its names only.
@@ -355,6 +351,15 @@ class LiFT(
 
 def _architecture(image_blocks: int, patch_size: int) -> Architecture:
     return Architecture(image_blocks, pool=image_blocks > 0 and patch_size != 8)
+
+
+_known_architecture = cache(_architecture)
+
+
+def _members(sequence: nn.Module | None) -> list[Any]:
+    if type(sequence) is not nn.Sequential:
+        raise AttributeError(f"a {type(sequence).__name__} in place of a Sequential")
+    return [*sequence._modules.values()]
 
 
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:

@@ -314,6 +314,14 @@ def passes():
         for _ in range(3):
             forward(pictures)
         out["strides given to the encoder"].append(DEVICE.log[0].arguments[1])
+    composed = build_plan(*lift._plan_sources(), lift.architecture)
+    triton = gpu_plan.prepare_gpu(composed, torch.device("cpu"), HALF, "triton")
+    out["strides given to Triton's encoder"] = []
+    for pictures in (imgs, strided, imgs):
+        for _ in range(3):
+            DEVICE.log.clear()
+            gpu_plan.run_gpu_plan(triton, pictures, x.view(1, 4, 4, 32))
+        out["strides given to Triton's encoder"].append(DEVICE.log[0].arguments[1:5])
     other = network(use_image=False)
     out["no image"] = [forward(lift=other) for _ in range(4)][-1]
     deep = network(extra_image_blocks=1)

@@ -143,10 +143,16 @@ def test_it_computes_what_the_first_pass_does(kernels, channels, h, w, batch, op
             plan.passes.clear()
 
 
-def test_what_lies_between_the_kernels_does_not_overlap():
+def test_what_lies_between_the_kernels_does_not_overlap(kernels):
     sizes = {gpu_pass._F: 513, gpu_pass._G: 1, gpu_pass._U: 512}
-    made = gpu_pass.Pass(0, None, [], sizes, torch.Size([1]))
-    assert made._offsets == (0, 1024, 1536)
+    seen = []
+    places = ((0, gpu_pass._F), (1, gpu_pass._G), (2, gpu_pass._U))
+    one = gpu_pass._Launch(lambda stream, *given: seen.extend(given), (), (), False, [0, 0, 0], places, None)
+    made = gpu_pass.Pass(0, lambda imgs, f, g, stream: seen.extend((f, g)), [one], sizes, torch.Size([1]))
+    made.run(torch.zeros(1), torch.zeros(1))
+    f, g, *given = seen
+    assert given == [f, g, f + 1536]
+    assert g == f + 1024
     assert made._bytes == 2048
 
 
