@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from .launch import device_guard
 
 # A query's matches lie in registers; PyTorch's own selection serves more of them.
@@ -141,7 +142,7 @@ def propagate_labels(
     radius, query_h, query_w, key_h, key_w = window
     batch, n, channels = query.shape
     m, objects = labels.shape[1:]
-    out = query.new_empty((batch, n, objects))
+    out = memory.new_empty(query, (batch, n, objects))
     if not out.numel():
         return out
     side = 8 if batch * triton.cdiv(query_h, 8) * triton.cdiv(query_w, 8) >= _FULL else 4
