@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import memory
 
@@ -52,8 +54,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 BAND = 512
 # What every byte holds: of the bands; of floating point, NaN in each format; of the rest, a number far from any index.
 _GUARD, _NAN, _WRONG = 0xA5, 0xFF, 0x81
-# Bytes of memory that may await their check at one time.
-_MOST_KEPT = 4 << 30
+# Bytes of memory no longer used that may await their check.
+_MOST_KEPT = 1 << 30
 _DOORS = {name: getattr(memory, name) for name in ("empty", "empty_like", "full", "new_empty", "zeros")}
 
 
@@ -65,6 +67,8 @@ class _Guarded(NamedTuple):
     size: int
     """bytes"""
     what: str
+    owner: StorageWeakRef
+    """of the memory between the bands: expired where nobody uses it any more"""
 
     def overruns(self, bands: Tensor) -> Iterator[str]:
         """One line for each side that was written to, given the ``[2, BAND]`` bytes of both."""
@@ -103,25 +107,27 @@ class _Guards:
         base = torch.full((BAND + size + BAND,), _GUARD, dtype=torch.uint8, device=plain.device)
         inner = base[BAND : BAND + size].fill_(_NAN if plain.is_floating_point() else _WRONG)
         dtype = str(plain.dtype).removeprefix("torch.")
-        self.kept.append(_Guarded(base, size, f"{dtype} {list(plain.shape)} allocated at {where}"))
+        # A storage of its own, which holds the base: an operator's result is no view and begins where its storage does.
+        own = from_dlpack(to_dlpack(inner)).untyped_storage()
+        what = f"{dtype} {list(plain.shape)} allocated at {where}"
+        self.kept.append(_Guarded(base, size, what, StorageWeakRef(own)))
         self.bytes += len(base)
         if self.bytes > _MOST_KEPT:
             self.inspect()
-        # A storage of its own, which holds the base: an operator's result is no view and begins where its storage does.
-        own = torch.from_dlpack(inner).untyped_storage()
         return torch.empty(0, dtype=plain.dtype, device=plain.device).set_(own, 0, plain.shape, plain.stride())
 
     def inspect(self) -> None:
-        """Look at the bands so far and let go of them."""
+        """Look at the bands so far, and let go of memory that is no longer used."""
         for device in {one.base.device for one in self.kept}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             kept = [one for one in self.kept if one.base.device == device]
             bands = torch.stack([torch.stack([one.base[:BAND], one.base[-BAND:]]) for one in kept]).cpu()
             if bool((bands != _GUARD).any()):
-                self.found += [line for one, both in zip(kept, bands, strict=True) for line in one.overruns(both)]
-        self.kept.clear()
-        self.bytes = 0
+                lines = [line for one, both in zip(kept, bands, strict=True) for line in one.overruns(both)]
+                self.found += [line for line in lines if line not in self.found]
+        self.kept = [one for one in self.kept if not one.owner.expired()]
+        self.bytes = sum(len(one.base) for one in self.kept)
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -155,5 +161,7 @@ def poisoned_outputs() -> Iterator[None]:
 def unwritten(tensor: Tensor) -> Tensor:
     """Which elements still hold what :func:`poisoned_outputs` put there: bool, in the shape of ``tensor``."""
     poison = _NAN if tensor.is_floating_point() else _WRONG
-    rows = tensor.detach().contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    # A copy of a boolean is 0 or 1.
+    plain = tensor.detach().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+    rows = plain.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
     return (rows == poison).all(1).view(tensor.shape)

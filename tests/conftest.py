@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from lift_fast.testing import poisoned_outputs
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In every test: what operators allocate is full of NaN until a kernel writes it, and guarded at both ends."""
+    with nullcontext() if request.node.get_closest_marker("unpoisoned") else poisoned_outputs():
+        yield
 
 
 @pytest.fixture(scope="module")
