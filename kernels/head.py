@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from ..plan import Plan
 from . import launch
 from .launch import product_precision
@@ -181,7 +182,7 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
         ``[B, H, W, C]`` contiguous, in the dtype of ``u``.
     """
     batch, height, width, channels = u.shape
-    out = u.new_empty((batch, height, width, weights.out_channels))
+    out = memory.new_empty(u, (batch, height, width, weights.out_channels))
     launch.run(
         head_kernel,
         (cdiv(batch * height * width, tile.rows),),

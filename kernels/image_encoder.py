@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from ..plan import ImageConv, Plan
 from . import launch
 from .launch import product_precision
@@ -193,8 +194,8 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
     """
     batch, pool = imgs.shape[0], 2 if weights.pool else 1
     height, width = imgs.shape[2] // (8 * pool), imgs.shape[3] // (8 * pool)
-    f = imgs.new_empty((batch, 2 * height, 2 * width, weights.channels))
-    g = imgs.new_empty((batch, height, width, weights.channels))
+    f = memory.new_empty(imgs, (batch, 2 * height, 2 * width, weights.channels))
+    g = memory.new_empty(imgs, (batch, height, width, weights.channels))
     options = {
         "CHANNELS": weights.channels,
         "WIDE": weights.first.shape[0],

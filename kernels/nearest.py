@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from . import launch
 from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
@@ -629,11 +630,11 @@ def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int
     width = -(-channels // depth) * depth
 
     def vector() -> Tensor:
-        return given.new_empty((batch, padded), dtype=torch.float32)
+        return memory.new_empty(given, (batch, padded), dtype=torch.float32)
 
     rows = Rows(
         given=given,
-        copy=None if copy is None else given.new_empty((batch, padded, width), dtype=copy),
+        copy=None if copy is None else memory.new_empty(given, (batch, padded, width), dtype=copy),
         shift=vector(),
         scale=vector(),
         bias=vector(),
@@ -711,11 +712,11 @@ def search(
         tiles = window.row_frames * cdiv(window.row_height, down) * cdiv(window.row_width, across)
         column_tiles = cdiv(m, 4 * tile.columns)
     splits = 1 if chosen is not None else _splits(tiles * batch, column_tiles, places, query.given.device)
-    values = query.given.new_empty((batch, splits, n, places), dtype=torch.float32)
-    indices = torch.empty_like(values, dtype=torch.int32)
+    values = memory.new_empty(query.given, (batch, splits, n, places), dtype=torch.float32)
+    indices = memory.empty_like(values, dtype=torch.int32)
     back = None
     if mutual:
-        back = torch.full((batch, key.bias.shape[1]), -(1 << 63), dtype=torch.int64, device=values.device)
+        back = memory.full((batch, key.bias.shape[1]), -(1 << 63), dtype=torch.int64, device=values.device)
     copied = query.copy is not None
     launch.run(
         search_kernel,
@@ -801,7 +802,7 @@ def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> T
     """
     assert query.copy is not None
     batch, n, k = index.shape
-    valid = torch.empty((batch, n), dtype=torch.int8, device=index.device)
+    valid = memory.empty((batch, n), dtype=torch.int8, device=index.device)
     columns = tile.rows
     stages = max(2, min(tile.stages, (64 << 10) // (2 * columns * tile.depth * query.copy.element_size())))
     launch.run(
@@ -839,7 +840,7 @@ def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, til
     """
     assert query.copy is not None
     blocks = key.bias.shape[1] // block
-    out = query.bias.new_empty((count, blocks))
+    out = memory.new_empty(query.bias, (count, blocks))
     tiles = count // tile.rows
     splits = _splits(tiles, key.bias.shape[1] // tile.columns, 1, out.device)
     launch.run(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from . import launch
 from .tiles import cdiv, next_power_of_2
 
@@ -142,7 +143,7 @@ def propagate_labels(
     radius, query_h, query_w, key_h, key_w = window
     batch, n, channels = query.shape
     m, objects = labels.shape[1:]
-    out = query.new_empty((batch, n, objects))
+    out = memory.new_empty(query, (batch, n, objects))
     if not out.numel():
         return out
     side = 8 if batch * cdiv(query_h, 8) * cdiv(query_w, 8) >= _FULL else 4

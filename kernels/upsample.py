@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import memory
 from ..plan import Plan
 from . import launch
 from .launch import product_precision
@@ -198,7 +199,7 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
     """
     batch, height, width, channels = x.shape
     image = 0 if f is None else f.shape[3]
-    out = x.new_empty((batch, 2 * height, 2 * width, weights.channels))
+    out = memory.new_empty(x, (batch, 2 * height, 2 * width, weights.channels))
     padded_channels = weights.bias.shape[1]
     column_blocks = padded_channels // (tile.columns * tile.accumulators)
     blocks = 4 * column_blocks * cdiv(batch * height * width, tile.rows)

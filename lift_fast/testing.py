@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from . import memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -45,17 +50,118 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+# Bytes before and after each tensor: a multiple of what allocators align to, so that a tensor lies as it would alone.
+BAND = 512
+# What every byte holds: of the bands; of floating point, NaN in each format; of the rest, a number far from any index.
+_GUARD, _NAN, _WRONG = 0xA5, 0xFF, 0x81
+# Bytes of memory no longer used that may await their check.
+_MOST_KEPT = 1 << 30
+_DOORS = {name: getattr(memory, name) for name in ("empty", "empty_like", "full", "new_empty", "zeros")}
+
+
+class _Guarded(NamedTuple):
+    """One tensor between its bands."""
+
+    base: Tensor
+    """[BAND + size + BAND] uint8"""
+    size: int
+    """bytes"""
+    what: str
+    owner: StorageWeakRef
+    """of the memory between the bands: expired where nobody uses it any more"""
+
+    def overruns(self, bands: Tensor) -> Iterator[str]:
+        """One line for each side that was written to, given the ``[2, BAND]`` bytes of both."""
+        for side, first, band in (("before its start", -BAND, bands[0]), ("after its end", self.size, bands[1])):
+            changed = (band != _GUARD).nonzero().flatten()
+            if len(changed):
+                at = first + int(changed[0])
+                yield f"{self.what}: {len(changed)} bytes written {side}, the first at byte {at} of {self.size}"
+
+
+class _Guards:
+    """Everything that was allocated within :func:`poisoned_outputs`; held, so that freed memory is checked as well."""
+
+    def __init__(self) -> None:
+        self.kept: list[_Guarded] = []
+        self.found: list[str] = []
+        self.bytes = 0
+
+    def door(self, allocate: Callable[..., Tensor], poison: bool) -> Callable[..., Tensor]:
+        """``allocate`` with bands around what it gives and, with ``poison``, without its contents."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Tensor:
+            plain = allocate(*args, **kwargs)
+            # Nothing runs on fake tensors; what a graph records is done at its replays, not now.
+            if type(plain) is not Tensor or plain.device.type not in ("cpu", "cuda") or _capturing(plain):
+                return plain
+            caller = sys._getframe(1)
+            out = self.place(plain, f"{caller.f_code.co_filename}:{caller.f_lineno}")
+            return out if poison else out.copy_(plain)
+
+        return guarded
+
+    def place(self, plain: Tensor, where: str) -> Tensor:
+        """A tensor like ``plain`` in dtype, shape and strides."""
+        size = plain.untyped_storage().nbytes()
+        base = torch.full((BAND + size + BAND,), _GUARD, dtype=torch.uint8, device=plain.device)
+        inner = base[BAND : BAND + size].fill_(_NAN if plain.is_floating_point() else _WRONG)
+        dtype = str(plain.dtype).removeprefix("torch.")
+        # A storage of its own, which holds the base: an operator's result is no view and begins where its storage does.
+        own = from_dlpack(to_dlpack(inner)).untyped_storage()
+        what = f"{dtype} {list(plain.shape)} allocated at {where}"
+        self.kept.append(_Guarded(base, size, what, StorageWeakRef(own)))
+        self.bytes += len(base)
+        if self.bytes > _MOST_KEPT:
+            self.inspect()
+        return torch.empty(0, dtype=plain.dtype, device=plain.device).set_(own, 0, plain.shape, plain.stride())
+
+    def inspect(self) -> None:
+        """Look at the bands so far, and let go of memory that is no longer used."""
+        for device in {one.base.device for one in self.kept}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            kept = [one for one in self.kept if one.base.device == device]
+            bands = torch.stack([torch.stack([one.base[:BAND], one.base[-BAND:]]) for one in kept]).cpu()
+            if bool((bands != _GUARD).any()):
+                lines = [line for one, both in zip(kept, bands, strict=True) for line in one.overruns(both)]
+                self.found += [line for line in lines if line not in self.found]
+        self.kept = [one for one in self.kept if not one.owner.expired()]
+        self.bytes = sum(len(one.base) for one in self.kept)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fill every floating-point tensor that ``Tensor.new_empty`` makes with NaN: what no kernel writes then shows."""
-    empty = Tensor.new_empty
+    """Show what kernels leave unwritten and what they write outside.
 
-    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = empty(self, *args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
+    Within it, memory of :mod:`lift_fast.memory` is full of NaN (integers and booleans: of bytes 0x81, see
+    :func:`unwritten`) and lies between guard bands of ``BAND`` bytes. At the end the bands of every such tensor are
+    checked, of those no longer used too; nothing is guarded while a CUDA graph is captured.
 
-    Tensor.new_empty = poisoned  # type: ignore[method-assign,assignment]
+    Raises:
+        AssertionError: if a band was written to; names the allocation, the side and the byte.
+    """
+    guards, before = _Guards(), {name: getattr(memory, name) for name in _DOORS}
+    for name, allocate in _DOORS.items():
+        setattr(memory, name, guards.door(allocate, poison="empty" in name))
     try:
         yield
     finally:
-        Tensor.new_empty = empty  # type: ignore[method-assign]
+        for name, allocate in before.items():
+            setattr(memory, name, allocate)
+    guards.inspect()
+    if guards.found:
+        raise AssertionError("memory was overrun:\n" + "\n".join(guards.found))
+
+
+def unwritten(tensor: Tensor) -> Tensor:
+    """Which elements still hold what :func:`poisoned_outputs` put there: bool, in the shape of ``tensor``."""
+    poison = _NAN if tensor.is_floating_point() else _WRONG
+    # A copy of a boolean is 0 or 1.
+    plain = tensor.detach().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+    rows = plain.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    return (rows == poison).all(1).view(tensor.shape)

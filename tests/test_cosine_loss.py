@@ -17,19 +17,13 @@ import lift_fast
 from lift_fast import CosineLoss, cosine_loss
 from lift_fast.losses import LOSSES, cosine_loss_plain, feature_loss
 from lift_fast.ops import cosine_loss as op
-from lift_fast.testing import AWKWARD_COUNTS, poisoned_outputs
+from lift_fast.testing import AWKWARD_COUNTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of the gradient, in units of 1 / |prediction|: half a unit in the last place; float32 also rounds sums of products.
 EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-6}
 REDUCTIONS = ("mean", "sum", "none")
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    with poisoned_outputs():
-        yield
 
 
 def reference(prediction, target, dim, reduction):
@@ -352,6 +346,7 @@ def test_function_transforms_and_forward_mode_follow_it(reduction):
     torch.testing.assert_close(each, torch.stack([cosine_loss(x[i], y[i], 0, reduction) for i in range(len(x))]))
 
 
+@pytest.mark.unpoisoned
 def test_native_memory_is_the_gradient_and_little_more():
     pytest.importorskip("lift_fast._C")
     x, y = random(4, 64, 32, 32), random(4, 64, 32, 32, seed=1)

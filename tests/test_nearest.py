@@ -248,6 +248,7 @@ def test_empty_sets():
     assert nearest(torch.randn(0, 5, 3), torch.randn(0, 4, 3)).valid.shape == (0, 5)
 
 
+@pytest.mark.unpoisoned
 def test_memory_stays_bounded():
     # The full table of similarities would take 3.6 GB.
     import resource

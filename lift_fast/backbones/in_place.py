@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import memory
+
 
 def applies(blocks: list[nn.Module], tokens: Tensor) -> bool:
     """Whether :func:`run` may replace the calls of ``blocks``: plain inference on the CPU, no autocast, no hooks."""
@@ -30,13 +32,13 @@ def run(blocks: list[nn.Module], tokens: Tensor) -> Tensor:
     """``[B, N, C]`` contiguous tokens through ``blocks``; overwrites ``tokens`` and returns it."""
     batch, count, width = tokens.shape
     x = tokens.view(batch * count, width)
-    wide, narrow = tokens.new_empty(0), torch.empty_like(x)
+    wide, narrow = memory.new_empty(tokens, 0), memory.empty_like(x)
     for item in blocks:
         block: Any = item
         attention, mlp = block.attn, block.mlp
         columns = max(attention.qkv.out_features, mlp.fc1.out_features)
         if wide.numel() < x.shape[0] * columns:
-            wide = tokens.new_empty(x.shape[0] * columns)
+            wide = memory.new_empty(tokens, x.shape[0] * columns)
 
         qkv = _linear(attention.qkv, block.norm1(x), wide)
         heads = qkv.view(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)

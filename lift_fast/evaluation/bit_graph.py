@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lift_fast import _env, _native
+from lift_fast import _env, _native, memory
 
 
 class BitGraph:
@@ -36,7 +36,7 @@ class BitGraph:
         self._words = (count + 63) // 64
         self._filled = 0
         if self._core is not None:
-            self._bits = torch.zeros(64 * self._words, self._words, dtype=torch.int64)
+            self._bits = memory.zeros(64 * self._words, self._words, dtype=torch.int64)
         else:
             self._matrix = torch.zeros(count, count, dtype=torch.float64)
 
@@ -109,7 +109,7 @@ class BitGraph:
         if self._core is None:
             return self._matrix @ vector
         vector = vector.contiguous()
-        out = torch.empty(self.count, dtype=torch.float64)
+        out = memory.empty(self.count, dtype=torch.float64)
         self._core.bit_matrix_multiply_f64(
             self._bits.data_ptr(),
             self.count,

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lift_fast import memory
+
 from .bit_graph import BitGraph
 
 TAU = {"voc07": 0.2, "voc12": 0.2, "coco20k": 0.3}
@@ -241,7 +243,7 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
     """The top Ritz pair orthogonal to ``without``, once ``enough`` of it is known; None if that takes too long."""
     count, kept = len(start), len(without)
     most = min(_MOST_STEPS, count - kept)
-    basis = torch.empty(kept + most + 1, count, dtype=torch.float64)
+    basis = memory.empty(kept + most + 1, count, dtype=torch.float64)
     for row, vector in enumerate(without):
         basis[row] = vector
     alpha, beta = np.zeros(most), np.zeros(most + 1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from ..kernels import can_run as triton_can_run
 from . import library
 
@@ -96,9 +96,9 @@ def _three(tensor: Tensor, dim: int) -> Tensor:
 
 def _new_gradient(prediction: Tensor, dim: int) -> Tensor:
     """In the memory format of ``prediction``, unless that cannot be seen as three dimensions."""
-    gradient = torch.empty_like(prediction)
+    gradient = memory.empty_like(prediction)
     if as_three(gradient, dim) is None:
-        gradient = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+        gradient = memory.empty_like(prediction, memory_format=torch.contiguous_format)
     return gradient
 
 
@@ -114,7 +114,7 @@ def cosine_loss_native(
     gradient = _new_gradient(prediction, dim) if with_gradient else None
     into = None if gradient is None else as_three(gradient, dim)
     x, y = _three(prediction, dim), _three(target, dim)
-    loss = x.new_empty(prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    loss = memory.new_empty(x, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
     _native.require().cosine_loss(
         x.data_ptr(),
         y.data_ptr(),
@@ -153,7 +153,7 @@ def cosine_loss_triton(
 
     gradient = _new_gradient(prediction, dim) if with_gradient else None
     into = None if gradient is None else as_three(gradient, dim)
-    loss = prediction.new_empty(prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    loss = memory.new_empty(prediction, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
     x, y = _three(prediction, dim), _three(target, dim)
     kernel.cosine_loss(x, y, into, loss, _weights(prediction, dim, reduction)[0], EPSILON)
     return _reduce(loss, reduction), gradient
@@ -163,7 +163,7 @@ def _cosine_loss(
     prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     prediction, target = prediction.detach(), target.detach()
-    none = prediction.new_empty(0)
+    none = memory.new_empty(prediction, 0)
     if _fits_native(prediction):
         loss, gradient = cosine_loss_native(prediction, target, dim, reduction, with_gradient)
     elif _fits_triton(prediction):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from . import library
 from .nearest import NORM_FLOOR, full_matmul_precision, unit_rows
 
@@ -263,8 +263,8 @@ def match_bounded(descriptors: Tensor, key: Picture, inverse_norms: Tensor | Non
     """The result of :func:`match_exhaustive` from the patches that can win; all of them only where the bound fails."""
     patches = _Patches(key, inverse_norms)
     pixels_per_patch = patches.row_pixels.shape[1] * patches.column_pixels.shape[1]
-    best = descriptors.new_empty(descriptors.shape[0])
-    best_index = torch.empty(descriptors.shape[0], dtype=torch.int64, device=descriptors.device)
+    best = memory.new_empty(descriptors, descriptors.shape[0])
+    best_index = memory.empty(descriptors.shape[0], dtype=torch.int64, device=descriptors.device)
     still_open = torch.arange(descriptors.shape[0], device=descriptors.device)
     # Bounds that allow for the smallest norm of a patch are loose: what the first stage leaves open, few more prove.
     for count in _STAGES if inverse_norms is None else _STAGES[:1]:
@@ -327,7 +327,8 @@ class _NativeSearch:
             weights: ``[points, 2]``, share of the far corners in x and y.
         """
         table, corners, weights = table.contiguous(), corners.int().contiguous(), weights.float().contiguous()
-        similarity, index = table.new_empty(weights.shape[0]), torch.empty(weights.shape[0], dtype=torch.int64)
+        similarity = memory.new_empty(table, weights.shape[0])
+        index = memory.empty(weights.shape[0], dtype=torch.int64)
         _native.require().dense_match_f32(
             table.data_ptr(),
             table.shape[0],
@@ -375,7 +376,7 @@ def _match_few(
     if 1 not in key.tokens.stride() or 0 in key.tokens.stride():
         key = key._replace(tokens=key.tokens.contiguous())
     at = at.contiguous()
-    similarity, index = query.tokens.new_empty(len(at)), torch.empty(len(at), dtype=torch.int64)
+    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
     _native.require().dense_match_points_f32(
         at.data_ptr(),
         len(at),
@@ -407,7 +408,7 @@ def _match_many(
     axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
     weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
     queries, keys = (_unit_rows(p.tokens) if p.unnormalized else p.tokens for p in (query, key))
-    similarity, index = query.tokens.new_empty(len(at)), torch.empty(len(at), dtype=torch.int64)
+    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
     # As many rows of query cells at one time as the budget for their similarities allows.
     band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
     for top in range(0, query.grid[0], band):
@@ -468,7 +469,8 @@ def _match(
     count = query.pixels if points is None else points.shape[0]
     # Descriptors of this many query pixels exist at one time.
     step = max(1, 4 * _BUDGET // (query.tokens.shape[1] * query.tokens.element_size()))
-    similarity, index = query.tokens.new_empty(count), torch.empty(count, dtype=torch.int64, device=query.tokens.device)
+    similarity = memory.new_empty(query.tokens, count)
+    index = memory.empty(count, dtype=torch.int64, device=similarity.device)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         at = pixel_grid(query.size, part.start, part.stop, query.tokens.device) if points is None else points[part]

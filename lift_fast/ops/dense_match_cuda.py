@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, memory
 from ..kernels import launch
 from ..kernels.strips import Band, Scales, Strips
 from . import image_encoder_cuda
@@ -148,8 +148,8 @@ def mutual(
         index=(index, (query[0].pixels * query[1].pixels,), torch.int64),
     )
     most = 4 * query[0].count * query[1].count if scales is None else index.shape[0]
-    scratch = torch.zeros(_CANDIDATE_WORDS * (most + 1), dtype=torch.int32, device=device)
-    valid = torch.empty(index.shape, dtype=torch.bool, device=device)
+    scratch = memory.zeros(_CANDIDATE_WORDS * (most + 1), dtype=torch.int32, device=device)
+    valid = memory.empty(index.shape, dtype=torch.bool, device=device)
     _native.require().dense_match_mutual(
         table.data_ptr(),
         *map(_axis, query),

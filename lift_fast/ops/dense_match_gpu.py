@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env
+from .. import _env, memory
 from ..kernels.strips import Band, Scales, Strips
 from . import dense_match_cuda, gpu_plan
 from .dense_match import Picture, _cut_strips, sample_bilinear
@@ -150,8 +150,8 @@ def match_gpu(
     axes = _axes(key)
     scales = _scales(key, axes) if per_pixel else None
     count = query.pixels if points is None else len(points)
-    similarity = query.tokens.new_empty(count)
-    index = torch.empty(count, dtype=torch.int64, device=similarity.device)
+    similarity = memory.new_empty(query.tokens, count)
+    index = memory.empty(count, dtype=torch.int64, device=similarity.device)
     keys = key.tokens.t()
     rows = _TABLE_BUDGET // (4 * key.tokens.shape[0])
     if points is not None:
@@ -193,8 +193,8 @@ def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     query_scales, key_scales = (
         _scales(picture, axes) if per_pixel else None for picture, axes in ((query, query_axes), (key, key_axes))
     )
-    similarity = query.tokens.new_empty(query.pixels)
-    index = torch.empty(query.pixels, dtype=torch.int64, device=similarity.device)
+    similarity = memory.new_empty(query.tokens, query.pixels)
+    index = memory.empty(query.pixels, dtype=torch.int64, device=similarity.device)
     table = query.tokens @ key.tokens.t()
     whole = Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, query.grid[1])
     dense_match_cuda.match(table, key_axes, key_scales, similarity, index, query_axes, whole)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..kernels import launch
 
 # What takes turns, in this order: imgs, x, f, g, u and the result.
@@ -61,8 +62,8 @@ class Pass:
             with torch.cuda.device(device):
                 return self.run(imgs, x)
         stream = launch.current_stream(device)
-        base = x.new_empty((self._bytes // x.itemsize,))
-        out = x.new_empty(self._shape)
+        base = memory.new_empty(x, (self._bytes // x.itemsize,))
+        out = memory.new_empty(x, self._shape)
         f, g, u = self._offsets
         at = base.data_ptr()
         addresses = (imgs.data_ptr(), x.data_ptr(), at + f, at + g, at + u, out.data_ptr())

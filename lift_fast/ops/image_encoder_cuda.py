@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from ..kernels import launch
 from ..kernels.launch import tf32_allowed
 from ..plan import ImageConv, Plan
@@ -149,8 +149,8 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
     if launch.device_of(imgs) < 0:
         raise ValueError(f"the native image encoder needs a CUDA device, got {imgs.device}")
     batch, height, width = imgs.shape[0], imgs.shape[2] // side, imgs.shape[3] // side
-    f = imgs.new_empty((batch, 2 * height, 2 * width, _CHANNELS))
-    g = imgs.new_empty((batch, height, width, _CHANNELS))
+    f = memory.new_empty(imgs, (batch, 2 * height, 2 * width, _CHANNELS))
+    g = memory.new_empty(imgs, (batch, height, width, _CHANNELS))
     launcher(imgs, weights)(imgs, f.data_ptr(), g.data_ptr(), launch.current_stream(launch.device_of(imgs)))
     return f, g
 

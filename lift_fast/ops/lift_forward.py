@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from ..plan import Architecture, Plan
 from ..precision import cpu_computes
 from . import gpu_plan, library
@@ -153,7 +153,7 @@ def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     wide = [F.pad(part, (0, channels - out_channels)) for part in (plan.out, plan.out_bias)]
     parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, *wide]
     parts = [part.cpu().contiguous() for part in parts]
-    packed = torch.empty(core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8)
+    packed = memory.empty(core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8)
     addresses = [part.data_ptr() for part in parts]
     core.lift_decoder_pack(*addresses, channels, hidden, image, image, name, packed.data_ptr(), packed.numel(), isa)
     device = torch.device("cpu")
@@ -176,7 +176,7 @@ def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
         coarse.append(g)
         u = F.conv2d(f, plan.fine, plan.bias, padding=1)
     else:
-        u = x.new_empty((batch, 2 * h, 2 * w, plan.bias.shape[0])).permute(0, 3, 1, 2)
+        u = memory.new_empty(x, (batch, 2 * h, 2 * w, plan.bias.shape[0])).permute(0, 3, 1, 2)
         u.copy_(plan.bias.view(1, -1, 1, 1).expand_as(u))
     coarse.append(x.new_ones((1, 1, 1, 1)).expand(batch, 1, h, w))
     coarse.append(x.new_zeros((1, 1, 1, 1)).expand(batch, plan.phase.shape[1] - sum(c.shape[1] for c in coarse), h, w))
@@ -194,7 +194,7 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
     """Execute the plan on the CPU with the native core's decoder; shapes as :func:`lift_forward`."""
     batch, h, w, channels = x.shape
     x = x.contiguous()
-    out = x.new_empty((batch, 2 * h, 2 * w, channels))
+    out = memory.new_empty(x, (batch, 2 * h, 2 * w, channels))
     f_address = g_address = image = 0
     if plan.encoder.image_convs_1:
         f, g = encode_image(plan.encoder, imgs)

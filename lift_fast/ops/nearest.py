@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from . import library
 
 # Bytes of similarities that exist at one time in the plain implementation.
@@ -162,9 +162,9 @@ def _nearest_native(
     m = key.shape[1]
     depth = k if ratio is None else max(k, 2)
     queries, keys = query.float().contiguous(), key.float().contiguous()
-    similarity = torch.empty((batch, n, depth), dtype=torch.float32)
-    index = torch.empty((batch, n, depth), dtype=torch.int64)
-    back = torch.empty((batch, n), dtype=torch.int64) if mutual else None
+    similarity = memory.empty((batch, n, depth), dtype=torch.float32)
+    index = memory.empty((batch, n, depth), dtype=torch.int64)
+    back = memory.empty((batch, n), dtype=torch.int64) if mutual else None
     _native.require().nearest_f32(
         queries.data_ptr(),
         keys.data_ptr(),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import memory
 from . import gpu_plan
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def _geometries(window: list[int] | None, n: int, m: int) -> tuple[Geometry | No
 
 def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
     batch, n, _ = query.given.shape
-    similarity = query.given.new_empty((batch, n, depth), dtype=torch.float32)
-    return similarity, torch.empty_like(similarity, dtype=torch.int64)
+    similarity = memory.new_empty(query.given, (batch, n, depth), dtype=torch.float32)
+    return similarity, memory.empty_like(similarity, dtype=torch.int64)
 
 
 def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool) -> tuple[Tensor, Tensor, Found]:
@@ -165,8 +166,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
     for b in range(batch):
         one, other = _only(query, b), _only(key, b)
         chosen = (
-            torch.empty(n, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
+            memory.empty(n, dtype=torch.int32, device=device),
+            memory.zeros(1, dtype=torch.int32, device=device),
         )
         out = similarity[b : b + 1], index[b : b + 1]
         for first in range(0, n, portion):

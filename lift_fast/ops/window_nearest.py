@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _env, _native
+from .. import _env, _native, memory
 from .nearest import accept
 
 # The native core keeps a query's matches in order by insertion, which more of them would make slow.
@@ -80,8 +80,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = query.shape
     query, key = query.float().contiguous(), key.float().contiguous()
-    similarity = torch.empty((batch, n, k), dtype=torch.float32)
-    index = torch.empty((batch, n, k), dtype=torch.int64)
+    similarity = memory.empty((batch, n, k), dtype=torch.float32)
+    index = memory.empty((batch, n, k), dtype=torch.int64)
     _native.require().window_nearest_f32(
         query.data_ptr(),
         key.data_ptr(),
