@@ -142,9 +142,11 @@ def install(native: bool = False) -> Device:
 
     JITFunction.run = counted
     if not native:
+        from lift_fast import memory
+
         # Some results are indices.
-        torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
-        torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+        memory.new_empty = torch.Tensor.new_zeros  # type: ignore[assignment]
+        memory.empty, memory.empty_like = torch.zeros, torch.zeros_like
     _believe(device, native)
     return device
 

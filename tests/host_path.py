@@ -18,7 +18,7 @@ DEVICE = stand_in.install(NATIVE)
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lift_fast import LiFT, tuning  # noqa: E402
+from lift_fast import LiFT, memory, tuning  # noqa: E402
 from lift_fast.kernels import cosine_loss, head, launch, propagate_labels, upsample  # noqa: E402
 from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
 from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
@@ -268,10 +268,10 @@ def passes():
 
     out["rounds"] = [forward() for _ in range(4)]
     made = []
-    empty = torch.Tensor.new_empty
-    torch.Tensor.new_empty = lambda self, *size, **options: made.append(size) or empty(self, *size, **options)
+    empty = memory.new_empty
+    memory.new_empty = lambda self, *size, **options: made.append(size) or empty(self, *size, **options)
     forward()
-    torch.Tensor.new_empty = empty
+    memory.new_empty = empty
     out["allocations"] = len(made)
     seen = Dispatched()
     with seen:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from lift_fast import LiFT
+from lift_fast import LiFT, memory
 from lift_fast.ops import gpu_pass, gpu_plan
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize
@@ -24,14 +24,14 @@ class Memory:
 
     def __init__(self, monkeypatch):
         self.tensors = []
-        empty = torch.Tensor.new_empty
+        empty = memory.new_empty
 
         def remembered(tensor, *size, **options):
             out = empty(tensor, *size, **options)
             self.tensors.append(out.fill_(torch.nan))
             return out
 
-        monkeypatch.setattr(torch.Tensor, "new_empty", remembered)
+        monkeypatch.setattr(memory, "new_empty", remembered)
 
     def at(self, address, dtype):
         """All that follows the address in its tensor."""
