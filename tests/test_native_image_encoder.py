@@ -217,9 +217,7 @@ def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
 def test_no_order_of_warps_and_copies_changes_the_result(patch, emulation, tmp_path):
     orders = list(itertools.product((0, 1), (0, 1, 2)))
     cases = [Case(torch.bfloat16, patch, (4, 6), blocks=(2, 2), late=n, order=o) for n, o in orders]
-    cases += [
-        Case(torch.bfloat16, patch, (4, 6), cut="spread", blocks=(2, 1), late=n, order=o) for n, o in orders
-    ]
+    cases += [Case(torch.bfloat16, patch, (4, 6), cut="spread", blocks=(2, 1), late=n, order=o) for n, o in orders]
     run_cases(emulation, tmp_path, cases)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lift_fast import LiFT
-from lift_fast.ops import gpu_plan
+from lift_fast.ops import gpu_plan, image_encoder_cuda
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize
 
@@ -118,6 +118,14 @@ def _stages(state: State, network: Network) -> list[dict[str, Any]]:
         time = replay_milliseconds(gpu_plan.encode_image, (network.other_encoder, imgs), device, replays=replays)
         rows.append(_row(state, network, "image encoder, Triton", time, network.cost["image encoder"]))
         _print(rows[-1])
+    if plan.encoder == "cuda":
+        for cut in ("walk", "spread"):
+            arguments = (imgs, plan.encoder_weights, cut)
+            time = replay_milliseconds(
+                image_encoder_cuda.encode_image, arguments, device, replays=200 if network.batch == 1 else 20
+            )
+            rows.append(_row(state, network, f"image encoder, {cut}", time, network.cost["image encoder"]))
+            _print(rows[-1])
     time = replay_milliseconds(lambda: gpu_plan.head(plan, u, normalize=True), (), device, replays=20)
     rows.append({"work": network.name, "what": "head, normalised", "ms": time})
     return rows
