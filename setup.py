@@ -122,13 +122,15 @@ def free_memory(root: Path = Path("/")) -> int:
     free = [8 * COMPILER_MEMORY]
     if available := re.search(r"^MemAvailable:\s+(\d+) kB", read("proc/meminfo"), re.MULTILINE):
         free = [int(available[1]) << 10]
-    for limit, used in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    # Both versions of control groups; what a container's use holds of files can be dropped.
+    for group, limit, used in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        most, now = read(limit).strip(), read(used).strip()
+        most, now = read(f"{group}/{limit}").strip(), read(f"{group}/{used}").strip()
+        files = re.findall(r"^(?:in)?active_file (\d+)", read(f"{group}/memory.stat"), re.MULTILINE)
         if most.isdecimal() and now.isdecimal():
-            free.append(int(most) - int(now))
+            free.append(int(most) - int(now) + sum(map(int, files)))
     return max(0, min(free))
 
 

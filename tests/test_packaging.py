@@ -288,6 +288,8 @@ class TestCompilersAtOnce:
         (first / "memory.max").write_text(f"{8 << 30}\n")
         (first / "memory.current").write_text(f"{2 << 30}\n")
         assert setup_module.free_memory(tmp_path) == 6 << 30
+        (first / "memory.stat").write_text(f"anon 7\ninactive_file {1 << 30}\nactive_file {1 << 29}\n")
+        assert setup_module.free_memory(tmp_path) == (15 << 30) // 2
         (first / "memory" / "memory.limit_in_bytes").write_text(f"{3 << 30}\n")
         (first / "memory" / "memory.usage_in_bytes").write_text(f"{4 << 30}\n")
         assert setup_module.free_memory(tmp_path) == 0
