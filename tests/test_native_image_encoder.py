@@ -18,7 +18,7 @@ from lift_fast.testing import randomize
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
-CUTS = ["auto", "walk", "spread"]
+CUTS = ["walk", "stream", "spread"]
 # Relative to the largest value: what a stored value and a few roundings that fell the other way make of it.
 LIMITS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-10}
 H200 = (132, 227 << 10, 228 << 10)
@@ -186,6 +186,19 @@ def test_any_cut_into_blocks(patch, emulation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("dtype", TYPES)
+def test_rows_one_after_the_other(dtype, patch, emulation, tmp_path):
+    stream = {"cut": "stream"}
+    cases = [Case(dtype, patch, grid, batch, **stream) for grid, batch in GRIDS]
+    cases += [Case(dtype, patch, (2, 3), 2, layout, **stream) for layout in ("channels_last", "aligned crop")]
+    cases += [Case(dtype, patch, (5, 9), blocks=size, **stream) for size in ((1, 1), (2, 2), (3, 4))]
+    cases += [Case(dtype, patch, (4, 6), blocks=(2, 2), late=1, order=order, **stream) for order in (0, 1, 2)]
+    cases.append(Case(dtype, patch, (4, 7), blocks=(1, 3), nan=[(0, 1, 31, 40)], **stream))
+    run_cases(emulation, tmp_path, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_steps_side_by_side(dtype, patch, emulation, tmp_path):
     """Spread blocks: those at the top have a warp too many, those at the bottom fewer rows than others."""
     spread = {"cut": "spread"}
@@ -288,7 +301,7 @@ def call(**changes):
     ("changes", "message"),
     [
         ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
-        ({"cut": "thin"}, "cut must be auto, walk or spread, got thin"),
+        ({"cut": "thin"}, "cut must be walk, stream or spread, got thin"),
         ({"strides": (1, 2, 3)}, "4 strides, got 3"),
         ({"batch": -1}, "must not be negative, got -1 pictures"),
         ({"h": -1}, "must not be negative"),

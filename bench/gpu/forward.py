@@ -119,7 +119,7 @@ def _stages(state: State, network: Network) -> list[dict[str, Any]]:
         rows.append(_row(state, network, "image encoder, Triton", time, network.cost["image encoder"]))
         _print(rows[-1])
     if plan.encoder == "cuda":
-        for cut in ("walk", "spread"):
+        for cut in ("walk", "stream", "spread"):
             arguments = (imgs, plan.encoder_weights, cut)
             time = replay_milliseconds(
                 image_encoder_cuda.encode_image, arguments, device, replays=200 if network.batch == 1 else 20

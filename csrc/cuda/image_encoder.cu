@@ -4,8 +4,9 @@ namespace lift_fast {
 namespace {
 
 const DeviceFacts& ready(int device) {
+  stream_encoder_prepare(device);
   spread_encoder_prepare(device);
-  return encoder_kernels<false>().on(device);
+  return encoder_kernels<EncoderCut::walk>().on(device);
 }
 
 // A call's tiling, found once for calls of the same kind that follow each other: that takes longer than the launch.
@@ -41,7 +42,15 @@ void image_encoder_run(const ImageEncoderCall& call, int device, void* stream) {
   const DeviceGuard guard(device, kEncoderName);
   const DeviceFacts& facts = ready(device);
   const EncoderTiling& tiling = tiling_of(call, device, facts);
-  (tiling.spread ? spread_encoder_launch : encoder_launch<false>)(call, tiling, static_cast<cudaStream_t>(stream));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  switch (call.cut) {
+    case EncoderCut::walk:
+      return encoder_launch<EncoderCut::walk>(call, tiling, queue);
+    case EncoderCut::stream:
+      return stream_encoder_launch(call, tiling, queue);
+    case EncoderCut::spread:
+      return spread_encoder_launch(call, tiling, queue);
+  }
 }
 
 }  // namespace lift_fast

@@ -5,14 +5,17 @@
 // leaves in a lane's registers is just what the second one takes from that lane, so its map is never stored. f goes
 // through shared memory, where the third convolution finds its windows.
 //
-// Walking keeps the machine busy with many pictures. One picture is spread instead: each warp makes a single step, those
-// of a g row side by side, so that the way from the picture to g is one step long; the rows above it are made twice.
+// Two other cuts of the same work, which are chosen by name. Where rows stream, a step is a loop over its two rows of the
+// second convolution: each row of the first convolution goes at once into every sum that it is part of, so that nothing
+// is made twice and the code is a third as long. Where steps are spread, each warp makes a single one, those of a g row
+// side by side: the way from the picture to g is one step long, for few pictures on many multiprocessors.
 //
 // Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: what the
 // tensor cores put into it as a result and take from it as an operand. f lies in shared memory in that order too.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "image_encoder_tiling.hpp"
 #if defined(LIFT_FAST_EMULATED_DEVICE)
@@ -27,6 +30,8 @@ constexpr int kEncoderChannels = 32;
 constexpr int kEncoderMaxWarps = 8;
 constexpr int kStripPixels = 64;
 constexpr int kStepRows = 9;  // picture rows under a step's new rows of the first convolution; the first one twice
+constexpr int kBiases = 96;
+constexpr std::uint32_t kSameBytes = 0x3210;  // selects the bytes of its first word as they are
 constexpr int kLines = 3 * kStepRows;
 constexpr int kPart = 4 * 32 * 8;  // values of one tap's weights
 
@@ -83,7 +88,8 @@ struct EncoderParams {
   int column_blocks, row_blocks;
   int rows;           // g rows of a block
   int strips, steps;  // of a block; steps only where it is spread
-  bool aligned;  // 8 pixels of a row can be copied as they lie
+  std::uint32_t same;  // kSameBytes
+  bool aligned;        // 8 pixels of a row can be copied as they lie
 };
 
 inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderTiling& tiling) {
@@ -103,6 +109,7 @@ inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderT
   params.rows = static_cast<int>(tiling.rows);
   params.strips = tiling.strips;
   params.steps = tiling.steps;
+  params.same = kSameBytes;
   params.aligned = encoder_rows_aligned(call);
   return params;
 }
@@ -132,7 +139,7 @@ struct EncoderLayout {
   }
 
   __host__ __device__ static constexpr int bias() { return kParts * kPart * T::kItem; }
-  __host__ __device__ static constexpr int halo() { return bias() + 3 * kEncoderChannels * 4; }
+  __host__ __device__ static constexpr int halo() { return bias() + kBiases * 4; }
   __host__ __device__ static constexpr int ring(int strips, int steps) {
     return halo() + warps(strips, steps) * 8 * 4 * kChunk;
   }
@@ -147,8 +154,9 @@ struct EncoderLayout {
 // Bytes of shared memory that a block of some tiling needs.
 template <class T>
 std::int64_t encoder_shared(bool pool, const EncoderTiling& tiling) {
-  const auto total = pool ? (tiling.spread ? EncoderLayout<T, true, true>::total : EncoderLayout<T, true, false>::total)
-                          : (tiling.spread ? EncoderLayout<T, false, true>::total : EncoderLayout<T, false, false>::total);
+  const bool spread = tiling.cut == EncoderCut::spread;
+  const auto total = pool ? (spread ? EncoderLayout<T, true, true>::total : EncoderLayout<T, true, false>::total)
+                          : (spread ? EncoderLayout<T, false, true>::total : EncoderLayout<T, false, false>::total);
   return total(tiling.strips, tiling.steps);
 }
 
@@ -197,13 +205,14 @@ struct Chunks {
 // the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1, and
 // lanes 2 and 3 hold ones, whose weights are the bias in three parts.
 template <class T>
-__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t) {
+__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t, std::uint32_t same) {
   if constexpr (T::kItem == 2) {
     std::uint32_t left[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) left[i] = m == 0 ? c.before[i] : c.line[i][m - 1];
-    value[0] = c.line[0][m];
-    value[1] = c.line[1][m];
+    // A move in effect, but one that is made once: plain moves the compiler makes anew for each of the four products.
+    value[0] = select_bytes(c.line[0][m], 0, same);
+    value[1] = select_bytes(c.line[1][m], 0, same);
     value[2] = select_bytes(left[0], left[1], 0x7632);
     const std::uint32_t ninth = select_bytes(c.line[2][m], left[2], t == 0 ? 0x3210 : 0x7676);
     value[3] = (ninth & (t == 0 ? 0xffffffffu : t == 1 ? 0xffffu : 0u)) | (t < 2 ? 0u : T::kOnes);
@@ -247,10 +256,17 @@ __device__ __forceinline__ void activate(std::uint32_t (&word)[T::kWords], const
   }
 }
 
-template <class T, bool kPool, bool kSpread>
+template <class T, bool kPool, EncoderCut kCut>
 class ImageEncoder {
+  static constexpr bool kSpread = kCut == EncoderCut::spread;
   using Layout = EncoderLayout<T, kPool, kSpread>;
   static constexpr int kWords = T::kWords, kPerStep = Layout::kPerStep;
+  // A row of the second convolution as far as the row of the first one above it goes.
+  struct Begun {
+    float sum[4][4];
+  };
+  // What a warp takes from one step to the next.
+  using State = std::conditional_t<kCut == EncoderCut::walk, FirstRow<T>, Begun>;
 
  public:
   __device__ __forceinline__ ImageEncoder(const EncoderParams& params, unsigned char* memory)
@@ -273,8 +289,10 @@ class ImageEncoder {
 
   __device__ __forceinline__ void run() {
     copy_weights(0);
-    for (int i = threadIdx.x; i < 3 * kEncoderChannels; i += blockDim.x) {
-      reinterpret_cast<float*>(shared + Layout::bias())[i] = p.bias[i];
+    for (int i = threadIdx.x; i < kBiases; i += blockDim.x) {
+      // The second convolution's pair by pair, twice each; then the third's.
+      const int channel = i < 64 ? 32 + i / 4 * 2 + i % 2 : i;
+      reinterpret_cast<float*>(shared + Layout::bias())[i] = p.bias[channel];
     }
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
@@ -291,12 +309,12 @@ class ImageEncoder {
  private:
   // Every warp down its strip, the next step's picture rows on their way.
   __device__ __forceinline__ void walk() {
-    FirstRow<T> above{};  // stays zero above the picture: the second convolution's padding
+    State above{};
     if (first_step > 0) stage(first_step - 1, 6, kLines);
     commit_copies();
     stage(first_step, 0, kLines);
     commit_copies();
-    if (first_step > 0) {
+    if (first_step > 0 || kCut == EncoderCut::stream) {
       wait_copies<1>();
       __syncthreads();
     }
@@ -324,7 +342,7 @@ class ImageEncoder {
     __syncthreads();
     const int step = first_step + warp / strips;
     if (step < end_step) {
-      FirstRow<T> above{};
+      State above{};
       begin(above, step);
       second_convolution(above, step);
     }
@@ -333,7 +351,7 @@ class ImageEncoder {
     for (int done = own_step; done < end_step; ++done) finish(done);
   }
 
-  // The row of the first convolution above a warp's first step.
+  // The row of the first convolution above a warp's first step; zero above the picture, the second one's padding.
   __device__ __forceinline__ void begin(FirstRow<T>& above, int step) {
     if (step > 0) {
       left_column(step - 1, true);
@@ -341,6 +359,17 @@ class ImageEncoder {
     } else if (g == 0) {
       store_words<kWords>(halo(-1, 4), above.odd[0]);
     }
+  }
+
+  __device__ __forceinline__ void begin(Begun& above, int step) {
+    load_bias(above.sum);
+    if (step == 0) return;
+    left_column(step - 1, true);
+    FirstRow<T> row;
+    first_convolution(row.even, row.odd, step - 1, 4);
+    std::uint32_t before[kWords];
+    shift(before, row.odd, halo(step - 1, 4));
+    window_row(above.sum, 0, row, before);
   }
 
   // The weights of nine taps, in the background: of the second convolution from part 0, of the third from part 9 on.
@@ -419,7 +448,7 @@ class ImageEncoder {
     Chunks<T> c;
     load_chunks(c, step, only_last ? 4 : 1 + g % 4, 8 * strip);
     std::uint32_t value[kWords], none[kWords] = {};
-    window<T>(value, c, 3, t);
+    window<T>(value, c, 3, t, p.same);
     float sum[4][4] = {};
     multiply<T>(sum, value, none, first_weight);
     std::uint32_t word[kWords];
@@ -453,8 +482,8 @@ class ImageEncoder {
 
   __device__ __forceinline__ void first_columns(std::uint32_t (*out)[kWords], const Chunks<T>& c, int parity) const {
     std::uint32_t upper[kWords], lower[kWords];
-    window<T>(upper, c, parity, t);
-    window<T>(lower, c, parity + 2, t);
+    window<T>(upper, c, parity, t, p.same);
+    window<T>(lower, c, parity + 2, t, p.same);
     // Here and below: keeps the compiler from working on several rows at a time, for which there are not enough registers.
     __syncwarp();
     float sum[4][4] = {};
@@ -515,15 +544,99 @@ class ImageEncoder {
     tap(sum, 3 * window_row + 1, upper[0], upper[1], lower[0], lower[1]);
   }
 
+  // What every sum of the second convolution begins with.
+  __device__ __forceinline__ void load_bias(float (&sum)[4][4]) const {
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+      std::uint32_t quad[4];
+      load_words<4>(quad, shared + Layout::bias() + 16 * (4 * octet + t));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[octet][i] = bits_float(quad[i]);
+    }
+  }
+
+  // Three taps of one row of the second convolution: a window row's. `before` is what shift() makes of the odd columns.
+  __device__ __forceinline__ void window_row(float (&sum)[4][4], int window_row, const FirstRow<T>& row,
+                                             const std::uint32_t (&before)[kWords]) const {
+    const unsigned char* weights = shared + (3 * window_row * 4 * 32 + lane) * Layout::kChunk;
+    tap_of_row(sum, weights + 4 * 32 * Layout::kChunk, row.even[0], row.even[1]);
+    tap_of_row(sum, weights + 8 * 32 * Layout::kChunk, row.odd[0], row.odd[1]);
+    tap_of_row(sum, weights, before, row.odd[0]);
+  }
+
+  __device__ __forceinline__ void tap_of_row(float (&sum)[4][4], const unsigned char* weights,
+                                             const std::uint32_t (&first)[kWords],
+                                             const std::uint32_t (&second)[kWords]) const {
+    std::uint32_t weight[4][kWords];
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) load_words<kWords>(weight[octet], weights + octet * 32 * Layout::kChunk);
+    multiply<T>(sum, first, second, weight);
+    __syncwarp();
+  }
+
+  // Row by row in a loop that is short enough for the instruction cache of a quarter of a multiprocessor.
+  __device__ __forceinline__ void second_convolution(Begun& above, int step) {
+    left_column(step, false);
+    float held[4][2];
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      FirstRow<T> row;
+      std::uint32_t before[kWords];
+      first_convolution(row.even, row.odd, step, 2 * i + 1);
+      shift(before, row.odd, halo(step, 2 * i + 1));
+      window_row(above.sum, 1, row, before);
+      first_convolution(row.even, row.odd, step, 2 * i + 2);
+      shift(before, row.odd, halo(step, 2 * i + 2));
+      window_row(above.sum, 2, row, before);
+      if constexpr (kPool) {
+        pool_row(above.sum, held, step, i);
+      } else {
+        store_row(above.sum, step, i);
+      }
+      load_bias(above.sum);
+      window_row(above.sum, 0, row, before);
+    }
+  }
+
+  // The larger of two columns; with those of the row above in the ring after the second one.
+  __device__ __forceinline__ void pool_row(const float (&sum)[4][4], float (&held)[4][2], int step, int i) const {
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float largest = max_nan(sum[octet][k], sum[octet][2 + k]);
+        held[octet][k] = i == 0 ? largest : max_nan(held[octet][k], largest);
+      }
+    }
+    if (i == 0) return;
+    std::uint32_t word[kWords];
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) T::relu(&word[octet * (kWords / 4)], held[octet][0], held[octet][1]);
+    store_words<kWords>(ring(step, 8 * strip + g) + t * Layout::kChunk, word);
+  }
+
+  // A row of the second convolution into the ring where nothing is pooled.
+  __device__ __forceinline__ void store_row(const float (&sum)[4][4], int step, int i) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t word[kWords];
+#pragma unroll
+      for (int octet = 0; octet < 4; ++octet) {
+        T::relu(&word[octet * (kWords / 4)], sum[octet][2 * half], sum[octet][2 * half + 1]);
+      }
+      store_words<kWords>(ring(2 * step + i, 16 * strip + 2 * g + half) + t * Layout::kChunk, word);
+    }
+  }
+
   // Both rows of the step, pooled if asked for, into the ring of f rows; `above` moves on.
   __device__ __forceinline__ void second_convolution(FirstRow<T>& above, int step) {
     left_column(step, false);
     float sum[2][4][4];
-    const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + kEncoderChannels + 2 * t;
+    load_bias(sum[0]);
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[0][octet][i] = sum[1][octet][i] = bias[8 * octet + i % 2];
+      for (int i = 0; i < 4; ++i) sum[1][octet][i] = sum[0][octet][i];
     }
     {
       FirstRow<T> middle;
@@ -560,17 +673,7 @@ class ImageEncoder {
       store_words<kWords>(ring(step, 8 * strip + g) + t * Layout::kChunk, word);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          std::uint32_t word[kWords];
-#pragma unroll
-          for (int octet = 0; octet < 4; ++octet) {
-            T::relu(&word[octet * kPair], sum[i][octet][2 * half], sum[i][octet][2 * half + 1]);
-          }
-          store_words<kWords>(ring(2 * step + i, 16 * strip + 2 * g + half) + t * Layout::kChunk, word);
-        }
-      }
+      for (int i = 0; i < 2; ++i) store_row(sum[i], step, i);
     }
   }
 
@@ -638,7 +741,7 @@ class ImageEncoder {
         }
       }
       const int channel = 8 * octet + 2 * t;
-      const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + 2 * kEncoderChannels + channel;
+      const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + 64 + channel;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (column + 8 * half >= end) continue;
@@ -688,11 +791,11 @@ class ImageEncoder {
   std::uint32_t first_weight[4][T::kWords];
 };
 
-template <class T, bool kPool, bool kSpread>
-__global__ void __launch_bounds__(32 * kEncoderMaxWarps, kSpread ? 1 : T::kBlocks)
+template <class T, bool kPool, EncoderCut kCut>
+__global__ void __launch_bounds__(32 * kEncoderMaxWarps, kCut == EncoderCut::spread ? 1 : T::kBlocks)
     image_encoder_kernel(LIFT_FAST_GRID_CONSTANT const EncoderParams params) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
-  ImageEncoder<T, kPool, kSpread>(params, shared).run();
+  ImageEncoder<T, kPool, kCut>(params, shared).run();
 }
 
 }  // namespace lift_fast

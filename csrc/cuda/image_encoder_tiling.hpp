@@ -68,18 +68,18 @@ inline bool encoder_rows_aligned(const ImageEncoderCall& call) {
 }
 
 inline EncoderCut encoder_cut(const std::string& name) {
-  if (name == "auto") return EncoderCut::automatic;
   if (name == "walk") return EncoderCut::walk;
+  if (name == "stream") return EncoderCut::stream;
   if (name == "spread") return EncoderCut::spread;
-  throw std::invalid_argument("image_encoder: cut must be auto, walk or spread, got " + name);
+  throw std::invalid_argument("image_encoder: cut must be walk, stream or spread, got " + name);
 }
 
 // A call's tiling into blocks of a number of strips, each of a number of g rows.
-inline EncoderTiling encoder_blocks(const ImageEncoderCall& call, bool spread, int strips, std::int64_t rows) {
+inline EncoderTiling encoder_blocks(const ImageEncoderCall& call, int strips, std::int64_t rows) {
   const int first = (call.pool ? 8 : 16) * strips, further = first - 2;
   const std::int64_t columns = 2 * call.w;
   EncoderTiling tiling{};
-  tiling.spread = spread;
+  tiling.cut = call.cut;
   tiling.strips = strips;
   tiling.columns_first = first;
   tiling.columns = further;
@@ -89,16 +89,17 @@ inline EncoderTiling encoder_blocks(const ImageEncoderCall& call, bool spread, i
   // With pool a step makes half of the f rows that a g row needs, else all. A further one makes the f row above the
   // block's own.
   tiling.all_steps = (call.pool ? 2 : 1) * rows + (tiling.row_blocks > 1 ? 1 : 0);
-  tiling.steps = spread ? static_cast<int>(tiling.all_steps) : 1;
+  tiling.steps = call.cut == EncoderCut::spread ? static_cast<int>(tiling.all_steps) : 1;
   tiling.warps = strips * tiling.steps;
   return tiling;
 }
 
-// The tiling with the least predicted time. `max_blocks` of them fit into a multiprocessor's registers where blocks walk,
-// one where they are spread; `shared(tiling)` are the bytes of shared memory that a block needs.
+// The tiling of a cut with the least predicted time. `max_blocks` of them fit into a multiprocessor's registers where blocks walk,
+// one where steps are spread; `shared(tiling)` are the bytes of shared memory that a block needs.
 template <class Shared>
 EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& device, int max_warps, int max_blocks,
                              Shared shared) {
+  const bool spread = call.cut == EncoderCut::spread;
   EncoderTiling best{};
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](EncoderTiling tiling) {
@@ -108,14 +109,14 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
     const std::int64_t here = (call.batch * of_picture + device.multiprocessors - 1) / device.multiprocessors;
     // CUDA keeps 1 KB of every block for itself.
     const std::int64_t fitting = device.shared_multiprocessor / (tiling.shared + 1024);
-    const std::int64_t resident = std::clamp<std::int64_t>(fitting, 1, tiling.spread ? 1 : max_blocks);
+    const std::int64_t resident = std::clamp<std::int64_t>(fitting, 1, spread ? 1 : max_blocks);
     const std::int64_t together = std::min(resident, here);
     const auto turns = static_cast<double>((here + together - 1) / together);
     // A multiprocessor has four tensor cores; the half is the time for which one warp waits for itself.
     const double busy = std::max(1.0, static_cast<double>(together * tiling.warps) / 4) + 0.5;
     const auto rows = static_cast<double>(tiling.all_steps);
     // The row above a step takes a third of one, and reading the weights takes about as long as one.
-    const double steps = tiling.spread ? 2.3 : rows + 1;
+    const double steps = spread ? 2.3 : rows + 1;
     // What a block copies is the same for every number of warps that share it.
     const double time = turns * (steps * busy + (rows + 5) / (2 * tiling.warps));
     if (time < least) {
@@ -123,18 +124,17 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
       best = tiling;
     }
   };
-  if (call.cut != EncoderCut::spread) {
+  if (!spread) {
     for (int strips = 1; strips <= max_warps; ++strips) {
       for (std::int64_t rows = 1;; rows = std::min(rows < 16 ? rows + 1 : 2 * rows, call.h)) {
-        consider(encoder_blocks(call, false, strips, rows));
+        consider(encoder_blocks(call, strips, rows));
         if (rows == call.h) break;
       }
     }
-  }
-  if (call.cut != EncoderCut::walk) {
+  } else {
     for (int strips = 1; strips <= max_warps; ++strips) {
       for (std::int64_t rows = 1; rows <= call.h; ++rows) {
-        const EncoderTiling tiling = encoder_blocks(call, true, strips, rows);
+        const EncoderTiling tiling = encoder_blocks(call, strips, rows);
         if (tiling.warps > max_warps) break;
         consider(tiling);
       }

@@ -119,13 +119,13 @@ def pack_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> Encode
     )
 
 
-def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "auto") -> tuple[Tensor, Tensor]:
+def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tuple[Tensor, Tensor]:
     """Image encoders.
 
     Args:
         imgs: ``[B, 3, s*h, s*w]`` pictures of any strides, s = 16 with pool, else 8.
         weights: of :func:`pack_encoder`, in the dtype and on the device of ``imgs``.
-        cut: how the work is cut for the device: "walk" suits many pictures, "spread" few, "auto" predicts which.
+        cut: how the work is cut for the device: "walk", "stream" or "spread"; the results are alike.
 
     Returns:
         f ``[B, 2h, 2w, 32]`` and g ``[B, h, w, 32]``, contiguous, in the dtype of ``imgs``.

@@ -38,7 +38,7 @@ template <class T>
 void run(const Case& c, const ImageEncoderCall& call) {
   EncoderTiling tiling{};
   if (c.strips > 0) {
-    tiling = encoder_blocks(call, call.cut == EncoderCut::spread, static_cast<int>(c.strips), c.rows);
+    tiling = encoder_blocks(call, static_cast<int>(c.strips), c.rows);
     tiling.shared = encoder_shared<T>(call.pool, tiling);
   } else {
     tiling = encoder_tiling_of(call, {c.multiprocessors, c.shared_block, c.shared_multiprocessor});
@@ -46,8 +46,18 @@ void run(const Case& c, const ImageEncoderCall& call) {
   }
   if (tiling.warps > kEncoderMaxWarps) emulated::fail("a block has too many warps");
   const EncoderParams params = encoder_params(call, tiling);
-  const auto kernel = tiling.spread ? (call.pool ? image_encoder_kernel<T, true, true> : image_encoder_kernel<T, false, true>)
-                                    : (call.pool ? image_encoder_kernel<T, true, false> : image_encoder_kernel<T, false, false>);
+  const auto kernel = [&] {
+    switch (call.cut) {
+      case EncoderCut::walk:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::walk> : image_encoder_kernel<T, false, EncoderCut::walk>;
+      case EncoderCut::stream:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::stream>
+                         : image_encoder_kernel<T, false, EncoderCut::stream>;
+      default:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::spread>
+                         : image_encoder_kernel<T, false, EncoderCut::spread>;
+    }
+  }();
   const auto blocks = static_cast<int>(c.batch * tiling.column_blocks * tiling.row_blocks);
   for (int block = 0; block < blocks; ++block) {
     emulated::run_block(block, tiling.warps, static_cast<std::size_t>(tiling.shared),

@@ -171,7 +171,7 @@ MatchPicture picture(bool scale) {
 }
 
 void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloat16, bool pool = true,
-            std::int64_t batch = 1, std::int64_t side = 28, EncoderCut cut = EncoderCut::automatic) {
+            std::int64_t batch = 1, std::int64_t side = 28, EncoderCut cut = EncoderCut::walk) {
   ImageEncoderCall call{};
   const std::int64_t pixels = side * (pool ? 16 : 8);
   call.imgs = somewhere<void>();
@@ -249,7 +249,7 @@ int main() {
   }
   scene = "by-name";
   for (EncoderType type : {EncoderType::bfloat16, EncoderType::float16, EncoderType::tf32}) {
-    for (EncoderCut cut : {EncoderCut::walk, EncoderCut::spread}) {
+    for (EncoderCut cut : {EncoderCut::walk, EncoderCut::stream, EncoderCut::spread}) {
       for (bool pool : {true, false}) encode(0, 9, type, pool, 1, 28, cut);
     }
   }
