@@ -167,7 +167,7 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
 
 MatchPicture picture(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
-  return {axis(56, 448), axis(56, 448), factors, factors, factors};
+  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
 }
 
 void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloat16, bool pool = true,
