@@ -6,7 +6,7 @@ Environment:
     LIFT_FAST_NATIVE=0       install without the native core; everything falls back to plain PyTorch
     LIFT_FAST_CUDA=auto|1|0  CUDA part: if nvcc is found (default) | required | left out
     TORCH_CUDA_ARCH_LIST     architectures as PyTorch writes them, e.g. "8.0 9.0+PTX"
-    MAX_JOBS                 compilers to run at one time
+    MAX_JOBS                 compilers to run at one time (default: one a core, 1 GB of free memory for each)
     CXX, CUDA_HOME           compilers to use
 """
 
@@ -36,6 +36,8 @@ ISA_FLAGS = {
 ISA_FLAGS["_avx2_int16"] = ISA_FLAGS["_avx2"]
 ISA_FLAGS["_avx512_bf16"] = [*ISA_FLAGS["_avx512"], "-mavx512bf16"]
 ISA_FLAGS["_avx512_int16"] = [*ISA_FLAGS["_avx512"], "-mavx512vnni"]
+# nvcc and the bindings take 0.25 to 0.4 GB.
+COMPILER_MEMORY = 1 << 30
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]
 
 
@@ -97,6 +99,41 @@ def architectures(nvcc: Path) -> tuple[list[str], list[str]]:
     return flags, names
 
 
+def compilers_at_once() -> int:
+    """As many as MAX_JOBS says, or as cores and free memory allow; at least one."""
+    wanted = os.environ.get("MAX_JOBS", "").strip()
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) == 0:
+            raise fail(f"MAX_JOBS must be a whole number above zero, got {wanted!r}")
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, free_memory() // COMPILER_MEMORY))
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that are free here, in a container within its limit; where nothing says so, enough for eight compilers."""
+
+    def read(name: str) -> str:
+        try:
+            return Path(root, name).read_text()
+        except OSError:
+            return ""
+
+    free = [8 * COMPILER_MEMORY]
+    if available := re.search(r"^MemAvailable:\s+(\d+) kB", read("proc/meminfo"), re.MULTILINE):
+        free = [int(available[1]) << 10]
+    # Both versions of control groups; what a container's use holds of files can be dropped.
+    for group, limit, used in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        most, now = read(f"{group}/{limit}").strip(), read(f"{group}/{used}").strip()
+        files = re.findall(r"^(?:in)?active_file (\d+)", read(f"{group}/memory.stat"), re.MULTILINE)
+        if most.isdecimal() and now.isdecimal():
+            free.append(int(most) - int(now) + sum(map(int, files)))
+    return max(0, min(free))
+
+
 class BuildNative(build_ext):
     """Compiles each source with its own flags, several at a time, and only those that are out of date."""
 
@@ -128,7 +165,8 @@ class BuildNative(build_ext):
             f"-DLIFT_FAST_CUDA={int(nvcc is not None)}",
         ]
         jobs: list[tuple[Path, Path, list[str]]] = []
-        for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
+        # What takes longest begins first: kernels, then bindings.
+        for source in (*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))):
             isa = next((s for s in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(s)), None)
             if isa and not X86:
                 continue
@@ -141,10 +179,9 @@ class BuildNative(build_ext):
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
                 target = objects_folder / f"{source.stem}.cu.o"
                 flags = [str(nvcc), *device, *host, *cuda_flags, *macros, f"-I{ROOT / 'csrc'}"]
-                jobs.append((source, target, [*flags, "-c", str(source), "-o", str(target)]))
-        workers = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 8))
+                jobs.insert(0, (source, target, [*flags, "-c", str(source), "-o", str(target)]))
         try:
-            with ThreadPoolExecutor(workers) as pool:
+            with ThreadPoolExecutor(compilers_at_once()) as pool:
                 list(pool.map(self.compile, jobs))
             objects = [str(target) for _, target, _ in jobs]
             if nvcc is None:

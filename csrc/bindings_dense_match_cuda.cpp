@@ -35,9 +35,9 @@ MatchAxis axis(const py::tuple& t) {
 }
 
 MatchPicture picture(const py::tuple& y, const py::tuple& x, const py::tuple& scale) {
-  expect(scale, 3, "scales (pixel, high, low)");
+  expect(scale, 4, "scales (pixel, high, low, rows)");
   return {axis(y), axis(x), pointer<const float>(scale[0]), pointer<const float>(scale[1]),
-          pointer<const float>(scale[2])};
+          pointer<const float>(scale[2]), pointer<const float>(scale[3])};
 }
 
 template <class Call>
@@ -120,8 +120,8 @@ void bind_dense_match_cuda(py::module_& m) {
         "key cells] float32, similarities of the band's query cells; similarity float32 and index int64, both of every "
         "query pixel, -inf and -1 where every value is NaN or infinite. An axis is (cells, pixels, strips, low, high, "
         "first, weight, longest): int32 low and high [strips], first [strips + 1], float32 weight [pixels]; these "
-        "arrays are trusted. key_scale is (pixel, high, low), float32 factors of the key's pixels and their range in "
-        "each patch, or zeros. band is (first y, end y, first x, end x, top, left, width): query strips, and the table's "
+        "arrays are trusted. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range in "
+        "each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, width): query strips, and the table's "
         "first cell and row length. Launches on `stream` and returns.");
   m.def("dense_match_points", &points, py::arg("table"), py::arg("points"), py::arg("key_y"), py::arg("key_x"),
         py::arg("key_scale"), py::arg("similarity"), py::arg("index"), py::arg("device"), py::arg("stream"),

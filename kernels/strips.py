@@ -39,6 +39,8 @@ class Scales(NamedTuple):
     """[patches] float32"""
     largest: Tensor
     """[1] float32"""
+    rows: Tensor
+    """[H * strips along x] float32: the largest of each strip's pixels in each row"""
 
 
 class Band(NamedTuple):

@@ -63,8 +63,12 @@ def test_nothing_spills(cubins):
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     limit = 0 if TUNED_FOR in version else ELSEWHERE
     kernels = [(name, usage) for cubin in cubins.values() for name, usage in resources(cubin).items()]
-    assert len(kernels) >= 17
-    assert [one for one in kernels if one[1]["LOCAL"] or one[1]["STACK"] > limit] == []
+    assert len(kernels) >= 29
+    # Some addresses of the streaming image encoder, used once for every row or less often.
+    streams = re.compile("image_encoder_kernel.*EncoderCutE1")
+    worst = [(name, usage) for name, usage in kernels if usage["STACK"] > (96 if streams.search(name) else limit)]
+    assert worst == []
+    assert [one for one in kernels if one[1]["LOCAL"]] == []
     assert [one for one in kernels if one[1]["SHARED"] > STATIC_SHARED] == []
 
 
@@ -82,13 +86,19 @@ def test_blocks_of_the_dense_matcher_share_a_multiprocessor(cubins):
     assert all(registers <= (80 if "groups" in name else 64) for name, registers in usage.items())
 
 
-def test_the_image_encoder_runs_on_tensor_cores(cubins):
+@pytest.mark.parametrize("source", ["image_encoder", "image_encoder_stream", "image_encoder_spread"])
+def test_the_image_encoder_runs_on_tensor_cores(source, cubins):
     code = subprocess.run(
-        [nvidia_tool("nvdisasm"), "-c", str(cubins["image_encoder"])], capture_output=True, text=True, check=True
+        [nvidia_tool("nvdisasm"), "-c", str(cubins[source])], capture_output=True, text=True, check=True
     ).stdout
     kernels = dict(part.split(",", 1) for part in re.split(r"\.section\s+\.text\.", code)[1:])
     assert len(kernels) == 6
     for name, text in kernels.items():
         kind = "16816.F32.BF16" if "Bfloat16" in name else "1688.F32.TF32" if "Tf32" in name else "16816.F32"
-        # The step's 64 + 8 + 144 products of the first two convolutions; TF32 takes twice as many.
-        assert text.count(f"HMMA.{kind} ") >= 216 * (2 if "Tf32" in name else 1), name
+        # The step's 64 + 8 + 144 products of the first two convolutions, or those of one of its two rows; TF32 takes
+        # twice as many.
+        products = 216 if source == "image_encoder" else 32 + 8 + 72
+        assert text.count(f"HMMA.{kind} ") >= products * (2 if "Tf32" in name else 1), name
+        # What lies outside the picture is not read: copies of it are switched off, not only of length zero.
+        copies = re.findall(r"LDGSTS\.E\.BYPASS\.128 (.*?);", text)
+        assert any(re.search(r", !?P\d", copy) for copy in copies), name

@@ -49,7 +49,7 @@ def test_nothing_breaks_a_capture(scenes):
 
 def test_every_kernel_is_loaded_before_it_is_launched(scenes):
     """With lazy loading, which is CUDA's default, the first launch would load it."""
-    for name in ("capture-after-probe", "first-call-in-capture", "large"):
+    for name in ("capture-after-probe", "first-call-in-capture", "large", "in-turn", "by-name"):
         assert launches(scenes[name])
         assert [event for event in scenes[name] if "NOT-LOADED" in event or "NOT-ALLOWED" in event] == []
 
@@ -65,8 +65,12 @@ def test_after_the_probe_a_launch_asks_for_nothing(scenes):
 
 
 def test_every_kernel_is_launched(scenes):
-    kernels = {re.search(r"kernel=(\S+)", event)[1] for event in launches(scenes["capture-after-probe"])}
-    assert len([name for name in kernels if "image_encoder" in name]) >= 6
+    kernels = {
+        re.search(r"kernel=(\S+)", event)[1]
+        for name in ("capture-after-probe", "by-name")
+        for event in launches(scenes[name])
+    }
+    assert len([name for name in kernels if "image_encoder" in name]) == 18
     # Without the two for tables too large for shared memory.
     assert len([name for name in kernels if "match" in name or "mutual" in name]) >= 8
 
@@ -94,6 +98,12 @@ def test_tilings_follow_the_device(scenes):
             assert shared <= limits[device]
     values = {event for events in scenes.values() for event in events if event.startswith("cudaFuncSetAttribute")}
     assert values == {f"cudaFuncSetAttribute device={device} value={limit}" for device, limit in limits.items()}
+
+
+def test_a_tiling_is_found_anew_where_the_call_changes(scenes):
+    first, second = launches(scenes["in-turn"])[:5], launches(scenes["in-turn"])[5:]
+    assert first == second
+    assert len(set(first)) == 5
 
 
 def test_the_probe(scenes):

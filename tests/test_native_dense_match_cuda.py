@@ -57,7 +57,8 @@ def axis(parts):
 
 def picture(y, x, scale):
     patches = y[2] * x[2]
-    scales = (raw(address, 4 * count) for address, count in zip(scale, (y[1] * x[1], patches, patches), strict=True))
+    counts = (y[1] * x[1], patches, patches, y[1] * x[2])
+    scales = (raw(address, 4 * count) for address, count in zip(scale, counts, strict=True))
     return axis(y) + axis(x) + b"".join(scales)
 
 
@@ -396,7 +397,7 @@ def test_batches_through_the_operator(emulation):
 
 
 needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_run()[1])
-AXIS, SCALES, ADDRESS = (3, 9, 3, 1 << 20, 1 << 20, 1 << 20, 1 << 20, 6), (0, 0, 0), 1 << 20
+AXIS, SCALES, ADDRESS = (3, 9, 3, 1 << 20, 1 << 20, 1 << 20, 1 << 20, 6), (0, 0, 0, 0), 1 << 20
 GROUPS = {
     "table": ADDRESS,
     "rows": 9,
@@ -468,8 +469,9 @@ def test_bad_arguments_are_refused(kind, changes, message):
     [
         ("groups", {"query_y": axis_with(strips=0)}, "query needs cells"),
         ("groups", {"key_scale": (1, 2)}, "expected scales .* got a tuple of 2"),
-        ("groups", {"key_scale": (ADDRESS, 0, ADDRESS)}, "key scale_high is null"),
-        ("groups", {"key_scale": (0, ADDRESS, ADDRESS)}, "key scale is null"),
+        ("groups", {"key_scale": (ADDRESS, 0, ADDRESS, ADDRESS)}, "key scale_high is null"),
+        ("groups", {"key_scale": (0, ADDRESS, ADDRESS, ADDRESS)}, "key scale is null"),
+        ("groups", {"key_scale": (ADDRESS, ADDRESS, ADDRESS, 0)}, "key scale_rows is null"),
         ("groups", {"band": (1, 2)}, "expected a band .* got a tuple of 2"),
         ("groups", {"band": (0, 4, 0, 3, 0, 0, 3)}, r"strips \[0, 4\) x \[0, 3\) are not in the query picture"),
         ("groups", {"band": (2, 2, 0, 3, 0, 0, 3)}, "are not in the query picture"),
@@ -481,13 +483,13 @@ def test_bad_arguments_are_refused(kind, changes, message):
         ("groups", {"similarity": 0}, "similarity is null"),
         ("points", {"points": -1}, r"between 0 and 2\^31 - 1 points, got -1"),
         ("points", {"points": 1 << 31}, r"between 0 and 2\^31 - 1 points"),
-        ("mutual", {"query_scale": (0, 0, ADDRESS)}, "query scale is null"),
+        ("mutual", {"query_scale": (0, 0, ADDRESS, ADDRESS)}, "query scale is null"),
         ("mutual", {"query_y": axis_with(pixels=2000, longest=700)}, "groups of 4200 query pixels are too large"),
         ("mutual", {"key_y": axis_with(cells=8001)}, "at most 24000 key cells for the mutual check, got 24003"),
         ("mutual", {"valid": 0}, "valid is null"),
         ("mutual", {"scratch": 1 << 20 | 8}, "scratch must be aligned to 16 bytes"),
         ("mutual", {"scratch_words": 8 * 36}, "scratch must have 296 words, got 288"),
-        ("mutual", {"query_scale": (ADDRESS,) * 3}, "scratch must have 656 words, got 296"),
+        ("mutual", {"query_scale": (ADDRESS,) * 4}, "scratch must have 656 words, got 296"),
     ],
 )
 def test_what_one_call_alone_refuses(kind, changes, message):

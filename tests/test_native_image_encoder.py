@@ -19,6 +19,7 @@ from lift_fast.testing import randomize
 numeric = pytest.mark.numeric("image_encoder (CUDA C++)")
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
+CUTS = ["walk", "stream", "spread"]
 # Relative to the largest value: what a stored value and a few roundings that fell the other way make of it.
 LIMITS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-10}
 H200 = (132, 227 << 10, 228 << 10)
@@ -71,9 +72,20 @@ class Case:
     """One launch for the emulation, and what it should give."""
 
     def __init__(
-        self, dtype, patch, grid, batch=1, layout="contiguous", device=H200, cut=(0, 0), late=0, order=0, nan=()
+        self,
+        dtype,
+        patch,
+        grid,
+        batch=1,
+        layout="contiguous",
+        device=H200,
+        cut="walk",
+        blocks=(0, 0),
+        late=0,
+        order=0,
+        nan=(),
     ):
-        self.text = f"{dtype} patch {patch} {grid} x{batch} {layout} {device[0]} {cut} late {late} order {order}"
+        self.text = f"{dtype} patch {patch} {grid} x{batch} {layout} {device[0]} {cut} {blocks} late {late} {order}"
         self.dtype, self.shape = dtype, (batch, *grid)
         seed = int(torch.randint(1 << 20, ()))
         self.text += f" seed {seed}"
@@ -88,9 +100,9 @@ class Case:
         weights = image_encoder_cuda.pack_encoder(plan, torch.device("cpu"), dtype)
         storage, _, strides = in_frame(imgs, layout)
         self.content = struct.pack(
-            "<18q",
+            "<19q",
             *(TYPES.index(dtype), int(plan.pool), batch, *grid, *strides, storage.numel() * dtype.itemsize),
-            *(*cut, *device, late, order, seed),
+            *(CUTS.index(cut), *blocks, *device, late, order, seed),
         )
         self.content += b"".join(map(raw, (storage, weights.packed, weights.bias)))
 
@@ -168,14 +180,40 @@ def test_any_strides(dtype, emulation, tmp_path):
 @pytest.mark.parametrize("patch", [8, 16])
 def test_any_cut_into_blocks(patch, emulation, tmp_path):
     """Blocks that begin inside the picture, in rows and columns, of one warp and of several."""
-    cuts = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 5)]
-    cases = [Case(torch.bfloat16, patch, (4, 9), 1, cut=cut) for cut in cuts]
-    cases += [Case(torch.float32, patch, (2, 7), 1, cut=cut) for cut in cuts[1:3]]
+    sizes = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 5)]
+    cases = [Case(torch.bfloat16, patch, (4, 9), 1, blocks=size) for size in sizes]
+    cases += [Case(torch.float32, patch, (2, 7), 1, blocks=size) for size in sizes[1:3]]
     cases += [Case(torch.float16, patch, (3, 5), 2, device=device) for device in (A100, SMALL, (1, *H200[1:]))]
     run_cases(emulation, tmp_path, cases)
 
 
 @numeric
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rows_one_after_the_other(dtype, patch, emulation, tmp_path):
+    stream = {"cut": "stream"}
+    cases = [Case(dtype, patch, grid, batch, **stream) for grid, batch in GRIDS]
+    cases += [Case(dtype, patch, (2, 3), 2, layout, **stream) for layout in ("channels_last", "aligned crop")]
+    cases += [Case(dtype, patch, (5, 9), blocks=size, **stream) for size in ((1, 1), (2, 2), (3, 4))]
+    cases += [Case(dtype, patch, (4, 6), blocks=(2, 2), late=1, order=order, **stream) for order in (0, 1, 2)]
+    cases.append(Case(dtype, patch, (4, 7), blocks=(1, 3), nan=[(0, 1, 31, 40)], **stream))
+    run_cases(emulation, tmp_path, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_steps_side_by_side(dtype, patch, emulation, tmp_path):
+    """Spread blocks: those at the top have a warp too many, those at the bottom fewer rows than others."""
+    spread = {"cut": "spread"}
+    cases = [Case(dtype, patch, grid, batch, **spread) for grid, batch in GRIDS]
+    cases += [Case(dtype, patch, (2, 3), 2, layout, **spread) for layout in ("channels_last", "crop", "aligned crop")]
+    sizes = [(1, 1), (1, 2), (1, 3), (2, 1)] if patch == 16 else [(1, 1), (1, 7), (2, 3), (4, 1)]
+    cases += [Case(dtype, patch, (5, 9), blocks=size, **spread) for size in sizes]
+    run_cases(emulation, tmp_path, cases)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
@@ -185,8 +223,10 @@ def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
         (0, 2, 31, 64),
         (0, 2, 16, 95),
     ]
-    cases = [Case(dtype, 8, (8, 13), cut=(1, 3), nan=[at]) for at in places]
-    cases += [Case(dtype, 16, (4, 7), cut=(2, 2), nan=[at]) for at in places[::3]]
+    cases = [Case(dtype, 8, (8, 13), blocks=(1, 3), nan=[at]) for at in places]
+    cases += [Case(dtype, 16, (4, 7), blocks=(2, 2), nan=[at]) for at in places[::3]]
+    cases += [Case(dtype, 8, (8, 13), cut="spread", blocks=(1, 3), nan=[at]) for at in places[::4]]
+    cases += [Case(dtype, 16, (4, 7), cut="spread", blocks=(2, 1), nan=[at]) for at in places[::4]]
     run_cases(emulation, tmp_path, cases)
 
 
@@ -194,10 +234,10 @@ def test_nan_reaches_its_windows_alone(dtype, emulation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 def test_no_order_of_warps_and_copies_changes_the_result(patch, emulation, tmp_path):
-    orders = itertools.product((0, 1), (0, 1, 2))
-    run_cases(
-        emulation, tmp_path, [Case(torch.bfloat16, patch, (4, 6), cut=(2, 2), late=n, order=o) for n, o in orders]
-    )
+    orders = list(itertools.product((0, 1), (0, 1, 2)))
+    cases = [Case(torch.bfloat16, patch, (4, 6), blocks=(2, 2), late=n, order=o) for n, o in orders]
+    cases += [Case(torch.bfloat16, patch, (4, 6), cut="spread", blocks=(2, 1), late=n, order=o) for n, o in orders]
+    run_cases(emulation, tmp_path, cases)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -267,6 +307,7 @@ def call(**changes):
     ("changes", "message"),
     [
         ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
+        ({"cut": "thin"}, "cut must be walk, stream or spread, got thin"),
         ({"strides": (1, 2, 3)}, "4 strides, got 3"),
         ({"batch": -1}, "must not be negative, got -1 pictures"),
         ({"h": -1}, "must not be negative"),

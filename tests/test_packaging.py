@@ -253,3 +253,43 @@ def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch,
 def test_a_compiler_too_old_for_every_architecture(setup_module, tmp_path):
     with pytest.raises(SystemExit, match="knows none of"):
         setup_module.architectures(fake_nvcc(tmp_path, (50, 60)))
+
+
+class TestCompilersAtOnce:
+    @pytest.fixture(autouse=True)
+    def machine(self, setup_module, monkeypatch):
+        monkeypatch.delenv("MAX_JOBS", raising=False)
+        monkeypatch.setattr(setup_module.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+    @pytest.mark.parametrize(("gigabytes", "compilers"), [(100, 16), (16, 16), (5, 5), (0, 1)])
+    def test_memory_and_cores_bound_them(self, gigabytes, compilers, setup_module, monkeypatch):
+        monkeypatch.setattr(setup_module, "free_memory", lambda: gigabytes << 30)
+        assert setup_module.compilers_at_once() == compilers
+
+    def test_max_jobs_decides(self, setup_module, monkeypatch):
+        monkeypatch.setenv("MAX_JOBS", "3")
+        assert setup_module.compilers_at_once() == 3
+        for text in ("0", "-1", "many"):
+            monkeypatch.setenv("MAX_JOBS", text)
+            with pytest.raises(SystemExit, match=f"MAX_JOBS must be a whole number above zero, got '{text}'"):
+                setup_module.compilers_at_once()
+
+    def test_free_memory(self, setup_module, tmp_path):
+        """Of the machine, and no more than a container's limit leaves, of either version of control groups."""
+        assert setup_module.free_memory(tmp_path) == 8 << 30
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable:   20971520 kB\n")
+        assert setup_module.free_memory(tmp_path) == 20 << 30
+        first = tmp_path / "sys" / "fs" / "cgroup"
+        (first / "memory").mkdir(parents=True)
+        (first / "memory.max").write_text("max\n")
+        (first / "memory.current").write_text("5\n")
+        assert setup_module.free_memory(tmp_path) == 20 << 30
+        (first / "memory.max").write_text(f"{8 << 30}\n")
+        (first / "memory.current").write_text(f"{2 << 30}\n")
+        assert setup_module.free_memory(tmp_path) == 6 << 30
+        (first / "memory.stat").write_text(f"anon 7\ninactive_file {1 << 30}\nactive_file {1 << 29}\n")
+        assert setup_module.free_memory(tmp_path) == (15 << 30) // 2
+        (first / "memory" / "memory.limit_in_bytes").write_text(f"{3 << 30}\n")
+        (first / "memory" / "memory.usage_in_bytes").write_text(f"{4 << 30}\n")
+        assert setup_module.free_memory(tmp_path) == 0

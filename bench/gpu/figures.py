@@ -19,7 +19,7 @@ from bench.bench_cosine_loss import run as loss_step
 from bench.training_pair import build_ours, build_plain, losses_and_gradients
 from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss
 from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, gpu_plan, nearest_gpu
+from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize, relative_error
@@ -175,6 +175,11 @@ def _forward(work: Work, context: Context) -> Iterator[Row]:
     ):
         encoder = f", {plan.encoder}" if what == "image encoder" else ""
         yield _row(f"{what} {name}{encoder}", replay_milliseconds(run, arguments, device, replays), cost[what])
+    if plan.encoder == "cuda":
+        for cut in ("stream", "spread"):
+            run = partial(image_encoder_cuda.encode_image, imgs, plan.encoder_weights, cut)
+            time = replay_milliseconds(run, (), device, replays)
+            yield _row(f"image encoder {name}, cuda, cut {cut}", time, cost["image encoder"])
     if plan.encoder != "triton":
         other = gpu_plan.prepare_gpu(network.composed, device, network.dtype, "triton")
         time = replay_milliseconds(gpu_plan.encode_image, (other, imgs), device, replays)

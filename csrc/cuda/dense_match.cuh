@@ -24,8 +24,6 @@ namespace lift_fast {
 constexpr int kMatchMaxWarps = 8;
 constexpr int kGroupPixels = 64;  // of a group that are matched together: two to a lane
 constexpr int kSeeds = 4;         // one for each query cell of a group
-// So many are worth the lanes of a warp one after the other; of more, each lane takes its own.
-constexpr int kFewPixels = 6;
 // Of a block for a point, for four groups, and for rows of the table.
 constexpr int kMatchThreads = 128;
 constexpr int kJudgeThreads = 256;
@@ -85,7 +83,7 @@ struct AxisParams {
 
 struct PictureParams {
   AxisParams y, x;
-  const float *scale, *scale_high, *scale_low;
+  const float *scale, *scale_high, *scale_low, *scale_rows;
 };
 
 struct Candidate;
@@ -125,7 +123,8 @@ inline AxisParams axis_params(const MatchAxis& axis) {
 }
 
 inline PictureParams picture_params(const MatchPicture& picture) {
-  return {axis_params(picture.y), axis_params(picture.x), picture.scale, picture.scale_high, picture.scale_low};
+  return {axis_params(picture.y), axis_params(picture.x), picture.scale, picture.scale_high, picture.scale_low,
+          picture.scale_rows};
 }
 
 inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& launch) {
@@ -464,19 +463,40 @@ class GroupMatcher {
       unsigned open = ballot(!(bound < best_[r]));
       if (open == 0) continue;
       promising = true;
-      if (kScale && count_bits(open) <= kFewPixels) {
-        for (; open != 0; open &= open - 1) {
+      const Bilinear patch(value[r][0], value[r][1], value[r][2], value[r][3]);
+      if constexpr (kScale) {
+        if ((open & (open - 1)) == 0) {
           visit_for(lowest_bit(open), strip_y, strip_x, value[r], best_[r], index_[r]);
+        } else {
+          visit_rows(strip_y, strip_x, patch, best_[r], index_[r]);
         }
-        continue;
+      } else {
+        each_pixel<kScale>(p_.key, strip_y, strip_x, patch, [&](float v, int pixel) {
+          improve(v, pixel, best_[r], index_[r]);
+          return true;
+        });
       }
-      each_pixel<kScale>(p_.key, strip_y, strip_x, Bilinear(value[r][0], value[r][1], value[r][2], value[r][3]),
-                         [&](float v, int pixel) {
-                           improve(v, pixel, best_[r], index_[r]);
-                           return true;
-                         });
     }
     return promising;
+  }
+
+  // With scales: a row of the patch is linear, so that its ends and its largest scale bound it; most hold nothing.
+  __device__ __forceinline__ void visit_rows(int strip_y, int strip_x, const Bilinear& patch, float& best, int& index) {
+    const AxisParams &y = p_.key.y, &x = p_.key.x;
+    const int end_y = y.first[strip_y + 1], first_x = x.first[strip_x], end_x = x.first[strip_x + 1];
+    const float near = x.weight[first_x], far = x.weight[end_x - 1];
+    const float low = p_.key.scale_low[strip_y * x.strips + strip_x];
+    for (int row = y.first[strip_y]; row < end_y; ++row) {
+      const float share = y.weight[row], high = p_.key.scale_rows[row * x.strips + strip_x];
+      const float most = larger(patch(near, share), patch(far, share));
+      const float bound = multiply_add(slack_, high, most * (most > 0.0f ? high : low));
+      // Written so that NaN is looked at.
+      if (ballot(!(bound < best)) == 0) continue;
+      for (int column = first_x; column < end_x; ++column) {
+        const int pixel = row * x.pixels + column;
+        improve(patch(x.weight[column], share) * p_.key.scale[pixel], pixel, best, index);
+      }
+    }
   }
 
   // For the pixel of one lane alone: the lanes share the patch's pixels.

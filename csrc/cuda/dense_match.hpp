@@ -25,6 +25,7 @@ struct MatchPicture {
   const float* scale;       // [y.pixels, x.pixels]
   const float* scale_high;  // [y.strips, x.strips] the largest of each patch
   const float* scale_low;
+  const float* scale_rows;  // [y.pixels, x.strips] the largest of each strip's pixels in each row
 };
 
 // The part of the query picture whose cells a table holds: strips [first, end), and cells from (top, left) on.

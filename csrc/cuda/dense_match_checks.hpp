@@ -44,10 +44,14 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
 
 inline void check_match_picture(const MatchPicture& picture, const std::string& name) {
   check_match_axes(picture.y, picture.x, name);
-  if (picture.scale == nullptr && picture.scale_high == nullptr && picture.scale_low == nullptr) return;
+  if (picture.scale == nullptr && picture.scale_high == nullptr && picture.scale_low == nullptr &&
+      picture.scale_rows == nullptr) {
+    return;
+  }
   check_match_pointer(picture.scale, name + " scale", 4);
   check_match_pointer(picture.scale_high, name + " scale_high", 4);
   check_match_pointer(picture.scale_low, name + " scale_low", 4);
+  check_match_pointer(picture.scale_rows, name + " scale_rows", 4);
 }
 
 // Throw std::invalid_argument where a pointer or a size is impossible.

@@ -5,11 +5,17 @@
 // leaves in a lane's registers is just what the second one takes from that lane, so its map is never stored. f goes
 // through shared memory, where the third convolution finds its windows.
 //
+// Two other cuts of the same work, which are chosen by name. Where rows stream, a step is a loop over its two rows of the
+// second convolution: each row of the first convolution goes at once into every sum that it is part of, so that nothing
+// is made twice and the code is a third as long. Where steps are spread, each warp makes a single one, those of a g row
+// side by side: the way from the picture to g is one step long, for few pictures on many multiprocessors.
+//
 // Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: what the
 // tensor cores put into it as a result and take from it as an operand. f lies in shared memory in that order too.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "image_encoder_tiling.hpp"
 #if defined(LIFT_FAST_EMULATED_DEVICE)
@@ -24,6 +30,8 @@ constexpr int kEncoderChannels = 32;
 constexpr int kEncoderMaxWarps = 8;
 constexpr int kStripPixels = 64;
 constexpr int kStepRows = 9;  // picture rows under a step's new rows of the first convolution; the first one twice
+constexpr int kBiases = 96;
+constexpr std::uint32_t kSameBytes = 0x3210;  // selects the bytes of its first word as they are
 constexpr int kLines = 3 * kStepRows;
 constexpr int kPart = 4 * 32 * 8;  // values of one tap's weights
 
@@ -78,8 +86,10 @@ struct EncoderParams {
   int h, w;
   int columns_first, columns;  // f columns that the first, and each further, block of a row owns
   int column_blocks, row_blocks;
-  int rows;      // g rows of a block
-  bool aligned;  // 8 pixels of a row can be copied as they lie
+  int rows;           // g rows of a block
+  int strips, steps;  // of a block; steps only where it is spread
+  std::uint32_t same;  // kSameBytes
+  bool aligned;        // 8 pixels of a row can be copied as they lie
 };
 
 inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderTiling& tiling) {
@@ -97,29 +107,66 @@ inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderT
   params.column_blocks = static_cast<int>(tiling.column_blocks);
   params.row_blocks = static_cast<int>(tiling.row_blocks);
   params.rows = static_cast<int>(tiling.rows);
+  params.strips = tiling.strips;
+  params.steps = tiling.steps;
+  params.same = kSameBytes;
   params.aligned = encoder_rows_aligned(call);
   return params;
 }
 
 // Where everything lies in a block's shared memory, in bytes.
-template <class T, bool kPool>
+template <class T, bool kPool, bool kSpread>
 struct EncoderLayout {
-  static constexpr int kScale = kPool ? 8 : 4;                // picture columns per f column
+  static constexpr int kScale = kPool ? 8 : 4;                 // picture columns per f column
   static constexpr int kStripColumns = kStripPixels / kScale;  // f columns of a strip
-  static constexpr int kRing = kPool ? 4 : 5;                 // f rows of a step and of the windows behind it
-  static constexpr int kChunk = 8 * T::kItem;                 // 8 pixels, or a lane's share of one position's channels
+  static constexpr int kPerStep = kPool ? 1 : 2;               // f rows of a step
+  static constexpr int kRing = kPool ? 4 : 5;                  // f rows of a step and of the windows behind it
+  static constexpr int kChunk = 8 * T::kItem;                  // 8 pixels, or a lane's share of one position's channels
+  static constexpr int kParts = kSpread ? 18 : 9;              // taps whose weights are here
+  static constexpr int kLinesBefore = 6;                       // picture lines before those of the first step
 
-  __host__ __device__ static constexpr int chunks(int warps) { return 1 + warps * kStripPixels / 8; }
+  __host__ __device__ static constexpr int warps(int strips, int steps) { return kSpread ? strips * steps : strips; }
+  __host__ __device__ static constexpr int chunks(int strips) { return 1 + strips * kStripPixels / 8; }
   // Distance of picture lines: 8 more than a multiple of 32 words, so that four lines lie in different banks.
-  __host__ __device__ static constexpr int pitch(int warps) { return chunks(warps) * kChunk + (T::kItem == 2 ? 16 : 0); }
-  __host__ __device__ static constexpr int ring_row(int warps) { return warps * kStripColumns * 4 * kChunk; }
+  __host__ __device__ static constexpr int pitch(int strips) {
+    return chunks(strips) * kChunk + (T::kItem == 2 ? 16 : 0);
+  }
+  __host__ __device__ static constexpr int ring_row(int strips) { return strips * kStripColumns * 4 * kChunk; }
+  __host__ __device__ static constexpr int ring_rows(int steps) { return kSpread ? kPerStep * steps : kRing; }
+  // All picture rows where steps are spread, else two steps' in turn.
+  __host__ __device__ static constexpr int lines(int steps) {
+    return kSpread ? kLinesBefore + 3 + 24 * steps : 2 * kLines;
+  }
 
-  __host__ __device__ static constexpr int bias() { return 9 * kPart * T::kItem; }
-  __host__ __device__ static constexpr int halo() { return bias() + 3 * kEncoderChannels * 4; }
-  __host__ __device__ static constexpr int ring(int warps) { return halo() + warps * 8 * 4 * kChunk; }
-  __host__ __device__ static constexpr int picture(int warps) { return ring(warps) + kRing * ring_row(warps); }
-  __host__ __device__ static constexpr int total(int warps) { return picture(warps) + 2 * kLines * pitch(warps); }
+  __host__ __device__ static constexpr int bias() { return kParts * kPart * T::kItem; }
+  __host__ __device__ static constexpr int halo() { return bias() + kBiases * 4; }
+  __host__ __device__ static constexpr int ring(int strips, int steps) {
+    return halo() + warps(strips, steps) * 8 * 4 * kChunk;
+  }
+  __host__ __device__ static constexpr int picture(int strips, int steps) {
+    return ring(strips, steps) + ring_rows(steps) * ring_row(strips);
+  }
+  __host__ __device__ static constexpr int total(int strips, int steps) {
+    return picture(strips, steps) + lines(steps) * pitch(strips);
+  }
 };
+
+// Bytes of shared memory that a block of some tiling needs.
+template <class T>
+std::int64_t encoder_shared(bool pool, const EncoderTiling& tiling) {
+  const bool spread = tiling.cut == EncoderCut::spread;
+  const auto total = pool ? (spread ? EncoderLayout<T, true, true>::total : EncoderLayout<T, true, false>::total)
+                          : (spread ? EncoderLayout<T, false, true>::total : EncoderLayout<T, false, false>::total);
+  return total(tiling.strips, tiling.steps);
+}
+
+inline EncoderTiling encoder_tiling_of(const ImageEncoderCall& call, const EncoderDevice& device) {
+  const bool wide = call.type == EncoderType::tf32;
+  const int blocks = wide ? Tf32Operands::kBlocks : Bfloat16Operands::kBlocks;
+  return encoder_tiling(call, device, kEncoderMaxWarps, blocks, [&](const EncoderTiling& tiling) {
+    return wide ? encoder_shared<Tf32Operands>(call.pool, tiling) : encoder_shared<Bfloat16Operands>(call.pool, tiling);
+  });
+}
 
 template <int words>
 __device__ __forceinline__ void load_words(std::uint32_t* to, const void* from) {
@@ -158,13 +205,14 @@ struct Chunks {
 // the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1, and
 // lanes 2 and 3 hold ones, whose weights are the bias in three parts.
 template <class T>
-__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t) {
+__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t, std::uint32_t same) {
   if constexpr (T::kItem == 2) {
     std::uint32_t left[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) left[i] = m == 0 ? c.before[i] : c.line[i][m - 1];
-    value[0] = c.line[0][m];
-    value[1] = c.line[1][m];
+    // A move in effect, but one that is made once: plain moves the compiler makes anew for each of the four products.
+    value[0] = select_bytes(c.line[0][m], 0, same);
+    value[1] = select_bytes(c.line[1][m], 0, same);
     value[2] = select_bytes(left[0], left[1], 0x7632);
     const std::uint32_t ninth = select_bytes(c.line[2][m], left[2], t == 0 ? 0x3210 : 0x7676);
     value[3] = (ninth & (t == 0 ? 0xffffffffu : t == 1 ? 0xffffu : 0u)) | (t < 2 ? 0u : T::kOnes);
@@ -208,83 +256,144 @@ __device__ __forceinline__ void activate(std::uint32_t (&word)[T::kWords], const
   }
 }
 
-template <class T, bool kPool>
+template <class T, bool kPool, EncoderCut kCut>
 class ImageEncoder {
-  using Layout = EncoderLayout<T, kPool>;
-  static constexpr int kWords = T::kWords;
+  static constexpr bool kSpread = kCut == EncoderCut::spread;
+  using Layout = EncoderLayout<T, kPool, kSpread>;
+  static constexpr int kWords = T::kWords, kPerStep = Layout::kPerStep;
+  // A row of the second convolution as far as the row of the first one above it goes.
+  struct Begun {
+    float sum[4][4];
+  };
+  // What a warp takes from one step to the next.
+  using State = std::conditional_t<kCut == EncoderCut::walk, FirstRow<T>, Begun>;
 
  public:
   __device__ __forceinline__ ImageEncoder(const EncoderParams& params, unsigned char* memory)
       : p(params), shared(memory), warp(threadIdx.x / 32), lane(threadIdx.x % 32), warps(blockDim.x / 32) {
     g = lane / 4;
     t = lane % 4;
+    strip = kSpread ? warp % p.strips : warp;
+    strips = kSpread ? p.strips : warps;
     const int column_block = blockIdx.x % p.column_blocks;
     image = blockIdx.x / p.column_blocks / p.row_blocks;
     first_column = column_block == 0 ? 0 : p.columns_first + (column_block - 1) * p.columns;
     last_column = min(first_column + (column_block == 0 ? p.columns_first : p.columns), 2 * p.w);
     // g's windows reach one f column to the left; two keep the strips on even columns.
     strips_from = column_block == 0 ? 0 : first_column - 2;
+    const int row = blockIdx.x / p.column_blocks % p.row_blocks * p.rows;
+    own_step = 2 * row / kPerStep;
+    first_step = max(own_step - 1, 0);
+    end_step = 2 * min(row + p.rows, p.h) / kPerStep;
   }
 
   __device__ __forceinline__ void run() {
-    // f rows of a step: one with pool, two without.
-    constexpr int kPerStep = kPool ? 1 : 2;
-    const int row = blockIdx.x / p.column_blocks % p.row_blocks * p.rows;
-    const int own_step = 2 * row / kPerStep;
-    const int from = max(own_step - 1, 0), to = 2 * min(row + p.rows, p.h) / kPerStep;
-
-    for (int i = threadIdx.x; i < 9 * kPart * T::kItem / 16; i += blockDim.x) {
-      copy_async(shared + 16 * i, static_cast<const unsigned char*>(p.packed) + kPart * T::kItem + 16 * i, true);
-    }
-    for (int i = threadIdx.x; i < 3 * kEncoderChannels; i += blockDim.x) {
-      reinterpret_cast<float*>(shared + Layout::bias())[i] = p.bias[i];
+    copy_weights(0);
+    for (int i = threadIdx.x; i < kBiases; i += blockDim.x) {
+      // The second convolution's pair by pair, twice each; then the third's.
+      const int channel = i < 64 ? 32 + i / 4 * 2 + i % 2 : i;
+      reinterpret_cast<float*>(shared + Layout::bias())[i] = p.bias[channel];
     }
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
       const auto* packed = static_cast<const unsigned char*>(p.packed) + (octet * 32 + lane) * Layout::kChunk;
       load_words<kWords>(first_weight[octet], packed);
     }
-
-    FirstRow<T> above{};  // stays zero above the picture: the second convolution's padding
-    if (from > 0) stage(from - 1, 6);
-    commit_copies();
-    stage(from, 0);
-    commit_copies();
-    if (from > 0) {
-      wait_copies<1>();
-      __syncthreads();
-      left_column(from - 1);
-      first_convolution(above.even, above.odd, from - 1, 4);
-    } else if (g == 0) {
-      store_words<kWords>(halo(-1, 4), above.odd[0]);
+    if constexpr (kSpread) {
+      spread();
+    } else {
+      walk();
     }
-    for (int step = from; step < to; ++step) {
-      wait_copies<0>();
-      // The step's picture rows are there; f rows of the step before too, and no one reads its picture rows any more.
-      __syncthreads();
-      if (step + 1 < to) stage(step + 1, 0);
-      commit_copies();
-      finish(step - 1, from, own_step);
-      second_convolution(above, step);
-    }
-    __syncthreads();
-    finish(to - 1, from, own_step);
   }
 
  private:
-  // Copies picture rows `row` to 8 of a step into its buffer.
-  __device__ __forceinline__ void stage(int step, int row) {
-    const int left = strips_from * Layout::kScale - 8, right = left + 8 * Layout::chunks(warps);
+  // Every warp down its strip, the next step's picture rows on their way.
+  __device__ __forceinline__ void walk() {
+    State above{};
+    if (first_step > 0) stage(first_step - 1, 6, kLines);
+    commit_copies();
+    stage(first_step, 0, kLines);
+    commit_copies();
+    if (first_step > 0 || kCut == EncoderCut::stream) {
+      wait_copies<1>();
+      __syncthreads();
+    }
+    begin(above, first_step);
+    for (int step = first_step; step < end_step; ++step) {
+      wait_copies<0>();
+      // The step's picture rows are there; f rows of the step before too, and no one reads its picture rows any more.
+      __syncthreads();
+      if (step + 1 < end_step) stage(step + 1, 0, kLines);
+      commit_copies();
+      finish(step - 1);
+      second_convolution(above, step);
+    }
+    __syncthreads();
+    finish(end_step - 1);
+  }
+
+  // Every warp one step; then all together what lies behind.
+  __device__ __forceinline__ void spread() {
+    stage(first_step - 1, 6, kLines + 24 * (end_step - first_step));
+    commit_copies();
+    copy_weights(9);
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    const int step = first_step + warp / strips;
+    if (step < end_step) {
+      State above{};
+      begin(above, step);
+      second_convolution(above, step);
+    }
+    wait_copies<0>();
+    __syncthreads();
+    for (int done = own_step; done < end_step; ++done) finish(done);
+  }
+
+  // The row of the first convolution above a warp's first step; zero above the picture, the second one's padding.
+  __device__ __forceinline__ void begin(FirstRow<T>& above, int step) {
+    if (step > 0) {
+      left_column(step - 1, true);
+      first_convolution(above.even, above.odd, step - 1, 4);
+    } else if (g == 0) {
+      store_words<kWords>(halo(-1, 4), above.odd[0]);
+    }
+  }
+
+  __device__ __forceinline__ void begin(Begun& above, int step) {
+    load_bias(above.sum);
+    if (step == 0) return;
+    left_column(step - 1, true);
+    FirstRow<T> row;
+    first_convolution(row.even, row.odd, step - 1, 4);
+    std::uint32_t before[kWords];
+    shift(before, row.odd, halo(step - 1, 4));
+    window_row(above.sum, 0, row, before);
+  }
+
+  // The weights of nine taps, in the background: of the second convolution from part 0, of the third from part 9 on.
+  __device__ __forceinline__ void copy_weights(int part) {
+    const auto* source = static_cast<const unsigned char*>(p.packed) + (1 + part) * kPart * T::kItem;
+    unsigned char* const target = shared + part * kPart * T::kItem;
+    for (int i = threadIdx.x; i < 9 * kPart * T::kItem / 16; i += blockDim.x) {
+      copy_async(target + 16 * i, source + 16 * i, true);
+    }
+  }
+
+  // Copies picture lines of a step into its buffer, from row `row` to before line `end`; line = 3 row + channel.
+  __device__ __forceinline__ void stage(int step, int row, int end) {
+    const int left = strips_from * Layout::kScale - 8, right = left + 8 * Layout::chunks(strips);
     const auto height = static_cast<unsigned>(p.h * 2 * Layout::kScale);
     const auto width = static_cast<unsigned>(p.w * 2 * Layout::kScale);
     const int first = left + 8 * lane;
     const std::int64_t start = image * p.stride[0] + first * p.stride[3];
 #pragma unroll 1
-    for (int line = 3 * row + warp; line < kLines; line += warps) {
+    for (int line = 3 * row + warp; line < end; line += warps) {
       const int y = 8 * step - 1 + line / 3;
       const bool inside = static_cast<unsigned>(y) < height;
       std::int64_t at = start + line % 3 * p.stride[1] + y * p.stride[2];
-      unsigned char* to = picture(step) + line * Layout::pitch(warps) + lane * Layout::kChunk;
+      unsigned char* to = picture(step) + line * Layout::pitch(strips) + lane * Layout::kChunk;
       if (p.aligned) {
         const unsigned char* from = static_cast<const unsigned char*>(p.imgs) + at * T::kItem;
 #pragma unroll 1
@@ -325,41 +434,42 @@ class ImageEncoder {
 
   // The three lines of this lane's window values, for row 1 to 4 of a step's new rows of the first convolution.
   __device__ __forceinline__ void load_chunks(Chunks<T>& c, int step, int row, int chunk) const {
-    const unsigned char* from = picture(step) + (6 * row - 6) * Layout::pitch(warps) + chunk * Layout::kChunk;
+    const unsigned char* from = picture(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk;
 #pragma unroll
     for (int i = 0; i < 3; ++i) load_words<kWords>(c.line[i], from + line(i));
   }
 
   // Byte offset of a lane's line: t, t + 4, and 8 for every lane.
-  __device__ __forceinline__ int line(int i) const { return (i == 2 ? 8 : t + 4 * i) * Layout::pitch(warps); }
+  __device__ __forceinline__ int line(int i) const { return (i == 2 ? 8 : t + 4 * i) * Layout::pitch(strips); }
 
-  // The first convolution of the column to the left of the strip, rows 1 to 4, into shared memory.
-  __device__ __forceinline__ void left_column(int step) {
+  // The first convolution of the column to the left of the strip, rows 1 to 4, into shared memory; row 4 `only_last`,
+  // whose picture rows alone are there then.
+  __device__ __forceinline__ void left_column(int step, bool only_last) {
     Chunks<T> c;
-    load_chunks(c, step, 1 + g % 4, 8 * warp);
+    load_chunks(c, step, only_last ? 4 : 1 + g % 4, 8 * strip);
     std::uint32_t value[kWords], none[kWords] = {};
-    window<T>(value, c, 3, t);
+    window<T>(value, c, 3, t, p.same);
     float sum[4][4] = {};
     multiply<T>(sum, value, none, first_weight);
     std::uint32_t word[kWords];
     activate<T>(word, sum, 0);
-    if (strips_from == 0 && warp == 0) {
+    if (strips_from == 0 && strip == 0) {
       // The second convolution's padding is zero, and not the first convolution of padding.
 #pragma unroll
       for (int i = 0; i < kWords; ++i) word[i] = 0;
     }
-    if (g < 4) store_words<kWords>(halo(step, 1 + g), word);
+    if (g < 4 && (!only_last || g == 3)) store_words<kWords>(halo(step, 1 + g), word);
     __syncwarp();
   }
 
   // Row 1 to 4 of a step's new rows: the even columns where `even` is wanted, the odd ones where `odd` is.
   __device__ __forceinline__ void first_convolution(std::uint32_t (*even)[kWords], std::uint32_t (*odd)[kWords],
                                                     int step, int row) const {
-    const int chunk = 1 + 8 * warp + g;
+    const int chunk = 1 + 8 * strip + g;
     Chunks<T> c;
     load_chunks(c, step, row, chunk);
     if (even) {
-      const unsigned char* before = picture(step) + (6 * row - 6) * Layout::pitch(warps) + chunk * Layout::kChunk - 4;
+      const unsigned char* before = picture(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk - 4;
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
         c.before[i] = shuffle_up(c.line[i][kWords - 1], 4);
@@ -372,8 +482,8 @@ class ImageEncoder {
 
   __device__ __forceinline__ void first_columns(std::uint32_t (*out)[kWords], const Chunks<T>& c, int parity) const {
     std::uint32_t upper[kWords], lower[kWords];
-    window<T>(upper, c, parity, t);
-    window<T>(lower, c, parity + 2, t);
+    window<T>(upper, c, parity, t, p.same);
+    window<T>(lower, c, parity + 2, t, p.same);
     // Here and below: keeps the compiler from working on several rows at a time, for which there are not enough registers.
     __syncwarp();
     float sum[4][4] = {};
@@ -434,15 +544,99 @@ class ImageEncoder {
     tap(sum, 3 * window_row + 1, upper[0], upper[1], lower[0], lower[1]);
   }
 
-  // Both rows of the step, pooled if asked for, into the ring of f rows; `above` moves on.
-  __device__ __forceinline__ void second_convolution(FirstRow<T>& above, int step) {
-    left_column(step);
-    float sum[2][4][4];
-    const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + kEncoderChannels + 2 * t;
+  // What every sum of the second convolution begins with.
+  __device__ __forceinline__ void load_bias(float (&sum)[4][4]) const {
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+      std::uint32_t quad[4];
+      load_words<4>(quad, shared + Layout::bias() + 16 * (4 * octet + t));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[octet][i] = bits_float(quad[i]);
+    }
+  }
+
+  // Three taps of one row of the second convolution: a window row's. `before` is what shift() makes of the odd columns.
+  __device__ __forceinline__ void window_row(float (&sum)[4][4], int window_row, const FirstRow<T>& row,
+                                             const std::uint32_t (&before)[kWords]) const {
+    const unsigned char* weights = shared + (3 * window_row * 4 * 32 + lane) * Layout::kChunk;
+    tap_of_row(sum, weights + 4 * 32 * Layout::kChunk, row.even[0], row.even[1]);
+    tap_of_row(sum, weights + 8 * 32 * Layout::kChunk, row.odd[0], row.odd[1]);
+    tap_of_row(sum, weights, before, row.odd[0]);
+  }
+
+  __device__ __forceinline__ void tap_of_row(float (&sum)[4][4], const unsigned char* weights,
+                                             const std::uint32_t (&first)[kWords],
+                                             const std::uint32_t (&second)[kWords]) const {
+    std::uint32_t weight[4][kWords];
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) load_words<kWords>(weight[octet], weights + octet * 32 * Layout::kChunk);
+    multiply<T>(sum, first, second, weight);
+    __syncwarp();
+  }
+
+  // Row by row in a loop that is short enough for the instruction cache of a quarter of a multiprocessor.
+  __device__ __forceinline__ void second_convolution(Begun& above, int step) {
+    left_column(step, false);
+    float held[4][2];
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      FirstRow<T> row;
+      std::uint32_t before[kWords];
+      first_convolution(row.even, row.odd, step, 2 * i + 1);
+      shift(before, row.odd, halo(step, 2 * i + 1));
+      window_row(above.sum, 1, row, before);
+      first_convolution(row.even, row.odd, step, 2 * i + 2);
+      shift(before, row.odd, halo(step, 2 * i + 2));
+      window_row(above.sum, 2, row, before);
+      if constexpr (kPool) {
+        pool_row(above.sum, held, step, i);
+      } else {
+        store_row(above.sum, step, i);
+      }
+      load_bias(above.sum);
+      window_row(above.sum, 0, row, before);
+    }
+  }
+
+  // The larger of two columns; with those of the row above in the ring after the second one.
+  __device__ __forceinline__ void pool_row(const float (&sum)[4][4], float (&held)[4][2], int step, int i) const {
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[0][octet][i] = sum[1][octet][i] = bias[8 * octet + i % 2];
+      for (int k = 0; k < 2; ++k) {
+        const float largest = max_nan(sum[octet][k], sum[octet][2 + k]);
+        held[octet][k] = i == 0 ? largest : max_nan(held[octet][k], largest);
+      }
+    }
+    if (i == 0) return;
+    std::uint32_t word[kWords];
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) T::relu(&word[octet * (kWords / 4)], held[octet][0], held[octet][1]);
+    store_words<kWords>(ring(step, 8 * strip + g) + t * Layout::kChunk, word);
+  }
+
+  // A row of the second convolution into the ring where nothing is pooled.
+  __device__ __forceinline__ void store_row(const float (&sum)[4][4], int step, int i) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t word[kWords];
+#pragma unroll
+      for (int octet = 0; octet < 4; ++octet) {
+        T::relu(&word[octet * (kWords / 4)], sum[octet][2 * half], sum[octet][2 * half + 1]);
+      }
+      store_words<kWords>(ring(2 * step + i, 16 * strip + 2 * g + half) + t * Layout::kChunk, word);
+    }
+  }
+
+  // Both rows of the step, pooled if asked for, into the ring of f rows; `above` moves on.
+  __device__ __forceinline__ void second_convolution(FirstRow<T>& above, int step) {
+    left_column(step, false);
+    float sum[2][4][4];
+    load_bias(sum[0]);
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[1][octet][i] = sum[0][octet][i];
     }
     {
       FirstRow<T> middle;
@@ -476,26 +670,16 @@ class ImageEncoder {
         }
         T::relu(&word[octet * kPair], largest[0], largest[1]);
       }
-      store_words<kWords>(ring(step, 8 * warp + g) + t * Layout::kChunk, word);
+      store_words<kWords>(ring(step, 8 * strip + g) + t * Layout::kChunk, word);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          std::uint32_t word[kWords];
-#pragma unroll
-          for (int octet = 0; octet < 4; ++octet) {
-            T::relu(&word[octet * kPair], sum[i][octet][2 * half], sum[i][octet][2 * half + 1]);
-          }
-          store_words<kWords>(ring(2 * step + i, 16 * warp + 2 * g + half) + t * Layout::kChunk, word);
-        }
-      }
+      for (int i = 0; i < 2; ++i) store_row(sum[i], step, i);
     }
   }
 
   // Writes the f rows of a step, and the g row whose windows are complete with it.
-  __device__ __forceinline__ void finish(int step, int from, int own_step) const {
-    if (step < from || step < own_step) return;
+  __device__ __forceinline__ void finish(int step) const {
+    if (step < own_step) return;
     if constexpr (kPool) {
       write_fine(step);
       if (step % 2 == 1) third_convolution(step / 2);
@@ -527,7 +711,8 @@ class ImageEncoder {
 
   __device__ __forceinline__ void third_convolution(int row) const {
     const int begin = first_column / 2, end = last_column / 2;
-    const auto* weights = static_cast<const unsigned char*>(p.packed) + 10 * kPart * T::kItem;
+    const auto* weights = kSpread ? shared + 9 * kPart * T::kItem
+                                  : static_cast<const unsigned char*>(p.packed) + 10 * kPart * T::kItem;
     // 16 columns and 8 channels each.
     for (int unit = warp; unit < 4 * ((end - begin + 15) / 16); unit += warps) {
       const int octet = unit % 4, column = begin + unit / 4 * 16 + g;
@@ -556,7 +741,7 @@ class ImageEncoder {
         }
       }
       const int channel = 8 * octet + 2 * t;
-      const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + 2 * kEncoderChannels + channel;
+      const auto* bias = reinterpret_cast<const float*>(shared + Layout::bias()) + 64 + channel;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (column + 8 * half >= end) continue;
@@ -576,9 +761,10 @@ class ImageEncoder {
     }
   }
 
-  // The buffer of a step's picture rows; line = 3 row + channel.
+  // Where a step's picture lines begin. A line that two spread steps need is there once.
   __device__ __forceinline__ unsigned char* picture(int step) const {
-    return shared + Layout::picture(warps) + (step & 1) * kLines * Layout::pitch(warps);
+    const int line = kSpread ? Layout::kLinesBefore + 24 * (step - first_step) : (step & 1) * kLines;
+    return shared + Layout::picture(strips, steps()) + line * Layout::pitch(strips);
   }
 
   // What left_column leaves for a row of a step; that of the step before is there still.
@@ -587,23 +773,29 @@ class ImageEncoder {
   }
 
   __device__ __forceinline__ unsigned char* ring(int row, int column) const {
-    return shared + Layout::ring(warps) + row % Layout::kRing * Layout::ring_row(warps) + column * 4 * Layout::kChunk;
+    const int slot = kSpread ? row - kPerStep * first_step : row % Layout::kRing;
+    return shared + Layout::ring(strips, steps()) + slot * Layout::ring_row(strips) + column * 4 * Layout::kChunk;
   }
+
+  // A constant to the compiler where it is one.
+  __device__ __forceinline__ int steps() const { return kSpread ? p.steps : 1; }
 
   const EncoderParams& p;
   unsigned char* shared;
   int warp, lane, warps, g, t;
+  int strip, strips;  // the warp's, and how many the block has
   int image;
+  int first_step, own_step, end_step;  // of the block; those before own_step only for g's windows
   int first_column, last_column;  // f columns of the block
   int strips_from;                // f column at which its first strip begins
   std::uint32_t first_weight[4][T::kWords];
 };
 
-template <class T, bool kPool>
-__global__ void __launch_bounds__(32 * kEncoderMaxWarps, T::kBlocks)
+template <class T, bool kPool, EncoderCut kCut>
+__global__ void __launch_bounds__(32 * kEncoderMaxWarps, kCut == EncoderCut::spread ? 1 : T::kBlocks)
     image_encoder_kernel(LIFT_FAST_GRID_CONSTANT const EncoderParams params) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
-  ImageEncoder<T, kPool>(params, shared).run();
+  ImageEncoder<T, kPool, kCut>(params, shared).run();
 }
 
 }  // namespace lift_fast

@@ -7,6 +7,10 @@ namespace lift_fast {
 
 enum class EncoderType { bfloat16, float16, tf32 };
 
+// How a block's warps share its work: each walks down a strip of the picture, two rows of the second convolution at a
+// time or (stream) one after the other in shorter code; or (spread) each makes one step of such a walk.
+enum class EncoderCut { walk, stream, spread };
+
 struct ImageEncoderCall {
   const void* imgs;        // [batch, 3, s h, s w], s = 16 with pool, else 8; elements of `type`, of any strides
   std::int64_t stride[4];  // in elements: picture, channel, row, column
@@ -17,6 +21,7 @@ struct ImageEncoderCall {
   std::int64_t batch, h, w;
   bool pool;
   EncoderType type;
+  EncoderCut cut;
 };
 
 // The three convolutions' weights in the order in which a warp's lanes hold them as operands of the tensor cores:
@@ -25,7 +30,10 @@ constexpr std::int64_t kEncoderWeights = (1 + 9 + 9) * 4 * 32 * 8;
 
 // How a call is cut into blocks.
 struct EncoderTiling {
-  int warps;             // strips of a block, one warp each
+  EncoderCut cut;
+  int strips, steps;     // of a block, side by side; one step but where they are spread
+  std::int64_t all_steps;
+  int warps;             // one for each strip and step
   int columns_first;     // f columns that the first block of a row owns
   int columns;           // f columns that each further block owns
   std::int64_t column_blocks, row_blocks;

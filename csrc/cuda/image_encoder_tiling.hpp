@@ -67,43 +67,77 @@ inline bool encoder_rows_aligned(const ImageEncoderCall& call) {
          call.stride[1] % pixels == 0 && call.stride[2] % pixels == 0;
 }
 
-// The tiling with the least predicted time. `shared(warps)` are the bytes of shared memory that a block needs.
+inline EncoderCut encoder_cut(const std::string& name) {
+  if (name == "walk") return EncoderCut::walk;
+  if (name == "stream") return EncoderCut::stream;
+  if (name == "spread") return EncoderCut::spread;
+  throw std::invalid_argument("image_encoder: cut must be walk, stream or spread, got " + name);
+}
+
+// A call's tiling into blocks of a number of strips, each of a number of g rows.
+inline EncoderTiling encoder_blocks(const ImageEncoderCall& call, int strips, std::int64_t rows) {
+  const int first = (call.pool ? 8 : 16) * strips, further = first - 2;
+  const std::int64_t columns = 2 * call.w;
+  EncoderTiling tiling{};
+  tiling.cut = call.cut;
+  tiling.strips = strips;
+  tiling.columns_first = first;
+  tiling.columns = further;
+  tiling.column_blocks = columns <= first ? 1 : 1 + (columns - first + further - 1) / further;
+  tiling.row_blocks = (call.h + rows - 1) / rows;
+  tiling.rows = rows;
+  // With pool a step makes half of the f rows that a g row needs, else all. A further one makes the f row above the
+  // block's own.
+  tiling.all_steps = (call.pool ? 2 : 1) * rows + (tiling.row_blocks > 1 ? 1 : 0);
+  tiling.steps = call.cut == EncoderCut::spread ? static_cast<int>(tiling.all_steps) : 1;
+  tiling.warps = strips * tiling.steps;
+  return tiling;
+}
+
+// The tiling of a cut with the least predicted time. `max_blocks` of them fit into a multiprocessor's registers where blocks walk,
+// one where steps are spread; `shared(tiling)` are the bytes of shared memory that a block needs.
 template <class Shared>
 EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& device, int max_warps, int max_blocks,
                              Shared shared) {
-  const int strip = call.pool ? 8 : 16;
-  // With pool a step makes half of the f rows that a g row needs, else all.
-  const std::int64_t steps_per_row = call.pool ? 2 : 1;
-  const std::int64_t columns = 2 * call.w;
+  const bool spread = call.cut == EncoderCut::spread;
   EncoderTiling best{};
   double least = std::numeric_limits<double>::infinity();
-  for (int warps = 1; warps <= max_warps; ++warps) {
-    const std::int64_t bytes = shared(warps);
-    if (bytes > device.shared_block) break;
-    const int first = strip * warps, further = first - 2;
-    const std::int64_t column_blocks = columns <= first ? 1 : 1 + (columns - first + further - 1) / further;
+  const auto consider = [&](EncoderTiling tiling) {
+    tiling.shared = shared(tiling);
+    const std::int64_t of_picture = tiling.column_blocks * tiling.row_blocks;
+    if (tiling.shared > device.shared_block || of_picture > std::numeric_limits<std::int32_t>::max() / call.batch) return;
+    const std::int64_t here = (call.batch * of_picture + device.multiprocessors - 1) / device.multiprocessors;
     // CUDA keeps 1 KB of every block for itself.
-    const std::int64_t fitting = device.shared_multiprocessor / (bytes + 1024);
-    const std::int64_t resident = std::max<std::int64_t>(1, std::min<std::int64_t>(max_blocks, fitting));
-    for (std::int64_t rows = 1;; rows = std::min(rows < 16 ? rows + 1 : 2 * rows, call.h)) {
-      const std::int64_t row_blocks = (call.h + rows - 1) / rows;
-      const double blocks = static_cast<double>(call.batch) * static_cast<double>(column_blocks * row_blocks);
-      if (blocks <= std::numeric_limits<std::int32_t>::max()) {
-        // A further step makes the f row above the block's own, and reading the weights takes about as long as one.
-        const double steps = static_cast<double>(steps_per_row * rows + (row_blocks > 1 ? 2 : 1));
-        const auto here = static_cast<std::int64_t>(std::ceil(blocks / device.multiprocessors));
-        const std::int64_t together = std::min(resident, here);
-        const auto turns = static_cast<double>((here + together - 1) / together);
-        // A multiprocessor has four tensor cores; the half is the time for which one warp waits for itself.
-        const double busy = std::max(1.0, static_cast<double>(together * warps) / 4) + 0.5;
-        // What a block copies is the same for every number of warps that share it.
-        const double time = turns * (steps * busy + (steps + 4) / (2 * warps));
-        if (time < least) {
-          least = time;
-          best = {warps, first, further, column_blocks, row_blocks, rows, bytes};
-        }
+    const std::int64_t fitting = device.shared_multiprocessor / (tiling.shared + 1024);
+    const std::int64_t resident = std::clamp<std::int64_t>(fitting, 1, spread ? 1 : max_blocks);
+    const std::int64_t together = std::min(resident, here);
+    const auto turns = static_cast<double>((here + together - 1) / together);
+    // A multiprocessor has four tensor cores; the half is the time for which one warp waits for itself.
+    const double busy = std::max(1.0, static_cast<double>(together * tiling.warps) / 4) + 0.5;
+    const auto rows = static_cast<double>(tiling.all_steps);
+    // The row above a step takes a third of one, and reading the weights takes about as long as one.
+    const double steps = spread ? 2.3 : rows + 1;
+    // What a block copies is the same for every number of warps that share it.
+    const double time = turns * (steps * busy + (rows + 5) / (2 * tiling.warps));
+    if (time < least) {
+      least = time;
+      best = tiling;
+    }
+  };
+  if (!spread) {
+    for (int strips = 1; strips <= max_warps; ++strips) {
+      for (std::int64_t rows = 1;; rows = std::min(rows < 16 ? rows + 1 : 2 * rows, call.h)) {
+        consider(encoder_blocks(call, strips, rows));
+        if (rows == call.h) break;
       }
-      if (rows == call.h) break;
+    }
+  } else {
+    for (int strips = 1; strips <= max_warps; ++strips) {
+      for (std::int64_t rows = 1; rows <= call.h; ++rows) {
+        const EncoderTiling tiling = encoder_blocks(call, strips, rows);
+        if (tiling.warps > max_warps) break;
+        consider(tiling);
+      }
     }
   }
   if (best.warps == 0) {

@@ -64,6 +64,8 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 __device__ __forceinline__ std::uint32_t float_bits(float value) { return __float_as_uint(value); }
 
+__device__ __forceinline__ float bits_float(std::uint32_t bits) { return __uint_as_float(bits); }
+
 __device__ __forceinline__ std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
   return __byte_perm(low, high, selector);
 }

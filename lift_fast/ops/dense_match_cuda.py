@@ -25,10 +25,10 @@ def _axis(strips: Strips) -> tuple[int, ...]:
     return (strips.cells, strips.pixels, strips.count, *(part.data_ptr() for part in parts), strips.longest)
 
 
-def _factors(scales: Scales | None) -> tuple[int, int, int]:
+def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
     if scales is None:
-        return 0, 0, 0
-    return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr()
+        return 0, 0, 0, 0
+    return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr(), scales.rows.data_ptr()
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
@@ -67,6 +67,7 @@ def _check_picture(device: torch.device, name: str, axes: tuple[Strips, Strips],
                 f"{name} scale": (scales.pixel, (y.pixels * x.pixels,), torch.float32),
                 f"{name} scale, high": (scales.high, (y.count * x.count,), torch.float32),
                 f"{name} scale, low": (scales.low, (y.count * x.count,), torch.float32),
+                f"{name} scale, rows": (scales.rows, (y.pixels * x.count,), torch.float32),
             },
         )
 

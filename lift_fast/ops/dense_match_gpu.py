@@ -94,16 +94,18 @@ def _axes(picture: Picture) -> tuple[Strips, Strips]:
 def _scales(picture: Picture, axes: tuple[Strips, Strips]) -> Scales:
     """The inverse norms of a picture's pixels, and their range in each patch."""
     inverse = picture.inverse_norms()
-    high, low = inverse, inverse
-    for dim, axis in enumerate(axes):
+    rows = high = low = inverse
+    for dim in (1, 0):
+        axis = axes[dim]
         # Each strip's pixels, the last one repeated.
         offset = torch.arange(axis.longest, device=inverse.device)
         at = torch.minimum(axis.first[:-1, None] + offset, axis.first[1:, None] - 1).flatten()
         high = high.index_select(dim, at).unflatten(dim, (axis.count, axis.longest)).amax(dim + 1)
         low = low.index_select(dim, at).unflatten(dim, (axis.count, axis.longest)).amin(dim + 1)
+        rows = high if dim == 1 else rows
     # NaN next to cells that take no part.
     largest = inverse.nan_to_num(0.0, posinf=0.0).max().view(1)
-    return Scales(inverse.flatten(), high.flatten().contiguous(), low.flatten().contiguous(), largest)
+    return Scales(inverse.flatten(), high.flatten(), low.flatten(), largest, rows.flatten())
 
 
 def _parts(low: list[int], high: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -123,12 +123,13 @@ def pack_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> Encode
     )
 
 
-def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]:
+def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tuple[Tensor, Tensor]:
     """Image encoders.
 
     Args:
         imgs: ``[B, 3, s*h, s*w]`` pictures of any strides, s = 16 with pool, else 8.
         weights: of :func:`pack_encoder`, in the dtype and on the device of ``imgs``.
+        cut: how the work is cut for the device: "walk", "stream" or "spread"; the results are alike.
 
     Returns:
         f ``[B, 2h, 2w, 32]`` and g ``[B, h, w, 32]``, contiguous, in the dtype of ``imgs``.
@@ -151,11 +152,11 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
     batch, height, width = imgs.shape[0], imgs.shape[2] // side, imgs.shape[3] // side
     f = memory.new_empty(imgs, (batch, 2 * height, 2 * width, _CHANNELS))
     g = memory.new_empty(imgs, (batch, height, width, _CHANNELS))
-    launcher(imgs, weights)(imgs, f.data_ptr(), g.data_ptr(), launch.current_stream(launch.device_of(imgs)))
+    launcher(imgs, weights, cut)(imgs, f.data_ptr(), g.data_ptr(), launch.current_stream(launch.device_of(imgs)))
     return f, g
 
 
-def launcher(imgs: Tensor, weights: EncoderWeights) -> Callable[[Tensor, int, int, int], None]:
+def launcher(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> Callable[[Tensor, int, int, int], None]:
     """``encode(imgs, f, g, stream)`` for pictures like these: addresses of f, g and a stream on the pictures' device.
 
     :func:`encode_image` checks what this takes on trust.
@@ -165,7 +166,7 @@ def launcher(imgs: Tensor, weights: EncoderWeights) -> Callable[[Tensor, int, in
     cells = batch * height * width * _CHANNELS
     packed = (weights.packed.data_ptr(), weights.packed.numel(), weights.bias.data_ptr())
     where = (batch, height, width, weights.pool, _NAMES[imgs.dtype], launch.device_of(imgs))
-    return partial(_encode, _native.require().image_encoder, packed, cells, where)
+    return partial(_encode, _native.require().image_encoder, packed, cells, where, cut)
 
 
 def _encode(
@@ -173,9 +174,10 @@ def _encode(
     packed: tuple[int, int, int],
     cells: int,
     where: tuple[int, int, int, bool, str, int],
+    cut: str,
     imgs: Tensor,
     f: int,
     g: int,
     stream: int,
 ) -> None:
-    core(imgs.data_ptr(), imgs.stride(), *packed, f, 4 * cells, g, cells, *where, stream)
+    core(imgs.data_ptr(), imgs.stride(), *packed, f, 4 * cells, g, cells, *where, stream, cut)

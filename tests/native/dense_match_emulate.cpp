@@ -64,8 +64,10 @@ struct Axis {
 
 struct Picture {
   Axis y, x;
-  Bytes scale, high, low;
-  operator MatchPicture() const { return {y, x, scale.as<const float>(), high.as<const float>(), low.as<const float>()}; }
+  Bytes scale, high, low, rows;
+  operator MatchPicture() const {
+    return {y, x, scale.as<const float>(), high.as<const float>(), low.as<const float>(), rows.as<const float>()};
+  }
 };
 
 struct Settings {

@@ -351,6 +351,7 @@ inline std::uint32_t round_tf32(std::uint32_t bits) {
 }
 
 inline std::uint32_t float_bits(float value) { return emulated::as_bits(value); }
+inline float bits_float(std::uint32_t bits) { return emulated::as_float(bits); }
 
 inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
   std::uint32_t result = 0;

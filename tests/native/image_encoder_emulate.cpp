@@ -17,7 +17,8 @@ namespace {
 // As tests/test_native_image_encoder.py writes it, before the picture's bytes, the packed weights and the biases.
 struct Case {
   std::int64_t type, pool, batch, h, w, stride[4], picture_bytes;
-  std::int64_t warps, rows;  // 0: as the launcher would choose on a device of these properties
+  std::int64_t cut;           // of EncoderCut
+  std::int64_t strips, rows;  // 0: as the launcher would choose on a device of these properties
   std::int64_t multiprocessors, shared_block, shared_multiprocessor;
   std::int64_t late_copies, order, seed;
 };
@@ -33,29 +34,36 @@ struct Bytes {
   unsigned char* data;
 };
 
-template <class T, bool kPool>
+template <class T>
 void run(const Case& c, const ImageEncoderCall& call) {
-  using Layout = EncoderLayout<T, kPool>;
-  const auto shared = [](int warps) { return std::int64_t{Layout::total(warps)}; };
   EncoderTiling tiling{};
-  if (c.warps > 0) {
-    // The smallest device that leaves no choice but these.
-    const int warps = static_cast<int>(c.warps), first = Layout::kStripColumns * warps;
-    const std::int64_t columns = 2 * c.w, further = first - 2;
-    tiling = {warps, first, static_cast<int>(further), columns <= first ? 1 : 1 + (columns - first + further - 1) / further,
-              (c.h + c.rows - 1) / c.rows, c.rows, shared(warps)};
+  if (c.strips > 0) {
+    tiling = encoder_blocks(call, static_cast<int>(c.strips), c.rows);
+    tiling.shared = encoder_shared<T>(call.pool, tiling);
   } else {
-    tiling = encoder_tiling(call, {c.multiprocessors, c.shared_block, c.shared_multiprocessor}, kEncoderMaxWarps,
-                            T::kBlocks, shared);
+    tiling = encoder_tiling_of(call, {c.multiprocessors, c.shared_block, c.shared_multiprocessor});
     if (tiling.shared > c.shared_block) emulated::fail("a block has too much shared memory");
   }
+  if (tiling.warps > kEncoderMaxWarps) emulated::fail("a block has too many warps");
   const EncoderParams params = encoder_params(call, tiling);
+  const auto kernel = [&] {
+    switch (call.cut) {
+      case EncoderCut::walk:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::walk> : image_encoder_kernel<T, false, EncoderCut::walk>;
+      case EncoderCut::stream:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::stream>
+                         : image_encoder_kernel<T, false, EncoderCut::stream>;
+      default:
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::spread>
+                         : image_encoder_kernel<T, false, EncoderCut::spread>;
+    }
+  }();
   const auto blocks = static_cast<int>(c.batch * tiling.column_blocks * tiling.row_blocks);
   for (int block = 0; block < blocks; ++block) {
     emulated::run_block(block, tiling.warps, static_cast<std::size_t>(tiling.shared),
                         c.late_copies ? emulated::Copies::late : emulated::Copies::early,
                         static_cast<emulated::Order>(c.order), static_cast<unsigned>(c.seed + block),
-                        [&] { image_encoder_kernel<T, kPool>(params); });
+                        [&] { kernel(params); });
   }
 }
 
@@ -87,16 +95,17 @@ void run_file(const std::string& path) {
   call.w = c.w;
   call.pool = c.pool != 0;
   call.type = type;
+  call.cut = static_cast<EncoderCut>(c.cut);
   check_encoder_call(call);
   switch (type) {
     case EncoderType::bfloat16:
-      call.pool ? run<Bfloat16Operands, true>(c, call) : run<Bfloat16Operands, false>(c, call);
+      run<Bfloat16Operands>(c, call);
       break;
     case EncoderType::float16:
-      call.pool ? run<Float16Operands, true>(c, call) : run<Float16Operands, false>(c, call);
+      run<Float16Operands>(c, call);
       break;
     case EncoderType::tf32:
-      call.pool ? run<Tf32Operands, true>(c, call) : run<Tf32Operands, false>(c, call);
+      run<Tf32Operands>(c, call);
       break;
   }
   std::ofstream out(path + ".out", std::ios::binary);

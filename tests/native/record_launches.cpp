@@ -167,11 +167,11 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
 
 MatchPicture picture(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
-  return {axis(56, 448), axis(56, 448), factors, factors, factors};
+  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
 }
 
 void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloat16, bool pool = true,
-            std::int64_t batch = 1, std::int64_t side = 28) {
+            std::int64_t batch = 1, std::int64_t side = 28, EncoderCut cut = EncoderCut::walk) {
   ImageEncoderCall call{};
   const std::int64_t pixels = side * (pool ? 16 : 8);
   call.imgs = somewhere<void>();
@@ -185,6 +185,7 @@ void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloa
   call.h = call.w = side;
   call.pool = pool;
   call.type = type;
+  call.cut = cut;
   image_encoder_run(call, device, stream(on));
 }
 
@@ -238,6 +239,20 @@ int main() {
   encode(0, 9);
   scene = "large";
   encode(0, 9, EncoderType::bfloat16, true, 64, 56);
+  scene = "in-turn";
+  for (int i = 0; i < 2; ++i) {
+    encode(0, 9);
+    encode(1, 9);
+    encode(0, 9, EncoderType::bfloat16, true, 64, 56);
+    encode(0, 9, EncoderType::tf32, true, 64, 56);
+    encode(0, 9, EncoderType::tf32, false, 64, 56);
+  }
+  scene = "by-name";
+  for (EncoderType type : {EncoderType::bfloat16, EncoderType::float16, EncoderType::tf32}) {
+    for (EncoderCut cut : {EncoderCut::walk, EncoderCut::stream, EncoderCut::spread}) {
+      for (bool pool : {true, false}) encode(0, 9, type, pool, 1, 28, cut);
+    }
+  }
   scene = "refused";
   failing = "cudaLaunchKernel";
   try {
