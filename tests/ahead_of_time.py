@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lift_fast import LiFT, tuning
 from lift_fast.kernels import (
@@ -26,6 +27,7 @@ from lift_fast.kernels import (
     image_encoder,
     launch,
     nearest,
+    nearest_groups,
     propagate_labels,
     tiles,
     upsample,
@@ -77,6 +79,9 @@ def compile_call(kernel, args, options, capability):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         else:
             signature[name] = "i32"
     source = ASTSource(kernel, signature, constants, attributes)
@@ -128,17 +133,18 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
 
 
 def nearest_launches(
-    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False
+    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, **way
 ):
     """(kernel, args, options) of one call; each kernel once for each set of options."""
     names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
-    recorders = [Recorder(nearest, name) for name in names]
+    recorders = [(Recorder(nearest, name), nearest) for name in names]
+    recorders += [(Recorder(nearest_groups, name), nearest_groups) for name in ("groups_kernel", "resolve_kernel")]
     launch.capability = lambda device: divmod(capability, 10)
     query, key = (torch.empty(1, count, channels, dtype=dtype, device="meta") for count in (n, m))
-    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, **way)
     found = {}
-    for recorder in recorders:
-        setattr(nearest, recorder.name, recorder.kernel)
+    for recorder, module in recorders:
+        setattr(module, recorder.name, recorder.kernel)
         for args, options in recorder.calls:
             found.setdefault((recorder.name, *sorted(options.items())), (recorder.kernel, args, options))
     return list(found.values())

@@ -12,6 +12,7 @@ from lift_fast.testing import poisoned_outputs
 
 pytest.importorskip("triton")
 from lift_fast.kernels import nearest as kernel
+from lift_fast.kernels import nearest_groups as groups
 from lift_fast.kernels import tiles
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -25,6 +26,7 @@ TIE = 1e-6
 pytestmark = [
     pytest.mark.usefixtures("interpreter_loops"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning"),
 ]
 
 
@@ -42,10 +44,10 @@ def sets(n, m, channels, dtype=torch.float32, batch=1):
     return torch.randn(batch, n, channels).to(dtype), torch.randn(batch, m, channels).to(dtype)
 
 
-def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False):
+def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, **launch):
     arguments = (query.to(DEVICE), key.to(DEVICE), k, mutual, ratio, window, normalize)
     assert nearest_gpu.fits(arguments[0], arguments[1], k, window)[0]
-    return [part.cpu() for part in nearest_gpu.nearest_gpu(*arguments, fast=fast)]
+    return [part.cpu() for part in nearest_gpu.nearest_gpu(*arguments, fast=fast, **launch)]
 
 
 def similarities(query, key, window=None, normalize=True):
@@ -62,9 +64,9 @@ def similarities(query, key, window=None, normalize=True):
     return torch.stack(table)
 
 
-def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE):
+def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, **launch):
     """Where rounding may decide, any choice within ``tie`` of the best is right."""
-    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast)
+    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, **launch)
     table = similarities(query, key, window, normalize)
     finite = torch.isfinite(table)
     scale = max(1.0, float(table[finite].abs().max())) if finite.any() else 1.0
@@ -165,7 +167,7 @@ def test_many_tiles(options, dtype, monkeypatch):
     key[0, 60:70] = key[0, 5:15]
     query[0, :10] = key[0, 5:15]
     query[0, 30:40] = key[0, 5:15]
-    _, index, valid = check(query, key, **options)
+    _, index, valid = check(query, key, **options, grouped=False)
     if "window" not in options:
         assert index[0, :10, 0].tolist() == index[0, 30:40, 0].tolist() == list(range(5, 15))
         if "mutual" in options:
@@ -179,8 +181,9 @@ def test_fast_compares_in_half_precision():
 
 
 @pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rules(search, dtype, monkeypatch):
+def test_rules(search, dtype, grouped, monkeypatch):
     """Ties go to the lowest index; rows with NaN or infinity take no part; zero rows have similarity 0."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0 if search else 1 << 60)
     query, key = sets(9, 70, 16, dtype)
@@ -190,7 +193,7 @@ def test_rules(search, dtype, monkeypatch):
     query[0, 6] = 0
     key[0, 3, 0] = torch.inf
     key[0, 12] = -key[0, 12]
-    similarity, index, valid = check(query, key, k=2, mutual=True)
+    similarity, index, valid = check(query, key, k=2, mutual=True, grouped=grouped)
     # The duplicates of rows that take part: the lower one, then the higher.
     assert index[0, 1].tolist() == [10, 50]
     assert index[0, 2].tolist() == [29, 69]
@@ -206,10 +209,11 @@ def test_rules(search, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_flat_sets(dtype, monkeypatch):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_flat_sets(dtype, grouped, monkeypatch):
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
     query = torch.ones(1, 5, 7, dtype=dtype)
-    similarity, index, valid = run(query, torch.ones(1, 150, 7, dtype=dtype), k=2, mutual=True)
+    similarity, index, valid = run(query, torch.ones(1, 150, 7, dtype=dtype), k=2, mutual=True, grouped=grouped)
     assert index[0].tolist() == [[0, 1]] * 5
     assert valid[0].tolist() == [True, False, False, False, False]
     torch.testing.assert_close(similarity, torch.ones_like(similarity))
@@ -256,6 +260,70 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
     result = nearest(query.to(DEVICE), key.to(DEVICE))
     assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
+
+
+STREAMS = [groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), False), groups.Stream(tiles.Tile(32, 128, 1, 32, 4, 3), True)]
+
+
+@pytest.mark.parametrize("stream", [*STREAMS, None], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "channels", "options"),
+    [
+        (1, 1, 1, {"mutual": True}),
+        (7, 300, 33, {"mutual": True}),
+        (45, 190, 12, {"mutual": True, "ratio": 0.98}),
+        (5, 97, 8, {"k": 2, "normalize": False}),
+        (3, 257, 16, {"normalize": False, "mutual": True}),
+        (31, 2, 3, {"k": 2, "mutual": True}),
+    ],
+    ids=str,
+)
+def test_streams_against_brute_force(n, m, channels, options, dtype, stream):
+    if stream is not None and stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+    check(*sets(n, m, channels, dtype, batch=2), **options, stream=stream)
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("options", [{"mutual": True}, {"mutual": True, "ratio": 0.98}, {"k": 2}], ids=str)
+def test_equal_keys_in_groups_classes_tiles_and_splits(options, splits, stream, monkeypatch):
+    if stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+    monkeypatch.setattr(groups, "_splits", lambda *_: splits)
+    query, key = sets(45, 450, 24, torch.float16)
+    # In the group of key 5, its class, another class, and other tiles.
+    copies = [13, 21, 69, 133, 66, 200, 391, 449]
+    key[0, copies] = key[0, 5].clone()
+    key[0, [300, 302]] = key[0, 140].clone()
+    query[0, [3, 20, 44]] = key[0, 5]
+    query[0, 7] = key[0, 140]
+    _, index, valid = check(query, key, **options, stream=stream)
+    assert index[0, [3, 20, 44], 0].tolist() == [5, 5, 5]
+    assert index[0, 7, 0] == 140
+    if "k" in options:
+        assert index[0, [3, 20, 44], 1].tolist() == [13, 13, 13]
+        assert index[0, 7, 1] == 300
+    if options == {"mutual": True}:
+        assert valid[0, [3, 20, 44]].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
+def test_streams_leave_out_what_is_not_finite(stream):
+    if stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+    query, key = sets(20, 70, 16, torch.float16)
+    key[0, 64:] = torch.nan
+    key[0, ::3, 2] = -torch.inf
+    query[0, 4, 0] = torch.inf
+    query[0, 6] = 0
+    similarity, index, _ = check(query, key, k=2, mutual=True, stream=stream)
+    assert index[0, 4].tolist() == [-1, -1]
+    assert index[0, 6].tolist() == [1, 2]
+    assert similarity[0, 6].tolist() == [0.0, 0.0]
+    _, index, valid = run(query, torch.full_like(key, torch.nan), mutual=True, stream=stream)
+    assert not bool((index >= 0).any() | valid.any())
 
 
 @pytest.mark.gpu

@@ -19,7 +19,8 @@ from torch import Tensor
 from . import gpu_plan
 
 if TYPE_CHECKING:
-    from ..kernels.nearest import Found, Geometry, Rows
+    from ..kernels.nearest import Geometry, Rows
+    from ..kernels.nearest_groups import Stream
 
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
@@ -65,14 +66,19 @@ def nearest_gpu(
     window: list[int] | None,
     normalize: bool,
     fast: bool = False,
+    stream: Stream | None = None,
+    grouped: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result and arguments of :func:`lift_fast.ops.nearest.nearest_plain`.
 
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
+
+    ``stream`` says how groups of keys are searched, None for the default; ``grouped=False`` finds keys at once instead.
     """
     from ..kernels import launch
     from ..kernels import nearest as kernel
+    from ..kernels import nearest_groups as groups
 
     query, key = query.contiguous(), key.contiguous()
     # The ratio test needs the runner-up also where one match is asked for.
@@ -86,6 +92,11 @@ def nearest_gpu(
     # Both directions come from one pass where tiles of queries are in the order of the queries.
     both = mutual and copy is not None and window is None and depth <= 2
     tile = kernel.default_tile(query.shape[2], itemsize, depth == 1 and not both, window is not None, capability)
+    grouped = grouped and copy is not None and (fast or not exact) and window is None and depth <= 2
+    grouped = grouped and groups.serves(capability, both)
+    stream = (stream or groups.default_stream(query.shape[2], capability)) if grouped else None
+    if stream is not None:
+        tile = stream.tile
     queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
     keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
     back = good = None
@@ -94,10 +105,15 @@ def nearest_gpu(
         if mutual:
             back = _search_float32(keys, queries, 1)[1][:, :, 0]
     else:
-        best, index, found = _search(queries, keys, depth, forward, both)
-        if both:
-            assert found.back is not None
-            good = kernel.mutual(queries, keys, index, found.back, tile) != 0
+        if stream is not None:
+            best, index = _empty(queries, depth)
+            found = groups.search(queries, keys, depth, stream, both)
+            groups.resolve(queries, keys, found, best, index)
+            first_tile = found.back
+        else:
+            best, index, first_tile = _search(queries, keys, depth, forward, both)
+        if first_tile is not None:
+            good = kernel.mutual(queries, keys, index, first_tile, tile) != 0
         elif mutual:
             back = _search(keys, queries, 1, backward, False)[1][:, :, 0]
     first = index[:, :, 0]
@@ -133,7 +149,9 @@ def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
     return similarity, torch.empty_like(similarity, dtype=torch.int64)
 
 
-def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool) -> tuple[Tensor, Tensor, Found]:
+def _search(
+    query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     from ..kernels import launch
     from ..kernels import nearest as kernel
 
@@ -144,7 +162,7 @@ def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: b
     similarity, index = _empty(query, depth)
     found = kernel.search(query, key, depth, tile, window, both)
     kernel.finish(query, key, found, similarity, index)
-    return similarity, index, found
+    return similarity, index, found.back
 
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
