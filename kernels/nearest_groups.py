@@ -161,13 +161,14 @@ def resolve_kernel(
     PLACES: tl.constexpr,
     MEMBERS: tl.constexpr,
     CLASSES: tl.constexpr,
+    PARTS: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """The best one or two keys of each query, in float32 from the descriptors as given, out of its best groups."""
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    SLOTS: tl.constexpr = CLASSES * PLACES
+    SLOTS: tl.constexpr = CLASSES * PARTS * PLACES
     lane = tl.arange(0, LANES)
     member = tl.arange(0, MEMBERS)
     depth = tl.arange(0, DEPTH)
@@ -187,6 +188,8 @@ def resolve_kernel(
     here = tl.min(open_lanes, axis=0)
     while here < LANES:
         number = tl.sum(tl.where(lane == here, g, 0), axis=0)
+        # Every part of a tile has classes of its own where there are several.
+        number = number * PARTS + here // CLASSES % PARTS
         column = number * (MEMBERS * CLASSES) + member * CLASSES + here % CLASSES
         k_aux = batch * key_padded + column
         k_shift, k_scale = tl.load(key_shift + k_aux), tl.load(key_scale + k_aux)
@@ -223,17 +226,19 @@ class Stream(NamedTuple):
     """How the stream of products is cut and fed."""
 
     tile: Tile
-    tma: bool
-    """Loads by the tensor memory accelerator, from Hopper on; else by the threads."""
+    feed: str
+    """Who loads: "threads"; "tma", the tensor memory accelerator of Hopper and Blackwell; "warp", on Hopper, a warp
+    that does nothing else (:mod:`lift_fast.kernels.nearest_pingpong`)."""
 
 
 class Groups(NamedTuple):
     """What :func:`search` leaves to :func:`resolve`."""
 
     values: Tensor
-    """``[B, splits, n, places * CLASSES]`` float32"""
+    """``[B, splits, n, places * classes]`` float32"""
     numbers: Tensor
     """the same, int32: the group within its class"""
+    places: int
     back: Tensor | None
     """``[B, padded m]`` int64: the largest similarity of each key, and the first tile of queries that reaches it"""
 
@@ -243,15 +248,26 @@ def serves(capability: tuple[int, int], mutual: bool) -> bool:
     return not (mutual and (10, 0) <= capability < (12, 0))
 
 
-def default_stream(channels: int, capability: tuple[int, int]) -> Stream:
-    """The stream where nothing was measured."""
-    depth = max(16, min(64, 1 << (channels - 1).bit_length()))
+# What feeds the stream where nothing was measured: "warp" for one of its own where that is served.
+FEED = "tma"
+
+
+def default_stream(
+    channels: int, capability: tuple[int, int], depth: int = 1, mutual: bool = False, feed: str = ""
+) -> Stream:
+    """The stream for ``depth`` best keys where nothing was measured."""
+    feed = feed or FEED
+    if feed == "warp" and depth == 1 and (9, 0) <= capability < (10, 0):
+        for tile in _RESIDENT:
+            if tile.depth <= channels and _fits_resident(tile, channels, mutual):
+                return Stream(tile, "warp")
+    step = max(16, min(64, 1 << (channels - 1).bit_length()))
     # Sums of a wide tile fit into the registers of Hopper and into the tensor memory of Blackwell.
     columns = 256 if (9, 0) <= capability < (12, 0) else 128
-    tile = Tile(128, columns, 1, depth, 8, 4)
+    tile = Tile(128, columns, 1, step, 8, 4)
     while not _fits(tile, capability):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(depth=tile.depth // 2)
-    return Stream(tile, (9, 0) <= capability < (12, 0))
+    return Stream(tile, "tma" if (9, 0) <= capability < (12, 0) else "threads")
 
 
 def _fits(tile: Tile, capability: tuple[int, int]) -> bool:
@@ -260,24 +276,34 @@ def _fits(tile: Tile, capability: tuple[int, int]) -> bool:
     return (tile.rows + tile.columns) * tile.depth * 2 * tile.stages <= room
 
 
-def candidates(channels: int, capability: tuple[int, int]) -> dict[str, Stream]:
-    """Streams worth measuring, by name."""
+# Tiles whose queries stay in shared memory, the one to be preferred first.
+_RESIDENT = tuple(
+    Tile(128, 256, 1, depth, 8, stages) for depth, stages in ((64, 4), (64, 3), (32, 8), (32, 7), (32, 4))
+)
+
+
+def _fits_resident(tile: Tile, channels: int, mutual: bool) -> bool:
+    """Whether a block's queries have room beside the keys on their way; and the columns' maxima, if asked for."""
+    depths = -(-channels // tile.depth) * tile.depth
+    staged = 2 * (tile.rows * depths + tile.columns * tile.depth * tile.stages)
+    return staged + 8 * tile.columns + (12 << 10 if mutual else 512) <= shared_memory((9, 0))
+
+
+def candidates(channels: int, capability: tuple[int, int], mutual: bool) -> dict[str, Stream]:
+    """Streams worth measuring for one best key, by name."""
     depth = default_stream(channels, capability).tile.depth
-    found = {}
-    for columns, warps, shrink, stages in (
-        (256, 8, 1, 4),
-        (256, 8, 1, 3),
-        (256, 8, 2, 4),
-        (128, 8, 1, 4),
-        (128, 4, 1, 3),
-    ):
-        for tma in (True, False) if capability >= (9, 0) else (False,):
-            tile = Tile(128, columns, 1, depth // shrink, warps, stages)
-            if tile.depth >= 16 and _fits(tile, capability):
-                found[f"groups 128x{columns}x{tile.depth}, {warps} warps, {stages} stages{', tma' * tma}"] = Stream(
-                    tile, tma
-                )
-    return found
+    found = []
+    for columns, warps, shrink, stages in ((256, 8, 1, 4), (256, 8, 1, 3), (256, 8, 2, 4), (128, 8, 1, 4)):
+        tile = Tile(128, columns, 1, depth // shrink, warps, stages)
+        if tile.depth >= 16 and _fits(tile, capability):
+            found += [Stream(tile, feed) for feed in (("tma", "threads") if capability >= (9, 0) else ("threads",))]
+    if (9, 0) <= capability < (10, 0):
+        fitting = (tile for tile in _RESIDENT if tile.depth <= channels and _fits_resident(tile, channels, mutual))
+        found += [Stream(tile, "warp") for tile in fitting]
+    return {
+        f"groups {tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages, {feed}": Stream(tile, feed)
+        for tile, feed in found
+    }
 
 
 def _splits(tiles: int, key_tiles: int, device: torch.device) -> int:
@@ -306,7 +332,7 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
     Args:
         query, key: of :func:`lift_fast.kernels.nearest.prepare`, with copies.
         depth: 1 or 2 best keys.
-        stream: its tile has 128 rows at least, and whole groups as columns.
+        stream: its tile's columns are whole groups of every class. With "warp", 128 rows and ``depth`` 1.
         mutual: fill ``back``.
     """
     assert query.copy is not None
@@ -316,14 +342,24 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
     query_padded, key_padded = query.bias.shape[1], key.bias.shape[1]
     tiles = triton.cdiv(n, tile.rows)
     splits = _splits(tiles * batch, key_padded // tile.columns, query.given.device)
-    values = query.given.new_empty((batch, splits, n, depth * CLASSES), dtype=torch.float32)
+    classes = tile.columns // MEMBERS if stream.feed == "warp" else CLASSES
+    values = query.given.new_empty((batch, splits, n, depth * classes), dtype=torch.float32)
     numbers = torch.empty_like(values, dtype=torch.int32)
     back = None
     if mutual:
         back = torch.full((batch, key_padded), -(1 << 63), dtype=torch.int64, device=values.device)
     # A descriptor's rows are numbered in 32 bits.
-    tma = stream.tma and batch * max(query_padded, key_padded) < 1 << 31
+    tma = stream.feed != "threads" and batch * max(query_padded, key_padded) < 1 << 31
     with device_guard(query.given):
+        if stream.feed == "warp":
+            assert tma
+            assert depth == 1
+            from . import nearest_pingpong
+
+            nearest_pingpong.launch(
+                (tiles, splits, batch), query, key, values, numbers, back, tile.columns, tile.depth, tile.stages
+            )
+            return Groups(values, numbers, depth, back)
         groups_kernel[(tiles, splits, batch)](
             _descriptor(query, [tile.rows, tile.depth]) if tma else query.copy,
             query.scale,
@@ -349,7 +385,7 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-    return Groups(values, numbers, back)
+    return Groups(values, numbers, depth, back)
 
 
 def resolve(query: Rows, key: Rows, found: Groups, similarity: Tensor, index: Tensor) -> None:
@@ -376,9 +412,10 @@ def resolve(query: Rows, key: Rows, found: Groups, similarity: Tensor, index: Te
             channels,
             index.shape[2],
             SPLITS=splits,
-            PLACES=slots // CLASSES,
+            PLACES=found.places,
             MEMBERS=MEMBERS,
             CLASSES=CLASSES,
+            PARTS=slots // found.places // CLASSES,
             LANES=triton.next_power_of_2(splits * slots),
             DEPTH=64,
             num_warps=1,

@@ -262,7 +262,10 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
 
 
-STREAMS = [groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), False), groups.Stream(tiles.Tile(32, 128, 1, 32, 4, 3), True)]
+STREAMS = [
+    groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), "threads"),
+    groups.Stream(tiles.Tile(32, 128, 1, 32, 4, 3), "tma"),
+]
 
 
 @pytest.mark.parametrize("stream", [*STREAMS, None], ids=str)
@@ -280,7 +283,12 @@ STREAMS = [groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), False), groups.Stream(
     ids=str,
 )
 def test_streams_against_brute_force(n, m, channels, options, dtype, stream):
-    if stream is not None and stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if (
+        stream is not None
+        and stream.feed == "tma"
+        and DEVICE.type == "cuda"
+        and torch.cuda.get_device_capability() < (9, 0)
+    ):
         pytest.skip("needs a tensor memory accelerator")
     check(*sets(n, m, channels, dtype, batch=2), **options, stream=stream)
 
@@ -289,7 +297,7 @@ def test_streams_against_brute_force(n, m, channels, options, dtype, stream):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", [{"mutual": True}, {"mutual": True, "ratio": 0.98}, {"k": 2}], ids=str)
 def test_equal_keys_in_groups_classes_tiles_and_splits(options, splits, stream, monkeypatch):
-    if stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if stream.feed == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a tensor memory accelerator")
     monkeypatch.setattr(groups, "_splits", lambda *_: splits)
     query, key = sets(45, 450, 24, torch.float16)
@@ -309,9 +317,52 @@ def test_equal_keys_in_groups_classes_tiles_and_splits(options, splits, stream, 
         assert valid[0, [3, 20, 44]].tolist() == [True, False, False]
 
 
+def test_resolving_groups_of_tiles_whose_parts_have_their_own_classes():
+    """As :mod:`lift_fast.kernels.nearest_pingpong` leaves them, which no interpreter runs."""
+    query, key = sets(19, 700, 40, torch.float16, batch=2)
+    key[0, [9, 130, 650]] = key[0, 77].clone()
+    query[0, 3] = key[0, 77]
+    rows, keys = (kernel.prepare(part.to(DEVICE), True, torch.float16) for part in (query, key))
+    table = torch.full((2, 19, 768), -torch.inf)
+    table[:, :, :700] = similarities(query, key)
+    # Tiles, parts of 64, members, classes.
+    most = table.unflatten(2, (3, 4, 8, 8)).amax(4)
+    values, numbers = most.max(2)
+    found = groups.Groups(
+        values.flatten(2)[:, None].float().contiguous().to(DEVICE),
+        numbers.flatten(2)[:, None].int().contiguous().to(DEVICE),
+        1,
+        None,
+    )
+    similarity = torch.empty(2, 19, 1, device=DEVICE)
+    index = torch.empty(2, 19, 1, dtype=torch.int64, device=DEVICE)
+    groups.resolve(rows, keys, found, similarity, index)
+    assert torch.equal(index[:, :, 0].cpu(), table.argmax(2))
+    assert index[0, 3, 0] == 9
+    torch.testing.assert_close(similarity[:, :, 0].cpu().double(), table.amax(2).double(), atol=TIE, rtol=0)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("channels", [1, 33, 384, 768, 4096])
+def test_streams_fit(capability, channels):
+    for mutual in (False, True):
+        streams = [groups.default_stream(channels, capability, 1, mutual, feed) for feed in ("tma", "warp")]
+        streams += groups.candidates(channels, capability, mutual).values()
+        for stream in streams:
+            tile = stream.tile
+            staged = tile.columns * tile.depth * 2 * tile.stages
+            resident = -(-channels // tile.depth) * tile.depth if stream.feed == "warp" else tile.depth * tile.stages
+            assert staged + tile.rows * resident * 2 < tiles.shared_memory(capability)
+            assert stream.feed == "threads" or capability >= (9, 0)
+            assert stream.feed != "warp" or capability < (10, 0)
+    assert groups.default_stream(384, (9, 0), 1, True, "warp").feed == "warp"
+    assert groups.default_stream(384, (9, 0), 2, True, "warp").feed == "tma"
+    assert groups.default_stream(768, (9, 0), 1, True, "warp").feed == "tma"
+
+
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 def test_streams_leave_out_what_is_not_finite(stream):
-    if stream.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if stream.feed == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a tensor memory accelerator")
     query, key = sets(20, 70, 16, torch.float16)
     key[0, 64:] = torch.nan
@@ -345,6 +396,22 @@ class TestOnAGpu:
         _, index, valid = run(query, query, mutual=True)
         assert int(index.abs().max()) == 0
         assert valid[0].nonzero().tolist() == [[0]]
+
+    @pytest.mark.parametrize("mutual", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("shape", [(1031, 3137, 384), (3001, 64, 193), (5000, 20011, 64)])
+    def test_every_stream(self, shape, dtype, mutual):
+        query, key = sets(*shape, dtype)
+        key[0, 50:60] = key[0, 5:15]
+        query[0, 20:30] = key[0, 5:15]
+        query[0, 900:910] = key[0, 5:15]
+        query[0, 700], key[0, 61, 0] = 0, torch.nan
+        for stream in groups.candidates(shape[2], torch.cuda.get_device_capability(), mutual).values():
+            first = check(query, key, mutual=mutual, stream=stream)
+            assert first[1][0, 20:30, 0].tolist() == first[1][0, 900:910, 0].tolist() == list(range(5, 15))
+            assert not mutual or not bool(first[2][0, 900:910].any())
+            again = run(query, key, mutual=mutual, stream=stream)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
     def test_captured(self):
         """No step waits for the host."""

@@ -94,7 +94,7 @@ def nearest_gpu(
     tile = kernel.default_tile(query.shape[2], itemsize, depth == 1 and not both, window is not None, capability)
     grouped = grouped and copy is not None and (fast or not exact) and window is None and depth <= 2
     grouped = grouped and groups.serves(capability, both)
-    stream = (stream or groups.default_stream(query.shape[2], capability)) if grouped else None
+    stream = (stream or groups.default_stream(query.shape[2], capability, depth, both)) if grouped else None
     if stream is not None:
         tile = stream.tile
     queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
