@@ -243,20 +243,10 @@ class Groups(NamedTuple):
     """``[B, padded m]`` int64: the largest similarity of each key, and the first tile of queries that reaches it"""
 
 
-def serves(capability: tuple[int, int], mutual: bool) -> bool:
-    """Whether the stream is worth its registers: Blackwell has none left for both directions and would spill."""
-    return not (mutual and (10, 0) <= capability < (12, 0))
-
-
-# What feeds the stream where nothing was measured: "warp" for one of its own where that is served.
-FEED = "tma"
-
-
 def default_stream(
-    channels: int, capability: tuple[int, int], depth: int = 1, mutual: bool = False, feed: str = ""
+    channels: int, capability: tuple[int, int], depth: int = 1, mutual: bool = False, feed: str = "tma"
 ) -> Stream:
-    """The stream for ``depth`` best keys where nothing was measured."""
-    feed = feed or FEED
+    """The stream for ``depth`` best keys where nothing was measured, fed as asked for where that is served."""
     if feed == "warp" and depth == 1 and (9, 0) <= capability < (10, 0):
         for tile in _RESIDENT:
             if tile.depth <= channels and _fits_resident(tile, channels, mutual):
@@ -267,7 +257,7 @@ def default_stream(
     tile = Tile(128, columns, 1, step, 8, 4)
     while not _fits(tile, capability):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(depth=tile.depth // 2)
-    return Stream(tile, "tma" if (9, 0) <= capability < (12, 0) else "threads")
+    return Stream(tile, "tma" if feed != "threads" and (9, 0) <= capability < (12, 0) else "threads")
 
 
 def _fits(tile: Tile, capability: tuple[int, int]) -> bool:

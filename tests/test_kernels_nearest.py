@@ -11,9 +11,9 @@ from lift_fast.ops import nearest_gpu
 from lift_fast.testing import poisoned_outputs
 
 pytest.importorskip("triton")
+from lift_fast.kernels import launch, tiles
 from lift_fast.kernels import nearest as kernel
 from lift_fast.kernels import nearest_groups as groups
-from lift_fast.kernels import tiles
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -22,6 +22,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter multiplies bfloat16 as if it were integers.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 TIE = 1e-6
+STREAMS = [
+    groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), "threads"),
+    groups.Stream(tiles.Tile(32, 128, 1, 32, 4, 3), "tma"),
+]
 # Of NumPy, which the interpreter computes with.
 pytestmark = [
     pytest.mark.usefixtures("interpreter_loops"),
@@ -167,7 +171,7 @@ def test_many_tiles(options, dtype, monkeypatch):
     key[0, 60:70] = key[0, 5:15]
     query[0, :10] = key[0, 5:15]
     query[0, 30:40] = key[0, 5:15]
-    _, index, valid = check(query, key, **options, grouped=False)
+    _, index, valid = check(query, key, **options)
     if "window" not in options:
         assert index[0, :10, 0].tolist() == index[0, 30:40, 0].tolist() == list(range(5, 15))
         if "mutual" in options:
@@ -176,14 +180,48 @@ def test_many_tiles(options, dtype, monkeypatch):
         assert bool(valid[0, :10].all())
 
 
+def test_mutual_by_halves_of_a_tile(monkeypatch):
+    """As on Blackwell."""
+    monkeypatch.setattr(launch, "capability", lambda _: (10, 0))
+    monkeypatch.setattr(kernel, "default_tile", lambda *_: tiles.Tile(32, 32, 1, 16, 4, 2))
+    query, key = sets(75, 90, 12, torch.float16)
+    query[0, [5, 40, 70]] = query[0, 20].clone()
+    _, _, valid = check(query, key, mutual=True)
+    assert not bool(valid[0, [20, 40, 70]].any())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_few_queries_that_float16_leaves_open_are_searched_by_many_blocks(k, monkeypatch):
+    """Two flat queries among others: their one tile's keys are cut into parts."""
+    monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
+    monkeypatch.setattr(kernel, "MOST_BLOCKS", 6)
+    counts = []
+    search = kernel.search
+
+    def spoil(*arguments, chosen):
+        found = search(*arguments, chosen=chosen)
+        counts.append(int(chosen[1]))
+        # Lists that no block has written: better than any match.
+        found.values.nan_to_num_(nan=9.0)
+        return found
+
+    monkeypatch.setattr(kernel, "search", spoil)
+    query, key = sets(260, 700, 16)
+    query[0, [7, 200]] = 1
+    key[0, :400] = 1 + 0.01 * key[0, :400]
+    key[0, [37, 399]] = 1
+    _, index, _ = check(query, key, k=k)
+    assert 2 <= counts[0] <= 64
+    assert index[0, [7, 200], 0].tolist() == [37, 37]
+
+
 def test_fast_compares_in_half_precision():
     check(*sets(9, 140, 24), fast=True, tie=2**-9)
 
 
 @pytest.mark.parametrize("search", [True, False])
-@pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rules(search, dtype, grouped, monkeypatch):
+def test_rules(search, dtype, monkeypatch):
     """Ties go to the lowest index; rows with NaN or infinity take no part; zero rows have similarity 0."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0 if search else 1 << 60)
     query, key = sets(9, 70, 16, dtype)
@@ -193,7 +231,9 @@ def test_rules(search, dtype, grouped, monkeypatch):
     query[0, 6] = 0
     key[0, 3, 0] = torch.inf
     key[0, 12] = -key[0, 12]
-    similarity, index, valid = check(query, key, k=2, mutual=True, grouped=grouped)
+    similarity, index, valid = check(
+        query, key, k=2, mutual=True, stream=STREAMS[0] if search and dtype != torch.float32 else None
+    )
     # The duplicates of rows that take part: the lower one, then the higher.
     assert index[0, 1].tolist() == [10, 50]
     assert index[0, 2].tolist() == [29, 69]
@@ -209,11 +249,17 @@ def test_rules(search, dtype, grouped, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grouped", [True, False])
-def test_flat_sets(dtype, grouped, monkeypatch):
+@pytest.mark.parametrize("stream", [True, False])
+def test_flat_sets(dtype, stream, monkeypatch):
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
     query = torch.ones(1, 5, 7, dtype=dtype)
-    similarity, index, valid = run(query, torch.ones(1, 150, 7, dtype=dtype), k=2, mutual=True, grouped=grouped)
+    similarity, index, valid = run(
+        query,
+        torch.ones(1, 150, 7, dtype=dtype),
+        k=2,
+        mutual=True,
+        stream=STREAMS[0] if stream and dtype != torch.float32 else None,
+    )
     assert index[0].tolist() == [[0, 1]] * 5
     assert valid[0].tolist() == [True, False, False, False, False]
     torch.testing.assert_close(similarity, torch.ones_like(similarity))
@@ -235,11 +281,11 @@ def test_range():
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("channels", [1, 33, 384])
-@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(("places", "both"), [(1, False), (1, True), (2, True), (32, False)])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_default_tiles_fit(capability, channels, single, itemsize):
+def test_default_tiles_fit(capability, channels, places, both, itemsize):
     for window in (False, True):
-        tile = kernel.default_tile(channels, itemsize, single, window, capability)
+        tile = kernel.default_tile(channels, itemsize, places, both, window, capability)
         staged = (tile.rows + tile.columns) * tile.depth * itemsize * tile.stages
         assert staged <= tiles.shared_memory(capability)
         assert tile.depth >= 16
@@ -262,13 +308,7 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
 
 
-STREAMS = [
-    groups.Stream(tiles.Tile(16, 64, 1, 16, 4, 2), "threads"),
-    groups.Stream(tiles.Tile(32, 128, 1, 32, 4, 3), "tma"),
-]
-
-
-@pytest.mark.parametrize("stream", [*STREAMS, None], ids=str)
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(
     ("n", "m", "channels", "options"),

@@ -67,18 +67,17 @@ def nearest_gpu(
     normalize: bool,
     fast: bool = False,
     stream: Stream | None = None,
-    grouped: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result and arguments of :func:`lift_fast.ops.nearest.nearest_plain`.
 
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
 
-    ``stream`` says how groups of keys are searched, None for the default; ``grouped=False`` finds keys at once instead.
+    ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
+    :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
     """
-    from ..kernels import launch
+    from ..kernels import launch, nearest_groups
     from ..kernels import nearest as kernel
-    from ..kernels import nearest_groups as groups
 
     query, key = query.contiguous(), key.contiguous()
     # The ratio test needs the runner-up also where one match is asked for.
@@ -91,11 +90,11 @@ def nearest_gpu(
     itemsize = 4 if copy is None else 2
     # Both directions come from one pass where tiles of queries are in the order of the queries.
     both = mutual and copy is not None and window is None and depth <= 2
-    tile = kernel.default_tile(query.shape[2], itemsize, depth == 1 and not both, window is not None, capability)
-    grouped = grouped and copy is not None and (fast or not exact) and window is None and depth <= 2
-    grouped = grouped and groups.serves(capability, both)
-    stream = (stream or groups.default_stream(query.shape[2], capability, depth, both)) if grouped else None
+    tile = kernel.default_tile(query.shape[2], itemsize, depth, both, window is not None, capability)
     if stream is not None:
+        assert copy is not None
+        assert window is None
+        assert depth <= 2
         tile = stream.tile
     queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
     keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
@@ -107,8 +106,8 @@ def nearest_gpu(
     else:
         if stream is not None:
             best, index = _empty(queries, depth)
-            found = groups.search(queries, keys, depth, stream, both)
-            groups.resolve(queries, keys, found, best, index)
+            found = nearest_groups.search(queries, keys, depth, stream, both)
+            nearest_groups.resolve(queries, keys, found, best, index)
             first_tile = found.back
         else:
             best, index, first_tile = _search(queries, keys, depth, forward, both)
@@ -157,8 +156,7 @@ def _search(
 
     device, channels = query.given.device, query.given.shape[2]
     itemsize = 4 if query.copy is None else 2
-    single = depth == 1 and not both
-    tile = kernel.default_tile(channels, itemsize, single, window is not None, launch.capability(device))
+    tile = kernel.default_tile(channels, itemsize, depth, both, window is not None, launch.capability(device))
     similarity, index = _empty(query, depth)
     found = kernel.search(query, key, depth, tile, window, both)
     kernel.finish(query, key, found, similarity, index)
@@ -173,8 +171,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
     similarity, index = _empty(query, depth)
     device, (batch, n, channels) = query.given.device, query.given.shape
     capability = launch.capability(device)
-    tile = kernel.default_tile(channels, 2, True, False, capability)
-    last = kernel.default_tile(channels, 4, depth == 1, False, capability)
+    tile = kernel.default_tile(channels, 2, 1, False, False, capability)
+    last = kernel.default_tile(channels, 4, depth, False, False, capability)
     # Small blocks leave little to evaluate, but a portion must fill the device.
     block = 32
     while block < tile.columns and _BOUNDS_BUDGET * block < 4 * key.bias.shape[1] * 64 * tile.rows:
