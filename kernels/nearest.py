@@ -898,6 +898,16 @@ def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, til
     return out
 
 
+def sum_error(channels: int) -> float:
+    """How far the tensor cores' sum of float16 products of two unit vectors may be from the exact one.
+
+    They align the products of a block and the sum so far to the largest, cut off what is below its 23 fractional bits
+    (fewer than any of them is known to keep), and truncate the result. No term and no partial sum exceeds 1, and the
+    largest loses nothing: at most 2^-23 for each product, and where results carry, which doubles them, 2^-22 in all.
+    """
+    return (channels + 16) * 2.0**-23
+
+
 def rescore(
     query: Rows,
     key: Rows,
@@ -950,8 +960,7 @@ def rescore(
             channels,
             maxima.shape[1],
             index.shape[2],
-            # Sums of unit vectors on the tensor cores, twice the longest chain of roundings.
-            (channels + 16) * 2.0**-23,
+            sum_error(channels),
             BLOCK=block,
             MOST=MOST_BLOCKS,
             PLACES=places,

@@ -1,5 +1,6 @@
 """``nearest``'s Triton kernels against float64 brute force: on a GPU where there is one, else interpreted."""
 
+import math
 import os
 
 import pytest
@@ -178,6 +179,42 @@ def test_many_tiles(options, dtype, monkeypatch):
             assert not bool(valid[0, 30:40].any())
     if options == {"mutual": True}:
         assert bool(valid[0, :10].all())
+
+
+def tensor_core_sum(products, block, bits):
+    """Float32 sum of exact ``products``, a block at a time, aligned to the largest and cut off as the hardware may."""
+    total = 0.0
+    for start in range(0, len(products), block):
+        terms = torch.tensor([total, *products[start : start + block]], dtype=torch.float64)
+        # Of products, the sum of the factors' exponents, which is the product's or one less.
+        unit = 2.0 ** (math.floor(math.log2(float(terms.abs().max()))) - bits)
+        total = float((terms / unit).trunc().sum() * unit)
+        unit = 2.0 ** (math.floor(math.log2(abs(total))) - 23)
+        total = math.trunc(total / unit) * unit
+    return total
+
+
+@pytest.mark.parametrize("block", [4, 8, 16])
+@pytest.mark.parametrize("channels", [16, 384, 1024])
+def test_bound_of_sums_on_tensor_cores(channels, block):
+    """Against what cuts off most: no bit kept below float32's own."""
+    bound = kernel.sum_error(channels)
+    # One large product, and small ones just below the last bit of the sum.
+    worst = torch.full((channels,), 2.0**-11.5 * (1 - 2.0**-10)).half()
+    worst[0] = 1
+    alternating = worst.clone()
+    alternating[1::2] *= -1
+    rows = [(worst, worst), (worst, alternating)]
+    for _ in range(20):
+        query, key = (torch.nn.functional.normalize(torch.randn(channels), dim=0) for _ in range(2))
+        rows += [(query.half(), key.half()), (query.half(), query.half())]
+    errors = []
+    for query, key in rows:
+        products = (query.double() * key.double()).tolist()
+        errors.append(abs(tensor_core_sum(products, block, 23) - sum(products)))
+    assert max(errors) <= bound
+    # Not far from it.
+    assert errors[0] > (channels - 16) * 2.0**-23 / 1.01
 
 
 def test_mutual_by_halves_of_a_tile(monkeypatch):
