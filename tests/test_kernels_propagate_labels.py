@@ -63,6 +63,17 @@ def test_equals_the_plain_version(case):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
+def test_a_radius_beyond_every_grid():
+    query, key, labels = torch.randn(1, 6, 8), torch.randn(1, 12, 8), torch.rand(1, 12, 2)
+    ours, expected = (
+        op.propagate_labels_triton(
+            *(part.to(DEVICE) for part in (query, key, labels)), [radius, 2, 3, 2, 3], 4, 0.1, True
+        )
+        for radius in (2**62, 3)
+    )
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     generator = torch.Generator().manual_seed(1)
