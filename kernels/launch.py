@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -117,6 +117,12 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, 
     else:
         with torch.cuda.device(device):
             _launch(device, kernel, grid, args, options)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's GPU the current one, for launches that :func:`run` does not serve: of tensor descriptors."""
+    device = device_of(tensor)
+    return nullcontext() if device < 0 or is_current(device) else torch.cuda.device(device)
 
 
 def forget() -> None:

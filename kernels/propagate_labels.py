@@ -141,6 +141,8 @@ def propagate_labels(
         ``[B, N, L]`` float32; zeros for a query without match.
     """
     radius, query_h, query_w, key_h, key_w = window
+    # A radius as long as the grid reaches every key; a longer one may pass 64 bits below.
+    radius = min(radius, max(key_h, key_w))
     batch, n, channels = query.shape
     m, objects = labels.shape[1:]
     out = memory.new_empty(query, (batch, n, objects))

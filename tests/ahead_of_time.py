@@ -17,6 +17,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lift_fast import LiFT, tuning
 from lift_fast.kernels import (
@@ -26,6 +29,8 @@ from lift_fast.kernels import (
     image_encoder,
     launch,
     nearest,
+    nearest_groups,
+    nearest_pingpong,
     propagate_labels,
     tiles,
     upsample,
@@ -77,9 +82,14 @@ def compile_call(kernel, args, options, capability):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, TensorDescriptor | GluonTensorDescriptor):
+            block = f"{TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]"
+            layout = f",{value.layout!r}" if isinstance(value, GluonTensorDescriptor) else ""
+            signature[name] = f"tensordesc<{block}{layout}>"
         else:
             signature[name] = "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -96,6 +106,7 @@ def compile_call(kernel, args, options, capability):
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "tcgen05": ptx.count("tcgen05.mma"),
+        "approximations": ptx.count("sqrt.approx") + ptx.count("div.full"),
         "async copies": ptx.count("cp.async.c") + ptx.count("cp.async.bulk"),
     }
 
@@ -128,17 +139,22 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
 
 
 def nearest_launches(
-    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False
+    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, feed="", **way
 ):
     """(kernel, args, options) of one call; each kernel once for each set of options."""
+    if feed:
+        depth = k if ratio is None else 2
+        way["stream"] = nearest_groups.default_stream(channels, divmod(capability, 10), depth, mutual, feed)
     names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
-    recorders = [Recorder(nearest, name) for name in names]
+    recorders = [(Recorder(nearest, name), nearest) for name in names]
+    recorders += [(Recorder(nearest_groups, name), nearest_groups) for name in ("groups_kernel", "resolve_kernel")]
+    recorders.append((Recorder(nearest_pingpong, "pingpong_kernel"), nearest_pingpong))
     launch.capability = lambda device: divmod(capability, 10)
     query, key = (torch.empty(1, count, channels, dtype=dtype, device="meta") for count in (n, m))
-    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, **way)
     found = {}
-    for recorder in recorders:
-        setattr(nearest, recorder.name, recorder.kernel)
+    for recorder, module in recorders:
+        setattr(module, recorder.name, recorder.kernel)
         for args, options in recorder.calls:
             found.setdefault((recorder.name, *sorted(options.items())), (recorder.kernel, args, options))
     return list(found.values())

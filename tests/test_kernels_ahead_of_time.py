@@ -38,6 +38,21 @@ MATCHING = [
     *({**LARGE, "dtype": "bfloat16", "capability": capability} for capability in (80, 90, 100)),
     *({**LARGE, "dtype": "bfloat16", "capability": capability, "mutual": True} for capability in (80, 90, 100)),
     *({**LARGE, "dtype": "float32", "capability": capability} for capability in (80, 90, 100)),
+    *(
+        {**LARGE, "dtype": "bfloat16", "capability": 90, "mutual": mutual, "feed": "warp", "channels": channels}
+        for mutual in (False, True)
+        for channels in (33, 384)
+    ),
+    *(
+        {**LARGE, "dtype": "bfloat16", "capability": capability, "mutual": mutual, "feed": feed}
+        for capability, feed in ((80, "threads"), (90, "threads"), (90, "tma"))
+        for mutual in (False, True)
+    ),
+    {**LARGE, "dtype": "bfloat16", "capability": 90, "ratio": 0.9, "feed": "tma"},
+    {**LARGE, "dtype": "bfloat16", "capability": 100, "feed": "tma"},
+    {**LARGE, "dtype": "bfloat16", "capability": 90, "channels": 4096, "mutual": True},
+    {**LARGE, "dtype": "float32", "capability": 90, "channels": 1024},
+    {**LARGE, "dtype": "bfloat16", "capability": 86, "channels": 768, "mutual": True},
     {**LARGE, "dtype": "float16", "capability": 90, "ratio": 0.9},
     {**LARGE, "dtype": "bfloat16", "capability": 90, "k": 32},
     {**LARGE, "dtype": "float32", "capability": 90, "k": 5, "normalize": False},
@@ -152,20 +167,28 @@ def test_loads_are_in_flight_during_the_products(compiled):
 
 def test_matching_compiles_for_every_target(matching):
     kernels = {(one["kernel"], one["capability"]) for one in matching}
-    names = ["prepare", "search", "finish", "mutual", "blocks", "rescore", "match"]
+    names = ["prepare", "search", "finish", "groups", "resolve", "mutual", "blocks", "rescore", "match"]
     assert kernels >= {(f"{name}_kernel", capability) for name in names for capability in (80, 90, 100)}
+    assert ("pingpong_kernel", 90) in kernels
 
 
 def test_matching_keeps_to_its_registers_and_shared_memory(matching):
     assert [one for one in matching if one["local"] or one["shared"] > one["shared limit"]] == []
     # A few addresses.
-    assert [one for one in matching if one["stack"] > 128] == []
+    assert [one for one in matching if one["stack"] > (160 if one["kernel"] == "pingpong_kernel" else 128)] == []
     hopper = [one for one in matching if one["capability"] == 90]
-    assert [one for one in hopper if one["stack"]] == []
+    # Two blocks a multiprocessor, and warps that take turns, have fewer registers than both directions ask for.
+    most = {"pingpong_kernel": 160, "search_kernel": 32}
+    assert [one for one in hopper if one["stack"] > most.get(one["kernel"], 0)] == []
+
+
+def test_norms_are_rounded_as_the_interpreter_rounds_them(matching):
+    assert [one for one in matching if one["kernel"] == "prepare_kernel" and one["approximations"]] == []
 
 
 def test_searches_run_on_tensor_cores(matching):
     searches = [one for one in matching if one["kernel"] in ("search_kernel", "blocks_kernel", "mutual_kernel")]
+    searches += [one for one in matching if one["kernel"] in ("groups_kernel", "pingpong_kernel")]
     assert [one for one in searches if not one["wgmma"] + one["mma"] + one["tcgen05"]] == []
     half = [one for one in searches if one["capability"] == 90 and one["channels"] == 384]
     assert [one for one in half if not one["wgmma"] or not one["async copies"]] == []

@@ -57,6 +57,18 @@ def test_equals_the_plain_version(case):
 
 
 @numeric
+def test_a_radius_beyond_every_grid():
+    query, key, labels = torch.randn(1, 6, 8), torch.randn(1, 12, 8), torch.rand(1, 12, 2)
+    ours, expected = (
+        op.propagate_labels_triton(
+            *(part.to(DEVICE) for part in (query, key, labels)), [radius, 2, 3, 2, 3], 4, 0.1, True
+        )
+        for radius in (2**62, 3)
+    )
+    assert torch.equal(ours, expected)
+
+
+@numeric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     generator = torch.Generator().manual_seed(1)

@@ -52,6 +52,8 @@ TRAINING, TINY_TRAINING = ("dino_vits16", 64, 448), ("vit_tiny_patch16_224", 2, 
 TRAINING_LIMITS = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (1e-2, 0.25)}
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "examples" / "photographs"
 # What publishes an exact search on the GPU; measured where it is installed.
+# Of the candidates for the search, which no device has run yet: each in a process of its own.
+FEEDS = ("tma", "warp", "threads")
 PEERS = ("faiss", "flash_kmeans", "pykeops")
 
 
@@ -73,6 +75,7 @@ def jobs(rehearse: bool) -> list[Job]:
     first += [
         Job("tiles of LiFT", _tiles_of_lift, 60),
         Job("plain forms of nearest", _nearest_plain, 10),
+        *(Job(f"streams of nearest, {feed}", partial(_streams_of_nearest, feed), 15) for feed in FEEDS),
         Job("tiles of nearest", _tiles_of_nearest, 40),
         Job("plain forms compiled", _compiled, 150),
         Job("training compiled", _training_compiled, 150),
@@ -231,12 +234,11 @@ def _tiles_of_lift(context: Context) -> Iterator[Row]:
             candidates = tuning._candidates(piece, context.device)[: 2 if context.rehearse else None]
             expected = run(tuning.tile_for(piece, context.device))
             for tile in candidates:
-                yield from _tile(
-                    f"{stage} {network.name}, tile", tile, partial(run, tile), expected, network.cost[stage]
-                )
+                what = f"{stage} {network.name}, tile {tuple(tile)}"
+                yield from _tile(what, partial(run, tile), expected, network.cost[stage])
 
 
-def _tile(what: str, tile: Any, run: Callable[[], Tensor], expected: Tensor, cost: Cost) -> Iterator[Row]:
+def _tile(what: str, run: Callable[[], Tensor], expected: Tensor, cost: Cost) -> Iterator[Row]:
     """One tile's time, or the reason why it has none: an odd tile may be refused by the compiler."""
     try:
         error = relative_error(run(), expected)
@@ -245,9 +247,9 @@ def _tile(what: str, tile: Any, run: Callable[[], Tensor], expected: Tensor, cos
     except Exception as reason:
         if "CUDA error" in str(reason):
             raise
-        yield {"what": f"{what} {tuple(tile)}", "note": f"{type(reason).__name__}: {str(reason)[:80]}"}
+        yield {"what": what, "note": f"{type(reason).__name__}: {str(reason)[:80]}"}
         return
-    yield {**_row(f"{what} {tuple(tile)}", time, cost), "error": error, "limit": 1e-2}
+    yield {**_row(what, time, cost), "error": error, "limit": 1e-2}
 
 
 # Matching
@@ -410,7 +412,37 @@ def _tiles_of_nearest(context: Context) -> Iterator[Row]:
             run = lambda: nearest.search(query, key, 1, tile, mutual=both).values.amax(1)  # noqa: B023, E731
             if expected is None:
                 expected = run()
-            yield from _tile(f"nearest bf16{', mutual' if both else ''}, tile", tile, run, expected, cost)
+            yield from _tile(f"nearest bf16{', mutual' if both else ''}, tile {tuple(tile)}", run, expected, cost)
+
+
+@torch.no_grad()
+def _streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
+    """The same for the streams of groups that one kind of feed serves, and the whole call with the first of them."""
+    from lift_fast.kernels import launch, nearest, nearest_groups
+
+    if context.rehearse and feed == "warp":
+        # No interpreter runs it.
+        return
+    half = _half(context)
+    flops = _products(half)
+    cost = Cost(int(flops), half.numel() * 2)
+    tile = nearest.default_tile(half.shape[2], 2, 1, False, False, launch.capability(context.device))
+    pair = [nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half]
+    expected = nearest.search(*pair, 1, tile).values.amax(1)
+    for both in (False, True):
+        kind = f"nearest bf16{', mutual' if both else ''}, tile"
+        found = nearest_groups.candidates(half.shape[2], launch.capability(context.device), both)
+        streams = {name: stream for name, stream in found.items() if stream.feed == feed}
+        for name, stream in list(streams.items())[: 1 if context.rehearse else None]:
+            query, key = (nearest.prepare(part[None], True, half.dtype, stream.tile.depth) for part in half)
+            run = lambda: nearest_groups.search(query, key, 1, stream, both).values.amax((1, 3))[:, :, None]  # noqa: B023, E731
+            yield from _tile(f"{kind} {name}", run, expected, cost)
+        for name, stream in list(streams.items())[:1]:
+            # Whether it finds the same keys, and the time of the whole call.
+            call, usual = _nearest(half, mutual=both, stream=stream), _nearest(half, mutual=both)
+            differ = [float((one != other).float().mean()) for one, other in zip(call(), usual(), strict=True)]
+            row = _timed(f"{kind} {name}, whole call", call, context, flops)
+            yield {**row, "error": max(differ[1:]), "limit": 1e-3}
 
 
 @torch.no_grad()

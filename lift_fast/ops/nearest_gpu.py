@@ -20,7 +20,8 @@ from .. import memory
 from . import gpu_plan
 
 if TYPE_CHECKING:
-    from ..kernels.nearest import Found, Geometry, Rows
+    from ..kernels.nearest import Geometry, Rows
+    from ..kernels.nearest_groups import Stream
 
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
@@ -66,13 +67,17 @@ def nearest_gpu(
     window: list[int] | None,
     normalize: bool,
     fast: bool = False,
+    stream: Stream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result and arguments of :func:`lift_fast.ops.nearest.nearest_plain`.
 
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
+
+    ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
+    :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
     """
-    from ..kernels import launch
+    from ..kernels import launch, nearest_groups
     from ..kernels import nearest as kernel
 
     query, key = query.contiguous(), key.contiguous()
@@ -86,7 +91,12 @@ def nearest_gpu(
     itemsize = 4 if copy is None else 2
     # Both directions come from one pass where tiles of queries are in the order of the queries.
     both = mutual and copy is not None and window is None and depth <= 2
-    tile = kernel.default_tile(query.shape[2], itemsize, depth == 1 and not both, window is not None, capability)
+    tile = kernel.default_tile(query.shape[2], itemsize, depth, both, window is not None, capability)
+    if stream is not None:
+        assert copy is not None
+        assert window is None
+        assert depth <= 2
+        tile = stream.tile
     queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
     keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
     back = good = None
@@ -95,10 +105,15 @@ def nearest_gpu(
         if mutual:
             back = _search_float32(keys, queries, 1)[1][:, :, 0]
     else:
-        best, index, found = _search(queries, keys, depth, forward, both)
-        if both:
-            assert found.back is not None
-            good = kernel.mutual(queries, keys, index, found.back, tile) != 0
+        if stream is not None:
+            best, index = _empty(queries, depth)
+            found = nearest_groups.search(queries, keys, depth, stream, both)
+            nearest_groups.resolve(queries, keys, found, best, index)
+            first_tile = found.back
+        else:
+            best, index, first_tile = _search(queries, keys, depth, forward, both)
+        if first_tile is not None:
+            good = kernel.mutual(queries, keys, index, first_tile, tile) != 0
         elif mutual:
             back = _search(keys, queries, 1, backward, False)[1][:, :, 0]
     first = index[:, :, 0]
@@ -134,18 +149,19 @@ def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
     return similarity, memory.empty_like(similarity, dtype=torch.int64)
 
 
-def _search(query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool) -> tuple[Tensor, Tensor, Found]:
+def _search(
+    query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     from ..kernels import launch
     from ..kernels import nearest as kernel
 
     device, channels = query.given.device, query.given.shape[2]
     itemsize = 4 if query.copy is None else 2
-    single = depth == 1 and not both
-    tile = kernel.default_tile(channels, itemsize, single, window is not None, launch.capability(device))
+    tile = kernel.default_tile(channels, itemsize, depth, both, window is not None, launch.capability(device))
     similarity, index = _empty(query, depth)
     found = kernel.search(query, key, depth, tile, window, both)
     kernel.finish(query, key, found, similarity, index)
-    return similarity, index, found
+    return similarity, index, found.back
 
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
@@ -156,8 +172,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
     similarity, index = _empty(query, depth)
     device, (batch, n, channels) = query.given.device, query.given.shape
     capability = launch.capability(device)
-    tile = kernel.default_tile(channels, 2, True, False, capability)
-    last = kernel.default_tile(channels, 4, depth == 1, False, capability)
+    tile = kernel.default_tile(channels, 2, 1, False, False, capability)
+    last = kernel.default_tile(channels, 4, depth, False, False, capability)
     # Small blocks leave little to evaluate, but a portion must fill the device.
     block = 32
     while block < tile.columns and _BOUNDS_BUDGET * block < 4 * key.bias.shape[1] * 64 * tile.rows:
