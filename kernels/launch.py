@@ -28,6 +28,7 @@ _current_stream: Callable[[int], int] = getattr(
 ALIGNMENT = 16
 # Releases of Triton whose launcher was read: it hands its arguments on, but for scratch memory and the sanitizer.
 _KNOWN = ("3.6", "3.7", "3.8", "3.9")
+_SIMPLE = (int, float, type(None))
 # Of both tables; a program that passes it has ever new sizes, and gains nothing from them.
 _CAPACITY = 4096
 
@@ -136,7 +137,7 @@ def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any]
     # All that Triton compiles for: types, sizes (it takes 1 and multiples of 16 apart), constants; not floats' values.
     # Addresses come below.
     key: list[Any] = [id(kernel), device, len(grid), *options, *options.values()]
-    addresses = 0
+    addresses, foreign = 0, False
     plain: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -145,10 +146,12 @@ def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any]
             plain.append(address)
             key.append(arg.dtype)
         else:
+            # A tensor's descriptor, say, is Triton's to take apart.
+            foreign = foreign or not isinstance(arg, _SIMPLE)
             plain.append(arg)
             key.append(float if type(arg) is float else arg)
-    name = tuple(key)
-    aside = addresses % ALIGNMENT or watched() or getattr(kernel, "pre_run_hooks", None)
+    name = () if foreign else tuple(key)
+    aside = foreign or addresses % ALIGNMENT or watched() or getattr(kernel, "pre_run_hooks", None)
     ready = None if aside else _ready.get(name)
     if ready is None:
         _left_to_triton()

@@ -167,6 +167,18 @@ def run_kernel(x, inner=7, epsilon=1e-12):
     return plain(DEVICE.log[0].arguments), DEVICE.triton_calls
 
 
+class Foreign:
+    """Stands in for a kernel."""
+
+    pre_run_hooks = ()
+
+    def __init__(self, taken):
+        self.taken = taken
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.taken.append(args[1])
+
+
 def direct():
     """What leads to a launch without Triton, and what does not."""
     launch.forget()
@@ -198,6 +210,11 @@ def direct():
     DEVICE.home = DEVICE.current = 1
     out["on another device"] = [run_kernel(x)[1] for _ in range(3)]
     DEVICE.home = DEVICE.current = 0
+    # Whatever is neither a tensor nor a number, such as a tensor's descriptor.
+    taken = []
+    for _ in range(4):
+        launch.run(Foreign(taken), (1,), x, ["no number"], SIZE=1)
+    out["foreign arguments"] = taken
     launch.forget()
     os.environ["LIFT_FAST_DISABLE_DIRECT_LAUNCH"] = "1"
     out["switched off"] = [run_kernel(x)[1] for _ in range(4)]

@@ -44,6 +44,10 @@ def test_whatever_triton_compiles_for_goes_to_triton(seen, change):
     assert seen["direct"][change] == 1
 
 
+def test_arguments_of_other_kinds_are_triton_s(seen):
+    assert seen["direct"]["foreign arguments"] == [["no number"]] * 4
+
+
 def test_a_float_is_handed_on(seen):
     assert seen["direct"]["another float"] == [0, 1]
 
