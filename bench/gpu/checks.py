@@ -22,7 +22,8 @@ cuda = torch.device("cuda")
 assert image_encoder_cuda.can_run(cuda)[0] and dense_match_cuda.can_run(cuda)[0]
 for dtype in (torch.bfloat16, torch.float32):
     for case in ((16, 5, 9, 1), (8, 3, 7, 2)):
-        print(smoke.encoder_error("cuda", case, dtype, cuda, 1, layouts=2))
+        for cut in ("walk", "stream", "spread"):
+            print(smoke.encoder_error("cuda", case, dtype, cuda, 1, layouts=2, cut=cut))
 for normalize in ("grid", "pixel"):
     for maps in smoke.MAPS[1:]:
         print(smoke.dense_error(*maps, normalize, cuda, "cuda"))
