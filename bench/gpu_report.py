@@ -1,70 +1,88 @@
-"""The repository's standing check on a GPU: builds, compares, measures and reports, in one command.
+"""The repository's standing check on a GPU, in stages: what matters most comes first, and a kill loses one row.
 
-python -m bench.gpu_report                       # everything, within 9 minutes on a cold machine
-python -m bench.gpu_report --rehearse --out r    # on any machine: that it all runs; no figures
+python -m bench.gpu_report                         # as many stages as 8 minutes allow, in their order
+python -m bench.gpu_report --stage smoke           # one stage; may be repeated
+python -m bench.gpu_report --rehearse --out r      # on any machine: every stage, every figure's code, no figures
 
-Writes <out>.json after every section, then <out>.md and <out>.png, and prints its summary last. The exit status is 1 if
-anything failed. A further section is one function that takes the state, and a line in ``SECTIONS``.
+build      the native core, for the present GPU's architecture alone
+warm-up    every Triton kernel of the next two stages, compiled on all cores at once
+smoke      every kernel in every dtype against float64, each in a process of its own
+figures    times beside ceilings, the most valuable first
+tests      the repository's own tests that need a GPU
+sanitizer  compute-sanitizer's memcheck and racecheck on the CUDA C++ kernels
+profile    Nsight Compute on the kernels that take most of the time
+
+<out>.json holds every row from the moment it is known; <out>.md and <out>.png follow at the end, and a table of
+predictions beside outcomes is printed last. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from lift_fast._files import atomic_path
-
-from .gpu import output
+from .gpu.crew import ROOT, run_group, run_side_by_side
+from .gpu.stages import STAGES, jobs_of
 from .gpu.state import State
 
-ROOT = Path(__file__).resolve().parents[1]
+# What a stage must find left of the budget to begin.
+LEAST_SECONDS = {"build": 0, "warm-up": 20, "smoke": 20, "figures": 20, "tests": 30, "sanitizer": 40, "profile": 40}
+BUDGET = 480.0
 
 
 def build(state: State) -> None:
-    """Build the native core where it lacks CUDA code for this device."""
-    from lift_fast import _native
+    """Build the native core where it is missing or lacks CUDA code for this device."""
+    probe = "from lift_fast import _native; core = _native.load(); print(*core.cuda_probe(0)) if core else print(False)"
 
+    def works() -> str:
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+        return (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"])[-1]
+
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
     if state.rehearse:
-        return
-    core = _native.load()
-    works = core is not None and core.cuda_probe(state.device.index or 0)[0]
-    if works:
+        # Everything but the compilation, which would replace the core that the rehearsal runs on.
+        command[4:4] = ["--dry-run"]
+    elif works().startswith("True"):
         print("the native core is built and runs on this device")
         return
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    capability = "9.0" if state.rehearse else "{}.{}".format(*torch.cuda.get_device_capability())
+    cores = str(len(os.sched_getaffinity(0)))
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": os.environ.get("MAX_JOBS", cores)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
+    print(*said[-1:], flush=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        state.failures.append(f"build: {last}")
-    else:
-        # This process has the old one loaded, or none: start over with the new one, once.
-        if os.environ.get("LIFT_FAST_REPORT_BUILT"):
-            state.failures.append("build: the native core was built and still does not run on this device")
-            return
-        os.execve(sys.executable, [sys.executable, "-m", "bench.gpu_report", *sys.argv[1:]],
-                  {**os.environ, "LIFT_FAST_REPORT_BUILT": "1"})  # fmt: skip
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
+        state.failures.append(f"build: {last[0]}")
+    elif not state.rehearse and not works().startswith("True"):
+        state.failures.append(f"build: the native core was built and does not run: {works()}")
 
 
 def environment(state: State) -> None:
     """What a reader must know to judge the figures; no host name."""
-    import lift_fast
-
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    about = {"commit": commit, "python": platform.python_version()}
-    about |= {name: version(name) for name in ("torch", "triton", "lift_fast")}
-    if state.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(state.device)
+    about = {"commit": commit, "python": platform.python_version(), "cores": str(len(os.sched_getaffinity(0)))}
+    for name in ("torch", "triton", "numpy", "lift_fast"):
+        try:
+            about[name] = version(name)
+        except PackageNotFoundError:
+            about[name] = "missing"
+    if not state.rehearse:
+        properties = torch.cuda.get_device_properties()
         about |= {
             "gpu": properties.name,
             "multiprocessors": str(properties.multi_processor_count),
@@ -78,105 +96,166 @@ def environment(state: State) -> None:
         except (OSError, subprocess.TimeoutExpired):
             pass
     state.results["environment"] = about
-    state.results["backends"] = lift_fast.backends().as_dict()
-    print(lift_fast.backends())
+    # In a process of its own: the core may have been built just now.
+    code = "import json, lift_fast; print(json.dumps(lift_fast.backends().as_dict()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        state.failures.append(f"environment: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    else:
+        state.results["backends"] = json.loads(done.stdout.splitlines()[-1])
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
-def tune(state: State) -> None:
-    """Measure the kernels' tiles for the shapes that are timed afterwards."""
-    from lift_fast import LiFT
-    from lift_fast import tune as measure
-
-    from .gpu.forward import WORK
-
-    if state.device.type != "cuda":
-        state.skipped.append("tune: needs a CUDA device")
+def warm_up(state: State) -> None:
+    """Compile for the device; a rehearsal compiles a few kernels for one that need not be there."""
+    major, minor = (9, 0) if state.rehearse else torch.cuda.get_device_capability()
+    command = [sys.executable, "-m", "bench.gpu.warm_up", "--capability", f"{major}{minor}"]
+    command += ["--most", "4"] if state.rehearse else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        state.results["warm-up"] = summary = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        state.failures.append(f"warm-up: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
         return
-    chosen: dict[str, list[int]] = {}
-    for name, batch, side, patch, channels in WORK:
-        if state.left() < 60:
-            state.skipped.append(f"tune {name}: no time left")
-            break
-        found = measure(LiFT(channels, patch).to(state.device).eval(), (batch, 3, side, side))
-        chosen |= {key: list(tile) for key, tile in found.items()}
-    state.results["tiles"] = chosen
+    state.failures += [f"warm-up: {failure}" for failure in summary["failures"]]
+    print(summary)
 
 
-def sections(arguments: argparse.Namespace) -> list[tuple[str, object, float]]:
-    """(name, function, seconds that it wants), in order."""
-    from .gpu import ceilings, cosine_loss, equality, forward, matching, training
+def smoke(state: State) -> None:
+    """Every kernel against float64."""
+    from .gpu.output import smoke_lines
 
-    rows: list[tuple[str, object, float]] = [] if arguments.no_build else [("build", build, 5)]
-    rows += [
-        ("environment", environment, 0),
-        ("equality", equality.run, 10),
-        ("image encoders", equality.run_encoders, 10),
-        ("capture", equality.run_capture, 10),
-        ("ceilings", ceilings.run, 5),
-    ]
-    if arguments.tune:
-        rows.append(("tune", tune, 120))
-    rows += [
-        ("forward", forward.run, 20),
-        ("matching", matching.run, 60),
-        ("cosine loss", cosine_loss.run_section, 20),
-        ("training", training.run, 60),
-        ("gpu tests", equality.run_tests, 40),
-        ("compute-sanitizer", equality.run_sanitizer, 80),
-    ]
-    return [row for row in rows if not arguments.only or row[0] in arguments.only]
+    cores = len(os.sched_getaffinity(0))
+    run_side_by_side(
+        "smoke",
+        jobs_of("smoke", state.rehearse),
+        workers=cores,
+        rehearse=state.rehearse,
+        seed=state.seed,
+        deadline=state.deadline,
+        listener=state.listener("smoke"),
+    )
+    print(*smoke_lines(state.rows("smoke")), sep="\n", flush=True)
 
 
-def summary(state: State) -> str:
-    """The end of the output: what failed, which goals are met."""
-    lines = ["", "REHEARSAL: no figures" if state.rehearse else f"GPU report: {state.out.name}"]
-    for goal in state.goals:
-        measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
-        verdict = {None: "?", True: "met", False: "MISSED"}[goal["met"]]
-        lines.append(f"  {verdict:7} {goal['goal']}: {measured} (limit {goal['limit']:g})")
-    lines += [f"  skipped {entry}" for entry in state.skipped]
-    lines += [f"  FAILED  {entry}" for entry in state.failures]
-    lines.append(f"{len(state.failures)} failures; written to {state.out}.json, .md, .png")
-    return "\n".join(lines)
+def figures(state: State) -> None:
+    """Times."""
+    for jobs in jobs_of("figures", state.rehearse).values():
+        run_group(
+            "figures",
+            jobs,
+            rehearse=state.rehearse,
+            seed=state.seed,
+            deadline=state.deadline,
+            listener=state.listener("figures"),
+        )
+
+
+def tests(state: State) -> None:
+    from .gpu import checks
+
+    checks.run_tests(state)
+
+
+def sanitizer(state: State) -> None:
+    from .gpu import checks
+
+    checks.run_sanitizer(state)
+
+
+def profile(state: State) -> None:
+    from .gpu import checks
+
+    checks.run_profile(state)
+
+
+RUN: dict[str, Callable[[State], None]] = {
+    "build": build,
+    "warm-up": warm_up,
+    "smoke": smoke,
+    "figures": figures,
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "profile": profile,
+}
+assert tuple(RUN) == STAGES
+
+
+def run_stage(state: State, name: str, run: Callable[[State], None]) -> None:
+    """Run a stage if there is time for it; an error in it is a failure and ends only it."""
+    least = LEAST_SECONDS.get(name, 0)
+    if state.left() < least:
+        state.skipped.append(f"{name}: {max(state.left(), 0):.0f} s of {state.budget:.0f} left, it wants {least:.0f}")
+        return
+    start = time.monotonic()
+    print(f"== {name}", flush=True)
+    try:
+        run(state)
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        state.failures.append(f"{name}: {type(error).__name__}: {lines[0]}")
+    took = round(time.monotonic() - start, 1)
+    state.results.setdefault("seconds", {})[name] = took
+    print(f"-- {name}: {took} s, {max(state.left(), 0):.0f} s left", flush=True)
+    state.write()
+
+
+def finish(state: State) -> None:
+    """Write the files, print the table."""
+    from .gpu import output
+
+    run_stage(state, "chart", output.chart)
+    lines = output.judged(state)
+    state.results["predictions"] = lines
+    state.out.with_suffix(".md").write_text(output.markdown(state))
+    state.write()
+    print("", "REHEARSAL: no figures" if state.rehearse else f"GPU report: {state.out.name}", sep="\n")
+    print(*output.prediction_lines(lines), sep="\n")
+    for entry in state.skipped:
+        print(f"  skipped {entry}")
+    for entry in state.failures:
+        print(f"  FAILED  {entry}")
+    print(f"{len(state.failures)} failures; written to {state.out}.json, .md, .png", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--stage", action="append", choices=STAGES, metavar="STAGE", help="run this one alone; may be repeated"
+    )
     parser.add_argument("--out", type=Path, help="stem of the files to write (bench/results/<name of the GPU>)")
-    parser.add_argument("--budget", type=float, default=520, metavar="S", help="seconds for the whole run (520)")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="S", help=f"seconds for the whole run ({BUDGET:.0f})"
+    )
     parser.add_argument("--seed", type=int, help="of the random inputs; by default a fresh one")
-    parser.add_argument("--only", action="append", metavar="SECTION", help="run this section alone; may be repeated")
-    parser.add_argument("--tune", action="store_true", help="measure tile shapes first and keep them")
-    parser.add_argument("--no-build", action="store_true", help="take the native core as it is")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: that it runs, and no figures")
     arguments = parser.parse_args(argv)
     if arguments.rehearse:
-        # Before Triton is imported; a tile file of a real device must not be read or written.
-        os.environ["TRITON_INTERPRET"] = "1"
+        # A tile file of a real device must not be read or written.
         os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
     elif not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device; --rehearse runs everything on the CPU, without figures")
-    device = torch.device("cpu") if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
     if arguments.out is None:
         if arguments.rehearse:
             parser.error("--rehearse needs --out, so that no rehearsal lands among the results")
-        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         arguments.out = ROOT / "bench" / "results" / name
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(os.urandom(3), "little") if arguments.seed is None else arguments.seed
-    state = State(arguments.out, device, arguments.rehearse, arguments.budget, seed)
+    state = State(arguments.out.resolve(), arguments.rehearse, arguments.budget, seed)
     print(f"seed {seed}")
-    known = [name for name, _, _ in sections(argparse.Namespace(**{**vars(arguments), "only": None}))]
-    unknown = [name for name in arguments.only or [] if name not in known]
-    if unknown:
-        parser.error(f"no section {unknown[0]!r}; there are {', '.join(known)}")
-    for name, section, least in sections(arguments):
-        state.run(name, section, least)  # type: ignore[arg-type]
-    state.run("chart", output.chart, 0)
-    with atomic_path(state.out.with_suffix(".md")) as path:
-        path.write_text(output.markdown(state))
-    state.write()
-    print(summary(state))
+    chosen = [name for name in STAGES if not arguments.stage or name in arguments.stage]
+    if "build" in chosen:
+        run_stage(state, "build", build)
+    run_stage(state, "environment", environment)
+    for name in chosen:
+        if name != "build":
+            run_stage(state, name, RUN[name])
+    finish(state)
     return 1 if state.failures else 0
 
 

@@ -131,7 +131,11 @@ def head_kernel(
 
     hidden = ()
     for piece in tl.static_range(PIECES):
-        activated = tl.maximum(acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :], 0.0)
+        value = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
+        activated = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if N > CHANNELS:
+            # An infinity times the padding's zeros is NaN, which the next product would spread.
+            activated = tl.where((piece * WIDE + columns < CHANNELS)[None, :], activated, 0.0)
         hidden = hidden + (activated.to(u.dtype.element_ty),)
 
     scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
@@ -141,7 +145,7 @@ def head_kernel(
         for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
             value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)
             square += tl.sum(value * value, axis=1)
-        scale = 1.0 / tl.maximum(tl.sqrt(square), FLOOR)
+        scale = 1.0 / tl.maximum(tl.sqrt(square), FLOOR, propagate_nan=tl.PropagateNan.ALL)
     target = out + position.to(tl.int64)[:, None] * OUT_CHANNELS
     for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
         value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)

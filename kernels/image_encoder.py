@@ -126,15 +126,17 @@ def fine_kernel(
             seen &= (pixel_row >= 0) & (pixel_row < 2 * first_height)
             seen &= (pixel_column >= 0) & (pixel_column < 2 * first_width)
             at = image[:, None] * stride_image + window_channel[None, :].to(tl.int64) * stride_channel
-            at += pixel_row.to(tl.int64) * stride_row + pixel_column * stride_column
+            at += pixel_row.to(tl.int64) * stride_row + pixel_column.to(tl.int64) * stride_column
             pixels = tl.load(imgs + at, mask=seen, other=0.0)
             value = tl.dot(pixels, first, input_precision=PREC) + first_shift[None, :]
-            # The second convolution's padding is zero, and not the first convolution of padding.
-            value = tl.where(valid[:, None], tl.maximum(value, 0.0), 0.0).to(imgs.dtype.element_ty)
+            # The second convolution's padding is zero, and not the first convolution of padding; nor is what infinite
+            # pixels make of the channels that fill the tile.
+            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            value = tl.where(valid[:, None] & (channel < CHANNELS)[None, :], value, 0.0).to(imgs.dtype.element_ty)
             weight = tl.load(second_weight + tap * (WIDE * WIDE) + channel[None, :] * WIDE + channel[:, None])
             acc = tl.dot(value, weight, acc, input_precision=PREC)
         # ReLU before the maximum: no value is below the zero that it starts with.
-        best = tl.maximum(best, acc + second_shift[None, :])
+        best = tl.maximum(best, acc + second_shift[None, :], propagate_nan=tl.PropagateNan.ALL)
     target = out + position.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(target, best.to(out.dtype.element_ty), mask=exists[:, None] & (channel < CHANNELS)[None, :])
 
@@ -171,7 +173,8 @@ def coarse_kernel(
         value = tl.load(f + cell[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
         taps = tl.load(weight + tap * (WIDE * WIDE) + channel[None, :] * WIDE + channel[:, None])
         acc = tl.dot(value, taps, acc, input_precision=PREC)
-    value = tl.maximum(acc + tl.load(bias + channel)[None, :], 0.0).to(out.dtype.element_ty)
+    value = acc + tl.load(bias + channel)[None, :]
+    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
     target = out + position.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(target, value, mask=exists[:, None] & (channel < CHANNELS)[None, :])
 

@@ -173,7 +173,7 @@ def upsample_kernel(
     for piece in tl.static_range(PIECES):
         at = columns + piece * WIDE
         value = acc[piece] + tl.load(bias + position_class[:, None] * N + at[None, :])
-        value = tl.maximum(value, 0.0).to(out.dtype.element_ty)
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
         tl.store(target + at[None, :], value, mask=exists[:, None] & (at < CHANNELS)[None, :])
 
 

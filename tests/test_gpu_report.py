@@ -1,4 +1,4 @@
-"""The GPU report's arithmetic, and a rehearsal of the whole command."""
+"""The GPU report's arithmetic, what it does when a kernel kills its process, and a rehearsal of the whole."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from lift_fast import LiFT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
+from bench.gpu.context import Job  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
 from bench.gpu.state import State  # noqa: E402
 
@@ -47,93 +49,221 @@ def test_floor_is_the_slower_of_the_two():
 
 
 def state(tmp_path, budget=100.0):
-    return State(tmp_path / "r", torch.device("cpu"), True, budget, 1)
+    return State(tmp_path / "r", True, budget, 1)
 
 
-def test_sections_are_skipped_when_the_time_is_spent(tmp_path):
-    ran = []
-    now = state(tmp_path, budget=5)
-    now.run("long", lambda _: ran.append(1), least=60)
-    now.run("short", lambda _: ran.append(2), least=1)
-    assert ran == [2]
-    assert len(now.skipped) == 1
-    assert now.skipped[0].startswith("long: ")
-    assert now.skipped[0].endswith("it wants 60")
-
-
-def test_a_failing_section_is_named_and_the_rest_is_kept(tmp_path):
-    def fail(_):
-        raise RuntimeError("no such thing\nsecond line")
-
-    now = state(tmp_path)
-    now.run("good", lambda s: s.results.update(figure=1), least=0)
-    now.run("bad", fail, least=0)
-    content = json.loads((tmp_path / "r.json").read_text())
-    assert content["figure"] == 1
-    assert content["failures"] == ["bad: RuntimeError: no such thing"]
-
-
-def test_goals_are_judged_in_their_direction(tmp_path):
-    now = state(tmp_path)
-    for value, at_least in ((2.0, True), (2.0, False), (None, True)):
-        now.goal("x", value, 1.0, at_least=at_least)
-    assert [goal["met"] for goal in now.goals] == [True, False, None]
-
-
-def report(*arguments):
+def report(*arguments, script=False):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.gpu_report", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    command = ["bash", "bench/gpu_quarter_hour.sh"] if script else [sys.executable, "-m", "bench.gpu_report"]
+    # The script takes the python3 on the path.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_every_row_is_on_disk_when_it_is_known(tmp_path):
+    now = state(tmp_path)
+    listener = now.listener("smoke")
+    listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
+    listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
+    listener.failed("upsample", "illegal access")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert [row["what"] for row in content["smoke"]] == ["head", "head"]
+    # NaN passes nothing.
+    assert content["failures"] == [
+        "smoke: head (1,) bf16: error 5.0e-01 > 1e-01",
+        "smoke: head (2,) bf16: error nan > 1e-01",
+        "smoke: upsample: illegal access",
+    ]
+
+
+def test_smoke_lines_begin_with_the_worst():
+    rows = [
+        {"what": "good", "dtype": "bf16", "case": "a", "error": 1e-3, "limit": 1e-2},
+        {"what": "bad", "dtype": "fp32", "case": "b", "error": 1e-4, "limit": 1e-3},
+        {"what": "bad", "dtype": "fp32", "case": "c", "error": 9e-4, "limit": 1e-3},
+    ]
+    lines = output.smoke_lines(rows)
+    assert [line.split()[4] for line in lines] == ["bad", "good"]
+    assert "at c  (2 cases)" in lines[0]
+
+
+def test_predictions_stand_beside_outcomes():
+    rows = [
+        {"what": "ceiling: bf16 products", "ms": 2.0, "flops": 1600e9},
+        {"what": "forward B64 448", "ms": 1.0, "flops": 480e9},
+        {"what": "forward B1 448", "ms": 0.040},
+    ]
+    lines = {p.what: p.line(predictions.Figures(rows)) for p in predictions.table()}
+    share = lines["forward B64 448, of the products' ceiling"]
+    assert share["outcome"] == pytest.approx(0.6)
+    assert share["met"] is True
+    missed = lines["forward B1 448, graph replay"]
+    assert (missed["outcome"], missed["goal"], missed["met"]) == (40.0, "<= 35", False)
+    unknown = lines["nearest bf16, 50,176^2"]
+    assert unknown["outcome"] is None
+    assert unknown["met"] is None
+
+
+# Stand-ins for jobs whose kernels are broken, run by real workers.
+BROKEN = """
+import os, sys, time
+from bench.gpu import stages, worker
+from bench.gpu.context import Job, Skip
+def good(context):
+    yield {"what": "good", "seed": context.seed}
+def wrong(context):
+    yield {"what": "half"}
+    raise RuntimeError("no such thing\\nsecond line")
+def killed(context):
+    yield {"what": "before the crash"}
+    os.abort()
+def stuck(context):
+    yield {"what": "before it hangs"}
+    time.sleep(600)
+def skipped(context):
+    raise Skip("not here")
+    yield
+jobs = [Job(f.__name__, f, 0.05) for f in (good, wrong, killed, stuck, skipped)] + [Job("last", good, 0.05)]
+stages.jobs_of = lambda stage, rehearse: {"all": jobs}
+if __name__ == "__main__":
+    sys.exit(worker.main())
+"""
 
 
 @pytest.mark.slow
-def test_rehearsal(tmp_path):
+def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    real = subprocess.Popen
+
+    def start(command, **options):
+        command = [sys.executable, str(script), *command[3:]]
+        return real(command, **{**options, "env": {**options["env"], "PYTHONPATH": str(ROOT)}})
+
+    monkeypatch.setattr(crew.subprocess, "Popen", start)
+    jobs = [Job(name, None, 0.05) for name in ("good", "wrong", "killed", "stuck", "skipped", "last")]
+    now = state(tmp_path, budget=500)
+    crew.run_group("smoke", jobs, rehearse=True, seed=7, deadline=now.deadline, listener=now.listener("x"), patience=1)
+    found = [(row["job"], row["what"]) for row in now.rows("x")]
+    assert found == [
+        ("good", "good"),
+        ("wrong", "half"),
+        ("killed", "before the crash"),
+        ("stuck", "before it hangs"),
+        ("last", "good"),
+    ]
+    assert now.rows("x")[0]["seed"] == 7
+    assert now.failures[0] == "x: wrong: RuntimeError: no such thing"
+    assert now.failures[1].startswith("x: killed: the worker ended with status -6")
+    assert now.failures[2] == "x: stuck: it did not end in time"
+    assert len(now.failures) == 3
+    assert now.skipped == ["x: skipped: not here"]
+
+
+def test_jobs_that_the_time_leaves_no_room_for_are_named(tmp_path):
+    now = state(tmp_path, budget=5)
+    crew.run_group(
+        "figures",
+        [Job("long", None, 60)],
+        rehearse=False,
+        seed=1,
+        deadline=now.deadline,
+        listener=now.listener("figures"),
+    )
+    assert now.skipped == ["figures: long: no time left: it wants 60 s"]
+
+
+def test_jobs_have_names_of_their_own():
+    for stage in ("smoke", "figures", "profile"):
+        for rehearse in (True, False):
+            names = [job.name for jobs in stages.jobs_of(stage, rehearse).values() for job in jobs]
+            assert len(names) == len(set(names))
+
+
+def test_the_profilers_table_is_read():
+    text = "\n".join([
+        "==PROF== Connected",
+        '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"',
+        '"0","upsample_kernel(int)","SpeedOfLight","Duration","us","260.1"',
+        f'"0","upsample_kernel(int)","Command line profiler metrics","{checks.TENSOR}","%","61.5"',
+        '"0","upsample_kernel(int)","SpeedOfLight","Something else","%","1"',
+    ])  # fmt: skip
+    assert checks.parse_profile(text) == {"upsample_kernel": {"Duration": "260.1 us", checks.TENSOR: "61.5 %"}}
+    assert checks.parse_profile("no table") == {}
+
+
+KERNELS = ("upsample", "head", "head, normalised", "forward", "image encoder, Triton", "nearest", "propagate_labels")
+FIGURES = (
+    "ceiling: copy", "forward B1 32", "forward B1 32, host alone", "upsample B1 32", "head B1 32",
+    "nearest bf16, mutual", "nearest fp32", "chunked matmul + max, bf16", "cosine loss fp32", "cosine loss bf16",
+    "training step, ours", "pair to mutual matches, demonstration pair, photographs, graph",
+    "interpolate + argmax, 30 points",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
+    """Both calls of the script: the second has every stage of the first."""
     pytest.importorskip("triton")
     pytest.importorskip("matplotlib")
-    done = report("--rehearse", "--out", str(tmp_path / "r"), "--seed", "7")
+    done = report("second", "--rehearse", "--out", str(tmp_path / "r"), "--seed", "7", script=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("0 failures; written to " + f"{tmp_path / 'r'}.json, .md, .png")
+    assert f"0 failures; written to {tmp_path / 'r'}.json, .md, .png" in done.stdout
+    assert "Everything agrees." in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["rehearsal"] is True
     assert content["seed"] == 7
-    assert {row["kernel"] for row in content["equality"]} >= {"upsample", "head", "head, normalised", "forward"}
-    assert all(row["error"] <= row["limit"] for row in content["equality"])
-    assert {row["encoder"] for row in content["image encoders"]} == {"triton"}
-    assert {row["what"] for row in content["forward"]} >= {"image encoder", "upsample", "head", "forward"}
-    assert all(row["error"] <= row["limit"] for row in content["matching"]["errors"])
-    assert {row["what"] for row in content["matching"]["times"]} >= {"nearest bf16, mutual", "nearest fp32"}
-    assert {row["what"] for row in content["training"]["times"]} == {"plain float32", "plain autocast", "ours"}
-    assert all(row["error"] <= row["limit"] for row in content["training"]["errors"])
+    assert set(content["seconds"]) >= set(stages.STAGES)
+    assert content["warm-up"]["compiled"] == 4
+    smoke, figures = content["smoke"], content["figures"]
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert {row["what"] for row in smoke if row["dtype"] == dtype} >= set(KERNELS[:-1])
+    assert {row["what"] for row in smoke} >= {KERNELS[-1], "capture", "cosine loss, channels_last"}
+    assert {row["what"] for row in figures} >= set(FIGURES)
+    # What a rehearsal leaves out, and nothing else.
+    allowed = ("needs a CUDA device", "compilation takes minutes", "not installed", "compile for minutes")
+    assert [entry for entry in content["skipped"] if not any(reason in entry for reason in allowed)] == []
+    names = [job.name for jobs in stages.jobs_of("figures", True).values() for job in jobs]
+    for name in names:
+        done_here = any(row["job"] == name for row in figures)
+        assert done_here or any(f": {name}: " in entry for entry in content["skipped"]), name
+    assert all(line["outcome"] is None for line in content["predictions"])
     text = (tmp_path / "r.md").read_text()
-    assert "## Matching" in text
-    assert "## Training step" in text
+    assert "## Predictions and outcomes" in text
     assert "REHEARSAL" in text
     assert (tmp_path / "r.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_the_report(tmp_path):
-    code = f"""
-import sys
-from bench import gpu_report
-from bench.gpu import equality
-equality.LIMITS = {{dtype: 1e-12 for dtype in equality.LIMITS}}
-sys.exit(gpu_report.main(["--rehearse", "--only", "equality", "--out", {str(tmp_path / "r")!r}]))
-"""
+    """Limits that nothing can meet stand for a kernel that is wrong."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", code]
+    wrong = tmp_path / "sitecustomize.py"
+    wrong.write_text(
+        "import sys\n"
+        "if 'bench.gpu.worker' in sys.orig_argv:\n"
+        "    from bench.gpu import smoke\n"
+        "    smoke.LIMITS = {dtype: 1e-12 for dtype in smoke.LIMITS}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench.gpu_report", "--rehearse", "--stage", "smoke", "--out", str(tmp_path / "r")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAILED  equality: " in done.stdout
+    assert "FAILED  smoke: head (32, 16, 2, 1, 1) fp32: error" in done.stdout
+
+
+def test_the_script_says_what_it_takes():
+    done = report("third", script=True)
+    assert done.returncode == 2
+    assert "expected first or second, got third" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_what_it_asks_for(tmp_path):
+def test_what_it_asks_for():
     done = report()
     assert done.returncode == 2
     assert "--rehearse runs everything on the CPU, without figures" in done.stderr
     assert "needs --out" in report("--rehearse").stderr
-    assert "no section 'nonsense'; there are build, environment, equality" in (
-        report("--rehearse", "--out", str(tmp_path / "r"), "--only", "nonsense").stderr
-    )
+    assert "invalid choice: 'nonsense'" in report("--rehearse", "--stage", "nonsense").stderr

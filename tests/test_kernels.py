@@ -165,18 +165,66 @@ def test_a_zero_descriptor_stays_zero():
     assert float(out.abs().max()) == 0
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("channels", [7, 16])
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 5, 4)])
-def test_nan_reaches_its_neighbourhood_alone(shape):
-    """A direct convolution: the cells whose windows hold the NaN, and no others."""
-    network = Network(16, 8, *shape[:2], 1, {"use_image": False})
+def test_nan_reaches_its_neighbourhood_and_no_further(shape, channels, normalize):
+    """A direct convolution, and a ReLU that keeps NaN: the cells whose windows hold it, and no others."""
+    network = Network(channels, 8, *shape[:2], 1, {"use_image": False})
     imgs, x = network.inputs(torch.float32)
     x[0, 0, 0, 3] = torch.nan
     with torch.no_grad():
-        out = gpu_plan.run_gpu_plan(network.prepare(torch.float32), imgs, x).cpu()
+        out = gpu_plan.run_gpu_plan(network.prepare(torch.float32), imgs, x, normalize).cpu()
         twin = copy.deepcopy(network.lift).double()
         plain = twin._forward_plain(network.imgs.double(), x.cpu().double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    sound = ~out.isnan().any(-1)
-    assert bool((plain.isnan().any(-1) | sound).all())
+    assert torch.equal(out.isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("width", [20, 32])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, value):
+    network = Network(8, patch, 3, 4, 2, {"image_channels": width})
+    imgs, _ = network.inputs(torch.float32)
+    imgs[1, 2, 3, 5] = value
+    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    expected = image_encoder.encode_image(plain, imgs.cpu().double())
+    with torch.no_grad():
+        ours = gpu_plan.encode_image(network.prepare(torch.float32, "triton"), imgs)
+    for actual, wanted in zip(ours, expected, strict=True):
+        wanted = wanted.permute(0, 2, 3, 1)
+        assert torch.equal(actual.cpu().isnan(), wanted.isnan())
+        assert torch.equal(actual.cpu().isfinite(), wanted.isfinite())
+
+
+@pytest.mark.parametrize("channels", [6, 32])
+def test_an_infinite_channel_does_not_meet_the_padding_of_the_weights(channels):
+    network = Network(channels, 8, 1, 1, 1, {"use_image": False})
+    hidden = network.plan.conv.shape[-1]
+    u = torch.rand(1, 5, 5, hidden, device=DEVICE)
+    u[0, 0, 0, 0] = torch.inf
+    with torch.no_grad():
+        ready = network.prepare(torch.float32)
+        out = gpu_plan.head(ready, u).cpu()
+        conv = network.plan.conv.permute(3, 2, 0, 1).double()
+        v = F.conv2d(u.cpu().double().permute(0, 3, 1, 2), conv, network.plan.conv_bias.double(), padding=1).relu()
+        plain = F.linear(v.permute(0, 2, 3, 1), network.plan.out.t().double(), network.plan.out_bias.double())
+    assert torch.equal(out.isnan(), plain.isnan())
+    assert torch.equal(out.isinf(), plain.isinf())
+
+
+@pytest.mark.slow
+def test_pictures_may_be_spread_beyond_the_range_of_int32():
+    network = Network(8, 8, 1, 1, 1, {})
+    imgs, _ = network.inputs(torch.float16)
+    step = (1 << 31) // 7 + 8
+    # Only what is written takes memory on the CPU.
+    spread = torch.empty(7 * step + 200, dtype=torch.float16, device=DEVICE)
+    spread = spread.as_strided(imgs.shape, (192, 64, 8, step)).copy_(imgs)
+    ready = network.prepare(torch.float16, "triton")
+    with torch.no_grad():
+        expected, ours = gpu_plan.encode_image(ready, imgs), gpu_plan.encode_image(ready, spread)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_float32_products_follow_pytorchs_setting(monkeypatch):

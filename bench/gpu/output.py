@@ -1,4 +1,4 @@
-"""The report's table and roofline chart."""
+"""The report's tables and its roofline chart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,41 @@ from typing import Any
 
 from lift_fast._files import atomic_path
 
+from .context import Row
+from .predictions import COPY, PRODUCTS, Figures, table
 from .state import State
+
+
+def smoke_lines(rows: list[Row]) -> list[str]:
+    """One line a kernel and dtype, the worst first: its largest error as a share of what is allowed."""
+    worst: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row["what"], row["dtype"]
+        if key not in worst or not row["error"] / row["limit"] <= worst[key]["error"] / worst[key]["limit"]:
+            worst[key] = row
+    ordered = sorted(worst.values(), key=lambda row: -row["error"] / row["limit"])
+    counts = {key: sum((row["what"], row["dtype"]) == key for row in rows) for key in worst}
+    return [
+        f"{row['error'] / row['limit']:8.3f} of the limit  {row['what']:34} {row['dtype']}  error {row['error']:.1e}"
+        f"  at {row['case']}  ({counts[row['what'], row['dtype']]} cases)"
+        for row in ordered
+    ]
+
+
+def judged(state: State) -> list[dict[str, Any]]:
+    """The table of predictions beside outcomes; of a rehearsal, without outcomes."""
+    figures = Figures([] if state.rehearse else state.rows("figures"))
+    return [prediction.line(figures) for prediction in table()]
+
+
+def prediction_lines(lines: list[dict[str, Any]]) -> list[str]:
+    """The same as text."""
+    found = [f"{'what':62} {'predicted':>16} {'outcome':>12} {'goal':>8}"]
+    for line in lines:
+        outcome = "" if line["outcome"] is None else f"{line['outcome']:.3g} {line['unit']}"
+        verdict = {None: "", True: "  met", False: "  MISSED"}[line["met"]]
+        found.append(f"{line['what']:62} {line['predicted']:>16} {outcome:>12} {line['goal'] or '':>8}{verdict}")
+    return found
 
 
 def markdown(state: State) -> str:
@@ -15,77 +49,46 @@ def markdown(state: State) -> str:
     lines = [f"# GPU report: {about.get('gpu', 'no GPU')}", ""]
     if state.rehearse:
         lines += ["**REHEARSAL on the CPU at tiny sizes. None of these numbers is a figure.**", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in about.items() if value), ""]
-    for name, value in state.results.get("ceilings", {}).items():
-        lines.append(f"* {name}: {value:.3g}")
-    lines += ["", "## Goals", "", "| goal | measured | limit | met |", "| --- | ---: | ---: | --- |"]
-    for goal in state.goals:
-        measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
-        met = {None: "", True: "yes", False: "**no**"}[goal["met"]]
-        lines.append(f"| {goal['goal']} | {measured} | {goal['limit']:g} | {met} |")
-    lines += ["", "## Forward pass", "", "| work | what | us | floor, us | of matmul | of copy | beside it |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
-    for row in state.results.get("forward", []):
-        lines.append(_row(row))
-    lines += _matching(state.results.get("matching", {}))
-    lines += _training(state.results.get("training", {}))
-    errors = state.results.get("equality", [])
-    lines += ["", "## Equality with the plain module in float64, worst relative errors", ""]
-    for kernel in dict.fromkeys(row["kernel"] for row in errors):
-        worst: dict[str, float] = {}
-        for row in errors:
-            if row["kernel"] == kernel:
-                worst[row["dtype"]] = max(worst.get(row["dtype"], 0.0), row["error"])
-        lines.append(f"* {kernel}: " + ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items()))
+    lines += [", ".join(f"{name} {value}" for name, value in about.items() if value)]
+    lines += ["", "## Predictions and outcomes", "", "| what | predicted | outcome | goal | met |"]
+    lines.append("| --- | ---: | ---: | ---: | --- |")
+    for line in judged(state):
+        outcome = "not measured" if line["outcome"] is None else f"{line['outcome']:.3g} {line['unit']}"
+        met = {None: "", True: "yes", False: "**no**"}[line["met"]]
+        lines.append(f"| {line['what']} | {line['predicted']} | {outcome} | {line['goal'] or ''} | {met} |")
+    lines += ["", "## Figures", "", "| what | time | TFLOP/s | of products | TB/s | of copy | peak, MB |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = state.rows("figures")
+    figures = Figures(rows)
+    for row in rows:
+        if "ms" not in row:
+            continue
+        time = f"{1e3 * row['ms']:.1f} us" if row["ms"] < 1 else f"{row['ms']:.3f} ms"
+        rates = []
+        for key, ceiling in (("flops", PRODUCTS), ("bytes", COPY)):
+            share = None if state.rehearse else figures.of(row["what"], ceiling, key)
+            rates += [
+                f"{row[key] / row['ms'] / 1e9:.3g}" if key in row else "",
+                "" if share is None else f"{share:.0%}",
+            ]
+        peak = "" if row.get("peak bytes") is None else f"{row['peak bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['what']} | {time} | {' | '.join(rates)} | {peak} |")
+    if state.rows("smoke"):
+        lines += ["", "## Smoke: largest errors against float64, the worst first", "", "```"]
+        lines += [*smoke_lines(state.rows("smoke")), "```"]
+    for title in ("tests", "sanitizer", "profile"):
+        if state.results.get(title):
+            lines += ["", f"## {title.capitalize()}", ""]
+            lines += [f"* {name}: {value}" for name, value in state.results[title].items()]
+    lines += ["", "## Seconds of the stages", ""]
+    lines += [f"* {name}: {value}" for name, value in state.results.get("seconds", {}).items()]
     for title, entries in (("Failures", state.failures), ("Skipped", state.skipped)):
         lines += ["", f"## {title}", "", *(f"* {entry}" for entry in entries or ["none"])]
     return "\n".join(lines) + "\n"
 
 
-def _matching(results: dict[str, Any]) -> list[str]:
-    if not results:
-        return []
-    lines = [
-        "",
-        "## Matching",
-        "",
-        "| what | ms | TFLOP/s | of matmul | peak MB |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in results["times"]:
-        rate = f"{row['TFLOP/s']:.0f}" if "TFLOP/s" in row else ""
-        share = f"{row['of matmul']:.0%}" if "of matmul" in row else ""
-        peak = "" if row.get("peak bytes") is None else f"{row['peak bytes'] / 1e6:.0f}"
-        lines.append(f"| {row['what']} | {row['ms']:.3f} | {rate} | {share} | {peak} |")
-    worst = max((row["error"] for row in results["errors"]), default=0.0)
-    return [*lines, "", f"Worst error against float64, {len(results['errors'])} cases: {worst:.1e}"]
-
-
-def _training(results: dict[str, Any]) -> list[str]:
-    if not results:
-        return []
-    lines = ["", "## Training step", "", "| what | ms | images/s | peak MB |", "| --- | ---: | ---: | ---: |"]
-    for row in results["times"]:
-        peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e6:.0f}"
-        lines.append(f"| {row['what']} | {row['ms']:.2f} | {row['images per second']:.1f} | {peak} |")
-    errors = ", ".join(f"{row['what']} in {row['dtype']} {row['error']:.1e}" for row in results["errors"])
-    return [*lines, "", f"Against the plain float32 loop: {errors}"]
-
-
-def _row(row: dict[str, Any]) -> str:
-    beside = [
-        f"{key.removesuffix(' ms')} {1e3 * row[key]:.1f}" for key in row if key.endswith(" ms") and key != "floor ms"
-    ]
-    if row.get("scratch bytes") is not None:
-        beside.append(f"scratch {row['scratch bytes'] / 1e6:.1f} of {row['least scratch bytes'] / 1e6:.1f} MB")
-    share = [f"{row[key]:.0%}" if key in row else "" for key in ("of matmul", "of copy")]
-    floor = f"{1e3 * row['floor ms']:.1f}" if "floor ms" in row else ""
-    cells = [row["work"], row["what"], f"{1e3 * row['ms']:.1f}", floor, *share, "; ".join(beside)]
-    return "| " + " | ".join(cells) + " |"
-
-
 def chart(state: State) -> None:
-    """Each kernel under the two measured ceilings."""
+    """LiFT's kernels under the two measured ceilings."""
     try:
         import matplotlib
     except ImportError:
@@ -94,24 +97,25 @@ def chart(state: State) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in state.results.get("forward", []) if "flops" in row]
-    ceilings = state.results.get("ceilings")
-    if not rows or not ceilings:
+    rows = {row["what"]: row for row in state.rows("figures") if "ms" in row}
+    kernels = [row for row in rows.values() if {"flops", "bytes"} <= row.keys() and "tile" not in row["what"]]
+    if not kernels or PRODUCTS not in rows or COPY not in rows:
         return
+    flops = rows[PRODUCTS]["flops"] / rows[PRODUCTS]["ms"] * 1e3
+    copy = rows[COPY]["bytes"] / rows[COPY]["ms"] * 1e3
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    flops, copy = ceilings["bf16 flops per second"], ceilings["copy bytes per second"]
-    intensities = [row["flops"] / row["bytes"] for row in rows]
+    intensities = [row["flops"] / row["bytes"] for row in kernels]
     low, high = min(intensities) / 2, max(intensities) * 2
-    ridge = flops / copy
-    corners = sorted({low, high, min(max(ridge, low), high)})
+    corners = sorted({low, high, min(max(flops / copy, low), high)})
     axes.plot(corners, [min(flops, copy * x) / 1e12 for x in corners], color="black", label="measured ceilings")
-    for what in dict.fromkeys(row["what"] for row in rows):
-        chosen = [row for row in rows if row["what"] == what]
+    for stage in dict.fromkeys(row["what"].split(" B")[0] for row in kernels):
+        chosen = [row for row in kernels if row["what"].split(" B")[0] == stage]
         x = [row["flops"] / row["bytes"] for row in chosen]
         y = [row["flops"] / (row["ms"] / 1e3) / 1e12 for row in chosen]
-        axes.plot(x, y, "o", label=what)
+        axes.plot(x, y, "o", label=stage)
         for row, across, up in zip(chosen, x, y, strict=True):
-            axes.annotate(row["work"], (across, up), fontsize=7, xytext=(4, 2), textcoords="offset points")
+            name = row["what"].removeprefix(stage).strip()
+            axes.annotate(name, (across, up), fontsize=7, xytext=(4, 2), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
     axes.set_title("REHEARSAL: no figures" if state.rehearse else state.results.get("environment", {}).get("gpu", ""))
     axes.legend()

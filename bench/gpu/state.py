@@ -1,17 +1,17 @@
-"""What the sections share: the device, the time that is left, and the results, written after every section."""
+"""What a run has found so far; on disk from the first row on, so that a kill loses one row."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lift_fast._files import atomic_path
+
+from .context import Row
+from .crew import Listener
 
 
 @dataclass
@@ -20,7 +20,6 @@ class State:
 
     out: Path
     """Prefix of the files."""
-    device: torch.device
     rehearse: bool
     """On the CPU, at tiny sizes: that everything runs, and no figures."""
     budget: float
@@ -29,31 +28,46 @@ class State:
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
         """Seconds until the budget is spent."""
-        return self.budget - (time.monotonic() - self.began)
+        return self.deadline - time.monotonic()
 
-    def run(self, name: str, section: Callable[[State], None], least: float) -> None:
-        """Run one section if ``least`` seconds are left; an error in it is a failure and ends only it."""
-        if self.left() < least:
-            self.skipped.append(f"{name}: {max(self.left(), 0):.0f} s of {self.budget:.0f} left, it wants {least:.0f}")
-            return
-        start = time.monotonic()
-        print(f"== {name}", flush=True)
-        try:
-            section(self)
-        except Exception as error:
-            self.failures.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        self.results.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
-        self.write()
+    @property
+    def deadline(self) -> float:
+        return self.began + self.budget
 
-    def goal(self, text: str, value: float | None, limit: float, at_least: bool) -> None:
-        """Judge a figure; None where it was not measured."""
-        met = None if value is None else bool(value >= limit if at_least else value <= limit)
-        self.goals.append({"goal": text, "measured": value, "limit": limit, "met": met})
+    def rows(self, stage: str) -> list[Row]:
+        found: list[Row] = self.results.setdefault(stage, [])
+        return found
+
+    def listener(self, stage: str) -> Listener:
+        """Keeps what a stage's workers say, and prints it as it comes."""
+        seconds: dict[str, float] = self.results.setdefault("seconds of jobs", {})
+
+        def row(job: str, found: Row) -> None:
+            self.rows(stage).append({"job": job, **found})
+            error, limit = found.get("error"), found.get("limit")
+            if error is not None and limit is not None and not error <= limit:
+                case = f" {found['case']} {found['dtype']}" if "case" in found else ""
+                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.1e} > {limit:.0e}")
+            if stage != "smoke":
+                print(describe(found), flush=True)
+            self.write()
+
+        def failed(job: str, reason: str) -> None:
+            self.failures.append(f"{stage}: {job}: {reason}")
+            print(f"FAILED {job}: {reason}", flush=True)
+            self.write()
+
+        def skipped(job: str, reason: str) -> None:
+            self.skipped.append(f"{stage}: {job}: {reason}")
+
+        def ended(job: str, took: float) -> None:
+            seconds[f"{stage}: {job}"] = took
+
+        return Listener(row, failed, skipped, ended)
 
     def write(self) -> None:
         """Write what there is so far."""
@@ -63,7 +77,26 @@ class State:
             **self.results,
             "failures": self.failures,
             "skipped": self.skipped,
-            "goals": self.goals,
         }
         with atomic_path(self.out.with_suffix(".json")) as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def describe(row: Row) -> str:
+    """One line of the output."""
+    parts = [f"{row['what']:66}"]
+    if "ms" in row:
+        parts.append(f"{1e3 * row['ms']:10.1f} us" if row["ms"] < 1 else f"{row['ms']:10.3f} ms")
+        if "flops" in row:
+            parts.append(f"{row['flops'] / row['ms'] / 1e9:6.0f} TFLOP/s")
+        if "bytes" in row:
+            parts.append(f"{row['bytes'] / row['ms'] / 1e9:6.2f} TB/s")
+    if "ratio" in row:
+        parts.append(f"{row['ratio']:10.3g} x")
+    if "error" in row:
+        parts.append(f"error {row['error']:.1e} of {row['limit']:.0e}")
+    if row.get("peak bytes") is not None:
+        parts.append(f"{row['peak bytes'] / 1e6:.0f} MB")
+    if "note" in row:
+        parts.append(str(row["note"]))
+    return "  ".join(parts)

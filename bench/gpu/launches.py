@@ -1,0 +1,170 @@
+"""What each operator launches for a shape, recorded without launching it: for compilation ahead of time.
+
+Operators run on meta tensors, which hold no memory, with a recorder in each kernel's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lift_fast import LiFT, tuning
+from lift_fast.kernels import cosine_loss, dense_match, head, image_encoder, launch, nearest, propagate_labels, upsample
+from lift_fast.ops import dense_match as dense_match_op
+from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
+from lift_fast.plan import Plan, build_plan
+
+# (kernel, args, options) as the launcher gives them.
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what a launcher calls it with."""
+
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self.module, self.name, self.kernel, self.calls = module, name, getattr(module, name), []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def note(*args: Any, **options: Any) -> None:
+            self.calls.append((self.kernel, args, options))
+
+        return note
+
+
+@contextmanager
+def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[list[Recorder]]:
+    """Put recorders in the kernels' places, and a device of this compute capability (such as 90) in the real one's."""
+    recorders = [Recorder(module, name) for module, name in kernels]
+    real = launch.capability
+    for recorder in recorders:
+        setattr(recorder.module, recorder.name, recorder)
+    launch.capability = lambda device: divmod(capability, 10)
+    tuning.forget()
+    try:
+        yield recorders
+    finally:
+        for recorder in recorders:
+            setattr(recorder.module, recorder.name, recorder.kernel)
+        launch.capability = real
+        tuning.forget()
+
+
+@cache
+def _network(channels: int, patch: int, use_image: bool) -> Plan:
+    lift = LiFT(channels, patch, use_image=use_image).eval().requires_grad_(False)
+    return build_plan(*lift._plan_sources(), lift.architecture)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def lift_forward(
+    channels: int,
+    patch: int,
+    batch: int,
+    side: int | tuple[int, int],
+    dtype: torch.dtype,
+    capability: int,
+    normalize: bool = False,
+    use_image: bool = True,
+) -> list[Launch]:
+    """One forward pass with the default tiles of a device of this capability."""
+    network = _network(channels, patch, use_image)
+    height, width = (side, side) if isinstance(side, int) else side
+    h, w = height // patch, width // patch
+    kernels = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
+    kernels += [(upsample, "upsample_kernel"), (head, "head_kernel")]
+    with recording(capability, *kernels) as recorders, torch.no_grad():
+        plan = gpu_plan.prepare_gpu(network, CPU, dtype, "triton")
+        pixels = 8 if patch == 8 else 16
+        imgs = _empty(batch, 3, pixels * h, pixels * w, dtype=dtype)
+        gpu_plan.run_gpu_plan(plan, imgs, _empty(batch, h, w, channels, dtype=dtype), normalize)
+    return [call for recorder in recorders for call in recorder.calls]
+
+
+def nearest_search(
+    n: int,
+    m: int,
+    channels: int,
+    dtype: torch.dtype,
+    capability: int,
+    k: int = 1,
+    mutual: bool = False,
+    ratio: float | None = None,
+    window: list[int] | None = None,
+    normalize: bool = True,
+    fast: bool = False,
+) -> list[Launch]:
+    """One call of ``nearest``; each kernel once for each set of options."""
+    names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
+    query, key = (_empty(1, count, channels, dtype=dtype) for count in (n, m))
+    with recording(capability, *((nearest, name) for name in names)) as recorders:
+        nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    found: dict[Any, Launch] = {}
+    for recorder in recorders:
+        for call in recorder.calls:
+            found.setdefault((recorder.name, *sorted(call[2].items())), call)
+    return list(found.values())
+
+
+def dense_search(
+    grid: Sequence[int],
+    size: Sequence[int],
+    normalize: str,
+    points: int | None,
+    capability: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[Launch]:
+    """Every pixel (``points`` None) or some points of one picture, matched to itself."""
+    picture = dense_match_op._picture(torch.randn(8, *grid, dtype=dtype), tuple(size), normalize, True)
+    at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
+    with recording(capability, (dense_match, "match_kernel")) as recorders:
+        dense_match_gpu.match_gpu(picture, picture, at, normalize == "pixel")
+    return recorders[0].calls[:1]
+
+
+def propagation(
+    channels: int,
+    grid: tuple[int, int],
+    frames: int,
+    batch: int,
+    k: int,
+    objects: int,
+    dtype: torch.dtype,
+    capability: int,
+    radius: int = 12,
+) -> list[Launch]:
+    """One label propagation."""
+    n, m = grid[0] * grid[1], frames * grid[0] * grid[1]
+    shapes = ((n, channels), (m, channels), (n,), (m,), (m, objects))
+    tensors = [_empty(batch, *shape, dtype=dtype) for shape in shapes]
+    with recording(capability, (propagate_labels, "propagate_labels_kernel")) as recorders:
+        propagate_labels.propagate_labels(*tensors, [radius, *grid, *grid], k, 0.1)
+    return recorders[0].calls
+
+
+def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool = False) -> list[Launch]:
+    """One loss with its gradient, [outer, C, inner], and the scaling of the gradient."""
+    outer, channels, inner = shape
+    x = _empty(outer, inner, channels, dtype=dtype).transpose(1, 2) if tokens else _empty(*shape, dtype=dtype)
+    each = _empty(outer, inner)
+    with recording(capability, (cosine_loss, "cosine_loss_kernel"), (cosine_loss, "scale_kernel")) as recorders:
+        cosine_loss.cosine_loss(x, x, x, each, 0.5, 1e-12)
+        cosine_loss.scale_in_place(x, each[0, 0])
+    return [call for recorder in recorders for call in recorder.calls]
+
+
+OPERATORS = {
+    "cosine_loss": loss,
+    "lift_forward": lift_forward,
+    "nearest": nearest_search,
+    "dense_match": dense_search,
+    "propagate_labels": propagation,
+}

@@ -1,0 +1,89 @@
+"""Runs jobs of one stage in a process of its own, and writes each row the moment it is known.
+
+A kernel that reads out of bounds ends every later call of its process: the worker then leaves, and the crew starts
+another one behind the job that failed. Run by :mod:`bench.gpu.crew` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+# The exit status of a worker whose device is lost to it.
+LOST = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.worker")
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("names", nargs="+")
+    arguments = parser.parse_args()
+    if arguments.rehearse:
+        # Before Triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+    import torch
+
+    from .context import Context, Skip
+    from .stages import jobs_of
+
+    if arguments.rehearse:
+        torch.set_num_threads(1)
+        rehearse_interpreter()
+    device = torch.device("cpu") if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
+    context = Context(device, arguments.rehearse, arguments.seed)
+    jobs = {job.name: job for group in jobs_of(arguments.stage, arguments.rehearse).values() for job in group}
+    with arguments.out.open("a") as file:
+
+        def say(**line: Any) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        for name in arguments.names:
+            say(job=name, begin=True)
+            start = time.monotonic()
+            try:
+                for row in jobs[name].run(context):
+                    say(job=name, row=row)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except Skip as reason:
+                say(job=name, skipped=str(reason))
+            except Exception as error:
+                lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+                say(job=name, failure=f"{type(error).__name__}: {lines[0]}")
+                if _lost(device):
+                    return LOST
+            say(job=name, end=True, seconds=round(time.monotonic() - start, 2))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return 0
+
+
+def rehearse_interpreter() -> None:
+    """Let Triton's interpreter run every kernel, whatever the release and its NumPy."""
+
+
+def _lost(device: Any) -> bool:
+    """Whether this process can use its device no more."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).item()
+    except Exception:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

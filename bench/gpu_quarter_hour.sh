@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A quarter of an hour on a rented GPU, in two calls of at most eight minutes:
+#   bash bench/gpu_quarter_hour.sh                 # the first: build, warm-up, smoke, figures
+#   bash bench/gpu_quarter_hour.sh second          # the second: the same, then tests, sanitizer, profile
+#   bash bench/gpu_quarter_hour.sh first --rehearse --out /tmp/r    # anywhere: that every step of it runs
+# What it needs: PyTorch, Triton, NumPy, timm, pybind11, a C++ compiler and nvcc; no network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+call=${1:-first}
+shift || true
+case $call in
+first) stages=(build warm-up smoke figures) ;;
+second) stages=(build warm-up smoke figures tests sanitizer profile) ;;
+*)
+    echo "gpu_quarter_hour.sh: expected first or second, got $call" >&2
+    exit 2
+    ;;
+esac
+export PYTHONUNBUFFERED=1
+python3 -m bench.gpu_report "${stages[@]/#/--stage=}" "$@"
+status=$?
+echo
+case $status in
+0) echo "Everything agrees. Commit bench/results/, put the outcomes beside the predictions in bench/NOTES.md." ;;
+1)
+    echo "Something failed: the lines that begin with FAILED say what. Mend it at home, prove the mend in the interpreter"
+    echo "(pytest tests/test_kernels*.py), then make the second call. Rows without a failure are good: commit them."
+    ;;
+*) echo "The report did not run; the last lines above say why." ;;
+esac
+if [ "$call" = first ]; then
+    echo "Next: the row that misses its goal by most; tune it (lift_fast.tune), then: bash bench/gpu_quarter_hour.sh second"
+fi
+exit $status
