@@ -178,15 +178,16 @@ def _forward(work: Work, context: Context) -> Iterator[Row]:
     ):
         encoder = f", {plan.encoder}" if what == "image encoder" else ""
         yield _row(f"{what} {name}{encoder}", replay_milliseconds(run, arguments, device, replays), cost[what])
-    if plan.encoder == "cuda":
-        for cut in ("stream", "spread"):
-            run = partial(image_encoder_cuda.encode_image, imgs, plan.encoder_weights, cut)
-            time = replay_milliseconds(run, (), device, replays)
-            yield _row(f"image encoder {name}, cuda, cut {cut}", time, cost["image encoder"])
     if plan.encoder != "triton":
         other = gpu_plan.prepare_gpu(network.composed, device, network.dtype, "triton")
         time = replay_milliseconds(gpu_plan.encode_image, (other, imgs), device, replays)
         yield _row(f"image encoder {name}, triton", time, cost["image encoder"])
+    if plan.encoder == "cuda":
+        # Those that nothing chooses yet.
+        for cut in ("stream", "spread"):
+            arguments = (imgs, plan.encoder_weights, cut)
+            time = replay_milliseconds(image_encoder_cuda.encode_image, arguments, device, replays)
+            yield _row(f"image encoder {name}, cuda, {cut}", time, cost["image encoder"])
 
     peak = peak_bytes(lambda: network.lift(*inputs[0]), device)
     if peak is not None:

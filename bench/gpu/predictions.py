@@ -130,6 +130,8 @@ def table() -> list[Prediction]:
         row(f"{many} over plain bf16", _over(f"{many}, {PLAIN}", many), "x", "", 3, True),
         row(f"{many} over the plain form compiled", _over(f"{many}, plain compiled", many), "x", "", 1.5, True),
         row("image encoder B64 448", _us(encoder), "us", "50 to 55"),
+        row("image encoder B1 448, spread", _us("image encoder B1 448, cuda, spread"), "us", "9 to 10"),
+        row("image encoder B64 448, stream", _us(f"{encoder}, stream"), "us", "60 to 75"),
         row("image encoder B64 448, of copy", _of_copy(encoder), "", "0.42 to 0.46", 0.6, True),
         row("upsample B64 448", _us("upsample B64 448"), "us", "260"),
         row("head B64 448", _us("head B64 448"), "us", "290"),

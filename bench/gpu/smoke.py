@@ -80,10 +80,12 @@ def groups(rehearse: bool) -> dict[str, list[Job]]:
         name = _short(dtype)
         for stage in ("upsample", "head", "forward"):
             found[f"{stage} {name}"] = [Job(f"{stage} {name}", partial(_run_stage, stage, dtype), 15)]
-        # Each cut of the CUDA kernel is another kernel.
-        kinds = ("CUDA", "CUDA stream", "CUDA spread", "Triton")
         found[f"image encoders {name}"] = [
-            Job(f"image encoder {kind} {name}", partial(_run_encoder, kind, dtype), 15) for kind in kinds
+            Job(f"image encoder {kind} {name}", partial(_run_encoder, kind, dtype), 15) for kind in ("CUDA", "Triton")
+        ]
+        found[f"image encoder's other cuts {name}"] = [
+            Job(f"image encoder CUDA, {cut} {name}", partial(_run_encoder, "CUDA", dtype, cut=cut), 10)
+            for cut in ("stream", "spread")
         ]
         found[f"nearest {name}"] = [Job(f"nearest {name}", partial(_run_nearest, dtype), 25)]
     found["cosine loss"] = [Job("cosine loss", _run_loss, 20)]
@@ -143,13 +145,13 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
         return {"forward": relative_error(gpu_plan.run_gpu_plan(plan, to(imgs), to(x)).cpu(), y)}
 
 
-def _run_encoder(kind: str, dtype: torch.dtype, context: Context) -> Iterator[Row]:
-    encoder, _, cut = kind.lower().partition(" ")
-    if encoder == "cuda":
+def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
+    if kind == "CUDA":
         _needs_cuda(image_encoder_cuda.can_run(context.device), context)
     for number, case in enumerate(TINY_ENCODERS if context.rehearse else ENCODERS):
-        error = encoder_error(encoder, case, dtype, context.device, context.seed + number, cut=cut or "walk")
-        yield _row(f"image encoder, {kind}", case, dtype, error, LIMITS[dtype])
+        error = encoder_error(kind.lower(), case, dtype, context.device, context.seed + number, cut=cut)
+        name = f"image encoder, {kind}" + ("" if cut == "walk" else f", {cut}")
+        yield _row(name, case, dtype, error, LIMITS[dtype])
 
 
 def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
@@ -163,11 +165,17 @@ def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
 
 @torch.no_grad()
 def encoder_error(
-    encoder: str, case: Case, dtype: torch.dtype, device: torch.device, seed: int, layouts: int = 3, cut: str = "walk"
+    encoder: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    layouts: int = 3,
+    cut: str = "walk",
 ) -> float:
     """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last.
 
-    ``cut``: of the CUDA kernel, see :func:`lift_fast.ops.image_encoder_cuda.encode_image`.
+    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.image_encoder_cuda.encode_image` takes it.
     """
     patch, h, w, batch = case
     torch.manual_seed(seed)
@@ -183,10 +191,10 @@ def encoder_error(
     with poisoned_outputs():
         ready = gpu_plan.prepare_gpu(plan, device, dtype, encoder)
         for pictures in (imgs, crop, imgs.contiguous(memory_format=torch.channels_last))[:layouts]:
-            if encoder == "cuda":
-                found = image_encoder_cuda.encode_image(pictures, ready.encoder_weights, cut)
-            else:
+            if cut == "walk":
                 found = gpu_plan.encode_image(ready, pictures)
+            else:
+                found = image_encoder_cuda.encode_image(pictures, ready.encoder_weights, cut)
             for actual, wanted in zip(found, expected, strict=True):
                 worst = max(worst, relative_error(actual, wanted))
     return worst

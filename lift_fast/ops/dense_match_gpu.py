@@ -74,7 +74,8 @@ def fits(query: Picture, key: Picture) -> tuple[bool, str]:
     return True, ""
 
 
-@lru_cache(maxsize=64)
+# A few KB each. Graphs that were captured read them: none may be dropped for as long as anyone is likely to replay one.
+@lru_cache(maxsize=4096)
 def _strips(cells: int, pixels: int, device: torch.device) -> tuple[Strips, list[int], list[int]]:
     """One axis on the device, and the cells before and after each of its strips."""
     cut = _cut_strips(cells, pixels)
