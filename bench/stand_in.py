@@ -47,19 +47,19 @@ int cuPointerGetAttribute(void *value, int attribute, uint64_t address) { *(uint
 int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuTensorMapEncodeTiled(void) { return 0; }
 int cuTensorMapEncodeIm2col(void) { return 0; }
-/* The grid, the stream and the first argument, an address, of every launch. */
-static uint64_t seen[64][5];
+/* The grid, the stream and the first six arguments, addresses, of every launch. */
+static uint64_t seen[64][10];
 static int count;
 int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) {
   uint64_t *one = seen[count++ % 64];
   const unsigned *grid = (const unsigned *)config;
   one[0] = grid[0], one[1] = grid[1], one[2] = grid[2];
   one[3] = *(const uint64_t *)((const char *)config + 32);
-  one[4] = *(const uint64_t *)arguments[0];
+  for (int i = 0; i < 6; i++) one[4 + i] = *(const uint64_t *)arguments[i];
   return 0;
 }
 int stand_in_launches(uint64_t *to) {
-  for (int i = 0; i < 5 * 64; i++) to[i] = seen[0][i];
+  for (int i = 0; i < 10 * 64; i++) to[i] = seen[0][i];
   int result = count;
   count = 0;
   return result;
@@ -70,11 +70,14 @@ _library: ctypes.CDLL | None = None
 
 
 def native_launches() -> list[tuple[int, ...]]:
-    """(grid, stream, first argument) of what the native stand-in has launched since it was last asked, 64 at most."""
+    """(grid, stream, six addresses) of what the native stand-in has launched since it was last asked, 64 at most.
+
+    For kernels whose first six arguments are addresses.
+    """
     assert _library is not None
-    to = (ctypes.c_uint64 * (5 * 64))()
+    to = (ctypes.c_uint64 * (10 * 64))()
     count = _library.stand_in_launches(to)
-    return [tuple(to[5 * i : 5 * i + 5]) for i in range(count)]
+    return [tuple(to[10 * i : 10 * i + 10]) for i in range(count)]
 
 
 class Launched(NamedTuple):

@@ -158,10 +158,16 @@ def test_the_driver_gets_the_same_without_triton():
     assert by_triton == (2, 2, 0, 0, 2, 2, 0, 0)
     for number, round_ in enumerate(launches):
         assert len(round_) == 2
-        (*upsample_grid, upsample_stream, features), (*head_grid, head_stream, between) = round_
-        assert upsample_stream == head_stream == 1000 + number // 4
-        assert features == seen["features"] != between
-        assert [upsample_grid, head_grid] == [one[:3] for one in launches[0]]
+        upsample, head = round_
+        assert upsample[3] == head[3] == 1000 + number // 4
+        assert [upsample[:3], head[:3]] == [one[:3] for one in launches[0]]
+        # x, then g and f; the head reads what lies between, and writes elsewhere.
+        assert upsample[4] == seen["features"]
+        assert len({*upsample[4:7], head[4], head[9]}) == 5
+        # The weights of each network, as Triton gave them in its first round.
+        by_triton = launches[number // 4 * 4]
+        assert upsample[7:] == by_triton[0][7:]
+        assert head[5:9] == by_triton[1][5:9]
     # The C function itself, with releases of Triton whose launcher is known.
     import triton
 
