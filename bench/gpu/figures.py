@@ -61,22 +61,22 @@ def jobs(rehearse: bool) -> list[Job]:
     """Every figure's job in the order in which they are worth having."""
     first = [
         Job("ceilings", _ceilings, 5),
-        *(Job(f"forward {work[0]}", partial(_forward, work), 8) for work in (ONE, MANY, LARGE)),
-        Job("dense_match", _dense_match, 10),
-        Job("nearest bf16", _nearest_half, 8),
-        Job("pair", _pair, 20),
-        Job("cosine loss", _loss, 6),
-        Job("training", _training, 30),
-        Job("nearest fp32", _nearest_float32, 8),
-        Job("propagate_labels", _propagation, 6),
-        Job("dense_match, other ways", _dense_match_more, 15),
+        *(Job(f"forward {work[0]}", partial(_forward, work), 4) for work in (ONE, MANY, LARGE)),
+        Job("dense_match", _dense_match, 4),
+        Job("nearest bf16", _nearest_half, 4),
+        Job("pair", _pair, 15),
+        Job("cosine loss", _loss, 4),
+        Job("training", _training, 35),
+        Job("nearest fp32", _nearest_float32, 4),
+        Job("propagate_labels", _propagation, 4),
+        Job("dense_match, other ways", _dense_match_more, 8),
     ]
-    first += [Job(f"forward {work[0]}", partial(_forward, work), 8) for work in FURTHER]
+    first += [Job(f"forward {work[0]}", partial(_forward, work), 4) for work in FURTHER]
     first += [
-        Job("tiles of LiFT", _tiles_of_lift, 60),
-        Job("plain forms of nearest", _nearest_plain, 10),
+        Job("tiles of LiFT", _tiles_of_lift, 30),
+        Job("plain forms of nearest", _nearest_plain, 4),
         *(Job(f"streams of nearest, {feed}", partial(_streams_of_nearest, feed), 15) for feed in FEEDS),
-        Job("tiles of nearest", _tiles_of_nearest, 40),
+        Job("tiles of nearest", _tiles_of_nearest, 20),
         Job("plain forms compiled", _compiled, 150),
         Job("training compiled", _training_compiled, 150),
         *(Job(f"peer {name}", partial(_peer, name), 30) for name in PEERS),

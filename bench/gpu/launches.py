@@ -161,10 +161,39 @@ def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool
     return [call for recorder in recorders for call in recorder.calls]
 
 
+def lift_tiles(channels: int, patch: int, batch: int, side: int, dtype: torch.dtype, capability: int) -> list[Launch]:
+    """Both stages of LiFT with every tile worth measuring."""
+    with recording(capability, (upsample, "upsample_kernel"), (head, "head_kernel")) as recorders, torch.no_grad():
+        plan = gpu_plan.prepare_gpu(_network(channels, patch, True), CPU, dtype, "triton")
+        h = side // patch
+        x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
+        f = _empty(batch, 2 * h, 2 * h, 32, dtype=dtype)
+        u = _empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype)
+        for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
+            gpu_plan.upsample(plan, x, f, g, tile)
+        for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
+            gpu_plan.head(plan, u, False, tile)
+    return [call for recorder in recorders for call in recorder.calls]
+
+
+def nearest_tiles(n: int, m: int, channels: int, dtype: torch.dtype, capability: int) -> list[Launch]:
+    """The search for one best key with every tile worth measuring, in one direction and in both."""
+    with recording(capability, (nearest, "search_kernel"), (nearest, "prepare_kernel")) as recorders:
+        for tile in nearest.candidates(channels, divmod(capability, 10)):
+            query, key = (
+                nearest.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, tile.depth) for count in (n, m)
+            )
+            for both in (False, True):
+                nearest.search(query, key, 1, tile, mutual=both)
+    return recorders[0].calls
+
+
 OPERATORS = {
     "cosine_loss": loss,
     "lift_forward": lift_forward,
     "nearest": nearest_search,
     "dense_match": dense_search,
     "propagate_labels": propagation,
+    "lift_tiles": lift_tiles,
+    "nearest_tiles": nearest_tiles,
 }

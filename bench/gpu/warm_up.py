@@ -86,6 +86,11 @@ def works() -> list[Callable[[int], list[Launch]]]:
         batch = 1 if grid[0] == figures.GRID else 2
         shape = {"channels": channels, "grid": grid, "frames": frames, "batch": batch, "k": k, "objects": objects}
         found.append(partial(OPERATORS["propagate_labels"], **shape, dtype=torch.float32, radius=radius))
+    # Last: nothing but their own figures waits for them.
+    for _, batch, side, patch, channels in (figures.ONE, figures.MANY):
+        tiles = {"channels": channels, "patch": patch, "batch": batch, "side": side, "dtype": torch.bfloat16}
+        found.append(partial(OPERATORS["lift_tiles"], **tiles))
+    found.append(partial(OPERATORS["nearest_tiles"], **large, dtype=torch.bfloat16))
     return found
 
 
