@@ -249,6 +249,15 @@ def test_default_tiles_fit(positions, channels, itemsize, capability):
     assert tile in tiles.candidates(columns, counts, depth, itemsize, capability)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_a_tile_fits_the_widest_features_that_are_served(capability, itemsize):
+    assert gpu_plan.serves(2048)
+    assert not gpu_plan.serves(4096)
+    depth = tiles.depth_of(itemsize, 1024)
+    assert tiles.fits(tiles.default(1, 64, [16], depth, itemsize, capability), itemsize, capability)
+
+
 def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
     work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)

@@ -63,6 +63,15 @@ def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return runs, reason
 
 
+# Of the head's 3x3 convolution, all of which a block holds in registers; compilers take minutes beyond it.
+_MOST_HIDDEN = 1024
+
+
+def serves(channels: int) -> bool:
+    """Whether the kernels serve backbone features of so many channels; wider ones go through PyTorch's convolutions."""
+    return channels // 2 <= _MOST_HIDDEN
+
+
 def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
     return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]

@@ -249,7 +249,7 @@ def _compute(
         with torch.autocast(device.type, enabled=False):
             return _compute(imgs, x, weights, epsilons, architecture, basis, normalize)
     route = gpu_plan.route(device, x.dtype)
-    if route is not None:
+    if route is not None and gpu_plan.serves(x.shape[-1]):
         # At batch 1 the host takes as long as the device.
         return _run_gpu(imgs, x, weights, epsilons, architecture, basis, normalize, route)
     given = x.dtype
