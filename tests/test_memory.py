@@ -167,7 +167,7 @@ def run_preparation(module):
 
 def run_search(module):
     rows = module.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
-    found = module.search(rows, rows, 1, module.default_tile(4, 4, True, False, (9, 0)))
+    found = module.search(rows, rows, 1, module.default_tile(4, 4, 1, False, False, (9, 0)))
     return [found.values, found.indices]
 
 
@@ -335,9 +335,9 @@ def allocations(source, launches):
             names = [child.attr] if isinstance(child, ast.Attribute) else []
             if isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == "torch":
                 names = [alias.name for alias in child.names]
-            # Triton's own are registers.
+            # Triton's and Gluon's own are registers.
             owner = child.value.id if isinstance(child, ast.Attribute) and isinstance(child.value, ast.Name) else ""
-            for name in names if owner not in ("memory", "tl") else ():
+            for name in names if owner not in ("memory", "tl", "gl") else ():
                 if UNINITIALISED.fullmatch(name) or (launches and INITIALISED.fullmatch(name)):
                     yield inner, child.lineno
             yield from walk(child, inner)
