@@ -97,10 +97,10 @@ def fits(tile: Tile, itemsize: int, capability: tuple[int, int]) -> bool:
 def candidates(columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]) -> list[Tile]:
     """Every tile worth measuring, for each number of accumulators in ``counts``; merged accumulators first.
 
-    Those are for products in half precision from Hopper on, which read their operands again and again from shared
-    memory: seldom enough where accumulators are wide.
+    Those are for Hopper's products in half precision and the data centre's Blackwells, which read their operands from
+    shared memory, again for each accumulator.
     """
-    merging = capability >= (9, 0) and itemsize == 2
+    merging = (9, 0) <= capability < (12, 0) and itemsize == 2
     tiles = [
         Tile(rows, columns, accumulators, depth // shrink, warps, stages, merged)
         for merged in ((4, 2, 1) if merging else (1,))

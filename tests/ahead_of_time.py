@@ -111,9 +111,13 @@ def compile_call(kernel, args, options, capability):
     }
 
 
-def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, merged=False):
-    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability, or of every
-    candidate with merged accumulators for its two stages."""
+def wide_tiles(work):
+    return [tile for tile in tuning._candidates(work, CPU) if tile.merged > 1]
+
+
+def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, merged=0):
+    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability, or of its two
+    stages with the first ``merged`` candidates that have merged accumulators."""
     parts = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
     parts += [(upsample, "upsample_kernel"), (head, "head_kernel")]
     parts += [(upsample, "upsample_wide_kernel"), (head, "head_wide_kernel")]
@@ -129,12 +133,10 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
     if merged:
         f, g = (torch.empty(batch, s * h, s * h, 32, dtype=dtype, device="meta") for s in (2, 1))
         u = torch.empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype, device="meta")
-        for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
-            if tile.merged > 1:
-                gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
-            if tile.merged > 1:
-                gpu_plan.head(plan, u, normalize, tile)
+        for tile in wide_tiles(gpu_plan.upsample_work(plan, x))[:merged]:
+            gpu_plan.upsample(plan, x, f, g, tile)
+        for tile in wide_tiles(gpu_plan.head_work(plan, u))[:merged]:
+            gpu_plan.head(plan, u, normalize, tile)
     else:
         gpu_plan.run_gpu_plan(plan, imgs, x, normalize)
     found = []

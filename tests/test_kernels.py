@@ -304,8 +304,8 @@ def test_wide_accumulators_spoil_what_the_plain_module_spoils(channels, use_imag
         out = gpu_plan.head(plan, wide, tile=second)
     assert torch.equal(usual.isnan(), wide.isnan())
     assert torch.equal(usual.isinf(), wide.isinf())
-    assert torch.equal(out.isfinite().cpu(), plain.isfinite())
     if value != value:
+        # Infinities cancel in another way in composed weights than in the plain module.
         assert torch.equal(out.isnan().cpu(), plain.isnan())
 
 
@@ -432,13 +432,12 @@ def test_candidates_fit(channels, itemsize, capability):
         assert wide <= 256
         assert tile.merged <= tile.accumulators
         block, bias = tile.accumulators * columns, min(tile.accumulators * columns, 192) * 32 * (tile.merged > 1)
-        assert itemsize * ((tile.rows + block) * depth * tile.stages * tile.depth // depth + bias) <= (
-            tiles.shared_memory(capability)
-        )
+        staged = (tile.rows + block) * tile.depth * tile.stages
+        assert itemsize * (staged + bias) <= tiles.shared_memory(capability)
         assert tile.rows * block // (32 * tile.warps) <= (192 if tile.merged > 1 and tile.warps == 8 else 96)
+    # Products that read their operands from shared memory, and more than one accumulator.
     merged = any(tile.merged > 1 for tile in found)
-    # Those of 768 have too many accumulators for any block.
-    assert merged == (capability[0] in (9, 10) and itemsize == 2 and 64 < channels < 768) or capability[0] == 12
+    assert merged == (capability[0] in (9, 10) and itemsize == 2 and channels > 64)
     if capability[0] == 9 and channels == 192 and itemsize == 2:
         assert tiles.Tile(256, 64, 3, 64, 8, 3, 2) in found
         assert tiles.Tile(256, 64, 3, 64, 8, 4, 2) not in found
