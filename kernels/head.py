@@ -15,6 +15,8 @@ from torch import Tensor
 from .. import memory
 from ..plan import Plan
 from . import launch
+from .activation import operand
+from .head_wide import head_wide_kernel
 from .launch import product_precision
 from .tiles import Tile, cdiv, columns_of, padded, shared_memory
 
@@ -132,12 +134,12 @@ def head_kernel(
 
     hidden = ()
     for piece in tl.static_range(PIECES):
-        value = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
-        activated = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        biased = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
+        activated = tl.maximum(biased, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if N > CHANNELS:
             # An infinity times the padding's zeros is NaN, which the next product would spread.
             activated = tl.where((piece * WIDE + columns < CHANNELS)[None, :], activated, 0.0)
-        hidden = hidden + (activated.to(u.dtype.element_ty),)
+        hidden = hidden + (operand(activated, u.dtype.element_ty, PREC),)
 
     scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if NORMALIZE:
@@ -184,7 +186,7 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
     batch, height, width, channels = u.shape
     out = memory.new_empty(u, (batch, height, width, weights.out_channels))
     launch.run(
-        head_kernel,
+        head_wide_kernel if tile.wide else head_kernel,
         (cdiv(batch * height * width, tile.rows),),
         u,
         weights.conv,
@@ -200,10 +202,11 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
         OUT_CHANNELS=weights.out_channels,
         M=weights.out.shape[0],
         ROWS=tile.rows,
-        WIDE=tile.columns,
+        WIDE=tile.columns * tile.merged,
         OUT_WIDE=columns_of(weights.out_channels),
         DEPTH=tile.depth,
         STAGES=tile.stages,
+        **({"CACHED": tile.cached} if tile.wide else {}),
         OUT_STAGES=_out_stages(weights, tile, u),
         NORMALIZE=normalize,
         FLOOR=NORM_FLOOR,

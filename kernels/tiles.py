@@ -20,6 +20,10 @@ _SHARED_MEMORY = {
 }
 
 
+# Output channels of one product: Hopper's instructions go no further.
+_WIDEST = 256
+
+
 class Tile(NamedTuple):
     """How a block of a kernel cuts its work."""
 
@@ -34,6 +38,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     """Loads in flight."""
+    merged: int = 1
+    """How many of the accumulators are one wider accumulator, a power of two; what is left over is another. More than 1
+    is for kernels of their own, which are candidates: no default has it."""
+    cached: int = 0
+    """1: inputs come through the first cache, in which overlapping windows meet, in copies half as wide; 0: past it.
+    For those kernels, too."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the kernels with wide accumulators take it."""
+        return self.merged > 1 or self.cached == 1
 
 
 # Triton's functions of these names, made for kernels as well, cost the host 2 us a call.
@@ -71,22 +86,38 @@ def depth_of(itemsize: int, channels: int) -> int:
 
 def fits(tile: Tile, itemsize: int, capability: tuple[int, int]) -> bool:
     """Whether the tile's staged loads have room in shared memory, and its accumulators in registers."""
-    staged = (tile.rows + tile.accumulators * tile.columns) * tile.depth * itemsize * tile.stages
-    registers = tile.rows * tile.columns * tile.accumulators / (32 * tile.warps)
+    columns = tile.accumulators * tile.columns
+    staged = (tile.rows + columns) * tile.depth * itemsize * tile.stages
+    registers = tile.rows * columns / (32 * tile.warps)
     # Of a thread's 255 registers. Before Hopper the operands of a product take their share, too, and so do float32's.
     room = 96 if capability >= (9, 0) and itemsize == 2 else 64
+    if tile.wide:
+        left = tile.accumulators % tile.merged
+        if tile.merged > tile.accumulators or left & (left - 1) or tile.merged * tile.columns > _WIDEST:
+            return False
+        # Beside the loads lies the upsample stage's bias, 32 terms for each channel; its blocks have 192 at most.
+        staged += 32 * min(columns, 192) * itemsize
+        # Their kernels keep little else in registers, and Hopper's products none of their operands.
+        room = 192 if tile.warps == 8 and tile.merged > 1 else 96
     return staged <= shared_memory(capability) - (2 << 10) and registers <= room
 
 
 def candidates(columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]) -> list[Tile]:
-    """Every tile worth measuring, for each number of accumulators in ``counts``."""
+    """Every tile worth measuring, for each number of accumulators in ``counts``; merged accumulators first.
+
+    Those are for Hopper's products in half precision and the data centre's Blackwells, which read their operands from
+    shared memory, again for each accumulator.
+    """
+    merging = (9, 0) <= capability < (12, 0) and itemsize == 2
     tiles = [
-        Tile(rows, columns, accumulators, depth // shrink, warps, stages)
+        Tile(rows, columns, accumulators, depth // shrink, warps, stages, merged, cached)
+        for merged in ((4, 2, 1) if merging else (1,))
+        for cached in ((1, 0) if merging else (0,))
         for accumulators in counts
-        for rows in (16, 32, 64, 128)
+        for rows in ((64, 128, 256) if merged > 1 else (64, 128) if cached else (16, 32, 64, 128))
         for warps in (4, 8)
-        for shrink in (1, 2)
-        for stages in (2, 3, 4)
+        for shrink in ((1,) if merged > 1 or cached else (1, 2))
+        for stages in ((3, 4) if cached else (2, 3, 4))
         if depth // shrink >= 16
     ]
     return [tile for tile in tiles if fits(tile, itemsize, capability)]

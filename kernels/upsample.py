@@ -17,8 +17,10 @@ from torch import Tensor
 from .. import memory
 from ..plan import Plan
 from . import launch
+from .activation import operand
 from .launch import product_precision
 from .tiles import Tile, cdiv, columns_of, next_power_of_2, padded
+from .upsample_wide import bias_terms, upsample_wide_kernel
 
 
 class UpsampleWeights(NamedTuple):
@@ -32,6 +34,8 @@ class UpsampleWeights(NamedTuple):
     """[N, 9 taps, F]"""
     bias: Tensor
     """[9 position classes, N] float32, see :meth:`lift_fast.plan.Plan.edge_bias`"""
+    bias_terms: Tensor
+    """[N, 32], the same as wide accumulators take it, see :func:`lift_fast.kernels.upsample_wide.bias_terms`"""
     channels: int
     """c <= N, output channels"""
 
@@ -51,11 +55,13 @@ def pack_upsample(plan: Plan, device: torch.device, dtype: torch.dtype) -> Upsam
     def cast(weight: Tensor) -> Tensor:
         return weight.to(device, dtype).contiguous()
 
+    bias = pad(plan.edge_bias()).flatten(0, 1)
     return UpsampleWeights(
         coarse=cast(phase[..., :features]),
         image=cast(phase[..., features:]) if image else None,
         fine=cast(pad(plan.fine).flatten(0, 1).permute(2, 0, 1)) if image else None,
-        bias=pad(plan.edge_bias()).flatten(0, 1).to(device, torch.float32).contiguous(),
+        bias=bias.to(device, torch.float32).contiguous(),
+        bias_terms=cast(bias_terms(bias, dtype).t()),
         channels=channels,
     )
 
@@ -175,7 +181,7 @@ def upsample_kernel(
     for piece in tl.static_range(PIECES):
         at = columns + piece * WIDE
         value = acc[piece] + tl.load(bias + position_class[:, None] * N + at[None, :])
-        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
+        value = operand(tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), out.dtype.element_ty, PREC)
         tl.store(target + at[None, :], value, mask=exists[:, None] & (at < CHANNELS)[None, :])
 
 
@@ -203,8 +209,13 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
     padded_channels = weights.bias.shape[1]
     column_blocks = padded_channels // (tile.columns * tile.accumulators)
     blocks = 4 * column_blocks * cdiv(batch * height * width, tile.rows)
+    wide = tile.wide
+    if wide:
+        pieces = {"BLOCK": tile.columns * tile.accumulators, "WIDE": tile.columns * tile.merged, "CACHED": tile.cached}
+    else:
+        pieces = {"WIDE": tile.columns, "PIECES": tile.accumulators}
     launch.run(
-        upsample_kernel,
+        upsample_wide_kernel if wide else upsample_kernel,
         (blocks,),
         x,
         g,
@@ -212,7 +223,7 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
         weights.coarse,
         weights.image,
         weights.fine,
-        weights.bias,
+        weights.bias_terms if wide else weights.bias,
         out,
         batch,
         height,
@@ -222,8 +233,7 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
         N=padded_channels,
         CHANNELS=weights.channels,
         ROWS=tile.rows,
-        WIDE=tile.columns,
-        PIECES=tile.accumulators,
+        **pieces,
         DEPTH=tile.depth,
         IMAGE_DEPTH=max(16, min(tile.depth, next_power_of_2(max(image, 1)))),
         STAGES=tile.stages,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .lift import LiFT
 
 # Raise it when a kernel changes so that measured tiles no longer mean the same.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Work(NamedTuple):

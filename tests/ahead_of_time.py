@@ -77,7 +77,7 @@ def compile_call(kernel, args, options, capability):
             signature[name] = f"*{TYPES[value.dtype]}"
             # What PyTorch allocates is aligned so, and the launcher finds that out itself.
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif value is None or name in options or value == 1:
+        elif value is None or name in options or (value == 1 and not kernel.params[position].do_not_specialize):
             # The launcher, too, compiles a kernel of its own for integers that are 1.
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
@@ -99,6 +99,7 @@ def compile_call(kernel, args, options, capability):
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     return {
+        "rows": options.get("ROWS"),
         "registers": registers,
         "stack": stack,
         "local": local,
@@ -111,28 +112,38 @@ def compile_call(kernel, args, options, capability):
     }
 
 
-def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True):
-    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability."""
-    recorders = [
-        Recorder(image_encoder, "fine_kernel"),
-        Recorder(image_encoder, "coarse_kernel"),
-        Recorder(upsample, "upsample_kernel"),
-        Recorder(head, "head_kernel"),
-    ]
+def wide_tiles(work):
+    """One of each shape: how many loads are in flight changes little but the shared memory."""
+    found = [tile for tile in tuning._candidates(work, CPU) if tile.wide and tile.warps == 8]
+    return list({tile._replace(stages=0): tile for tile in found if tile.merged > 1 or tile.rows == 64}.values())
+
+
+def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, merged=0):
+    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability, or of its two
+    stages with the first ``merged`` candidates that have merged accumulators."""
+    parts = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
+    parts += [(upsample, "upsample_kernel"), (head, "head_kernel")]
+    parts += [(upsample, "upsample_wide_kernel"), (head, "head_wide_kernel")]
+    recorders = [Recorder(*part) for part in parts]
     launch.capability = lambda device: divmod(capability, 10)
     tuning.forget()
     # Shapes alone matter; the meta device holds no memory for large batches.
     lift = LiFT(channels, patch, use_image=use_image).eval()
     plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), CPU, dtype, "triton")
     h = side // patch
-    gpu_plan.run_gpu_plan(
-        plan,
-        torch.empty(batch, 3, side, side, dtype=dtype, device="meta"),
-        torch.empty(batch, h, h, channels, dtype=dtype, device="meta"),
-        normalize,
-    )
+    imgs = torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
+    x = torch.empty(batch, h, h, channels, dtype=dtype, device="meta")
+    if merged:
+        f, g = (torch.empty(batch, s * h, s * h, 32, dtype=dtype, device="meta") for s in (2, 1))
+        u = torch.empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype, device="meta")
+        for tile in wide_tiles(gpu_plan.upsample_work(plan, x))[:merged]:
+            gpu_plan.upsample(plan, x, f, g, tile)
+        for tile in wide_tiles(gpu_plan.head_work(plan, u))[:merged]:
+            gpu_plan.head(plan, u, normalize, tile)
+    else:
+        gpu_plan.run_gpu_plan(plan, imgs, x, normalize)
     found = []
-    for recorder, module in zip(recorders, (image_encoder, image_encoder, upsample, head), strict=True):
+    for recorder, (module, _) in zip(recorders, parts, strict=True):
         setattr(module, recorder.name, recorder.kernel)
         found += [(recorder.kernel, args, options) for args, options in recorder.calls]
     return found
@@ -218,7 +229,9 @@ def main(cases):
         for kernel, args, options in record(dtype=dtype, **case):
             resources = compile_call(kernel, args, options, capability)
             limit = tiles.shared_memory(divmod(capability, 10))
-            results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})
+            names = ("ROWS", "WIDE", "STAGES", "num_warps")
+            cut = [options[name] for name in names if name in options]
+            results.append({**case, "kernel": kernel.__name__, "cut": cut, "shared limit": limit, **resources})
     print(json.dumps(results))
 
 

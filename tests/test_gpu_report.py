@@ -15,7 +15,7 @@ from lift_fast import LiFT
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
-from bench.gpu.context import Job  # noqa: E402
+from bench.gpu.context import Context, Job, Skip  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
 from bench.gpu.state import State  # noqa: E402
 
@@ -201,6 +201,25 @@ FIGURES = (
     "training step, ours", "pair to mutual matches, demonstration pair, photographs, graph",
     "interpolate + argmax, 30 points",
 )  # fmt: skip
+
+
+def test_an_encoder_that_the_package_leaves_aside_is_no_failure(monkeypatch):
+    """The cases that Triton does not serve in float32 on a GPU are skipped with the reason, the others run."""
+    pytest.importorskip("triton")
+    from bench.gpu import smoke
+
+    monkeypatch.setattr(smoke, "encoder_error", lambda *arguments: 0.0)
+    context = Context(torch.device("cuda", 0), rehearse=False, seed=1)
+    for dtype, served in ((torch.float32, [8, 8]), (torch.bfloat16, [16, 8, 16, 8])):
+        rows, skipped = [], ""
+        try:
+            for row in smoke._run_encoder("Triton", dtype, context):
+                rows.append(row)
+        except Skip as reason:
+            skipped = str(reason)
+        assert [row["case"] for row in rows] == [str(case) for case in smoke.ENCODERS if case[0] in served]
+        assert ("(16, 37, 41, 2): " in skipped) == (16 not in served)
+        assert ("gave wrong results on an H200" in skipped) == (16 not in served)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The Triton kernels against the plain module in float64: on a GPU where there is one, else in Triton's interpreter."""
 
 import copy
+import json
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
 from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
+from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -37,6 +39,13 @@ CASES = [
     (24, 8, 2, 3, 1, {"image_channels": 20}),
     (24, 8, 2, 2, 1, {"extra_image_blocks": 1}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """The interpreter multiplies exactly: there the kernels must not round for TF32 products either."""
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 class Network:
@@ -93,6 +102,9 @@ def test_image_encoder(encoder, grid, patch, dtype):
     if encoder == "cuda" and not image_encoder_cuda.can_run(DEVICE)[0]:
         pytest.skip(image_encoder_cuda.can_run(DEVICE)[1])
     network = Network(8, patch, *grid, 2, {})
+    reason = triton_encoder.unsupported(network.plan, DEVICE, dtype)
+    if encoder == "triton" and reason:
+        pytest.skip(reason)
     plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = image_encoder.encode_image(plain, network.imgs.double())
     imgs, _ = network.inputs(dtype)
@@ -108,14 +120,17 @@ def test_image_encoder(encoder, grid, patch, dtype):
 
 
 @numeric
-@pytest.mark.parametrize(("rows", "accumulators"), [(16, 1), (32, 3), (64, 1), (128, 3)])
-def test_tiles_do_not_change_the_result(rows, accumulators):
+@pytest.mark.parametrize(
+    ("rows", "accumulators", "merged", "cached"),
+    [(16, 1, 1, 0), (32, 3, 1, 0), (64, 1, 1, 0), (128, 3, 1, 0), (128, 3, 1, 1), (64, 3, 2, 0), (256, 3, 2, 1)],
+)
+def test_tiles_do_not_change_the_result(rows, accumulators, merged, cached):
     network = Network(384, 8, 3, 2, 2, {})
     with torch.no_grad():
         plan = network.prepare(torch.float32, "torch")
         imgs, x = network.inputs(torch.float32)
         f, g = gpu_plan.encode_image(plan, imgs)
-        tile = tiles.Tile(rows, 64, accumulators, 32, 8, 2)
+        tile = tiles.Tile(rows, 64, accumulators, 32, 8, 2, merged, cached)
         u = gpu_plan.upsample(plan, x, f, g, tile)
         out = gpu_plan.head(plan, u, tile=tile._replace(accumulators=3))
     assert relative_error(out.cpu(), network.exact) <= LIMITS[torch.float32], network.seed
@@ -184,6 +199,9 @@ def test_nan_reaches_its_neighbourhood_and_no_further(shape, channels, normalize
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, value):
     network = Network(8, patch, 3, 4, 2, {"image_channels": width})
+    reason = triton_encoder.unsupported(network.plan, DEVICE, torch.float32)
+    if reason:
+        pytest.skip(reason)
     imgs, _ = network.inputs(torch.float32)
     imgs[1, 2, 3, 5] = value
     plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
@@ -228,6 +246,154 @@ def test_pictures_may_be_spread_beyond_the_range_of_int32():
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def merged(plan):
+    """Merged tiles for the stages of a plan, whatever its widths: half a usual accumulator, two of them in one."""
+    found = []
+    for weights, counts in ((plan.upsample, plan.upsample_counts), (plan.head, plan.head_counts)):
+        columns = tiles.columns_of(weights.channels) // 2
+        found.append(tiles.Tile(16, columns, 2 * max(counts), 16, 4, 2, 2))
+    return found
+
+
+def merged_pass(plan, imgs, x, normalize=False):
+    f, g = gpu_plan.encode_image(plan, imgs) if plan.encoder != "none" else (None, None)
+    first, second = merged(plan)
+    return gpu_plan.head(plan, gpu_plan.upsample(plan, x, f, g, first), normalize, second)
+
+
+# Channels that fill no step and no accumulator, networks without image, one cell and cells at every border.
+WIDE_CASES = [
+    (384, 16, 3, 5, 1, {}),
+    (33, 8, 5, 1, 2, {}),
+    (33, 14, 1, 1, 2, {}),
+    (200, 8, 2, 3, 1, {"use_image": False}),
+    (24, 8, 2, 3, 1, {"image_channels": 20}),
+]
+
+
+@numeric
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in WIDE_CASES for dtype in LIMITS if case[0] < 384 or dtype.itemsize == 4],
+    ids=str,
+)
+def test_wide_accumulators_equal_the_plain_module(case, dtype, normalize):
+    network = Network(*case)
+    exact = F.normalize(network.exact, dim=-1) if normalize else network.exact
+    with torch.no_grad():
+        plan = network.prepare(dtype)
+        out = merged_pass(plan, *network.inputs(dtype), normalize)
+    assert out.is_contiguous()
+    assert relative_error(out.cpu(), exact) <= LIMITS[dtype], network.seed
+
+
+@numeric
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("channels", "use_image"), [(7, False), (16, True), (48, True)])
+def test_wide_accumulators_spoil_what_the_plain_module_spoils(channels, use_image, value):
+    network = Network(channels, 8, 3, 5, 1, {"use_image": use_image})
+    imgs, x = network.inputs(torch.float32)
+    x[0, 0, 0, 3] = value
+    plan = network.prepare(torch.float32)
+    with torch.no_grad():
+        f, g = gpu_plan.encode_image(plan, imgs) if use_image else (None, None)
+        first, second = merged(plan)
+        usual, wide = gpu_plan.upsample(plan, x, f, g), gpu_plan.upsample(plan, x, f, g, first)
+        twin = copy.deepcopy(network.lift).double()
+        plain = twin._forward_plain(network.imgs.double(), x.cpu().double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = gpu_plan.head(plan, wide, tile=second)
+    assert torch.equal(usual.isnan(), wide.isnan())
+    assert torch.equal(usual.isinf(), wide.isinf())
+    if value != value:
+        # Infinities cancel in another way in composed weights than in the plain module.
+        assert torch.equal(out.isnan().cpu(), plain.isnan())
+
+
+@numeric
+@pytest.mark.parametrize("channels", [6, 32, 200])
+def test_an_infinite_channel_does_not_meet_the_padding_of_wide_accumulators(channels):
+    network = Network(channels, 8, 1, 1, 1, {"use_image": False})
+    u = torch.rand(1, 5, 5, network.plan.conv.shape[-1], device=DEVICE)
+    u[0, 0, 0, 0] = torch.inf
+    with torch.no_grad():
+        plan = network.prepare(torch.float32)
+        usual, wide = gpu_plan.head(plan, u), gpu_plan.head(plan, u, tile=merged(plan)[1])
+    assert torch.equal(usual.isnan(), wide.isnan())
+    assert torch.equal(usual.isinf(), wide.isinf())
+
+
+@numeric
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
+def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
+    """To the nearest: what the tensor cores cut off is zero by then."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    network = Network(16, 8, 3, 2, 1, {})
+    imgs, x = network.inputs(torch.float32)
+    x[0, 0, 0, 3] = value
+    with torch.no_grad():
+        plan = network.prepare(torch.float32, "triton")
+        tile = merged(plan)[0] if merge else None
+        f, g = gpu_plan.encode_image(plan, imgs)
+        u = gpu_plan.upsample(plan, x, f, g, tile)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        exact = gpu_plan.upsample(plan, x, f, g, tile)
+    for rounded in (f, g, u):
+        assert int((rounded.view(torch.int32) & 0x1FFF).masked_fill(~rounded.isfinite(), 0).abs().max()) == 0
+    assert torch.equal(u.isfinite(), exact.isfinite())
+    sound = exact.isfinite()
+    limit = 2**-11 * (3 if DEVICE.type == "cuda" else 1.01)
+    assert float(((u - exact)[sound].abs() / exact[sound].clamp_min(1e-3)).max()) <= limit, network.seed
+    # Signs of both kinds: what is cut off would make all of it smaller.
+    assert bool((u > exact).any())
+    assert bool((u < exact).any())
+
+
+@numeric
+def test_what_the_head_keeps_is_rounded_to_tf32(monkeypatch):
+    """In the interpreter, whose products are exact: an output channel that copies a hidden one shows it."""
+    network = Network(16, 8, 3, 2, 1, {"use_image": False})
+    with torch.no_grad():
+        network.lift.outc.weight.zero_()[:8, :, 0, 0].fill_diagonal_(1)
+        network.lift.outc.bias.zero_()
+        plan = build_plan(*network.lift._plan_sources(), network.lift.architecture)
+        ready = gpu_plan.prepare_gpu(plan, DEVICE, torch.float32)
+        u = torch.rand(1, 5, 5, plan.conv.shape[-1], device=DEVICE)
+        for tile in (None, merged(ready)[1]):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+            exact = gpu_plan.head(ready, u, tile=tile)
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+            rounded = gpu_plan.head(ready, u, tile=tile)
+            assert int((rounded.view(torch.int32) & 0x1FFF).abs().max()) == 0
+            assert int((exact.view(torch.int32) & 0x1FFF).abs().max()) > 0
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_float32_with_pooling_leaves_the_triton_encoder_aside_on_a_gpu(runs, monkeypatch):
+    """It gave wrong results on a GPU: PyTorch's convolutions take over where the CUDA kernel does not serve."""
+    monkeypatch.setattr(image_encoder_cuda, "can_run", lambda device: (runs, "as if"))
+    pooled, unpooled = (Network(8, patch, 1, 1, 1, {}).plan for patch in (16, 8))
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        served = "cuda" if runs and allowed else None
+        assert gpu_plan._best_encoder(pooled, CUDA, torch.float32) == (served or "torch")
+        assert gpu_plan._best_encoder(unpooled, CUDA, torch.float32) == (served or "triton")
+        assert gpu_plan._best_encoder(pooled, CUDA, torch.bfloat16) == ("cuda" if runs else "triton")
+        assert gpu_plan._best_encoder(pooled, torch.device("cpu"), torch.float32) == (served or "triton")
+    with pytest.raises(RuntimeError, match=r"the Triton image encoder cannot run: .* gave wrong results on an H200"):
+        gpu_plan.prepare_gpu(pooled, CUDA, torch.float32, "triton")
+
+
+def test_the_triton_encoder_says_what_it_does_not_serve():
+    plan = Network(8, 8, 1, 1, 1, {"extra_image_blocks": 1}).plan
+    with pytest.raises(RuntimeError, match="cannot run: the first image encoder has 3 convolutions"):
+        gpu_plan.prepare_gpu(plan, DEVICE, torch.float32, "triton")
+
+
 def test_float32_products_follow_pytorchs_setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert launch.product_precision(torch.float32) == "tf32x3"
@@ -247,6 +413,60 @@ def test_default_tiles_fit(positions, channels, itemsize, capability):
     assert tiles.fits(tile, itemsize, capability)
     assert all(value & (value - 1) == 0 for value in (tile.rows, tile.columns, tile.depth, tile.warps))
     assert tile in tiles.candidates(columns, counts, depth, itemsize, capability)
+    # Wide accumulators are to be measured first.
+    assert not tile.wide
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("channels", [1, 16, 64, 100, 192, 384, 768])
+def test_candidates_fit(channels, itemsize, capability):
+    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
+    count = tiles.padded(channels) // columns
+    counts = [pieces for pieces in (count, 3, 2, 1) if count % pieces == 0]
+    found = tiles.candidates(columns, list(dict.fromkeys(counts)), depth, itemsize, capability)
+    assert len(set(found)) == len(found)
+    for tile in found:
+        wide = tile.columns * tile.merged
+        left = (tile.accumulators % tile.merged) * columns
+        assert all(width & (width - 1) == 0 for width in (wide, left))
+        assert wide <= 256
+        assert tile.merged <= tile.accumulators
+        block, bias = tile.accumulators * columns, min(tile.accumulators * columns, 192) * 32 * tile.wide
+        staged = (tile.rows + block) * tile.depth * tile.stages
+        assert itemsize * (staged + bias) <= tiles.shared_memory(capability)
+        assert tile.rows * block // (32 * tile.warps) <= (192 if tile.merged > 1 and tile.warps == 8 else 96)
+    # Products that read their operands from shared memory, and more than one accumulator.
+    merged = any(tile.merged > 1 for tile in found)
+    assert merged == (capability[0] in (9, 10) and itemsize == 2 and channels > 64)
+    if capability[0] == 9 and channels == 192 and itemsize == 2:
+        assert tiles.Tile(256, 64, 3, 64, 8, 3, 2) in found
+        assert tiles.Tile(256, 64, 3, 64, 8, 4, 2) not in found
+        # The first that a report measures, as they are what it is to find out about.
+        assert found[0].merged > 1
+
+
+@pytest.mark.parametrize("number", [[], [1], [2]])
+def test_files_hold_tiles_with_and_without_merged_accumulators(number, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile = [64, 64, 3, 64, 8, 2, *number]
+    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
+    tuning.forget()
+    assert tuning.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
+    tuning.forget()
+
+
+def test_tiles_of_the_kernels_as_they_were_are_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
+    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tuning.forget()
+    default = tuning.tile_for(work, DEVICE)
+    other = default._replace(rows=16, stages=2)
+    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
+    tuning.forget()
+    assert tuning.tile_for(work, DEVICE) == default
+    tuning.forget()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -280,7 +500,16 @@ def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"format": 1, "tiles": {"a": "b"}}', '{"format": 1, "tiles": {"a": [1]}}', "\0"]
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 2, "tiles": {"a": "b"}}',
+        '{"format": 2, "tiles": {"a": [1]}}',
+        '{"format": 2, "tiles": {"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}}',
+        "\0",
+    ],
 )
 def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))

@@ -26,10 +26,19 @@ CASES = [
     {"channels": 384, "patch": 8, "batch": 3, "side": 224, "dtype": "float32", "capability": 80, "normalize": True},
     {"channels": 1024, "patch": 16, "batch": 1, "side": 224, "dtype": "bfloat16", "capability": 86},
     {"channels": 33, "patch": 16, "batch": 2, "side": 48, "dtype": "float16", "capability": 80},
+    # More output channels than the accumulators before them have, which are half as many.
+    {"channels": 33, "patch": 14, "batch": 1, "side": 28, "dtype": "float16", "capability": 90, "normalize": True},
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 90, "use_image": False},
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 100},
     {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 100},
 ]
+# Every candidate with merged accumulators, both published widths: not the default until they are measured.
+WIDE = [
+    {"channels": channels, "patch": 16, "batch": batch, "side": 448, "dtype": dtype, "capability": capability}
+    for channels, batch, dtype in ((384, 64, "bfloat16"), (768, 8, "float16"))
+    for capability in (90, 100)
+]
+WIDE = [{**case, "merged": 100, "normalize": case["channels"] == 384} for case in WIDE]
 # One direction, both, a list, a window, and the searches of float32; sets as large as matching pictures needs them.
 LARGE = {"operator": "nearest", "n": 50176, "m": 50176, "channels": 384}
 WINDOW = {"operator": "nearest", "n": 3136, "m": 7 * 3136, "channels": 384, "window": [12, 56, 56, 56, 56], "k": 5}
@@ -147,6 +156,36 @@ def test_nothing_spills(compiled):
     assert [one for one in compiled if one["local"]] == []
     # Small work, and float32 on devices before Hopper, may keep a few addresses on the stack.
     assert [one for one in compiled if one["stack"] > (0 if one["side"] == 448 else 128)] == []
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return compile_all(WIDE)
+
+
+def test_wide_accumulators_stay_in_registers_and_shared_memory(wide):
+    stages = {(one["kernel"], one["channels"], one["capability"]) for one in wide}
+    names = ("upsample_wide_kernel", "head_wide_kernel")
+    widths, capabilities = (384, 768), (90, 100)
+    assert stages == {(name, width, one) for name in names for width in widths for one in capabilities}
+    # Of 256 positions the sums fill the registers; what is kept elsewhere is read outside of the loops.
+    assert [one for one in wide if one["stack"] > (512 if one["rows"] == 256 else may_stack())] == []
+    assert [one for one in wide if one["shared"] > one["shared limit"]] == []
+
+
+def test_wide_accumulators_run_on_tensor_cores(wide):
+    assert [one for one in wide if one["capability"] == 90 and not one["wgmma"]] == []
+    assert [one for one in wide if one["capability"] == 100 and not one["tcgen05"]] == []
+    assert [one for one in wide if not one["async copies"]] == []
+
+
+def test_wide_accumulators_compile_once_for_all_sizes():
+    """Of pictures and batches: nothing of theirs is compiled in, not even that it is 1."""
+    case = {"channels": 384, "patch": 16, "dtype": "bfloat16", "capability": 90, "merged": 1}
+    compiled = compile_all([{**case, "batch": batch, "side": side} for batch, side in ((1, 16), (64, 448))])
+    for kernel in ("upsample_wide_kernel", "head_wide_kernel"):
+        small, large = ({**one, "batch": 0, "side": 0} for one in compiled if one["kernel"] == kernel)
+        assert small == large
 
 
 def test_shared_memory_fits(compiled):

@@ -1,8 +1,8 @@
 """LiFT's plan on the GPU: image encoders, composed upsample and head, one fused kernel each.
 
 The two GEMM stages run in Triton and the image encoders in the native core's CUDA kernel; where that is missing or does
-not serve the network they run in Triton, and those of another depth in PyTorch's convolutions. In memory beside inputs
-and outputs: f, g and the c-channel fine map.
+not serve the network they run in Triton, and where that does not either, in PyTorch's convolutions. In memory beside
+inputs and outputs: f, g and the c-channel fine map.
 """
 
 from __future__ import annotations
@@ -117,6 +117,9 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
             raise RuntimeError(f"the CUDA image encoder cannot run: {missing}; leave the choice to prepare_gpu")
         weights = image_encoder_cuda.pack_encoder(plan, device, dtype)
     elif encoder == "triton":
+        missing = triton_encoder.unsupported(plan, device, dtype)
+        if missing:
+            raise RuntimeError(f"the Triton image encoder cannot run: {missing}; leave the choice to prepare_gpu")
         weights = triton_encoder.pack_encoder(plan, device, dtype)
     elif encoder == "torch":
         weights = image_encoder.prepare_encoder(plan, device, dtype)
@@ -128,7 +131,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
 def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
     if may_use_cuda(device, dtype) and not image_encoder_cuda.unsupported(plan, dtype):
         return "cuda"
-    return "torch" if _kernels()[0].unsupported(plan) else "triton"
+    return "torch" if _kernels()[0].unsupported(plan, device, dtype) else "triton"
 
 
 def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
