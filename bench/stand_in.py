@@ -236,7 +236,9 @@ def _believe(device: Device, native: bool) -> None:
     def core(name: str) -> Any:
         def call(*given: Any) -> None:
             if not native:
-                device.log.append(Launched(name, given[-2], given[-1], (), given[:-2]))
+                # A name, such as the image encoder's cut, may follow the device and the stream.
+                *rest, where, stream = given[:-1] if isinstance(given[-1], str) else given
+                device.log.append(Launched(name, where, stream, (), tuple(rest)))
 
         return call
 
