@@ -117,6 +117,7 @@ def test_other_sizes_and_strides_have_their_own_pass(seen):
 OPERATORS = [
     "lift_forward, Triton encoder",
     "lift_forward, CUDA encoder",
+    "lift_forward, wide tiles",
     "cosine_loss",
     "propagate_labels",
     "nearest, half",
