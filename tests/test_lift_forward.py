@@ -485,3 +485,19 @@ def test_export():
         program = torch.export.export(lift, (imgs, x))
         torch.testing.assert_close(program.module()(imgs, x), lift(imgs, x))
     assert set(program.state_dict) == set(lift.state_dict())
+
+
+def test_a_pytorch_that_does_not_say_who_watches_goes_through_the_dispatcher(monkeypatch):
+    module = sys.modules["lift_fast.ops.lift_forward"]
+    calls, packet = [], torch.ops.lift_fast.lift_forward
+    real = packet.default
+    monkeypatch.setattr(packet, "default", lambda *given: calls.append(1) or real(*given))
+    lift = network(16, 8, 0).requires_grad_(False)
+    pictures, x = inputs(8, 16, 24, 16)
+    direct = lift(pictures, x)
+    assert calls == []
+    monkeypatch.delattr(torch._C, "_len_torch_function_stack")
+    assert module._watchers() is None
+    monkeypatch.setattr(module, "_WATCHERS", None)
+    assert torch.equal(lift(pictures, x), direct)
+    assert calls == [1]

@@ -65,25 +65,35 @@ def lift_forward(
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_tracing, _transforms = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_profiling = torch._C._autograd._profiler_enabled
+_Question = Callable[[], Any]
+
+
+def _watchers() -> tuple[_Question, ...] | None:
+    """Tracing, function transforms, dispatch and function modes, profilers: each answers falsely where there is none.
+
+    PyTorch has no public names for these questions. None where a release lacks one.
+    """
+    core = torch._C
+    try:
+        found = (core._get_tracing_state, core._functorch.peek_interpreter_stack, core._len_torch_dispatch_stack)
+        return (*found, core._len_torch_function_stack, core._autograd._profiler_enabled)
+    except AttributeError:
+        return None
+
+
+_WATCHERS = _watchers()
 
 
 def _undisturbed(imgs: Tensor, x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether nobody but the caller would see the operator: then the dispatcher, 10 us with 37 weights, has no part."""
-    return not (
-        torch.compiler.is_compiling()
-        or _tracing() is not None
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _profiling()
-        or (torch.is_grad_enabled() and (imgs.requires_grad or x.requires_grad))
-        or type(imgs) is not Tensor
-        or type(x) is not Tensor
-        or not _PLAIN.issuperset(map(type, weights))
-    )
+    if _WATCHERS is None or torch.compiler.is_compiling():
+        return False
+    for watcher in _WATCHERS:
+        if watcher():
+            return False
+    if torch.is_grad_enabled() and (imgs.requires_grad or x.requires_grad):
+        return False
+    return type(imgs) is Tensor and type(x) is Tensor and _PLAIN.issuperset(map(type, weights))
 
 
 class TorchPlan(NamedTuple):
