@@ -33,6 +33,8 @@ from pathlib import Path
 
 import torch
 
+from lift_fast._files import make_folder
+
 from .gpu.crew import ROOT, run_group, run_side_by_side
 from .gpu.stages import STAGES, jobs_of
 from .gpu.state import State
@@ -207,7 +209,7 @@ def finish(state: State) -> None:
     run_stage(state, "chart", output.chart)
     lines = output.judged(state)
     state.results["predictions"] = lines
-    state.out.with_suffix(".md").write_text(output.markdown(state))
+    state.file(".md").write_text(output.markdown(state))
     state.write()
     print("", "REHEARSAL: no figures" if state.rehearse else f"GPU report: {state.out.name}", sep="\n")
     print(*output.prediction_lines(lines), sep="\n")
@@ -244,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--rehearse needs --out, so that no rehearsal lands among the results")
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         arguments.out = ROOT / "bench" / "results" / name
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(arguments.out.parent)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     seed = int.from_bytes(os.urandom(3), "little") if arguments.seed is None else arguments.seed
     state = State(arguments.out.resolve(), arguments.rehearse, arguments.budget, seed)
     print(f"seed {seed}")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,14 +70,21 @@ def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
     listener.failed("upsample", "illegal access")
-    content = json.loads((tmp_path / "r.json").read_text())
+    # Readers other than Python's know no NaN.
+    content = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert [row["what"] for row in content["smoke"]] == ["head", "head"]
+    assert content["smoke"][1]["error"] == "nan"
     # NaN passes nothing.
     assert content["failures"] == [
         "smoke: head (1,) bf16: error 5.0e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
         "smoke: upsample: illegal access",
     ]
+
+
+def test_a_dot_in_the_files_name_is_kept(tmp_path):
+    State(tmp_path / "h100, torch 2.11", True, 100.0, 1).write()
+    assert [path.name for path in tmp_path.iterdir()] == ["h100, torch 2.11.json"]
 
 
 def test_smoke_lines_begin_with_the_worst():
@@ -108,7 +117,7 @@ def test_predictions_stand_beside_outcomes():
 
 # Stand-ins for jobs whose kernels are broken, run by real workers.
 BROKEN = """
-import os, sys, time
+import os, signal, sys, time
 from bench.gpu import stages, worker
 from bench.gpu.context import Job, Skip
 def good(context):
@@ -119,13 +128,21 @@ def wrong(context):
 def killed(context):
     yield {"what": "before the crash"}
     os.abort()
+def devoured(context):
+    yield {"what": "before the memory is spent"}
+    os.kill(os.getpid(), signal.SIGKILL)
+def left(context):
+    yield {"what": "before it leaves"}
+    os.write(2, b"\\xff said in no encoding")
+    os._exit(0)
 def stuck(context):
     yield {"what": "before it hangs"}
     time.sleep(600)
 def skipped(context):
     raise Skip("not here")
     yield
-jobs = [Job(f.__name__, f, 0.05) for f in (good, wrong, killed, stuck, skipped)] + [Job("last", good, 0.05)]
+functions = (good, wrong, killed, devoured, left, stuck, skipped)
+jobs = [Job(f.__name__, f, 0.05) for f in functions] + [Job("last", good, 0.05)]
 stages.jobs_of = lambda stage, rehearse: {"all": jobs}
 if __name__ == "__main__":
     sys.exit(worker.main())
@@ -143,7 +160,9 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         return real(command, **{**options, "env": {**options["env"], "PYTHONPATH": str(ROOT)}})
 
     monkeypatch.setattr(crew.subprocess, "Popen", start)
-    jobs = [Job(name, None, 0.05) for name in ("good", "wrong", "killed", "stuck", "skipped", "last")]
+    jobs = [
+        Job(name, None, 0.05) for name in ("good", "wrong", "killed", "devoured", "left", "stuck", "skipped", "last")
+    ]
     now = state(tmp_path, budget=500)
     crew.run_group("smoke", jobs, rehearse=True, seed=7, deadline=now.deadline, listener=now.listener("x"), patience=1)
     found = [(row["job"], row["what"]) for row in now.rows("x")]
@@ -151,15 +170,60 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         ("good", "good"),
         ("wrong", "half"),
         ("killed", "before the crash"),
+        ("devoured", "before the memory is spent"),
+        ("left", "before it leaves"),
         ("stuck", "before it hangs"),
         ("last", "good"),
     ]
     assert now.rows("x")[0]["seed"] == 7
     assert now.failures[0] == "x: wrong: RuntimeError: no such thing"
     assert now.failures[1].startswith("x: killed: the worker ended with status -6")
-    assert now.failures[2] == "x: stuck: it did not end in time"
-    assert len(now.failures) == 3
+    assert now.failures[2].startswith("x: devoured: the worker ended with status -9")
+    assert now.failures[3].startswith("x: left: the worker ended with status 0: ")
+    assert now.failures[4] == "x: stuck: it did not end in time"
+    assert len(now.failures) == 5
     assert now.skipped == ["x: skipped: not here"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_workers_end_with_a_report_that_is_killed(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    rows = tmp_path / "rows"
+    code = (
+        "import subprocess, sys\n"
+        f"command = [sys.executable, {str(tmp_path / 'broken.py')!r}, '--stage', 'x', '--seed', '1', '--rehearse']\n"
+        f"worker = subprocess.Popen([*command, '--out', {str(rows)!r}, 'stuck'])\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    worker = int(parent.stdout.readline())
+    try:
+        wait_for(lambda: rows.exists() and "before it hangs" in rows.read_text())
+        parent.kill()
+        parent.wait()
+        # Whoever adopts it may never ask how it ended.
+        wait_for(lambda: state_of(worker) in ("Z", None))
+    finally:
+        parent.kill()
+        if state_of(worker) is not None:
+            os.kill(worker, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def state_of(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return None
 
 
 def test_jobs_that_the_time_leaves_no_room_for_are_named(tmp_path):
@@ -285,4 +349,5 @@ def test_what_it_asks_for():
     assert done.returncode == 2
     assert "--rehearse runs everything on the CPU, without figures" in done.stderr
     assert "needs --out" in report("--rehearse").stderr
+    assert "--out: " in report("--rehearse", "--out", str(Path(__file__) / "r")).stderr
     assert "invalid choice: 'nonsense'" in report("--rehearse", "--stage", "nonsense").stderr

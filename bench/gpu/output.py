@@ -119,6 +119,6 @@ def chart(state: State) -> None:
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
     axes.set_title("REHEARSAL: no figures" if state.rehearse else state.results.get("environment", {}).get("gpu", ""))
     axes.legend()
-    with atomic_path(state.out.with_suffix(".png")) as path:
+    with atomic_path(state.file(".png")) as path:
         figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
