@@ -217,7 +217,8 @@ def finish(state: State) -> None:
         print(f"  skipped {entry}")
     for entry in state.failures:
         print(f"  FAILED  {entry}")
-    print(f"{len(state.failures)} failures; written to {state.out}.json, .md, .png", flush=True)
+    written = [suffix for suffix in (".json", ".md", ".png") if state.file(suffix).exists()]
+    print(f"{len(state.failures)} failures; written to {state.out}{', '.join(written)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -294,7 +294,7 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
     done = report("second", "--rehearse", "--out", str(tmp_path / "r"), "--seed", "7", script=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"0 failures; written to {tmp_path / 'r'}.json, .md, .png" in done.stdout
-    assert "Everything agrees." in done.stdout
+    assert "Everything that ran agrees" in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["rehearsal"] is True
     assert content["seed"] == 7
@@ -335,6 +335,14 @@ def test_a_wrong_kernel_fails_the_report(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED  smoke: head (32, 16, 2, 1, 1) fp32: error" in done.stdout
+
+
+def test_a_report_without_time_says_what_it_skipped(tmp_path):
+    done = report("first", "--rehearse", "--out", str(tmp_path / "r"), "--budget", "0", script=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped smoke: 0 s of 0 left" in done.stdout
+    assert f"written to {tmp_path / 'r'}.json, .md\n" in done.stdout
+    assert "the lines that begin with skipped say what did not run" in done.stdout
 
 
 def test_the_script_says_what_it_takes():
