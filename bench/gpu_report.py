@@ -60,8 +60,8 @@ def build(state: State) -> None:
         print("the native core is built and runs on this device")
         return
     capability = "9.0" if state.rehearse else "{}.{}".format(*torch.cuda.get_device_capability())
-    cores = str(len(os.sched_getaffinity(0)))
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": os.environ.get("MAX_JOBS", cores)}
+    # How many compilers run at one time is for setup.py to say, which asks for free memory, too.
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
     print(*said[-1:], flush=True)

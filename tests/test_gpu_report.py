@@ -16,6 +16,7 @@ from lift_fast import LiFT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench import gpu_report  # noqa: E402
 from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
 from bench.gpu.context import Context, Job, Skip  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
@@ -244,6 +245,20 @@ def test_jobs_have_names_of_their_own():
         for rehearse in (True, False):
             names = [job.name for jobs in stages.jobs_of(stage, rehearse).values() for job in jobs]
             assert len(names) == len(set(names))
+
+
+def test_the_build_leaves_the_number_of_compilers_to_setup(tmp_path, monkeypatch):
+    given = []
+
+    def run(command, **options):
+        given.append(options["env"])
+        return subprocess.CompletedProcess(command, 0, "lift_fast: built\n", "")
+
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    gpu_report.build(state(tmp_path))
+    assert [environment["TORCH_CUDA_ARCH_LIST"] for environment in given] == ["9.0"]
+    assert "MAX_JOBS" not in given[0]
 
 
 def test_the_profilers_table_is_read():
