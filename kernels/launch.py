@@ -136,7 +136,9 @@ def forget() -> None:
 def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> None:
     # All that Triton compiles for: types, sizes (it takes 1 and multiples of 16 apart), constants; not floats' values.
     # Addresses come below.
-    key: list[Any] = [id(kernel), device, len(grid), *options, *options.values()]
+    # True, 1 and 1.0 are equal, and Triton compiles another kernel for each.
+    constants = options.values()
+    key: list[Any] = [id(kernel), device, len(grid), *options, *constants, *map(type, constants)]
     addresses, foreign = 0, False
     plain: list[Any] = []
     for arg in args:
@@ -146,8 +148,8 @@ def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any]
             plain.append(address)
             key.append(arg.dtype)
         else:
-            # A tensor's descriptor, say, is Triton's to take apart.
-            foreign = foreign or not isinstance(arg, _SIMPLE)
+            # A tensor's descriptor, say, or a bool, is Triton's to take apart.
+            foreign = foreign or type(arg) not in _SIMPLE
             plain.append(arg)
             key.append(float if type(arg) is float else arg)
     name = () if foreign else tuple(key)

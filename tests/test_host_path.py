@@ -6,8 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from lift_fast.kernels import launch
 
 pytest.importorskip("triton")
 
@@ -46,6 +50,37 @@ def test_whatever_triton_compiles_for_goes_to_triton(seen, change):
 
 def test_arguments_of_other_kinds_are_triton_s(seen):
     assert seen["direct"]["foreign arguments"] == [["no number"]] * 4
+
+
+class Kernel:
+    """Compiled anew for each type, as Triton does; ``ran`` says which compilation each launch was of."""
+
+    pre_run_hooks, arg_names = (), ("x", "n", "SIZE")
+
+    def __init__(self):
+        self.compiled, self.ran = {}, []
+
+    def __getitem__(self, grid):
+        def start(x, n, SIZE):
+            types = type(n).__name__, type(SIZE).__name__
+            if types not in self.compiled:
+                run = lambda *_: self.ran.append(types)  # noqa: E731
+                self.compiled[types] = SimpleNamespace(_run=run, function=1, packed_metadata=2)
+            compiled = self.compiled[types]
+            compiled._run(*grid, 1, 1, 7, 1, 2, None, None, None, x, n, SIZE)
+            return compiled
+
+        return start
+
+
+def test_equal_numbers_of_other_types_are_other_kernels(monkeypatch):
+    for name, answer in (("device_of", 0), ("is_current", True), ("_current_stream", 7), ("watched", False)):
+        monkeypatch.setattr(launch, name, lambda *_, answer=answer: answer)
+    kernel, x = Kernel(), torch.zeros(16)
+    for n, size in (*[(1, 1)] * 3, (True, 1), (1, True), (1, 1.0)):
+        launch.run(kernel, (1,), x, n, SIZE=size)
+    launch.forget()
+    assert kernel.ran == [*[("int", "int")] * 3, ("bool", "int"), ("int", "bool"), ("int", "float")]
 
 
 def test_a_float_is_handed_on(seen):
