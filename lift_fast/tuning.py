@@ -102,9 +102,10 @@ def edition() -> int:
 def forget() -> None:
     """Read the file anew at the next launch."""
     global _edition
-    _edition += 1
     _measured.cache_clear()
     _choose.cache_clear()
+    # Last: another thread would keep the old tiles under the new number.
+    _edition += 1
 
 
 def _candidates(work: Work, device: torch.device) -> list[Tile]:

@@ -142,7 +142,14 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
                 "head": relative_error(out.cpu(), y),
                 "head, normalised": relative_error(unit.cpu(), F.normalize(y, dim=-1)),
             }
-        return {"forward": relative_error(gpu_plan.run_gpu_plan(plan, to(imgs), to(x)).cpu(), y)}
+        # Triton launches twice, then its compiled kernels are launched directly, at last with addresses alone.
+        worst, held = 0.0, []
+        for _ in range(4 if device.type == "cuda" else 1):
+            given = to(imgs), to(x)
+            worst = max(worst, relative_error(gpu_plan.run_gpu_plan(plan, *given).cpu(), y))
+            # Whoever reads the inputs of an earlier call gets nothing.
+            held += [tensor.fill_(torch.nan) for tensor in given]
+        return {"forward": worst}
 
 
 def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
