@@ -22,6 +22,8 @@ from lift_fast.plan import Plan, build_plan
 # (kernel, args, options) as the launcher gives them.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 CPU = torch.device("cpu")
+_STAGES = [(upsample, "upsample_kernel"), (upsample, "upsample_wide_kernel")]
+_STAGES += [(head, "head_kernel"), (head, "head_wide_kernel")]
 
 
 class Recorder:
@@ -80,7 +82,7 @@ def lift_forward(
     height, width = (side, side) if isinstance(side, int) else side
     h, w = height // patch, width // patch
     kernels = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
-    kernels += [(upsample, "upsample_kernel"), (head, "head_kernel")]
+    kernels += _STAGES
     with recording(capability, *kernels) as recorders, torch.no_grad():
         plan = gpu_plan.prepare_gpu(network, CPU, dtype, "triton")
         pixels = 8 if patch == 8 else 16
@@ -163,7 +165,7 @@ def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool
 
 def lift_tiles(channels: int, patch: int, batch: int, side: int, dtype: torch.dtype, capability: int) -> list[Launch]:
     """Both stages of LiFT with every tile worth measuring."""
-    with recording(capability, (upsample, "upsample_kernel"), (head, "head_kernel")) as recorders, torch.no_grad():
+    with recording(capability, *_STAGES) as recorders, torch.no_grad():
         plan = gpu_plan.prepare_gpu(_network(channels, patch, True), CPU, dtype, "triton")
         h = side // patch
         x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
