@@ -1,4 +1,4 @@
-"""What the convolution kernels with wide accumulators share: which cells of a window exist, and products with several accumulators.
+"""What the kernels with wide accumulators share: which cells of a window exist, and products with several of them.
 
 A block's accumulators lie side by side: as many of WIDE output channels as fit into its BLOCK channels, then one of the
 rest. Wide ones read the inputs from shared memory less often, which bounds the products on Hopper.

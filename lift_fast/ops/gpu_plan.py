@@ -1,8 +1,8 @@
 """LiFT's plan on the GPU: image encoders, composed upsample and head, one fused kernel each.
 
 The two GEMM stages run in Triton and the image encoders in the native core's CUDA kernel; where that is missing or does
-not serve the network they run in Triton, and where that does not either, in PyTorch's convolutions. In memory beside inputs
-and outputs: f, g and the c-channel fine map.
+not serve the network they run in Triton, and where that does not either, in PyTorch's convolutions. In memory beside
+inputs and outputs: f, g and the c-channel fine map.
 """
 
 from __future__ import annotations
