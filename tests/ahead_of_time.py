@@ -99,7 +99,6 @@ def compile_call(kernel, args, options, capability):
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     return {
-        "rows": options.get("ROWS"),
         "registers": registers,
         "stack": stack,
         "local": local,
@@ -112,15 +111,9 @@ def compile_call(kernel, args, options, capability):
     }
 
 
-def wide_tiles(work):
-    """One of each shape: how many loads are in flight changes little but the shared memory."""
-    found = [tile for tile in tuning._candidates(work, CPU) if tile.wide and tile.warps == 8]
-    return list({tile._replace(stages=0): tile for tile in found if tile.merged > 1 or tile.rows == 64}.values())
-
-
-def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, merged=0):
-    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability, or of its two
-    stages with the first ``merged`` candidates that have merged accumulators."""
+def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, tile=None):
+    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability; or of its two
+    stages with a tile of their own, so far as that is a candidate."""
     parts = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
     parts += [(upsample, "upsample_kernel"), (head, "head_kernel")]
     parts += [(upsample, "upsample_wide_kernel"), (head, "head_wide_kernel")]
@@ -133,12 +126,13 @@ def launches(channels, patch, batch, side, dtype, capability, normalize=False, u
     h = side // patch
     imgs = torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
     x = torch.empty(batch, h, h, channels, dtype=dtype, device="meta")
-    if merged:
+    if tile is not None:
         f, g = (torch.empty(batch, s * h, s * h, 32, dtype=dtype, device="meta") for s in (2, 1))
         u = torch.empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype, device="meta")
-        for tile in wide_tiles(gpu_plan.upsample_work(plan, x))[:merged]:
+        tile = tiles.Tile(*tile)
+        if tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
             gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in wide_tiles(gpu_plan.head_work(plan, u))[:merged]:
+        if tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
             gpu_plan.head(plan, u, normalize, tile)
     else:
         gpu_plan.run_gpu_plan(plan, imgs, x, normalize)
@@ -229,9 +223,7 @@ def main(cases):
         for kernel, args, options in record(dtype=dtype, **case):
             resources = compile_call(kernel, args, options, capability)
             limit = tiles.shared_memory(divmod(capability, 10))
-            names = ("ROWS", "WIDE", "STAGES", "num_warps")
-            cut = [options[name] for name in names if name in options]
-            results.append({**case, "kernel": kernel.__name__, "cut": cut, "shared limit": limit, **resources})
+            results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})
     print(json.dumps(results))
 
 
