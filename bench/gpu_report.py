@@ -62,6 +62,8 @@ def build(state: State) -> None:
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": os.environ.get("MAX_JOBS", cores)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
+    if state.rehearse and not done.returncode:
+        said = ["pip's dry run passes"]
     print(*said[-1:], flush=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
@@ -207,7 +209,7 @@ def finish(state: State) -> None:
     run_stage(state, "chart", output.chart)
     lines = output.judged(state)
     state.results["predictions"] = lines
-    state.out.with_suffix(".md").write_text(output.markdown(state))
+    state.file(".md").write_text(output.markdown(state))
     state.write()
     print("", "REHEARSAL: no figures" if state.rehearse else f"GPU report: {state.out.name}", sep="\n")
     print(*output.prediction_lines(lines), sep="\n")
@@ -244,7 +246,15 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--rehearse needs --out, so that no rehearsal lands among the results")
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         arguments.out = ROOT / "bench" / "results" / name
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = arguments.out.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"--out: cannot write in {folder}: {error.strerror}")
+    if arguments.out.is_dir():
+        parser.error(f"--out: {arguments.out} is a folder; expected the stem of files, such as {arguments.out}/mine")
     seed = int.from_bytes(os.urandom(3), "little") if arguments.seed is None else arguments.seed
     state = State(arguments.out.resolve(), arguments.rehearse, arguments.budget, seed)
     print(f"seed {seed}")

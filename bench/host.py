@@ -1,6 +1,6 @@
 """Microseconds of the host for LiFT's forward pass and the other operators' launches, without the device's part.
 
-    python -m bench.host
+python -m bench.host
 
 On a GPU as it is there. Without one on a stand-in (bench/stand_in.py): PyTorch's, Triton's and this package's code runs
 as on a GPU, launches end in a driver that returns at once, and memory comes from the CPU's allocator.
@@ -83,7 +83,9 @@ def main() -> None:
     else:
         # Large blocks must come from a pool, as they do on a GPU.
         if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
-            print("set MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296: memory is asked for anew")
+            print(
+                "hint: set MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=4294967296 for figures like a GPU's"
+            )
         from . import stand_in
 
         stand_in.install(native=True)

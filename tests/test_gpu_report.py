@@ -72,7 +72,7 @@ def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     assert [row["what"] for row in content["smoke"]] == ["head", "head"]
     # NaN passes nothing.
     assert content["failures"] == [
-        "smoke: head (1,) bf16: error 5.0e-01 > 1e-01",
+        "smoke: head (1,) bf16: error 5.000e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
         "smoke: upsample: illegal access",
     ]
@@ -155,7 +155,7 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         ("last", "good"),
     ]
     assert now.rows("x")[0]["seed"] == 7
-    assert now.failures[0] == "x: wrong: RuntimeError: no such thing"
+    assert now.failures[0] == "x: wrong: RuntimeError: no such thing ... second line"
     assert now.failures[1].startswith("x: killed: the worker ended with status -6")
     assert now.failures[2] == "x: stuck: it did not end in time"
     assert len(now.failures) == 3
@@ -230,7 +230,8 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
     done = report("second", "--rehearse", "--out", str(tmp_path / "r"), "--seed", "7", script=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"0 failures; written to {tmp_path / 'r'}.json, .md, .png" in done.stdout
-    assert "Everything agrees." in done.stdout
+    assert "Every step runs." in done.stdout
+    assert "Next: " not in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["rehearsal"] is True
     assert content["seed"] == 7
@@ -276,7 +277,8 @@ def test_a_wrong_kernel_fails_the_report(tmp_path):
 def test_the_script_says_what_it_takes():
     done = report("third", script=True)
     assert done.returncode == 2
-    assert "expected first or second, got third" in done.stderr
+    assert "usage: bash bench/gpu_quarter_hour.sh [first|second]" in done.stderr
+    assert "got 'third'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -286,3 +288,19 @@ def test_what_it_asks_for():
     assert "--rehearse runs everything on the CPU, without figures" in done.stderr
     assert "needs --out" in report("--rehearse").stderr
     assert "invalid choice: 'nonsense'" in report("--rehearse", "--stage", "nonsense").stderr
+    done = report(script=True)
+    assert done.returncode == 2
+    assert "The report did not run" in done.stdout
+    assert "Next: " not in done.stdout
+
+
+def test_where_it_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file" / "r", "cannot write in"),
+        (tmp_path, "is a folder; expected the stem of files"),
+    ):
+        done = report("--rehearse", "--out", str(out))
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

@@ -34,6 +34,10 @@ class State:
         """Seconds until the budget is spent."""
         return self.deadline - time.monotonic()
 
+    def file(self, suffix: str) -> Path:
+        """One of the files; the stem's own dots stay."""
+        return self.out.with_name(self.out.name + suffix)
+
     @property
     def deadline(self) -> float:
         return self.began + self.budget
@@ -51,7 +55,7 @@ class State:
             error, limit = found.get("error"), found.get("limit")
             if error is not None and limit is not None and not error <= limit:
                 case = f" {found['case']} {found['dtype']}" if "case" in found else ""
-                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.1e} > {limit:.0e}")
+                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.3e} > {limit:.0e}")
             if stage != "smoke":
                 print(describe(found), flush=True)
             self.write()
@@ -78,7 +82,7 @@ class State:
             "failures": self.failures,
             "skipped": self.skipped,
         }
-        with atomic_path(self.out.with_suffix(".json")) as path:
+        with atomic_path(self.file(".json")) as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
 
 
