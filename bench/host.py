@@ -8,6 +8,7 @@ as on a GPU, launches end in a driver that returns at once, and memory comes fro
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -76,6 +77,10 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         device, wait = torch.device("cuda", 0), torch.cuda.synchronize
@@ -83,9 +88,8 @@ def main() -> None:
     else:
         # Large blocks must come from a pool, as they do on a GPU.
         if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
-            print(
-                "hint: set MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=4294967296 for figures like a GPU's"
-            )
+            hint = "MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=4294967296"
+            print(f"hint: for figures like a GPU's, set {hint}")
         from . import stand_in
 
         stand_in.install(native=True)

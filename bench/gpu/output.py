@@ -58,8 +58,8 @@ def markdown(state: State) -> str:
         lines.append(f"| {line['what']} | {line['predicted']} | {outcome} | {line['goal'] or ''} | {met} |")
     lines += ["", "## Figures", ""]
     lines += [
-        '"of products" and "of copy" are shares of the two ceilings in the first rows. Rows marked "eager" include the',
-        'host\'s time, those marked "graph" do not; "host alone" is the time until the call returns.',
+        "'of products' and 'of copy' are shares of the two ceilings in the first rows. Rows marked 'eager' include the",
+        "host's time, those marked 'graph' do not; 'host alone' is the time until the call returns.",
         "",
     ]
     lines += ["| what | time | TFLOP/s | of products | TB/s | of copy | peak, MB |"]
