@@ -23,11 +23,15 @@ status=$?
 echo
 case "$status $*" in
 "0 "*--rehearse*) echo "Every step runs. Now, on the GPU: bash bench/gpu_quarter_hour.sh" ;;
-"0 "*) echo "Everything agrees. Commit bench/results/, put the outcomes beside the predictions in bench/NOTES.md." ;;
+"0 "*)
+    echo "Everything that ran agrees; the lines that begin with skipped say what did not run. Commit bench/results/, put the"
+    echo "outcomes beside the predictions in bench/NOTES.md."
+    ;;
 "1 "*)
     echo "Something failed: the lines that begin with FAILED say what. Mend it at home, prove the mend in the interpreter"
     echo "(pytest tests/test_kernels*.py), then make the second call. Rows without a failure are good: commit them."
     ;;
+"124 "* | "130 "* | "137 "* | "143 "*) echo "The report was ended from outside: its JSON file holds every row that was known by then." ;;
 *) echo "The report did not run; the last lines above say why." ;;
 esac
 if [ "$call" = first ] && [ "$status" -lt 2 ] && [[ "$*" != *--rehearse* ]]; then

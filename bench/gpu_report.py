@@ -33,6 +33,8 @@ from pathlib import Path
 
 import torch
 
+from lift_fast._files import make_folder
+
 from .gpu.crew import ROOT, run_group, run_side_by_side
 from .gpu.stages import STAGES, jobs_of
 from .gpu.state import State
@@ -58,8 +60,8 @@ def build(state: State) -> None:
         print("the native core is built and runs on this device")
         return
     capability = "9.0" if state.rehearse else "{}.{}".format(*torch.cuda.get_device_capability())
-    cores = str(len(os.sched_getaffinity(0)))
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": os.environ.get("MAX_JOBS", cores)}
+    # How many compilers run at one time is for setup.py to say, which asks for free memory, too.
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
     if state.rehearse and not done.returncode:
@@ -217,7 +219,8 @@ def finish(state: State) -> None:
         print(f"  skipped {entry}")
     for entry in state.failures:
         print(f"  FAILED  {entry}")
-    print(f"{len(state.failures)} failures; written to {state.out}.json, .md, .png", flush=True)
+    written = [suffix for suffix in (".json", ".md", ".png") if state.file(suffix).exists()]
+    print(f"{len(state.failures)} failures; written to {state.out}{', '.join(written)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,13 +249,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--rehearse needs --out, so that no rehearsal lands among the results")
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         arguments.out = ROOT / "bench" / "results" / name
-    folder = arguments.out.resolve().parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        parser.error(f"--out: cannot write in {folder}: {error.strerror}")
+        make_folder(arguments.out.parent)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     if arguments.out.is_dir():
         parser.error(f"--out: {arguments.out} is a folder; expected the stem of files, such as {arguments.out}/mine")
     seed = int.from_bytes(os.urandom(3), "little") if arguments.seed is None else arguments.seed

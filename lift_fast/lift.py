@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
@@ -363,6 +364,10 @@ def _members(sequence: nn.Module | None) -> list[Any]:
 
 
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
+    # Forward-mode derivatives need no gradients enabled, and operators on memory know nothing of tangents. PyTorch has
+    # no public name for this question.
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network[0])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from lift_fast import LiFT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench import gpu_report  # noqa: E402
 from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
 from bench.gpu.context import Context, Job, Skip  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
@@ -68,14 +71,21 @@ def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
     listener.failed("upsample", "illegal access")
-    content = json.loads((tmp_path / "r.json").read_text())
+    # Readers other than Python's know no NaN.
+    content = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert [row["what"] for row in content["smoke"]] == ["head", "head"]
+    assert content["smoke"][1]["error"] == "nan"
     # NaN passes nothing.
     assert content["failures"] == [
         "smoke: head (1,) bf16: error 5.000e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
         "smoke: upsample: illegal access",
     ]
+
+
+def test_a_dot_in_the_files_name_is_kept(tmp_path):
+    State(tmp_path / "h100, torch 2.11", True, 100.0, 1).write()
+    assert [path.name for path in tmp_path.iterdir()] == ["h100, torch 2.11.json"]
 
 
 def test_smoke_lines_begin_with_the_worst():
@@ -108,7 +118,7 @@ def test_predictions_stand_beside_outcomes():
 
 # Stand-ins for jobs whose kernels are broken, run by real workers.
 BROKEN = """
-import os, sys, time
+import os, signal, sys, time
 from bench.gpu import stages, worker
 from bench.gpu.context import Job, Skip
 def good(context):
@@ -119,13 +129,21 @@ def wrong(context):
 def killed(context):
     yield {"what": "before the crash"}
     os.abort()
+def devoured(context):
+    yield {"what": "before the memory is spent"}
+    os.kill(os.getpid(), signal.SIGKILL)
+def left(context):
+    yield {"what": "before it leaves"}
+    os.write(2, b"\\xff said in no encoding")
+    os._exit(0)
 def stuck(context):
     yield {"what": "before it hangs"}
     time.sleep(600)
 def skipped(context):
     raise Skip("not here")
     yield
-jobs = [Job(f.__name__, f, 0.05) for f in (good, wrong, killed, stuck, skipped)] + [Job("last", good, 0.05)]
+functions = (good, wrong, killed, devoured, left, stuck, skipped)
+jobs = [Job(f.__name__, f, 0.05) for f in functions] + [Job("last", good, 0.05)]
 stages.jobs_of = lambda stage, rehearse: {"all": jobs}
 if __name__ == "__main__":
     sys.exit(worker.main())
@@ -143,7 +161,9 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         return real(command, **{**options, "env": {**options["env"], "PYTHONPATH": str(ROOT)}})
 
     monkeypatch.setattr(crew.subprocess, "Popen", start)
-    jobs = [Job(name, None, 0.05) for name in ("good", "wrong", "killed", "stuck", "skipped", "last")]
+    jobs = [
+        Job(name, None, 0.05) for name in ("good", "wrong", "killed", "devoured", "left", "stuck", "skipped", "last")
+    ]
     now = state(tmp_path, budget=500)
     crew.run_group("smoke", jobs, rehearse=True, seed=7, deadline=now.deadline, listener=now.listener("x"), patience=1)
     found = [(row["job"], row["what"]) for row in now.rows("x")]
@@ -151,15 +171,60 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         ("good", "good"),
         ("wrong", "half"),
         ("killed", "before the crash"),
+        ("devoured", "before the memory is spent"),
+        ("left", "before it leaves"),
         ("stuck", "before it hangs"),
         ("last", "good"),
     ]
     assert now.rows("x")[0]["seed"] == 7
     assert now.failures[0] == "x: wrong: RuntimeError: no such thing ... second line"
     assert now.failures[1].startswith("x: killed: the worker ended with status -6")
-    assert now.failures[2] == "x: stuck: it did not end in time"
-    assert len(now.failures) == 3
+    assert now.failures[2].startswith("x: devoured: the worker ended with status -9")
+    assert now.failures[3].startswith("x: left: the worker ended with status 0: ")
+    assert now.failures[4] == "x: stuck: it did not end in time"
+    assert len(now.failures) == 5
     assert now.skipped == ["x: skipped: not here"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_workers_end_with_a_report_that_is_killed(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    rows = tmp_path / "rows"
+    code = (
+        "import subprocess, sys\n"
+        f"command = [sys.executable, {str(tmp_path / 'broken.py')!r}, '--stage', 'x', '--seed', '1', '--rehearse']\n"
+        f"worker = subprocess.Popen([*command, '--out', {str(rows)!r}, 'stuck'])\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    worker = int(parent.stdout.readline())
+    try:
+        wait_for(lambda: rows.exists() and "before it hangs" in rows.read_text())
+        parent.kill()
+        parent.wait()
+        # Whoever adopts it may never ask how it ended.
+        wait_for(lambda: state_of(worker) in ("Z", None))
+    finally:
+        parent.kill()
+        if state_of(worker) is not None:
+            os.kill(worker, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def state_of(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return None
 
 
 def test_jobs_that_the_time_leaves_no_room_for_are_named(tmp_path):
@@ -180,6 +245,20 @@ def test_jobs_have_names_of_their_own():
         for rehearse in (True, False):
             names = [job.name for jobs in stages.jobs_of(stage, rehearse).values() for job in jobs]
             assert len(names) == len(set(names))
+
+
+def test_the_build_leaves_the_number_of_compilers_to_setup(tmp_path, monkeypatch):
+    given = []
+
+    def run(command, **options):
+        given.append(options["env"])
+        return subprocess.CompletedProcess(command, 0, "lift_fast: built\n", "")
+
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    gpu_report.build(state(tmp_path))
+    assert [environment["TORCH_CUDA_ARCH_LIST"] for environment in given] == ["9.0"]
+    assert "MAX_JOBS" not in given[0]
 
 
 def test_the_profilers_table_is_read():
@@ -274,6 +353,14 @@ def test_a_wrong_kernel_fails_the_report(tmp_path):
     assert "FAILED  smoke: head (32, 16, 2, 1, 1) fp32: error" in done.stdout
 
 
+def test_a_report_without_time_says_what_it_skipped(tmp_path):
+    done = report("first", "--rehearse", "--out", str(tmp_path / "r"), "--budget", "0", script=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped smoke: 0 s of 0 left" in done.stdout
+    assert f"written to {tmp_path / 'r'}.json, .md\n" in done.stdout
+    assert "the lines that begin with skipped say what did not run" in done.stdout
+
+
 def test_the_script_says_what_it_takes():
     done = report("third", script=True)
     assert done.returncode == 2
@@ -287,6 +374,7 @@ def test_what_it_asks_for():
     assert done.returncode == 2
     assert "--rehearse runs everything on the CPU, without figures" in done.stderr
     assert "needs --out" in report("--rehearse").stderr
+    assert "--out: " in report("--rehearse", "--out", str(Path(__file__) / "r")).stderr
     assert "invalid choice: 'nonsense'" in report("--rehearse", "--stage", "nonsense").stderr
     done = report(script=True)
     assert done.returncode == 2
@@ -297,7 +385,7 @@ def test_what_it_asks_for():
 def test_where_it_cannot_write(tmp_path):
     (tmp_path / "file").touch()
     for out, message in (
-        (tmp_path / "file" / "r", "cannot write in"),
+        (tmp_path / "file" / "r", "is a file; expected a folder"),
         (tmp_path, "is a folder; expected the stem of files"),
     ):
         done = report("--rehearse", "--out", str(out))

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
 
@@ -220,6 +221,12 @@ def prune(lift):
     prune_module.l1_unstructured(lift.up1.conv_1.double_conv[3], "weight", 0.5)
 
 
+def transpose(lift):
+    # Same memory, same address, same version.
+    conv = lift.up1.conv_1.double_conv[3]
+    conv.weight = torch.nn.Parameter(conv.weight.transpose(2, 3))
+
+
 def wrap(name):
     def change(lift):
         setattr(lift, name, Wrapper(getattr(lift, name)))
@@ -231,8 +238,8 @@ def wrap(name):
 
 @pytest.mark.parametrize(
     "change",
-    [replace_memory, parametrize, prune, *map(wrap, ("up1", "outc", "image_convs_1"))],
-    ids=["memory", "parametrized", "pruned", "wrapped up1", "wrapped outc", "wrapped image_convs_1"],
+    [replace_memory, transpose, parametrize, prune, *map(wrap, ("up1", "outc", "image_convs_1"))],
+    ids=["memory", "transposed", "parametrized", "pruned", "wrapped up1", "wrapped outc", "wrapped image_convs_1"],
 )
 def test_plan_follows_however_the_weights_are_held(change):
     lift = network(8, 8, seed=13)
@@ -288,6 +295,24 @@ def test_frozen_evaluation_with_gradients_enabled_is_fused(built):
     assert lift(imgs, x).requires_grad
     lift.outc.bias.requires_grad_(False)
     assert lift(imgs, x.requires_grad_()).requires_grad
+
+
+def test_tangents_go_through_the_plain_graph():
+    lift = network(8, 8, seed=18).requires_grad_(False)
+    imgs, x = inputs(8, 24, 16, 8)
+    direction = torch.randn_like(x)
+
+    def tangent():
+        with torch.no_grad(), forward_ad.dual_level():
+            alone = forward_ad.unpack_dual(lift(imgs, forward_ad.make_dual(x, direction))).tangent
+        return alone, torch.func.jvp(lambda tokens: lift(imgs, tokens), (x,), (direction,))[1]
+
+    lift(imgs, x)
+    ours = tangent()
+    lift.fused = False
+    for one, expected in zip(ours, tangent(), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(one, expected)
 
 
 class Functions(torch.overrides.TorchFunctionMode):

@@ -88,7 +88,7 @@ def _run_worker(
     command += ["--rehearse"] if rehearse else []
     out.touch()
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1" if rehearse else "4"}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
         worker = subprocess.Popen(
             [*command, *(job.name for job in jobs)],
             cwd=ROOT,
@@ -98,11 +98,14 @@ def _run_worker(
             stderr=subprocess.STDOUT,
         )
         try:
-            undone = _listen(worker, jobs, out, deadline, listener, patience)
+            undone, ended = _listen(worker, jobs, out, deadline, listener, patience)
         finally:
             worker.kill()
             worker.wait()
-        if undone and worker.returncode not in (0, LOST, -9):
+        # One that lost its device has said of which job. Whatever else ends with jobs undone would end so again: killed
+        # for the memory it took, say.
+        told = worker.returncode == LOST and len(undone) < len(jobs)
+        if undone and ended and not told:
             said.seek(0)
             last = (said.read().strip().splitlines() or ["no output"])[-1]
             # One that never began anything would not begin the next job either.
@@ -116,8 +119,8 @@ def _run_worker(
 
 def _listen(
     worker: subprocess.Popen[bytes], jobs: list[Job], out: Path, deadline: float, listener: Listener, patience: float
-) -> list[Job]:
-    """Pass on what a worker writes until it ends or takes too long; the jobs that did not end."""
+) -> tuple[list[Job], bool]:
+    """Pass on what a worker writes until it ends or takes too long; the jobs to go on with, whether it ended itself."""
     undone = list(jobs)
     limit = time.monotonic() + _START_SECONDS + patience * jobs[0].seconds
     with out.open() as file:
@@ -144,16 +147,15 @@ def _listen(
                         listener.ended(job.name, message["seconds"])
                         undone = [other for other in undone if other is not job]
             if ended:
-                return undone
+                return undone, True
             now = time.monotonic()
             if now > min(limit, deadline):
-                worker.kill()
                 reason = "the time is spent" if now > deadline else "it did not end in time"
                 if undone:
                     with listener.lock:
                         tell = listener.skipped if now > deadline else listener.failed
                         tell(undone[0].name, reason)
-                return undone[1:]
+                return undone[1:], False
             time.sleep(_PAUSE)
 
 
@@ -179,7 +181,8 @@ def run_side_by_side(
                 jobs = waiting.pop(0)
             run_group(stage, jobs, rehearse=rehearse, seed=seed, deadline=deadline, listener=listener)
 
-    threads = [threading.Thread(target=serve) for _ in range(min(workers, len(groups)))]
+    # Nobody waits for them if this program is interrupted.
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(workers, len(groups)))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,16 @@ class State:
             "skipped": self.skipped,
         }
         with atomic_path(self.file(".json")) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            path.write_text(json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """The same in what JSON has: NaN and infinity, a broken kernel's errors, as text."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(row: Row) -> str:

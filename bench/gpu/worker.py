@@ -7,18 +7,27 @@ another one behind the job that failed. Run by :mod:`bench.gpu.crew` alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
-
-from lift_fast import interpreter
 
 # The exit status of a worker whose device is lost to it.
 LOST = 3
 
 
+def _end_with_the_report() -> None:
+    """A report that is killed cannot end its workers, and the device would stay busy with theirs (Linux alone)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        # PR_SET_PDEATHSIG; before imports, which take seconds.
+        prctl(1, signal.SIGKILL)
+
+
 def main() -> int:
+    _end_with_the_report()
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.worker")
     parser.add_argument("--stage", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -27,6 +36,8 @@ def main() -> int:
     parser.add_argument("names", nargs="+")
     arguments = parser.parse_args()
     if arguments.rehearse:
+        from lift_fast import interpreter
+
         # Before Triton is imported.
         interpreter.enable()
 

@@ -7,8 +7,10 @@ graphs see the raw weights, and moving, copying or pickling a module needs no ca
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ class _Witnesses:
         # Holding the storages weakly keeps their addresses from being handed out again unnoticed.
         self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
         self._names = [storage.cdata for storage in self._storages]
+        self._tensors = list(map(weakref.ref, weights))
+        self._layouts = _layouts(weights)
         self._versions = _versions(weights)
         self._contents = {i: weight.detach().clone() for i, weight in enumerate(weights) if weight.is_inference()}
 
@@ -39,12 +43,21 @@ class _Witnesses:
             return False
         if _versions(weights) != self._versions:
             return False
+        # Another view of the same memory, a transposed one say, has its address and its version. To change the layout
+        # of a tensor that is there counts as a version, and these are quicker to compare.
+        same = all(map(is_, weights, [tensor() for tensor in self._tensors]))
+        if not same and _layouts(weights) != self._layouts:
+            return False
         # Comparing waits for the device; whoever records a graph ran the network just before.
         return all(_capturing(weights[i]) or torch.equal(weights[i], held) for i, held in self._contents.items())
 
     def expired(self) -> bool:
         """Whether the memory of one of the weights is gone."""
         return any(map(torch.UntypedStorage._expired, self._names))
+
+
+def _layouts(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(weight.dtype, weight.shape, weight.stride()) for weight in weights]
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
