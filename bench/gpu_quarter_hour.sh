@@ -22,7 +22,9 @@ python3 -m bench.gpu_report "${stages[@]/#/--stage=}" "$@"
 status=$?
 echo
 case "$status $*" in
-"0 "*--rehearse*) echo "Every step runs. Now, on the GPU: bash bench/gpu_quarter_hour.sh" ;;
+"0 "*--rehearse*)
+    echo "Every step runs; the lines that begin with skipped say what did not run. On the GPU: bash bench/gpu_quarter_hour.sh"
+    ;;
 "0 "*)
     echo "Everything that ran agrees; the lines that begin with skipped say what did not run. Commit bench/results/, put the"
     echo "outcomes beside the predictions in bench/NOTES.md."

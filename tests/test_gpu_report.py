@@ -309,7 +309,7 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
     done = report("second", "--rehearse", "--out", str(tmp_path / "r"), "--seed", "7", script=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"0 failures; written to {tmp_path / 'r'}.json, .md, .png" in done.stdout
-    assert "Every step runs." in done.stdout
+    assert "Every step runs" in done.stdout
     assert "Next: " not in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["rehearsal"] is True
