@@ -64,6 +64,8 @@ def build(state: State) -> None:
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
+    if state.rehearse and not done.returncode:
+        said = ["pip's dry run passes"]
     print(*said[-1:], flush=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
@@ -251,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(arguments.out.parent)
     except ValueError as error:
         parser.error(f"--out: {error}")
+    if arguments.out.is_dir():
+        parser.error(f"--out: {arguments.out} is a folder; expected the stem of files, such as {arguments.out}/mine")
     seed = int.from_bytes(os.urandom(3), "little") if arguments.seed is None else arguments.seed
     state = State(arguments.out.resolve(), arguments.rehearse, arguments.budget, seed)
     print(f"seed {seed}")

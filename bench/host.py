@@ -1,6 +1,6 @@
 """Microseconds of the host for LiFT's forward pass and the other operators' launches, without the device's part.
 
-    python -m bench.host
+python -m bench.host
 
 On a GPU as it is there. Without one on a stand-in (bench/stand_in.py): PyTorch's, Triton's and this package's code runs
 as on a GPU, launches end in a driver that returns at once, and memory comes from the CPU's allocator.
@@ -8,6 +8,7 @@ as on a GPU, launches end in a driver that returns at once, and memory comes fro
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -76,6 +77,10 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         device, wait = torch.device("cuda", 0), torch.cuda.synchronize
@@ -83,7 +88,8 @@ def main() -> None:
     else:
         # Large blocks must come from a pool, as they do on a GPU.
         if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
-            print("set MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296: memory is asked for anew")
+            hint = "MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=4294967296"
+            print(f"hint: for figures like a GPU's, set {hint}")
         from . import stand_in
 
         stand_in.install(native=True)

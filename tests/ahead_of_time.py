@@ -21,26 +21,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lift_fast import LiFT, tuning
-from lift_fast.kernels import (
-    cosine_loss,
-    dense_match,
-    head,
-    image_encoder,
-    launch,
-    nearest,
-    nearest_groups,
-    nearest_pingpong,
-    propagate_labels,
-    tiles,
-    upsample,
-)
-from lift_fast.ops import dense_match as dense_match_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
-from lift_fast.plan import build_plan
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.gpu.launches import OPERATORS
+from lift_fast.kernels import tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CPU = torch.device("cpu")
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -49,20 +34,6 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-
-class Recorder:
-    """Stands in for a kernel: keeps what a launcher calls it with."""
-
-    def __init__(self, module, name):
-        self.name, self.kernel, self.calls = name, getattr(module, name), []
-        setattr(module, name, self)
-
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            self.calls.append((args, options))
-
-        return launch
 
 
 def compile_call(kernel, args, options, capability):
@@ -99,7 +70,6 @@ def compile_call(kernel, args, options, capability):
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     return {
-        "rows": options.get("ROWS"),
         "registers": registers,
         "stack": stack,
         "local": local,
@@ -112,113 +82,6 @@ def compile_call(kernel, args, options, capability):
     }
 
 
-def wide_tiles(work):
-    """One of each shape: how many loads are in flight changes little but the shared memory."""
-    found = [tile for tile in tuning._candidates(work, CPU) if tile.wide and tile.warps == 8]
-    return list({tile._replace(stages=0): tile for tile in found if tile.merged > 1 or tile.rows == 64}.values())
-
-
-def launches(channels, patch, batch, side, dtype, capability, normalize=False, use_image=True, merged=0):
-    """(kernel, args, options) of one forward pass with the default tiles of a device of this capability, or of its two
-    stages with the first ``merged`` candidates that have merged accumulators."""
-    parts = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
-    parts += [(upsample, "upsample_kernel"), (head, "head_kernel")]
-    parts += [(upsample, "upsample_wide_kernel"), (head, "head_wide_kernel")]
-    recorders = [Recorder(*part) for part in parts]
-    launch.capability = lambda device: divmod(capability, 10)
-    tuning.forget()
-    # Shapes alone matter; the meta device holds no memory for large batches.
-    lift = LiFT(channels, patch, use_image=use_image).eval()
-    plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), CPU, dtype, "triton")
-    h = side // patch
-    imgs = torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
-    x = torch.empty(batch, h, h, channels, dtype=dtype, device="meta")
-    if merged:
-        f, g = (torch.empty(batch, s * h, s * h, 32, dtype=dtype, device="meta") for s in (2, 1))
-        u = torch.empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype, device="meta")
-        for tile in wide_tiles(gpu_plan.upsample_work(plan, x))[:merged]:
-            gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in wide_tiles(gpu_plan.head_work(plan, u))[:merged]:
-            gpu_plan.head(plan, u, normalize, tile)
-    else:
-        gpu_plan.run_gpu_plan(plan, imgs, x, normalize)
-    found = []
-    for recorder, (module, _) in zip(recorders, parts, strict=True):
-        setattr(module, recorder.name, recorder.kernel)
-        found += [(recorder.kernel, args, options) for args, options in recorder.calls]
-    return found
-
-
-def nearest_launches(
-    n, m, channels, dtype, capability, k=1, mutual=False, ratio=None, window=None, normalize=True, feed="", **way
-):
-    """(kernel, args, options) of one call; each kernel once for each set of options."""
-    if feed:
-        depth = k if ratio is None else 2
-        way["stream"] = nearest_groups.default_stream(channels, divmod(capability, 10), depth, mutual, feed)
-    names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
-    recorders = [(Recorder(nearest, name), nearest) for name in names]
-    recorders += [(Recorder(nearest_groups, name), nearest_groups) for name in ("groups_kernel", "resolve_kernel")]
-    recorders.append((Recorder(nearest_pingpong, "pingpong_kernel"), nearest_pingpong))
-    launch.capability = lambda device: divmod(capability, 10)
-    query, key = (torch.empty(1, count, channels, dtype=dtype, device="meta") for count in (n, m))
-    nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, **way)
-    found = {}
-    for recorder, module in recorders:
-        setattr(module, recorder.name, recorder.kernel)
-        for args, options in recorder.calls:
-            found.setdefault((recorder.name, *sorted(options.items())), (recorder.kernel, args, options))
-    return list(found.values())
-
-
-def dense_match_launches(grid, size, normalize, points, capability, dtype=torch.float32):
-    """The same for every pixel (``points`` None) or some points of one picture, matched to itself."""
-    recorder = Recorder(dense_match, "match_kernel")
-    picture = dense_match_op._picture(torch.randn(8, *grid, dtype=dtype), tuple(size), normalize, True)
-    at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
-    dense_match_gpu.match_gpu(picture, picture, at, normalize == "pixel")
-    dense_match.match_kernel = recorder.kernel
-    args, options = recorder.calls[0]
-    return [(recorder.kernel, args, options)]
-
-
-def propagation_launches(channels, grid, frames, batch, k, objects, dtype, capability):
-    """(kernel, args, options) of one label propagation."""
-    launch.capability = lambda device: divmod(capability, 10)
-    recorder = Recorder(propagate_labels, "propagate_labels_kernel")
-    n, m = grid[0] * grid[1], frames * grid[0] * grid[1]
-    shapes = ((n, channels), (m, channels), (n,), (m,), (m, objects))
-    tensors = [torch.empty(batch, *shape, dtype=dtype, device="meta") for shape in shapes]
-    propagate_labels.propagate_labels(*tensors, [12, *grid, *grid], k, 0.1)
-    propagate_labels.propagate_labels_kernel = recorder.kernel
-    return [(recorder.kernel, args, options) for args, options in recorder.calls]
-
-
-def cosine_loss_launches(shape, dtype, capability, tokens=False):
-    """(kernel, args, options) of one loss with its gradient, [outer, C, inner], and of the scaling."""
-    recorders = [Recorder(cosine_loss, "cosine_loss_kernel"), Recorder(cosine_loss, "scale_kernel")]
-    outer, channels, inner = shape
-    x = torch.empty(outer, inner, channels, dtype=dtype, device="meta").transpose(1, 2) if tokens else None
-    x = torch.empty(shape, dtype=dtype, device="meta") if x is None else x
-    loss = torch.empty(outer, inner, device="meta")
-    cosine_loss.cosine_loss(x, x, x, loss, 0.5, 1e-12)
-    cosine_loss.scale_in_place(x, loss[0, 0])
-    found = []
-    for recorder in recorders:
-        setattr(cosine_loss, recorder.name, recorder.kernel)
-        found += [(recorder.kernel, args, options) for args, options in recorder.calls]
-    return found
-
-
-OPERATORS = {
-    "cosine_loss": cosine_loss_launches,
-    "lift_forward": launches,
-    "nearest": nearest_launches,
-    "dense_match": dense_match_launches,
-    "propagate_labels": propagation_launches,
-}
-
-
 def main(cases):
     os.environ["LIFT_FAST_CACHE"] = tempfile.mkdtemp()
     results = []
@@ -229,9 +92,7 @@ def main(cases):
         for kernel, args, options in record(dtype=dtype, **case):
             resources = compile_call(kernel, args, options, capability)
             limit = tiles.shared_memory(divmod(capability, 10))
-            names = ("ROWS", "WIDE", "STAGES", "num_warps")
-            cut = [options[name] for name in names if name in options]
-            results.append({**case, "kernel": kernel.__name__, "cut": cut, "shared limit": limit, **resources})
+            results.append({**case, "kernel": kernel.__name__, "shared limit": limit, **resources})
     print(json.dumps(results))
 
 

@@ -45,7 +45,9 @@ class NumericCount:
             return
         if len(marker.args) != 1 or marker.args[0] not in OPERATORS:
             expected, given = (", ".join(map(repr, names)) for names in (OPERATORS, marker.args))
-            raise pytest.UsageError(f"{item.nodeid}: numeric takes one of {expected}, got {given}")
+            raise pytest.UsageError(
+                f"{item.nodeid}: numeric takes one of {expected}, got {given}; add a new operator to OPERATORS here"
+            )
         item.user_properties.append(("numeric", marker.args[0]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -77,7 +77,7 @@ def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     assert content["smoke"][1]["error"] == "nan"
     # NaN passes nothing.
     assert content["failures"] == [
-        "smoke: head (1,) bf16: error 5.0e-01 > 1e-01",
+        "smoke: head (1,) bf16: error 5.000e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
         "smoke: upsample: illegal access",
     ]
@@ -177,7 +177,7 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
         ("last", "good"),
     ]
     assert now.rows("x")[0]["seed"] == 7
-    assert now.failures[0] == "x: wrong: RuntimeError: no such thing"
+    assert now.failures[0] == "x: wrong: RuntimeError: no such thing ... second line"
     assert now.failures[1].startswith("x: killed: the worker ended with status -6")
     assert now.failures[2].startswith("x: devoured: the worker ended with status -9")
     assert now.failures[3].startswith("x: left: the worker ended with status 0: ")
@@ -287,7 +287,7 @@ def test_an_encoder_that_the_package_leaves_aside_is_no_failure(monkeypatch):
     pytest.importorskip("triton")
     from bench.gpu import smoke
 
-    monkeypatch.setattr(smoke, "encoder_error", lambda *arguments: 0.0)
+    monkeypatch.setattr(smoke, "encoder_error", lambda *arguments, **options: 0.0)
     context = Context(torch.device("cuda", 0), rehearse=False, seed=1)
     for dtype, served in ((torch.float32, [8, 8]), (torch.bfloat16, [16, 8, 16, 8])):
         rows, skipped = [], ""
@@ -309,7 +309,8 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
     done = report("second", "--rehearse", "--out", str(tmp_path / "r"), "--seed", "7", script=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"0 failures; written to {tmp_path / 'r'}.json, .md, .png" in done.stdout
-    assert "Everything that ran agrees" in done.stdout
+    assert "Every step runs" in done.stdout
+    assert "Next: " not in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["rehearsal"] is True
     assert content["seed"] == 7
@@ -363,7 +364,8 @@ def test_a_report_without_time_says_what_it_skipped(tmp_path):
 def test_the_script_says_what_it_takes():
     done = report("third", script=True)
     assert done.returncode == 2
-    assert "expected first or second, got third" in done.stderr
+    assert "usage: bash bench/gpu_quarter_hour.sh [first|second]" in done.stderr
+    assert "got 'third'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -374,3 +376,19 @@ def test_what_it_asks_for():
     assert "needs --out" in report("--rehearse").stderr
     assert "--out: " in report("--rehearse", "--out", str(Path(__file__) / "r")).stderr
     assert "invalid choice: 'nonsense'" in report("--rehearse", "--stage", "nonsense").stderr
+    done = report(script=True)
+    assert done.returncode == 2
+    assert "The report did not run" in done.stdout
+    assert "Next: " not in done.stdout
+
+
+def test_where_it_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file" / "r", "is a file; expected a folder"),
+        (tmp_path, "is a folder; expected the stem of files"),
+    ):
+        done = report("--rehearse", "--out", str(out))
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

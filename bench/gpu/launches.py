@@ -14,7 +14,19 @@ from typing import Any
 import torch
 
 from lift_fast import LiFT, tuning
-from lift_fast.kernels import cosine_loss, dense_match, head, image_encoder, launch, nearest, propagate_labels, upsample
+from lift_fast.kernels import (
+    cosine_loss,
+    dense_match,
+    head,
+    image_encoder,
+    launch,
+    nearest,
+    nearest_groups,
+    nearest_pingpong,
+    propagate_labels,
+    upsample,
+)
+from lift_fast.kernels.tiles import Tile
 from lift_fast.ops import dense_match as dense_match_op
 from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
 from lift_fast.plan import Plan, build_plan
@@ -22,6 +34,9 @@ from lift_fast.plan import Plan, build_plan
 # (kernel, args, options) as the launcher gives them.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 CPU = torch.device("cpu")
+_GROUPS = [(nearest_groups, "groups_kernel"), (nearest_groups, "resolve_kernel"), (nearest_pingpong, "pingpong_kernel")]
+_STAGES = [(upsample, "upsample_kernel"), (upsample, "upsample_wide_kernel")]
+_STAGES += [(head, "head_kernel"), (head, "head_wide_kernel")]
 
 
 class Recorder:
@@ -74,13 +89,19 @@ def lift_forward(
     capability: int,
     normalize: bool = False,
     use_image: bool = True,
+    tile: Sequence[int] | None = None,
 ) -> list[Launch]:
-    """One forward pass with the default tiles of a device of this capability."""
+    """One forward pass with the default tiles of a device of this capability.
+
+    With ``tile`` instead its two last stages with that one, so far as it is a candidate there.
+    """
+    if tile is not None:
+        return lift_tiles(channels, patch, batch, side, dtype, capability, normalize, Tile(*tile))
     network = _network(channels, patch, use_image)
     height, width = (side, side) if isinstance(side, int) else side
     h, w = height // patch, width // patch
     kernels = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
-    kernels += [(upsample, "upsample_kernel"), (head, "head_kernel")]
+    kernels += _STAGES
     with recording(capability, *kernels) as recorders, torch.no_grad():
         plan = gpu_plan.prepare_gpu(network, CPU, dtype, "triton")
         pixels = 8 if patch == 8 else 16
@@ -101,12 +122,18 @@ def nearest_search(
     window: list[int] | None = None,
     normalize: bool = True,
     fast: bool = False,
+    feed: str = "",
 ) -> list[Launch]:
-    """One call of ``nearest``; each kernel once for each set of options."""
+    """One call of ``nearest``, by the search of groups that ``feed`` serves if given; each kernel once for each set of
+    options."""
     names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
+    stream = None
+    if feed:
+        depth = k if ratio is None else 2
+        stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth, mutual, feed)
     query, key = (_empty(1, count, channels, dtype=dtype) for count in (n, m))
-    with recording(capability, *((nearest, name) for name in names)) as recorders:
-        nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    with recording(capability, *((nearest, name) for name in names), *_GROUPS) as recorders:
+        nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast, stream)
     found: dict[Any, Launch] = {}
     for recorder in recorders:
         for call in recorder.calls:
@@ -161,18 +188,30 @@ def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool
     return [call for recorder in recorders for call in recorder.calls]
 
 
-def lift_tiles(channels: int, patch: int, batch: int, side: int, dtype: torch.dtype, capability: int) -> list[Launch]:
-    """Both stages of LiFT with every tile worth measuring."""
-    with recording(capability, (upsample, "upsample_kernel"), (head, "head_kernel")) as recorders, torch.no_grad():
+def lift_tiles(
+    channels: int,
+    patch: int,
+    batch: int,
+    side: int | tuple[int, int],
+    dtype: torch.dtype,
+    capability: int,
+    normalize: bool = False,
+    only: Tile | None = None,
+) -> list[Launch]:
+    """Both stages of LiFT with every tile worth measuring, or with one of them."""
+    assert isinstance(side, int)
+    with recording(capability, *_STAGES) as recorders, torch.no_grad():
         plan = gpu_plan.prepare_gpu(_network(channels, patch, True), CPU, dtype, "triton")
         h = side // patch
         x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
         f = _empty(batch, 2 * h, 2 * h, 32, dtype=dtype)
         u = _empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype)
         for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
-            gpu_plan.upsample(plan, x, f, g, tile)
+            if only in (None, tile):
+                gpu_plan.upsample(plan, x, f, g, tile)
         for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
-            gpu_plan.head(plan, u, False, tile)
+            if only in (None, tile):
+                gpu_plan.head(plan, u, normalize, tile)
     return [call for recorder in recorders for call in recorder.calls]
 
 
@@ -188,6 +227,24 @@ def nearest_tiles(n: int, m: int, channels: int, dtype: torch.dtype, capability:
     return recorders[0].calls
 
 
+def nearest_streams(n: int, m: int, channels: int, dtype: torch.dtype, capability: int) -> list[Launch]:
+    """The search of groups with every stream worth measuring, and what follows it in the whole call."""
+    found = []
+    for both in (False, True):
+        streams = nearest_groups.candidates(channels, divmod(capability, 10), both)
+        with recording(capability, *_GROUPS, (nearest, "prepare_kernel")) as recorders:
+            for stream in streams.values():
+                query, key = (
+                    nearest.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, stream.tile.depth)
+                    for count in (n, m)
+                )
+                nearest_groups.search(query, key, 1, stream, both)
+        found += [call for recorder in recorders[:-1] for call in recorder.calls]
+        for feed in dict.fromkeys(stream.feed for stream in streams.values()):
+            found += nearest_search(n, m, channels, dtype, capability, mutual=both, feed=feed)
+    return found
+
+
 OPERATORS = {
     "cosine_loss": loss,
     "lift_forward": lift_forward,
@@ -196,4 +253,5 @@ OPERATORS = {
     "propagate_labels": propagation,
     "lift_tiles": lift_tiles,
     "nearest_tiles": nearest_tiles,
+    "nearest_streams": nearest_streams,
 }

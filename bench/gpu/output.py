@@ -56,7 +56,13 @@ def markdown(state: State) -> str:
         outcome = "not measured" if line["outcome"] is None else f"{line['outcome']:.3g} {line['unit']}"
         met = {None: "", True: "yes", False: "**no**"}[line["met"]]
         lines.append(f"| {line['what']} | {line['predicted']} | {outcome} | {line['goal'] or ''} | {met} |")
-    lines += ["", "## Figures", "", "| what | time | TFLOP/s | of products | TB/s | of copy | peak, MB |"]
+    lines += ["", "## Figures", ""]
+    lines += [
+        "'of products' and 'of copy' are shares of the two ceilings in the first rows. Rows marked 'eager' include the",
+        "host's time, those marked 'graph' do not; 'host alone' is the time until the call returns.",
+        "",
+    ]
+    lines += ["| what | time | TFLOP/s | of products | TB/s | of copy | peak, MB |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = state.rows("figures")
     figures = Figures(rows)

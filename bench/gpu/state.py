@@ -35,6 +35,10 @@ class State:
         """Seconds until the budget is spent."""
         return self.deadline - time.monotonic()
 
+    def file(self, suffix: str) -> Path:
+        """One of the files; the stem's own dots stay."""
+        return self.out.with_name(self.out.name + suffix)
+
     @property
     def deadline(self) -> float:
         return self.began + self.budget
@@ -52,7 +56,7 @@ class State:
             error, limit = found.get("error"), found.get("limit")
             if error is not None and limit is not None and not error <= limit:
                 case = f" {found['case']} {found['dtype']}" if "case" in found else ""
-                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.1e} > {limit:.0e}")
+                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.3e} > {limit:.0e}")
             if stage != "smoke":
                 print(describe(found), flush=True)
             self.write()
@@ -81,10 +85,6 @@ class State:
         }
         with atomic_path(self.file(".json")) as path:
             path.write_text(json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
-
-    def file(self, suffix: str) -> Path:
-        """One of the files; what follows a dot in their name, a version say, stays."""
-        return self.out.with_name(self.out.name + suffix)
 
 
 def _strict(value: Any) -> Any:

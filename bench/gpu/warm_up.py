@@ -90,7 +90,8 @@ def works() -> list[Callable[[int], list[Launch]]]:
     for _, batch, side, patch, channels in (figures.ONE, figures.MANY):
         tiles = {"channels": channels, "patch": patch, "batch": batch, "side": side, "dtype": torch.bfloat16}
         found.append(partial(OPERATORS["lift_tiles"], **tiles))
-    found.append(partial(OPERATORS["nearest_tiles"], **large, dtype=torch.bfloat16))
+    for kind in ("nearest_streams", "nearest_tiles"):
+        found.append(partial(OPERATORS[kind], **large, dtype=torch.bfloat16))
     return found
 
 

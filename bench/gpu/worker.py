@@ -69,7 +69,9 @@ def main() -> int:
                 say(job=name, skipped=str(reason))
             except Exception as error:
                 lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-                say(job=name, failure=f"{type(error).__name__}: {lines[0]}")
+                # A compiler's error begins with a place and ends with the reason.
+                reason = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1][:200]}"
+                say(job=name, failure=f"{type(error).__name__}: {reason}")
                 if _lost(device):
                     return LOST
             say(job=name, end=True, seconds=round(time.monotonic() - start, 2))
