@@ -42,6 +42,8 @@ from .gpu.state import State
 # What a stage must find left of the budget to begin.
 LEAST_SECONDS = {"build": 0, "warm-up": 20, "smoke": 20, "figures": 20, "tests": 30, "sanitizer": 40, "profile": 40}
 BUDGET = 480.0
+# What compiling and timing tiles takes at least.
+TILES_SECONDS = 60
 
 
 def build(state: State) -> None:
@@ -110,14 +112,20 @@ def environment(state: State) -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
-def warm_up(state: State) -> None:
-    """Compile for the device; a rehearsal compiles a few kernels for one that need not be there."""
+def warm_up(state: State, tiles: bool = False) -> None:
+    """Compile for the device; a rehearsal compiles a few kernels for one that need not be there.
+
+    ``tiles``: what the figures of tiles alone launch, which none of the others should have to wait for.
+    """
     major, minor = (9, 0) if state.rehearse else torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "bench.gpu.warm_up", "--capability", f"{major}{minor}"]
     command += ["--most", "4"] if state.rehearse else []
+    command += ["--tiles"] if tiles else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     try:
-        state.results["warm-up"] = summary = json.loads(done.stdout.strip().splitlines()[-1])
+        state.results["warm-up of tiles" if tiles else "warm-up"] = summary = json.loads(
+            done.stdout.strip().splitlines()[-1]
+        )
     except (ValueError, IndexError):
         state.failures.append(f"warm-up: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
         return
@@ -143,11 +151,15 @@ def smoke(state: State) -> None:
 
 
 def figures(state: State) -> None:
-    """Times."""
-    for jobs in jobs_of("figures", state.rehearse).values():
+    """Times; before those of tiles, their compilation on all cores at once."""
+    (jobs,) = jobs_of("figures", state.rehearse).values()
+    first = next(number for number, job in enumerate(jobs) if "tiles" in job.name)
+    for part in (jobs[:first], jobs[first:]):
+        if part[0] is jobs[first] and state.left() > TILES_SECONDS:
+            warm_up(state, tiles=True)
         run_group(
             "figures",
-            jobs,
+            part,
             rehearse=state.rehearse,
             seed=state.seed,
             deadline=state.deadline,

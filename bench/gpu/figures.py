@@ -73,8 +73,8 @@ def jobs(rehearse: bool) -> list[Job]:
     ]
     first += [Job(f"forward {work[0]}", partial(_forward, work), 4) for work in FURTHER]
     first += [
-        Job("tiles of LiFT", _tiles_of_lift, 30),
         Job("plain forms of nearest", _nearest_plain, 4),
+        Job("tiles of LiFT", _tiles_of_lift, 30),
         *(Job(f"streams of nearest, {feed}", partial(_streams_of_nearest, feed), 15) for feed in FEEDS),
         Job("tiles of nearest", _tiles_of_nearest, 20),
         Job("plain forms compiled", _compiled, 150),

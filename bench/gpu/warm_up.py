@@ -1,7 +1,8 @@
 """Compiles what smoke and figures launch, on every core at once, into the disk cache that all processes share.
 
-Runs as a program: ``python -m bench.gpu.warm_up --capability 90 --workers 16``. No device is touched, so it compiles
-for GPUs that are not there. Launches that differ in run-time sizes alone share one compilation.
+Runs as a program: ``python -m bench.gpu.warm_up --capability 90 --workers 16``; with ``--tiles`` it compiles the many
+kernels that only the figures of tiles launch. No device is touched, so it compiles for GPUs that are not there.
+Launches that differ in run-time sizes alone share one compilation.
 """
 
 from __future__ import annotations
@@ -86,10 +87,16 @@ def works() -> list[Callable[[int], list[Launch]]]:
         batch = 1 if grid[0] == figures.GRID else 2
         shape = {"channels": channels, "grid": grid, "frames": frames, "batch": batch, "k": k, "objects": objects}
         found.append(partial(OPERATORS["propagate_labels"], **shape, dtype=torch.float32, radius=radius))
-    # Last: nothing but their own figures waits for them.
+    return found
+
+
+def tiles_of_works() -> list[Callable[[int], list[Launch]]]:
+    """What the figures of tiles and streams launch: three times as much to compile as all the rest."""
+    found = []
     for _, batch, side, patch, channels in (figures.ONE, figures.MANY):
         tiles = {"channels": channels, "patch": patch, "batch": batch, "side": side, "dtype": torch.bfloat16}
         found.append(partial(OPERATORS["lift_tiles"], **tiles))
+    large = {"n": figures.DESCRIPTORS, "m": figures.DESCRIPTORS, "channels": figures.CHANNELS}
     for kind in ("nearest_streams", "nearest_tiles"):
         found.append(partial(OPERATORS[kind], **large, dtype=torch.bfloat16))
     return found
@@ -133,11 +140,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.warm_up", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, required=True, help="such as 90")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--tiles", action="store_true", help="compile what the figures of tiles launch instead")
     parser.add_argument("--most", type=int, help="compile so many alone")
     arguments = parser.parse_args()
     start = time.monotonic()
     driver.set_active(NoDevice(arguments.capability))
-    launches = [launch for work in works() for launch in work(capability=arguments.capability)]
+    chosen = tiles_of_works() if arguments.tiles else works()
+    launches = [launch for work in chosen for launch in work(capability=arguments.capability)]
     _launches[:] = distinct(launches)[: arguments.most]
     listed = time.monotonic() - start
     # Forked: PyTorch and Triton are imported once, and no device is open.
