@@ -130,4 +130,4 @@ def test_an_unknown_operator(tmp_path):
     done = run(tmp_path, tests=PASSES.replace(FIRST, "nearset"))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "test_first.py::test_that_passes: numeric takes one of 'lift_forward', 'nearest', " in done.stderr
-    assert done.stderr.rstrip().endswith("got 'nearset'")
+    assert done.stderr.rstrip().endswith("got 'nearset'; add a new operator to OPERATORS here")
