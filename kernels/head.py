@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import memory
 from ..plan import Plan
 from . import launch
-from .activation import operand
+from .activation import larger, operand, relu
 from .head_wide import head_wide_kernel
 from .launch import product_precision
 from .tiles import Tile, cdiv, columns_of, padded, shared_memory
@@ -135,7 +135,7 @@ def head_kernel(
     hidden = ()
     for piece in tl.static_range(PIECES):
         biased = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
-        activated = tl.maximum(biased, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        activated = relu(biased)
         if N > CHANNELS:
             # An infinity times the padding's zeros is NaN, which the next product would spread.
             activated = tl.where((piece * WIDE + columns < CHANNELS)[None, :], activated, 0.0)
@@ -148,7 +148,7 @@ def head_kernel(
         for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
             value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)
             square += tl.sum(value * value, axis=1)
-        scale = 1.0 / tl.maximum(tl.sqrt(square), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        scale = 1.0 / larger(tl.sqrt(square), FLOOR)
     target = out + position.to(tl.int64)[:, None] * OUT_CHANNELS
     for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
         value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import memory
 from ..plan import ImageConv, Plan
 from . import launch
-from .activation import operand
+from .activation import larger, operand, relu
 from .launch import product_precision
 from .tiles import cdiv, next_power_of_2
 
@@ -138,13 +138,13 @@ def fine_kernel(
             value = tl.dot(pixels, first, input_precision=PREC) + first_shift[None, :]
             # The second convolution's padding is zero, and not the first convolution of padding; nor is what infinite
             # pixels make of the channels that fill the tile.
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            value = relu(value)
             value = tl.where(valid[:, None] & (channel < CHANNELS)[None, :], value, 0.0)
             value = operand(value, imgs.dtype.element_ty, PREC)
             weight = tl.load(second_weight + tap * (WIDE * WIDE) + channel[None, :] * WIDE + channel[:, None])
             acc = tl.dot(value, weight, acc, input_precision=PREC)
         # ReLU before the maximum: no value is below the zero that it starts with.
-        best = tl.maximum(best, acc + second_shift[None, :], propagate_nan=tl.PropagateNan.ALL)
+        best = larger(best, acc + second_shift[None, :])
     target = out + position.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(target, operand(best, out.dtype.element_ty, PREC), mask=exists[:, None] & (channel < CHANNELS)[None, :])
 
@@ -182,7 +182,7 @@ def coarse_kernel(
         taps = tl.load(weight + tap * (WIDE * WIDE) + channel[None, :] * WIDE + channel[:, None])
         acc = tl.dot(value, taps, acc, input_precision=PREC)
     value = acc + tl.load(bias + channel)[None, :]
-    value = operand(tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), out.dtype.element_ty, PREC)
+    value = operand(relu(value), out.dtype.element_ty, PREC)
     target = out + position.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(target, value, mask=exists[:, None] & (channel < CHANNELS)[None, :])
 

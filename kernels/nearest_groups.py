@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import memory
 from . import launch
 from .nearest import FREE, Rows
-from .tiles import Tile, shared_memory
+from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
 _INFINITY = tl.constexpr(float("inf"))
 # Keys of a group, eight apart from one another, and classes of groups: how the tensor cores' sums lie in registers.
@@ -299,12 +299,12 @@ def candidates(channels: int, capability: tuple[int, int], mutual: bool) -> dict
 
 def _splits(tiles: int, key_tiles: int, device: torch.device) -> int:
     """Into how many parts to cut the keys: the fewest whose blocks leave little of the last round idle."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    multiprocessors = launch.multiprocessors(device)
     most = max(1, min(4 * multiprocessors // tiles, key_tiles, 32))
 
     def rounds(splits: int) -> float:
         # In tiles of keys: shares are whole tiles.
-        return triton.cdiv(tiles * splits, multiprocessors) * triton.cdiv(key_tiles, splits)
+        return cdiv(tiles * splits, multiprocessors) * cdiv(key_tiles, splits)
 
     least = min(rounds(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if rounds(splits) <= 1.03 * least)
@@ -331,7 +331,7 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
     tile = stream.tile
     batch, n, _ = query.given.shape
     query_padded, key_padded = query.bias.shape[1], key.bias.shape[1]
-    tiles = triton.cdiv(n, tile.rows)
+    tiles = cdiv(n, tile.rows)
     splits = _splits(tiles * batch, key_padded // tile.columns, query.given.device)
     classes = tile.columns // MEMBERS if stream.feed == "warp" else CLASSES
     values = memory.new_empty(query.given, (batch, splits, n, depth * classes), dtype=torch.float32)
@@ -407,7 +407,7 @@ def resolve(query: Rows, key: Rows, found: Groups, similarity: Tensor, index: Te
             MEMBERS=MEMBERS,
             CLASSES=CLASSES,
             PARTS=slots // found.places // CLASSES,
-            LANES=triton.next_power_of_2(splits * slots),
+            LANES=next_power_of_2(splits * slots),
             DEPTH=64,
             num_warps=1,
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import memory
 from ..plan import Plan
 from . import launch
-from .activation import operand
+from .activation import operand, relu
 from .launch import product_precision
 from .tiles import Tile, cdiv, columns_of, next_power_of_2, padded
 from .upsample_wide import bias_terms, upsample_wide_kernel
@@ -181,7 +181,7 @@ def upsample_kernel(
     for piece in tl.static_range(PIECES):
         at = columns + piece * WIDE
         value = acc[piece] + tl.load(bias + position_class[:, None] * N + at[None, :])
-        value = operand(tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), out.dtype.element_ty, PREC)
+        value = operand(relu(value), out.dtype.element_ty, PREC)
         tl.store(target + at[None, :], value, mask=exists[:, None] & (at < CHANNELS)[None, :])
 
 
