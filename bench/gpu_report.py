@@ -35,6 +35,7 @@ import torch
 
 from lift_fast._files import make_folder
 
+from .gpu import checks
 from .gpu.crew import ROOT, run_group, run_side_by_side
 from .gpu.stages import STAGES, jobs_of
 from .gpu.state import State
@@ -167,32 +168,14 @@ def figures(state: State) -> None:
         )
 
 
-def tests(state: State) -> None:
-    from .gpu import checks
-
-    checks.run_tests(state)
-
-
-def sanitizer(state: State) -> None:
-    from .gpu import checks
-
-    checks.run_sanitizer(state)
-
-
-def profile(state: State) -> None:
-    from .gpu import checks
-
-    checks.run_profile(state)
-
-
 RUN: dict[str, Callable[[State], None]] = {
     "build": build,
     "warm-up": warm_up,
     "smoke": smoke,
     "figures": figures,
-    "tests": tests,
-    "sanitizer": sanitizer,
-    "profile": profile,
+    "tests": checks.run_tests,
+    "sanitizer": checks.run_sanitizer,
+    "profile": checks.run_profile,
 }
 assert tuple(RUN) == STAGES
 
