@@ -82,6 +82,10 @@ def cosine_loss_kernel(
     # Vectors whose squares leave the range of float32 are taken 2^-80 times as long.
     smaller_x = tl.where(own <= MODERATE, 1.0, SMALLER)
     smaller_y = tl.where(other <= MODERATE, 1.0, SMALLER)
+    if not LOOP:
+        x, y = x * smaller_x[None, :], y * smaller_y[None, :]
+        if REST:
+            u, v = u * smaller_x[None, :], v * smaller_y[None, :]
     if tl.min(smaller_x * smaller_y, 0) < 1.0:
         if LOOP:
             product = tl.zeros([POSITIONS], tl.float32)
@@ -96,13 +100,11 @@ def cosine_loss_kernel(
                 own += tl.sum(x * x, 0)
                 other += tl.sum(y * y, 0)
         else:
-            p, q = x * smaller_x[None, :], y * smaller_y[None, :]
-            product, own, other = tl.sum(p * q, 0), tl.sum(p * p, 0), tl.sum(q * q, 0)
+            product, own, other = tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0)
             if REST:
-                r, s = u * smaller_x[None, :], v * smaller_y[None, :]
-                product += tl.sum(r * s, 0)
-                own += tl.sum(r * r, 0)
-                other += tl.sum(s * s, 0)
+                product += tl.sum(u * v, 0)
+                own += tl.sum(u * u, 0)
+                other += tl.sum(v * v, 0)
     # Beside such a length epsilon is nothing.
     own = 1.0 / tl.sqrt(own + tl.where(smaller_x == 1.0, epsilon, 0.0))
     other = 1.0 / tl.sqrt(other + tl.where(smaller_y == 1.0, epsilon, 0.0))
@@ -125,10 +127,10 @@ def cosine_loss_kernel(
                 g *= smaller_x
                 _store(gradient, at_g, c, position, channels, inner, gradient_channel, gradient_inner, g)
         else:
-            g = (toward * (y * smaller_y) + along * (x * smaller_x)) * smaller_x
+            g = (toward * y + along * x) * smaller_x
             _store(gradient, at_g, channel, position, channels, inner, gradient_channel, gradient_inner, g)
             if REST:
-                g = (toward * (v * smaller_y) + along * (u * smaller_x)) * smaller_x
+                g = (toward * v + along * u) * smaller_x
                 _store(gradient, at_g, last, position, channels, inner, gradient_channel, gradient_inner, g)
 
 
