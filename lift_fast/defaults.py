@@ -16,7 +16,7 @@ def plain_defaults() -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     # A device as context sees every call, so only where there is something to set aside.
-    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    device = nullcontext() if _is_cpu() else torch.device("cpu")
     if dtype != torch.float32:
         torch.set_default_dtype(torch.float32)
     try:
@@ -25,3 +25,11 @@ def plain_defaults() -> Iterator[None]:
     finally:
         if dtype != torch.float32:
             torch.set_default_dtype(dtype)
+
+
+def _is_cpu() -> bool:
+    try:
+        return torch.get_default_device().type == "cpu"
+    except (RuntimeError, AssertionError):
+        # Asked for the default, PyTorch makes a tensor there, and without a GPU there is no "cuda" to make it on.
+        return False

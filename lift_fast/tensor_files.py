@@ -22,7 +22,7 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What weights in files may be; all of them become float32."""
 
 _SHOWN = 5
-_LONGEST = 80
+_LONGEST = 120
 _CHUNK = 1 << 20
 
 
@@ -86,13 +86,33 @@ def weight_tensor(value: object, source: str | os.PathLike[str], name: object) -
     return tensor
 
 
+def uncompiled(name: str) -> str:
+    """``name`` without the ``_orig_mod.`` that ``torch.compile`` puts before the names of what it has compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Where the names and shapes of a file differ from a network's, in words of bounded length; empty if nowhere."""
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name}: file {list(state[name].shape)}, model {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return "; ".join(f"{len(entries)} {kind} ({shown(entries)})" for kind, entries in kinds if entries)
+
+
 def described(value: object) -> str:
     """What ``value`` is, in a few words and without showing what is in it."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}" if type(value) is Tensor else f"a {type(value).__name__}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} of {len(value)} entries ({shown(value)})" if value else "an empty dictionary"
-    return f"a {type(value).__name__}"
+        if type(value) in (Tensor, nn.Parameter):
+            return f"a tensor of shape {list(value.shape)[:8]}"
+    elif isinstance(value, Mapping):
+        return f"a dictionary of {len(value)} entries ({shown(value)})" if value else "an empty dictionary"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def shown(entries: Iterable[object]) -> str:
