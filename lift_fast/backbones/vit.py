@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..defaults import plain_defaults
 from ..witnesses import Witnesses
 from . import in_place
 from .position import RULES, Grid
@@ -189,8 +190,9 @@ class FrozenViT(nn.Module):
         if cached is not None and cached[0].recognise(sources):
             self._positions.move_to_end(key)
             return cached[1]
-        # Built outside inference mode and autocast: the cache outlives both.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        # Built outside inference mode and autocast, which the cache outlives, and apart from the program's defaults.
+        kind = weight.device.type
+        with plain_defaults(), torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             position = self._build_position(grid)
             self._positions[key] = (Witnesses(sources), position)
         while len(self._positions) > _CACHED_GRIDS:
