@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -42,7 +43,9 @@ def read_tensor_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """
     path = require_regular_file(path, "checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
     try:
-        with plain_defaults():
+        with plain_defaults(), warnings.catch_warnings():
+            # Of what PyTorch remarks on kinds of tensors that are refused here.
+            warnings.simplefilter("ignore")
             content = _read(path)
     except PermissionError:
         raise
