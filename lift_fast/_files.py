@@ -104,7 +104,11 @@ def _temporary(target: Path) -> tuple[Path, Claim]:
         prefix, suffix = f".{target.stem[:40]}.", f"{_MARK}{target.suffix}"
         handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
         os.close(handle)
-        held = claim(Path(name))
+        try:
+            held = claim(Path(name))
+        except BaseException:
+            os.unlink(name)
+            raise
         # Another process may have taken it for a leftover in between.
         if held is not None:
             return Path(name), held
@@ -113,13 +117,15 @@ def _temporary(target: Path) -> tuple[Path, Claim]:
 def _collect_leftovers(folder: Path) -> None:
     """Remove temporary files of :func:`atomic_path` whose writers are gone: nobody holds their lock."""
     with suppress(OSError), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)]
-        for name in names:
-            held = claim(folder / name)
-            if held is None:
-                continue
-            # Where files cannot be locked nobody can tell a dead writer from a slow one.
-            if held.locked:
-                with suppress(OSError):
-                    (folder / name).unlink()
-            held.release()
+        for name in [entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)]:
+            # Another user's cannot be opened, and stays.
+            with suppress(OSError):
+                held = claim(folder / name)
+                if held is None:
+                    continue
+                try:
+                    # Where files cannot be locked nobody can tell a dead writer from a slow one.
+                    if held.locked:
+                        (folder / name).unlink()
+                finally:
+                    held.release()

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -118,7 +119,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _architecture(state: Mapping[str, Tensor], source: Path) -> dict[str, int | bool]:
+def _architecture(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """LiFT's arguments that a state dict's shapes tell."""
     last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
     if last is None:
@@ -161,9 +162,12 @@ def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
     The published code loads the latter unchanged; a compiled or parallel LiFT is written under the same names.
 
     Raises:
+        ValueError: for a LiFT on the device meta.
         FileNotFoundError: if the folder does not exist.
         OSError: if the file cannot be written.
     """
+    if any(value.is_meta for value in lift.state_dict().values()):
+        raise ValueError(f"cannot write {path}: the weights are on the device meta, which holds no values")
     state = {plain_name(name): value.detach().cpu().contiguous() for name, value in lift.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         content = save(state)

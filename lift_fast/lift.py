@@ -81,7 +81,8 @@ class LiFT(
     to force the plain graph. Training, and evaluation with gradients, always run the plain graph. Changes of a weight
     through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or :func:`lift_fast.clear_plans`
     after them.
-    Forward hooks on submodules run in the plain graph only.
+    Forward hooks on submodules run in the plain graph only. A new module has PyTorch's default dtype and device, as
+    every ``nn.Module``; what :func:`lift_fast.load_lift` returns does not depend on them.
 
     Args:
         in_channels: C, channels of the backbone's features, at least 2.

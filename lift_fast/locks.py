@@ -17,7 +17,6 @@ except ImportError:
     # Windows: as on a file system without locks.
     fcntl = None  # type: ignore[assignment]
 
-_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 _LOCK_FILE = ".lift_fast-lock"
 _TRIES = 100
 
@@ -91,12 +90,10 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         raise
     except OSError as error:
-        # Emulations of other systems say so in their own way.
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        # Emulations on other file systems say in their own way that somebody holds it, and that they cannot.
+        if error.errno == errno.EACCES:
             raise BlockingIOError(error.errno, os.strerror(error.errno)) from error
-        if error.errno in _UNSUPPORTED:
-            return False
-        raise
+        return False
     return True
 
 

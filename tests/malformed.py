@@ -344,11 +344,17 @@ def malformed(draw: random.Random, sound: dict[Any, Any], suffixes: list[str]) -
 # What must come of them.
 
 
+def _read_anyhow(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def flat(path: Path) -> dict[str, Tensor]:
     """An independent reading: every tensor of the file under its name without wrappers, inner dictionaries included."""
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        content = _read_anyhow(path)
     found: dict[str, Tensor] = {}
 
     def collect(mapping: Any, depth: int) -> None:

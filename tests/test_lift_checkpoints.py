@@ -303,6 +303,8 @@ def test_map_location(state, tmp_path):
     torch.save(state, tmp_path / "lift.pth")
     lift = load_lift(tmp_path / "lift.pth", patch_size=16, map_location="meta")
     assert {value.device.type for value in lift.state_dict().values()} == {"meta"}
+    with pytest.raises(ValueError, match=r"cannot write .*no\.pth: the weights are on the device meta"):
+        save_lift(lift, tmp_path / "no.pth")
     for wrong in ("nowhere", 1.5, None):
         with pytest.raises(ValueError, match="map_location must be a device"):
             load_lift(tmp_path / "lift.pth", patch_size=16, map_location=wrong)

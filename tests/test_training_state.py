@@ -91,6 +91,7 @@ CHANGES = [
     (put(["format"], torch.ones(2)), "format a tensor of shape"),
     *((put([part], KeyError), f"{part} missing") for part in ("lift", "optimizer", "scaler", "progress", "random")),
     (put(["description"], KeyError), "description missing"),
+    (put(["module.lift"], {}), "no whole training state: module.lift unknown"),
     (put(["description"], [1]), "entry description is a list"),
     (put(["description", "loss"], torch.zeros(2)), "description.loss is a tensor"),
     (put(["description", "loss"], KeyError), "loss: saved None, now 'cosine'"),

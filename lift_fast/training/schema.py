@@ -35,8 +35,10 @@ def check_parts(content: Mapping[Any, Any], path: Path) -> None:
         found = quoted(str(number)) if _is_plain(number) else described(number)
         raise ValueError(f"{path} is no training state of this version (format {found}, expected {FORMAT})")
     missing = [name for name in _PARTS if name not in content]
-    if missing:
-        raise ValueError(f"{path} is no whole training state: {shown(missing)} missing")
+    unknown = [name for name in content if name not in _PARTS and name != "format"]
+    for names, what in ((missing, "missing"), (unknown, "unknown")):
+        if names:
+            raise ValueError(f"{path} is no whole training state: {shown(names)} {what}")
     for name in _PARTS:
         _mapping(content[name], path, name)
     for name, value in content["description"].items():
