@@ -151,6 +151,13 @@ def test_safetensors_and_choice_of_key(model: nn.Module, other: nn.Module, tmp_p
         load_backbone(NAME, weights=tmp_path / "full.pth", checkpoint_key="ema")
 
 
+def test_tensors_do_not_lie_in_a_mapping_of_the_file(model: nn.Module, tmp_path: Path) -> None:
+    """Whoever shortens or rewrites the file would end the process, or change its weights."""
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    for value in read_checkpoint(tmp_path / "a.safetensors").state.values():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
 def test_selfpatch_has_neither_class_token_nor_final_norm(tmp_path: Path) -> None:
     model = tiny(class_token=False, global_pool="avg", fc_norm=False)
     model.norm = nn.Identity()
