@@ -159,7 +159,9 @@ def _check_random(state: Mapping[Any, Any], path: Path) -> None:
     if not isinstance(state["cuda"], list):
         _refuse(path, "random", "cuda", state["cuda"], "a list of states, one for each GPU")
     for held in state["cuda"]:
-        _bytes(held, path, "cuda")
+        words = _bytes(held, path, "cuda")
+        if torch.cuda.is_available():
+            _try(lambda words=words: torch.Generator(device="cuda").set_state(words), path, "cuda")
 
 
 def _check_python(saved: Any) -> None:
