@@ -14,36 +14,38 @@ from .locks import Claim, claim
 
 _MARK = ".lift_fast-tmp"
 _LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*)?", re.DOTALL)
-_KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
-def require_regular_file(path: str | os.PathLike[str], what: str) -> Path:
-    """``path``, if it is a file; it is not opened. ``what`` says what is expected, such as ``"checkpoint file"``.
+def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is no regular file, without opening it: opening a pipe may wait for ever, a device never ends.
+
+    Args:
+        path: the file, or a link to it.
+        what: it should be, for the message, such as "picture".
 
     Raises:
         FileNotFoundError: if there is nothing.
-        PermissionError: if it may not be looked at.
-        ValueError: for a folder, pipe, device or socket, which may give no end of bytes or none at all.
+        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file.
     """
-    path = Path(path)
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no {what} at {path}") from None
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{str(path)[:200]} cannot be read: {error.strerror}; expected a {what}") from None
-    if stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is a folder; expected a {what}")
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be looked at: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        # Too long, a loop of links, a zero byte, bytes that the file system does not take.
+        raise ValueError(f"{str(path)[:200]} names no {what}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}; expected a {what}")
-    return path
+        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        raise ValueError(f"{path} is {kind}; expected a {what}")
 
 
 @contextmanager

@@ -61,7 +61,10 @@ def load_lift(
     options = _architecture(state, path)
     # Without memory for the weights: the file's own take their place.
     with plain_defaults(), torch.device("meta"):
-        lift = LiFT(options.pop("in_channels"), patch_size, pre_shape, post_shape, **options)
+        try:
+            lift = LiFT(options.pop("in_channels"), patch_size, pre_shape, post_shape, **options)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no LiFT that can be built: {error}") from error
     fit_lift(state, lift, path)
     lift.load_state_dict({name: _own_copy(value) for name, value in state.items()}, assign=True)
     return lift.to(device).eval()

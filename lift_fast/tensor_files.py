@@ -41,7 +41,8 @@ def read_tensor_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no readable checkpoint; names the file.
     """
-    path = require_regular_file(path, "checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
+    path = Path(path)
+    require_regular_file(path, "checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
     try:
         with plain_defaults(), warnings.catch_warnings():
             # Of what PyTorch remarks on kinds of tensors that are refused here.

@@ -150,6 +150,7 @@ def test_a_counter_that_counts_nothing(value, state, tmp_path):
             r"outc\.weight has shape \[1000000000, 0, 1, 1\]",
         ),
         (lambda s: {**s, "outc.weight": torch.zeros(1, 1, 1, 1)}, "outc.weight has 1 channels, expected at least 2"),
+        (lambda s: {**s, "outc.weight": torch.zeros(10**6, 1, 1, 1)}, "holds no LiFT that can be built: in_channels"),
         (lambda s: {**s, "image_convs_1.0.weight": torch.zeros(3)}, r"image_convs_1\.0\.weight has shape \[3\]"),
         (lambda s: {**s, "image_convs_1.1.running_var": -torch.ones(32)}, "holds negative variances"),
         (lambda s: {**s, "\x1b[31m": torch.zeros(1)}, r"1 unexpected \('\\x1b\[31m'\)"),
@@ -184,12 +185,12 @@ def test_pytorchs_advice_is_not_repeated(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_small_file_makes_no_large_network(suffix, state, tmp_path):
-    """outc.weight alone tells 32768 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
+    """outc.weight alone tells 16384 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
     path = tmp_path / f"lift{suffix}"
-    content = {**state, "outc.weight": torch.zeros(32768, 2, 1, 1)}
+    content = {**state, "outc.weight": torch.zeros(16384, 2, 1, 1)}
     save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"does not fit LiFT\(32768, 16\).*of another shape \(.*more\)"):
+    with pytest.raises(ValueError, match=r"does not fit LiFT\(16384, 16\).*of another shape \(.*more\)"):
         load_lift(path, patch_size=16)
     # In kB on Linux.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
@@ -242,7 +243,7 @@ def test_what_is_no_file_is_refused_unopened(kind, tmp_path):
     elif kind == "long":
         path = tmp_path / ("x" * 5000)
     words = {
-        "fifo": "is a pipe; expected",
+        "fifo": "is a named pipe; expected",
         "device": "is a device; expected",
         "folder": "is a folder",
         "nothing": "no checkpoint file",
