@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def _check_random(state: Mapping[Any, Any], path: Path) -> None:
     for held in state["cuda"]:
         words = _bytes(held, path, "cuda")
         if torch.cuda.is_available():
-            _try(lambda words=words: torch.Generator(device="cuda").set_state(words), path, "cuda")
+            _try(partial(torch.Generator(device="cuda").set_state, words), path, "cuda")
 
 
 def _check_python(saved: Any) -> None:
