@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .locks import Claim, claim
+
+_MARK = ".lift_fast-tmp"
+_LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*)?", re.DOTALL)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is no regular file, without opening it: opening a pipe may wait for ever, a device never ends.
+
+    Args:
+        path: the file, or a link to it.
+        what: it should be, for the message, such as "picture".
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no {what} at {path}") from None
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be looked at: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        # Too long, a loop of links, a zero byte, bytes that the file system does not take.
+        raise ValueError(f"{str(path)[:200]} names no {what}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        raise ValueError(f"{path} is {kind}; expected a {what}")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed.
 
-    The temporary file keeps the suffix of ``path``, since image and array writers choose their format by it.
+    The temporary file keeps the suffix of ``path``, since image and array writers choose their format by it. What a
+    killed process leaves is collected by :func:`make_folder`.
 
     Raises:
         FileNotFoundError: if the folder of ``path`` does not exist.
@@ -21,9 +61,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=f".tmp{target.suffix}", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary, held = _temporary(target)
     try:
         yield temporary
         # mkstemp creates files readable by their owner alone; give the result the usual permissions.
@@ -35,12 +73,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    finally:
+        held.release()
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """The folder ``path``, made if missing, with the folders above it; files can be written there.
 
-    To be called before long work whose results go there.
+    To be called before long work whose results go there. Temporary files that killed processes have left there are
+    removed.
 
     Raises:
         ValueError: if it cannot be made, or nothing can be written to it; says why.
@@ -55,4 +96,38 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{folder} is a file; expected a folder for the results, give another one") from error
     except OSError as error:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}; give another one") from error
+    _collect_leftovers(folder)
     return folder
+
+
+def _temporary(target: Path) -> tuple[Path, Claim]:
+    while True:
+        # Of a long name a part, so that there is room for the rest.
+        prefix, suffix = f".{target.stem[:40]}.", f"{_MARK}{target.suffix}"
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
+        os.close(handle)
+        try:
+            held = claim(Path(name))
+        except BaseException:
+            os.unlink(name)
+            raise
+        # Another process may have taken it for a leftover in between.
+        if held is not None:
+            return Path(name), held
+
+
+def _collect_leftovers(folder: Path) -> None:
+    """Remove temporary files of :func:`atomic_path` whose writers are gone: nobody holds their lock."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in [entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)]:
+            # Another user's cannot be opened, and stays.
+            with suppress(OSError):
+                held = claim(folder / name)
+                if held is None:
+                    continue
+                try:
+                    # Where files cannot be locked nobody can tell a dead writer from a slow one.
+                    if held.locked:
+                        (folder / name).unlink()
+                finally:
+                    held.release()

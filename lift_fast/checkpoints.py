@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ._files import atomic_path
+from .defaults import plain_defaults
 from .demonstration import lift_file
 from .lift import LiFT
+from .tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
 
-_PREFIX = "module."
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read a checkpoint file without executing anything in it (``weights_only``), or a ``.safetensors`` file.
-
-    Returns:
-        The file's mapping, tensors on the CPU; a state dict or a training checkpoint that holds one.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no readable checkpoint; names the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        zipfile.BadZipFile,
-        ValueError,
-        LookupError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, LookupError):
-            # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
-            reason = "its content is of another kind"
-        raise ValueError(
-            f"{path} is no readable checkpoint ({reason}); expected a PyTorch or .safetensors file"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict (names to tensors)")
-    return dict(content)
+# Bounds what a file can make us build before its shapes are compared; the published networks have at most one.
+_MOST_EXTRA_BLOCKS = 64
 
 
 def load_lift(
@@ -69,73 +32,146 @@ def load_lift(
 ) -> LiFT:
     """Build the LiFT that a checkpoint describes, in evaluation mode.
 
-    Published checkpoints are plain state dicts, sometimes with a ``module.`` prefix. Width, depth and the "no image"
-    ablation are read off the shapes; the patch size leaves no trace in them, so it must be given.
+    Published checkpoints are plain state dicts, sometimes with a ``module.`` prefix; that and the ``_orig_mod.`` of
+    compiled modules are taken off in any order. Width, depth and the "no image" ablation are read off the shapes; the
+    patch size leaves no trace in them, so it must be given.
+
+    The result is float32 whatever PyTorch's default dtype and device are: weights may be float16, bfloat16, float32 or
+    float64 in the file, nothing else, with values that float32 holds. Names and shapes are compared before anything is
+    allocated.
 
     Args:
         path: a PyTorch file or ``.safetensors``; ``"lift_demo_vitt16"`` is the one that ships with the package
             (:mod:`lift_fast.demonstration`).
         patch_size: patch size of the backbone that the weights were trained for.
         pre_shape, post_shape: see :class:`lift_fast.LiFT`.
-        map_location: device of the result.
+        map_location: device of the result; ``"meta"`` gives shapes without values.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is corrupt, holds no LiFT or weights that are not finite; names the file.
+        ValueError: if the file is corrupt, holds no LiFT, or weights that are sparse, quantised, overlapping, of
+            another dtype or not finite; names the file and the entry. For a device that does not exist.
     """
+    try:
+        device = torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"map_location must be a device such as 'cpu' or 'cuda', got {map_location!r}") from error
     path = lift_file(path)
-    state = lift_state_dict(read_state_dict(path), path)
-    try:
-        in_channels, has_image = state["outc.weight"].shape[0], "image_convs_1.0.weight" in state
-    except KeyError:
-        found = ", ".join(sorted(state)[:4])
-        raise ValueError(f"{path} holds no LiFT: outc.weight is missing; its entries begin with {found}") from None
-    blocks = sum(name.startswith("image_convs_1.") and name.endswith("running_mean") for name in state)
-    lift = LiFT(
-        in_channels,
-        patch_size,
-        pre_shape,
-        post_shape,
-        use_image=has_image,
-        image_channels=state["image_convs_1.0.weight"].shape[0] if has_image else 32,
-        extra_image_blocks=max(0, blocks - 2),
-    )
-    try:
-        lift.load_state_dict(state)
-    except RuntimeError as error:
-        details = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit LiFT({in_channels}, {patch_size}): {details}") from None
-    return lift.to(map_location).eval()
+    state = lift_state_dict(read_tensor_file(path), path)
+    options = _architecture(state, path)
+    # Without memory for the weights: the file's own take their place.
+    with plain_defaults(), torch.device("meta"):
+        try:
+            lift = LiFT(options.pop("in_channels"), patch_size, pre_shape, post_shape, **options)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no LiFT that can be built: {error}") from error
+    fit_lift(state, lift, path)
+    lift.load_state_dict({name: _own_copy(value) for name, value in state.items()}, assign=True)
+    return lift.to(device).eval()
 
 
-def lift_state_dict(content: Mapping[str, object], source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a LiFT state dict with any ``module.`` prefix taken off.
+def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a LiFT state dict, any ``module.`` and ``_orig_mod.`` taken off their names.
 
     Raises:
-        ValueError: for entries that are no tensors or not finite; names ``source`` and the entry.
+        ValueError: for entries that are no dense, finite, floating point tensors (counters: whole numbers), or a name
+            that is there twice; names ``source`` and the entry.
     """
     state: dict[str, Tensor] = {}
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
+    for given, value in content.items():
+        if not isinstance(given, str):
+            raise ValueError(f"{source}: the name of an entry is {described(given)}; expected text such as outc.weight")
+        if isinstance(value, Mapping):
             raise ValueError(
-                f"{source}: entry {name!r} is a {type(value).__name__}; expected a plain state dict of tensors"
+                f"{source}: entry {quoted(given)} is {described(value)}; expected a plain state dict of tensors, save "
+                "that entry alone if it is a LiFT's"
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{source}: entry {name!r} holds NaN or infinite values")
-        state[name.removeprefix(_PREFIX)] = value
+        name = plain_name(given)
+        if name in state:
+            raise ValueError(f"{source}: entry {quoted(name)} is there twice, as {quoted(given)} too")
+        if name.endswith("num_batches_tracked"):
+            state[name] = _counter(value, source, given)
+            continue
+        state[name] = weight_tensor(value, source, given)
+        if name.endswith("running_var") and bool((state[name] < 0).any()):
+            raise ValueError(f"{source}: entry {quoted(given)} holds negative variances")
     return state
+
+
+def fit_lift(state: dict[str, Tensor], lift: LiFT, source: str | os.PathLike[str]) -> None:
+    """Check names and shapes of ``state`` against ``lift``; counters of batches that it lacks are added as 0.
+
+    Raises:
+        ValueError: if they differ; names ``source`` and the first few entries.
+    """
+    own = lift.state_dict()
+    for name in own:
+        # Files of other tools leave them out: evaluation never reads them.
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.tensor(0, dtype=torch.int64, device="cpu"))
+    different = misfits(state, own)
+    if different:
+        raise ValueError(f"{source} does not fit LiFT({lift.in_channels}, {lift.patch_size}): {different}")
+
+
+def plain_name(name: str) -> str:
+    """The published name of an entry: no ``module.`` in front, no ``_orig_mod.`` anywhere."""
+    name = uncompiled(name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _architecture(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """LiFT's arguments that a state dict's shapes tell."""
+    last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
+    if last is None:
+        raise ValueError(
+            f"{source} holds no LiFT: outc.weight is missing; its entries begin with {shown(sorted(state))}"
+        )
+    for name, weight in (("outc.weight", last), ("image_convs_1.0.weight", first)):
+        if weight is not None and (weight.dim() != 4 or weight.numel() == 0):
+            raise ValueError(f"{source} holds no LiFT: {name} has shape {list(weight.shape)}, expected four sides")
+    if last.shape[0] < 2:
+        raise ValueError(f"{source} holds no LiFT: outc.weight has {last.shape[0]} channels, expected at least 2")
+    if first is None:
+        return {"in_channels": last.shape[0], "use_image": False}
+    blocks = 2
+    while blocks < 2 + _MOST_EXTRA_BLOCKS and f"image_convs_1.{3 * blocks + 1}.running_mean" in state:
+        blocks += 1
+    return {"in_channels": last.shape[0], "image_channels": first.shape[0], "extra_image_blocks": blocks - 2}
+
+
+def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor:
+    """A BatchNorm's count of batches; a plain number, too, since other tools write one."""
+    count = value
+    if isinstance(value, Tensor):
+        tensor = plain_tensor(value, source, name)
+        count = tensor.item() if tensor.dim() == 0 and not tensor.is_complex() else None
+    whole = isinstance(count, (int, float)) and not isinstance(count, bool) and 0 <= count < 2**63
+    if not whole or count != int(count):  # type: ignore[call-overload]
+        raise ValueError(f"{source}: entry {quoted(name)} is {described(value)}; expected a whole number of at least 0")
+    return torch.tensor(int(count), dtype=torch.int64, device="cpu")  # type: ignore[call-overload]
+
+
+def _own_copy(value: Tensor) -> Tensor:
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
     """Write ``lift``'s state dict, atomically; ``.safetensors`` by that suffix, else a PyTorch file.
 
-    The published code loads the latter unchanged.
+    The published code loads the latter unchanged; a compiled or parallel LiFT is written under the same names.
 
     Raises:
+        ValueError: for a LiFT on the device meta.
         FileNotFoundError: if the folder does not exist.
         OSError: if the file cannot be written.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in lift.state_dict().items()}
+    if any(value.is_meta for value in lift.state_dict().values()):
+        raise ValueError(f"cannot write {path}: the weights are on the device meta, which holds no values")
+    state = {plain_name(name): value.detach().cpu().contiguous() for name, value in lift.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         content = save(state)
     else:

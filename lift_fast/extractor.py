@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import images
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
+from .defaults import plain_defaults
 from .images import LoadSize
 
 Rectangle = tuple[int, int, int, int]
@@ -328,7 +329,7 @@ class ViTLiFTExtractor(nn.Module):
         elif random_lift:
             from .lift import LiFT
 
-            with torch.random.fork_rng(devices=[]):
+            with plain_defaults(), torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(seed)
                 lift = LiFT(self.channel, self.patch)
         if lift is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .lift import LiFT
+from .witnesses import Witnesses
 
 
 class CapturedExtractor:
@@ -17,7 +18,7 @@ class CapturedExtractor:
         self.shape = tuple(int(size) for size in shape)
         self.dtype = dtype
         self.device = device
-        self._folded = [w for module in extractor.modules() if isinstance(module, LiFT) for w in _weights(module)]
+        self._lifts = [module for module in extractor.modules() if isinstance(module, LiFT)]
         with torch.cuda.device(device), torch.no_grad():
             self._input = torch.zeros(self.shape, dtype=dtype, device=device)
             # What happens only once (plans, position embeddings, kernels compiled and loaded) must not be recorded.
@@ -30,7 +31,7 @@ class CapturedExtractor:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._output: Tensor = extractor(self._input)
-        self._stamp = self._stamps()
+        self._folded = Witnesses(self._weights())
 
     def __call__(self, batch: Tensor, *, clone: bool = False) -> Tensor:
         """Run the graph.
@@ -51,7 +52,7 @@ class CapturedExtractor:
             raise ValueError(f"batch must be {list(self.shape)} as captured, got {got}; capture that shape as well")
         if not batch.is_floating_point():
             raise ValueError(f"batch must be floating point and normalised, got {batch.dtype}")
-        if self._stamps() != self._stamp:
+        if not self._folded.recognise(self._weights()):
             raise RuntimeError(
                 "LiFT's weights have changed since the capture, and the graph holds them folded; capture again"
             )
@@ -60,8 +61,9 @@ class CapturedExtractor:
             self._graph.replay()
             return self._output.clone() if clone else self._output
 
-    def _stamps(self) -> list[tuple[int, int]]:
-        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._folded]
+    def _weights(self) -> list[Tensor]:
+        # Those that the modules hold now: a parameter may have been put in the place of another.
+        return [weight for lift in self._lifts for weight in lift._plan_sources()[0]]
 
 
 def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> CapturedExtractor:
@@ -93,7 +95,3 @@ def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | 
         where = "has no weights" if weight is None else f"is on {weight.device}"
         raise RuntimeError(f"CUDA graphs need a CUDA device, but the extractor {where}; move it with .cuda()")
     return CapturedExtractor(extractor, sizes, weight.dtype if dtype is None else dtype, weight.device)
-
-
-def _weights(lift: LiFT) -> list[Tensor]:
-    return lift._plan_sources()[0]

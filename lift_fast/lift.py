@@ -44,6 +44,8 @@ class LiFT(
     after them.
     A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
     ``forward``) runs the plain graph as it stands. Forward hooks on submodules run in the plain graph only.
+    A new module has PyTorch's default dtype and device, as every ``nn.Module``; what :func:`lift_fast.load_lift`
+    returns does not depend on them.
 
     Args:
         in_channels: C, channels of the backbone's features, at least 2.

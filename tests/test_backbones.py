@@ -305,6 +305,41 @@ def test_weights_are_shared_and_updates_reach_cached_positions() -> None:
     assert torch.equal(FrozenViT(model, position_rule="dino")(imgs), after)
 
 
+@pytest.mark.parametrize("made_in_inference_mode", [True, False])
+def test_cached_positions_see_every_change_in_inference_mode(made_in_inference_mode: bool) -> None:
+    with torch.inference_mode(made_in_inference_mode):
+        model = small_vit()
+    imgs = pictures(1, 3, 48, 40)
+
+    def fresh() -> Tensor:
+        return FrozenViT(backbone.model, position_rule="dino")(imgs)
+
+    with torch.inference_mode():
+        backbone = FrozenViT(model, position_rule="dino")
+        before = backbone(imgs)
+        model.pos_embed.add_(0.5)
+        changed = backbone(imgs)
+        assert not torch.equal(changed, before)
+        assert torch.equal(changed, fresh())
+        model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+        assert torch.equal(backbone(imgs), fresh())
+    for inference in (True, False):
+        with torch.inference_mode(inference), torch.no_grad():
+            for _ in range(10):
+                # The allocator hands out the address of the one that is gone.
+                backbone.model.pos_embed = None
+                backbone.model.pos_embed = nn.Parameter(torch.randn(model.pos_embed.shape), requires_grad=False)
+                assert torch.equal(backbone(imgs), fresh())
+
+
+def test_cached_positions_follow_an_inner_model_that_was_moved_alone() -> None:
+    backbone = FrozenViT(small_vit(), position_rule="dino")
+    imgs = pictures(1, 3, 48, 40)
+    backbone(imgs)
+    backbone.model.double()
+    assert backbone(imgs.double()).dtype == torch.float64
+
+
 def test_position_cache_is_bounded_and_dropped_by_to() -> None:
     backbone = FrozenViT(small_vit(), position_rule="dino")
     for n in range(1, 20):

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lift_fast.backbones import FrozenViT, extract_hooked
+from lift_fast.demonstration import LIFT
 from lift_fast.extractor import ViTLiFTExtractor
 from lift_fast.lift import LiFT
 from lift_fast.testing import relative_error
@@ -271,6 +272,33 @@ def test_a_given_frozen_vit_keeps_its_settings_and_place() -> None:
 def test_bad_arguments(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         extractor(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@pytest.mark.parametrize("name", ["demo_vitt16", "vit_small_patch16_dinov3", "vit_base_patch32_clip_224"])
+def test_defaults_of_the_program_change_no_bit(dtype: torch.dtype, device: str, name: str) -> None:
+    demonstration = name == "demo_vitt16"
+    imgs = torch.randn(1, 3, 64, 96)
+
+    def outcome() -> tuple[list[torch.Tensor], torch.Tensor]:
+        extractor = ViTLiFTExtractor(
+            name, LIFT if demonstration else None, channel=None, patch=None, stride=None, layer=None, device="cpu",
+            silent=True, random_weights=not demonstration, random_lift=not demonstration,
+        )  # fmt: skip
+        with torch.no_grad():
+            return list(extractor.state_dict().values()), extractor.extract_descriptors_iterative_lift(imgs, 2)
+
+    weights, expected = outcome()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found, descriptors = outcome()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, weights, strict=True))
+    assert torch.equal(descriptors, expected)
 
 
 def test_bad_batches_and_missing_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,17 @@
-"""Atomic writing: the old file or the whole new one, nothing in between."""
+"""Atomic writing: the old file or the whole new one, nothing in between; what is no file is not opened."""
 
 import errno
 import os
+import socket
 import stat
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
-from lift_fast._files import atomic_path, make_folder
+from lift_fast import locks
+from lift_fast._files import atomic_path, make_folder, require_regular_file
 
 
 def test_success_replaces_the_file(tmp_path):
@@ -71,3 +76,102 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(ValueError, match="Read-only file system; give another one"):
         make_folder(tmp_path)
+
+
+WRITER = """
+    import sys, time
+    from lift_fast._files import atomic_path
+    with atomic_path(sys.argv[1]) as temporary:
+        temporary.write_bytes(b"half")
+        print(temporary.name, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_temporary_files_of_killed_writers_are_collected_and_no_others(tmp_path):
+    # Names that only look like ours, and one that does but is no file.
+    users = [".result.tmp.png", ".x.0123abcd.lift_fast-tmpx", "x.0123abcd.lift_fast-tmp.png", ".a.lift_fast-tmp.png"]
+    for name in users:
+        (tmp_path / name).write_bytes(b"a user's")
+    os.mkfifo(tmp_path / ".fifo.0123abcd.lift_fast-tmp")
+    (tmp_path / ".link.0123abcd.lift_fast-tmp").symlink_to(tmp_path / users[0])
+    (tmp_path / ".folder.0123abcd.lift_fast-tmp").mkdir()
+    kept = sorted(os.listdir(tmp_path))
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path / "result.png")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        name = writer.stdout.readline().strip()
+        assert name.startswith(".result.")
+        assert name.endswith(".png")
+        with atomic_path(tmp_path / "mine.npz") as mine:
+            mine.write_bytes(b"half")
+            make_folder(tmp_path)
+            # While their writers live they stay.
+            assert sorted(os.listdir(tmp_path)) == sorted([*kept, name, mine.name])
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    (tmp_path / "mine.npz").unlink()
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
+    make_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == kept
+
+
+def test_a_child_does_not_keep_the_file_of_its_parent(tmp_path):
+    with atomic_path(tmp_path / "a"):
+        held = list(locks._claims)
+        child = os.fork()
+        if child == 0:
+            # Without Python's own way out, which would end the test session here too.
+            os._exit(0 if all(claim.handle < 0 for claim in held) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert any(claim.handle >= 0 for claim in held)
+
+
+def test_where_files_cannot_be_locked_nothing_is_collected(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / ".a.0123abcd.lift_fast-tmp.png").write_bytes(b"perhaps a slow writer's")
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", unsupported)
+        make_folder(tmp_path)
+        with atomic_path(tmp_path / "b") as temporary:
+            temporary.write_bytes(b"b")
+        assert sorted(os.listdir(tmp_path)) == [".a.0123abcd.lift_fast-tmp.png", "b"]
+    make_folder(tmp_path)
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_long_names_have_room_for_the_temporary_ones(tmp_path):
+    name = "x" * 250 + ".png"
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_bytes(b"")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_only_regular_files_are_regular(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("file", "link"):
+        require_regular_file(str(tmp_path / name), "picture")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path, error, words in (
+            (tmp_path, ValueError, "is a folder; expected a picture"),
+            (tmp_path / "pipe", ValueError, "is a named pipe; expected a picture"),
+            ("/dev/null", ValueError, "/dev/null is a device; expected a picture"),
+            (tmp_path / "socket", ValueError, "is a socket; expected a picture"),
+            (tmp_path / "dangling", FileNotFoundError, "no picture at .*dangling"),
+            (tmp_path / "file" / "below", FileNotFoundError, "no picture at"),
+            (tmp_path / "circle", ValueError, "circle names no picture: Too many levels"),
+            (tmp_path / ("x" * 300), ValueError, "File name too long"),
+            ("a\0b", ValueError, "null"),
+        ):
+            with pytest.raises(error, match=words):
+                require_regular_file(path, "picture")

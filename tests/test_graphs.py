@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lift_fast import LiFT, ViTLiFTExtractor, capture, clear_plans
-from lift_fast.ops import plan_cache
+from lift_fast import LiFT, ViTLiFTExtractor, capture, clear_plans, witnesses
 from lift_fast.testing import relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,15 +36,15 @@ def test_looking_for_a_plan_does_not_wait_during_a_capture(monkeypatch):
     """Weights made in inference mode are compared by their contents, which a capture cannot wait for."""
     with torch.inference_mode():
         weight = torch.randn(3)
-    witnesses = plan_cache._Witnesses([weight])
-    assert witnesses.recognise([weight])
+    seen = witnesses.Witnesses([weight])
+    assert seen.recognise([weight])
 
     def equal(*_):
         raise AssertionError("compared during a capture")
 
     monkeypatch.setattr(torch, "equal", equal)
-    monkeypatch.setattr(plan_cache, "_capturing", lambda tensor: True)
-    assert witnesses.recognise([weight])
+    monkeypatch.setattr(witnesses, "_capturing", lambda tensor: True)
+    assert seen.recognise([weight])
     clear_plans()
 
 
@@ -81,6 +80,10 @@ class TestOnAGpu:
             captured(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         with torch.no_grad():
             module.lift.outc.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="capture again"):
+            captured(batch)
+        captured = capture(module, (1, 3, 64, 64))
+        module.lift.outc.bias = torch.nn.Parameter(module.lift.outc.bias + 1)
         with pytest.raises(RuntimeError, match="capture again"):
             captured(batch)
 

@@ -317,7 +317,7 @@ ELSEWHERE = {
     ("lift_fast/ops/lift_forward.py", "_fake_lift_forward"): "a fake",
     ("lift_fast/ops/nearest.py", "_fake_nearest"): "a fake",
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
-    ("lift_fast/ops/plan_cache.py", "expired"): "allocates nothing: asks whether weights are still there",
+    ("lift_fast/witnesses.py", "expired"): "allocates nothing: asks whether tensors are still there",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
     ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",

@@ -10,31 +10,35 @@ Layouts, from the projects' own training code:
   ``prototypes``; published files are its bare state dict.
 * SelfPatch (alinlab/SelfPatch): as DINO, with the heads ``ca_head``, ``c_head``, ``p_head``; its backbone has neither
   class token nor final norm.
+* DINOv2 (facebookresearch/dinov2): published files are bare; training files have ``teacher.backbone.`` and the like,
+  and their blocks in chunks, ``blocks.CHUNK.BLOCK.``, with the blocks numbered through.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ..tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
 
 _ANCHOR = "patch_embed.proj.weight"
 _CONTAINERS = ("teacher", "student", "state_dict", "model")
 # Best first, among several copies of the backbone in one state dict.
 _PREFIX_ORDER = ("", "base_encoder.", "model.", "backbone.", "teacher.", "student.", "momentum_encoder.")
+_CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
+# Under which names files hold register tokens.
+_REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 # Parts that dense features never read. A file may hold them or not.
 _HEADS = (
     "head.", "head_dist.", "fc.", "fc_norm.", "pre_logits.", "projection_head.", "prototypes.", "predictor.",
     "attn_pool.", "decoder_embed.", "decoder_blocks.", "decoder_norm.", "decoder_pred.", "decoder_pos_embed",
 )  # fmt: skip
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -59,82 +63,118 @@ def read_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read, holds no ViT state dict, or holds values that are not finite.
+        ValueError: if the file cannot be read or holds no ViT state dict; for tensors that are sparse, quantised,
+            overlapping, of another dtype than float16, bfloat16, float32, float64 or not finite.
     """
     path = Path(path)
-    content = _read(path)
-    outer, tensors = _unwrap(path, content, key)
+    outer, tensors = _unwrap(path, read_tensor_file(path), key)
     keys = [k for k in tensors if k == _ANCHOR or k.endswith("." + _ANCHOR)]
     if not keys:
-        raise ValueError(
-            f"{path} holds no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {_some(list(tensors))}"
-        )
+        raise ValueError(f"{path} holds no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {shown(tensors)}")
     prefix = min((k[: -len(_ANCHOR)] for k in keys), key=_rank)
     layout = _layout(outer, prefix, tensors)
     state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
     if prefix == "" and layout in ("leopart", "selfpatch"):
         state = {k: v for k, v in state.items() if not k.startswith(("ca_head.", "c_head.", "p_head."))}
+    state = _unchunked(path, state)
     for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(f"{path}: {bad} of {value.numel()} values of {name!r} are not finite (NaN or infinity)")
+        tensor = plain_tensor(value, path, name)
+        # Tables of indices and the like are whole numbers.
+        state[name] = weight_tensor(value, path, name) if _is_weight(tensor) else tensor
     return Checkpoint(path, layout, state)
 
 
-def load_state(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy ``checkpoint`` into a timm ViT, all of it or nothing.
+def load_state(model: nn.Module, checkpoint: Checkpoint, name: str = "the model") -> None:
+    """Copy ``checkpoint`` into a timm ViT, all of it or nothing; ``name`` is what messages call it.
 
-    Names are converted by timm's own filter of the model's family. Heads may be missing on either side.
+    Names are converted by timm's own filter of the model's family. Heads may be missing on either side. Nothing is
+    resampled but position embeddings of another grid.
 
     Raises:
-        ValueError: naming the file and the first missing, unexpected or misshapen entries.
+        ValueError: naming the file and the patch sizes, widths, depths or register tokens that differ, else the first
+            missing, unexpected or misshapen entries.
     """
     path = checkpoint.path
+    _check_architecture(model, checkpoint, name)
     try:
         state = _timm_names(model, checkpoint.state)
     except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {error} ({describe(checkpoint.state)})"
+            f"{path} does not fit {type(model).__name__}: {reason} ({describe(checkpoint.state)})"
         ) from error
     state = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(_HEADS)}
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k}: file {list(state[k].shape)}, model {list(v.shape)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    problems = [
-        f"{len(entries)} {kind} ({_some(entries)})"
-        for kind, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if entries
-    ]
-    if problems:
+    different = misfits(state, own)
+    if different:
         raise ValueError(
-            f"{path} does not fit the model; entries {'; '.join(problems)}. "
+            f"{path} does not fit the model; entries {different}. "
             f"The file holds {describe(checkpoint.state)}: choose the model name that matches it"
         )
+    mixed = [k for k, v in own.items() if state[k].is_floating_point() != v.is_floating_point()]
+    if mixed:
+        raise ValueError(f"{path} does not fit the model; entries of another kind of number: {shown(mixed)}")
     model.load_state_dict(state, strict=False)
+
+
+def _check_architecture(model: Any, checkpoint: Checkpoint, name: str) -> None:
+    """Before timm's filter sees the file: it would bring patch embeddings to the model's size without a word."""
+    state, path = checkpoint.state, checkpoint.path
+    projection, weight = getattr(model.patch_embed, "proj", None), state[_ANCHOR]
+    if not isinstance(projection, nn.Conv2d):
+        # No plain ViT; the wrapper that comes next says so.
+        return
+    height, width = projection.kernel_size
+    if weight.dim() == 2:
+        # A linear layer, in old files.
+        side = round((weight.shape[1] / projection.in_channels) ** 0.5)
+        sides = side, side
+    elif weight.dim() == 4:
+        sides = weight.shape[2], weight.shape[3]
+    else:
+        raise ValueError(
+            f"{path} does not fit {name}: entry {_ANCHOR!r} has shape {list(weight.shape)[:8]}, expected "
+            "[width, colours, patch, patch]"
+        )
+    position = state.get("pos_embed")
+    if position is not None and (position.dim() != 3 or position.shape[2] != weight.shape[0]):
+        raise ValueError(
+            f"{path} does not fit {name}: entry 'pos_embed' has shape {list(position.shape)[:8]}, expected "
+            f"[1, tokens, {weight.shape[0]}]"
+        )
+    registers = getattr(model, "reg_token", None)
+    for what, found, wanted in (
+        ("patch size", sides[0], height),
+        ("patch size", sides[1], width),
+        ("width", weight.shape[0], projection.out_channels),
+        ("depth", _depth(state), len(model.blocks)),
+        ("number of register tokens", _registers(state), 0 if registers is None else registers.shape[1]),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"{path} does not fit {name}: its {what} is {found}, {name} has {wanted}. The file holds "
+                f"{describe(state)}: choose the model name that matches it"
+            )
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
     """Architecture of a backbone state dict in words, for messages."""
-    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    depth, registers = _depth(state), _registers(state)
+    tokens = f", {registers} register tokens" if registers else ""
     weight = state.get(_ANCHOR)
     if weight is None or weight.dim() != 4:
-        return f"a backbone with {depth} blocks"
-    return f"a ViT of width {weight.shape[0]}, patch size {weight.shape[-1]}, {depth} blocks"
+        return f"a backbone with {depth} blocks{tokens}"
+    return f"a ViT of width {weight.shape[0]}, patch size {weight.shape[-1]}, {depth} blocks{tokens}"
 
 
-def position_grid(checkpoint: Checkpoint, prefix_tokens: int) -> tuple[int, int] | None:
-    """Square grid of the file's position embeddings, None if it has none or they are not square.
+def position_grid(checkpoint: Checkpoint, prefix_tokens: int, width: int) -> tuple[int, int] | None:
+    """Square grid of the file's position embeddings, None if it has none of that width or they are not square.
 
     ``prefix_tokens`` is the number of class and register tokens for which the file may hold position embeddings too.
     """
     position = checkpoint.state.get("pos_embed")
-    if position is None:
+    if position is None or position.dim() != 3 or position.shape[0] != 1 or position.shape[2] != width:
         return None
     for count in (prefix_tokens, 0, 1):
         side = round(max(position.shape[1] - count, 0) ** 0.5)
@@ -143,48 +183,58 @@ def position_grid(checkpoint: Checkpoint, prefix_tokens: int) -> tuple[int, int]
     return None
 
 
-def _read(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # DINO's and SelfPatch's full checkpoints carry their command line, a plain record of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) and "global" in str(error).lower():
-            raise ValueError(
-                f"{path} holds Python objects beside tensors, which are not loaded because they could run code. If you "
-                "trust the file, load it once with torch.load(..., weights_only=False) and save its state dict alone. "
-                f"PyTorch says: {str(error).splitlines()[-1].strip() or error}"
-            ) from error
-        raise ValueError(f"{path} is no readable checkpoint (.pth or .safetensors): {_first_line(error)}") from error
-    except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint (.pth or .safetensors): {_first_line(error)}") from error
+def _depth(state: Mapping[str, Tensor]) -> int:
+    return len({k.split(".")[1] for k in state if k.startswith("blocks.")})
 
 
-def _unwrap(path: Path, content: Any, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+def _registers(state: Mapping[str, Tensor]) -> int:
+    found = next((state[k] for k in _REGISTERS if k in state), None)
+    return 0 if found is None else found.shape[1] if found.dim() == 3 else 1
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _unchunked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Blocks that lie in chunks, under their own numbers."""
+    if not any(_CHUNKED.match(name) for name in state):
+        return state
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        found = _CHUNKED.match(name)
+        own = name if found is None else f"blocks.{found[1]}.{name[found.end() :]}"
+        if own in plain:
+            raise ValueError(f"{path}: entry {quoted(own)} is there twice, in two chunks of blocks")
+        plain[own] = value
+    return plain
+
+
+def _unwrap(path: Path, content: Mapping[Any, Any], key: str | None) -> tuple[str | None, dict[str, Tensor]]:
     nested = [k for k, v in content.items() if isinstance(v, Mapping)]
     if key is not None and key not in nested:
-        raise ValueError(f"{path} has no entry {key!r} holding a state dict; it has {_some([str(k) for k in nested])}")
+        raise ValueError(f"{path} has no entry {key!r} holding a state dict; it has {shown(nested)}")
     outer = key if key is not None else next((k for k in _CONTAINERS if k in nested), None)
     inner = content if outer is None else content[outer]
-    tensors = {str(k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for name, value in inner.items():
+        if not isinstance(value, Tensor):
+            continue
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: the name of a tensor is {described(name)}; expected text such as {_ANCHOR}")
+        if uncompiled(name) in tensors:
+            raise ValueError(f"{path}: entry {quoted(uncompiled(name))} is there twice, as {quoted(name)} too")
+        tensors[uncompiled(name)] = value
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; its entries are {_some([str(k) for k in inner])}")
+        raise ValueError(f"{path} holds no tensors; its entries are {shown(inner)}")
     return outer, tensors
 
 
-def _rank(prefix: str) -> tuple[int, int]:
+def _rank(prefix: str) -> tuple[bool, int, int]:
     matches = [i for i, p in enumerate(_PREFIX_ORDER) if p and prefix.endswith(p)]
-    return (0 if prefix == "" else min(matches, default=len(_PREFIX_ORDER))), len(prefix)
+    # Below "student." there may be a "backbone." as good as the teacher's.
+    student = "student" in prefix.split(".")
+    return student, (0 if prefix == "" else min(matches, default=len(_PREFIX_ORDER))), len(prefix)
 
 
 def _layout(outer: str | None, prefix: str, tensors: Mapping[str, Tensor]) -> str:
@@ -204,15 +254,3 @@ def _timm_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
     convert: Any = eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else vision_transformer.checkpoint_filter_fn
     return dict(convert(dict(state), model))
-
-
-def _some(entries: list[str]) -> str:
-    more = f", ... {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return ", ".join(entries[:_SHOWN]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
-    if isinstance(error, LookupError):
-        return "its content is of another kind"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..defaults import plain_defaults
 from ..demonstration import BACKBONE as DEMONSTRATION
 from ..demonstration import backbone_file
 from .checkpoints import Checkpoint, load_state, position_grid, read_checkpoint
@@ -107,12 +108,13 @@ def load_backbone(
         seed: of ``random_weights``.
 
     Returns:
-        :class:`FrozenViT` on the CPU in float32. Its ``mean`` and ``std`` are ImageNet's for DINO, 0.5 for the official
-        supervised names, those of the file's project where its layout shows it, and the model's own config otherwise.
+        :class:`FrozenViT` on the CPU in float32, whatever PyTorch's default dtype and device are. Its ``mean`` and
+        ``std`` are ImageNet's for DINO, 0.5 for the official supervised names, those of the file's project where its
+        layout shows it, and the model's own config otherwise.
 
     Raises:
-        ValueError: for an unknown name, a model that is no supported ViT, contradicting arguments, or a file that does
-            not fit.
+        ValueError: for an unknown name, a model that is no supported ViT, contradicting arguments, or a file that is
+            damaged or does not fit, such as one of another patch size: weights are never resampled to fit.
         FileNotFoundError: if ``weights`` does not exist.
         WeightsNotFoundError: if no weights were given and none can be found or downloaded.
     """
@@ -123,12 +125,12 @@ def load_backbone(
     if random_weights:
         model = _random(spec, seed)
     elif weights is None and name == DEMONSTRATION:
-        model = _from_file(spec, read_checkpoint(backbone_file()))
+        model = _from_file(name, spec, read_checkpoint(backbone_file()))
     elif weights is None:
         model = _pretrained(name, spec)
     else:
         checkpoint = read_checkpoint(weights, key=checkpoint_key)
-        model = _from_file(spec, checkpoint)
+        model = _from_file(name, spec, checkpoint)
         if checkpoint.layout in _IMAGENET_LAYOUTS:
             mean, std = IMAGENET
             rule = rule or "dino"
@@ -178,7 +180,7 @@ def _create(spec: Backbone, **extra: Any) -> nn.Module:
     """Without head; the grid may follow the picture, so that timm's own forward stays usable as the reference."""
     import timm
 
-    with torch.device("cpu"):
+    with plain_defaults():
         arguments = {"num_classes": 0, "dynamic_img_size": True, **spec.arguments, **extra}
         model: nn.Module = timm.create_model(spec.architecture, **arguments)
     return model
@@ -213,23 +215,24 @@ def _load_pretrained(spec: Backbone, file: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return _create(spec, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except Exception as error:
-        raise ValueError(f"the cached weights {file} cannot be loaded, delete them and try again: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the cached weights {file} cannot be loaded, delete them and try again: {reason}") from error
 
 
-def _from_file(spec: Backbone, checkpoint: Checkpoint) -> nn.Module:
+def _from_file(name: str, spec: Backbone, checkpoint: Checkpoint) -> nn.Module:
     arguments: dict[str, Any] = {}
-    if checkpoint.layout == "moco_v3" and checkpoint.state["patch_embed.proj.weight"].shape[0] == 384:
+    if checkpoint.layout == "moco_v3" and checkpoint.state["patch_embed.proj.weight"].shape[:1] == (384,):
         arguments["num_heads"] = 12
     if checkpoint.layout == "selfpatch":
         arguments.update(_NO_CLASS_TOKEN)
     with torch.random.fork_rng(devices=[]):
         model: Any = _create(spec, **arguments)
         # A network built for the file's own grid keeps its position embeddings as they were trained.
-        grid = position_grid(checkpoint, model.num_prefix_tokens)
+        grid = position_grid(checkpoint, model.num_prefix_tokens, model.embed_dim)
         if grid is not None and grid != model.patch_embed.grid_size and model.pos_embed is not None:
             model = _create(spec, img_size=grid[0] * model.patch_embed.patch_size[0], **arguments)
     if checkpoint.layout == "selfpatch":
         model.norm = nn.Identity()
-    load_state(model, checkpoint)
+    load_state(model, checkpoint, name)
     network: nn.Module = model
     return network

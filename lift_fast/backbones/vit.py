@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..defaults import plain_defaults
+from ..witnesses import Witnesses
 from . import in_place
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
@@ -18,6 +20,7 @@ from .projection import FACETS, HEAD_ORDERS, FacetProjection
 _CACHED_GRIDS = 8
 _Module = TypeVar("_Module", bound=nn.Module)
 _Position = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Key = tuple[Grid, torch.device, torch.dtype]
 
 
 class FrozenViT(nn.Module):
@@ -99,7 +102,7 @@ class FrozenViT(nn.Module):
         if facet != "token":
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
-        self._positions: OrderedDict[Grid, tuple[tuple[Any, ...], _Position]] = OrderedDict()
+        self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
 
     def grid(self, height: int, width: int) -> Grid:
@@ -179,16 +182,19 @@ class FrozenViT(nn.Module):
         """Class and register tokens with their position, patch positions, rotary embedding for ``grid``."""
         if torch.compiler.is_compiling():
             return self._build_position(grid)
-        stamp = tuple(_stamp(tensor) for tensor in self._position_sources())
-        cached = self._positions.get(grid)
-        if cached is not None and cached[0] == stamp:
-            self._positions.move_to_end(grid)
+        weight, sources = self.model.patch_embed.proj.weight, self._position_sources()
+        # The same grid again on another device or in another dtype, where nothing but the rotary embedding depends on
+        # it: whoever moved the inner model did not ask us.
+        key = (grid, weight.device, weight.dtype)
+        cached = self._positions.get(key)
+        if cached is not None and cached[0].recognise(sources):
+            self._positions.move_to_end(key)
             return cached[1]
-        device = self.model.patch_embed.proj.weight.device.type
-        # Built outside inference mode and autocast: the cache outlives both.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        # Built outside inference mode and autocast, which the cache outlives, and apart from the program's defaults.
+        kind = weight.device.type
+        with plain_defaults(), torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             position = self._build_position(grid)
-        self._positions[grid] = (stamp, position)
+            self._positions[key] = (Witnesses(sources), position)
         while len(self._positions) > _CACHED_GRIDS:
             self._positions.popitem(last=False)
         return position
@@ -224,7 +230,7 @@ class FrozenViT(nn.Module):
         rope = getattr(model, "rope", None)
         # Parameters alone: the buffers of rotary modules are caches that reading them may rewrite.
         learned = list(rope.parameters()) if isinstance(rope, nn.Module) else []
-        return [t for t in (*sources, *learned, model.patch_embed.proj.weight) if t is not None]
+        return [t for t in (*sources, *learned) if t is not None]
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> FrozenViT:
         self._positions.clear()
@@ -322,11 +328,6 @@ def _pretrained_grid(model: Any, tokens: int) -> Grid:
     if side * side != tokens:
         raise ValueError(f"{tokens} position embeddings form no square grid, and the model states no other")
     return side, side
-
-
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def _choice(argument: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -49,13 +49,13 @@ class Batch:
     def __init__(self, imgs: Tensor) -> None:
         """``imgs``: ``[B, 3, H, W]`` normalised pictures, on the device and in the dtype of the backbone."""
         self.imgs = imgs
-        self._tokens: dict[int, tuple[FrozenViT, Tensor]] = {}
+        self._tokens: dict[FrozenViT, Tensor] = {}
 
     def tokens(self, backbone: FrozenViT) -> Tensor:
         """``[B, T, C]``, computed at most once."""
-        if id(backbone) not in self._tokens:
-            self._tokens[id(backbone)] = backbone, backbone(self.imgs)
-        return self._tokens[id(backbone)][1]
+        if backbone not in self._tokens:
+            self._tokens[backbone] = backbone(self.imgs)
+        return self._tokens[backbone]
 
 
 @dataclass(frozen=True)

@@ -7,74 +7,22 @@ graphs see the raw weights, and moving, copying or pickling a module needs no ca
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..plan import Architecture, Plan, build_plan
+from ..witnesses import Witnesses
 
 _CAPACITY = 32
 
 
-class _Witnesses:
-    """Remember a network's weights: tell whether tensors are the same memory with the same contents.
-
-    Asked before each forward pass, so each question goes to all weights at once: 5 us for 37 of them.
-    """
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._pointers = list(map(Tensor.data_ptr, weights))
-        # Holding the storages weakly keeps their addresses from being handed out again unnoticed.
-        self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
-        self._names = [storage.cdata for storage in self._storages]
-        self._tensors = list(map(weakref.ref, weights))
-        self._layouts = _layouts(weights)
-        self._versions = _versions(weights)
-        self._contents = {i: weight.detach().clone() for i, weight in enumerate(weights) if weight.is_inference()}
-
-    def recognise(self, weights: Sequence[Tensor]) -> bool:
-        if list(map(Tensor.data_ptr, weights)) != self._pointers or self.expired():
-            return False
-        if _versions(weights) != self._versions:
-            return False
-        # Another view of the same memory, a transposed one say, has its address and its version. To change the layout
-        # of a tensor that is there counts as a version, and these are quicker to compare.
-        same = all(map(is_, weights, [tensor() for tensor in self._tensors]))
-        if not same and _layouts(weights) != self._layouts:
-            return False
-        # Comparing waits for the device; whoever records a graph ran the network just before.
-        return all(_capturing(weights[i]) or torch.equal(weights[i], held) for i, held in self._contents.items())
-
-    def expired(self) -> bool:
-        """Whether the memory of one of the weights is gone."""
-        return any(map(torch.UntypedStorage._expired, self._names))
-
-
-def _layouts(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(weight.dtype, weight.shape, weight.stride()) for weight in weights]
-
-
-def _versions(weights: Sequence[Tensor]) -> list[int]:
-    """How often each weight has changed; -1 for tensors made in inference mode, which count no versions."""
-    try:
-        return [weight._version for weight in weights]
-    except RuntimeError:
-        return [-1 if weight.is_inference() else weight._version for weight in weights]
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 class _Entry:
     def __init__(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> None:
-        self.witnesses = _Witnesses(weights)
+        self.witnesses = Witnesses(weights)
         self.epsilons = list(epsilons)
         self.architecture = architecture
         self.plan = build_plan(weights, epsilons, architecture)

@@ -24,10 +24,13 @@ class Log:
         self._events: Any = None
         self.path = folder / LOG_FILE
         rows: list[list[str]] = []
-        if resumed_step and self.path.exists():
-            with self.path.open(newline="") as file:
-                # A row that a killed process left half-written is shorter, or no row of this run.
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+        if resumed_step and self.path.is_file():
+            # A row that a killed process left half-written is shorter, or no row of this run. All are numbers, so
+            # nothing is quoted; csv's reader would give up at bytes that are no text.
+            for line in self.path.read_text(encoding="ascii", errors="replace").splitlines():
+                row = line.split(",")
+                if len(row) == len(COLUMNS) and line.isascii() and row[0].isdecimal() and len(row[0]) < 19:
+                    rows.append(row)
         with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from lift_fast._files import make_folder
 from lift_fast.backbones import FrozenViT, load_backbone
+from lift_fast.defaults import plain_defaults
 from lift_fast.distributed import World, join_world, resolve_device
 from lift_fast.images import list_images
 from lift_fast.lift import LiFT
+from lift_fast.locks import reserved
 
 from . import state as disk
 from .log import Log, progress_bar, tensorboard_writer
 from .objective import FrozenFeatures, Objective
 from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
+from .schema import check_state
 from .settings import TrainingSettings, contradictions
 from .split import split
 from .state import Progress
@@ -52,6 +55,7 @@ def train(
 
     Writes to ``settings.out``: ``lift.pth``, the weights in the published format; ``last.pth``, the training state;
     ``log.csv``, a row for each step. SIGINT and SIGTERM save before they end the run; a second one ends it at once.
+    While it lasts no other training can write there. PyTorch's default dtype and device have no effect.
 
     Args:
         settings: what to train.
@@ -66,7 +70,8 @@ def train(
         and ``resumed`` (the step at which this run began). The same in every process.
 
     Raises:
-        ValueError: for settings that do not fit each other, the pictures or the saved state; says what to do.
+        ValueError: for settings that do not fit each other, the pictures or the saved state, a saved state that is
+            damaged, or a folder to which another training writes; says what to do.
         FileNotFoundError: if there is no such folder or file.
         WeightsNotFoundError: as :func:`lift_fast.load_backbone`.
         FileExistsError: if ``settings.out`` holds a training and neither ``resume`` nor ``overwrite`` is given.
@@ -74,8 +79,8 @@ def train(
         NotSaved: if something could not be written to ``settings.out``, say for want of room; the same holds.
         Interrupted: after SIGINT or SIGTERM.
     """
-    with join_world(settings.device) as world:
-        run = _Run(settings, world, resume, overwrite, quiet)
+    with plain_defaults(), join_world(settings.device) as world, ExitStack() as held:
+        run = _Run(settings, world, resume, overwrite, quiet, held)
         with StopSignals(echoed=world.size > 1) as stop, tuned_convolutions():
             return run.train(stop)
 
@@ -83,7 +88,10 @@ def train(
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, settings: TrainingSettings, world: World, resume: bool, overwrite: bool, quiet: bool) -> None:
+    def __init__(
+        self, settings: TrainingSettings, world: World, resume: bool, overwrite: bool, quiet: bool, held: ExitStack
+    ) -> None:
+        """``held`` keeps the folder for this run."""
         self.settings, self.world = settings, world
         self.quiet = quiet or not world.leads
         self.device = resolve_device(settings.device, world)
@@ -97,14 +105,14 @@ class _Run:
         self.batch_size = settings.batch_size or (64 if backbone.patch_size <= 8 else 256)
         self._check(backbone)
 
-        saved = self._saved(resume, overwrite)
+        saved = self._saved(resume, overwrite, held)
         lift = _fresh_lift(settings, backbone)
         self.description = {
             **settings.as_dict(),
             "batch_size": self.batch_size,
             "precision": str(self.dtype).removeprefix("torch."),
             "processes": world.size,
-            "pictures": disk.names_digest(self.paths, root),
+            **disk.pictures_digests(self.paths, root),
             "backbone": disk.weights_digest(backbone),
             "patch_size": backbone.patch_size,
             "channels": backbone.embed_dim,
@@ -116,17 +124,24 @@ class _Run:
                     f"{settings.out / disk.STATE_FILE} was trained otherwise; resume with the same options, or begin "
                     f"anew with another out. {'; '.join(different)}"
                 )
+            if saved["description"].get("picture_times", now := self.description["picture_times"]) != now:
+                self._remark(
+                    f"the pictures in {settings.data} have been written since, with the same names and sizes; if they "
+                    "are other ones, begin anew with another out"
+                )
         self.lift = lift.to(self.device).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam(
             self.lift.parameters(), lr=settings.learning_rate, fused=self.device.type == "cuda"
         )
         features = FrozenFeatures(backbone.to(self.device, self.dtype), settings.compile, settings.target)
         self.step = TrainingStep(features, self._wrap(Objective(self.lift, settings.loss)), optimizer)
+        self.batches = GlobalBatches(len(self.paths), self.batch_size, settings.seed, world.rank, world.size)
         self.progress = Progress()
         if saved is not None:
+            file = settings.out / disk.STATE_FILE
+            check_state(saved, file, self.lift, optimizer, self.step.scaler, self.batches.batches)
             self.progress = disk.restore(saved, self.lift, optimizer, self.step.scaler)
         self.resumed = self.progress.step
-        self.batches = GlobalBatches(len(self.paths), self.batch_size, settings.seed, world.rank, world.size)
         self.total = self.batches.batches * settings.epochs
         if settings.max_steps is not None:
             self.total = min(self.total, settings.max_steps)
@@ -307,12 +322,14 @@ class _Run:
                 f"batch_size of {count} or less"
             )
 
-    def _saved(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def _saved(self, resume: bool, overwrite: bool, held: ExitStack) -> dict[str, Any] | None:
         out = make_folder(self.settings.out)
+        if self.world.leads:
+            held.enter_context(reserved(out, "training"))
         if resume:
             saved = disk.load(out)
-            if saved is None and not self.quiet:
-                print(f"nothing to resume in {out}: begins anew", file=sys.stderr)
+            if saved is None:
+                self._remark(f"nothing to resume in {out}: begins anew")
             return saved
         there = [name for name in (disk.STATE_FILE, disk.LIFT_FILE) if (out / name).exists()]
         # The first process may have written by the time that another one looks.
@@ -321,6 +338,10 @@ class _Run:
                 f"{out} holds {' and '.join(there)} already; resume it, overwrite it, or give another out"
             )
         return None
+
+    def _remark(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
 
     def _announce(self, backbone: FrozenViT) -> None:
         note = " (random weights)" if backbone.random_weights else ""

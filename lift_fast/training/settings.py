@@ -145,15 +145,24 @@ class TrainingSettings:
 _FREE = frozenset(
     {
         *("data", "out", "weights", "checkpoint_key", "epochs", "max_steps", "workers", "device", "compile"),
-        *("save_every_steps", "save_every_epochs", "tensorboard"),
+        *("save_every_steps", "save_every_epochs", "tensorboard", "picture_times"),
     }
 )
+# Which states of earlier versions lack.
+_LATER = frozenset({"picture_sizes"})
+_MEANING = {"picture_sizes": " (other files under the same names)"}
+_LONGEST = 120
 
 
 def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Where a continued run would differ from the saved one: ``"name: saved ..., now ..."``."""
     return [
-        f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}"
+        f"{name}{_MEANING.get(name, '')}: saved {_text(saved.get(name))}, now {_text(now[name])}"
         for name in now
-        if name not in _FREE and saved.get(name) != now.get(name)
+        if name not in _FREE and saved.get(name) != now[name] and not (name in _LATER and name not in saved)
     ]
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 
 from lift_fast._files import atomic_path
 from lift_fast.backbones import FrozenViT
-from lift_fast.checkpoints import read_state_dict, save_lift
+from lift_fast.checkpoints import plain_name, save_lift
 from lift_fast.lift import LiFT
+from lift_fast.tensor_files import read_tensor_file
+
+from .schema import FORMAT, check_parts, numpy_state
 
 LIFT_FILE, STATE_FILE, UNREADABLE_FILE = "lift.pth", "last.pth", "unreadable.txt"
-_FORMAT = 1
 
 
 class NotSaved(Exception):
@@ -71,8 +73,8 @@ def save(
         OSError: if one cannot be written.
     """
     state = {
-        "format": _FORMAT,
-        "lift": lift.state_dict(),
+        "format": FORMAT,
+        "lift": {plain_name(name): value for name, value in lift.state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "progress": vars(progress),
@@ -95,25 +97,24 @@ def load(folder: Path) -> dict[str, Any] | None:
     """What :func:`save` wrote to ``folder``; None if there is nothing.
 
     Raises:
-        ValueError: for a file that is no training state.
+        ValueError: for a file that is no training state, or lacks a part of one.
     """
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    content = read_state_dict(path)
-    if content.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is no training state of this version (format {content.get('format')!r}, expected {_FORMAT})"
-        )
+    content = read_tensor_file(path)
+    check_parts(content, path)
     return content
 
 
 def restore(
     state: dict[str, Any], lift: LiFT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress:
-    """Put a loaded state back."""
+    """Put a loaded state back that :func:`lift_fast.training.schema.check_state` has found sound."""
     lift.load_state_dict(state["lift"])
-    optimizer.load_state_dict(state["optimizer"])
+    # The options are the run's settings, which are the same as those of the saved run.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     # A disabled scaler has an empty state, and refuses one.
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -121,10 +122,30 @@ def restore(
     return Progress(**state["progress"])
 
 
-def names_digest(paths: Sequence[Path], root: Path) -> str:
-    """Tells one list of pictures from another, wherever their folder lies."""
-    names = "\n".join(path.relative_to(root).as_posix() for path in paths)
-    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def pictures_digests(paths: Sequence[Path], root: Path) -> dict[str, str]:
+    """Tell one list of pictures from another, wherever their folder lies, without reading them.
+
+    ``pictures`` by their names, ``picture_sizes`` by names and bytes, ``picture_times`` by names and times of the last
+    change, which a copy of the folder may change as well.
+    """
+    names = [path.relative_to(root).as_posix().encode("utf-8", "surrogateescape") for path in paths]
+    found = [_size_and_time(path) for path in paths]
+    sizes = (b"%s %d" % (name, size) for name, (size, _) in zip(names, found, strict=True))
+    times = (b"%s %d" % (name, time) for name, (_, time) in zip(names, found, strict=True))
+    return {"pictures": _digest(names), "picture_sizes": _digest(sizes), "picture_times": _digest(times)}
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        # Reading it will say so.
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(lines: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
 def weights_digest(backbone: FrozenViT) -> str:
@@ -154,8 +175,7 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    np.random.set_state(numpy_state(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,218 @@
+"""Files of tensors, PyTorch's and ``.safetensors``: read without trusting them, refused in one line that names them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._files import require_regular_file
+from .defaults import plain_defaults
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What weights in files may be; all of them become float32."""
+
+_SHOWN = 5
+_LONGEST = 120
+_CHUNK = 1 << 20
+
+
+def read_tensor_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """Read a checkpoint file without executing anything in it; a ``.safetensors`` file by that suffix.
+
+    PyTorch's archives are compared with their checksums first, so a damaged file is not taken for other weights
+    (``.safetensors`` has none).
+
+    Returns:
+        The file's mapping as it is, tensors on the CPU: names may be no strings and tensors of any kind, see
+        :func:`plain_tensor`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no readable checkpoint; names the file.
+    """
+    path = Path(path)
+    require_regular_file(path, "checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
+    try:
+        with plain_defaults(), warnings.catch_warnings():
+            # Of what PyTorch remarks on kinds of tensors that are refused here.
+            warnings.simplefilter("ignore")
+            content = _read(path)
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} {_reason(error)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds {described(content)}; expected a state dict (names to tensors)")
+    return dict(content)
+
+
+def plain_tensor(value: object, source: str | os.PathLike[str], name: object) -> Tensor:
+    """``value`` if it is a dense CPU tensor whose elements have memory of their own each.
+
+    Raises:
+        ValueError: for anything else; names ``source`` and the entry, and says what it is.
+    """
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{source}: entry {quoted(name)} is {described(value)}; expected a tensor")
+    trouble = _trouble(value)
+    if trouble is not None:
+        raise ValueError(f"{source}: entry {quoted(name)} is {trouble}; expected a dense tensor")
+    return value.detach().resolve_conj().resolve_neg()
+
+
+def weight_tensor(value: object, source: str | os.PathLike[str], name: object) -> Tensor:
+    """As :func:`plain_tensor`, of floating point (:data:`WEIGHT_DTYPES`) and finite, in float32 too.
+
+    Raises:
+        ValueError: as :func:`plain_tensor`, and for other dtypes and values.
+    """
+    tensor = plain_tensor(value, source, name)
+    if tensor.dtype not in WEIGHT_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        raise ValueError(f"{source}: entry {quoted(name)} is {tensor.dtype}; expected floating point ({known})")
+    finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
+    if not bool(finite.all()):
+        bad = tensor.numel() - int(finite.sum())
+        raise ValueError(
+            f"{source}: {bad} of {tensor.numel()} values of {quoted(name)} are not finite (NaN or infinite in float32)"
+        )
+    return tensor
+
+
+def uncompiled(name: str) -> str:
+    """``name`` without the ``_orig_mod.`` that ``torch.compile`` puts before the names of what it has compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Where the names and shapes of a file differ from a network's, in words of bounded length; empty if nowhere."""
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name}: file {list(state[name].shape)}, model {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return "; ".join(f"{len(entries)} {kind} ({shown(entries)})" for kind, entries in kinds if entries)
+
+
+def described(value: object) -> str:
+    """What ``value`` is, in a few words and without showing what is in it."""
+    if isinstance(value, Tensor):
+        if type(value) in (Tensor, nn.Parameter):
+            return f"a tensor of shape {list(value.shape)[:8]}"
+    elif isinstance(value, Mapping):
+        return f"a dictionary of {len(value)} entries ({shown(value)})" if value else "an empty dictionary"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+def shown(entries: Iterable[object]) -> str:
+    """The first few names, and how many more there are: of bounded length whatever the file holds."""
+    found = list(entries)
+    more = f", ... {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(_short(entry) for entry in found[:_SHOWN]) + more
+
+
+def quoted(name: object) -> str:
+    """One name in quotes, of bounded length."""
+    return repr(name) if isinstance(name, str) and len(name) <= _LONGEST else f"'{_short(name)}'"
+
+
+def _short(name: object) -> str:
+    if not isinstance(name, str):
+        return f"({type(name).__name__})"
+    text = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}... ({len(name)} characters)"
+    return text if text.isprintable() else repr(text)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        # Its tensors lie in a mapping of the file, which is another one once somebody writes to it.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            _check_archive(path)
+    # DINO's and SelfPatch's full checkpoints carry their command line, a plain record of values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_archive(path: Path) -> None:
+    """Each record lies there as it is, and matches its checksum.
+
+    Raises:
+        ValueError: for a damaged one, or one that would unpack to more than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError(f"its record {_short(record.filename)} is compressed, which torch.save never does")
+            # Left out on request (torch.serialization.set_crc32_options).
+            if record.CRC == 0:
+                continue
+            expected, record.CRC = record.CRC, None  # type: ignore[assignment]
+            checksum = 0
+            with archive.open(record) as stream:
+                while chunk := stream.read(_CHUNK):
+                    checksum = zlib.crc32(chunk, checksum)
+            if checksum != expected:
+                raise ValueError(f"its record {_short(record.filename)} is damaged, the checksum differs")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    unsupported = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) (?:GLOBAL )?([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and unsupported is not None:
+        return (
+            f"holds Python objects beside tensors ({_short(unsupported[1])}), which are not loaded because they could "
+            "run code; save its state dict alone"
+        )
+    # The unpickler puts its own words after advice that is not ours to give.
+    words = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    line = words[0].strip() if words else ""
+    if not line or isinstance(error, LookupError) or "weights_only" in line:
+        # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
+        line = "its content is of another kind" if isinstance(error, (LookupError, pickle.UnpicklingError)) else ""
+        line = line or type(error).__name__
+    line = line if len(line) <= 2 * _LONGEST else f"{line[: 2 * _LONGEST]}..."
+    line = line if line.isprintable() else repr(line)
+    return f"is no readable checkpoint ({line}); expected a PyTorch or .safetensors file"
+
+
+def _trouble(tensor: Tensor) -> str | None:
+    """Why a tensor is not plain; None if it is."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return f"sparse ({tensor.layout})"
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype})"
+    if tensor.device.type != "cpu":
+        return f"without values (device {tensor.device})"
+    if tensor.numel() == 0:
+        return None
+    span = 0
+    # From the innermost dimension outwards each step must lead beyond everything inside.
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= span:
+            return f"of overlapping elements (shape {list(tensor.shape)}, strides {list(tensor.stride())})"
+        span += stride * (size - 1)
+    held = tensor.untyped_storage().nbytes()
+    if (tensor.storage_offset() + span + 1) * tensor.element_size() > held:
+        return f"larger (shape {list(tensor.shape)}) than its memory of {held} bytes"
+    return None
