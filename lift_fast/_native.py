@@ -6,7 +6,8 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-import torch  # noqa: F401  first, so that the core shares PyTorch's OpenMP runtime instead of loading another
+import torch  # first, so that the core shares PyTorch's OpenMP runtime instead of loading another
+from torch import Tensor
 
 from . import _env
 
@@ -42,3 +43,14 @@ def require() -> ModuleType:
     if module is None:
         raise RuntimeError(f"the native core is needed here: {can_run()[1]}; reinstall lift_fast with a C++ compiler")
     return module
+
+
+def address(tensor: Tensor) -> int:
+    """Where the native core finds the numbers of ``tensor``.
+
+    Raises:
+        ValueError: if its memory holds others (negated on reading, sparse) or is no memory of the CPU.
+    """
+    if tensor.is_neg() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"the native core reads plain memory, got {tensor.layout} {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()

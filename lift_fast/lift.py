@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import memory
 from .checks import FLOATS, check_dense, check_flag, check_whole
 from .layers import LayerFinder, Up, conv_block
 from .ops.lift_forward import lift_forward
@@ -157,7 +158,7 @@ class LiFT(
             return self._forward_fused(imgs, x, h, w, network, basis=True, normalize=normalize).permute(0, 3, 1, 2)
         wide = self._forward_plain(self._align(imgs, h, w), self._as_map(x, h, w))
         if wide.is_meta:
-            return wide.new_empty((wide.shape[0], self.in_channels // 2 + 1, *wide.shape[2:]))
+            return memory.new_empty(wide, (wide.shape[0], self.in_channels // 2 + 1, *wide.shape[2:]))
         if not isinstance(self.outc, nn.Conv2d):
             raise ValueError(f"matching_map needs a convolution as outc, this network has a {type(self.outc).__name__}")
         # Half precision would round a second time.
@@ -186,7 +187,7 @@ class LiFT(
         kind = x.device.type
         if kind == "meta":
             channels = self.in_channels // 2 + 1 if basis else self.in_channels
-            return x.new_empty((x.shape[0], 2 * h, 2 * w, channels))
+            return memory.new_empty(x, (x.shape[0], 2 * h, 2 * w, channels))
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             imgs, x = imgs.to(dtype), x.to(dtype)

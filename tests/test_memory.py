@@ -240,8 +240,8 @@ def test_an_operator_that_asks_for_too_little_is_caught(monkeypatch):
     def search():
         guarded = memory.empty
 
-        def short(shape, *, dtype):
-            return guarded((shape[0], shape[1] - (dtype == torch.int64), shape[2]), dtype=dtype)
+        def short(shape, *, dtype, device):
+            return guarded((shape[0], shape[1] - (dtype == torch.int64), shape[2]), dtype=dtype, device=device)
 
         with monkeypatch.context() as patch:
             patch.setattr(memory, "empty", short)

@@ -67,12 +67,12 @@ class BitGraph:
         if self._core is not None:
             similarity = similarity.contiguous()
             self._core.bit_matrix_set_rows_f32(
-                memory.address(similarity),
+                _native.address(similarity),
                 start,
                 rows,
                 self.count,
                 tau,
-                memory.address(self._bits),
+                _native.address(self._bits),
                 torch.get_num_threads(),
             )
         else:
@@ -117,10 +117,10 @@ class BitGraph:
         vector = vector.contiguous()
         out = memory.empty(self.count, dtype=torch.float64)
         self._core.bit_matrix_multiply_f64(
-            memory.address(self._bits),
+            _native.address(self._bits),
             self.count,
-            memory.address(vector),
-            memory.address(out),
+            _native.address(vector),
+            _native.address(out),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )

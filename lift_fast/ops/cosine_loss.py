@@ -171,19 +171,19 @@ def cosine_loss_native(
         else:
             weight *= float(grad_loss)
     _native.require().cosine_loss(
-        memory.address(x),
-        memory.address(y),
+        _native.address(x),
+        _native.address(y),
         _NATIVE_TYPES[x.dtype],
         x.shape,
         _strides(x),
         _strides(y),
         (0, 0, 0) if into is None else _strides(into),
         weight,
-        memory.address(loss),
-        0 if gradient is None else memory.address(gradient),
+        _native.address(loss),
+        0 if gradient is None else _native.address(gradient),
         torch.get_num_threads(),
         _env.cpu_isa(),
-        0 if upstream is None else memory.address(upstream),
+        0 if upstream is None else _native.address(upstream),
     )
     return _reduce(loss, reduction), gradient
 

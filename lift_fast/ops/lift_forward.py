@@ -166,9 +166,9 @@ def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     packed = memory.empty(
         core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8, device="cpu"
     )
-    addresses = [memory.address(part) for part in parts]
+    addresses = [_native.address(part) for part in parts]
     core.lift_decoder_pack(
-        *addresses, channels, hidden, image, image, name, memory.address(packed), packed.numel(), isa
+        *addresses, channels, hidden, image, image, name, _native.address(packed), packed.numel(), isa
     )
     device = torch.device("cpu")
     return NativePlan(
@@ -213,14 +213,14 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
     if plan.encoder.image_convs_1:
         f, g = encode_image(plan.encoder, imgs)
         f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
-        f_address, g_address, image = memory.address(f), memory.address(g), f.shape[3]
+        f_address, g_address, image = _native.address(f), _native.address(g), f.shape[3]
     _native.require().lift_decoder(
-        memory.address(x),
+        _native.address(x),
         g_address,
         f_address,
-        memory.address(plan.packed),
+        _native.address(plan.packed),
         plan.packed.numel(),
-        memory.address(out),
+        _native.address(out),
         batch,
         h,
         w,

@@ -171,8 +171,8 @@ def _nearest_native(
     index = memory.empty((batch, n, depth), dtype=torch.int64, device="cpu")
     back = memory.empty((batch, n), dtype=torch.int64, device="cpu") if mutual else None
     _native.require().nearest_f32(
-        memory.address(queries),
-        memory.address(keys),
+        _native.address(queries),
+        _native.address(keys),
         batch,
         n,
         m,
@@ -180,9 +180,9 @@ def _nearest_native(
         normalize,
         not fast,
         depth,
-        memory.address(similarity),
-        memory.address(index),
-        0 if back is None else memory.address(back),
+        _native.address(similarity),
+        _native.address(index),
+        0 if back is None else _native.address(back),
         torch.get_num_threads(),
         _env.cpu_isa(),
     )

@@ -83,8 +83,8 @@ def _run(
     similarity = memory.empty((batch, n, k), dtype=torch.float32, device="cpu")
     index = memory.empty((batch, n, k), dtype=torch.int64, device="cpu")
     _native.require().window_nearest_f32(
-        memory.address(query),
-        memory.address(key),
+        _native.address(query),
+        _native.address(key),
         batch,
         n // (query_grid[0] * query_grid[1]),
         *query_grid,
@@ -94,8 +94,8 @@ def _run(
         k,
         *reach,
         normalize,
-        memory.address(similarity),
-        memory.address(index),
+        _native.address(similarity),
+        _native.address(index),
         torch.get_num_threads(),
         _env.cpu_isa(),
     )
