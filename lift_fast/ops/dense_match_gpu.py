@@ -16,8 +16,7 @@ from torch import Tensor
 from .. import _env, memory
 from ..kernels.strips import Band, Scales, Strips
 from . import dense_match_cuda, gpu_plan
-from .dense_match import Picture, _cut_strips, sample_bilinear
-from .nearest import unit_rows
+from .dense_match import Picture, cut_strips
 
 # Bytes of cell similarities that exist at one time.
 _TABLE_BUDGET = 256 << 20
@@ -76,20 +75,20 @@ def fits(query: Picture, key: Picture) -> tuple[bool, str]:
 
 # A few KB each. Graphs that were captured read them: none may be dropped for as long as anyone is likely to replay one.
 @lru_cache(maxsize=4096)
-def _strips(cells: int, pixels: int, device: torch.device) -> tuple[Strips, list[int], list[int]]:
-    """One axis on the device, and the cells before and after each of its strips."""
-    cut = _cut_strips(cells, pixels)
+def _strips(
+    cells: int, pixels: int, device: torch.device, rows: tuple[int, int] | None = None
+) -> tuple[Strips, list[int], list[int]]:
+    """One axis on the device, or a part of its pixels, and the cells before and after each of its strips."""
+    cut = cut_strips(cells, pixels, rows)
     longest = int((cut.first[1:] - cut.first[:-1]).max())
     parts = (part.to(device) for part in (cut.low, cut.high, cut.first, cut.weight))
-    return Strips(cells, pixels, *parts, longest), cut.low.tolist(), cut.high.tolist()
+    return Strips(cells, cut.pixels, *parts, longest), cut.low.tolist(), cut.high.tolist()
 
 
 def _axes(picture: Picture) -> tuple[Strips, Strips]:
-    y, x = (
-        _strips(cells, pixels, picture.tokens.device)[0]
-        for cells, pixels in zip(picture.grid, picture.size, strict=True)
-    )
-    return y, x
+    (height, width), (pixels_y, pixels_x) = picture.grid, picture.size
+    device = picture.tokens.device
+    return _strips(height, pixels_y, device, picture.part)[0], _strips(width, pixels_x, device)[0]
 
 
 def _scales(picture: Picture, axes: tuple[Strips, Strips]) -> Scales:
@@ -160,10 +159,7 @@ def match_gpu(
     if points is not None:
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            descriptors = sample_bilinear(query.tokens, query.grid, query.size, points[part])
-            if per_pixel:
-                descriptors = unit_rows(descriptors)
-            search(descriptors @ keys, axes, scales, similarity[part], index[part])
+            search(query.descriptors(points[part], per_pixel) @ keys, axes, scales, similarity[part], index[part])
         return similarity, index
     cells = query.tokens.unflatten(0, query.grid)
     for band, bottom, right in _bands(query, rows):
