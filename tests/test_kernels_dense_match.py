@@ -48,14 +48,18 @@ def table(query_map, key_map, query_size, key_size, normalize):
 
     def descriptors(cells, size):
         cells = cells.double()
+        # What is not finite spoils the pixels in which it has weight.
+        bad = ~torch.isfinite(cells).all(0, keepdim=True)
+        cells = torch.where(bad, 0.0, cells)
         if normalize == "grid":
             cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
         # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale = (
+        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale, spoiled = (
             F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest)
+            for part in (cells, longest, bad.double())
         )
+        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
         if normalize == "pixel":
             norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
             wide, scale = wide / norm, scale / norm

@@ -144,14 +144,18 @@ def brute_force(query_map, key_map, query_size, key_size, normalize):
 
     def descriptors(cells, size):
         cells = cells.double()
+        # What is not finite spoils the pixels in which it has weight.
+        bad = ~torch.isfinite(cells).all(0, keepdim=True)
+        cells = torch.where(bad, 0.0, cells)
         if normalize == "grid":
             cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
         # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale = (
+        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale, spoiled = (
             F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest)
+            for part in (cells, longest, bad.double())
         )
+        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
         if normalize == "pixel":
             norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
             wide, scale = wide / norm, scale / norm
@@ -286,7 +290,7 @@ def test_bands(normalize, emulation, monkeypatch):
 
 @numeric
 def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
-    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 11)
+    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 8)
     query_map, key_map = maps(3, (2, 2), (2, 2))
     check(query_map, key_map, (7, 7), (5, 5))
     assert b"m" not in emulation.calls
@@ -319,8 +323,9 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     assert similarity.tolist() == [0.0] * 6
     query = op.Picture(torch.zeros(4, 3), (2, 2), (3, 2))
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
-    whole = dense_match_gpu.Band((0, 2), (0, 2), 0, 0, 2)
-    dense_match_cuda.match(table[:4], axes, scales, similarity, index, dense_match_gpu._axes(query), whole)
+    query_axes = dense_match_gpu._axes(query)
+    whole = dense_match_gpu.Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, 2)
+    dense_match_cuda.match(table[:4], axes, scales, similarity, index, query_axes, whole)
     assert index.tolist() == [0] * 6
 
 
@@ -359,13 +364,18 @@ def test_a_picture_matches_itself(normalize, emulation):
 
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
-def test_cells_that_are_not_finite(normalize, emulation):
-    query_map, key_map = maps(4, (3, 3), (3, 4))
-    query_map[1, 0, 2] = torch.nan
-    key_map[0, 2, 1] = torch.inf
-    query_map[:, 2, 0] = 0
-    key_map[:, 0, 3] = 0
-    check(query_map, key_map, (7, 8), (9, 7), normalize)
+@pytest.mark.parametrize("sizes", [((7, 8), (9, 7)), ((9, 3), (15, 20)), ((3, 3), (3, 4)), ((2, 15), (1, 3))], ids=str)
+def test_cells_that_are_not_finite(sizes, normalize, emulation):
+    """In every row and column, with pixels at the centres of cells and without."""
+    for y, x in ((0, 2), (1, 0), (2, 1)):
+        query_map, key_map = maps(4, (3, 3), (3, 4))
+        query_map[1, y, x] = torch.nan
+        key_map[0, 2 - y, x + 1] = torch.inf
+        query_map[:, x, 2 - y] = 0
+        key_map[:, 0, 0] = 0
+        check(query_map, key_map, *sizes, normalize)
+        check(query_map, key_map, *sizes, normalize, torch.tensor([[0, 0]]))
+        check(key_map, query_map, *sizes[::-1], normalize)
     key_map[0] = torch.nan
     _, index, valid = run(query_map, key_map, (3, 2), (4, 3), normalize)
     assert bool((index == -1).all())
@@ -374,16 +384,38 @@ def test_cells_that_are_not_finite(normalize, emulation):
 
 
 @numeric
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e19, 3e38])
+def test_magnitudes(scale, normalize, emulation):
+    """Products that float32 cannot hold; a cell of another magnitude in their midst."""
+    query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (3, 3), (3, 4)))
+    query_map[:, 1, 1] *= 1e-3
+    key_map[:, 0, 3] *= 1e-5
+    large = [query_map * scale, key_map * scale]
+    expected = brute_force(query_map, key_map, (7, 8), (9, 7), normalize)[0].max(1)
+    similarity, index, _ = run(*large, (7, 8), (9, 7), normalize)
+    if scale >= 1e-12:
+        assert float((index == expected.indices).float().mean()) > 0.95
+    if normalize == "none":
+        values = (expected.values * scale * scale).float()
+        torch.testing.assert_close(similarity, values, rtol=1e-5, atol=1e-30)
+    else:
+        atol = 2e-5 if scale >= 1e-12 else 1e-12
+        values = brute_force(*large, (7, 8), (9, 7), normalize)[0].amax(1)
+        torch.testing.assert_close(similarity.double(), values, rtol=0, atol=atol)
+
+
+@numeric
 def test_what_overflows_takes_no_part(emulation):
-    query_map, key_map = torch.full((1, 2, 2), 1e19), torch.full((1, 2, 3), 3e19)
-    key_map[0, 0, 2] = -3e19
-    similarity, index, _ = run(query_map, key_map, (3, 3), (5, 7), "none")
-    assert bool((similarity <= 3.1e38).all())
-    assert bool((index >= 0).all())
-    similarity, index, valid = run(query_map * 2, key_map, (3, 3), (5, 7), "none")
-    assert bool((similarity == -torch.inf).all())
-    assert bool((index == -1).all())
-    assert not bool(valid.any())
+    """A table that no maps make: between similarities of either sign the slope is infinite."""
+    picture = op.Picture(torch.zeros(6, 3), (2, 3), (5, 7))
+    table = torch.full((1, 6), 3e38)
+    table[0, 2] = -3e38
+    similarity, index = torch.empty(1), torch.empty(1, dtype=torch.int64)
+    dense_match_cuda.match(table, dense_match_gpu._axes(picture), None, similarity, index)
+    assert (float(similarity), int(index)) == (float(torch.tensor(3e38)), 0)
+    dense_match_cuda.match(table * 2, dense_match_gpu._axes(picture), None, similarity, index)
+    assert (float(similarity), int(index)) == (-torch.inf, -1)
 
 
 @numeric
@@ -445,7 +477,7 @@ def axis_with(**changes):
         ({"key_x": axis_with(pixels=1 << 40)}, "key is too large"),
         ({"key_x": axis_with(cells=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
         ({"key_x": axis_with(pixels=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
-        ({"key_x": axis_with(strips=4)}, "key cannot have 4 strips of up to 6 pixels"),
+        ({"key_x": axis_with(strips=6)}, "key cannot have 6 strips of up to 6 pixels"),
         ({"key_x": axis_with(longest=10)}, "key cannot have 3 strips of up to 10 pixels"),
         ({"key_y": axis_with(low=0)}, "key low is null"),
         ({"key_y": axis_with(high=0)}, "key high is null"),
@@ -522,7 +554,7 @@ def test_tensors_that_do_not_fit_are_refused():
         (0, torch.zeros(6, 4).t(), r"table must be contiguous, got strides \(1, 4\)"),
         (3, torch.zeros(3), r"similarity must be \[4\]"),
         (4, torch.zeros(4, dtype=torch.int32), r"index must be \[4\] torch\.int64"),
-        (1, (axes[0]._replace(first=axes[0].first[1:]), axes[1]), r"key y first must be \[3\]"),
+        (1, (axes[0]._replace(first=axes[0].first[1:]), axes[1]), r"key y first must be \[4\]"),
     ):
         with pytest.raises(ValueError, match=message):
             dense_match_cuda.match(*good[:position], wrong, *good[position + 1 :])

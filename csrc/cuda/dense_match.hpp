@@ -8,12 +8,12 @@
 
 namespace lift_fast {
 
-// How one axis of a picture is cut: strips of pixels between two neighbouring cells. The arrays are on the device and
+// How one axis of a picture is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays are on the device and
 // not checked there: ascending cells below `cells`, and strips that cover the pixels.
 struct MatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;    // [strips] cell on the near side
-  const std::int32_t* high;   // [strips] cell on the far side; low itself at the border
+  const std::int32_t* high;   // [strips] cell on the far side; low itself where that has no weight
   const std::int32_t* first;  // [strips + 1] first pixel of each strip; the last is `pixels`
   const float* weight;        // [pixels] share of the far cell
   std::int64_t longest;       // pixels of the longest strip

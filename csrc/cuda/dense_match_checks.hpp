@@ -28,7 +28,8 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
                    std::to_string(axis->pixels) + " and " + std::to_string(axis->strips));
     }
     if (axis->cells > kMostCells || axis->pixels > kMost) refuse_match(name + " is too large");
-    if (axis->strips > axis->pixels || axis->strips > axis->cells || axis->longest > axis->pixels) {
+    // One between every two cells, and one at each.
+    if (axis->strips > axis->pixels || axis->strips > 2 * axis->cells - 1 || axis->longest > axis->pixels) {
       refuse_match(name + " cannot have " + std::to_string(axis->strips) + " strips of up to " +
                    std::to_string(axis->longest) + " pixels");
     }
