@@ -13,6 +13,9 @@ from .ops import dense_match as _dense_match_op  # noqa: F401  registers torch.o
 from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_POINTS = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Pixels along one side of a picture, and pixels of a query picture all of which are matched.
+_MOST_SIDE, _MOST_QUERIES = 1 << 20, 1 << 31
 
 
 class Window(NamedTuple):
@@ -136,15 +139,23 @@ def dense_match(
     The descriptor of a pixel is the bilinear interpolation (align_corners=False) of its map; the match of a query
     pixel is the key pixel with the largest dot product, the lowest row-major one among equals. Exact for every size.
     A pixel whose interpolation touches a cell with NaN or infinity takes no part: it is never chosen, and as a query
-    gets xy (-1, -1), similarity -inf and ``valid`` False. Zero cells have similarity 0. No gradients.
+    gets xy (-1, -1), similarity -inf and ``valid`` False. It touches the cells that have a weight above zero: up to
+    four, at a cell's centre that one alone, and beyond the outermost centres those of the border. Zero cells have
+    similarity 0. No gradients.
+
+    Finite maps of every magnitude are matched. With ``normalize=None`` a similarity beyond the range of its dtype is
+    inf or -inf, its match right and valid. On a GPU, products of cells that are 2^100 times smaller than the largest
+    ones (2^900 in float64, there on the CPU, too) count as zero with ``"pixel"`` and None.
 
     Args:
-        query_map, key_map: ``[B, C, h, w]``, floating point, same B, C, dtype and device; grids may differ.
-        query_size, key_size: ``(H, W)`` in pixels.
+        query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
+        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Larger key pictures than 2^30 pixels, with
+            ``"pixel"`` than 2^24, are searched in parts.
         points: ``[B, P, 2]`` (x, y) pixels of the query picture, rounded down to whole pixels; None for every pixel
-            in row-major order (``P = H * W``).
+            in row-major order (``P = H * W``), of fewer than 2^31.
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
-            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are.
+            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are. Divisors are
+            norms or 1e-12, if that is larger.
         mutual: valid only where the matched pixel's own best query pixel is the one it came from.
 
     Returns:
@@ -156,17 +167,22 @@ def dense_match(
     """
     _check_pair("query_map", query_map, "key_map", key_map)
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
+        _check_dense(name, tensor)
         if tensor.dim() != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be [B, C, h, w] without empty dimensions, got {_shape(tensor)}")
     if query_map.shape[:2] != key_map.shape[:2]:
         raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
-    if normalize not in ("grid", "pixel", None):
+    if not (normalize is None or (isinstance(normalize, str) and normalize in ("grid", "pixel"))):
         raise ValueError(f'normalize must be "grid", "pixel" or None, got {normalize!r}')
-    query_hw, key_hw = _check_size("query_size", query_size), _check_size("key_size", key_size)
+    if not isinstance(mutual, bool):
+        raise TypeError(f"mutual must be True or False, got {mutual!r}")
+    query_hw, key_hw = _check_picture("query_size", query_size), _check_picture("key_size", key_size)
     if points is not None:
         _check_points(points, query_map)
+    elif query_hw[0] * query_hw[1] >= _MOST_QUERIES:
+        raise ValueError(f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match them all: pass points")
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
-        query_map.detach(), key_map.detach(), query_hw, key_hw, points, normalize or "none", mutual
+        query_map.detach(), key_map.detach(), query_hw, key_hw, None if points is None else points.detach(), normalize or "none", mutual
     )
     return DenseMatches(similarity, xy, valid)
 
@@ -187,6 +203,12 @@ def _check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}")
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
 def _check_int(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
@@ -200,6 +222,14 @@ def _check_size(name: str, size: Sequence[int]) -> list[int]:
     _check_int(f"{name}[0]", height, 1)
     _check_int(f"{name}[1]", width, 1)
     return [height, width]
+
+
+def _check_picture(name: str, size: Sequence[int]) -> list[int]:
+    sides = _check_size(name, size)
+    for number, side in enumerate(sides):
+        if side > _MOST_SIDE:
+            raise ValueError(f"{name}[{number}] must be at most 2^20 = {_MOST_SIDE} pixels, got {side}")
+    return sides
 
 
 def _flat_window(window: Window, n: int, m: int) -> list[int]:
@@ -216,8 +246,9 @@ def _flat_window(window: Window, n: int, m: int) -> list[int]:
 def _check_points(points: Tensor, query_map: Tensor) -> None:
     if not isinstance(points, Tensor):
         raise TypeError(f"points must be a torch.Tensor or None, got {type(points).__name__}")
-    if points.dtype == torch.bool or points.is_complex():
-        raise TypeError(f"points must be real numbers, got {points.dtype}")
+    _check_dense("points", points)
+    if points.dtype not in _POINTS:
+        raise TypeError(f"points must be integers or floating point of at least 16 bits, got {points.dtype}")
     if points.dim() != 3 or points.shape[0] != query_map.shape[0] or points.shape[2] != 2:
         raise ValueError(f"points must be [B, P, 2] with B = {query_map.shape[0]}, got {_shape(points)}")
     if points.device != query_map.device:

@@ -126,3 +126,93 @@ def test_no_match_of_similarity_nan():
     assert not bool((result.valid & result.similarity.isnan()).any())
     touched = [3 in down and 5 in right for down in shares(7, 28) for right in shares(7, 28)]
     assert torch.equal(result.valid[0], ~torch.tensor(touched))
+
+
+LIMITS = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+SCALES = [
+    *((torch.float32, scale) for scale in (1e-37, 1e-20, 1e-13, 1e18, 1e19, LIMITS[torch.float32])),
+    *((torch.bfloat16, scale) for scale in (1e-20, 1e19, LIMITS[torch.bfloat16])),
+    *((torch.float16, scale) for scale in (1e-6, LIMITS[torch.float16])),
+    *((torch.float64, scale) for scale in (1e-300, 1e-20, 1e19, 1e160, LIMITS[torch.float64])),
+]
+FEW = torch.tensor([[[0, 0], [7, 3], [10, 12]]])
+
+
+def scaled_maps(dtype, scale):
+    """Elements of up to ``scale``, with a smaller cell and a zero one."""
+    generator = torch.Generator().manual_seed(6)
+    maps = []
+    for grid in ((4, 5), (5, 3)):
+        cells = torch.rand(6, *grid, generator=generator, dtype=torch.float64) * 2 - 1
+        cells = cells / cells.abs().amax()
+        cells[:, 1, 2] *= 2.0**-10
+        cells[:, 3, 0] = 0
+        maps.append((cells * scale).to(dtype))
+    return maps
+
+
+@pytest.mark.parametrize("native", ["plain", "native"])
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+@pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
+def test_cosines_of_every_magnitude(dtype, scale, normalize, native, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
+    query_map, key_map = scaled_maps(dtype, scale)
+    # Norms below 1e-12 are taken for that: similarities are as much smaller.
+    tie = 2e-5 * min(1.0, scale * 1e12) ** 2
+    for points in (None, FEW):
+        check(query_map, key_map, (13, 11), (9, 14), normalize, points, mutual=True, tie=max(tie, 1e-44))
+
+
+@pytest.mark.parametrize("native", ["plain", "native"])
+@pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
+def test_products_of_every_magnitude(dtype, scale, native, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
+    maps = scaled_maps(dtype, scale)
+    # The same in the middle of the range: a power of two changes no digit.
+    exponent = math.frexp(scale)[1]
+    middle = [torch.ldexp(cells.double(), torch.tensor(-exponent // 2)) for cells in maps]
+    middle = [torch.ldexp(cells, torch.tensor(-exponent - -exponent // 2)) for cells in middle]
+    query, key = (descriptors(cells, size, None) for cells, size in zip(middle, ((13, 11), (9, 14)), strict=True))
+    for points in (None, FEW):
+        rows = slice(None) if points is None else points[0, :, 1] * 11 + points[0, :, 0]
+        table = (query @ key.T)[rows]
+        result = dense_match(maps[0][None], maps[1][None], (13, 11), (9, 14), normalize=None, points=points)
+        assert bool(result.valid.all())
+        x, y = result.xy[0].unbind(1)
+        chosen = table.gather(1, (y * 14 + x)[:, None])[:, 0]
+        assert bool((chosen >= table.amax(1) - 1e-5).all())
+        for _ in range(4):
+            chosen = torch.ldexp(chosen, torch.tensor(exponent // 2 if _ % 2 else exponent - exponent // 2))
+        expected = chosen.to(result.similarity.dtype)
+        assert torch.equal(result.similarity[0].isinf(), expected.isinf())
+        least = torch.finfo(expected.dtype).tiny
+        torch.testing.assert_close(result.similarity[0], expected, rtol=1e-4, atol=least)
+
+
+@pytest.mark.parametrize("native", ["plain", "native"])
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e15), (torch.float32, 1e19), (torch.float64, 1e160)])
+def test_a_cell_of_another_magnitude(dtype, large, normalize, native, monkeypatch):
+    """One cell of 1e19 among ones; pixels that it has no part in keep every digit."""
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
+    generator = torch.Generator().manual_seed(7)
+    query_map, key_map = (torch.randn(6, *grid, generator=generator, dtype=dtype) for grid in ((4, 5), (5, 3)))
+    query_map[:, 2, 1] *= large
+    key_map[:, 1, 1] *= large
+    for points in (None, FEW):
+        if normalize is not None:
+            check(query_map, key_map, (13, 11), (9, 14), normalize, points, tie=2e-4)
+            continue
+        result = dense_match(query_map[None], key_map[None], (13, 11), (9, 14), normalize=None, points=points)
+        query, key = descriptors(query_map, (13, 11), None), descriptors(key_map, (9, 14), None)
+        rows = slice(None) if points is None else points[0, :, 1] * 11 + points[0, :, 0]
+        table, tie = (query @ key.T)[rows], (2e-5 * query.norm(dim=1)[:, None] * key.norm(dim=1))[rows]
+        x, y = result.xy[0].unbind(1)
+        found = (y * 14 + x)[:, None]
+        chosen, rounding = table.gather(1, found)[:, 0], tie.gather(1, found)[:, 0]
+        assert bool((chosen + rounding >= (table - tie).amax(1)).all())
+        error = (result.similarity[0].double() - chosen).abs()
+        inside = chosen.abs() < torch.finfo(result.similarity.dtype).max
+        assert bool((error <= rounding)[inside].all())
+        assert bool(result.similarity[0][~inside].isinf().all())
+        assert bool(result.valid.all())
