@@ -180,9 +180,17 @@ def dense_match(
     if points is not None:
         _check_points(points, query_map)
     elif query_hw[0] * query_hw[1] >= _MOST_QUERIES:
-        raise ValueError(f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match them all: pass points")
+        raise ValueError(
+            f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match them all: pass points"
+        )
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
-        query_map.detach(), key_map.detach(), query_hw, key_hw, None if points is None else points.detach(), normalize or "none", mutual
+        query_map.detach(),
+        key_map.detach(),
+        query_hw,
+        key_hw,
+        None if points is None else points.detach(),
+        normalize or "none",
+        mutual,
     )
     return DenseMatches(similarity, xy, valid)
 

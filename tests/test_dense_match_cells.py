@@ -1,4 +1,4 @@
-"""Which cells a pixel touches, and magnitudes of every kind: ``dense_match`` against float64 with each pixel's cells by hand."""
+"""Which cells a pixel touches, and every magnitude: ``dense_match`` against each pixel's cells by hand, in float64."""
 
 import math
 from fractions import Fraction
@@ -10,30 +10,36 @@ from lift_fast import dense_match
 from lift_fast.ops import dense_match as op
 
 
+def axis_share(cells, pixels, pixel):
+    """The cells of an axis that have a part in a pixel: {cell: weight}, exactly."""
+    at = min(max((pixel + Fraction(1, 2)) * Fraction(cells, pixels) - Fraction(1, 2), Fraction(0)), Fraction(cells - 1))
+    low = math.floor(at)
+    return {cell: float(w) for cell, w in ((low, 1 - (at - low)), (low + 1, at - low)) if w > 0}
+
+
 def shares(cells, pixels):
-    """For each pixel of an axis, the cells that have a part in it: {cell: weight}, exactly."""
-    found = []
+    """``[pixels, cells]`` float64."""
+    found = torch.zeros(pixels, cells, dtype=torch.float64)
     for pixel in range(pixels):
-        at = min(max((pixel + Fraction(1, 2)) * Fraction(cells, pixels) - Fraction(1, 2), Fraction(0)), Fraction(cells - 1))
-        low = math.floor(at)
-        found.append({cell: float(w) for cell, w in ((low, 1 - (at - low)), (low + 1, at - low)) if w > 0})
+        for cell, weight in axis_share(cells, pixels, pixel).items():
+            found[pixel, cell] = weight
     return found
 
 
 def descriptors(cells, size, normalize):
     """``[C, h, w]`` to ``[H * W, C]`` float64; NaN where a pixel touches what is not finite."""
     cells = cells.double()
-    cells = torch.where(torch.isfinite(cells).all(0), cells, math.nan)
+    bad = ~torch.isfinite(cells).all(0)
+    cells = torch.where(bad, 0.0, cells)
     if normalize == "grid":
         # In two steps, so that no square leaves the range.
         largest = cells.abs().amax(0).clamp_min(1e-300)
         norm = (cells / largest).norm(dim=0) * largest
         cells = torch.where(norm > 1e-12, cells / largest / (cells / largest).norm(dim=0), cells / 1e-12)
-    rows = []
-    for down in shares(cells.shape[1], size[0]):
-        for right in shares(cells.shape[2], size[1]):
-            rows.append(sum(v * w * cells[:, y, x] for y, v in down.items() for x, w in right.items()))
-    rows = torch.stack(rows)
+    down, right = (shares(n, pixels) for n, pixels in zip(cells.shape[1:], size, strict=True))
+    rows = torch.einsum("ij,kl,cjl->ikc", down, right, cells).flatten(0, 1)
+    touched = torch.einsum("ij,kl,jl->ik", (down > 0).double(), (right > 0).double(), bad.double()).flatten()
+    rows[touched > 0] = math.nan
     if normalize == "pixel":
         largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-300)
         unit = (rows / largest).norm(dim=1, keepdim=True)
@@ -87,8 +93,8 @@ SHAPES = [
 def spoiled(shape, generator):
     """A map with each of its outer rows and columns spoiled at one cell in turn, then two anywhere."""
     h, w = shape
-    for y, x in {(0, w // 2), (h - 1, w // 2), (h // 2, 0), (h // 2, w - 1), (min(1, h - 1), w // 2), (max(h - 2, 0), w - 1),
-                 (h // 2, max(w - 2, 0)), (h // 2, min(1, w - 1))}:  # fmt: skip
+    rows, columns = {0, min(1, h - 1), max(h - 2, 0), h - 1}, {0, min(1, w - 1), max(w - 2, 0), w - 1}
+    for y, x in [*((y, w // 2) for y in sorted(rows)), *((h // 2, x) for x in sorted(columns))]:
         cells = torch.randn(6, h, w, generator=generator)
         cells[2, y, x] = math.nan if (y + x) % 2 else math.inf
         yield cells
@@ -124,8 +130,8 @@ def test_no_match_of_similarity_nan():
     query_map[0, :, 3, 5] = math.nan
     result = dense_match(query_map, key_map, (28, 28), (28, 28), normalize="pixel")
     assert not bool((result.valid & result.similarity.isnan()).any())
-    touched = [3 in down and 5 in right for down in shares(7, 28) for right in shares(7, 28)]
-    assert torch.equal(result.valid[0], ~torch.tensor(touched))
+    touched = (shares(7, 28)[:, 3, None] > 0) & (shares(7, 28)[:, 5] > 0)
+    assert torch.equal(result.valid[0], ~touched.flatten())
 
 
 LIMITS = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
@@ -181,8 +187,8 @@ def test_products_of_every_magnitude(dtype, scale, native, monkeypatch):
         x, y = result.xy[0].unbind(1)
         chosen = table.gather(1, (y * 14 + x)[:, None])[:, 0]
         assert bool((chosen >= table.amax(1) - 1e-5).all())
-        for _ in range(4):
-            chosen = torch.ldexp(chosen, torch.tensor(exponent // 2 if _ % 2 else exponent - exponent // 2))
+        for step in (exponent // 2, exponent // 2, exponent - exponent // 2, exponent - exponent // 2):
+            chosen = torch.ldexp(chosen, torch.tensor(step))
         expected = chosen.to(result.similarity.dtype)
         assert torch.equal(result.similarity[0].isinf(), expected.isinf())
         least = torch.finfo(expected.dtype).tiny
@@ -216,3 +222,72 @@ def test_a_cell_of_another_magnitude(dtype, large, normalize, native, monkeypatc
         assert bool((error <= rounding)[inside].all())
         assert bool(result.similarity[0][~inside].isinf().all())
         assert bool(result.valid.all())
+
+
+def similarity_at(query_map, key_map, query_size, key_size, points, pixels):
+    """``[P, N]`` in float64 of single pixels, (x, y) in both pictures."""
+
+    def rows(cells, size, at):
+        cells = cells.double() / cells.double().norm(dim=0)
+        found = []
+        for x, y in at.tolist():
+            down, right = axis_share(cells.shape[1], size[0], y), axis_share(cells.shape[2], size[1], x)
+            found.append(sum(v * w * cells[:, i, j] for i, v in down.items() for j, w in right.items()))
+        return torch.stack(found)
+
+    return rows(query_map, query_size, points) @ rows(key_map, key_size, pixels).T
+
+
+@pytest.mark.parametrize("native", ["plain", "native"])
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize("most", [1, 3 * 23, 4 * 23 + 1])
+def test_key_pictures_in_parts(most, normalize, native, monkeypatch):
+    """Rows of pixels that are searched one after the other; ties and NaN across their borders."""
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
+    generator = torch.Generator().manual_seed(8)
+    query_map, key_map = torch.randn(5, 4, 3, generator=generator), torch.randn(5, 5, 4, generator=generator)
+    key_map[:, 3] = key_map[:, 2]
+    key_map[1, 2, 3] = query_map[0, 1, 1] = math.nan
+    for points in (None, torch.tensor([[[0, 0], [12, 16], [5, 9]]])):
+        whole, parts = [], []
+        for found, limit in ((whole, 1 << 30), (parts, most)):
+            monkeypatch.setattr(op, "_MOST_PIXELS", limit)
+            monkeypatch.setattr(op, "_MOST_SCALED", limit)
+            arguments = query_map[None], key_map[None], (17, 13), (31, 23)
+            found.append(dense_match(*arguments, points=points, normalize=normalize, mutual=True))
+        for one, other in zip(whole[0], parts[0], strict=True):
+            assert torch.equal(one, other)
+        check(query_map, key_map, (17, 13), (31, 23), normalize, points, tie=2e-4)
+
+
+@pytest.mark.parametrize("normalize", ["grid", None])
+def test_more_pixels_than_32_bits_number(normalize):
+    side = 46341
+    generator = torch.Generator().manual_seed(9)
+    small, large = torch.randn(4, 3, 3, generator=generator), torch.randn(4, 3, 2, generator=generator)
+    small, large = small / small.norm(dim=0), large / large.norm(dim=0)
+    sizes = (20, 20), (side, side)
+    points = torch.tensor([[0, 0], [5, 7], [19, 19], [10, 13]])
+    result = dense_match(small[None], large[None], *sizes, points=points[None], normalize=normalize)
+    # Within a patch a bilinear function is largest at an outermost pixel: those on either side of each centre.
+    outer = []
+    for cells in large.shape[1:]:
+        centres = (math.floor((c + 0.5) * side / cells - 0.5) for c in range(cells))
+        outer.append([0, side - 1, *(c + d for c in centres for d in (-1, 0, 1))])
+    pixels = torch.cartesian_prod(torch.tensor(outer[1]), torch.tensor(outer[0]))
+    table = similarity_at(small, large, *sizes, points, pixels)
+    chosen = similarity_at(small, large, *sizes, points, result.xy[0]).diagonal()
+    torch.testing.assert_close(result.similarity[0].double(), table.amax(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(chosen, table.amax(1), rtol=0, atol=1e-6)
+    # From there to here: a picture of so many query pixels, with the match back among them.
+    far = torch.tensor([[0, 0], [side - 1, side - 1], [15000, 40000]])
+    result = dense_match(large[None], small[None], *sizes[::-1], points=far[None], normalize=normalize, mutual=True)
+    here = torch.cartesian_prod(torch.arange(20), torch.arange(20))
+    table = similarity_at(large, small, *sizes[::-1], far, here)
+    torch.testing.assert_close(result.similarity[0].double(), table.amax(1), rtol=0, atol=1e-6)
+    back = similarity_at(small, large, *sizes, result.xy[0], pixels).amax(1)
+    # Beyond the outermost centres the first pixel stands for all.
+    leads_back = (result.similarity[0] >= back - 1e-6) & torch.tensor([True, False, False])
+    assert torch.equal(result.valid[0], leads_back)
+    with pytest.raises(ValueError, match=r"query_size \(46341, 46341\) has 2\^31 pixels or more"):
+        dense_match(large[None], small[None], *sizes[::-1], normalize=normalize)

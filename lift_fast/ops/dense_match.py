@@ -148,9 +148,9 @@ def _unit_cells(rows: Tensor) -> Tensor:
 
 
 def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
-    """``values * 2**exponent`` for integers of up to 4000 in size, 360 for float32, of which no single factor need be a number.
+    """``values * 2**exponent``, exact but for results that leave the range of the dtype.
 
-    Exact but for results that leave the range of the dtype.
+    The exponents, integers of up to 4000 in size and in float32 of up to 360, need not be those of a number.
     """
     most = 120 if values.dtype == torch.float32 else 1000
     exponent = exponent.long()
@@ -239,7 +239,7 @@ class Norms:
 
     @staticmethod
     def _between(weight: Tensor, near: Tensor, product: Tensor, far: Tensor) -> Tensor:
-        """Squares between two cells, from theirs and twice their product; the far one is none of a pixel's without weight."""
+        """Squares between two cells, from theirs and twice their product; without weight the far one has no part."""
         square = (1 - weight) ** 2 * near + (1 - weight) * weight * product + weight**2 * far
         return torch.where(weight == 0, near, square)
 
@@ -471,8 +471,7 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
             scale = norms.of_points(at) if all_norms is None else all_norms[start:stop]
             similarity = torch.where(index < 0, similarity, similarity * scale)
         parts.append((similarity, index))
-    similarity, index = zip(*parts, strict=True)
-    return _joined(similarity), _joined(index)
+    return _joined([part[0] for part in parts]), _joined([part[1] for part in parts])
 
 
 def _match_few(
@@ -516,7 +515,9 @@ def _match_many(search: _NativeSearch, query: Picture, key: Picture, at: Tensor)
             for axis, cells in ((axis_x, width), (axis_y, query.grid[0]))
         )
     # Rows of cells first; of those with the same low cells, those with the same high ones.
-    group, order = torch.sort(4 * (axis_y.low * width + axis_x.low) + 2 * (axis_y.high - axis_y.low) + axis_x.high - axis_x.low)
+    group, order = torch.sort(
+        4 * (axis_y.low * width + axis_x.low) + 2 * (axis_y.high - axis_y.low) + axis_x.high - axis_x.low
+    )
     axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
     weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
     similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
@@ -569,9 +570,7 @@ def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return times_power_of_two(tokens, shift), shift
 
 
-def _picture(
-    cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = True
-) -> Picture:
+def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = True) -> Picture:
     """Prepare one map ``[C, h, w]``, cast already; ``scaled``: see :func:`_in_range`."""
     grid = (cells.shape[1], cells.shape[2])
     tokens = cells.flatten(1).t()
@@ -626,7 +625,7 @@ def _match(
 
 
 def _searched_by(query: Picture, key: Picture, exhaustive: bool, backend: str | None) -> str:
-    """"native", "gpu" or "plain"."""
+    """ "native", "gpu" or "plain"."""
     from . import dense_match_gpu  # it builds on this module
 
     if backend is not None:
