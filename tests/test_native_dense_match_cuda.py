@@ -55,6 +55,10 @@ def axis(parts):
     )
 
 
+def condition(flag, wanted):
+    return raw(flag, 4) + struct.pack("<q", wanted)
+
+
 def picture(y, x, scale):
     patches = y[2] * x[2]
     counts = (y[1] * x[1], patches, patches, y[1] * x[2])
@@ -91,27 +95,28 @@ class Emulation:
             ctypes.memmove(address, answer, size)
 
     def dense_match_groups(
-        self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, device, stream
+        self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, when, device, stream
     ):
         content = raw(table, 4 * rows * key_y[0] * key_x[0]) + struct.pack("<q", rows)
         content += picture(key_y, key_x, key_scale) + axis(query_y) + axis(query_x) + struct.pack("<7q", *band)
         pixels = query_y[1] * query_x[1]
-        content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels)
+        content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels) + condition(*when)
         self.run(b"g", content, (similarity, 4 * pixels), (index, 8 * pixels))
 
-    def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, device, stream):
+    def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, when, device, stream):
         content = raw(table, 4 * points * key_y[0] * key_x[0]) + struct.pack("<q", points)
         content += picture(key_y, key_x, key_scale)
+        content += raw(similarity, 4 * points) + raw(index, 8 * points) + condition(*when)
         self.run(b"p", content, (similarity, 4 * points), (index, 8 * points))
 
     def dense_match_mutual(
-        self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, scratch, words, device, stream
+        self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, scratch, words, when, device, stream
     ):
         query_cells, key_cells = query_y[0] * query_x[0], key_y[0] * key_x[0]
         pixels = query_y[1] * query_x[1]
         content = raw(table, 4 * query_cells * key_cells) + picture(query_y, query_x, query_scale)
         content += axis(key_y) + axis(key_x) + raw(index, 8 * pixels)
-        content += struct.pack("<q", words)
+        content += raw(valid, pixels) + struct.pack("<q", words) + condition(*when)
         assert not any(ctypes.string_at(scratch, 4 * words))
         self.run(b"m", content, (valid, pixels))
 
@@ -212,8 +217,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_brute_force(shape, normalize, emulation):
     check(*maps(7, *shape[:2]), *shape[2:], normalize)
-    # One table served the search and the mutual check.
-    assert emulation.calls == [b"g", b"m"]
+    # One table served the search and the mutual check, which two launches of each may share.
+    assert emulation.calls in ([b"g", b"m"], [b"g", b"m"] * 2)
 
 
 @numeric
@@ -285,7 +290,7 @@ def test_bands(normalize, emulation, monkeypatch):
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
-    assert emulation.calls == [b"g", b"g", b"p", b"p"]
+    assert emulation.calls == [b"g"] * 2 + [b"p"] * 4
 
 
 @numeric
@@ -315,7 +320,7 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     """As a zero vector's products are; wherever the first of them lies among the lanes."""
     picture = op.Picture(torch.randn(40, 3), (5, 8), (23, 41))
     axes = dense_match_gpu._axes(picture)
-    scales = dense_match_gpu._scales(picture, axes) if normalize == "pixel" else None
+    scales = dense_match_gpu._scales(picture.inverse_norms() if normalize == "pixel" else None, axes)
     table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
     dense_match_cuda.match(table, axes, scales, similarity, index)
@@ -381,6 +386,24 @@ def test_cells_that_are_not_finite(sizes, normalize, emulation):
     assert bool((index == -1).all())
     assert not bool(valid.any())
     assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize, torch.tensor([[1, 2]]))[1] == -1).all())
+
+
+@numeric
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulation):
+    """Three pixels to a cell: of two launches of each kernel one does nothing."""
+    query_map, key_map = maps(4, (3, 4), (4, 3))
+    sizes = (9, 12), (12, 9)
+    points = torch.tensor([[4, 4], [0, 8]])
+    check(query_map, key_map, *sizes, normalize)
+    check(query_map, key_map, *sizes, normalize, points)
+    assert emulation.calls == [b"g", b"m"] * 2 + [b"p"] * 4
+    query = op.Picture(torch.zeros(12, 2), (3, 4), (9, 12))
+    assert [axis.count for axis in dense_match_gpu._axes(query)] == [5, 7]
+    assert [axis.count for axis in dense_match_gpu._axes(query, True)] == [3, 4]
+    query_map[1, 1, 2] = key_map[0, 2, 1] = torch.nan
+    check(query_map, key_map, *sizes, normalize)
+    check(query_map, key_map, *sizes, normalize, points)
 
 
 @numeric
@@ -457,7 +480,9 @@ MUTUAL = {
 
 def call(kind, **changes):
     arguments = {"groups": GROUPS, "points": POINTS, "mutual": MUTUAL}[kind]
-    getattr(_native.require(), f"dense_match_{kind}")(**{**arguments, "device": 0, "stream": 0, **changes})
+    getattr(_native.require(), f"dense_match_{kind}")(
+        **{**arguments, "when": (0, True), "device": 0, "stream": 0, **changes}
+    )
 
 
 def axis_with(**changes):
@@ -487,6 +512,8 @@ def axis_with(**changes):
         ({"table": 6}, "table must be aligned to 4 bytes"),
         ({"index": 0}, "index is null"),
         ({"index": 4}, "index must be aligned to 8 bytes"),
+        ({"when": (6, True)}, "flag must be aligned to 4 bytes"),
+        ({"when": (0,)}, "expected a condition .* got a tuple of 1"),
         ({"device": -1}, "device -1 does not exist"),
     ],
 )
@@ -559,9 +586,13 @@ def test_tensors_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             dense_match_cuda.match(*good[:position], wrong, *good[position + 1 :])
     with pytest.raises(ValueError, match=r"table must be \[6, 6\]"):
-        dense_match_cuda.mutual(torch.zeros(6, 5), axes, None, axes, torch.zeros(35, dtype=torch.int64))
+        dense_match_cuda.mutual(torch.zeros(6, 5), axes, None, axes, torch.zeros(35).long(), torch.zeros(35).bool())
     with pytest.raises(ValueError, match=r"index must be \[35\]"):
-        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(34, dtype=torch.int64))
+        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(34).long(), torch.zeros(35).bool())
+    with pytest.raises(ValueError, match=r"valid must be \[35\]"):
+        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(35).long(), torch.zeros(34).bool())
+    with pytest.raises(ValueError, match=r"flag must be \[\] torch\.int32"):
+        dense_match_cuda.match(*good, when=dense_match_cuda.When(torch.zeros(()), True))
 
 
 class TestChoice:

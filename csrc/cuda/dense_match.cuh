@@ -97,6 +97,7 @@ struct GroupParams {
   bool aligned;
   float* similarity;
   std::int64_t* index;
+  MatchWhen when;
 };
 
 struct PointParams {
@@ -104,6 +105,7 @@ struct PointParams {
   PictureParams key;
   float* similarity;
   std::int64_t* index;
+  MatchWhen when;
 };
 
 struct MutualParams {
@@ -115,6 +117,7 @@ struct MutualParams {
   int* count;  // of the candidates
   Candidate* candidates;
   int rows;  // of the table that a block judges
+  MatchWhen when;
 };
 
 inline AxisParams axis_params(const MatchAxis& axis) {
@@ -144,11 +147,12 @@ inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& l
   params.aligned = rows_aligned(call);
   params.similarity = call.similarity;
   params.index = call.index;
+  params.when = call.when;
   return params;
 }
 
 inline PointParams point_params(const PointMatchCall& call) {
-  return {call.table, picture_params(call.key), call.similarity, call.index};
+  return {call.table, picture_params(call.key), call.similarity, call.index, call.when};
 }
 
 inline MutualParams mutual_params(const MutualMatchCall& call) {
@@ -164,6 +168,7 @@ inline MutualParams mutual_params(const MutualMatchCall& call) {
   params.candidates = reinterpret_cast<Candidate*>(call.scratch + kCandidateWords);
   const std::int64_t cells = call.key_y.cells * call.key_x.cells;
   params.rows = cells <= 4096 ? 4 : cells <= 8192 ? 2 : 1;
+  params.when = call.when;
   return params;
 }
 
@@ -183,6 +188,9 @@ inline MatchLaunch judge_launch(const MutualMatchCall& call) {
   return {(query_cells + rows - 1) / rows, kJudgeThreads / 32, 4 * rows * (key_cells + 2), 1, true};
 }
 
+__device__ __forceinline__ bool runs(const MatchWhen& when) {
+  return when.flag == nullptr || (*when.flag != 0) == when.wanted;
+}
 __device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 // Zero, or NaN if the value is not finite.
@@ -558,6 +566,7 @@ template <bool kScale, bool kStaged>
 __global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
     match_groups_kernel(const LIFT_FAST_GRID_CONSTANT GroupParams params) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(params.when)) return;
   GroupMatcher<kScale, kStaged>(params, shared).match();
 }
 
@@ -565,6 +574,7 @@ __global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LIFT_FAST_GRID_CONSTANT PointParams p) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(p.when)) return;
   const AxisParams &y = p.key.y, &x = p.key.x;
   const float* row = p.table + std::int64_t{static_cast<int>(blockIdx.x)} * (y.cells * x.cells);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, patches = y.strips * x.strips;
@@ -667,6 +677,7 @@ __device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate
 // it. One warp for each group of query pixels. Without scales only its four outermost pixels can be the best.
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
+  if (!runs(p.when)) return;
   const AxisParams &y = p.query.y, &x = p.query.x;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int group = static_cast<int>(blockIdx.x) * (kMatchThreads / 32) + static_cast<int>(threadIdx.x) / 32;
@@ -740,6 +751,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIF
 template <bool kScale>
 __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(p.when)) return;
   const AxisParams &y = p.query.y, &x = p.query.x;
   float* const rows = reinterpret_cast<float*>(shared);
   const int thread = static_cast<int>(threadIdx.x);

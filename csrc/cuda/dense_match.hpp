@@ -33,6 +33,12 @@ struct MatchBand {
   std::int64_t first_y, end_y, first_x, end_x, top, left, width;
 };
 
+// Two launches of which the device decides which one runs: the one whose `wanted` says whether *flag is not zero.
+struct MatchWhen {
+  const std::int32_t* flag;  // on the device; null for a launch that runs
+  bool wanted;
+};
+
 // Every query pixel of a band.
 struct GroupMatchCall {
   const float* table;  // [rows, key cells] similarities of the band's query cells, row-major, `band.width` in a row
@@ -42,6 +48,7 @@ struct GroupMatchCall {
   MatchBand band;
   float* similarity;    // [query pixels]; -inf where there is no match
   std::int64_t* index;  // [query pixels] row-major key pixel; -1 where there is no match
+  MatchWhen when;
 };
 
 // Single points, each with similarities of its own.
@@ -51,6 +58,7 @@ struct PointMatchCall {
   MatchPicture key;
   float* similarity;    // [points]
   std::int64_t* index;  // [points]
+  MatchWhen when;
 };
 
 // Which matches lead back: the best query pixel of the matched key pixel is the one that it was matched from.
@@ -62,6 +70,7 @@ struct MutualMatchCall {
   bool* valid;                // [query pixels]
   std::int32_t* scratch;      // match_scratch_words() of zeros
   std::int64_t scratch_words;
+  MatchWhen when;
 };
 
 // Query pixels between the same four cells, each of which is compared with all of them.

@@ -397,15 +397,20 @@ class _Strips(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def cut_strips(cells: int, pixels: int, part: tuple[int, int] | None = None) -> _Strips:
-    """Strips of one axis of a picture, or of the pixels ``[begin, end)`` of it."""
+def cut_strips(cells: int, pixels: int, part: tuple[int, int] | None = None, joined: bool = False) -> _Strips:
+    """Strips of one axis of a picture, or of the pixels ``[begin, end)`` of it.
+
+    ``joined``: those of a single cell with the one that begins there, fewer by half for odd enlargements. Their pixels
+    give the far cell no weight, which adds nothing where that is finite.
+    """
     begin, end = part or (0, pixels)
     rule = bilinear_axis(torch.arange(begin, end), cells, pixels, torch.float32)
-    _, count = torch.unique_consecutive(rule.low + rule.high, return_counts=True)
+    high = (rule.low + 1).clamp_(max=cells - 1) if joined else rule.high
+    _, count = torch.unique_consecutive(rule.low + high, return_counts=True)
     stop = count.cumsum(0)
     start = stop - count
     first = torch.cat([start, stop[-1:]]).int()
-    return _Strips(cells, end - begin, rule.low[start].int(), rule.high[start].int(), first, rule.weight.contiguous())
+    return _Strips(cells, end - begin, rule.low[start].int(), high[start].int(), first, rule.weight.contiguous())
 
 
 class _NativeSearch:
