@@ -146,15 +146,32 @@ def test_flat_pictures_go_to_the_first_pixel(normalize):
 
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
-def test_cells_that_are_not_finite(normalize):
+@pytest.mark.parametrize("sizes", [((7, 8), (9, 7)), ((9, 3), (3, 4))], ids=str)
+def test_cells_that_are_not_finite(sizes, normalize):
+    """In every row and column, with pixels at the centres of cells and without."""
     query_map, key_map = maps(4, (3, 3), (3, 4))
     query_map[1, 0, 2] = torch.nan
     key_map[0, 2, 1] = torch.inf
     query_map[:, 2, 0] = 0
     key_map[:, 0, 3] = 0
-    check(query_map, key_map, (7, 8), (9, 7), normalize)
+    check(query_map, key_map, *sizes, normalize)
+    query_map[1, 1, 0] = key_map[0, 1, 2] = -torch.inf
+    check(query_map, key_map, *sizes, normalize, torch.tensor([[0, 0], [2, 1]]))
     key_map[0] = torch.nan
     assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize)[1] == -1).all())
+
+
+@numeric
+@pytest.mark.parametrize("scale", [1e-15, 1e19, 3e38])
+def test_cosines_of_every_magnitude(scale):
+    query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (2, 3), (3, 2)))
+    query_map[:, 1, 1] *= 1e-3
+    similarity, index = run(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")
+    # Below a norm of 1e-12 cells and pixels are divided by that.
+    values = table(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")[0]
+    rounding = 2e-5 * float(values.abs().amax())
+    torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=rounding)
+    assert bool((values.gather(1, index[:, None])[:, 0] >= values.amax(1) - rounding).all())
 
 
 def test_bands_cover_every_strip_once():
