@@ -235,7 +235,7 @@ BAD_CALLS = {
     ),
     "point sparse": (
         TypeError,
-        "points must be a dense tensor, got one of layout torch.sparse_coo",
+        "points must be dense, got torch.sparse_coo",
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.zeros(1, 1, 2).to_sparse()),
     ),
     "point float8": (
@@ -250,17 +250,17 @@ BAD_CALLS = {
     ),
     "sparse": (
         TypeError,
-        "query_map must be a dense tensor, got one of layout torch.sparse_coo",
+        "query_map must be dense, got torch.sparse_coo",
         lambda a, b: dense_match(a.to_sparse(), b, (8, 8), (8, 8)),
     ),
     "mkldnn": (
         TypeError,
-        "key_map must be a dense tensor, got one of layout torch._mkldnn",
+        "key_map must be dense, got torch._mkldnn",
         lambda a, b: dense_match(a, b.to_mkldnn(), (8, 8), (8, 8)),
     ),
     "nested": (
         TypeError,
-        "query_map must be a dense tensor, got a nested one",
+        "query_map must be dense, got a nested tensor",
         lambda a, b: dense_match(torch.nested.nested_tensor([a[0]]), b, (8, 8), (8, 8)),
     ),
     "float8": (
@@ -271,14 +271,14 @@ BAD_CALLS = {
     "complex": (TypeError, "complex64", lambda a, b: dense_match(a + 0j, b + 0j, (8, 8), (8, 8))),
     "size large": (
         ValueError,
-        r"key_size\[1\] must be at most 2\^20 = 1048576 pixels, got 4611686018427387904",
+        r"key_size\[1\] must be at most 1048576, got 4611686018427387904",
         lambda a, b: dense_match(a, b, (8, 8), (8, 2**62)),
     ),
     "size bool": (ValueError, "got True", lambda a, b: dense_match(a, b, (True, 8), (8, 8))),
     "size NaN": (ValueError, "got nan", lambda a, b: dense_match(a, b, (8, math.nan), (8, 8))),
     "mode tensor": (
         ValueError,
-        '"grid", "pixel" or None, got tensor',
+        '"grid", "pixel" or None, got a tensor',
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize=torch.ones(2)),
     ),
     "mode none": (ValueError, "got 'none'", lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize="none")),

@@ -134,19 +134,6 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.long()
 
 
-def _unit_cells(rows: Tensor) -> Tensor:
-    """:func:`unit_rows`, also where squares pass the range of float64."""
-    if rows.dtype != torch.float64:
-        return unit_rows(rows)
-    exponent = torch.frexp(rows.abs().amax(1, keepdim=True))[1]
-    # Without a value, 0, the exponent is 0; of NaN and infinity it says nothing.
-    near_one = times_power_of_two(rows, -exponent)
-    norm = torch.linalg.vector_norm(near_one, dim=1, keepdim=True)
-    small = times_power_of_two(norm, exponent) < NORM_FLOOR
-    unit = torch.where(small, rows / NORM_FLOOR, near_one / norm)
-    return torch.where(torch.isfinite(rows).all(1, keepdim=True), unit, torch.nan)
-
-
 def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
     """``values * 2**exponent``, exact but for results that leave the range of the dtype.
 
@@ -194,7 +181,7 @@ class Picture(NamedTuple):
 
     def arguments(self) -> tuple[int, int, int, tuple[int, int], bool]:
         """The map as the native core takes it."""
-        return self.tokens.data_ptr(), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
+        return memory.address(self.tokens), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
 
     def axes(self) -> tuple[Axis, Axis]:
         device, dtype = self.tokens.device, self.tokens.dtype
@@ -393,7 +380,7 @@ class _Strips(NamedTuple):
 
     def arguments(self) -> tuple[int, ...]:
         strips = self.low.shape[0]
-        return (self.cells, self.pixels, strips, *(part.data_ptr() for part in self[2:]))
+        return (self.cells, self.pixels, strips, *(memory.address(part) for part in self[2:]))
 
 
 @lru_cache(maxsize=64)
@@ -404,7 +391,7 @@ def cut_strips(cells: int, pixels: int, part: tuple[int, int] | None = None, joi
     give the far cell no weight, which adds nothing where that is finite.
     """
     begin, end = part or (0, pixels)
-    rule = bilinear_axis(torch.arange(begin, end), cells, pixels, torch.float32)
+    rule = bilinear_axis(torch.arange(begin, end, device="cpu"), cells, pixels, torch.float32)
     high = (rule.low + 1).clamp_(max=cells - 1) if joined else rule.high
     _, count = torch.unique_consecutive(rule.low + high, return_counts=True)
     stop = count.cumsum(0)
@@ -432,19 +419,19 @@ class _NativeSearch:
         """
         table, corners, weights = table.contiguous(), corners.int().contiguous(), weights.float().contiguous()
         similarity = memory.new_empty(table, weights.shape[0])
-        index = memory.empty(weights.shape[0], dtype=torch.int64)
+        index = memory.empty(weights.shape[0], dtype=torch.int64, device="cpu")
         _native.require().dense_match_f32(
-            table.data_ptr(),
+            memory.address(table),
             table.shape[0],
             corners.shape[0],
-            corners.data_ptr(),
-            start.data_ptr(),
-            weights.data_ptr(),
+            memory.address(corners),
+            memory.address(start),
+            memory.address(weights),
             self.y.arguments(),
             self.x.arguments(),
-            0 if self.scale is None else self.scale.data_ptr(),
-            similarity.data_ptr(),
-            index.data_ptr(),
+            0 if self.scale is None else memory.address(self.scale),
+            memory.address(similarity),
+            memory.address(index),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )
@@ -486,9 +473,10 @@ def _match_few(
     if 1 not in key.tokens.stride() or 0 in key.tokens.stride():
         key = key._replace(tokens=key.tokens.contiguous())
     at = at.contiguous()
-    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
+    similarity = memory.new_empty(query.tokens, len(at))
+    index = memory.empty(len(at), dtype=torch.int64, device="cpu")
     _native.require().dense_match_points_f32(
-        at.data_ptr(),
+        memory.address(at),
         len(at),
         query.tokens.shape[1],
         query.arguments(),
@@ -497,9 +485,9 @@ def _match_few(
         per_pixel,
         search.y.arguments(),
         search.x.arguments(),
-        0 if search.scale is None else search.scale.data_ptr(),
-        similarity.data_ptr(),
-        index.data_ptr(),
+        0 if search.scale is None else memory.address(search.scale),
+        memory.address(similarity),
+        memory.address(index),
         _TABLE_BUDGET,
         torch.get_num_threads(),
         _env.cpu_isa(),
@@ -525,11 +513,14 @@ def _match_many(search: _NativeSearch, query: Picture, key: Picture, at: Tensor)
     )
     axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
     weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
-    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
+    similarity = memory.new_empty(query.tokens, len(at))
+    index = memory.empty(len(at), dtype=torch.int64, device="cpu")
     # As many rows of query cells at one time as the budget for their similarities allows.
     band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
     for top in range(0, query.grid[0], band):
-        begin, end = torch.searchsorted(group, 4 * width * torch.tensor([top, top + band])).tolist()
+        begin, end = torch.searchsorted(
+            group, torch.tensor([4 * width * top, 4 * width * (top + band)], device="cpu")
+        ).tolist()
         if begin == end:
             continue
         _, sizes = torch.unique_consecutive(group[begin:end], return_counts=True)
@@ -588,7 +579,7 @@ def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: b
         return Picture(tokens, grid, size, exponent=exponent)
     if native:
         return Picture(tokens, grid, size, unnormalized=True)
-    return Picture(_unit_cells(tokens).contiguous(), grid, size)
+    return Picture(unit_rows(tokens).contiguous(), grid, size)
 
 
 def _pictures(
@@ -710,12 +701,11 @@ def dense_match(
         ValueError: for points outside the query picture.
         RuntimeError: if the kernel that was asked for by name cannot run; says why.
     """
-    # Native code and kernels read memory as it is: without the bits that make a view conjugate or negative.
-    query_map, key_map = (part.detach().resolve_conj().resolve_neg() for part in (query_map, key_map))
+    query_map, key_map = library.resolved(query_map), library.resolved(key_map)
     dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
     query_hw, key_hw = (query_size[0], query_size[1]), (key_size[0], key_size[1])
     if points is not None:
-        points = whole_pixels(points.detach().resolve_neg(), query_hw)
+        points = whole_pixels(library.resolved(points), query_hw)
     per_pixel = normalize == "pixel"
     similarity, indices, valid = [], [], []
     with full_matmul_precision():
