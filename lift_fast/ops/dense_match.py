@@ -42,9 +42,9 @@ _STAGES = (8, 64, 512)
 _MOST_SCALED, _MOST_PIXELS = 1 << 24, 1 << 30
 # Powers of two: norms of cells in float32 whose products, and theirs with scales, stay clear of the ends of its range.
 _LEAST_NORM, _MOST_NORM = -40, 60
-# The same for the largest element of a map, for each dtype. Maps beyond are multiplied by the power of two that takes
-# them to the upper end.
-_RANGE = {torch.float32: (-20, 40), torch.float64: (-200, 450)}
+# Of each dtype, to which power of two the largest number of a map is brought, so that products stay clear of both ends;
+# and the largest factor for that.
+_RAISED = {torch.float32: (40, 127), torch.float64: (450, 1000)}
 
 
 class Axis(NamedTuple):
@@ -134,19 +134,9 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.long()
 
 
-def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
-    """``values * 2**exponent``, exact but for results that leave the range of the dtype.
-
-    The exponents, integers of up to 4000 in size and in float32 of up to 360, need not be those of a number.
-    """
-    most = 120 if values.dtype == torch.float32 else 1000
-    exponent = exponent.long()
-    for _ in range(4 if values.dtype == torch.float64 else 3):
-        step = exponent.clamp(-most, most)
-        # From its bits, for no library promises exact powers.
-        values = values * ((step + 1023) << 52).view(torch.float64).to(values.dtype)
-        exponent = exponent - step
-    return values
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64, from its bits, for no library promises exact powers; exponents of up to 1000 in size."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
 class Picture(NamedTuple):
@@ -176,8 +166,7 @@ class Picture(NamedTuple):
     def norm_floor(self) -> float | Tensor:
         if self.exponent is None:
             return NORM_FLOOR
-        floor = torch.full((), NORM_FLOOR, dtype=torch.float64, device=self.tokens.device)
-        return times_power_of_two(floor, self.exponent)
+        return NORM_FLOOR * _power_of_two(self.exponent)
 
     def arguments(self) -> tuple[int, int, int, tuple[int, int], bool]:
         """The map as the native core takes it."""
@@ -558,12 +547,11 @@ def _ordinary(rows: Tensor) -> bool:
 
 
 def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens times a power of two that takes them into the range of their products, and its exponent []."""
-    least, most = _RANGE[tokens.dtype]
-    largest = torch.where(torch.isfinite(tokens), tokens, 0).abs().amax()
-    exponent = torch.frexp(largest)[1]
-    shift = torch.where((largest > 0) & ((exponent < least) | (exponent > most)), most - exponent, 0)
-    return times_power_of_two(tokens, shift), shift
+    """The tokens times a power of two that keeps their products in range, which changes no digit; its exponent []."""
+    top, most = _RAISED[tokens.dtype]
+    exponent = torch.frexp(tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax())[1]
+    shift = (top - exponent).clamp_(max=most)
+    return tokens * _power_of_two(shift).to(tokens.dtype), shift
 
 
 def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = True) -> Picture:
@@ -719,7 +707,10 @@ def dense_match(
                 values, index = _match(query, key, at, per_pixel, exhaustive, backend)
                 good = index >= 0
             if not per_pixel and query.exponent is not None and key.exponent is not None:
-                values = times_power_of_two(values.double(), -(query.exponent.long() + key.exponent))
+                # In two steps, of which neither need leave the range for the result to stay in it.
+                whole = -(query.exponent + key.exponent)
+                half = whole // 2
+                values = values.double() * _power_of_two(half) * _power_of_two(whole - half)
             similarity.append(values.to(dtype))
             indices.append(index)
             valid.append(good)

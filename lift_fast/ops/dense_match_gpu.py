@@ -92,15 +92,20 @@ def _axes(picture: Picture, joined: bool = False) -> tuple[Strips, Strips]:
     return y, _strips(width, pixels_x, device, None, joined)[0]
 
 
+@lru_cache(maxsize=4096)
+def _joins(grid: tuple[int, int], size: tuple[int, int], part: tuple[int, int] | None) -> bool:
+    """Whether joined strips are far fewer. Even enlargements have one beyond each outermost centre alone."""
+    axes = cut_strips(grid[0], size[0], part), cut_strips(grid[1], size[1])
+    return any(axis.low.shape[0] > axis.cells + 1 + axis.cells // 4 for axis in axes)
+
+
 def _ways(query: Picture, key: Picture, backend: str) -> list[tuple[bool, dict[str, Any]]]:
     """How to launch a search: whether strips are joined, and what else the launcher is told.
 
     Where pixels lie at the centres of cells, strips of a single cell are up to half of all: they are joined to others
     where every cell is finite, which the device alone knows. So there are two launches, one of which does nothing.
     """
-    every = (*_axes(query), *_axes(key))
-    # Even enlargements have one beyond each outermost centre alone.
-    if backend != "cuda" or all(axis.count <= axis.cells + 1 + axis.cells // 4 for axis in every):
+    if backend != "cuda" or not (_joins(query.grid, query.size, None) or _joins(key.grid, key.size, key.part)):
         return [(False, {})]
     finite = torch.isfinite(query.tokens.sum() + key.tokens.sum()).int()
     return [(joined, {"when": dense_match_cuda.When(finite, joined)}) for joined in (True, False)]
