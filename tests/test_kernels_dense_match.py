@@ -34,7 +34,7 @@ def maps(channels, query_grid, key_grid):
 
 def run(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     query, key = (
-        op._picture(cells.to(DEVICE), size, normalize, True)
+        op._picture(cells.to(DEVICE), size, normalize, True, scaled=normalize == "pixel")
         for cells, size in ((query_map, query_size), (key_map, key_size))
     )
     assert dense_match_gpu.fits(query, key)[0]

@@ -554,7 +554,7 @@ def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens * _power_of_two(shift).to(tokens.dtype), shift
 
 
-def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = True) -> Picture:
+def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = False) -> Picture:
     """Prepare one map ``[C, h, w]``, cast already; ``scaled``: see :func:`_in_range`."""
     grid = (cells.shape[1], cells.shape[2])
     tokens = cells.flatten(1).t()
