@@ -51,8 +51,8 @@ def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     return whole
 
 
-def check_size(name: str, size: Any) -> list[int]:
-    """``size`` as [height, width], each from 1 to 2^30.
+def check_size(name: str, size: Any, most: int = _MOST_SIDE) -> list[int]:
+    """``size`` as [height, width], each from 1 to ``most``.
 
     Raises:
         ValueError: names what came.
@@ -62,7 +62,7 @@ def check_size(name: str, size: Any) -> list[int]:
     except Exception:
         # Whatever an object says that does not come in two.
         raise ValueError(f"{name} must be (H, W), two whole numbers, got {shown(size)}") from None
-    return [check_whole(f"{name}[0]", height, 1, _MOST_SIDE), check_whole(f"{name}[1]", width, 1, _MOST_SIDE)]
+    return [check_whole(f"{name}[0]", height, 1, most), check_whole(f"{name}[1]", width, 1, most)]
 
 
 def check_flag(name: str, value: object) -> bool:

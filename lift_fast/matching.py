@@ -16,6 +16,8 @@ from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Matches that may be asked for of however few keys.
 _MOST_MATCHES = 1 << 16
+# Pixels along one side of a picture, and pixels of a query picture all of which are matched.
+_MOST_SIDE, _MOST_QUERIES = 1 << 20, 1 << 31
 
 
 class Window(NamedTuple):
@@ -154,15 +156,23 @@ def dense_match(
     The descriptor of a pixel is the bilinear interpolation (align_corners=False) of its map; the match of a query
     pixel is the key pixel with the largest dot product, the lowest row-major one among equals. Exact for every size.
     A pixel whose interpolation touches a cell with NaN or infinity takes no part: it is never chosen, and as a query
-    gets xy (-1, -1), similarity -inf and ``valid`` False. Zero cells have similarity 0. No gradients.
+    gets xy (-1, -1), similarity -inf and ``valid`` False. It touches the cells that have a weight above zero: up to
+    four, at a cell's centre that one alone, and beyond the outermost centres those of the border. Zero cells have
+    similarity 0. No gradients.
+
+    Finite maps of every magnitude are matched. With ``normalize=None`` a similarity beyond the range of its dtype is
+    inf or -inf, its match right and valid. On a GPU, products of cells that are 2^100 times smaller than the largest
+    ones (2^900 in float64, there on the CPU, too) count as zero with ``"pixel"`` and None.
 
     Args:
-        query_map, key_map: ``[B, C, h, w]``, floating point, same B, C, dtype and device; grids may differ.
-        query_size, key_size: ``(H, W)`` in pixels.
+        query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
+        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Larger key pictures than 2^30 pixels, with
+            ``"pixel"`` than 2^24, are searched in parts.
         points: ``[B, P, 2]`` (x, y) pixels of the query picture, rounded down to whole pixels; None for every pixel
-            in row-major order (``P = H * W``).
+            in row-major order (``P = H * W``), of fewer than 2^31.
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
-            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are.
+            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are. Divisors are
+            norms or 1e-12, if that is larger.
         mutual: valid only where the matched pixel's own best query pixel is the one it came from.
 
     Returns:
@@ -181,11 +191,22 @@ def dense_match(
     if normalize is not None and (not isinstance(normalize, str) or normalize not in ("grid", "pixel")):
         raise ValueError(f'normalize must be "grid", "pixel" or None, got {shown(normalize)}')
     mutual = check_flag("mutual", mutual)
-    query_hw, key_hw = check_size("query_size", query_size), check_size("key_size", key_size)
+    query_hw = check_size("query_size", query_size, _MOST_SIDE)
+    key_hw = check_size("key_size", key_size, _MOST_SIDE)
     if points is not None:
         _check_points(points, query_map)
+    elif query_hw[0] * query_hw[1] >= _MOST_QUERIES:
+        raise ValueError(
+            f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match them all: pass points"
+        )
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
-        query_map.detach(), key_map.detach(), query_hw, key_hw, points, normalize or "none", mutual
+        query_map.detach(),
+        key_map.detach(),
+        query_hw,
+        key_hw,
+        None if points is None else points.detach(),
+        normalize or "none",
+        mutual,
     )
     return DenseMatches(similarity, xy, valid)
 

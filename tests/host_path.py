@@ -63,7 +63,8 @@ def matching(backend):
             dense_match_gpu.match_gpu(picture, picture, at, False, backend)
         if backend == "cuda":
             axes = dense_match_gpu._axes(picture)
-            dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, torch.zeros(40 * 48, dtype=torch.int64))
+            index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
+            dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, index, valid)
 
     return run
 

@@ -222,14 +222,115 @@ BAD_CALLS = {
         "bool",
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.ones(1, 1, 2).bool()),
     ),
+    "point list": (TypeError, "got list", lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=[[[1, 1]]])),
+    "point infinite": (
+        ValueError,
+        "inf",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.full((1, 1, 2), math.inf)),
+    ),
+    "point beyond every picture": (
+        ValueError,
+        str(2**62),
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.full((1, 1, 2), 2**62)),
+    ),
+    "point sparse": (
+        TypeError,
+        "points must be dense, got torch.sparse_coo",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.zeros(1, 1, 2).to_sparse()),
+    ),
+    "point float8": (
+        TypeError,
+        "float8_e5m2",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.zeros(1, 1, 2).to(torch.float8_e5m2)),
+    ),
+    "point elsewhere": (
+        ValueError,
+        "points are on meta, the maps on cpu",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.zeros(1, 1, 2, device="meta")),
+    ),
+    "sparse": (
+        TypeError,
+        "query_map must be dense, got torch.sparse_coo",
+        lambda a, b: dense_match(a.to_sparse(), b, (8, 8), (8, 8)),
+    ),
+    "mkldnn": (
+        TypeError,
+        "key_map must be dense, got torch._mkldnn",
+        lambda a, b: dense_match(a, b.to_mkldnn(), (8, 8), (8, 8)),
+    ),
+    "nested": (
+        TypeError,
+        "query_map must be dense, got a nested tensor",
+        lambda a, b: dense_match(torch.nested.nested_tensor([a[0]]), b, (8, 8), (8, 8)),
+    ),
+    "float8": (
+        TypeError,
+        "float8_e4m3fn",
+        lambda a, b: dense_match(a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), (8, 8), (8, 8)),
+    ),
+    "complex": (TypeError, "complex64", lambda a, b: dense_match(a + 0j, b + 0j, (8, 8), (8, 8))),
+    "size large": (
+        ValueError,
+        r"key_size\[1\] must be at most 1048576, got 4611686018427387904",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 2**62)),
+    ),
+    "size bool": (ValueError, "got True", lambda a, b: dense_match(a, b, (True, 8), (8, 8))),
+    "size NaN": (ValueError, "got nan", lambda a, b: dense_match(a, b, (8, math.nan), (8, 8))),
+    "mode tensor": (
+        ValueError,
+        '"grid", "pixel" or None, got a tensor',
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize=torch.ones(2)),
+    ),
+    "mode none": (ValueError, "got 'none'", lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize="none")),
+    "mutual": (
+        TypeError,
+        "mutual must be True or False, got 1",
+        lambda a, b: dense_match(a, b, (8, 8), (8, 8), mutual=1),
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_input_is_named(case):
     error, message, call = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call(*MAPS)
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize("points", [None, torch.tensor([[[0, 0], [7, 5]]])], ids=["every", "few"])
+def test_views_that_are_lazily_negative_or_repeat_their_memory(points, normalize, native, monkeypatch):
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", native)
+    negative = torch.randn(2, 1, 3, 4, 4, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    for views in (
+        negative,
+        torch.randn(2, 1, 1, 4, 4).expand(2, 1, 3, 4, 4),
+        torch.randn(2, 1, 3, 1, 4).expand(2, 1, 3, 4, 4),
+    ):
+        copies = views.clone().contiguous().resolve_neg()
+        for one, other in ((views[0], copies[1]), (copies[0], views[1])):
+            ours = dense_match(one, other, (6, 8), (5, 9), points=points, normalize=normalize)
+            expected = dense_match(copies[0], copies[1], (6, 8), (5, 9), points=points, normalize=normalize)
+            torch.testing.assert_close(ours.similarity, expected.similarity)
+            # Where all pixels are alike, rounding may choose.
+            assert torch.equal(ours.xy, expected.xy) or views is not negative
+    at = torch._neg_view(-points) if points is not None else None
+    lazily = dense_match(*copies, (6, 8), (5, 9), points=at, normalize=normalize)
+    assert torch.equal(lazily.xy, dense_match(*copies, (6, 8), (5, 9), points=points, normalize=normalize).xy)
+
+
+@pytest.mark.parametrize("mutual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_maps_without_content_give_results_without(dtype, mutual):
+    maps = torch.empty(2, 1, 3, 4, 4, dtype=dtype, device="meta")
+    for points, count in ((None, 48), (torch.empty(1, 5, 2, device="meta"), 5)):
+        result = dense_match(*maps, (6, 8), (5, 9), points=points, mutual=mutual)
+        assert [part.shape for part in result] == [(1, count), (1, count, 2), (1, count)]
+        assert {part.device.type for part in result} == {"meta"}
+        assert result.similarity.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("points", [None, torch.tensor([[[0, 0], [7, 5]]])])

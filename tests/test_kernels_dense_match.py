@@ -34,7 +34,7 @@ def maps(channels, query_grid, key_grid):
 
 def run(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     query, key = (
-        op._picture(cells.to(DEVICE), size, normalize, True)
+        op._picture(cells.to(DEVICE), size, normalize, True, scaled=normalize == "pixel")
         for cells, size in ((query_map, query_size), (key_map, key_size))
     )
     assert dense_match_gpu.fits(query, key)[0]
@@ -48,14 +48,18 @@ def table(query_map, key_map, query_size, key_size, normalize):
 
     def descriptors(cells, size):
         cells = cells.double()
+        # What is not finite spoils the pixels in which it has weight.
+        bad = ~torch.isfinite(cells).all(0, keepdim=True)
+        cells = torch.where(bad, 0.0, cells)
         if normalize == "grid":
             cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
         # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale = (
+        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale, spoiled = (
             F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest)
+            for part in (cells, longest, bad.double())
         )
+        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
         if normalize == "pixel":
             norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
             wide, scale = wide / norm, scale / norm
@@ -142,15 +146,32 @@ def test_flat_pictures_go_to_the_first_pixel(normalize):
 
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
-def test_cells_that_are_not_finite(normalize):
+@pytest.mark.parametrize("sizes", [((7, 8), (9, 7)), ((9, 3), (3, 4))], ids=str)
+def test_cells_that_are_not_finite(sizes, normalize):
+    """In every row and column, with pixels at the centres of cells and without."""
     query_map, key_map = maps(4, (3, 3), (3, 4))
     query_map[1, 0, 2] = torch.nan
     key_map[0, 2, 1] = torch.inf
     query_map[:, 2, 0] = 0
     key_map[:, 0, 3] = 0
-    check(query_map, key_map, (7, 8), (9, 7), normalize)
+    check(query_map, key_map, *sizes, normalize)
+    query_map[1, 1, 0] = key_map[0, 1, 2] = -torch.inf
+    check(query_map, key_map, *sizes, normalize, torch.tensor([[0, 0], [2, 1]]))
     key_map[0] = torch.nan
     assert bool((run(query_map, key_map, (3, 2), (4, 3), normalize)[1] == -1).all())
+
+
+@numeric
+@pytest.mark.parametrize("scale", [1e-15, 1e19, 3e38])
+def test_cosines_of_every_magnitude(scale):
+    query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (2, 3), (3, 2)))
+    query_map[:, 1, 1] *= 1e-3
+    similarity, index = run(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")
+    # Below a norm of 1e-12 cells and pixels are divided by that.
+    values = table(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")[0]
+    rounding = 2e-5 * float(values.abs().amax())
+    torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=rounding)
+    assert bool((values.gather(1, index[:, None])[:, 0] >= values.amax(1) - rounding).all())
 
 
 def test_bands_cover_every_strip_once():

@@ -452,7 +452,7 @@ def test_points_refuse_bad_arguments(changes, message):
         torch.empty(2),
         torch.empty(2).long(),
     )
-    axis = op._cut_strips(2, 4).arguments()
+    axis = op.cut_strips(2, 4).arguments()
     arguments = {
         "points": points.data_ptr(),
         "count": 2,

@@ -55,6 +55,10 @@ def axis(parts):
     )
 
 
+def condition(flag, wanted):
+    return raw(flag, 4) + struct.pack("<q", wanted)
+
+
 def picture(y, x, scale):
     patches = y[2] * x[2]
     counts = (y[1] * x[1], patches, patches, y[1] * x[2])
@@ -91,27 +95,28 @@ class Emulation:
             ctypes.memmove(address, answer, size)
 
     def dense_match_groups(
-        self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, device, stream
+        self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, when, device, stream
     ):
         content = raw(table, 4 * rows * key_y[0] * key_x[0]) + struct.pack("<q", rows)
         content += picture(key_y, key_x, key_scale) + axis(query_y) + axis(query_x) + struct.pack("<7q", *band)
         pixels = query_y[1] * query_x[1]
-        content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels)
+        content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels) + condition(*when)
         self.run(b"g", content, (similarity, 4 * pixels), (index, 8 * pixels))
 
-    def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, device, stream):
+    def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, when, device, stream):
         content = raw(table, 4 * points * key_y[0] * key_x[0]) + struct.pack("<q", points)
         content += picture(key_y, key_x, key_scale)
+        content += raw(similarity, 4 * points) + raw(index, 8 * points) + condition(*when)
         self.run(b"p", content, (similarity, 4 * points), (index, 8 * points))
 
     def dense_match_mutual(
-        self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, scratch, words, device, stream
+        self, table, query_y, query_x, query_scale, key_y, key_x, index, valid, scratch, words, when, device, stream
     ):
         query_cells, key_cells = query_y[0] * query_x[0], key_y[0] * key_x[0]
         pixels = query_y[1] * query_x[1]
         content = raw(table, 4 * query_cells * key_cells) + picture(query_y, query_x, query_scale)
         content += axis(key_y) + axis(key_x) + raw(index, 8 * pixels)
-        content += struct.pack("<q", words)
+        content += raw(valid, pixels) + struct.pack("<q", words) + condition(*when)
         assert not any(ctypes.string_at(scratch, 4 * words))
         self.run(b"m", content, (valid, pixels))
 
@@ -144,14 +149,18 @@ def brute_force(query_map, key_map, query_size, key_size, normalize):
 
     def descriptors(cells, size):
         cells = cells.double()
+        # What is not finite spoils the pixels in which it has weight.
+        bad = ~torch.isfinite(cells).all(0, keepdim=True)
+        cells = torch.where(bad, 0.0, cells)
         if normalize == "grid":
             cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
         # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.nan_to_num(0, 0, 0).norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale = (
+        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
+        wide, scale, spoiled = (
             F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest)
+            for part in (cells, longest, bad.double())
         )
+        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
         if normalize == "pixel":
             norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
             wide, scale = wide / norm, scale / norm
@@ -208,8 +217,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_brute_force(shape, normalize, emulation):
     check(*maps(7, *shape[:2]), *shape[2:], normalize)
-    # One table served the search and the mutual check.
-    assert emulation.calls == [b"g", b"m"]
+    # One table served the search and the mutual check, which two launches of each may share.
+    assert emulation.calls in ([b"g", b"m"], [b"g", b"m"] * 2)
 
 
 @numeric
@@ -281,12 +290,12 @@ def test_bands(normalize, emulation, monkeypatch):
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
-    assert emulation.calls == [b"g", b"g", b"p", b"p"]
+    assert emulation.calls == [b"g"] * 2 + [b"p"] * 4
 
 
 @numeric
 def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
-    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 11)
+    monkeypatch.setattr(dense_match_cuda, "MOST_MUTUAL_GROUP", 8)
     query_map, key_map = maps(3, (2, 2), (2, 2))
     check(query_map, key_map, (7, 7), (5, 5))
     assert b"m" not in emulation.calls
@@ -311,7 +320,7 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     """As a zero vector's products are; wherever the first of them lies among the lanes."""
     picture = op.Picture(torch.randn(40, 3), (5, 8), (23, 41))
     axes = dense_match_gpu._axes(picture)
-    scales = dense_match_gpu._scales(picture, axes) if normalize == "pixel" else None
+    scales = dense_match_gpu._scales(picture.inverse_norms() if normalize == "pixel" else None, axes)
     table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
     dense_match_cuda.match(table, axes, scales, similarity, index)
@@ -319,8 +328,9 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     assert similarity.tolist() == [0.0] * 6
     query = op.Picture(torch.zeros(4, 3), (2, 2), (3, 2))
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
-    whole = dense_match_gpu.Band((0, 2), (0, 2), 0, 0, 2)
-    dense_match_cuda.match(table[:4], axes, scales, similarity, index, dense_match_gpu._axes(query), whole)
+    query_axes = dense_match_gpu._axes(query)
+    whole = dense_match_gpu.Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, 2)
+    dense_match_cuda.match(table[:4], axes, scales, similarity, index, query_axes, whole)
     assert index.tolist() == [0] * 6
 
 
@@ -359,13 +369,18 @@ def test_a_picture_matches_itself(normalize, emulation):
 
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
-def test_cells_that_are_not_finite(normalize, emulation):
-    query_map, key_map = maps(4, (3, 3), (3, 4))
-    query_map[1, 0, 2] = torch.nan
-    key_map[0, 2, 1] = torch.inf
-    query_map[:, 2, 0] = 0
-    key_map[:, 0, 3] = 0
-    check(query_map, key_map, (7, 8), (9, 7), normalize)
+@pytest.mark.parametrize("sizes", [((7, 8), (9, 7)), ((9, 3), (15, 20)), ((3, 3), (3, 4)), ((2, 15), (1, 3))], ids=str)
+def test_cells_that_are_not_finite(sizes, normalize, emulation):
+    """In every row and column, with pixels at the centres of cells and without."""
+    for y, x in ((0, 2), (1, 0), (2, 1)):
+        query_map, key_map = maps(4, (3, 3), (3, 4))
+        query_map[1, y, x] = torch.nan
+        key_map[0, 2 - y, x + 1] = torch.inf
+        query_map[:, x, 2 - y] = 0
+        key_map[:, 0, 0] = 0
+        check(query_map, key_map, *sizes, normalize)
+        check(query_map, key_map, *sizes, normalize, torch.tensor([[0, 0]]))
+        check(key_map, query_map, *sizes[::-1], normalize)
     key_map[0] = torch.nan
     _, index, valid = run(query_map, key_map, (3, 2), (4, 3), normalize)
     assert bool((index == -1).all())
@@ -374,16 +389,56 @@ def test_cells_that_are_not_finite(normalize, emulation):
 
 
 @numeric
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulation):
+    """Three pixels to a cell: of two launches of each kernel one does nothing."""
+    query_map, key_map = maps(4, (3, 4), (4, 3))
+    sizes = (9, 12), (12, 9)
+    points = torch.tensor([[4, 4], [0, 8]])
+    check(query_map, key_map, *sizes, normalize)
+    check(query_map, key_map, *sizes, normalize, points)
+    assert emulation.calls == [b"g", b"m"] * 2 + [b"p"] * 4
+    query = op.Picture(torch.zeros(12, 2), (3, 4), (9, 12))
+    assert [axis.count for axis in dense_match_gpu._axes(query)] == [5, 7]
+    assert [axis.count for axis in dense_match_gpu._axes(query, True)] == [3, 4]
+    query_map[1, 1, 2] = key_map[0, 2, 1] = torch.nan
+    check(query_map, key_map, *sizes, normalize)
+    check(query_map, key_map, *sizes, normalize, points)
+
+
+@numeric
+@pytest.mark.parametrize("normalize", PROTOCOLS)
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e19, 3e38])
+def test_magnitudes(scale, normalize, emulation):
+    """Products that float32 cannot hold; a cell of another magnitude in their midst."""
+    query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (3, 3), (3, 4)))
+    query_map[:, 1, 1] *= 1e-3
+    key_map[:, 0, 3] *= 1e-5
+    large = query_map * scale, key_map * scale
+    similarity, index, _ = run(*large, (7, 8), (9, 7), normalize)
+    if normalize == "none":
+        values = brute_force(query_map, key_map, (7, 8), (9, 7), normalize)[0]
+        torch.testing.assert_close(similarity, (values.amax(1) * scale * scale).float(), rtol=1e-5, atol=1e-30)
+    else:
+        # Below a norm of 1e-12 cells and pixels are divided by that.
+        values = brute_force(*large, (7, 8), (9, 7), normalize)[0]
+        most = float(values.abs().amax())
+        torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=2e-5 * most)
+    chosen = values.gather(1, index[:, None])[:, 0]
+    assert bool((chosen >= values.amax(1) - 2e-5 * float(values.abs().amax())).all())
+
+
+@numeric
 def test_what_overflows_takes_no_part(emulation):
-    query_map, key_map = torch.full((1, 2, 2), 1e19), torch.full((1, 2, 3), 3e19)
-    key_map[0, 0, 2] = -3e19
-    similarity, index, _ = run(query_map, key_map, (3, 3), (5, 7), "none")
-    assert bool((similarity <= 3.1e38).all())
-    assert bool((index >= 0).all())
-    similarity, index, valid = run(query_map * 2, key_map, (3, 3), (5, 7), "none")
-    assert bool((similarity == -torch.inf).all())
-    assert bool((index == -1).all())
-    assert not bool(valid.any())
+    """A table that no maps make: between similarities of either sign the slope is infinite."""
+    picture = op.Picture(torch.zeros(6, 3), (2, 3), (5, 7))
+    table = torch.full((1, 6), 3e38)
+    table[0, 2] = -3e38
+    similarity, index = torch.empty(1), torch.empty(1, dtype=torch.int64)
+    dense_match_cuda.match(table, dense_match_gpu._axes(picture), None, similarity, index)
+    assert (float(similarity), int(index)) == (float(torch.tensor(3e38)), 0)
+    dense_match_cuda.match(table * 2, dense_match_gpu._axes(picture), None, similarity, index)
+    assert (float(similarity), int(index)) == (-torch.inf, -1)
 
 
 @numeric
@@ -425,7 +480,9 @@ MUTUAL = {
 
 def call(kind, **changes):
     arguments = {"groups": GROUPS, "points": POINTS, "mutual": MUTUAL}[kind]
-    getattr(_native.require(), f"dense_match_{kind}")(**{**arguments, "device": 0, "stream": 0, **changes})
+    getattr(_native.require(), f"dense_match_{kind}")(
+        **{**arguments, "when": (0, True), "device": 0, "stream": 0, **changes}
+    )
 
 
 def axis_with(**changes):
@@ -445,7 +502,7 @@ def axis_with(**changes):
         ({"key_x": axis_with(pixels=1 << 40)}, "key is too large"),
         ({"key_x": axis_with(cells=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
         ({"key_x": axis_with(pixels=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
-        ({"key_x": axis_with(strips=4)}, "key cannot have 4 strips of up to 6 pixels"),
+        ({"key_x": axis_with(strips=6)}, "key cannot have 6 strips of up to 6 pixels"),
         ({"key_x": axis_with(longest=10)}, "key cannot have 3 strips of up to 10 pixels"),
         ({"key_y": axis_with(low=0)}, "key low is null"),
         ({"key_y": axis_with(high=0)}, "key high is null"),
@@ -455,6 +512,8 @@ def axis_with(**changes):
         ({"table": 6}, "table must be aligned to 4 bytes"),
         ({"index": 0}, "index is null"),
         ({"index": 4}, "index must be aligned to 8 bytes"),
+        ({"when": (6, True)}, "flag must be aligned to 4 bytes"),
+        ({"when": (0,)}, "expected a condition .* got a tuple of 1"),
         ({"device": -1}, "device -1 does not exist"),
     ],
 )
@@ -522,14 +581,18 @@ def test_tensors_that_do_not_fit_are_refused():
         (0, torch.zeros(6, 4).t(), r"table must be contiguous, got strides \(1, 4\)"),
         (3, torch.zeros(3), r"similarity must be \[4\]"),
         (4, torch.zeros(4, dtype=torch.int32), r"index must be \[4\] torch\.int64"),
-        (1, (axes[0]._replace(first=axes[0].first[1:]), axes[1]), r"key y first must be \[3\]"),
+        (1, (axes[0]._replace(first=axes[0].first[1:]), axes[1]), r"key y first must be \[4\]"),
     ):
         with pytest.raises(ValueError, match=message):
             dense_match_cuda.match(*good[:position], wrong, *good[position + 1 :])
     with pytest.raises(ValueError, match=r"table must be \[6, 6\]"):
-        dense_match_cuda.mutual(torch.zeros(6, 5), axes, None, axes, torch.zeros(35, dtype=torch.int64))
+        dense_match_cuda.mutual(torch.zeros(6, 5), axes, None, axes, torch.zeros(35).long(), torch.zeros(35).bool())
     with pytest.raises(ValueError, match=r"index must be \[35\]"):
-        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(34, dtype=torch.int64))
+        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(34).long(), torch.zeros(35).bool())
+    with pytest.raises(ValueError, match=r"valid must be \[35\]"):
+        dense_match_cuda.mutual(torch.zeros(6, 6), axes, None, axes, torch.zeros(35).long(), torch.zeros(34).bool())
+    with pytest.raises(ValueError, match=r"flag must be \[\] torch\.int32"):
+        dense_match_cuda.match(*good, when=dense_match_cuda.When(torch.zeros(()), True))
 
 
 class TestChoice:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -32,6 +33,30 @@ void check(const DenseMatchAxis& axis, const std::string& name) {
   }
 }
 
+// Strips with those of a single cell, its centre and what lies beyond the outermost ones, joined to the strip that begins
+// there: fewer patches. The far cell has no weight at such pixels, so nothing changes where all cells are finite.
+struct JoinedAxis {
+  std::vector<std::int32_t> low, high, first;
+
+  explicit JoinedAxis(DenseMatchAxis& axis) {
+    for (std::int64_t s = 0; s < axis.strips; ++s) {
+      const bool joins = s > 0 && axis.low[s] == low.back() && axis.low[s] == high.back();
+      if (joins) {
+        high.back() = axis.high[s];
+        continue;
+      }
+      low.push_back(axis.low[s]);
+      high.push_back(axis.high[s]);
+      first.push_back(axis.first[s]);
+    }
+    first.push_back(axis.first[axis.strips]);
+    axis.strips = static_cast<std::int64_t>(low.size());
+    axis.low = low.data();
+    axis.high = high.data();
+    axis.first = first.data();
+  }
+};
+
 }  // namespace
 
 void dense_match_run(DenseMatchCall call, CpuIsa isa) {
@@ -54,6 +79,14 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
     for (int i = 0; i < 4; ++i) {
       require(call.corners[4 * g + i] >= 0 && call.corners[4 * g + i] < call.rows, "a group names a row that does not exist");
     }
+  }
+
+  // A key cell that is not finite shows in every row.
+  const std::int64_t cells = call.y.cells * call.x.cells;
+  std::optional<JoinedAxis> joined_y, joined_x;
+  if (std::all_of(call.table, call.table + cells, [](float value) { return std::isfinite(value); })) {
+    joined_y.emplace(call.y);
+    joined_x.emplace(call.x);
   }
 
   // Widest vectors, whatever the instruction set.

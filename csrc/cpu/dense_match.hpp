@@ -11,11 +11,11 @@
 
 namespace lift_fast {
 
-// How one axis of the key picture is cut: strips of pixels between two neighbouring cells.
+// How one axis of the key picture is cut: strips of pixels between two neighbouring cells, or at one alone.
 struct DenseMatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;    // [strips] cell on the near side
-  const std::int32_t* high;   // [strips] cell on the far side; low itself at the border
+  const std::int32_t* high;   // [strips] cell on the far side; low itself where that has no weight
   const std::int32_t* first;  // [strips + 1] first pixel of each strip, ascending from 0; the last is `pixels`
   const float* weight;        // [pixels] share of the far cell
 };

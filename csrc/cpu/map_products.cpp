@@ -1,5 +1,6 @@
 #include "map_products.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -29,13 +30,13 @@ struct Neighbours {
   float weight;  // of the higher one
 };
 
-// In float64: far from the origin float32 would leave the weight only a few correct digits.
+// Times 2 * pixels and so in whole numbers, which tell exactly where a pixel has a cell's centre: there the other cell,
+// of weight zero, is none of its own.
 Neighbours neighbours(std::int64_t pixel, std::int64_t cells, std::int64_t pixels) {
-  const double scale = static_cast<double>(cells) / static_cast<double>(pixels);
-  const double last = static_cast<double>(cells - 1);
-  const double source = std::fmin(std::fmax((static_cast<double>(pixel) + 0.5) * scale - 0.5, 0.0), last);
-  const std::int64_t low = static_cast<std::int64_t>(source);
-  return {low, low + 1 < cells ? low + 1 : low, static_cast<float>(source - static_cast<double>(low))};
+  const std::int64_t whole = 2 * pixels;
+  const std::int64_t source = std::clamp<std::int64_t>((2 * pixel + 1) * cells - pixels, 0, whole * (cells - 1));
+  const std::int64_t low = source / whole, rest = source % whole;
+  return {low, rest > 0 ? low + 1 : low, static_cast<float>(static_cast<double>(rest) / static_cast<double>(whole))};
 }
 
 // 1 / max(norm, 1e-12), the norm in float64 so that it cannot overflow; NaN for what is not finite.
@@ -67,7 +68,7 @@ void sample_point(const MapSampleCall& call, std::int64_t point, float* room) {
     for (int i = 0; i < 4; ++i) from[i][k] = channel[cells[i] * call.cell_stride];
   }
   double factors[4];
-  // A cell that is not finite spoils the point, also with a weight of zero.
+  // Where a weight is zero, its cell is one with the other: what is not finite spoils the points that it has a part in.
   for (int i = 0; i < 4; ++i) factors[i] = weights[i] * (call.normalize_cells ? inverse_norm(from[i], call.c) : 1.0);
   float* to = call.descriptors + point * call.c;
   for (std::int64_t k = 0; k < call.c; ++k) {
@@ -87,6 +88,9 @@ void map_sample_run(const MapSampleCall& call) {
   require(call.count < limit && call.c < limit, "at most 2^31 - 1 of each");
   require(call.grid_h > 0 && call.grid_w > 0 && call.height > 0 && call.width > 0, "a map and a picture have sides");
   require(call.grid_h < limit / call.grid_w && call.height < limit && call.width < limit, "the map is too large");
+  // Room for the products of sides in 64 bits.
+  constexpr std::int64_t most = std::int64_t{1} << 60;
+  require(call.grid_h < most / call.height && call.grid_w < most / call.width, "map and picture are too large");
   require(call.threads >= 1, "threads must be at least 1");
   if (call.count == 0 || call.c == 0) return;
   require(call.points != nullptr && call.map != nullptr && call.descriptors != nullptr,

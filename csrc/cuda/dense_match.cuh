@@ -97,6 +97,7 @@ struct GroupParams {
   bool aligned;
   float* similarity;
   std::int64_t* index;
+  MatchWhen when;
 };
 
 struct PointParams {
@@ -104,6 +105,7 @@ struct PointParams {
   PictureParams key;
   float* similarity;
   std::int64_t* index;
+  MatchWhen when;
 };
 
 struct MutualParams {
@@ -115,6 +117,7 @@ struct MutualParams {
   int* count;  // of the candidates
   Candidate* candidates;
   int rows;  // of the table that a block judges
+  MatchWhen when;
 };
 
 inline AxisParams axis_params(const MatchAxis& axis) {
@@ -144,11 +147,12 @@ inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& l
   params.aligned = rows_aligned(call);
   params.similarity = call.similarity;
   params.index = call.index;
+  params.when = call.when;
   return params;
 }
 
 inline PointParams point_params(const PointMatchCall& call) {
-  return {call.table, picture_params(call.key), call.similarity, call.index};
+  return {call.table, picture_params(call.key), call.similarity, call.index, call.when};
 }
 
 inline MutualParams mutual_params(const MutualMatchCall& call) {
@@ -164,6 +168,7 @@ inline MutualParams mutual_params(const MutualMatchCall& call) {
   params.candidates = reinterpret_cast<Candidate*>(call.scratch + kCandidateWords);
   const std::int64_t cells = call.key_y.cells * call.key_x.cells;
   params.rows = cells <= 4096 ? 4 : cells <= 8192 ? 2 : 1;
+  params.when = call.when;
   return params;
 }
 
@@ -183,6 +188,9 @@ inline MatchLaunch judge_launch(const MutualMatchCall& call) {
   return {(query_cells + rows - 1) / rows, kJudgeThreads / 32, 4 * rows * (key_cells + 2), 1, true};
 }
 
+__device__ __forceinline__ bool runs(const MatchWhen& when) {
+  return when.flag == nullptr || (*when.flag != 0) == when.wanted;
+}
 __device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 // Zero, or NaN if the value is not finite.
@@ -394,6 +402,13 @@ class GroupMatcher {
     return scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, bound, slack_);
   }
 
+  // The strip that begins at a cell, if all are as long; else one about there. Beside the strips between two cells there
+  // is one of pixels beyond the first centre and one beyond the last, or one at each centre.
+  static __device__ __forceinline__ int strip_at(const AxisParams& axis, int cell) {
+    const int strip = static_cast<int>(std::int64_t{cell} * (axis.strips - 1) / axis.cells) + 1;
+    return strip < axis.strips ? strip : axis.strips - 1;
+  }
+
   // The most promising patch around the best key cell of a query cell.
   __device__ __forceinline__ void visit_seed(int seed) {
     int best = kNoSeed, cell = 0;
@@ -404,9 +419,7 @@ class GroupMatcher {
     }
     if (best == kNoSeed) return;
     const AxisParams &y = p_.key.y, &x = p_.key.x;
-    // As many strips as cells, or some for fewer pixels than cells: then about there.
-    const int near_y = static_cast<int>(std::int64_t{cell / x.cells} * y.strips / y.cells);
-    const int near_x = static_cast<int>(std::int64_t{cell % x.cells} * x.strips / x.cells);
+    const int near_y = strip_at(y, cell / x.cells), near_x = strip_at(x, cell % x.cells);
     const int strip_y = near_y - (lane_ / 2) % 2, strip_x = near_x - lane_ % 2;
     float bound = as_float(0x7fffffff);
     if (strip_y >= 0 && strip_x >= 0) {
@@ -553,6 +566,7 @@ template <bool kScale, bool kStaged>
 __global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
     match_groups_kernel(const LIFT_FAST_GRID_CONSTANT GroupParams params) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(params.when)) return;
   GroupMatcher<kScale, kStaged>(params, shared).match();
 }
 
@@ -560,6 +574,7 @@ __global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LIFT_FAST_GRID_CONSTANT PointParams p) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(p.when)) return;
   const AxisParams &y = p.key.y, &x = p.key.x;
   const float* row = p.table + std::int64_t{static_cast<int>(blockIdx.x)} * (y.cells * x.cells);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, patches = y.strips * x.strips;
@@ -662,6 +677,7 @@ __device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate
 // it. One warp for each group of query pixels. Without scales only its four outermost pixels can be the best.
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
+  if (!runs(p.when)) return;
   const AxisParams &y = p.query.y, &x = p.query.x;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int group = static_cast<int>(blockIdx.x) * (kMatchThreads / 32) + static_cast<int>(threadIdx.x) / 32;
@@ -735,6 +751,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIF
 template <bool kScale>
 __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
+  if (!runs(p.when)) return;
   const AxisParams &y = p.query.y, &x = p.query.x;
   float* const rows = reinterpret_cast<float*>(shared);
   const int thread = static_cast<int>(threadIdx.x);
@@ -744,7 +761,7 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
   float* const range = rows + p.rows * key_cells;  // largest and smallest scale around each cell
   const float* const from = p.table + std::int64_t{first} * key_cells;
   for (int i = thread; i < here * key_cells; i += kJudgeThreads) rows[i] = from[i];
-  // The strips that begin or end at a cell: this one and the one before, where they do.
+  // The strips that begin or end at a cell, or both: this one and the two before, where they do.
   const auto last_y = [&](int cell) { return KeyPixel::strip_before(y.low, y.strips, cell / x.cells); };
   const auto last_x = [&](int cell) { return KeyPixel::strip_before(x.low, x.strips, cell % x.cells); };
   const auto touches = [](const AxisParams& axis, int strip, int cell) {
@@ -754,11 +771,12 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
     if (thread < here) {
       const int cell = first + thread, strip_y = last_y(cell), strip_x = last_x(cell);
       float high = 0.0f, low = as_float(0x7f800000);
-      for (int i = 0; i < 4; ++i) {
-        const int near_y = strip_y - i / 2, near_x = strip_x - i % 2;
+      for (int i = 0; i < 9; ++i) {
+        const int near_y = strip_y - i / 3, near_x = strip_x - i % 3;
         if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
-        high = larger(high, p.query.scale_high[near_y * x.strips + near_x]);
-        low = -larger(-low, -p.query.scale_low[near_y * x.strips + near_x]);
+        // NaN, of a patch that takes no part, leaves both as they are.
+        high = larger(p.query.scale_high[near_y * x.strips + near_x], high);
+        low = -larger(-p.query.scale_low[near_y * x.strips + near_x], -low);
       }
       range[2 * thread] = high;
       range[2 * thread + 1] = low;
@@ -776,8 +794,8 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
       if (!(bound >= bar)) continue;
       const int cell = first + i, strip_y = last_y(cell), strip_x = last_x(cell);
       const int own_y = candidate.patch / x.strips, own_x = candidate.patch % x.strips;
-      for (int k = 0; k < 4; ++k) {
-        const int near_y = strip_y - k / 2, near_x = strip_x - k % 2;
+      for (int k = 0; k < 9; ++k) {
+        const int near_y = strip_y - k / 3, near_x = strip_x - k % 3;
         if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
         // Those around the candidate's own have been looked at.
         const int off_y = near_y - own_y, off_x = near_x - own_x;

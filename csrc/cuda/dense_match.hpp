@@ -8,12 +8,12 @@
 
 namespace lift_fast {
 
-// How one axis of a picture is cut: strips of pixels between two neighbouring cells. The arrays are on the device and
+// How one axis of a picture is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays are on the device and
 // not checked there: ascending cells below `cells`, and strips that cover the pixels.
 struct MatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;    // [strips] cell on the near side
-  const std::int32_t* high;   // [strips] cell on the far side; low itself at the border
+  const std::int32_t* high;   // [strips] cell on the far side; low itself where that has no weight
   const std::int32_t* first;  // [strips + 1] first pixel of each strip; the last is `pixels`
   const float* weight;        // [pixels] share of the far cell
   std::int64_t longest;       // pixels of the longest strip
@@ -33,6 +33,12 @@ struct MatchBand {
   std::int64_t first_y, end_y, first_x, end_x, top, left, width;
 };
 
+// Two launches of which the device decides which one runs: the one whose `wanted` says whether *flag is not zero.
+struct MatchWhen {
+  const std::int32_t* flag;  // on the device; null for a launch that runs
+  bool wanted;
+};
+
 // Every query pixel of a band.
 struct GroupMatchCall {
   const float* table;  // [rows, key cells] similarities of the band's query cells, row-major, `band.width` in a row
@@ -42,6 +48,7 @@ struct GroupMatchCall {
   MatchBand band;
   float* similarity;    // [query pixels]; -inf where there is no match
   std::int64_t* index;  // [query pixels] row-major key pixel; -1 where there is no match
+  MatchWhen when;
 };
 
 // Single points, each with similarities of its own.
@@ -51,6 +58,7 @@ struct PointMatchCall {
   MatchPicture key;
   float* similarity;    // [points]
   std::int64_t* index;  // [points]
+  MatchWhen when;
 };
 
 // Which matches lead back: the best query pixel of the matched key pixel is the one that it was matched from.
@@ -62,6 +70,7 @@ struct MutualMatchCall {
   bool* valid;                // [query pixels]
   std::int32_t* scratch;      // match_scratch_words() of zeros
   std::int64_t scratch_words;
+  MatchWhen when;
 };
 
 // Query pixels between the same four cells, each of which is compared with all of them.

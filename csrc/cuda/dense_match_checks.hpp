@@ -28,7 +28,8 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
                    std::to_string(axis->pixels) + " and " + std::to_string(axis->strips));
     }
     if (axis->cells > kMostCells || axis->pixels > kMost) refuse_match(name + " is too large");
-    if (axis->strips > axis->pixels || axis->strips > axis->cells || axis->longest > axis->pixels) {
+    // One between every two cells, and one at each.
+    if (axis->strips > axis->pixels || axis->strips > 2 * axis->cells - 1 || axis->longest > axis->pixels) {
       refuse_match(name + " cannot have " + std::to_string(axis->strips) + " strips of up to " +
                    std::to_string(axis->longest) + " pixels");
     }
@@ -54,6 +55,10 @@ inline void check_match_picture(const MatchPicture& picture, const std::string& 
   check_match_pointer(picture.scale_rows, name + " scale_rows", 4);
 }
 
+inline void check_match_when(const MatchWhen& when) {
+  if (when.flag != nullptr) check_match_pointer(when.flag, "flag", 4);
+}
+
 // Throw std::invalid_argument where a pointer or a size is impossible.
 inline void check_groups(const GroupMatchCall& call) {
   check_match_picture(call.key, "key");
@@ -75,6 +80,7 @@ inline void check_groups(const GroupMatchCall& call) {
   check_match_pointer(call.table, "table", 4);
   check_match_pointer(call.similarity, "similarity", 4);
   check_match_pointer(call.index, "index", 8);
+  check_match_when(call.when);
 }
 
 inline void check_points(const PointMatchCall& call) {
@@ -86,6 +92,7 @@ inline void check_points(const PointMatchCall& call) {
   check_match_pointer(call.table, "table", 4);
   check_match_pointer(call.similarity, "similarity", 4);
   check_match_pointer(call.index, "index", 8);
+  check_match_when(call.when);
 }
 
 // What a mutual check needs to remember its candidates: with scales any pixel, else the four outermost of each group.
@@ -114,6 +121,7 @@ inline void check_mutual(const MutualMatchCall& call) {
   check_match_pointer(call.index, "index", 8);
   check_match_pointer(call.valid, "valid", 1);
   check_match_pointer(call.scratch, "scratch", 16);
+  check_match_when(call.when);
 }
 
 // Rows of the table can be read four cells at a time.

@@ -37,8 +37,21 @@ _MOST_POINTS = 1 << 20
 _STAGES = (8, 64, 512)
 
 
+# Key pixels that are searched together where the search, or its scales, needs numbers for each; and where it does not,
+# pixels that 32 bits still number.
+_MOST_SCALED, _MOST_PIXELS = 1 << 24, 1 << 30
+# Powers of two: norms of cells in float32 whose products, and theirs with scales, stay clear of the ends of its range.
+_LEAST_NORM, _MOST_NORM = -40, 60
+# Of each dtype, to which power of two the largest number of a map is brought, so that products stay clear of both ends;
+# and the largest factor for that.
+_RAISED = {torch.float32: (40, 127), torch.float64: (450, 1000)}
+
+
 class Axis(NamedTuple):
-    """Bilinear interpolation along one axis: pixel = cell[low] + weight * (cell[high] - cell[low])."""
+    """Bilinear interpolation along one axis: pixel = cell[low] + weight * (cell[high] - cell[low]).
+
+    A cell of weight zero is none of a pixel's: where weight is 0, high is low.
+    """
 
     low: Tensor
     high: Tensor
@@ -47,10 +60,12 @@ class Axis(NamedTuple):
 
 def bilinear_axis(position: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> Axis:
     """The rule of ``torch.nn.functional.interpolate``, align_corners=False: pixel centres, clamped at the border."""
-    # In float64: far from the origin float32 would leave the weight only a few correct digits.
-    source = ((position.double() + 0.5) * (cells / pixels) - 0.5).clamp_(0, cells - 1)
-    low = source.floor().long()
-    return Axis(low, (low + 1).clamp_(max=cells - 1), (source - low).to(dtype))
+    # Times 2 * pixels and so in whole numbers, which tell exactly where a pixel has a cell's centre.
+    whole = 2 * pixels
+    source = ((2 * position + 1) * cells - pixels).clamp_(0, whole * (cells - 1))
+    low = torch.div(source, whole, rounding_mode="floor")
+    rest = source - low * whole
+    return Axis(low, low + (rest > 0), (rest.double() / whole).to(dtype))
 
 
 def _inverse_norms(rows: Tensor) -> Tensor | None:
@@ -119,6 +134,11 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.long()
 
 
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64, from its bits, for no library promises exact powers; exponents of up to 1000 in size."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 class Picture(NamedTuple):
     """One picture's descriptors: ``tokens [h * w, C]`` on ``grid`` (h, w), stretched over ``size`` (H, W) pixels."""
 
@@ -127,51 +147,105 @@ class Picture(NamedTuple):
     size: tuple[int, int]
     unnormalized: bool = False
     """The cells have yet to be divided by their norms; the native core does so with those that it needs."""
+    exponent: Tensor | None = None
+    """[] int, where the tokens are the map times 2 to that power."""
+    part: tuple[int, int] | None = None
+    """Rows of pixels ``[begin, end)`` that are looked at as keys; None for all of them."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.part or (0, self.size[0])
 
     @property
     def pixels(self) -> int:
-        return self.size[0] * self.size[1]
+        """Pixels that are looked at."""
+        begin, end = self.rows
+        return (end - begin) * self.size[1]
+
+    @property
+    def norm_floor(self) -> float | Tensor:
+        if self.exponent is None:
+            return NORM_FLOOR
+        return NORM_FLOOR * _power_of_two(self.exponent)
 
     def arguments(self) -> tuple[int, int, int, tuple[int, int], bool]:
         """The map as the native core takes it."""
-        return self.tokens.data_ptr(), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
+        return memory.address(self.tokens), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
 
     def axes(self) -> tuple[Axis, Axis]:
         device, dtype = self.tokens.device, self.tokens.dtype
         y, x = (
-            bilinear_axis(torch.arange(n, device=device), cells, n, dtype)
-            for cells, n in zip(self.grid, self.size, strict=True)
+            bilinear_axis(torch.arange(*rows, device=device), cells, n, dtype)
+            for rows, cells, n in zip((self.rows, (0, self.size[1])), self.grid, self.size, strict=True)
         )
         return y, x
 
-    def inverse_norms(self) -> Tensor:
-        """``[H, W]``: what the interpolated descriptor of each pixel is multiplied by to have length one.
+    def descriptors(self, points: Tensor, unit: bool) -> Tensor:
+        """``[P, C]`` of (x, y) ``points [P, 2]``; divided by their norms if ``unit``."""
+        rows = sample_bilinear(self.tokens, self.grid, self.size, points)
+        if not unit:
+            return rows
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).clamp_min(self.norm_floor)
+        return (rows / norm).to(rows.dtype)
 
-        The squared norm is bilinear in each of its two factors, so it follows from the products of neighbouring cells;
-        in float64, for cells that nearly cancel.
-        """
-        y, x = self.axes()
-        cells = self.tokens.unflatten(0, self.grid)
+    def inverse_norms(self) -> Tensor:
+        """``[H, W]``, of the rows that are looked at: :class:`Norms` of every pixel."""
+        return Norms(self).of_all()
+
+
+class Norms:
+    """What the interpolated descriptor of a pixel is multiplied by to have length one.
+
+    The squared norm is bilinear in each of its two factors, so it follows from the products of neighbouring cells; in
+    float64, for cells that nearly cancel.
+    """
+
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
+        grid, cells = picture.grid, picture.tokens.unflatten(0, picture.grid).double()
 
         def products(down: int, right: int) -> Tensor:
             """[h, w]: each cell times the one so far away, itself at the border."""
-            rows = (torch.arange(self.grid[0], device=cells.device) + down).clamp_(max=self.grid[0] - 1)
-            columns = (torch.arange(self.grid[1], device=cells.device) + right).clamp_(0, self.grid[1] - 1)
-            other = cells[rows][:, columns] if down or right else cells
-            return (cells.double() * other.double()).sum(-1)
+            rows = (torch.arange(grid[0], device=cells.device) + down).clamp_(max=grid[0] - 1)
+            columns = (torch.arange(grid[1], device=cells.device) + right).clamp_(0, grid[1] - 1)
+            return (cells * (cells[rows][:, columns] if down or right else cells)).sum(-1)
 
-        own, right, down, diagonal, back = (products(*step) for step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)))
-        # Along x first: the squares of a row's descriptors, and their products with the row below.
-        w = x.weight.double()
+        self.own, self.right, self.down = products(0, 0), products(0, 1), products(1, 0)
+        self.diagonal, self.back = products(1, 1), products(1, -1)
 
-        def along(near: Tensor, between: Tensor, far: Tensor) -> Tensor:
-            return (1 - w) ** 2 * near + (1 - w) * w * between + w**2 * far
+    @staticmethod
+    def _between(weight: Tensor, near: Tensor, product: Tensor, far: Tensor) -> Tensor:
+        """Squares between two cells, from theirs and twice their product; without weight the far one has no part."""
+        square = (1 - weight) ** 2 * near + (1 - weight) * weight * product + weight**2 * far
+        return torch.where(weight == 0, near, square)
 
-        square = along(own[:, x.low], 2 * right[:, x.low], own[:, x.high])
-        mixed = along(down[:, x.low], diagonal[:, x.low] + back[:, x.high], down[:, x.high])
-        v = y.weight.double()[:, None]
-        norm = (1 - v) ** 2 * square[y.low] + 2 * (1 - v) * v * mixed[y.low] + v**2 * square[y.high]
-        return norm.clamp_min(0).sqrt().clamp_min(NORM_FLOOR).reciprocal().to(self.tokens.dtype)
+    def _inverse(self, square: Tensor) -> Tensor:
+        norm = square.clamp_min(0).sqrt().clamp_min(self.picture.norm_floor)
+        return norm.reciprocal().to(self.picture.tokens.dtype)
+
+    def of_all(self) -> Tensor:
+        """``[H, W]``, of the rows that are looked at."""
+        y, x = self.picture.axes()
+        w, v = x.weight.double(), y.weight.double()[:, None]
+        # Along x first: the squares of a row's descriptors, and twice their products with the row below.
+        square = self._between(w, self.own[:, x.low], 2 * self.right[:, x.low], self.own[:, x.high])
+        across = self.diagonal[:, x.low] + self.back[:, x.high]
+        mixed = self._between(w, self.down[:, x.low], across, self.down[:, x.high])
+        return self._inverse(self._between(v, square[y.low], 2 * mixed[y.low], square[y.high]))
+
+    def of_points(self, points: Tensor) -> Tensor:
+        """``[P]`` of (x, y) ``points [P, 2]``."""
+        grid, size, dtype = self.picture.grid, self.picture.size, self.picture.tokens.dtype
+        x = bilinear_axis(points[:, 0], grid[1], size[1], dtype)
+        y = bilinear_axis(points[:, 1], grid[0], size[0], dtype)
+        w, v = x.weight.double(), y.weight.double()
+
+        def square(row: Tensor) -> Tensor:
+            return self._between(w, self.own[row, x.low], 2 * self.right[row, x.low], self.own[row, x.high])
+
+        across = self.diagonal[y.low, x.low] + self.back[y.low, x.high]
+        mixed = self._between(w, self.down[y.low, x.low], across, self.down[y.low, x.high])
+        return self._inverse(self._between(v, square(y.low), 2 * mixed, square(y.high)))
 
 
 def match_exhaustive(descriptors: Tensor, key: Picture, inverse_norms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,10 +283,8 @@ class _Patches:
     @staticmethod
     def _cut(key: Picture, axis: int) -> tuple[Axis, Tensor, Axis]:
         """Corner cells of each strip, its pixels ``[strips, longest]`` (the last one repeated), their interpolation."""
-        device, cells, pixels = key.tokens.device, key.grid[axis], key.size[axis]
-        position = torch.arange(pixels, device=device)
-        rule = bilinear_axis(position, cells, pixels, key.tokens.dtype)
-        _, count = torch.unique_consecutive(rule.low, return_counts=True)
+        device, rule = key.tokens.device, key.axes()[axis]
+        _, count = torch.unique_consecutive(rule.low + rule.high, return_counts=True)
         first = count.cumsum(0) - count
         offset = torch.arange(int(count.max()), device=device)
         at = first[:, None] + torch.minimum(offset[None], count[:, None] - 1)
@@ -283,7 +355,7 @@ def match_bounded(descriptors: Tensor, key: Picture, inverse_norms: Tensor | Non
 
 
 class _Strips(NamedTuple):
-    """One axis of the key picture as the native core takes it: the pixels between neighbouring cells."""
+    """One axis of the key picture as the native core takes it: the pixels between the same two cells, or at one."""
 
     cells: int
     pixels: int
@@ -297,24 +369,32 @@ class _Strips(NamedTuple):
 
     def arguments(self) -> tuple[int, ...]:
         strips = self.low.shape[0]
-        return (self.cells, self.pixels, strips, *(part.data_ptr() for part in self[2:]))
+        return (self.cells, self.pixels, strips, *(memory.address(part) for part in self[2:]))
 
 
 @lru_cache(maxsize=64)
-def _cut_strips(cells: int, pixels: int) -> _Strips:
-    rule = bilinear_axis(torch.arange(pixels), cells, pixels, torch.float32)
-    _, count = torch.unique_consecutive(rule.low, return_counts=True)
-    end = count.cumsum(0)
-    begin = end - count
-    first = torch.cat([begin, end[-1:]]).int()
-    return _Strips(cells, pixels, rule.low[begin].int(), rule.high[begin].int(), first, rule.weight.contiguous())
+def cut_strips(cells: int, pixels: int, part: tuple[int, int] | None = None, joined: bool = False) -> _Strips:
+    """Strips of one axis of a picture, or of the pixels ``[begin, end)`` of it.
+
+    ``joined``: those of a single cell with the one that begins there, fewer by half for odd enlargements. Their pixels
+    give the far cell no weight, which adds nothing where that is finite.
+    """
+    begin, end = part or (0, pixels)
+    rule = bilinear_axis(torch.arange(begin, end, device="cpu"), cells, pixels, torch.float32)
+    high = (rule.low + 1).clamp_(max=cells - 1) if joined else rule.high
+    _, count = torch.unique_consecutive(rule.low + high, return_counts=True)
+    stop = count.cumsum(0)
+    start = stop - count
+    first = torch.cat([start, stop[-1:]]).int()
+    return _Strips(cells, end - begin, rule.low[start].int(), high[start].int(), first, rule.weight.contiguous())
 
 
 class _NativeSearch:
     """The native core's search in one key picture."""
 
     def __init__(self, key: Picture, per_pixel: bool) -> None:
-        self.y, self.x = (_cut_strips(c, p) for c, p in zip(key.grid, key.size, strict=True))
+        self.y = cut_strips(key.grid[0], key.size[0], key.part)
+        self.x = cut_strips(key.grid[1], key.size[1])
         self.scale = key.inverse_norms().contiguous() if per_pixel else None
 
     def __call__(self, table: Tensor, corners: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,19 +408,19 @@ class _NativeSearch:
         """
         table, corners, weights = table.contiguous(), corners.int().contiguous(), weights.float().contiguous()
         similarity = memory.new_empty(table, weights.shape[0])
-        index = memory.empty(weights.shape[0], dtype=torch.int64)
+        index = memory.empty(weights.shape[0], dtype=torch.int64, device="cpu")
         _native.require().dense_match_f32(
-            table.data_ptr(),
+            memory.address(table),
             table.shape[0],
             corners.shape[0],
-            corners.data_ptr(),
-            start.data_ptr(),
-            weights.data_ptr(),
+            memory.address(corners),
+            memory.address(start),
+            memory.address(weights),
             self.y.arguments(),
             self.x.arguments(),
-            0 if self.scale is None else self.scale.data_ptr(),
-            similarity.data_ptr(),
-            index.data_ptr(),
+            0 if self.scale is None else memory.address(self.scale),
+            memory.address(similarity),
+            memory.address(index),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )
@@ -356,17 +436,23 @@ def match_native(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     """The result of :func:`match_exhaustive` from the native core, float32 on the CPU."""
     search = _NativeSearch(key, per_pixel)
     count = query.pixels if points is None else points.shape[0]
-    norms = query.inverse_norms().flatten() if per_pixel and count >= query.tokens.shape[0] else None
+    many = count >= query.tokens.shape[0]
+    norms = Norms(query) if per_pixel and many else None
+    # Of every pixel at once is the faster way.
+    all_norms = norms.of_all().flatten() if norms and points is None and count <= _MOST_SCALED else None
     parts = []
     for start in range(0, max(count, 1), _MOST_POINTS):
         stop = min(start + _MOST_POINTS, count)
         at = pixel_grid(query.size, start, stop, query.tokens.device) if points is None else points[start:stop]
-        if count < query.tokens.shape[0]:
+        if not many:
             parts.append(_match_few(search, query, key, at, per_pixel))
-        else:
-            parts.append(_match_many(search, query, key, at, norms))
-    similarity, index = zip(*parts, strict=True)
-    return _joined(similarity), _joined(index)
+            continue
+        similarity, index = _match_many(search, query, key, at)
+        if norms is not None:
+            scale = norms.of_points(at) if all_norms is None else all_norms[start:stop]
+            similarity = torch.where(index < 0, similarity, similarity * scale)
+        parts.append((similarity, index))
+    return _joined([part[0] for part in parts]), _joined([part[1] for part in parts])
 
 
 def _match_few(
@@ -376,9 +462,10 @@ def _match_few(
     if 1 not in key.tokens.stride() or 0 in key.tokens.stride():
         key = key._replace(tokens=key.tokens.contiguous())
     at = at.contiguous()
-    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
+    similarity = memory.new_empty(query.tokens, len(at))
+    index = memory.empty(len(at), dtype=torch.int64, device="cpu")
     _native.require().dense_match_points_f32(
-        at.data_ptr(),
+        memory.address(at),
         len(at),
         query.tokens.shape[1],
         query.arguments(),
@@ -387,9 +474,9 @@ def _match_few(
         per_pixel,
         search.y.arguments(),
         search.x.arguments(),
-        0 if search.scale is None else search.scale.data_ptr(),
-        similarity.data_ptr(),
-        index.data_ptr(),
+        0 if search.scale is None else memory.address(search.scale),
+        memory.address(similarity),
+        memory.address(index),
         _TABLE_BUDGET,
         torch.get_num_threads(),
         _env.cpu_isa(),
@@ -397,22 +484,32 @@ def _match_few(
     return similarity, index
 
 
-def _match_many(
-    search: _NativeSearch, query: Picture, key: Picture, at: Tensor, norms: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _match_many(search: _NativeSearch, query: Picture, key: Picture, at: Tensor) -> tuple[Tensor, Tensor]:
     """By the similarities of cells, interpolated on both sides; points between the same four query cells together."""
     axis_x = bilinear_axis(at[:, 0], query.grid[1], query.size[1], torch.float32)
     axis_y = bilinear_axis(at[:, 1], query.grid[0], query.size[0], torch.float32)
     width = query.grid[1]
-    group, order = torch.sort(axis_y.low * width + axis_x.low)
+    queries, keys = (_unit_rows(p.tokens) if p.unnormalized else p.tokens for p in (query, key))
+    if bool(torch.isfinite(queries.sum())):
+        # Points at a cell's centre together with those beyond it: what has no weight adds nothing.
+        axis_x, axis_y = (
+            axis._replace(high=(axis.low + 1).clamp_(max=cells - 1))
+            for axis, cells in ((axis_x, width), (axis_y, query.grid[0]))
+        )
+    # Rows of cells first; of those with the same low cells, those with the same high ones.
+    group, order = torch.sort(
+        4 * (axis_y.low * width + axis_x.low) + 2 * (axis_y.high - axis_y.low) + axis_x.high - axis_x.low
+    )
     axis_x, axis_y = (Axis(*(part[order] for part in axis)) for axis in (axis_x, axis_y))
     weights = torch.stack([axis_x.weight, axis_y.weight], dim=1)
-    queries, keys = (_unit_rows(p.tokens) if p.unnormalized else p.tokens for p in (query, key))
-    similarity, index = memory.new_empty(query.tokens, len(at)), memory.empty(len(at), dtype=torch.int64)
+    similarity = memory.new_empty(query.tokens, len(at))
+    index = memory.empty(len(at), dtype=torch.int64, device="cpu")
     # As many rows of query cells at one time as the budget for their similarities allows.
     band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
     for top in range(0, query.grid[0], band):
-        begin, end = torch.searchsorted(group, torch.tensor([top * width, (top + band) * width])).tolist()
+        begin, end = torch.searchsorted(
+            group, torch.tensor([4 * width * top, 4 * width * (top + band)], device="cpu")
+        ).tolist()
         if begin == end:
             continue
         _, sizes = torch.unique_consecutive(group[begin:end], return_counts=True)
@@ -430,9 +527,6 @@ def _match_many(
         # In the order in which the points came.
         where = order[begin:end]
         similarity[where], index[where] = search(table, corners, start, weights[begin:end])
-    if norms is not None:
-        scaled = similarity * norms[at[:, 1] * query.size[1] + at[:, 0]]
-        similarity = torch.where(index < 0, similarity, scaled)
     return similarity, index
 
 
@@ -440,30 +534,106 @@ def _fits_native(tokens: Tensor) -> bool:
     return tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _native.can_run()[0]
 
 
-def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool) -> Picture:
-    """Prepare one map ``[C, h, w]``, cast already."""
+def _ordinary(rows: Tensor) -> bool:
+    """Whether products of these float32 cells, as they come, neither leave its range nor vanish."""
+    # The faster one of each layout.
+    norm = torch.linalg.vector_norm(rows, dim=1) if rows.is_contiguous() else (rows * rows).sum(1).sqrt_()
+    strange = (norm < 2.0**_LEAST_NORM) | (norm > 2.0**_MOST_NORM)
+    if not bool(strange.any()):
+        return True
+    rest = rows[strange]
+    # Zero is zero, and what is not finite takes no part.
+    return not bool((torch.isfinite(rest).all(1) & (rest != 0).any(1)).any())
+
+
+def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens times a power of two that keeps their products in range, which changes no digit; its exponent []."""
+    top, most = _RAISED[tokens.dtype]
+    exponent = torch.frexp(tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax())[1]
+    shift = (top - exponent).clamp_(max=most)
+    return tokens * _power_of_two(shift).to(tokens.dtype), shift
+
+
+def _picture(cells: Tensor, size: tuple[int, int], normalize: str, exhaustive: bool, scaled: bool = False) -> Picture:
+    """Prepare one map ``[C, h, w]``, cast already; ``scaled``: see :func:`_in_range`."""
     grid = (cells.shape[1], cells.shape[2])
     tokens = cells.flatten(1).t()
+    # The native core takes a map as it lies.
+    native = not exhaustive and _fits_native(tokens)
     if normalize != "grid":
-        return Picture(tokens.contiguous(), grid, size)
-    if not exhaustive and _fits_native(tokens):
+        if not scaled:
+            return Picture(tokens if native else tokens.contiguous(), grid, size)
+        tokens, exponent = _in_range(tokens.contiguous())
+        return Picture(tokens, grid, size, exponent=exponent)
+    if native:
         return Picture(tokens, grid, size, unnormalized=True)
     return Picture(unit_rows(tokens).contiguous(), grid, size)
+
+
+def _pictures(
+    maps: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    normalize: str,
+    exhaustive: bool,
+    backend: str | None,
+) -> tuple[Picture, Picture]:
+    """Prepare the query's and the key's map ``[C, h, w]``, cast already."""
+    cpu = backend is None and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
+    # The native core on the CPU normalises for itself.
+    whole = exhaustive or backend is not None
+    query, key = (_picture(*each, normalize, whole, not cpu) for each in zip(maps, sizes, strict=True))
+    if normalize == "grid" or not cpu or (_ordinary(query.tokens) and _ordinary(key.tokens)):
+        return query, key
+    # On the CPU, which may be asked, in float64: that has room for every product of float32.
+    return _pictures([cells.double() for cells in maps], sizes, normalize, exhaustive, backend)
 
 
 def _match(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [P, 2]`` (None: all pixels) of one picture; returns similarity [P], pixel index [P] or -1."""
+    # As many rows of key pixels at one time as can be numbered, or held where the search needs something for each.
+    height, width = key.size
+    step = max(1, _MOST_PIXELS // width)
+    if per_pixel or _searched_by(query, key._replace(part=(0, min(step, height))), exhaustive, backend) == "plain":
+        step = max(1, _MOST_SCALED // width)
+    if step >= height:
+        return _match_part(query, key, points, per_pixel, exhaustive, backend)
+    similarity, index = [], []
+    for begin in range(0, height, step):
+        part = key._replace(part=(begin, min(begin + step, height)))
+        values, found = _match_part(query, part, points, per_pixel, exhaustive, backend)
+        similarity.append(values)
+        index.append(torch.where(found < 0, found, found + begin * width))
+    # ``max`` promises the first of equal values: the lowest pixel.
+    best, which = torch.stack(similarity).max(0)
+    return best, torch.stack(index).gather(0, which[None])[0]
+
+
+def _searched_by(query: Picture, key: Picture, exhaustive: bool, backend: str | None) -> str:
+    """ "native", "gpu" or "plain"."""
     from . import dense_match_gpu  # it builds on this module
 
     if backend is not None:
-        return dense_match_gpu.match_gpu(query, key, points, per_pixel, backend)
-    # The native core numbers pixels in 32 bits.
-    if not exhaustive and _fits_native(query.tokens) and key.pixels < 2**31:
+        return "gpu"
+    if exhaustive:
+        return "plain"
+    if _fits_native(query.tokens):
+        return "native"
+    return "gpu" if dense_match_gpu.can_run(query, key)[0] else "plain"
+
+
+def _match_part(
+    query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`_match` in the part of the key picture; the index counts from its first pixel."""
+    from . import dense_match_gpu
+
+    way = _searched_by(query, key, exhaustive, backend)
+    if way == "native":
         return match_native(query, key, points, per_pixel)
-    if not exhaustive and dense_match_gpu.can_run(query, key)[0]:
-        return dense_match_gpu.match_gpu(query, key, points, per_pixel)
+    if way == "gpu":
+        return dense_match_gpu.match_gpu(query, key, points, per_pixel, backend)
     search = match_exhaustive if exhaustive else match_bounded
     inverse_norms = key.inverse_norms() if per_pixel else None
     count = query.pixels if points is None else points.shape[0]
@@ -474,10 +644,7 @@ def _match(
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         at = pixel_grid(query.size, part.start, part.stop, query.tokens.device) if points is None else points[part]
-        descriptors = sample_bilinear(query.tokens, query.grid, query.size, at)
-        if per_pixel:
-            descriptors = unit_rows(descriptors)
-        similarity[part], index[part] = search(descriptors, key, inverse_norms)
+        similarity[part], index[part] = search(query.descriptors(at, per_pixel), key, inverse_norms)
     return similarity, index
 
 
@@ -522,27 +689,29 @@ def dense_match(
         ValueError: for points outside the query picture.
         RuntimeError: if the kernel that was asked for by name cannot run; says why.
     """
-    query_map, key_map = query_map.detach(), key_map.detach()
+    query_map, key_map = library.resolved(query_map), library.resolved(key_map)
     dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
     query_hw, key_hw = (query_size[0], query_size[1]), (key_size[0], key_size[1])
     if points is not None:
-        points = whole_pixels(points, query_hw)
+        points = whole_pixels(library.resolved(points), query_hw)
     per_pixel = normalize == "pixel"
     similarity, indices, valid = [], [], []
     with full_matmul_precision():
         for b in range(query_map.shape[0]):
-            # The native core on the CPU normalises for itself.
-            query, key = (
-                _picture(cells[b].to(dtype), size, normalize, exhaustive or backend is not None)
-                for cells, size in ((query_map, query_hw), (key_map, key_hw))
-            )
+            cells = query_map[b].to(dtype), key_map[b].to(dtype)
+            query, key = _pictures(cells, (query_hw, key_hw), normalize, exhaustive, backend)
             at = None if points is None else points[b]
             if mutual:
                 values, index, good = _match_mutual(query, key, at, per_pixel, exhaustive, backend)
             else:
                 values, index = _match(query, key, at, per_pixel, exhaustive, backend)
                 good = index >= 0
-            similarity.append(values)
+            if not per_pixel and query.exponent is not None and key.exponent is not None:
+                # In two steps, of which neither need leave the range for the result to stay in it.
+                whole = -(query.exponent + key.exponent)
+                half = whole // 2
+                values = values.double() * _power_of_two(half) * _power_of_two(whole - half)
+            similarity.append(values.to(dtype))
             indices.append(index)
             valid.append(good)
     index = torch.stack(indices)

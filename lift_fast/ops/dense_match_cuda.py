@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,15 @@ from . import image_encoder_cuda
 # Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
 # of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
 MOST_MUTUAL_GROUP, MOST_MUTUAL_CELLS, _CANDIDATE_WORDS = 4096, 24000, 8
+
+
+class When(NamedTuple):
+    """Of two launches the one that runs, decided on the device: the one that wants what the flag says."""
+
+    flag: Tensor
+    """[] int32"""
+    wanted: bool
+    """whether the launch runs where the flag is not zero, or where it is"""
 
 
 def can_run(device: torch.device) -> tuple[bool, str]:
@@ -29,6 +40,10 @@ def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
     if scales is None:
         return 0, 0, 0, 0
     return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr(), scales.rows.data_ptr()
+
+
+def _condition(when: When | None) -> tuple[int, bool]:
+    return (0, True) if when is None else (when.flag.data_ptr(), when.wanted)
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
@@ -72,6 +87,11 @@ def _check_picture(device: torch.device, name: str, axes: tuple[Strips, Strips],
         )
 
 
+def _check_when(device: torch.device, when: When | None) -> None:
+    if when is not None:
+        _check(device, flag=(when.flag, (), torch.int32))
+
+
 def match(
     table: Tensor,
     key: tuple[Strips, Strips],
@@ -80,6 +100,7 @@ def match(
     index: Tensor,
     query: tuple[Strips, Strips] | None = None,
     band: Band | None = None,
+    when: When | None = None,
 ) -> None:
     """Write the best key pixel of each query pixel, -1 and -inf where there is none.
 
@@ -91,6 +112,7 @@ def match(
         similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query picture, of which the pixels of
             ``band`` are written.
         query, band: None for points.
+        when: the launch may do nothing.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not fit.
@@ -107,13 +129,14 @@ def match(
         index=(index, (count,), torch.int64),
     )
     pictures = (table.data_ptr(), rows, _axis(y), _axis(x), _factors(scales))
+    _check_when(device, when)
     results = (similarity.data_ptr(), index.data_ptr())
     if query is None or band is None:
-        _native.require().dense_match_points(*pictures, *results, *_where(table))
+        _native.require().dense_match_points(*pictures, *results, _condition(when), *_where(table))
         return
     _check_picture(device, "query", query, None)
     cut = (*band.strips_y, *band.strips_x, band.top, band.left, band.width)
-    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, *_where(table))
+    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, _condition(when), *_where(table))
 
 
 def mutual(
@@ -122,8 +145,10 @@ def mutual(
     scales: Scales | None,
     key: tuple[Strips, Strips],
     index: Tensor,
-) -> Tensor:
-    """Whether the best query pixel of each query pixel's match is that pixel.
+    valid: Tensor,
+    when: When | None = None,
+) -> None:
+    """Write whether the best query pixel of each query pixel's match is that pixel.
 
     Args:
         table: ``[query cells, key cells]`` float32 contiguous similarities.
@@ -131,9 +156,8 @@ def mutual(
             and ``MOST_MUTUAL_CELLS`` key cells.
         scales: of the query's pixels, or None for ones.
         index: ``[H * W]`` int64, the match of each query pixel, of :func:`match` on the same similarities.
-
-    Returns:
-        ``[H * W]`` bool.
+        valid: ``[H * W]`` bool.
+        when: the launch may do nothing.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not fit.
@@ -147,10 +171,11 @@ def mutual(
         device,
         table=(table, (query_cells, key_cells), torch.float32),
         index=(index, (query[0].pixels * query[1].pixels,), torch.int64),
+        valid=(valid, (query[0].pixels * query[1].pixels,), torch.bool),
     )
+    _check_when(device, when)
     most = 4 * query[0].count * query[1].count if scales is None else index.shape[0]
     scratch = memory.zeros(_CANDIDATE_WORDS * (most + 1), dtype=torch.int32, device=device)
-    valid = memory.empty(index.shape, dtype=torch.bool, device=device)
     _native.require().dense_match_mutual(
         table.data_ptr(),
         *map(_axis, query),
@@ -160,6 +185,6 @@ def mutual(
         valid.data_ptr(),
         scratch.data_ptr(),
         scratch.shape[0],
+        _condition(when),
         *_where(table),
     )
-    return valid

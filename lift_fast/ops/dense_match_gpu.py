@@ -16,8 +16,7 @@ from torch import Tensor
 from .. import _env, memory
 from ..kernels.strips import Band, Scales, Strips
 from . import dense_match_cuda, gpu_plan
-from .dense_match import Picture, _cut_strips, sample_bilinear
-from .nearest import unit_rows
+from .dense_match import Picture, cut_strips
 
 # Bytes of cell similarities that exist at one time.
 _TABLE_BUDGET = 256 << 20
@@ -76,25 +75,46 @@ def fits(query: Picture, key: Picture) -> tuple[bool, str]:
 
 # A few KB each. Graphs that were captured read them: none may be dropped for as long as anyone is likely to replay one.
 @lru_cache(maxsize=4096)
-def _strips(cells: int, pixels: int, device: torch.device) -> tuple[Strips, list[int], list[int]]:
-    """One axis on the device, and the cells before and after each of its strips."""
-    cut = _cut_strips(cells, pixels)
+def _strips(
+    cells: int, pixels: int, device: torch.device, rows: tuple[int, int] | None = None, joined: bool = False
+) -> tuple[Strips, list[int], list[int]]:
+    """One axis on the device, or a part of its pixels, and the cells before and after each of its strips."""
+    cut = cut_strips(cells, pixels, rows, joined)
     longest = int((cut.first[1:] - cut.first[:-1]).max())
     parts = (part.to(device) for part in (cut.low, cut.high, cut.first, cut.weight))
-    return Strips(cells, pixels, *parts, longest), cut.low.tolist(), cut.high.tolist()
+    return Strips(cells, cut.pixels, *parts, longest), cut.low.tolist(), cut.high.tolist()
 
 
-def _axes(picture: Picture) -> tuple[Strips, Strips]:
-    y, x = (
-        _strips(cells, pixels, picture.tokens.device)[0]
-        for cells, pixels in zip(picture.grid, picture.size, strict=True)
-    )
-    return y, x
+def _axes(picture: Picture, joined: bool = False) -> tuple[Strips, Strips]:
+    (height, width), (pixels_y, pixels_x) = picture.grid, picture.size
+    device = picture.tokens.device
+    y = _strips(height, pixels_y, device, picture.part, joined)[0]
+    return y, _strips(width, pixels_x, device, None, joined)[0]
 
 
-def _scales(picture: Picture, axes: tuple[Strips, Strips]) -> Scales:
-    """The inverse norms of a picture's pixels, and their range in each patch."""
-    inverse = picture.inverse_norms()
+@lru_cache(maxsize=4096)
+def _joins(grid: tuple[int, int], size: tuple[int, int], part: tuple[int, int] | None) -> bool:
+    """Whether joined strips are far fewer. Even enlargements have one beyond each outermost centre alone."""
+    axes = cut_strips(grid[0], size[0], part), cut_strips(grid[1], size[1])
+    return any(axis.low.shape[0] > axis.cells + 1 + axis.cells // 4 for axis in axes)
+
+
+def _ways(query: Picture, key: Picture, backend: str) -> list[tuple[bool, dict[str, Any]]]:
+    """How to launch a search: whether strips are joined, and what else the launcher is told.
+
+    Where pixels lie at the centres of cells, strips of a single cell are up to half of all: they are joined to others
+    where every cell is finite, which the device alone knows. So there are two launches, one of which does nothing.
+    """
+    if backend != "cuda" or not (_joins(query.grid, query.size, None) or _joins(key.grid, key.size, key.part)):
+        return [(False, {})]
+    finite = torch.isfinite(query.tokens.sum() + key.tokens.sum()).int()
+    return [(joined, {"when": dense_match_cuda.When(finite, joined)}) for joined in (True, False)]
+
+
+def _scales(inverse: Tensor | None, axes: tuple[Strips, Strips]) -> Scales | None:
+    """The inverse norms ``[H, W]`` of a picture's pixels, and their range in each patch; None without them."""
+    if inverse is None:
+        return None
     rows = high = low = inverse
     for dim in (1, 0):
         axis = axes[dim]
@@ -118,6 +138,11 @@ def _parts(low: list[int], high: list[int], most: int) -> Iterator[tuple[int, in
             stop += 1
         yield start, stop
         start = stop
+
+
+def _whole(query: Picture, axes: tuple[Strips, Strips]) -> Band:
+    """All of the query picture, with all of its cells in the table."""
+    return Band((0, axes[0].count), (0, axes[1].count), 0, 0, query.grid[1])
 
 
 def _bands(query: Picture, rows: int) -> Iterator[tuple[Band, int, int]]:
@@ -150,25 +175,32 @@ def match_gpu(
         at = points[:, 1] * query.size[1] + points[:, 0]
         return similarity[at], index[at]
     search = _search(backend)
-    axes = _axes(key)
-    scales = _scales(key, axes) if per_pixel else None
     count = query.pixels if points is None else len(points)
     similarity = memory.new_empty(query.tokens, count)
     index = memory.empty(count, dtype=torch.int64, device=similarity.device)
     keys = key.tokens.t()
     rows = _TABLE_BUDGET // (4 * key.tokens.shape[0])
+    # Bands are cut from strips as they are.
+    single = points is not None or rows >= query.tokens.shape[0]
+    inverse = key.inverse_norms() if per_pixel else None
+    ways = []
+    for joined, told in _ways(query, key, backend) if single else [(False, {})]:
+        axes = _axes(key, joined)
+        ways.append((joined, axes, _scales(inverse, axes), told))
     if points is not None:
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            descriptors = sample_bilinear(query.tokens, query.grid, query.size, points[part])
-            if per_pixel:
-                descriptors = unit_rows(descriptors)
-            search(descriptors @ keys, axes, scales, similarity[part], index[part])
+            table = query.descriptors(points[part], per_pixel) @ keys
+            for _, axes, scales, told in ways:
+                search(table, axes, scales, similarity[part], index[part], **told)
         return similarity, index
     cells = query.tokens.unflatten(0, query.grid)
-    for band, bottom, right in _bands(query, rows):
-        table = cells[band.top : bottom, band.left : right].reshape(-1, cells.shape[2]) @ keys
-        search(table, axes, scales, similarity, index, _axes(query), band)
+    for band, bottom, right in [(None, *query.grid)] if single else _bands(query, rows):
+        top, left = (band.top, band.left) if band is not None else (0, 0)
+        table = cells[top:bottom, left:right].reshape(-1, cells.shape[2]) @ keys
+        for joined, axes, scales, told in ways:
+            query_axes = _axes(query, joined)
+            search(table, axes, scales, similarity, index, query_axes, band or _whole(query, query_axes), **told)
     if per_pixel:
         similarity = torch.where(index < 0, similarity, similarity * query.inverse_norms().flatten())
     return similarity, index
@@ -192,18 +224,18 @@ def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel:
 
     Of all query pixels only few can be the best one of their match, so this takes far less than a second search.
     """
-    query_axes, key_axes = _axes(query), _axes(key)
-    query_scales, key_scales = (
-        _scales(picture, axes) if per_pixel else None for picture, axes in ((query, query_axes), (key, key_axes))
-    )
     similarity = memory.new_empty(query.tokens, query.pixels)
     index = memory.empty(query.pixels, dtype=torch.int64, device=similarity.device)
+    valid = memory.empty(query.pixels, dtype=torch.bool, device=similarity.device)
     table = query.tokens @ key.tokens.t()
-    whole = Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, query.grid[1])
-    dense_match_cuda.match(table, key_axes, key_scales, similarity, index, query_axes, whole)
-    valid = dense_match_cuda.mutual(table, query_axes, query_scales, key_axes, index)
-    if query_scales is not None:
-        similarity = torch.where(index < 0, similarity, similarity * query_scales.pixel)
+    query_norms, key_norms = (picture.inverse_norms() if per_pixel else None for picture in (query, key))
+    for joined, told in _ways(query, key, "cuda"):
+        query_axes, key_axes = _axes(query, joined), _axes(key, joined)
+        whole, scales = _whole(query, query_axes), _scales(key_norms, key_axes)
+        dense_match_cuda.match(table, key_axes, scales, similarity, index, query_axes, whole, **told)
+        dense_match_cuda.mutual(table, query_axes, _scales(query_norms, query_axes), key_axes, index, valid, **told)
+    if query_norms is not None:
+        similarity = torch.where(index < 0, similarity, similarity * query_norms.flatten())
     if points is None:
         return similarity, index, valid
     at = points[:, 1] * query.size[1] + points[:, 0]

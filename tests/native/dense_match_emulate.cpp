@@ -70,6 +70,13 @@ struct Picture {
   }
 };
 
+// A flag on the device, or none.
+struct When {
+  Bytes flag;
+  std::int64_t wanted = number();
+  operator MatchWhen() const { return {flag.as<const std::int32_t>(), wanted != 0}; }
+};
+
 struct Settings {
   std::int64_t order = number(), seed = number(), shared_block = number();
 };
@@ -99,6 +106,8 @@ void groups(const Settings& settings) {
   const Bytes similarity, index;
   call.similarity = similarity.as<float>();
   call.index = index.as<std::int64_t>();
+  const When when;
+  call.when = when;
   check_groups(call);
   const MatchLaunch cut = group_launch(call, settings.shared_block);
   const GroupParams params = group_params(call, cut);
@@ -117,9 +126,11 @@ void points(const Settings& settings) {
   call.points = number();
   const Picture key;
   call.key = key;
-  const Bytes similarity(4 * call.points), index(8 * call.points);
+  const Bytes similarity, index;
   call.similarity = similarity.as<float>();
   call.index = index.as<std::int64_t>();
+  const When when;
+  call.when = when;
   check_points(call);
   const PointParams params = point_params(call);
   const auto kernel = call.key.scale != nullptr ? match_points_kernel<true> : match_points_kernel<false>;
@@ -137,8 +148,7 @@ void mutual(const Settings& settings) {
   call.query = query;
   call.key_y = key_y;
   call.key_x = key_x;
-  const Bytes index;
-  const Bytes valid(call.query.y.pixels * call.query.x.pixels);
+  const Bytes index, valid;
   call.index = index.as<const std::int64_t>();
   call.valid = valid.as<bool>();
   const std::int64_t words = number();
@@ -146,6 +156,8 @@ void mutual(const Settings& settings) {
   std::memset(scratch.as<void>(), 0, static_cast<std::size_t>(4 * words));
   call.scratch = scratch.as<std::int32_t>();
   call.scratch_words = words;
+  const When when;
+  call.when = when;
   check_mutual(call);
   const MutualParams params = mutual_params(call);
   const MatchLaunch find = find_launch(call), judge = judge_launch(call);
