@@ -117,7 +117,7 @@ def published_backbone_count(backbone: FrozenViT, size: int) -> int:
         for index, block in enumerate(model.blocks):
             before = layers.total
             tokens = copy._run(block, index, tokens, rotary)
-            if index == copy.layer and copy.facet != "token":
+            if index == copy.layer and copy.facet not in ("token", "final"):
                 projection = getattr(block.attn, "qkv", None)
                 again = projection.weight.numel() * tokens.shape[1] if projection is not None else 0
                 layers.total = max(before, layers.total) + again

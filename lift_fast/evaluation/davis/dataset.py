@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lift_fast._files import atomic_path
+from lift_fast._files import atomic_path, natural_key
 
 Mask = npt.NDArray[np.uint8]
 
@@ -25,11 +25,15 @@ class DavisError(ValueError):
 
 @dataclass(frozen=True)
 class Video:
-    """One video: its frames, in order, and the folder of its annotations."""
+    """One video: its frames, in order, and the folder of its annotations.
+
+    With ``binary_masks`` every value but 0 is object 1.
+    """
 
     name: str
     frames: tuple[Path, ...]
     annotations: Path
+    binary_masks: bool = False
 
     def annotation(self, frame: Path) -> Path:
         """Where the annotation of a frame lies, whether or not it exists."""
@@ -45,15 +49,24 @@ class Davis:
         subset: name of the list of sequences, ``val`` for ``val.txt``.
         resolution: name of the folders below ``JPEGImages`` and ``Annotations``.
         year: folder below ``ImageSets``.
+        binary_masks: every value of a mask but 0 is the one object, as in DAVIS 2016, whose masks are 0 and 255;
+            otherwise values number objects and 255 is void.
 
     Raises:
         DavisError: if a folder or the list is missing, or the list is empty or not a list of folder names.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], subset: str = "val", resolution: str = "480p", year: str = "2017"
+        self,
+        root: str | os.PathLike[str],
+        subset: str = "val",
+        resolution: str = "480p",
+        year: str = "2017",
+        *,
+        binary_masks: bool = False,
     ) -> None:
         self.root = Path(root)
+        self.binary_masks = binary_masks
         self.subset = subset
         self.resolution = resolution
         self.frames_folder = self.root / "JPEGImages" / resolution
@@ -71,7 +84,7 @@ class Davis:
     def palette(self) -> list[int]:
         """The data set's own palette, from the first mask that has one; else the usual colours."""
         for name in self.names:
-            for path in sorted((self.annotations_folder / name).glob("*.png"))[:1]:
+            for path in sorted((self.annotations_folder / name).glob("*.png"), key=natural_key)[:1]:
                 try:
                     with Image.open(path) as image:
                         palette = image.getpalette() if image.mode == "P" else None
@@ -82,16 +95,16 @@ class Davis:
         return usual_palette()
 
     def sequence(self, name: str) -> Video:
-        """The sequence of that name.
+        """The sequence of that name, frames in natural order: 2.jpg before 10.jpg.
 
         Raises:
             DavisError: if it has no frames.
         """
         folder = self.frames_folder / name
-        frames = tuple(sorted(folder.glob("*.jpg")))
+        frames = tuple(sorted(folder.glob("*.jpg"), key=natural_key))
         if not frames:
             raise DavisError(f"{name}: no *.jpg in {folder}")
-        return Video(name, frames, self.annotations_folder / name)
+        return Video(name, frames, self.annotations_folder / name, self.binary_masks)
 
 
 def _read_list(path: Path) -> tuple[str, ...]:
@@ -111,8 +124,9 @@ def _read_list(path: Path) -> tuple[str, ...]:
     return names
 
 
-def read_mask(path: Path) -> Mask:
-    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays.
+def read_mask(path: Path, binary: bool = False) -> Mask:
+    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays, or with ``binary`` becomes 1 like all
+    values but 0.
 
     Raises:
         DavisError: naming the file, if it is missing, does not decode or holds no numbers of objects.
@@ -127,12 +141,12 @@ def read_mask(path: Path) -> Mask:
         raise DavisError(f"{path} cannot be read as a mask: {error}") from error
     if mode not in ("P", "L", "1"):
         raise DavisError(f"{path} is a picture of mode {mode}; expected an indexed PNG whose values number the objects")
-    return mask.astype(np.uint8)
+    return (mask != 0 if binary else mask).astype(np.uint8)
 
 
-def read_annotation(path: Path) -> Mask:
+def read_annotation(path: Path, binary: bool = False) -> Mask:
     """:func:`read_mask` with void pixels as background, as the semi-supervised evaluation takes them."""
-    mask = read_mask(path)
+    mask = read_mask(path, binary)
     mask[mask == VOID] = 0
     return mask
 
@@ -144,9 +158,15 @@ def first_annotation(video: Video) -> Mask:
         DavisError: as :func:`read_mask`, and if there is no object.
     """
     path = video.annotation(video.frames[0])
-    mask = read_annotation(path)
+    mask = read_annotation(path, video.binary_masks)
     if not mask.any():
-        raise DavisError(f"{path} holds no object")
+        void = ""
+        if not video.binary_masks and (read_mask(path) == VOID).any():
+            void = (
+                f": all that is not 0 in it is {VOID}, which is void in DAVIS 2017; take masks of 0 and {VOID} (DAVIS "
+                "2016) as binary, --binary-masks"
+            )
+        raise DavisError(f"{path} holds no object{void}")
     return mask
 
 
