@@ -116,13 +116,17 @@ def masks_of(video, mask, features, options):
 # The protocol once more, as its description reads: nothing here comes from the package.
 
 
-def slow_predict(folder, annotation, features, size, queue_length, radius, topk, temperature):
+def slow_frame(path, size):
+    picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(picture, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def slow_predict(folder, annotation, features, size, queue_length, radius, topk, temperature, patch=8, read=slow_frame):
     """Masks of all frames but the first, and their soft labels."""
 
     def frame_features(path):
-        picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(picture, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-        return features(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+        return features(read(path, size))[0]
 
     first_mask = Image.open(annotation)
     width, height = first_mask.size
@@ -155,7 +159,7 @@ def slow_predict(folder, annotation, features, size, queue_length, radius, topk,
         queue.append((target, labels))
         if len(queue) > queue_length:
             queue.pop(0)
-        enlarged = torch.nn.functional.interpolate(labels[None], (size, size), mode="bilinear")[0]
+        enlarged = torch.nn.functional.interpolate(labels[None], scale_factor=patch, mode="bilinear")[0]
         for channel in enlarged:
             if channel.max() > 0:
                 channel -= channel.min().clone()

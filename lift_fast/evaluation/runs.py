@@ -206,7 +206,9 @@ def _davis(content: dict[str, Any]) -> Shape:
     # LiFT's published figures are no neighbours of what DINO's own protocol gives.
     protocol = ", DINO's protocol" if options.get("protocol") == "dino" else ""
     return Shape(
-        f"{options['year']} {options['subset']}{protocol}", figures, {**_options(content, "year", "subset", "size"), **counts}
+        f"{options['year']} {options['subset']}{protocol}",
+        figures,
+        {**_options(content, "year", "subset", "size"), **counts},
     )
 
 

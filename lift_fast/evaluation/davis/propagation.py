@@ -223,7 +223,9 @@ def predict(frames: Sequence[Path], mask: Mask, network: Network, options: Propa
         for i in range(len(batch.imgs)):
             if not videos:
                 places = [None if options.placement == "stretch" else features.covered for features in found]
-                videos = [_begin(one.map[0], mask, options, frame, place) for one, place in zip(found, places, strict=True)]
+                videos = [
+                    _begin(one.map[0], mask, options, frame, place) for one, place in zip(found, places, strict=True)
+                ]
                 continue
             masks = []
             for video, features, place in zip(videos, found, places, strict=True):
