@@ -26,7 +26,7 @@ from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.davis import Davis, DavisError, Network, PropagationOptions, frames, predict, score_sequence
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.methods import Batch, Features, build_methods
+from lift_fast.evaluation.methods import Batch, build_methods
 from lift_fast.testing import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
