@@ -1,5 +1,5 @@
-"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them, and the
-order of files that are a sequence."""
+"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them, and
+the order of files that are a sequence."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def add_parser(protocols: Any) -> None:
         "--protocol",
         choices=("lift", "dino"),
         default="lift",
-        help="the LiFT paper's: S x S pixels, the facet key; or that of DINO's own table: shorter side S, longer one cut "
-        "to a multiple of 64, the last block's tokens after the final norm (%(default)s)",
+        help="the LiFT paper's: S x S pixels, the facet key; or that of DINO's own table: shorter side S, longer one "
+        "cut to a multiple of 64, the last block's tokens after the final norm (%(default)s)",
     )
     numbers.add_argument(
         "--size", type=positive, metavar="S", help="frames are resized to S, see --protocol (448; 480 for dino)"

@@ -94,8 +94,8 @@ def build_methods(
             published evaluation (:func:`published_offset`), or ``"aligned"``, the pixels that the tokens saw.
 
     Raises:
-        ValueError: for an unknown or repeated name, an unknown ``image_branch``, ``lift`` without a LiFT, weights that do not fit the backbone, or a
-            module of another form.
+        ValueError: for an unknown or repeated name, an unknown ``image_branch``, ``lift`` without a LiFT, weights that
+            do not fit the backbone, or a module of another form.
         FileNotFoundError: for a checkpoint that does not exist.
     """
     if backbone.head_order != "interleaved" and backbone.facet not in ("token", "final"):

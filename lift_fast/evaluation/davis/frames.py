@@ -1,7 +1,7 @@
 """Frames of a video as the two published protocols read them.
 
-``lift``: S x S pixels, bicubic (the LiFT paper's). ``dino``: the shorter side S, the longer one in proportion and cut to
-a multiple of 64, as OpenCV's bilinear resizing of bytes makes them (DINO's own ``eval_video_segmentation``).
+``lift``: S x S pixels, bicubic (the LiFT paper's). ``dino``: the shorter side S, the longer one in proportion and cut
+to a multiple of 64, as OpenCV's bilinear resizing of bytes makes them (DINO's own ``eval_video_segmentation``).
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def enlarge(labels: Tensor, patch_size: int) -> Tensor:
 
 
 def enlarge_covered(labels: Tensor, frame: tuple[int, int], covered: Covered) -> Tensor:
-    """Soft labels ``[L, h, w]`` bilinearly to the pixels that they cover of ``frame``, the outermost repeated beyond."""
+    """Soft labels ``[L, h, w]`` bilinearly to the pixels of ``frame`` that they cover, the outermost repeated."""
     top, left, height, width = covered
     enlarged = F.interpolate(labels[None], size=(height, width), mode="bilinear", align_corners=False)
     beyond = (left, frame[1] - left - width, top, frame[0] - top - height)
