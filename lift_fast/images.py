@@ -189,7 +189,8 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
         raise ValueError(f"mean and std must be three values each, got {mean!r} and {std!r}")
     array = np.array(image if image.mode == "RGB" else to_rgb(image))
     pixels = torch.from_numpy(array).permute(2, 0, 1).float().div(255)
-    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).unsqueeze(0).contiguous()
+    shift, scale = (torch.tensor(three, dtype=torch.float32, device="cpu").view(3, 1, 1) for three in (mean, std))
+    return ((pixels - shift) / scale).unsqueeze(0).contiguous()
 
 
 def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:

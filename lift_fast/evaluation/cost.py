@@ -86,7 +86,7 @@ def method_cost(
     flops, published = _backbone_flops(backbone, pixels), published_backbone_count(backbone, pixels)
     grid = backbone.grid(pixels, pixels)
     if kind in ("lift", "random-lift", "label"):
-        network = network if network is not None else LiFT(backbone.embed_dim, backbone.patch_size)
+        network = network if network is not None else _published_lift(backbone)
         count += sum(p.numel() for p in network.parameters())
         seen = _seen_by(network, backbone, size)
         for step in range(number):
@@ -184,6 +184,13 @@ def _backbone_flops(backbone: FrozenViT, size: int) -> int:
     with _shapes_only(), torch.no_grad(), flop_counter() as counter:
         copy(_picture(backbone, size, size))
     return int(counter.get_total_flops())
+
+
+def _published_lift(backbone: FrozenViT) -> LiFT:
+    """An untrained LiFT beside the backbone, whatever PyTorch's defaults are."""
+    weight = backbone.model.patch_embed.proj.weight
+    with weight.device:
+        return LiFT(backbone.embed_dim, backbone.patch_size).to(weight.dtype)
 
 
 def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:

@@ -80,8 +80,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = query.shape
     query, key = query.float().contiguous(), key.float().contiguous()
-    similarity = memory.empty((batch, n, k), dtype=torch.float32)
-    index = memory.empty((batch, n, k), dtype=torch.int64)
+    similarity = memory.empty((batch, n, k), dtype=torch.float32, device=query.device)
+    index = memory.empty((batch, n, k), dtype=torch.int64, device=query.device)
     _native.require().window_nearest_f32(
         query.data_ptr(),
         key.data_ptr(),
