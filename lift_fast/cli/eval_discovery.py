@@ -43,8 +43,8 @@ def add_parser(protocols: Any) -> None:
         "--rule",
         choices=("published", "exact"),
         default="published",
-        help="with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, as "
-        "published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels (%(default)s)",
+        help="with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, "
+        "as published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels (%(default)s)",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument(
