@@ -1,4 +1,4 @@
-"""Evaluations do not depend on PyTorch's global defaults: every tensor they make has a dtype and a device of its own."""
+"""Evaluations do not depend on PyTorch's global defaults: every tensor they make names its dtype and device."""
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_methods(networks):
 
 
 def test_cost(networks):
-    backbone, lift = networks
+    backbone, _ = networks
     same(lambda: [vars(method_cost(name, backbone, 48)) for name in ("backbone", "lift", "lift-2", "stride-8")])
     imgs, tokens = torch.randn(1, 3, 32, 32), torch.randn(1, 4, 24)
     plain = randomize(LiFT(24, 16), 0).eval()

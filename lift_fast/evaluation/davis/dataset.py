@@ -12,11 +12,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from lift_fast._files import atomic_path, natural_key
+from lift_fast._text import one_line
+from lift_fast.evaluation.annotations import check_names, list_lines
 
 Mask = npt.NDArray[np.uint8]
 
 # Pixels that annotators left open; the semi-supervised evaluation takes them for background.
 VOID = 255
+# 64 Mi: a mask that says more of itself than any video has is not decoded.
+_MOST_PIXELS = 1 << 26
 
 
 class DavisError(ValueError):
@@ -111,16 +115,16 @@ def _read_list(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise DavisError(f"no list of sequences at {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = tuple(dict.fromkeys(list_lines(path)))
+    except (OSError, ValueError) as error:
         raise DavisError(f"{path} cannot be read: {error}") from error
-    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
         raise DavisError(f"{path} lists no sequence")
-    for name in names:
+    try:
         # Names become folders of results.
-        if name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-            raise DavisError(f"{path}: expected the name of a folder in each line, got {name!r}")
+        check_names(path, names, "the name of a folder")
+    except ValueError as error:
+        raise DavisError(str(error)) from error
     return names
 
 
@@ -135,12 +139,19 @@ def read_mask(path: Path, binary: bool = False) -> Mask:
         raise DavisError(f"no mask at {path}")
     try:
         with Image.open(path) as image:
+            # Before anything is decoded: a file of some kilobytes can hold gigabytes.
+            if image.mode not in ("P", "L", "1"):
+                raise DavisError(
+                    f"{path} is a picture of mode {image.mode}; expected an indexed PNG whose values number the objects"
+                )
+            if image.width * image.height > _MOST_PIXELS:
+                raise DavisError(f"{path} says that it has {image.width} x {image.height} pixels; no video has so many")
             image.load()
-            mode, mask = image.mode, np.array(image)
+            mask = np.array(image)
+    except DavisError:
+        raise
     except Exception as error:
-        raise DavisError(f"{path} cannot be read as a mask: {error}") from error
-    if mode not in ("P", "L", "1"):
-        raise DavisError(f"{path} is a picture of mode {mode}; expected an indexed PNG whose values number the objects")
+        raise DavisError(f"{path} cannot be read as a mask: {one_line(error)}") from error
     return (mask != 0 if binary else mask).astype(np.uint8)
 
 
