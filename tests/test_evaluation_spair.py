@@ -605,6 +605,7 @@ USAGE = {
     "root": (["--root", "nowhere"], "no folder nowhere"),
     "category": (["--root", "{}", "--categories", "unicorn"], "has no category unicorn; there are cat, pottedplant"),
     "seeds": (["--root", "{}", "--seeds", "2"], "give --pairs-per-category"),
+    "draw": (["--root", "{}", "--draw", "published"], "give --pairs-per-category"),
     "alpha": (["--root", "{}", "--alphas", "2"], "alphas must lie in 0 to 1"),
     "alpha twice": (["--root", "{}", "--alphas", "0.1", "0.1"], "each alpha once"),
     "size": (["--root", "{}", "--sizes", "8"], "sizes of at least a patch"),
@@ -619,3 +620,34 @@ def test_usage_errors(case, root, capsys):
     arguments, message = USAGE[case]
     assert run(*(argument.format(root) for argument in arguments), *TINY) == 2
     assert message in capsys.readouterr().err
+
+
+def test_published_draws(tmp_path, capsys):
+    root = make_spair(tmp_path, 0)
+    dataset = spair.SPair(root)
+    selection = dataset.select()
+    backbone = tiny_backbone()
+    methods = build_methods(["backbone"], backbone)
+    options = {"sizes": [32], "pairs_per_category": 20, "seeds": 2}
+    content = spair.evaluate(methods, backbone, dataset, selection, draw="published", **options)
+    # What the published program does, whose generator is NumPy's global one.
+    state = np.random.get_state()
+    for seed, drawn in enumerate(content["draws"]):
+        np.random.seed(seed)
+        for category, pairs in selection.pairs.items():
+            expected = [pairs[index].name for index in np.random.choice(len(pairs), 20)]
+            assert drawn[category] == expected
+            assert len(set(expected)) < 20
+    np.random.set_state(state)
+    # A pair counts as often as it was drawn.
+    scores = content["scores"]["32"]["backbone"]
+    by_seed = []
+    for drawn in content["draws"]:
+        rows = [np.array([scores[category][name] for name in names], float) for category, names in drawn.items()]
+        by_seed.append(np.mean([100 * each[:, 1].sum() / each[:, 0].sum() for each in rows]))
+    assert content["summary"]["sizes"]["32"]["backbone"]["PCK@0.1"] == pytest.approx(np.mean(by_seed))
+    assert content["summary"]["pairs"] == dict.fromkeys(selection.pairs, 40)
+    distinct = spair.evaluate(methods, backbone, dataset, selection, **options)
+    assert all(len(set(names)) == len(names) for drawn in distinct["draws"] for names in drawn.values())
+    with pytest.raises(ValueError, match="draw must be distinct or published, got 'all'"):
+        spair.evaluate(methods, backbone, dataset, selection, draw="all", **options)

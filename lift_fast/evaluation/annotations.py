@@ -48,6 +48,12 @@ def check_names(path: Path, names: Iterable[str], expected: str, forbidden: str 
         ValueError: naming the list and the first such name.
     """
     for name in names:
-        odd = name in (".", "..") or any(mark in name for mark in forbidden) or not name.isprintable()
-        if odd or len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        if not is_name(name, forbidden):
             raise ValueError(f"{path}: expected {expected} in each line, got {brief(name)}")
+
+
+def is_name(name: object, forbidden: str = "/\\") -> bool:
+    """Whether it is the name of a file that prints and stays in its folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in forbidden):
+        return False
+    return name.isprintable() and len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME

@@ -92,7 +92,8 @@ class Davis:
                 try:
                     with Image.open(path) as image:
                         palette = image.getpalette() if image.mode == "P" else None
-                except OSError:
+                except Exception:
+                    # No picture, or one that is too large: said where its objects are asked for.
                     continue
                 if palette:
                     return palette

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lift_fast.evaluation.annotations import brief, check_names, list_lines, shortened
+from lift_fast.evaluation.annotations import brief, check_names, is_name, list_lines, shortened
 
 Array = npt.NDArray[np.float64]
 
@@ -274,7 +274,7 @@ def _agree(own: dict[str, Any], names: Sequence[str], points: Array) -> bool:
     for name, point in zip(names, points, strict=False):
         try:
             there = np.asarray(own.get(name), dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         if there.shape != (2,) or not (np.abs(there - point) <= _TOLERANCE).all():
             return False
@@ -319,8 +319,8 @@ def _points(content: dict[str, Any], key: str) -> Array:
 
 
 def _file_name(content: dict[str, Any], key: str) -> str:
-    name = content[key]
-    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+    name: Any = content[key]
+    if not is_name(name):
         raise ValueError(f"{key} is {brief(name)}; expected the name of a file")
     return name
 
