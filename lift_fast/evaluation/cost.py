@@ -90,8 +90,8 @@ def method_cost(
         count += sum(p.numel() for p in network.parameters())
         seen = _seen_by(network, backbone, size)
         for step in range(number):
-            pixels, cells = (seen[0] << step, seen[1] << step), (grid[0], grid[1])
-            more, more_published, grid = _upsampler_flops(network, backbone, pixels, cells)
+            picture, cells = (seen[0] << step, seen[1] << step), (grid[0], grid[1])
+            more, more_published, grid = _upsampler_flops(network, backbone, picture, cells)
             flops, published = flops + more, published + more_published
     elif kind == "bilinear":
         grid = (2 * grid[0], 2 * grid[1])

@@ -178,7 +178,8 @@ def judge(sample: Sample, box: Box, degenerate: bool, square: tuple[tuple[int, i
             evaluation does: true boxes are scaled and cut to whole pixels (towards zero), and an IoU of just 0.5 is
             none, for a term against division by zero makes it smaller.
     """
-    truths, seen, judged = sample.boxes, box, overlaps
+    truths, seen = sample.boxes, box
+    judged: Callable[[Box, Box], bool] = overlaps
     if square is not None:
         (width, height), side = square
         x, y = side / width, side / height
@@ -333,19 +334,24 @@ def evaluate(
             progress(1)
             continue
         found: dict[str, Discovery] = {}
-        try:
-            prepared = None if image is None else prepare(image, backbone, resolution, rule)
-            for name, run in missing if prepared is not None else ():
-                found[name] = discover(image, prepared, run, tau=tau, eps=eps)
-        except NotFiniteError as error:
-            # Left out for all methods, or their figures would be of different pictures.
-            skipped[sample.name] = f"{name}: {error}"
+        if image is not None:
+            prepared = prepare(image, backbone, resolution, rule)
+            for name, run in missing:
+                try:
+                    found[name] = discover(image, prepared, run, tau=tau, eps=eps)
+                except NotFiniteError as error:
+                    # Left out for all methods, or their figures would be of different pictures.
+                    skipped.setdefault(sample.name, f"{name}: {error}")
+        if sample.name in skipped:
             progress(1)
             continue
         for name, known in before.items():
             if known is not None:
                 predictions[name].append(known)
-        square = (image.size, resolution) if image is not None and resolution and rule == "published" else None
+        if image is None:
+            progress(1)
+            continue
+        square = (image.size, resolution) if resolution is not None and rule == "published" else None
         for name, discovery in found.items():
             prediction = judge(sample, discovery.box, discovery.cut.degenerate, square)
             predictions[name].append(prediction)

@@ -200,12 +200,12 @@ class _Builder:
 
     def _lifted(self, name: str, extractor: ViTLiFTExtractor, times: int, weights: str | None) -> Method:
         def compute(batch: Batch) -> Features:
-            tokens, size = batch.tokens(self.backbone), batch.imgs.shape[2:]
+            tokens, (height, width) = batch.tokens(self.backbone), batch.imgs.shape[2:]
             start = 0
             if self.image_branch == "published" and self.backbone.stride == self.backbone.patch_size:
-                start = published_offset(*size, self.backbone.patch_size)
+                start = published_offset(height, width, self.backbone.patch_size)
             found = extractor.lift_map(batch.imgs[:, :, start:, start:], tokens, times)
-            return Features(found, extractor.covered(*size))
+            return Features(found, extractor.covered(height, width))
 
         return Method(name, compute, weights, extractor.lift)
 
