@@ -26,7 +26,7 @@ CosineLossType type(const std::string& name) {
 
 void run(std::uintptr_t prediction, std::uintptr_t target, const std::string& dtype, const Triple& shape,
          const Triple& prediction_strides, const Triple& target_strides, const Triple& gradient_strides, float weight,
-         std::uintptr_t loss, std::uintptr_t gradient, int threads, const std::string& isa) {
+         std::uintptr_t loss, std::uintptr_t gradient, int threads, const std::string& isa, std::uintptr_t upstream) {
   CosineLossCall call{};
   call.prediction = reinterpret_cast<const void*>(prediction);
   call.target = reinterpret_cast<const void*>(target);
@@ -38,6 +38,7 @@ void run(std::uintptr_t prediction, std::uintptr_t target, const std::string& dt
   call.c = shape[1];
   call.inner = shape[2];
   call.weight = weight;
+  call.upstream = reinterpret_cast<const float*>(upstream);
   call.loss = reinterpret_cast<float*>(loss);
   call.gradient = reinterpret_cast<void*>(gradient);
   call.threads = threads;
@@ -52,8 +53,10 @@ void bind_cosine_loss(py::module_& m) {
   m.def("cosine_loss", &run, py::arg("prediction"), py::arg("target"), py::arg("dtype"), py::arg("shape"),
         py::arg("prediction_strides"), py::arg("target_strides"), py::arg("gradient_strides"), py::arg("weight"),
         py::arg("loss"), py::arg("gradient"), py::arg("threads"), py::arg("isa") = "auto",
+        py::arg("upstream") = 0,
         "1 - cosine of prediction and target [outer, c, inner] along c: writes loss [outer, inner] float32 and, where "
-        "its address is not 0, weight times the gradient for prediction, in the inputs' dtype. Strides in elements.");
+        "its address is not 0, weight times the gradient for prediction, in the inputs' dtype; times upstream [outer, "
+        "inner] float32 too where that is given. Strides in elements.");
 }
 
 }  // namespace lift_fast

@@ -18,6 +18,9 @@ _LOOP_CHANNELS = 512
 # A warp's least share of one channel where positions lie side by side: whole sectors of the second cache.
 _LEAST_POSITIONS = 8
 _SCALE_BLOCK = 2048
+# Squared norms beyond which sums and factors may leave the range of float32, and what brings such vectors back.
+MODERATE = tl.constexpr(1e28)
+SMALLER = tl.constexpr(2.0**-80)
 
 
 @triton.jit
@@ -37,12 +40,13 @@ def _store(base, outer, channel, position, channels, inner, channel_stride, inne
 
 @triton.jit
 def cosine_loss_kernel(
-    prediction, target, gradient, loss, channels, inner,
+    prediction, target, gradient, loss, upstream, channels, inner,
     prediction_outer, prediction_channel, prediction_inner,
     target_outer, target_channel, target_inner,
     gradient_outer, gradient_channel, gradient_inner,
     weight, epsilon,
-    FIRST: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, LOOP: tl.constexpr, GRADIENT: tl.constexpr
+    FIRST: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, LOOP: tl.constexpr, GRADIENT: tl.constexpr,
+    UPSTREAM: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(inner, POSITIONS)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
@@ -75,25 +79,56 @@ def cosine_loss_kernel(
             product += tl.sum(u * v, 0)
             own += tl.sum(u * u, 0)
             other += tl.sum(v * v, 0)
-    own = 1.0 / tl.sqrt(own + epsilon)
-    other = 1.0 / tl.sqrt(other + epsilon)
+    # Vectors whose squares leave the range of float32 are taken 2^-80 times as long.
+    smaller_x = tl.where(own <= MODERATE, 1.0, SMALLER)
+    smaller_y = tl.where(other <= MODERATE, 1.0, SMALLER)
+    if tl.min(smaller_x * smaller_y, 0) < 1.0:
+        if LOOP:
+            product = tl.zeros([POSITIONS], tl.float32)
+            own = tl.zeros([POSITIONS], tl.float32)
+            other = tl.zeros([POSITIONS], tl.float32)
+            for start in range(0, channels, FIRST):
+                c = start + channel
+                x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+                y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
+                x, y = x.to(tl.float32) * smaller_x[None, :], y.to(tl.float32) * smaller_y[None, :]
+                product += tl.sum(x * y, 0)
+                own += tl.sum(x * x, 0)
+                other += tl.sum(y * y, 0)
+        else:
+            p, q = x * smaller_x[None, :], y * smaller_y[None, :]
+            product, own, other = tl.sum(p * q, 0), tl.sum(p * p, 0), tl.sum(q * q, 0)
+            if REST:
+                r, s = u * smaller_x[None, :], v * smaller_y[None, :]
+                product += tl.sum(r * s, 0)
+                own += tl.sum(r * r, 0)
+                other += tl.sum(s * s, 0)
+    # Beside such a length epsilon is nothing.
+    own = 1.0 / tl.sqrt(own + tl.where(smaller_x == 1.0, epsilon, 0.0))
+    other = 1.0 / tl.sqrt(other + tl.where(smaller_y == 1.0, epsilon, 0.0))
     cosine = product * own * other
     tl.store(loss + outer * inner + position, 1.0 - cosine, mask=position < inner)
     if GRADIENT:
-        toward = (-weight * own * other)[None, :]
-        along = (weight * cosine * own * own)[None, :]
+        share = weight
+        if UPSTREAM == 1:
+            share *= tl.load(upstream)
+        elif UPSTREAM == 2:
+            share *= tl.load(upstream + outer * inner + position, mask=position < inner, other=0.0)
+        toward, along = (-share * own * other)[None, :], (share * cosine * own * own)[None, :]
+        smaller_x, smaller_y = smaller_x[None, :], smaller_y[None, :]
         if LOOP:
             for start in range(0, channels, FIRST):
                 c = start + channel
                 x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
                 y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
-                g = toward * y.to(tl.float32) + along * x.to(tl.float32)
+                g = toward * (y.to(tl.float32) * smaller_y) + along * (x.to(tl.float32) * smaller_x)
+                g *= smaller_x
                 _store(gradient, at_g, c, position, channels, inner, gradient_channel, gradient_inner, g)
         else:
-            g = toward * y + along * x
+            g = (toward * (y * smaller_y) + along * (x * smaller_x)) * smaller_x
             _store(gradient, at_g, channel, position, channels, inner, gradient_channel, gradient_inner, g)
             if REST:
-                g = toward * v + along * u
+                g = (toward * (v * smaller_y) + along * (u * smaller_x)) * smaller_x
                 _store(gradient, at_g, last, position, channels, inner, gradient_channel, gradient_inner, g)
 
 
@@ -121,7 +156,13 @@ def tiling(channels: int, inner: int) -> tuple[int, int, int, bool]:
 
 
 def cosine_loss(
-    prediction: Tensor, target: Tensor, gradient: Tensor | None, loss: Tensor, weight: float, epsilon: float
+    prediction: Tensor,
+    target: Tensor,
+    gradient: Tensor | None,
+    loss: Tensor,
+    weight: float,
+    epsilon: float,
+    upstream: Tensor | None = None,
 ) -> None:
     """Launch :func:`cosine_loss_kernel`.
 
@@ -130,6 +171,7 @@ def cosine_loss(
         gradient: same, written with ``weight`` times the gradient for ``prediction``; None for the loss alone.
         loss: ``outer * inner`` float32, written.
         weight, epsilon: the gradient's factor; what is added to squared norms.
+        upstream: one more factor of the gradient, contiguous float32: one, or ``outer * inner``.
     """
     outer, channels, inner = prediction.shape
     first, rest, positions, loop = tiling(channels, inner)
@@ -141,6 +183,7 @@ def cosine_loss(
         target,
         into,
         loss,
+        prediction if upstream is None else upstream,
         channels,
         inner,
         *prediction.stride(),
@@ -153,6 +196,7 @@ def cosine_loss(
         POSITIONS=positions,
         LOOP=loop,
         GRADIENT=gradient is not None,
+        UPSTREAM=0 if upstream is None else 2 if upstream.dim() else 1,
         num_warps=8 if (first + rest) * positions > _TILE // 4 else 4,
     )
 

@@ -313,8 +313,7 @@ class ViTLiFTExtractor(nn.Module):
             if not whole_patches:
                 return batch
             # LiFT crops to whole patches itself; before an enlargement the crop must come first, or grids disagree.
-            top, left = (batch.shape[2] - p * h) // 2, (batch.shape[3] - p * w) // 2
-            return batch[:, :, top : top + p * h, left : left + p * w]
+            return batch[:, :, : p * h, : p * w]
         start = (p - s) // 2
         covered = batch[:, :, start : start + s * h, start : start + s * w]
         # The antialiased filter does not exist for half precision on the CPU.

@@ -7,7 +7,6 @@ State-dict keys, their order and shapes are those of the published checkpoints.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,56 +14,15 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .layers import LayerFinder, Up, conv_block
 from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
 from .plan import Architecture, span_basis
 
 # Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
 _Network = tuple[list[Tensor], list[float], Architecture]
+_NONE = type(None)
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
-
-
-class DoubleConv(nn.Module):
-    """Two 3x3 convolutions without bias, each followed by BatchNorm and ReLU; keeps the grid."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.double_conv = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.double_conv(x)
-        return out
-
-
-class Up(nn.Module):
-    """Transposed 2x2 convolution (doubles the grid, halves the channels), joined with the image branch; DoubleConv."""
-
-    def __init__(self, in_channels: int, out_channels: int, fine_channels: int) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
-        self.conv_1 = DoubleConv(in_channels // 2 + fine_channels, out_channels // 2)
-
-    def forward(self, x: Tensor, fine: Tensor | None) -> Tensor:
-        x = self.up(x)
-        if fine is not None:
-            x = torch.cat([x, fine], dim=1)
-        out: Tensor = self.conv_1(x)
-        return out
-
-
-def _conv_block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, stride=stride),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
 
 
 class LiFT(
@@ -81,7 +39,8 @@ class LiFT(
     to force the plain graph. Training, and evaluation with gradients, always run the plain graph. Changes of a weight
     through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or :func:`lift_fast.clear_plans`
     after them.
-    Forward hooks on submodules run in the plain graph only.
+    A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
+    ``forward``) runs the plain graph as it stands. Forward hooks on submodules run in the plain graph only.
 
     Args:
         in_channels: C, channels of the backbone's features, at least 2.
@@ -122,25 +81,26 @@ class LiFT(
         self.post_shape = post_shape
         self.use_image = use_image
         self.fused = True
+        self._find_layers = LayerFinder()
 
         # Registered in the order of the published network: the same seed gives the same initial weights.
         width = image_channels if use_image else 0
         self.up1 = Up(in_channels + width, in_channels, width)
         self.outc = nn.Conv2d(in_channels // 2, in_channels, kernel_size=1)
         if use_image:
-            blocks = _conv_block(3, width, stride=2) + _conv_block(width, width, stride=2)
+            blocks = conv_block(3, width, stride=2) + conv_block(width, width, stride=2)
             for _ in range(extra_image_blocks):
-                blocks += _conv_block(width, width, stride=1)
+                blocks += conv_block(width, width, stride=1)
             self.image_convs_1 = nn.Sequential(*blocks)
             self.scale_adapter = nn.Identity() if patch_size == 8 else nn.MaxPool2d(2, 2)
-            self.image_convs_2 = nn.Sequential(*_conv_block(width, width, stride=2))
+            self.image_convs_2 = nn.Sequential(*conv_block(width, width, stride=2))
 
     def forward(self, imgs: Tensor, x: Tensor) -> Tensor:
         """Upsample backbone features by two.
 
         Args:
             imgs: ``[B, 3, H, W]`` normalised pictures, floating point. When H or W is no multiple of the patch size
-                the image branch sees the centred crop of whole patches.
+                the image branch sees what the tokens saw: the whole patches from the top left corner.
             x: ``[B, T, C]`` tokens without class token if ``pre_shape`` (row-major, ``T = (H // p) * (W // p)``),
                 else ``[B, C, H // p, W // p]``; dtype and device of ``imgs``.
 
@@ -224,7 +184,9 @@ class LiFT(
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is made anew after it."""
         # Weights changed through ``.data`` count no versions; such code runs between train() and eval() as a rule.
-        forget_plan(self._plan_sources()[0])
+        weights = self._plan_sources()[0]
+        if weights:
+            forget_plan(weights)
         return super().train(mode)
 
     @property
@@ -242,13 +204,13 @@ class LiFT(
         return out
 
     def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
-        """Centred crop to whole patches; other patch sizes than 8 and 16 are resized to 16 pixels per token."""
+        """The pixels that the tokens saw, resized to 16 pixels per token for other patch sizes than 8 and 16."""
         p = self.patch_size
         # A compiler of graphs for any size must not take this one for all.
         if p in (8, 16) and not torch.compiler.is_compiling() and imgs.shape[2:] == (p * h, p * w):
             return imgs
-        top, left = (imgs.shape[2] - p * h) // 2, (imgs.shape[3] - p * w) // 2
-        imgs = imgs[:, :, top : top + p * h, left : left + p * w]
+        # A backbone's patches begin at the top left corner.
+        imgs = imgs[:, :, : p * h, : p * w]
         if p in (8, 16) or not self.use_image:
             return imgs
         # The antialiased filter exists for neither half precision on the CPU nor bfloat16 everywhere.
@@ -259,51 +221,29 @@ class LiFT(
         """What the plan is made from; None where the plain graph must run, whatever the inputs."""
         if not self.fused or self.training:
             return None
-        compiling = torch.compiler.is_compiling()
-        convs, norms, image_blocks = self._layers(compiling)
-        for norm in norms:
+        layers = self._find_layers(self)
+        if layers is None:
+            return None
+        for norm in layers.norms:
             if norm.training:
                 return None
+        weights = layers.weights()
+        # A BatchNorm without weights or statistics, a convolution without bias.
+        if _NONE in map(type, weights):
+            return None
         # Compilers warn of caches.
-        architecture = (_architecture if compiling else _known_architecture)(image_blocks, self.patch_size)
-        return _weights(convs, norms, compiling), [norm.eps for norm in norms], architecture
+        architecture = _architecture if torch.compiler.is_compiling() else _known_architecture
+        return weights, layers.epsilons(), architecture(layers.image_blocks, self.patch_size)
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
-        """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon."""
-        compiling = torch.compiler.is_compiling()
-        convs, norms, _ = self._layers(compiling)
-        return _weights(convs, norms, compiling), [norm.eps for norm in norms]
+        """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon.
 
-    def _layers(self, compiling: bool) -> tuple[list[Any], list[Any], int]:
-        """The convolutions and the BatchNorms in the order of the plan, and the first image encoder's blocks.
-
-        First the image encoders', each with its BatchNorm; the transposed one; the double convolution's, each with its
-        BatchNorm; the output's.
+        Nothing where the graph is not the published one.
         """
-        if compiling:
-            return self._layers_by_name()
-        try:
-            # Each attribute of a module costs 0.5 us and each index of a Sequential 1 us; a forward pass needs 30.
-            modules = self._modules
-            up: Any = modules["up1"]._modules  # type: ignore[union-attr]
-            double = _members(up["conv_1"]._modules["double_conv"])
-            convs, norms = [up["up"], double[0], double[3], modules["outc"]], [double[1], double[4]]
-            if not self.use_image:
-                return convs, norms, 0
-            first, second = _members(modules["image_convs_1"]), _members(modules["image_convs_2"])
-            return [*first[::3], second[0], *convs], [*first[1::3], second[1], *norms], len(first) // 3
-        except (KeyError, IndexError, AttributeError):
-            # A wrapper around one of them answers to its names only.
-            return self._layers_by_name()
-
-    def _layers_by_name(self) -> tuple[list[Any], list[Any], int]:
-        double = self.up1.conv_1.double_conv
-        convs, norms = [self.up1.up, double[0], double[3], self.outc], [double[1], double[4]]
-        if not self.use_image:
-            return convs, norms, 0
-        first, second, blocks = self.image_convs_1, self.image_convs_2, len(self.image_convs_1) // 3
-        convs = [*(first[3 * i] for i in range(blocks)), second[0], *convs]
-        return convs, [*(first[3 * i + 1] for i in range(blocks)), second[1], *norms], blocks
+        layers = self._find_layers(self)
+        if layers is None:
+            return [], []
+        return layers.weights(), layers.epsilons()
 
     def _check(self, imgs: Tensor, x: Tensor, network: _Network | None) -> tuple[int, int]:
         """Check the inputs against each other and the module; returns the coarse grid (h, w)."""
@@ -357,12 +297,6 @@ def _architecture(image_blocks: int, patch_size: int) -> Architecture:
 _known_architecture = cache(_architecture)
 
 
-def _members(sequence: nn.Module | None) -> list[Any]:
-    if type(sequence) is not nn.Sequential:
-        raise AttributeError(f"a {type(sequence).__name__} in place of a Sequential")
-    return [*sequence._modules.values()]
-
-
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
     # Forward-mode derivatives need no gradients enabled, and operators on memory know nothing of tangents. PyTorch has
     # no public name for this question.
@@ -371,46 +305,6 @@ def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
     if not torch.is_grad_enabled():
         return False
     return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network[0])
-
-
-class _ByName:
-    """A layer whose weights answer to their names only: parametrised, pruned, wrapped, or read by a compiler."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self._parameters = self._buffers = self
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-
-def _weights(convs: list[Any], norms: list[Any], compiling: bool) -> list[Tensor]:
-    """The layers' weights and buffers in the order of the plan."""
-    if not compiling:
-        try:
-            return _held(convs, norms)
-        except (KeyError, AttributeError):
-            pass
-    return _held([_ByName(conv) for conv in convs], [_ByName(norm) for norm in norms])
-
-
-def _held(convs: list[Any], norms: list[Any]) -> list[Tensor]:
-    # The dictionaries of the layers: their attributes would cost 0.5 us each.
-    weights: list[Tensor] = []
-    encoders = len(norms) - 2
-    for conv, norm in zip(convs[:encoders], norms, strict=False):
-        own, affine, seen = conv._parameters, norm._parameters, norm._buffers
-        weights += (own["weight"], own["bias"], affine["weight"], affine["bias"])
-        weights += (seen["running_mean"], seen["running_var"])
-    own = convs[encoders]._parameters
-    weights += (own["weight"], own["bias"])
-    for conv, norm in zip(convs[encoders + 1 :], norms[encoders:], strict=False):
-        affine, seen = norm._parameters, norm._buffers
-        weights += (conv._parameters["weight"], affine["weight"], affine["bias"])
-        weights += (seen["running_mean"], seen["running_var"])
-    own = convs[-1]._parameters
-    weights += (own["weight"], own["bias"])
-    return weights
 
 
 def _check_integer(name: str, value: int, minimum: int) -> None:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .checks import check_dense, shown
 from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
 
 __all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]
 
 _REDUCTIONS = ("mean", "sum", "none")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
@@ -114,18 +114,13 @@ def _is_transformed(*tensors: Tensor) -> bool:
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {shown(reduction)}")
 
 
 def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
     """Check the arguments; returns ``dim`` counted from the front."""
-    for name, value in (("prediction", prediction), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be dense, got {value.layout}; convert it with to_dense()")
+    check_dense("prediction", prediction)
+    check_dense("target", target)
     if prediction.dtype != target.dtype:
         raise TypeError(
             f"prediction is {prediction.dtype}, target is {target.dtype}; convert one of them, for example "
@@ -140,5 +135,5 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
     if count == 0:
         raise ValueError("prediction and target are scalars; expected at least one dimension, that of the descriptors")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
-        raise ValueError(f"dim must be an integer from {-count} to {count - 1} for {count} dimensions, got {dim!r}")
+        raise ValueError(f"dim must be an integer from {-count} to {count - 1} ({count} dimensions), got {shown(dim)}")
     return dim % count

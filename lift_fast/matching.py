@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_dense, check_flag, check_size, check_whole, shown
 from .ops import dense_match as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Matches that may be asked for of however few keys.
+_MOST_MATCHES = 1 << 16
 
 
 class Window(NamedTuple):
@@ -68,13 +70,15 @@ def nearest(
     Args:
         query: ``[..., N, C]`` float32, bfloat16, float16 or float64.
         key: ``[..., M, C]``, same dtype and device; leading dimensions broadcast.
-        k: matches per query, >= 1.
+        k: matches per query, >= 1; at most M, or 65,536 where that is more.
         mutual: keep a match only if the query is also the best one of that key.
         ratio: Lowe's ratio test, 0 < ratio <= 1: the distance to the best key is at most ``ratio`` times that to the
             second; for unit vectors ``1 - s1 <= ratio**2 * (1 - s2)``. Needs ``normalize``.
         window: only keys within a square neighbourhood on a grid, see :class:`Window`. Grids of different size are
             compared by cell centres, measured in cells of the key grid.
-        normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product.
+        normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product, infinite where
+            it passes the range of the result, but matched by its true size. That range is asked for on the device,
+            which a recorded CUDA graph leaves out.
         precision: ``"exact"``: equal to the float32 argmax. Where the device multiplies bfloat16 faster, candidates
             are searched with it, those within its proven rounding bound are judged in float32. ``"fast"``: without
             that judgement; cosines may be off by up to 2^-7, and of keys so close any may be chosen.
@@ -86,17 +90,19 @@ def nearest(
         TypeError: for inputs that are no tensors or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
-    _check_pair("query", query, "key", key)
+    check_pair("query", query, "key", key)
     if query.dim() < 2 or key.dim() < 2:
         raise ValueError(f"query must be [..., N, C] and key [..., M, C], got {_shape(query)} and {_shape(key)}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same number of channels, got {_shape(query)} and {_shape(key)}")
-    _check_int("k", k, 1)
+    # Beyond the keys there is nothing to find, and a long list of that would fill the memory.
+    k = check_whole("k", k, 1, max(key.shape[-2], _MOST_MATCHES))
+    mutual, normalize = check_flag("mutual", mutual), check_flag("normalize", normalize)
     if precision not in ("exact", "fast"):
-        raise ValueError(f'precision must be "exact" or "fast", got {precision!r}')
+        raise ValueError(f'precision must be "exact" or "fast", got {shown(precision)}')
     if ratio is not None:
-        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], got {ratio!r}")
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {shown(ratio)}")
         if not normalize:
             raise ValueError("ratio compares distances of unit vectors: it needs normalize=True")
     n, m = query.shape[-2], key.shape[-2]
@@ -106,7 +112,17 @@ def nearest(
         raise ValueError(
             f"leading dimensions of query {_shape(query)} and key {_shape(key)} do not broadcast"
         ) from None
-    flat_window = None if window is None else _flat_window(Window(*window), n, m)
+    flat_window = None
+    if window is not None:
+        try:
+            radius, grid, key_grid = Window(*window)
+        except TypeError:
+            raise ValueError(
+                f"window must be (radius, query grid[, key grid]) with (h, w) for a grid, got {shown(window)}"
+            ) from None
+        names = ("window.radius", "window.query_grid", "window.key_grid")
+        check_whole(names[0], radius, 0, math.inf)
+        flat_window = check_window(names, radius, grid, key_grid, n, m)
     channels = query.shape[-1]
     similarity, index, valid = torch.ops.lift_fast.nearest(
         query.detach().expand(*leading, n, channels).reshape(math.prod(leading), n, channels),
@@ -154,7 +170,7 @@ def dense_match(
         TypeError: for inputs that are no tensors or of another dtype.
         ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the picture.
     """
-    _check_pair("query_map", query_map, "key_map", key_map)
+    check_pair("query_map", query_map, "key_map", key_map)
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
         if tensor.dim() != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be [B, C, h, w] without empty dimensions, got {_shape(tensor)}")
@@ -162,7 +178,7 @@ def dense_match(
         raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
     if normalize not in ("grid", "pixel", None):
         raise ValueError(f'normalize must be "grid", "pixel" or None, got {normalize!r}')
-    query_hw, key_hw = _check_size("query_size", query_size), _check_size("key_size", key_size)
+    query_hw, key_hw = check_size("query_size", query_size), check_size("key_size", key_size)
     if points is not None:
         _check_points(points, query_map)
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
@@ -175,42 +191,45 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    for label, value in ((name, tensor), (other_name, other)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{label} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in _FLOATS:
-            raise TypeError(f"{label} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse what are no two dense floating-point tensors of one dtype on one device.
+
+    Raises:
+        TypeError, ValueError: names both.
+    """
+    check_dense(name, tensor)
+    check_dense(other_name, other)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} and {other_name} must have one dtype, got {tensor.dtype} and {other.dtype}")
     if tensor.device != other.device:
         raise ValueError(f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}")
 
 
-def _check_int(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+def check_window(
+    names: tuple[str, str, str], radius: int | None, grid: Any, key_grid: Any, n: int, m: int
+) -> list[int]:
+    """A window as the operators take it: ``[radius, query_h, query_w, key_h, key_w]``.
 
+    Args:
+        names: of the radius and both grids, for messages.
+        radius: None for no limit.
+        grid, key_grid: (h, w); ``key_grid`` None for the same.
+        n, m: queries and keys.
 
-def _check_size(name: str, size: Sequence[int]) -> list[int]:
-    try:
-        height, width = size
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be (H, W) in pixels, got {size!r}") from None
-    _check_int(f"{name}[0]", height, 1)
-    _check_int(f"{name}[1]", width, 1)
-    return [height, width]
-
-
-def _flat_window(window: Window, n: int, m: int) -> list[int]:
-    _check_int("window.radius", window.radius, 0)
-    query_grid = _check_size("window.query_grid", window.query_grid)
-    key_grid = query_grid if window.key_grid is None else _check_size("window.key_grid", window.key_grid)
-    if query_grid[0] * query_grid[1] != n:
-        raise ValueError(f"window.query_grid {tuple(query_grid)} does not hold the {n} queries")
-    if m % (key_grid[0] * key_grid[1]):
-        raise ValueError(f"window.key_grid {tuple(key_grid)} does not divide the {m} keys into whole grids")
-    return [window.radius, *query_grid, *key_grid]
+    Raises:
+        ValueError: for a radius or grids that do not fit.
+    """
+    query_hw = check_size(names[1], grid)
+    key_hw = query_hw if key_grid is None else check_size(names[2], key_grid)
+    if query_hw[0] * query_hw[1] != n:
+        raise ValueError(f"{names[1]} {tuple(query_hw)} does not hold the {n} queries")
+    if m % (key_hw[0] * key_hw[1]):
+        raise ValueError(f"{names[2]} {tuple(key_hw)} does not divide the {m} keys into whole grids")
+    reach = max(key_hw)
+    if radius is not None:
+        # More than the grid is no more than all of it.
+        reach = min(check_whole(names[0], radius, 0, math.inf), reach)
+    return [reach, *query_hw, *key_hw]
 
 
 def _check_points(points: Tensor, query_map: Tensor) -> None:

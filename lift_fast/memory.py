@@ -14,3 +14,14 @@ empty_like = torch.empty_like
 full = torch.full
 new_empty = torch.Tensor.new_empty
 zeros = torch.zeros
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the native core finds the numbers of ``tensor``.
+
+    Raises:
+        ValueError: if its memory holds others (negated on reading, sparse) or is no memory of the CPU.
+    """
+    if tensor.is_neg() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"the native core reads plain memory, got {tensor.layout} {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()

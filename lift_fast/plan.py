@@ -214,7 +214,8 @@ def compose_upsample(conv: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor
 
 
 def _to_float64(weight: Tensor) -> Tensor:
-    weight = weight.detach()
+    # Its memory, which a float64 weight shares with the plan, may hold the opposite numbers.
+    weight = weight.detach().resolve_neg()
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()
     return weight.double()

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .matching import _FLOATS, _check_int, _check_pair, _check_size, _shape
+from .checks import check_dense, check_flag, check_whole, shown
+from .matching import check_pair, check_window
 from .ops import propagate_labels as _propagate_labels_op  # noqa: F401  registers torch.ops.lift_fast.propagate_labels
 
 
@@ -60,36 +61,39 @@ def propagate_labels(
         TypeError: for inputs that are no tensors or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
-    _check_pair("query", query, "key", key)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype not in _FLOATS:
+    check_pair("query", query, "key", key)
+    if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int32, torch.int64, torch.bool):
         raise TypeError(
-            f"labels must be float32, bfloat16, float16 or float64, got {labels.dtype}; "
+            f"labels must be floating point, got {labels.dtype}; "
             "turn class numbers into rows with torch.nn.functional.one_hot(...).float()"
         )
+    check_dense("labels", labels)
     if labels.device != key.device:
         raise ValueError(f"labels are on {labels.device}, key on {key.device}; move them to one device")
     if query.dim() < 2 or key.dim() < 2 or labels.dim() < 2:
         raise ValueError(
             "query must be [..., N, C], key [..., M, C] and labels [..., M, L], "
-            f"got {_shape(query)}, {_shape(key)} and {_shape(labels)}"
+            f"got {list(query.shape)}, {list(key.shape)} and {list(labels.shape)}"
         )
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same number of channels, got {_shape(query)} and {_shape(key)}")
+        raise ValueError(
+            f"query and key must have the same number of channels, got {list(query.shape)} and {list(key.shape)}"
+        )
     if labels.shape[-2] != key.shape[-2]:
-        raise ValueError(f"labels must have one row for each of the {key.shape[-2]} keys, got {_shape(labels)}")
+        raise ValueError(f"labels must have one row for each of the {key.shape[-2]} keys, got {list(labels.shape)}")
     try:
         leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], labels.shape[:-2])
     except RuntimeError:
         raise ValueError(
-            f"leading dimensions of query {_shape(query)}, key {_shape(key)} and labels {_shape(labels)} "
+            f"leading dimensions of query {list(query.shape)}, key {list(key.shape)} and labels {list(labels.shape)} "
             "do not broadcast"
         ) from None
-    _check_int("k", k, 1)
+    # More than there are keys is no more than all of them.
+    k = min(check_whole("k", k, 1, math.inf), max(1, key.shape[-2]))
+    normalize = check_flag("normalize", normalize)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    window = _window(grid, radius, key_grid, query.shape[-2], key.shape[-2])
+        raise ValueError(f"temperature must be a positive number, got {shown(temperature)}")
+    window = check_window(("radius", "grid", "key_grid"), radius, grid, key_grid, query.shape[-2], key.shape[-2])
 
     def batch_of(tensor: Tensor) -> Tensor:
         return tensor.detach().expand(*leading, *tensor.shape[-2:]).reshape(math.prod(leading), *tensor.shape[-2:])
@@ -98,18 +102,3 @@ def propagate_labels(
         batch_of(query), batch_of(key), batch_of(labels), window, k, float(temperature), normalize
     )
     return out.view(*leading, *out.shape[-2:])
-
-
-def _window(grid: tuple[int, int], radius: int | None, key_grid: tuple[int, int] | None, n: int, m: int) -> list[int]:
-    query_hw = _check_size("grid", grid)
-    key_hw = query_hw if key_grid is None else _check_size("key_grid", key_grid)
-    if query_hw[0] * query_hw[1] != n:
-        raise ValueError(f"grid {tuple(query_hw)} does not hold the {n} queries")
-    if m % (key_hw[0] * key_hw[1]):
-        raise ValueError(f"key_grid {tuple(key_hw)} does not divide the {m} keys into whole frames")
-    largest = max(key_hw)
-    if radius is not None:
-        _check_int("radius", radius, 0)
-        # More than the grid is no more than all of it.
-        largest = min(radius, largest)
-    return [largest, *query_hw, *key_hw]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lift_fast
-from lift_fast import CosineLoss, cosine_loss
+from lift_fast import CosineLoss, _native, cosine_loss
 from lift_fast.losses import LOSSES, cosine_loss_plain, feature_loss
 from lift_fast.ops import cosine_loss as op
 from lift_fast.testing import AWKWARD_COUNTS
@@ -135,6 +135,104 @@ def test_large_and_tiny_vectors_stay_in_range():
         check(x * scale, y * scale, 1, "none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "tokens"])
+def test_squares_beyond_the_range(layout, dtype):
+    far = 200 if dtype == torch.float64 else 25
+    x, y = random(2, 37, 5, dtype=dtype), random(2, 37, 5, dtype=dtype, seed=1)
+    # Position 0 stays as it is. Products as large as their squares, and ordinary ones of a long and a short vector.
+    x[..., 1], y[..., 1] = x[..., 1] * 10.0**far, y[..., 1] * 10.0**far
+    x[..., 2] *= 10.0**far
+    y[..., 3] *= 10.0**far
+    x[..., 4], y[..., 4] = x[..., 4] * 10.0**far, y[..., 4] * 10.0**-far
+    if layout == "tokens":
+        x, y = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, y))
+    # Vectors of length one have the same cosine; 1e-25 is below epsilon and has none. Their slope is 1 / length larger.
+    lengths = [
+        x.double().div(10.0**far).square().sum(1).sqrt() * 10.0**far if i in (1, 2, 4) else None for i in range(5)
+    ]
+    unit_x, unit_y = x.double().clone(), y.double().clone()
+    for i in (1, 2, 4):
+        unit_x[..., i] /= lengths[i][..., i, None]
+    for i in (1, 3):
+        unit_y[..., i] /= 10.0**far
+    wanted, slope = reference(unit_x, unit_y, 1, "none")
+    x.requires_grad_()
+    loss = cosine_loss(x, y, reduction="none")
+    assert (loss.double() - wanted).abs().max() < 1e-6
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    scaled = gradient.double().clone()
+    for i in (1, 2, 4):
+        scaled[..., i] *= lengths[i][..., i, None]
+    assert gradient_error(scaled, slope, unit_x, 1, "none") <= EPS[dtype]
+    # The same from the plain version, and with a graph for further derivatives.
+    torch.testing.assert_close(cosine_loss_plain(x, y, 1, "none"), loss, rtol=0, atol=1e-6)
+    (again,) = torch.autograd.grad(cosine_loss(x, y, reduction="none").sum(), x, create_graph=True)
+    torch.testing.assert_close(again, gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("length", [1e-7, 1e-5, 1.0, 1e4])
+@pytest.mark.parametrize("native", [True, False])
+def test_float16_gradients_meet_what_comes_from_above_before_they_are_rounded(native, length, reduction, monkeypatch):
+    if not native:
+        monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
+    x, y = (random(2, 37, 5, seed=s) for s in range(2))
+    x, y = (x * length).half(), y.half()
+    # What makes the gradients' largest 1: beyond float16's range by itself, or far below.
+    _, slope = reference(x, y, 1, reduction)
+    above = 1 / slope.abs().max()
+    x.requires_grad_()
+    loss = cosine_loss(x, y, reduction=reduction)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss, x, above.float().expand_as(loss), retain_graph=True)
+        assert (gradient.double() - slope * above).abs().max() <= 2**-10
+    (plain,) = torch.autograd.grad(cosine_loss_plain(x, y, 1, reduction), x, above.float().expand_as(loss))
+    assert (plain.double() - slope * above).abs().max() <= 2**-10
+    many = torch.stack([above.float(), 2 * above.float()])
+    if reduction != "none":
+        (batch,) = torch.autograd.grad(loss, x, many, is_grads_batched=True)
+        assert (batch[0].double() - slope * above).abs().max() <= 2**-10
+        assert (batch[1].double() - 2 * slope * above).abs().max() <= 2**-9
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "tokens"])
+@pytest.mark.parametrize("channels", [64, 384, 1000])
+def test_gradients_of_nearly_parallel_vectors(channels, layout):
+    y = random(4, channels, 300)
+    for apart in (1e-3, 1e-5, 0.0):
+        x = 1.7 * y + apart * random(4, channels, 300, seed=1)
+        inputs = [x, y]
+        if layout == "tokens":
+            inputs = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+        # The two terms of the gradient cancel: what is left shows how their factors were rounded.
+        _, slope = reference(x, y, 1, "none")
+        given = inputs[0].requires_grad_()
+        (gradient,) = torch.autograd.grad(cosine_loss(given, inputs[1], reduction="none").sum(), given)
+        assert gradient_error(gradient, slope, x, 1, "none") < 8e-7
+
+
+def negative(tensor):
+    """The same numbers, whose memory holds the opposite ones."""
+    out = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert out.is_neg()
+    assert torch.equal(out, tensor)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
+def test_negated_memory(which, dtype):
+    x, y = random(2, 6, 4, dtype=dtype), random(2, 6, 4, dtype=dtype, seed=1)
+    given = [negative(t) if negate else t for t, negate in zip((x, y), which, strict=True)]
+    check(*given)
+    prediction = given[0].detach().requires_grad_()
+    above = negative(random(2, 4, dtype=dtype, seed=3))
+    (gradient,) = torch.autograd.grad(cosine_loss(prediction, given[1], reduction="none"), prediction, above)
+    _, slope = reference(x, y, 1, "none")
+    torch.testing.assert_close(gradient.double(), slope * above.double()[:, None], rtol=1e-5, atol=1e-6)
+
+
 def test_not_a_number_stays_in_its_position():
     x, y = random(1, 8, 6), random(1, 8, 6, seed=1)
     x[0, 3, 2], y[0, 1, 4] = torch.nan, torch.inf
@@ -238,6 +336,11 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lift_fast.cosine_loss.default, (x, y, 1, "mean", False))
     torch.library.opcheck(torch.ops.lift_fast.cosine_loss_backward.default, (x, random(2, 3), 1))
     torch.library.opcheck(torch.ops.lift_fast.cosine_loss_backward.default, (x, torch.tensor(0.5), 1))
+    half = random(2, 5, 3, dtype=torch.float16).requires_grad_()
+    for above, reduction in ((torch.tensor(0.5), "mean"), (random(2, 3), "none")):
+        arguments = (half, half.detach() + 1, above, 1, reduction)
+        torch.library.opcheck(torch.ops.lift_fast.cosine_loss_gradient.default, arguments)
+        torch.library.opcheck(torch.ops.lift_fast.cosine_loss.default, (half, half.detach() + 1, 1, reduction, True))
 
 
 def test_operator_without_gradient_says_so():
@@ -245,6 +348,17 @@ def test_operator_without_gradient_says_so():
     loss, _ = torch.ops.lift_fast.cosine_loss(x, random(2, 5, 3, seed=1), 1, "mean", False)
     with pytest.raises(RuntimeError, match="with_gradient=False"):
         loss.backward()
+
+
+def test_compiles_in_float16():
+    torch._dynamo.reset()
+    compiled = torch.compile(cosine_loss, fullgraph=True, backend="aot_eager")
+    x, y = (random(2, 6, 5, dtype=torch.float16, seed=s) for s in range(2))
+    x = (x * 2e-6).requires_grad_()
+    _, slope = reference(x, y, 1, "sum")
+    (gradient,) = torch.autograd.grad(compiled(x, y, reduction="sum"), x, torch.tensor(0.01))
+    assert slope.abs().max() > 65504
+    assert (gradient.double() - 0.01 * slope).abs().max() <= 2**-10 * 0.01 * slope.abs().max()
 
 
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -292,6 +406,11 @@ BAD = {
     "device": ((torch.ones(2, 2), torch.ones(2, 2, device="meta")), {}, ValueError, "target on meta"),
     "dim": ((torch.ones(2, 2),) * 2, {"dim": 2}, ValueError, "dim must be an integer from -2 to 1"),
     "no dim": ((torch.tensor(1.0),) * 2, {"dim": 0}, ValueError, "are scalars; expected at least one dimension"),
+    "nested": ((torch.nested.nested_tensor([torch.ones(2)]),) * 2, {}, TypeError, "must be dense, got a nested tensor"),
+    "mkldnn": ((torch.ones(2, 2).to_mkldnn(),) * 2, {}, TypeError, r"must be dense, got torch._mkldnn"),
+    "float8": ((torch.ones(2, 2).to(torch.float8_e4m3fn),) * 2, {}, TypeError, "got torch.float8_e4m3fn"),
+    "huge dim": ((torch.ones(2, 2),) * 2, {"dim": 2**70}, ValueError, "dim must be an integer"),
+    "a list": ((torch.ones(2, 2),) * 2, {"reduction": ["mean"]}, ValueError, r"got \['mean'\]"),
     "sparse": ((torch.ones(2, 2).to_sparse(),) * 2, {}, TypeError, r"must be dense, got torch.sparse_coo"),
     "bool": ((torch.ones(2, 2),) * 2, {"dim": True}, ValueError, "got True"),
     "reduction": ((torch.ones(2, 2),) * 2, {"reduction": "max"}, ValueError, "'mean', 'sum', 'none', got 'max'"),
@@ -348,7 +467,8 @@ def test_function_transforms_and_forward_mode_follow_it(reduction):
 
 @pytest.mark.unpoisoned
 def test_native_memory_is_the_gradient_and_little_more():
-    pytest.importorskip("lift_fast._C")
+    if not _native.can_run()[0]:
+        pytest.skip(_native.can_run()[1])
     x, y = random(4, 64, 32, 32), random(4, 64, 32, 32, seed=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         op._cosine_loss(x, y, 1, "mean", True)

@@ -189,8 +189,8 @@ def test_covered_pixels_and_random_weights() -> None:
 def test_sizes_that_are_no_multiple_of_the_patch(size: tuple[int, int]) -> None:
     lift, imgs = random_lift(), pictures(1, 3, *size)
     h, w = size[0] // 8, size[1] // 8
-    top, left = (size[0] - 8 * h) // 2, (size[1] - 8 * w) // 2
-    crop = imgs[:, :, top : top + 8 * h, left : left + 8 * w]
+    # The patches begin at the top left corner.
+    crop = imgs[:, :, : 8 * h, : 8 * w]
     made = extractor(lift=lift)
     stages = made.extract_descriptors_iterative_lift(imgs, 2, return_inter=True)
     with torch.no_grad():

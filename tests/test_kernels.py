@@ -108,7 +108,7 @@ def test_image_encoder(encoder, grid, patch, dtype):
     plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = image_encoder.encode_image(plain, network.imgs.double())
     imgs, _ = network.inputs(dtype)
-    # A centred crop arrives as a view of a larger picture; what lies beyond the view must not be read.
+    # A crop arrives as a view of a larger picture; what lies beyond the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
     for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):

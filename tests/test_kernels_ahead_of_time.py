@@ -251,7 +251,8 @@ def test_label_propagation_compiles_for_every_target():
 
 def test_cosine_loss_compiles_for_every_target_without_spills():
     compiled = compile_all(LOSSES)
-    assert len(compiled) == 2 * len(LOSSES)
+    half = [case for case in LOSSES if case["dtype"] == "float16"]
+    assert len(compiled) == 2 * len(LOSSES) + 2 * len(half)
     assert {one["kernel"] for one in compiled} == {"cosine_loss_kernel", "scale_kernel"}
     assert [one for one in compiled if one["local"] or one["stack"] > may_stack()] == []
     assert [one for one in compiled if one["shared"] > one["shared limit"]] == []

@@ -112,12 +112,43 @@ def test_token_and_map_layouts_agree(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_sizes_that_are_no_multiple_use_the_centred_crop(fused):
+def test_the_image_branch_sees_the_pixels_that_the_tokens_saw(fused):
     lift = randomize(LiFT(8, 16), seed=2).eval()
     lift.fused = fused
     imgs, x = inputs(16, 56, 41, 8)
     with torch.no_grad():
-        torch.testing.assert_close(lift(imgs, x), lift(imgs[:, :, 4:52, 4:36], x))
+        torch.testing.assert_close(lift(imgs, x), lift(imgs[:, :, :48, :32], x))
+        beyond = imgs.clone()
+        beyond[:, :, 48:], beyond[:, :, :, 32:] = torch.nan, torch.nan
+        assert torch.equal(lift(beyond, x), lift(imgs, x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fifty_sizes_equal_the_network_written_line_by_line(fused):
+    generator = torch.Generator().manual_seed(50)
+    networks = {patch: randomize(LiFT(12, patch), seed=patch).eval() for patch in (8, 14, 16)}
+    uncropped = 0
+    for number in range(50):
+        patch = (16, 8, 14, 16)[number % 4]
+        height, width = torch.randint(patch, 8 * patch, (2,), generator=generator).tolist()
+        h, w = height // patch, width // patch
+        imgs, x = inputs(patch, height, width, 12)
+        seen = imgs.double()
+        if patch == 16 and height % 16 <= 4 and width % 16 <= 4:
+            # The published module itself runs at these, on the whole picture.
+            uncropped += 1
+        else:
+            seen = seen[:, :, : patch * h, : patch * w]
+        if patch == 14:
+            seen = F.interpolate(seen, size=(16 * h, 16 * w), mode="bilinear", antialias=True)
+        lift = networks[patch]
+        lift.fused = fused
+        state = {name: value.double() for name, value in lift.state_dict().items()}
+        expected = functional_lift(state, seen, x.double().transpose(1, 2).unflatten(2, (h, w)), patch)
+        with torch.no_grad():
+            error = relative_error(lift(imgs, x), expected.flatten(2).transpose(1, 2))
+        assert error <= 1e-5, (patch, height, width)
+    assert uncropped >= 1
 
 
 @pytest.mark.parametrize("fused", [True, False])

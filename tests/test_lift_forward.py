@@ -1,6 +1,7 @@
 """The inference plan against the plain module, and the operator that executes it."""
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -251,6 +252,116 @@ def test_plan_follows_however_the_weights_are_held(change):
         lift.fused = False
         assert relative_error(after, lift(imgs, x)) < 1e-5
     assert relative_error(after, before) > 1e-3
+
+
+def gelu(lift):
+    lift.up1.conv_1.double_conv[2] = torch.nn.GELU()
+
+
+def bias(lift):
+    lift.up1.conv_1.double_conv[0].bias = torch.nn.Parameter(torch.randn(4))
+
+
+def further_layer(lift):
+    lift.image_convs_1.append(torch.nn.AvgPool2d(3, 1, 1))
+
+
+def padding_mode(lift):
+    for module in lift.modules():
+        if type(module) is torch.nn.Conv2d:
+            module.padding_mode = "circular"
+
+
+def dilation(lift):
+    conv = lift.up1.conv_1.double_conv[3]
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+
+
+def pool(lift):
+    lift.scale_adapter = torch.nn.AvgPool2d(2, 2)
+
+
+def no_affine(lift):
+    lift.up1.conv_1.double_conv[1] = torch.nn.BatchNorm2d(4, affine=False)
+
+
+def no_affine_in_place(lift):
+    norm = lift.up1.conv_1.double_conv[1]
+    norm.weight = norm.bias = None
+
+
+def no_statistics(lift):
+    norm = lift.image_convs_1[1]
+    norm.running_mean = norm.running_var = None
+
+
+def no_bias(lift):
+    lift.outc.bias = None
+
+
+def own_forward(lift):
+    inner = lift.up1.forward
+    lift.up1.forward = lambda x, fine: 2 * inner(x, fine)
+
+
+def own_forward_of_a_layer(lift):
+    conv = lift.outc
+    conv.forward = lambda x: torch.nn.Conv2d.forward(conv, x) + 1
+
+
+class Louder(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def own_class(lift):
+    lift.outc.__class__ = Louder
+
+
+def another_sequence(lift):
+    lift.image_convs_2 = torch.nn.Sequential(lift.image_convs_2, torch.nn.Tanh())
+
+
+EDITS = [
+    *(gelu, bias, further_layer, padding_mode, dilation, pool, no_affine, no_affine_in_place, no_statistics, no_bias),
+    *(own_forward, own_forward_of_a_layer, own_class, another_sequence),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_an_edited_network_runs_as_it_stands(edit, when):
+    lift = network(8, 16, seed=21)
+    imgs, x = inputs(16, 48, 32, 8)
+    with torch.no_grad():
+        original = None
+        if when == "between":
+            original = lift(imgs, x)
+        edit(lift)
+        lift.eval()
+        ours = lift(imgs, x)
+        again = lift(imgs, x)
+        lift.fused = False
+        expected = lift(imgs, x)
+    assert relative_error(ours, expected) < 1e-5
+    assert relative_error(again, expected) < 1e-5
+    assert original is None or relative_error(ours, original) > 1e-4
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda lift: pickle.loads(pickle.dumps(lift))])
+def test_copies_of_a_network_follow_their_own_edits(copy_of):
+    lift = network(8, 16, seed=22)
+    imgs, x = inputs(16, 48, 32, 8)
+    with torch.no_grad():
+        before = lift(imgs, x)
+        other = copy_of(lift)
+        assert torch.equal(other(imgs, x), before)
+        lift.up1.conv_1.double_conv[2] = torch.nn.GELU()
+        other.up1.conv_1.double_conv[5] = torch.nn.GELU()
+        for one in (lift, other):
+            ours, one.fused = one(imgs, x), False
+            assert relative_error(ours, one(imgs, x)) < 1e-5
+            assert relative_error(ours, before) > 1e-3
 
 
 def test_plan_notices_memory_that_was_given_out_again():

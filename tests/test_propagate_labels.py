@@ -216,7 +216,7 @@ BAD_CALLS = {
     "labels device": (ValueError, "labels are on meta", lambda q, k, y: (q, k, y.to("meta")), {}),
     "grid": (ValueError, r"grid \(3, 3\) does not hold the 6 queries", lambda *a: a, {"grid": (3, 3)}),
     "no grid": (ValueError, r"grid must be \(H, W\)", lambda *a: a, {"grid": 6}),
-    "frames": (ValueError, "does not divide the 12 keys into whole frames", lambda *a: a, {"key_grid": (2, 4)}),
+    "frames": (ValueError, "does not divide the 12 keys into whole grids", lambda *a: a, {"key_grid": (2, 4)}),
     "radius": (ValueError, "radius must be an integer >= 0, got -1", lambda *a: a, {"radius": -1}),
     "k": (ValueError, "k must be an integer >= 1, got 0", lambda *a: a, {"k": 0}),
     "temperature": (ValueError, r"positive number, got 0", lambda *a: a, {"temperature": 0}),

@@ -178,13 +178,16 @@ def propagation(
 
 
 def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool = False) -> list[Launch]:
-    """One loss with its gradient, [outer, C, inner], and the scaling of the gradient."""
+    """One loss with its gradient, [outer, C, inner], and the scaling of the gradient; float16's gradients, whose passes
+    take what comes from above along."""
     outer, channels, inner = shape
     x = _empty(outer, inner, channels, dtype=dtype).transpose(1, 2) if tokens else _empty(*shape, dtype=dtype)
     each = _empty(outer, inner)
     with recording(capability, (cosine_loss, "cosine_loss_kernel"), (cosine_loss, "scale_kernel")) as recorders:
         cosine_loss.cosine_loss(x, x, x, each, 0.5, 1e-12)
         cosine_loss.scale_in_place(x, each[0, 0])
+        for upstream in (each, each[0, 0]) if dtype == torch.float16 else ():
+            cosine_loss.cosine_loss(x, x, x, each, 0.5, 1e-12, upstream)
     return [call for recorder in recorders for call in recorder.calls]
 
 

@@ -53,9 +53,9 @@ void cosine_loss_run(const CosineLossCall& call, CpuIsa isa) {
   const std::int64_t elements = call.outer * call.c * call.inner;
   work.stream = call.gradient != nullptr && call.type == CosineLossType::float32 && elements * 4 >= kStreamBytes;
   work.positions = tile_positions(call);
-  // Either a row of both inputs and of the gradient, or nine of a tile's.
+  // Either a row of both inputs and of the gradient, or twelve of a tile's.
   const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
-  const std::int64_t words = rows ? 3 * call.c : 9 * work.positions;
+  const std::int64_t words = rows ? 3 * call.c : 12 * work.positions;
   work.scratch_words = (words + 31) / 16 * 16;
   const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
   work.scratch = scratch.get();

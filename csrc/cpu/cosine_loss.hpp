@@ -22,6 +22,7 @@ struct CosineLossCall {
   CosineLossLayout prediction_layout, target_layout, gradient_layout;
   std::int64_t outer, c, inner;
   float weight;    // the gradient's factor
+  const float* upstream;  // [outer, inner], one more factor of each position's gradient, or null
   float* loss;     // [outer, inner]
   void* gradient;  // [outer, c, inner], or null
   int threads;

@@ -58,12 +58,51 @@ struct Factors {
 };
 
 // In float64: products of squared norms leave the range of float32.
-inline Factors factors(float product, float own, float other, float weight, float* loss) {
+template <class Number>
+inline Factors factors(Number product, Number own, Number other, double weight, float* loss, double exact[2] = nullptr) {
   const double own_square = static_cast<double>(own) + kEpsilon, other_square = static_cast<double>(other) + kEpsilon;
   const double length = __builtin_sqrt(own_square) * __builtin_sqrt(other_square);
   const double cosine = static_cast<double>(product) / length;
   *loss = static_cast<float>(1.0 - cosine);
-  return {static_cast<float>(-weight / length), static_cast<float>(weight * cosine / own_square)};
+  const double toward = -weight / length, along = weight * cosine / own_square;
+  if (exact != nullptr) {
+    exact[0] = toward;
+    exact[1] = along;
+  }
+  return {static_cast<float>(toward), static_cast<float>(along)};
+}
+
+// Squared norms beyond which sums or factors may leave the range of float32; NaN is beyond.
+constexpr float kModerate = 1e28f;
+inline bool moderate(float own, float other) { return own <= kModerate && other <= kModerate; }
+
+inline double weight_of(const CosineLossCall& call, std::int64_t position) {
+  return call.upstream == nullptr ? call.weight : static_cast<double>(call.weight) * call.upstream[position];
+}
+
+// One position of any size of numbers, all in float64.
+template <class Type>
+__attribute__((noinline)) void position_in_float64(const CosineLossCall& call, std::int64_t o, std::int64_t i) {
+  using Raw = typename Type::Raw;
+  const CosineLossLayout &p = call.prediction_layout, &t = call.target_layout, &g = call.gradient_layout;
+  const Raw* x = static_cast<const Raw*>(call.prediction) + o * p.outer + i * p.inner;
+  const Raw* y = static_cast<const Raw*>(call.target) + o * t.outer + i * t.inner;
+  double product = 0, own = 0, other = 0;
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    const double a = Type::widen(x[k * p.channel]), b = Type::widen(y[k * t.channel]);
+    product += a * b;
+    own += a * a;
+    other += b * b;
+  }
+  const std::int64_t at = o * call.inner + i;
+  double exact[2];
+  factors(product, own, other, weight_of(call, at), call.loss + at, exact);
+  if (call.gradient == nullptr) return;
+  Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + i * g.inner;
+  for (std::int64_t k = 0; k < call.c; ++k) {
+    const double a = Type::widen(x[k * p.channel]), b = Type::widen(y[k * t.channel]);
+    to[k * g.channel] = Type::narrow(static_cast<float>(exact[0] * b + exact[1] * a));
+  }
 }
 
 // out[i] = x[i] * a[i] + y[i] * b[i] with vectors a and b, or one value of each.
@@ -158,7 +197,9 @@ inline void row(const CosineLossCall& call, const CosineLossWork& work, std::int
     own_square += x[k] * x[k];
     other_square += y[k] * y[k];
   }
-  const Factors f = factors(product, own_square, other_square, call.weight, call.loss + o * call.inner + i);
+  if (!moderate(own_square, other_square)) return position_in_float64<Type>(call, o, i);
+  const std::int64_t at = o * call.inner + i;
+  const Factors f = factors(product, own_square, other_square, weight_of(call, at), call.loss + at);
   if (call.gradient == nullptr) return;
   Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + i * g.inner;
   float* direct = in_place<Type>(to, g.channel);
@@ -167,8 +208,34 @@ inline void row(const CosineLossCall& call, const CosineLossWork& work, std::int
   if (direct == nullptr) scatter<Type>(out, to, g.channel, call.c);
 }
 
+// Channels whose products are summed one after the other.
+constexpr std::int64_t kChain = 32;
+
+// The products of one channel, set or added.
+template <bool kFirst>
+inline void products_of(const float* x, const float* y, std::int64_t count, float* product, float* own, float* other) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec a = load(x + i), b = load(y + i);
+    store(product + i, kFirst ? a * b : load(product + i) + a * b);
+    store(own + i, kFirst ? a * a : load(own + i) + a * a);
+    store(other + i, kFirst ? b * b : load(other + i) + b * b);
+  }
+  for (; i < count; ++i) {
+    product[i] = kFirst ? x[i] * y[i] : product[i] + x[i] * y[i];
+    own[i] = kFirst ? x[i] * x[i] : own[i] + x[i] * x[i];
+    other[i] = kFirst ? y[i] * y[i] : other[i] + y[i] * y[i];
+  }
+}
+
+inline void add(const float* part, std::int64_t count, float* sum) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(sum + i, load(sum + i) + load(part + i));
+  for (; i < count; ++i) sum[i] += part[i];
+}
+
 // Positions [first, first + count) of one outer index, channel by channel: once for the sums, once for the gradient, when
-// the tile is still in the cache. `room` holds 9 rows of work.positions floats.
+// the tile is still in the cache. `room` holds 12 rows of work.positions floats.
 template <class Type>
 inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::int64_t o, std::int64_t first,
                  std::int64_t count, float* room) {
@@ -180,38 +247,51 @@ inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::in
   float *product = room, *own = room + step, *other = room + 2 * step, *out = room + 3 * step;
   float *toward = room + 4 * step, *along = room + 5 * step, *loss = room + 6 * step;
   float *room_x = room + 7 * step, *room_y = room + 8 * step;
+  float* const parts[3] = {room + 9 * step, room + 10 * step, room + 11 * step};
   for (std::int64_t i = 0; i < count; ++i) product[i] = own[i] = other[i] = 0;
-  for (std::int64_t k = 0; k < call.c; ++k) {
-    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
-    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const Vec a = load(x + i), b = load(y + i);
-      store(product + i, load(product + i) + a * b);
-      store(own + i, load(own + i) + a * a);
-      store(other + i, load(other + i) + b * b);
+  // Sums of sums: one long chain of additions would round ten times as far.
+  for (std::int64_t begin = 0; begin < call.c; begin += kChain) {
+    const std::int64_t end = call.c - begin < kChain ? call.c : begin + kChain;
+    float *some_product = begin == 0 ? product : parts[0], *some_own = begin == 0 ? own : parts[1];
+    float* some_other = begin == 0 ? other : parts[2];
+    for (std::int64_t k = begin; k < end; ++k) {
+      const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
+      const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
+      if (k == begin) {
+        products_of<true>(x, y, count, some_product, some_own, some_other);
+      } else {
+        products_of<false>(x, y, count, some_product, some_own, some_other);
+      }
     }
-    for (; i < count; ++i) {
-      product[i] += x[i] * y[i];
-      own[i] += x[i] * x[i];
-      other[i] += y[i] * y[i];
-    }
+    if (begin == 0) continue;
+    add(parts[0], count, product);
+    add(parts[1], count, own);
+    add(parts[2], count, other);
   }
+  bool all_moderate = true;
   for (std::int64_t i = 0; i < count; ++i) {
-    const Factors f = factors(product[i], own[i], other[i], call.weight, loss + i);
+    const Factors f = factors(product[i], own[i], other[i], weight_of(call, o * call.inner + first + i), loss + i);
     toward[i] = f.toward;
     along[i] = f.along;
+    all_moderate &= moderate(own[i], other[i]);
   }
   __builtin_memcpy(call.loss + o * call.inner + first, loss, static_cast<std::size_t>(count) * sizeof(float));
-  if (call.gradient == nullptr) return;
-  Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + first * g.inner;
-  for (std::int64_t k = 0; k < call.c; ++k) {
-    const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
-    const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
-    float* direct = in_place<Type>(to + k * g.channel, g.inner);
-    float* into = direct != nullptr ? direct : out;
-    combine<false>(y, x, toward, along, count, into, work.stream && direct != nullptr);
-    if (direct == nullptr) scatter<Type>(out, to + k * g.channel, g.inner, count);
+  if (call.gradient != nullptr) {
+    Raw* to = static_cast<Raw*>(call.gradient) + o * g.outer + first * g.inner;
+    for (std::int64_t k = 0; k < call.c; ++k) {
+      const float* x = gather<Type>(from_x + k * p.channel, p.inner, count, room_x);
+      const float* y = gather<Type>(from_y + k * t.channel, t.inner, count, room_y);
+      float* direct = in_place<Type>(to + k * g.channel, g.inner);
+      float* into = direct != nullptr ? direct : out;
+      combine<false>(y, x, toward, along, count, into, work.stream && direct != nullptr);
+      if (direct == nullptr) scatter<Type>(out, to + k * g.channel, g.inner, count);
+    }
+  }
+  if (all_moderate) return;
+  // What went past the caches must not arrive after what replaces it.
+  if (work.stream) Isa::fence();
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (!moderate(own[i], other[i])) position_in_float64<Type>(call, o, first + i);
   }
 }
 

@@ -69,7 +69,13 @@ class BitGraph:
         if self._core is not None:
             similarity = similarity.resolve_neg().contiguous()
             self._core.bit_matrix_set_rows_f32(
-                similarity.data_ptr(), start, rows, self.count, tau, self._bits.data_ptr(), torch.get_num_threads()
+                memory.address(similarity),
+                start,
+                rows,
+                self.count,
+                tau,
+                memory.address(self._bits),
+                torch.get_num_threads(),
             )
         else:
             edges = (similarity > tau).tril(start)
@@ -113,10 +119,10 @@ class BitGraph:
         vector = vector.resolve_neg().contiguous()
         out = memory.empty(self.count, dtype=torch.float64, device="cpu")
         self._core.bit_matrix_multiply_f64(
-            self._bits.data_ptr(),
+            memory.address(self._bits),
             self.count,
-            vector.data_ptr(),
-            out.data_ptr(),
+            memory.address(vector),
+            memory.address(out),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )

@@ -10,7 +10,7 @@ Epsilon, everywhere: 1e-12 is added to both squared norms, as :class:`torch.nn.C
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ library.define(
     "cosine_loss(Tensor prediction, Tensor target, int dim, str reduction, bool with_gradient) -> (Tensor, Tensor)"
 )
 library.define("cosine_loss_backward(Tensor gradient, Tensor grad_loss, int dim) -> Tensor")
+library.define(
+    "cosine_loss_gradient(Tensor prediction, Tensor target, Tensor grad_loss, int dim, str reduction) -> Tensor"
+)
 
 # 1e-12 as a float32, which is how PyTorch writes it down.
 EPSILON = 9.999999960041972e-13
 _NATIVE_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Squared norms beyond which sums or factors may leave a dtype's range, and what brings such vectors back.
+_RANGE = {torch.float32: (1e28, 2.0**-80), torch.float64: (1e280, 2.0**-600)}
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,14 +46,49 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return (total / loss.numel() if reduction == "mean" else total).to(loss.dtype)
 
 
-def _weights(prediction: Tensor, dim: int, reduction: str) -> tuple[float, float]:
-    """What each position's gradient is multiplied by in the forward and in the backward pass: their product is
-    1 / positions for the mean, else 1."""
+def _share(prediction: Tensor, dim: int, reduction: str) -> float:
+    """Of each position in the reduced loss."""
     positions = math.prod(prediction.shape[:dim]) * math.prod(prediction.shape[dim + 1 :])
-    if reduction != "mean" or positions == 0:
-        return 1.0, 1.0
-    # The mean's gradients lie below the range of float16, and a gradient scaler's factor comes too late for them.
-    return (1.0, 1.0 / positions) if prediction.dtype == torch.float16 else (1.0 / positions, 1.0)
+    return 1.0 / positions if reduction == "mean" and positions else 1.0
+
+
+def _keeps_gradient(dtype: torch.dtype) -> bool:
+    """Whether the forward pass writes the gradient for the backward pass."""
+    return dtype != torch.float16
+
+
+class _Sums(NamedTuple):
+    """Of two vectors at each position, in the dtype of the loss."""
+
+    x: Tensor
+    y: Tensor
+    product: Tensor
+    own: Tensor
+    """Squared norm of x and epsilon."""
+    other: Tensor
+    factor: Tensor | None
+    """What x was multiplied by to stay in range, None for nothing; a cosine does not change with it."""
+
+
+def _sums(prediction: Tensor, target: Tensor, dim: int) -> _Sums:
+    dtype = loss_dtype(prediction.dtype)
+    x, y = prediction.to(dtype), target.to(dtype)
+    product = (x * y).sum(dim, keepdim=True)
+    own, other = x.square().sum(dim, keepdim=True), y.square().sum(dim, keepdim=True)
+    most, smaller = _RANGE[dtype]
+    if _can_ask(own) and bool(((own <= most) & (other <= most)).all()):
+        return _Sums(x, y, product, own + EPSILON, other + EPSILON, None)
+    of_x, of_y = (torch.ones_like(s).masked_fill(~(s <= most), smaller).detach() for s in (own, other))
+    x, y = x * of_x, y * of_y
+    own, other = x.square().sum(dim, keepdim=True), y.square().sum(dim, keepdim=True)
+    # Beside lengths beyond the range epsilon is nothing.
+    own, other = own + EPSILON * (of_x == 1), other + EPSILON * (of_y == 1)
+    return _Sums(x, y, (x * y).sum(dim, keepdim=True), own, other, of_x)
+
+
+def _can_ask(tensor: Tensor) -> bool:
+    """Whether a Python program may look at the numbers: no compiler, no transform of ``torch.func`` follows them."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
@@ -56,25 +96,27 @@ def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reductio
 
     Reference, baseline and fallback.
     """
-    dtype = loss_dtype(prediction.dtype)
-    prediction, target = prediction.to(dtype), target.to(dtype)
-    product = (prediction * target).sum(dim)
-    own, other = prediction.square().sum(dim) + EPSILON, target.square().sum(dim) + EPSILON
+    sums = _sums(prediction, target, dim)
     # A root of each: their product leaves the range of float32.
-    return _reduce(1 - product / (own.sqrt() * other.sqrt()), reduction)
+    cosine = sums.product / (sums.own.sqrt() * sums.other.sqrt())
+    return _reduce((1 - cosine).squeeze(dim), reduction)
 
 
 def gradient_plain(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient for ``prediction`` in the dtype and memory format of it."""
-    dtype = loss_dtype(prediction.dtype)
-    x, y = prediction.to(dtype), target.to(dtype)
-    own = (x.square().sum(dim, keepdim=True) + EPSILON).sqrt()
-    other = (y.square().sum(dim, keepdim=True) + EPSILON).sqrt()
-    cosine = (x * y).sum(dim, keepdim=True) / (own * other)
-    weight, _ = _weights(prediction, dim, reduction)
+    sums = _sums(prediction, target, dim)
     gradient = _new_gradient(prediction, dim)
-    gradient.copy_((weight * cosine / own / own) * x - (weight / own / other) * y)
-    return _reduce(1 - cosine.squeeze(dim), reduction), gradient
+    gradient.copy_(_slope(sums, _share(prediction, dim, reduction)))
+    cosine = sums.product / (sums.own.sqrt() * sums.other.sqrt())
+    return _reduce((1 - cosine).squeeze(dim), reduction), gradient
+
+
+def _slope(sums: _Sums, weight: float | Tensor) -> Tensor:
+    """``weight`` times the gradient of each position's loss for the prediction."""
+    own, other = sums.own.sqrt(), sums.other.sqrt()
+    cosine = sums.product / (own * other)
+    slope = (weight * cosine / own / own) * sums.x - (weight / own / other) * sums.y
+    return slope if sums.factor is None else slope * sums.factor
 
 
 def as_three(tensor: Tensor, dim: int) -> Tensor | None:
@@ -108,26 +150,38 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def cosine_loss_native(
-    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+    prediction: Tensor,
+    target: Tensor,
+    dim: int,
+    reduction: str,
+    with_gradient: bool,
+    grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """In the native core: float32, bfloat16 or float16 on the CPU."""
+    """In the native core: float32, bfloat16 or float16 on the CPU; the gradient times ``grad_loss`` where given."""
     gradient = _new_gradient(prediction, dim) if with_gradient else None
     into = None if gradient is None else as_three(gradient, dim)
     x, y = _three(prediction, dim), _three(target, dim)
     loss = memory.new_empty(x, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    weight, upstream = _share(prediction, dim, reduction), None
+    if grad_loss is not None:
+        if grad_loss.dim():
+            upstream = grad_loss.float().contiguous()
+        else:
+            weight *= float(grad_loss)
     _native.require().cosine_loss(
-        x.data_ptr(),
-        y.data_ptr(),
+        memory.address(x),
+        memory.address(y),
         _NATIVE_TYPES[x.dtype],
         x.shape,
         _strides(x),
         _strides(y),
         (0, 0, 0) if into is None else _strides(into),
-        _weights(prediction, dim, reduction)[0],
-        loss.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
+        weight,
+        memory.address(loss),
+        0 if gradient is None else memory.address(gradient),
         torch.get_num_threads(),
         _env.cpu_isa(),
+        0 if upstream is None else memory.address(upstream),
     )
     return _reduce(loss, reduction), gradient
 
@@ -146,23 +200,30 @@ def _fits_triton(prediction: Tensor) -> bool:
 
 
 def cosine_loss_triton(
-    prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
+    prediction: Tensor,
+    target: Tensor,
+    dim: int,
+    reduction: str,
+    with_gradient: bool,
+    grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """By the Triton kernel, on the device of the inputs."""
+    """By the Triton kernel, on the device of the inputs; the gradient times ``grad_loss`` where given."""
     from ..kernels import cosine_loss as kernel
 
     gradient = _new_gradient(prediction, dim) if with_gradient else None
     into = None if gradient is None else as_three(gradient, dim)
     loss = memory.new_empty(prediction, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
     x, y = _three(prediction, dim), _three(target, dim)
-    kernel.cosine_loss(x, y, into, loss, _weights(prediction, dim, reduction)[0], EPSILON)
+    upstream = None if grad_loss is None else grad_loss.float().contiguous()
+    kernel.cosine_loss(x, y, into, loss, _share(prediction, dim, reduction), EPSILON, upstream)
     return _reduce(loss, reduction), gradient
 
 
 def _cosine_loss(
     prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    prediction, target = prediction.detach(), target.detach()
+    prediction, target = library.resolved(prediction), library.resolved(target)
+    with_gradient = with_gradient and _keeps_gradient(prediction.dtype)
     none = memory.new_empty(prediction, 0)
     if _fits_native(prediction):
         loss, gradient = cosine_loss_native(prediction, target, dim, reduction, with_gradient)
@@ -175,12 +236,40 @@ def _cosine_loss(
     return loss, none if gradient is None else gradient
 
 
+def _cosine_loss_gradient(prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, reduction: str) -> Tensor:
+    """``grad_loss`` times the gradient, rounded once."""
+    prediction, target, grad_loss = map(library.resolved, (prediction, target, grad_loss))
+    if _fits_native(prediction):
+        gradient = cosine_loss_native(prediction, target, dim, reduction, True, grad_loss)[1]
+    elif _fits_triton(prediction):
+        gradient = cosine_loss_triton(prediction, target, dim, reduction, True, grad_loss)[1]
+    else:
+        gradient = _new_gradient(prediction, dim)
+        gradient.copy_(_gradient_of(prediction, target, grad_loss, dim, reduction))
+    assert gradient is not None
+    return gradient
+
+
+def _gradient_of(prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, reduction: str) -> Tensor:
+    """The same in plain PyTorch, where ``grad_loss`` may stand for many."""
+    sums = _sums(prediction, target, dim)
+    grad_loss = grad_loss.to(sums.x.dtype)
+    grad_loss = grad_loss.unsqueeze(dim) if grad_loss.dim() else grad_loss
+    return _slope(sums, _share(prediction, dim, reduction) * grad_loss).to(prediction.dtype)
+
+
+def _fake_cosine_loss_gradient(
+    prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, reduction: str
+) -> Tensor:
+    return _new_gradient(prediction, dim)
+
+
 def _fake_cosine_loss(
     prediction: Tensor, target: Tensor, dim: int, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     positions = prediction.shape[:dim] + prediction.shape[dim + 1 :]
     loss = prediction.new_empty(positions if reduction == "none" else (), dtype=loss_dtype(prediction.dtype))
-    if not with_gradient:
+    if not with_gradient or not _keeps_gradient(prediction.dtype):
         return loss, prediction.new_empty(0)
     return loss, _new_gradient(prediction, dim)
 
@@ -203,12 +292,13 @@ def _fake_cosine_loss_backward(gradient: Tensor, grad_loss: Tensor, dim: int) ->
 
 library.implement("cosine_loss", _cosine_loss, fake=_fake_cosine_loss)
 library.implement("cosine_loss_backward", _cosine_loss_backward, fake=_fake_cosine_loss_backward)
+library.implement("cosine_loss_gradient", _cosine_loss_gradient, fake=_fake_cosine_loss_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, ctx.dim, _, ctx.with_gradient = inputs
-    ctx.save_for_backward(output[1])
-    ctx.factor = _weights(inputs[0], inputs[2], inputs[3])[1]
+    prediction, target, ctx.dim, ctx.reduction, ctx.with_gradient = inputs
+    ctx.keeps_gradient = _keeps_gradient(prediction.dtype)
+    ctx.save_for_backward(*((output[1],) if ctx.keeps_gradient else (prediction, target)))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -218,10 +308,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
         return (None,) * 5
     if not ctx.with_gradient:
         raise RuntimeError("cosine_loss was called with with_gradient=False, so it has no gradient; pass True")
-    (gradient,) = ctx.saved_tensors
-    if ctx.factor != 1:
-        grad_loss = grad_loss * ctx.factor
-    return torch.ops.lift_fast.cosine_loss_backward(gradient, grad_loss, ctx.dim), None, None, None, None
+    if ctx.keeps_gradient:
+        out = torch.ops.lift_fast.cosine_loss_backward(*ctx.saved_tensors, grad_loss, ctx.dim)
+    else:
+        out = torch.ops.lift_fast.cosine_loss_gradient(*ctx.saved_tensors, grad_loss, ctx.dim, ctx.reduction)
+    return out, None, None, None, None
 
 
 torch.library.register_autograd("lift_fast::cosine_loss", _backward, setup_context=_setup_context, lib=library.LIBRARY)
@@ -237,7 +328,8 @@ class CosineLossFunction(torch.autograd.Function):
     def forward(ctx: Any, prediction: Tensor, target: Tensor, dim: int, reduction: str) -> Tensor:
         loss, gradient = _cosine_loss(prediction, target, dim, reduction, True)
         ctx.save_for_backward(prediction, target)
-        ctx.gradient, ctx.dim, ctx.reduction = gradient, dim, reduction
+        ctx.gradient = gradient if _keeps_gradient(prediction.dtype) else None
+        ctx.dim, ctx.reduction = dim, reduction
         return loss
 
     @staticmethod
@@ -252,13 +344,13 @@ class CosineLossFunction(torch.autograd.Function):
         # Taken, not kept: it is changed in place. A second backward pass through a graph that was retained
         # computes it again.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            gradient = _cosine_loss(prediction, target, ctx.dim, ctx.reduction, True)[1]
-        factor = _weights(prediction, ctx.dim, ctx.reduction)[1]
-        grad_loss = grad_loss if factor == 1 else grad_loss * factor
         if _is_batched(grad_loss):
             # Many gradients at once do not fit into the one that is here.
-            return _scaled(gradient, grad_loss, ctx.dim), None, None, None
+            return _gradient_of(prediction, target, grad_loss, ctx.dim, ctx.reduction), None, None, None
+        if not _keeps_gradient(prediction.dtype):
+            return _cosine_loss_gradient(prediction, target, grad_loss, ctx.dim, ctx.reduction), None, None, None
+        if gradient is None:
+            gradient = _cosine_loss(prediction, target, ctx.dim, ctx.reduction, True)[1]
         return _scale_in_place(gradient, grad_loss, ctx.dim), None, None, None
 
 

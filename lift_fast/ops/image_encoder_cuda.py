@@ -64,7 +64,7 @@ def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:
 
 def _operand_order() -> Tensor:
     """[4, 32 lanes, 8] channels: which input channel each value of a lane belongs to; the octets are alike."""
-    lane, value = torch.arange(32)[:, None], torch.arange(8)[None, :]
+    lane, value = torch.arange(32, device="cpu")[:, None], torch.arange(8, device="cpu")[None, :]
     return (8 * (value // 2) + 2 * (lane % 4) + value % 2).expand(4, 32, 8)
 
 
@@ -81,12 +81,12 @@ def _window_order() -> Tensor:
         [at(t, 1), at(t, 2), at(t + 4, 1), at(t + 4, 2), at(t, 0), at(t + 4, 0), *shared[t]]
         for t in (lane % 4 for lane in range(32))
     ]
-    return torch.tensor(lanes).expand(4, 32, 8)
+    return torch.tensor(lanes, device="cpu").expand(4, 32, 8)
 
 
 def _output_order() -> Tensor:
     """[4, 32 lanes, 8]: which output channel each value of a lane belongs to."""
-    octet, lane = torch.arange(4)[:, None, None], torch.arange(32)[None, :, None]
+    octet, lane = torch.arange(4, device="cpu")[:, None, None], torch.arange(32, device="cpu")[None, :, None]
     return (8 * octet + lane // 4).expand(4, 32, 8)
 
 

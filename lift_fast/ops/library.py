@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("lift_fast", "FRAGMENT")
 
@@ -21,3 +22,13 @@ def implement(
     """Register the implementation of an operator, for every device unless ``key`` names one, and its fake."""
     LIBRARY.impl(name, function, key)
     torch.library.register_fake(f"lift_fast::{name}", fake, lib=LIBRARY)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A real ``tensor`` with the numbers in memory that it stands for, and without its graph.
+
+    Operators begin with it: the imaginary part of a conjugate has the opposite numbers in memory, and only the
+    dispatcher, which not every call passes, knows.
+    """
+    tensor = tensor.detach()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor

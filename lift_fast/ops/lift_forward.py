@@ -163,9 +163,13 @@ def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     wide = [F.pad(part, (0, channels - out_channels)) for part in (plan.out, plan.out_bias)]
     parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, *wide]
     parts = [part.cpu().contiguous() for part in parts]
-    packed = memory.empty(core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8)
-    addresses = [part.data_ptr() for part in parts]
-    core.lift_decoder_pack(*addresses, channels, hidden, image, image, name, packed.data_ptr(), packed.numel(), isa)
+    packed = memory.empty(
+        core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8, device="cpu"
+    )
+    addresses = [memory.address(part) for part in parts]
+    core.lift_decoder_pack(
+        *addresses, channels, hidden, image, image, name, memory.address(packed), packed.numel(), isa
+    )
     device = torch.device("cpu")
     return NativePlan(
         encoder=prepare_encoder(plan, device, dtype),
@@ -209,14 +213,14 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
     if plan.encoder.image_convs_1:
         f, g = encode_image(plan.encoder, imgs)
         f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
-        f_address, g_address, image = f.data_ptr(), g.data_ptr(), f.shape[3]
+        f_address, g_address, image = memory.address(f), memory.address(g), f.shape[3]
     _native.require().lift_decoder(
-        x.data_ptr(),
+        memory.address(x),
         g_address,
         f_address,
-        plan.packed.data_ptr(),
+        memory.address(plan.packed),
         plan.packed.numel(),
-        out.data_ptr(),
+        memory.address(out),
         batch,
         h,
         w,
@@ -254,6 +258,8 @@ def _compute(
     normalize: bool,
 ) -> Tensor:
     device = x.device
+    if imgs.is_neg() or x.is_neg():
+        imgs, x = library.resolved(imgs), library.resolved(x)
     if torch.is_autocast_enabled(device.type):
         # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
         with torch.autocast(device.type, enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,10 @@ library.define(
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Divide each vector of the last dimension by max(its norm, 1e-12); the norm in float64, so it cannot overflow."""
+    if rows.dtype == torch.float64 and rows.numel():
+        # Whose squares may pass the range of float64 itself: brought to numbers of at most one first.
+        largest = rows.abs().amax(-1, keepdim=True)
+        rows = torch.where(largest > 1e150, rows * 2.0**-600, rows)
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64).clamp_min(NORM_FLOOR)
     return (rows / norm).to(rows.dtype)
 
@@ -162,12 +167,12 @@ def _nearest_native(
     m = key.shape[1]
     depth = k if ratio is None else max(k, 2)
     queries, keys = query.float().contiguous(), key.float().contiguous()
-    similarity = memory.empty((batch, n, depth), dtype=torch.float32)
-    index = memory.empty((batch, n, depth), dtype=torch.int64)
-    back = memory.empty((batch, n), dtype=torch.int64) if mutual else None
+    similarity = memory.empty((batch, n, depth), dtype=torch.float32, device="cpu")
+    index = memory.empty((batch, n, depth), dtype=torch.int64, device="cpu")
+    back = memory.empty((batch, n), dtype=torch.int64, device="cpu") if mutual else None
     _native.require().nearest_f32(
-        queries.data_ptr(),
-        keys.data_ptr(),
+        memory.address(queries),
+        memory.address(keys),
         batch,
         n,
         m,
@@ -175,13 +180,60 @@ def _nearest_native(
         normalize,
         not fast,
         depth,
-        similarity.data_ptr(),
-        index.data_ptr(),
-        0 if back is None else back.data_ptr(),
+        memory.address(similarity),
+        memory.address(index),
+        0 if back is None else memory.address(back),
         torch.get_num_threads(),
         _env.cpu_isa(),
     )
     return similarity[..., :k].contiguous(), index[..., :k].contiguous(), accept(similarity, index, back, ratio)
+
+
+def beyond_range(query: Tensor, key: Tensor) -> bool:
+    """Whether dot products may leave the range of float32 (float64 for float64), or all fall below it.
+
+    Waits for the device; never while a graph is recorded.
+    """
+    if query.dtype == torch.float16 or not query.numel() or not key.numel():
+        return False
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    one, other = _largest(query), _largest(key)
+    least, most = _MODERATE[query.dtype == torch.float64]
+    return one * other * query.shape[-1] > most or (one > 0 and other > 0 and one * other < least)
+
+
+# Products of the largest numbers of both sides.
+_MODERATE = (1e-28, 1e37), (1e-290, 1e307)
+
+
+def _largest(rows: Tensor) -> float:
+    """Largest finite number, without its sign."""
+    low, high = torch.stack(torch.aminmax(rows)).tolist()
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
+    return float(rows.abs().masked_fill(~rows.isfinite(), 0).amax())
+
+
+def within_range(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both in float64, each times a power of two that makes its largest number about one; the sum of the exponents.
+
+    A dot product of the originals is one of these times two to that sum.
+    """
+    exponents = [max(-1000, min(1000, math.frexp(_largest(rows))[1])) for rows in (query, key)]
+    query, key = (rows.double() * 2.0**-exponent for rows, exponent in zip((query, key), exponents, strict=True))
+    return query, key, sum(exponents)
+
+
+def _nearest_beyond_range(
+    query: Tensor, key: Tensor, k: int, mutual: bool, ratio: float | None, window: list[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dot products that pass the range of the result are infinite there, and found by their true size."""
+    queries, keys, exponent = within_range(query, key)
+    similarity, index, valid = nearest_plain(queries, keys, k, mutual, ratio, window, False)
+    half = exponent // 2
+    similarity = similarity * 2.0**half * 2.0 ** (exponent - half)
+    return similarity.to(torch.promote_types(query.dtype, torch.float32)), index, valid
 
 
 def _nearest(
@@ -196,7 +248,9 @@ def _nearest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import nearest_gpu, window_nearest  # they build on this module
 
-    query, key = query.detach(), key.detach()
+    query, key = library.resolved(query), library.resolved(key)
+    if not normalize and beyond_range(query, key):
+        return _nearest_beyond_range(query, key, k, mutual, ratio, window)
     if window is not None and window_nearest.can_run(query, k, window)[0]:
         return window_nearest.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
     fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None

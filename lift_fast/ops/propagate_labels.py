@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import can_run as triton_can_run
 from . import library, window_nearest
-from .nearest import nearest_plain, unit_rows
+from .nearest import beyond_range, nearest_plain, unit_rows, within_range
 
 library.define(
     "propagate_labels(Tensor query, Tensor key, Tensor labels, int[] window, int k, float temperature, bool normalize)"
@@ -65,7 +65,7 @@ def _rows(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     if normalize:
         rows = unit_rows(rows)
     finite = rows.isfinite().all(-1)
-    part = torch.where(finite, 0.0, torch.nan)
+    part = torch.zeros_like(finite, dtype=torch.float32).masked_fill_(~finite, torch.nan)
     return rows.where(finite[..., None], 0).contiguous(), part
 
 
@@ -96,7 +96,13 @@ def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
 def _propagate_labels(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
-    query, key, labels = query.detach(), key.detach(), labels.detach()
+    query, key, labels = map(library.resolved, (query, key, labels))
+    if not normalize and beyond_range(query, key):
+        queries, keys, exponent = within_range(query, key)
+        # Similarities and temperature in one unit. One below the smallest number leaves only the best match.
+        temperature *= 2.0 ** -max(-1000, min(1000, exponent))
+        out = propagate_labels_plain(queries, keys, labels, window, k, temperature, False)
+        return out.to(torch.promote_types(query.dtype, torch.float32))
     if window_nearest.can_run(query, k, window)[0]:
         similarity, index = window_nearest.search(query, key, k, window, normalize)
         return average_labels(similarity, index, labels.float(), temperature)

@@ -80,11 +80,11 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     batch, n, channels = query.shape
     query, key = query.float().contiguous(), key.float().contiguous()
-    similarity = memory.empty((batch, n, k), dtype=torch.float32, device=query.device)
-    index = memory.empty((batch, n, k), dtype=torch.int64, device=query.device)
+    similarity = memory.empty((batch, n, k), dtype=torch.float32, device="cpu")
+    index = memory.empty((batch, n, k), dtype=torch.int64, device="cpu")
     _native.require().window_nearest_f32(
-        query.data_ptr(),
-        key.data_ptr(),
+        memory.address(query),
+        memory.address(key),
         batch,
         n // (query_grid[0] * query_grid[1]),
         *query_grid,
@@ -94,8 +94,8 @@ def _run(
         k,
         *reach,
         normalize,
-        similarity.data_ptr(),
-        index.data_ptr(),
+        memory.address(similarity),
+        memory.address(index),
         torch.get_num_threads(),
         _env.cpu_isa(),
     )

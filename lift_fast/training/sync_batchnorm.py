@@ -25,6 +25,9 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Plain form, with the state dict of BatchNorm2d; two reductions in each direction."""
 
+    batch_norm_in_evaluation = True
+    """Says to :mod:`lift_fast.layers` that it may be folded like any BatchNorm."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)

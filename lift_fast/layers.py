@@ -1,0 +1,277 @@
+"""LiFT's layers, and how they are found again in a network for its inference plan.
+
+The plan stands for the published graph alone. A network that somebody edited (another activation, a bias, a further
+layer, another stride, a ``forward`` of its own) keeps its graph: :class:`LayerFinder` answers None, and
+:class:`lift_fast.LiFT` runs it as it is.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convolutions without bias, each followed by BatchNorm and ReLU; keeps the grid."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.double_conv = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.double_conv(x)
+        return out
+
+
+class Up(nn.Module):
+    """Transposed 2x2 convolution (doubles the grid, halves the channels), joined with the image branch; DoubleConv."""
+
+    def __init__(self, in_channels: int, out_channels: int, fine_channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
+        self.conv_1 = DoubleConv(in_channels // 2 + fine_channels, out_channels // 2)
+
+    def forward(self, x: Tensor, fine: Tensor | None) -> Tensor:
+        x = self.up(x)
+        if fine is not None:
+            x = torch.cat([x, fine], dim=1)
+        out: Tensor = self.conv_1(x)
+        return out
+
+
+def conv_block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    """3x3 convolution, BatchNorm, ReLU."""
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, stride=stride),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+class Layers(NamedTuple):
+    """A network's convolutions and BatchNorms in the order of the plan: the image encoders', each with its BatchNorm;
+    the transposed convolution; the double convolution's, each with its BatchNorm; the output's."""
+
+    convs: list[Any]
+    norms: list[Any]
+    image_blocks: int
+    """Convolution blocks of the first image encoder."""
+    holders: list[tuple[dict[str, Any], str]]
+    """Where each weight and buffer is, in the order of :func:`lift_fast.plan.build_plan`."""
+
+    def weights(self) -> list[Any]:
+        """Weights and buffers in that order; None for those that a layer lacks."""
+        try:
+            # The dictionaries of the layers: their attributes would cost 0.5 us each.
+            return [holder[name] for holder, name in self.holders]
+        except KeyError:
+            # Parametrised since.
+            return [getattr(layer, name) for layer, name in _owners(self.convs, self.norms)]
+
+    def epsilons(self) -> list[float]:
+        """Of the BatchNorms."""
+        return [norm.eps for norm in self.norms]
+
+
+class _Known(NamedTuple):
+    """A network that was looked at, and what would differ had its graph been edited since."""
+
+    children: list[dict[str, Any]]
+    """Of every module that has some, the network's own first."""
+    members: list[tuple[Any, ...]]
+    """What ``children`` held."""
+    modules: list[Any]
+    types: list[type]
+    """Of ``modules``."""
+    attributes: list[dict[str, Any]]
+    sizes: list[int]
+    """Of ``attributes``: a ``forward`` of its own is one more."""
+    settings: list[tuple[Any, ...]]
+    """Of the convolutions, whose attributes come first."""
+    unbiased: list[dict[str, Any]]
+    """Parameters of the convolutions whose bias the plan has no place for."""
+    layers: Layers
+
+
+class LayerFinder:
+    """Finds the layers of one LiFT, and remembers them: to look again at each forward pass takes 3 us instead of 20.
+
+    Copies and pickles of it remember nothing.
+    """
+
+    def __init__(self) -> None:
+        self._known: _Known | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerFinder, ()
+
+    def __call__(self, lift: Any) -> Layers | None:
+        """The layers of ``lift``, None where its graph is not the published one."""
+        known = self._known
+        if known is not None and not torch.compiler.is_compiling() and _is_unchanged(known, lift._modules):
+            return known.layers
+        try:
+            parts = _parts(lift)
+        except AttributeError:
+            return None
+        layers = _published(parts, lift.patch_size)
+        if layers is not None and not torch.compiler.is_compiling():
+            self._known = _known(lift, parts, layers)
+        return layers
+
+
+def _known(lift: Any, parts: _Parts, layers: Layers) -> _Known:
+    holders = [module for module in lift.modules() if module._modules]
+    # Not the network itself, which would hold itself.
+    modules = [*holders[1:], *parts.all()]
+    attributes = [module.__dict__ for module in (*layers.convs, *modules)]
+    children = [module._modules for module in holders]
+    return _Known(
+        children=children,
+        members=[tuple(entries.values()) for entries in children],
+        modules=modules,
+        types=[type(module) for module in modules],
+        attributes=attributes,
+        sizes=[len(entries) for entries in attributes],
+        settings=[_settings(entries) for entries in attributes[: len(layers.convs)]],
+        unbiased=[parts.double[i]._parameters for i in (0, 3)],
+        layers=layers,
+    )
+
+
+def _is_unchanged(known: _Known, children: dict[str, Any]) -> bool:
+    return (
+        children is known.children[0]
+        and [*map(tuple, map(dict.values, known.children))] == known.members
+        and [*map(type, known.modules)] == known.types
+        and [*map(len, known.attributes)] == known.sizes
+        and [*map(_settings, known.attributes[: len(known.settings)])] == known.settings
+        and [entries.get("bias", entries) for entries in known.unbiased] == [None, None]
+    )
+
+
+class _Parts(NamedTuple):
+    outer: tuple[Any, Any, Any, Any]
+    """``up1``, its ``conv_1`` and ``up``, and ``outc``."""
+    first: list[Any]
+    """Members of the first image encoder."""
+    second: list[Any]
+    double: list[Any]
+    """Members of the double convolution."""
+    pool: tuple[Any, ...]
+    """The scale adapter, where there is an image encoder."""
+
+    def all(self) -> list[Any]:
+        return [*self.outer, *self.first, *self.second, *self.double, *self.pool]
+
+
+def _has_bias(double: list[Any]) -> bool:
+    """Whether a convolution of the double convolution has a bias, which the plan has no place for."""
+    own, other = double[0]._parameters, double[3]._parameters
+    return own.get("bias", double) is not None or other.get("bias", double) is not None
+
+
+def _published(parts: _Parts, patch_size: int) -> Layers | None:
+    """The layers where they are those of the published graph."""
+    (_, _, up, out), first, second, double, pool = parts
+    blocks, modules = len(first) // 3, parts.all()
+    expected: list[Any] = [Up, DoubleConv, nn.ConvTranspose2d, nn.Conv2d, *_BLOCK * (blocks + 3 if blocks else 2)]
+    if blocks:
+        expected.append(nn.Identity if patch_size == 8 else nn.MaxPool2d)
+    if len(modules) != len(expected) or not all(map(_computes_as, modules, expected)) or _has_bias(double):
+        return None
+    convs = [*first[::3], *second[::3], up, double[0], double[3], out]
+    # The first two blocks halve the grid each, further ones keep it; the second encoder halves it once more.
+    image = [*[_DOWN, _DOWN, *[_KEEP] * (blocks - 2)][:blocks], _DOWN] if blocks else []
+    if [tuple(getattr(conv, name) for name in _SETTINGS) for conv in convs] != [
+        *image,
+        _UP,
+        _KEEP,
+        _KEEP,
+        _OUT,
+    ] or up.output_padding != (0, 0):
+        return None
+    if blocks and patch_size != 8:
+        adapter = pool[0]
+        if (adapter.kernel_size, adapter.stride, adapter.padding, adapter.dilation, adapter.ceil_mode) != _POOL:
+            return None
+    norms = [*first[1::3], *second[1::3], double[1], double[4]]
+    # A compiler follows attributes, not dictionaries.
+    holders = _holders(convs, norms) if not torch.compiler.is_compiling() else [({}, "weight")]
+    return Layers(convs, norms, blocks, holders)
+
+
+def _computes_as(module: Any, kind: Any) -> bool:
+    """Whether ``module`` is a ``kind``, or of a derived class (parametrised, sharded) that computes as that does in
+    evaluation mode."""
+    own = type(module)
+    if "forward" in module.__dict__:
+        # Of this instance alone, as tools that hook into modules set it.
+        return False
+    if own is kind:
+        return True
+    if kind is nn.BatchNorm2d and (own is nn.SyncBatchNorm or getattr(own, "batch_norm_in_evaluation", False)):
+        return True
+    methods = ("forward", "_conv_forward") if hasattr(kind, "_conv_forward") else ("forward",)
+    return isinstance(module, kind) and all(getattr(own, name) is getattr(kind, name) for name in methods)
+
+
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_settings = itemgetter(*_SETTINGS)
+_DOWN, _KEEP, _UP, _OUT = (
+    ((size, size), (stride, stride), (padding, padding), (1, 1), 1, "zeros")
+    for size, stride, padding in ((3, 2, 1), (3, 1, 1), (2, 2, 0), (1, 1, 0))
+)
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_BLOCK = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+_POOL = (2, 2, 0, 1, False)
+
+
+def _parts(lift: Any) -> _Parts:
+    """The modules that compute.
+
+    Raises:
+        AttributeError: where one is missing or something else.
+    """
+    up1 = lift.up1
+    outer, double = (up1, up1.conv_1, up1.up, lift.outc), _members(up1.conv_1.double_conv)
+    if not lift.use_image:
+        return _Parts(outer, [], [], double, ())
+    image = _members(lift.image_convs_1), _members(lift.image_convs_2)
+    return _Parts(outer, *image, double, (lift.scale_adapter,))
+
+
+def _members(sequence: Any) -> list[Any]:
+    if type(sequence) is not nn.Sequential or "forward" in sequence.__dict__:
+        # A wrapper may do anything around the layers.
+        raise AttributeError(f"a {type(sequence).__name__} in place of a Sequential")
+    return list(sequence)
+
+
+def _owners(convs: list[Any], norms: list[Any]) -> list[tuple[Any, str]]:
+    """The layer and the name of each weight and buffer, in the order of the plan."""
+    encoders = len(norms) - 2
+    found: list[tuple[Any, str]] = []
+    for conv, norm in zip(convs, norms[:encoders], strict=False):
+        found += (conv, "weight"), (conv, "bias"), *((norm, name) for name in _NORM)
+    found += (convs[encoders], "weight"), (convs[encoders], "bias")
+    for conv, norm in zip(convs[encoders + 1 :], norms[encoders:], strict=False):
+        found += (conv, "weight"), *((norm, name) for name in _NORM)
+    return [*found, (convs[-1], "weight"), (convs[-1], "bias")]
+
+
+def _holders(convs: list[Any], norms: list[Any]) -> list[tuple[dict[str, Any], str]]:
+    return [
+        (layer._buffers if name.startswith("running") else layer._parameters, name)
+        for layer, name in _owners(convs, norms)
+    ]
