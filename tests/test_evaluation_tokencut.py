@@ -350,7 +350,7 @@ def test_cosines_of_large_and_small_features_are_those_of_float64(factor):
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     assert torch.equal(similarity_graph(features, 0.2).dense(), (unit @ unit.T > 0.2).double())
     # Rows of very different lengths are alike if their directions are.
-    mixed = features * torch.logspace(-6, 6, 64)[:, None] / factor
+    mixed = (features.double() / factor * torch.logspace(-6, 6, 64)[:, None]).float()
     assert torch.equal(similarity_graph(mixed, 0.2).dense(), (unit @ unit.T > 0.2).double())
 
 
