@@ -42,8 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def natural_key(path: str | os.PathLike[str]) -> tuple[tuple[tuple[str, int, str], ...], ...]:
     """Key by which files come in the order that people count them in: 2.jpg before 10.jpg, folder by folder.
 
-    Runs of digits compare as numbers, everything else as text; of equal numbers the one with fewer leading zeros is
-    first.
+    Runs of digits compare as numbers, everything else as text; names that are equal so are in the order of their text.
     """
     return tuple(_natural(part) for part in Path(path).parts)
 

@@ -1,12 +1,14 @@
-"""Atomic writing: the old file or the whole new one, nothing in between."""
+"""Atomic writing: the old file or the whole new one, nothing in between. Folders, and the order of files."""
 
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from lift_fast._files import atomic_path, make_folder
+from lift_fast._files import atomic_path, make_folder, natural_key
+from lift_fast.images import list_images
 
 
 def test_success_replaces_the_file(tmp_path):
@@ -71,3 +73,31 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(ValueError, match="Read-only file system; give another one"):
         make_folder(tmp_path)
+
+
+def test_files_are_counted_as_people_count():
+    # More digits than int() takes are digits too.
+    long = "x" + "9" * 5000
+    expected = [
+        "1.jpg",
+        "02.jpg",
+        "2.jpg",
+        "10.jpg",
+        "12.jpg",
+        "a9/9.png",
+        "a9/10.png",
+        "a10/2.png",
+        "x1",
+        long,
+        "x.png",
+    ]
+    ordered = sorted(map(Path, expected[6:] + expected[:6]), key=natural_key)
+    assert [path.as_posix() for path in ordered] == expected
+    padded = [f"{t:05d}.jpg" for t in range(120)]
+    assert sorted(padded[::-1], key=natural_key) == padded
+
+
+def test_folders_of_pictures_are_in_that_order(tmp_path):
+    for number in (1, 2, 10, 11):
+        (tmp_path / f"frame{number}.png").touch()
+    assert [path.name for path in list_images(tmp_path)] == [f"frame{n}.png" for n in (1, 2, 10, 11)]
