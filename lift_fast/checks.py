@@ -59,7 +59,8 @@ def check_size(name: str, size: Any) -> list[int]:
     """
     try:
         height, width = size
-    except (TypeError, ValueError):
+    except Exception:
+        # Whatever an object says that does not come in two.
         raise ValueError(f"{name} must be (H, W), two whole numbers, got {shown(size)}") from None
     return [check_whole(f"{name}[0]", height, 1, _MOST_SIDE), check_whole(f"{name}[1]", width, 1, _MOST_SIDE)]
 

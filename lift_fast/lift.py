@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .checks import FLOATS, check_dense, check_flag, check_whole
 from .layers import LayerFinder, Up, conv_block
 from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
@@ -22,6 +23,8 @@ from .plan import Architecture, span_basis
 # Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
 _Network = tuple[list[Tensor], list[float], Architecture]
 _NONE = type(None)
+# Networks of which one layer has weights of some hundred megabytes; what is larger is a mistake.
+_MOST_CHANNELS, _MOST_BLOCKS = 1 << 14, 64
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
 
 
@@ -71,10 +74,12 @@ class LiFT(
         extra_image_blocks: int = 0,
     ) -> None:
         super().__init__()
-        _check_integer("in_channels", in_channels, 2)
-        _check_integer("patch_size", patch_size, 1)
-        _check_integer("image_channels", image_channels, 1)
-        _check_integer("extra_image_blocks", extra_image_blocks, 0)
+        in_channels = check_whole("in_channels", in_channels, 2, _MOST_CHANNELS)
+        patch_size = check_whole("patch_size", patch_size, 1, _MOST_CHANNELS)
+        image_channels = check_whole("image_channels", image_channels, 1, _MOST_CHANNELS)
+        extra_image_blocks = check_whole("extra_image_blocks", extra_image_blocks, 0, _MOST_BLOCKS)
+        pre_shape, post_shape = check_flag("pre_shape", pre_shape), check_flag("post_shape", post_shape)
+        use_image = check_flag("use_image", use_image)
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.pre_shape = pre_shape
@@ -144,15 +149,20 @@ class LiFT(
         Raises:
             ValueError: as :meth:`forward`.
         """
-        network = self._network()
+        network, normalize = self._network(), check_flag("normalize", normalize)
         h, w = self._check(imgs, x, network)
         if network is not None and not _wants_gradients(imgs, x, network):
             return self._forward_fused(imgs, x, h, w, network, basis=True, normalize=normalize).permute(0, 3, 1, 2)
         wide = self._forward_plain(self._align(imgs, h, w), self._as_map(x, h, w))
+        if wide.is_meta:
+            return wide.new_empty((wide.shape[0], self.in_channels // 2 + 1, *wide.shape[2:]))
+        if not isinstance(self.outc, nn.Conv2d):
+            raise ValueError(f"matching_map needs a convolution as outc, this network has a {type(self.outc).__name__}")
         # Half precision would round a second time.
         dtype = torch.promote_types(wide.dtype, torch.float32)
         with torch.autocast(wide.device.type, enabled=False):
-            basis, _ = span_basis(self.outc.weight.flatten(1), self.outc.bias)  # type: ignore[arg-type]
+            weight, bias = self.outc.weight.flatten(1), self.outc.bias
+            basis, _ = span_basis(weight, weight.new_zeros(len(weight)) if bias is None else bias)
             narrow = F.conv2d(wide.to(dtype), basis.to(dtype).t()[:, :, None, None])
             return (F.normalize(narrow, dim=1) if normalize else narrow).to(wide.dtype)
 
@@ -172,6 +182,9 @@ class LiFT(
     ) -> Tensor:
         """The inference plan: ``[B, 2h, 2w, C]``, c + 1 channels with ``basis``."""
         kind = x.device.type
+        if kind == "meta":
+            channels = self.in_channels // 2 + 1 if basis else self.in_channels
+            return x.new_empty((x.shape[0], 2 * h, 2 * w, channels))
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             imgs, x = imgs.to(dtype), x.to(dtype)
@@ -250,12 +263,15 @@ class LiFT(
         p, channels = self.patch_size, self.in_channels
         if not isinstance(imgs, Tensor) or not isinstance(x, Tensor):
             raise ValueError(f"LiFT expects tensors imgs and x, got {type(imgs).__name__} and {type(x).__name__}")
+        if imgs.is_nested or x.is_nested or imgs.layout != torch.strided or x.layout != torch.strided:
+            check_dense("imgs", imgs)
+            check_dense("x", x)
         size = imgs.shape
         if len(size) != 4 or size[1] != 3:
             raise ValueError(f"imgs must be [B, 3, H, W], got {list(size)}")
-        if not imgs.is_floating_point() or not x.is_floating_point():
+        if imgs.dtype not in FLOATS or x.dtype not in FLOATS:
             raise ValueError(
-                f"imgs and x must be floating point, got {imgs.dtype} and {x.dtype}; "
+                f"imgs and x must be float32, bfloat16, float16 or float64, got {imgs.dtype} and {x.dtype}; "
                 "normalise the pictures first (ViTLiFTExtractor.preprocess does)"
             )
         batch, _, height, width = size
@@ -273,13 +289,13 @@ class LiFT(
             )
         if batch == 0:
             raise ValueError("LiFT got an empty batch (B = 0); pass at least one picture")
-        weight = self.outc.weight if network is None else network[0][-2]
+        weight = next(self.parameters()) if network is None else network[0][-2]
         device, dtype = x.device, x.dtype
         if imgs.device != device or device != weight.device:
             raise ValueError(
                 f"imgs are on {imgs.device}, x on {device}, LiFT's weights on {weight.device}; move all to one"
             )
-        if (imgs.dtype != dtype or dtype != weight.dtype) and not torch.is_autocast_enabled(device.type):
+        if (imgs.dtype != dtype or dtype != weight.dtype) and not _autocasts(device.type):
             raise ValueError(
                 f"imgs are {imgs.dtype}, x is {x.dtype}, LiFT's weights are {weight.dtype}; "
                 "convert them to one dtype or use torch.autocast"
@@ -297,6 +313,11 @@ def _architecture(image_blocks: int, patch_size: int) -> Architecture:
 _known_architecture = cache(_architecture)
 
 
+def _autocasts(kind: str) -> bool:
+    # PyTorch refuses the question for tensors without memory.
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
     # Forward-mode derivatives need no gradients enabled, and operators on memory know nothing of tangents. PyTorch has
     # no public name for this question.
@@ -305,8 +326,3 @@ def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
     if not torch.is_grad_enabled():
         return False
     return imgs.requires_grad or x.requires_grad or any(weight.requires_grad for weight in network[0])
-
-
-def _check_integer(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")

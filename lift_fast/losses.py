@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str
         return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, False)[0]
     if target.requires_grad:
         return cosine_loss_plain(prediction, target, dim, reduction)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (_is_ordinary(prediction) and _is_ordinary(target)):
         return torch.ops.lift_fast.cosine_loss(prediction, target, dim, reduction, True)[0]
     return CosineLossFunction.apply(prediction, target, dim, reduction)
 
@@ -99,6 +101,11 @@ def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
     return LOSSES[name]
 
 
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has memory: a fake one and other classes answer to the dispatcher alone."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
 def _is_transformed(*tensors: Tensor) -> bool:
     """Whether ``torch.func`` or forward-mode differentiation follows ``tensors``: both know plain operations only.
 
@@ -113,7 +120,7 @@ def _is_transformed(*tensors: Tensor) -> bool:
 
 
 def _check_reduction(reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {shown(reduction)}")
 
 
@@ -134,6 +141,10 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
     count = prediction.dim()
     if count == 0:
         raise ValueError("prediction and target are scalars; expected at least one dimension, that of the descriptors")
-    if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
+    if (
+        isinstance(dim, (bool, Tensor))
+        or not isinstance(dim, SupportsIndex)
+        or not -count <= operator.index(dim) < count
+    ):
         raise ValueError(f"dim must be an integer from {-count} to {count - 1} ({count} dimensions), got {shown(dim)}")
-    return dim % count
+    return operator.index(dim) % count

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_dense, check_flag, check_size, check_whole, shown
+from .checks import FLOATS, check_dense, check_flag, check_size, check_whole, shown
 from .ops import dense_match as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Matches that may be asked for of however few keys.
 _MOST_MATCHES = 1 << 16
 
@@ -98,7 +99,7 @@ def nearest(
     # Beyond the keys there is nothing to find, and a long list of that would fill the memory.
     k = check_whole("k", k, 1, max(key.shape[-2], _MOST_MATCHES))
     mutual, normalize = check_flag("mutual", mutual), check_flag("normalize", normalize)
-    if precision not in ("exact", "fast"):
+    if not isinstance(precision, str) or precision not in ("exact", "fast"):
         raise ValueError(f'precision must be "exact" or "fast", got {shown(precision)}')
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
@@ -116,7 +117,8 @@ def nearest(
     if window is not None:
         try:
             radius, grid, key_grid = Window(*window)
-        except TypeError:
+        except Exception:
+            # Whatever an object says that is no sequence.
             raise ValueError(
                 f"window must be (radius, query grid[, key grid]) with (h, w) for a grid, got {shown(window)}"
             ) from None
@@ -176,8 +178,9 @@ def dense_match(
             raise ValueError(f"{name} must be [B, C, h, w] without empty dimensions, got {_shape(tensor)}")
     if query_map.shape[:2] != key_map.shape[:2]:
         raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
-    if normalize not in ("grid", "pixel", None):
-        raise ValueError(f'normalize must be "grid", "pixel" or None, got {normalize!r}')
+    if normalize is not None and (not isinstance(normalize, str) or normalize not in ("grid", "pixel")):
+        raise ValueError(f'normalize must be "grid", "pixel" or None, got {shown(normalize)}')
+    mutual = check_flag("mutual", mutual)
     query_hw, key_hw = check_size("query_size", query_size), check_size("key_size", key_size)
     if points is not None:
         _check_points(points, query_map)
@@ -233,10 +236,7 @@ def check_window(
 
 
 def _check_points(points: Tensor, query_map: Tensor) -> None:
-    if not isinstance(points, Tensor):
-        raise TypeError(f"points must be a torch.Tensor or None, got {type(points).__name__}")
-    if points.dtype == torch.bool or points.is_complex():
-        raise TypeError(f"points must be real numbers, got {points.dtype}")
+    check_dense("points", points, (*FLOATS, *_WHOLE))
     if points.dim() != 3 or points.shape[0] != query_map.shape[0] or points.shape[2] != 2:
         raise ValueError(f"points must be [B, P, 2] with B = {query_map.shape[0]}, got {_shape(points)}")
     if points.device != query_map.device:

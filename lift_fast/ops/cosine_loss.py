@@ -82,13 +82,15 @@ def _sums(prediction: Tensor, target: Tensor, dim: int) -> _Sums:
     x, y = x * of_x, y * of_y
     own, other = x.square().sum(dim, keepdim=True), y.square().sum(dim, keepdim=True)
     # Beside lengths beyond the range epsilon is nothing.
-    own, other = own + EPSILON * (of_x == 1), other + EPSILON * (of_y == 1)
+    own, other = own + EPSILON * (of_x == 1).to(dtype), other + EPSILON * (of_y == 1).to(dtype)
     return _Sums(x, y, (x * y).sum(dim, keepdim=True), own, other, of_x)
 
 
 def _can_ask(tensor: Tensor) -> bool:
     """Whether a Python program may look at the numbers: no compiler, no transform of ``torch.func`` follows them."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not tensor.is_meta and type(tensor) is Tensor
 
 
 def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -26,25 +26,25 @@ library.define(
 def unit_rows(rows: Tensor) -> Tensor:
     """Divide each vector of the last dimension by max(its norm, 1e-12); the norm in float64, so it cannot overflow."""
     if rows.dtype == torch.float64 and rows.numel():
-        # Whose squares may pass the range of float64 itself: brought to numbers of at most one first.
+        # Whose squares may pass the range of float64 itself: such rows are brought to numbers of at most one first.
         largest = rows.abs().amax(-1, keepdim=True)
-        rows = torch.where(largest > 1e150, rows * 2.0**-600, rows)
+        rows = rows * torch.exp2(-torch.frexp(largest).exponent.double()).where(largest > 1e100, 1)
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64).clamp_min(NORM_FLOOR)
     return (rows / norm).to(rows.dtype)
 
 
 @contextmanager
 def full_matmul_precision() -> Iterator[None]:
-    """Keep TF32 and bfloat16 shortcuts, where the user allowed them, out of products that must be exact."""
+    """Keep autocast and the shortcuts of TF32 and bfloat16, where the user allowed them, out of exact products."""
     previous = torch.get_float32_matmul_precision()
-    if previous == "highest":
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if previous != "highest":
+            stack.callback(torch.set_float32_matmul_precision, previous)
+            torch.set_float32_matmul_precision("highest")
         yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(previous)
 
 
 def nearest_plain(
