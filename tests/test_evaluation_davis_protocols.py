@@ -256,6 +256,9 @@ def test_command_names_the_protocol(tmp_path, capsys):
     assert "(placement)" in capsys.readouterr().err
     assert command(*common, "--masks", tmp_path / "dino", "--protocol", "dino", "--size", "40") == 2
     assert "at least 64 pixels" in capsys.readouterr().err
+    dino = ["--masks", tmp_path / "both", "--protocol", "dino", "--size", "64", "--random-lift", "--predict-only"]
+    assert command(*common, *dino) == 0
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["backbone", "bilinear", "lift"]
     lift = ["--masks", tmp_path / "lift", "--random-lift", "--size", "56", "--out", tmp_path / "l.json"]
     assert command(*common, *lift) == 0
     capsys.readouterr()

@@ -235,7 +235,8 @@ def _by_protocol(arguments: argparse.Namespace) -> None:
 
     dino = arguments.protocol == "dino"
     if arguments.method is None:
-        arguments.method = ["backbone"] if dino else list(_METHODS)
+        # A LiFT that was asked for is taken, trained on these features or not.
+        arguments.method = list(_METHODS if not dino or arguments.lift or arguments.random_lift else _METHODS[:1])
     if arguments.facet is None:
         arguments.facet = "final" if dino else "key"
     if arguments.size is None:
