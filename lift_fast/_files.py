@@ -1,4 +1,5 @@
-"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them."""
+"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them, and
+the order of files that are a sequence."""
 
 from __future__ import annotations
 
@@ -75,6 +76,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         held.release()
+
+
+def natural_key(path: str | os.PathLike[str]) -> tuple[tuple[tuple[str, int, str], ...], ...]:
+    """Key by which files come in the order that people count them in: 2.jpg before 10.jpg, folder by folder.
+
+    Runs of digits compare as numbers, everything else as text; names that are equal so are in the order of their text.
+    """
+    return tuple(_natural(part) for part in Path(path).parts)
+
+
+def _natural(name: str) -> tuple[tuple[str, int, str], ...]:
+    texts = re.split(r"([0-9]+)", name)
+    numbers = [text.lstrip("0") for text in texts[1::2]]
+    # Digits by their count and then as text: int() refuses thousands of them.
+    pairs = [("", len(number), number) for number in numbers]
+    key = [(texts[0], 0, "")]
+    for pair, text in zip(pairs, texts[2::2], strict=True):
+        key += [pair, (text, 0, "")]
+    return (*key, (name, 0, ""))
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -48,7 +48,7 @@ class ViTLiFTExtractor(nn.Module):
         lift_path: LiFT checkpoint, or the name of the one that ships with the package
             (:data:`lift_fast.demonstration.LIFT`); None runs the backbone alone.
         channel, patch, stride, layer: see above; ``layer`` may be negative.
-        facet: ``"key"``, ``"query"``, ``"value"`` or ``"token"``.
+        facet: ``"key"``, ``"query"``, ``"value"``, ``"token"`` or ``"final"`` (:class:`FrozenViT`).
         model: use this timm ViT or :class:`FrozenViT` instead of building ``model_type``; it is not moved or changed. A
             FrozenViT keeps its own facet, layer, stride and head order.
         device: where both networks run; None is CUDA if available, else the CPU.

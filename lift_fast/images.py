@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lift_fast._files import natural_key
+
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 LoadSize = int | tuple[int, int] | None
@@ -101,7 +103,7 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
-    """Pictures in a folder and its subfolders, sorted; a file is returned as it is.
+    """Pictures in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file is returned as it is.
 
     Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped. Links to folders are followed,
     unless they lead back to a folder that they lie in.
@@ -118,7 +120,7 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     found = _pictures_below(path, frozenset())
     if not found:
         raise ValueError(f"no pictures in {path} (suffixes {', '.join(sorted(SUFFIXES))})")
-    return sorted(found)
+    return sorted(found, key=natural_key)
 
 
 def _pictures_below(folder: Path, above: frozenset[str]) -> list[Path]:
@@ -187,7 +189,8 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
         raise ValueError(f"mean and std must be three values each, got {mean!r} and {std!r}")
     array = np.array(image if image.mode == "RGB" else to_rgb(image))
     pixels = torch.from_numpy(array).permute(2, 0, 1).float().div(255)
-    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).unsqueeze(0).contiguous()
+    shift, scale = (torch.tensor(three, dtype=torch.float32, device="cpu").view(3, 1, 1) for three in (mean, std))
+    return ((pixels - shift) / scale).unsqueeze(0).contiguous()
 
 
 def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:

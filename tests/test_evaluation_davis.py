@@ -22,7 +22,7 @@ from lift_fast.evaluation.davis import (
     score_sequence,
 )
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.davis.propagation import cell_labels, hard_mask, normalize_channels
+from lift_fast.evaluation.davis.propagation import cell_labels, enlarge_covered, hard_mask, normalize_channels
 from lift_fast.evaluation.methods import Features
 
 # A palette that nothing else has.
@@ -106,7 +106,7 @@ def network_of(*features):
 
         return compute
 
-    return Network([method(function) for function in features], MEAN, STD)
+    return Network([method(function) for function in features], MEAN, STD, patch_size=8)
 
 
 def masks_of(video, mask, features, options):
@@ -116,13 +116,17 @@ def masks_of(video, mask, features, options):
 # The protocol once more, as its description reads: nothing here comes from the package.
 
 
-def slow_predict(folder, annotation, features, size, queue_length, radius, topk, temperature):
+def slow_frame(path, size):
+    picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(picture, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def slow_predict(folder, annotation, features, size, queue_length, radius, topk, temperature, patch=8, read=slow_frame):
     """Masks of all frames but the first, and their soft labels."""
 
     def frame_features(path):
-        picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(picture, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-        return features(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+        return features(read(path, size))[0]
 
     first_mask = Image.open(annotation)
     width, height = first_mask.size
@@ -155,7 +159,7 @@ def slow_predict(folder, annotation, features, size, queue_length, radius, topk,
         queue.append((target, labels))
         if len(queue) > queue_length:
             queue.pop(0)
-        enlarged = torch.nn.functional.interpolate(labels[None], (size, size), mode="bilinear")[0]
+        enlarged = torch.nn.functional.interpolate(labels[None], scale_factor=patch, mode="bilinear")[0]
         for channel in enlarged:
             if channel.max() > 0:
                 channel -= channel.min().clone()
@@ -257,7 +261,7 @@ def test_the_whole_protocol_in_float32(tmp_path, seed):
         sequence = dataset.sequence(dataset.names[0])
         pictures = torch.cat([load(frame) for frame in sequence.frames])
         maps = features(pictures)
-        propagation = LabelPropagation(maps[0], cell_labels(masks[0], (16, 16), 128, (0, 0, 128, 128)), OPTIONS)
+        propagation = LabelPropagation(maps[0], cell_labels(masks[0], (16, 16)), OPTIONS)
         for frame, expected in zip(maps[1:], soft, strict=True):
             labels = propagation.step(frame)
             torch.testing.assert_close(labels.sum(0), torch.ones(16, 16))
@@ -347,18 +351,18 @@ def test_channels_are_normalized_one_by_one():
     assert torch.equal(scaled[3], labels[3])
     # Weak evidence counts as much as strong: 0.02 of an object wins where the background is at its least.
     soft = torch.stack([torch.tensor([[0.98, 1.0]]), torch.tensor([[0.02, 0.0]])])
-    assert np.array_equal(hard_mask(soft, 2, (0, 0, 2, 2), (1, 2)), [[1, 0]])
+    assert np.array_equal(hard_mask(soft, (1, 2)), [[1, 0]])
 
 
 def test_first_mask_on_the_grid_takes_the_nearest_pixel():
     mask = np.arange(6 * 9, dtype=np.uint8).reshape(6, 9) % 4
-    labels = cell_labels(mask, (2, 3), 24, (0, 0, 24, 24))
+    labels = cell_labels(mask, (2, 3))
     assert labels.shape == (4, 2, 3)
     assert torch.equal(labels.argmax(0), torch.tensor([[mask[1, 1], mask[1, 4], mask[1, 7]], list(mask[4, [1, 4, 7]])]))
     # An object that falls between the cells keeps its channel.
     mask = np.zeros((8, 8), np.uint8)
     mask[0, 0] = 3
-    assert cell_labels(mask, (2, 2), 16, (0, 0, 16, 16)).shape == (4, 2, 2)
+    assert cell_labels(mask, (2, 2)).shape == (4, 2, 2)
 
 
 def test_written_masks_keep_the_palette_of_the_data_set(tmp_path):
@@ -499,11 +503,11 @@ def test_a_grid_that_leaves_a_border_lies_where_its_cells_are():
     cell = np.stack(np.broadcast_arrays((y[:, None] - 3) // 4, (x[None] - 3) // 4))
     mask[(cell[0] == 2) & (cell[1] == 5)] = 1
     mask[(cell[0] <= 0) & (cell[1] >= 7)] = 2
-    labels = cell_labels(mask, (8, 8), 40, (3, 3, 32, 32))
+    labels = cell_labels(mask, (8, 8), frame=(40, 40), covered=(3, 3, 32, 32))
     expected = torch.zeros(8, 8, dtype=torch.int64)
     expected[2, 5], expected[0, 7] = 1, 2
     assert torch.equal(labels.argmax(0), expected)
-    back = hard_mask(labels, 40, (3, 3, 32, 32), (80, 120))
+    back = hard_mask(enlarge_covered(labels, (40, 40), (3, 3, 32, 32)), (80, 120))
     # Cells reach to the border; single cells lose their corners to the enlargement.
     assert back[0, 119] == 2
     for number in (1, 2):

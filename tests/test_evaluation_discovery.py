@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_evaluation_tokencut import published
 
 from lift_fast.evaluation.boxes import read_coco, read_voc
 from lift_fast.evaluation.discovery import (
@@ -53,7 +54,8 @@ def whole(pictures, maps):
 
 def colours(batch):
     """Mean colour of each 8 x 8 patch, as features that TokenCut can cut: [1, 3, h, w]."""
-    return whole(batch.imgs, F.avg_pool2d(batch.imgs, 8))
+    maps = F.avg_pool2d(batch.imgs, 8)
+    return Features(maps, (0, 0, 8 * maps.shape[2], 8 * maps.shape[3]))
 
 
 def nothing(batch):
@@ -412,6 +414,11 @@ def test_command(tmp_path, capsys):
     model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift", "--device", "cpu"]
     out = tmp_path / "run.json"
     sheets = tmp_path / "sheets"
+    small = [*options, *model, "--method", "lift", "--resolution", "56", "--out", str(tmp_path / "small.json")]
+    assert main(small) == 1
+    assert json.loads(capsys.readouterr().out)["options"]["rule"] == "published"
+    assert main([*small, "--rule", "exact"]) == 2
+    assert "(rule)" in capsys.readouterr().err
     files = ["--out", str(out), "--table", str(tmp_path / "run.md"), "--pictures", str(sheets), "--picture-count", "1"]
     assert main([*options, *model, *files, "--method", "backbone", "lift"]) == 1
     shown = capsys.readouterr()
@@ -427,9 +434,96 @@ def test_command(tmp_path, capsys):
     assert sorted(p.name for p in sheets.iterdir()) == ["0_backbone.png", "0_lift.png"]
     for wrong, message in (
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
+        ([*options, "--resolution", "15"], "smaller than one patch"),
         ([*options, "--list", "x"], "--list belongs to coco20k"),
         (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
         ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),
     ):
         assert main([*wrong, *model]) == 2
         assert message in capsys.readouterr().err
+
+
+def published_square(path, boxes, side):
+    """The LiFT paper's evaluation of one picture at S x S, step by step: its box there, and whether it counts."""
+    image = Image.open(path).convert("RGB")
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64) / 255
+    tensor = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)[None].float()
+    cells = 1 + (side - 8) // 8
+    tokens = F.avg_pool2d(tensor, 8).flatten(2)[0].T
+    *_, (top, left, bottom, right) = published(tokens, (cells, cells), 0.2)
+    scale = side / cells
+    found = [scale * left, scale * top, min(scale * right, side), min(scale * bottom, side)]
+    good = []
+    for box in boxes:
+        truth = [int(v * side / n) for v, n in zip(box, image.size * 2, strict=True)]
+        wide = max(0.0, min(found[2], truth[2]) - max(found[0], truth[0]))
+        tall = max(0.0, min(found[3], truth[3]) - max(found[1], truth[1]))
+        area = (found[2] - found[0]) * (found[3] - found[1]) + (truth[2] - truth[0]) * (truth[3] - truth[1])
+        # The published term against division by zero.
+        good.append(wide * tall / (area - wide * tall + 1e-7) >= 0.5)
+    return found, any(good)
+
+
+@pytest.mark.parametrize("side", [56, 60, 64])
+def test_resized_pictures_are_judged_as_published(tmp_path, side):
+    pictures = {}
+    for number, (size, box) in enumerate(sizes_and_boxes(side, 12)):
+        # True boxes shifted and shrunk, so that some count and some do not.
+        x, y = number % 4, number // 4
+        pictures[f"{number}"] = (size, box, [voc_object((box[0] + 2 * x, box[1] + 3 * y, box[2] + x, box[3]))])
+    make_voc(tmp_path, pictures)
+    data = read_voc(tmp_path, 2007)
+    found, _ = run(data, resolution=side)
+    verdicts = []
+    for prediction, sample in zip(found, data.samples, strict=True):
+        if prediction.degenerate:
+            # The published program's cut is then whatever rounding makes of it.
+            continue
+        box, good = published_square(sample.path, sample.boxes, side)
+        width, height = Image.open(sample.path).size
+        back = (box[0] * width / side, box[1] * height / side, box[2] * width / side, box[3] * height / side)
+        assert prediction.box == pytest.approx(back)
+        assert prediction.found == good
+        verdicts.append(good)
+    assert len(verdicts) > 8
+    assert len(set(verdicts)) == 2
+    exact, _ = run(data, resolution=side, rule="exact")
+    if side % 8:
+        # Padding makes a row and a column more.
+        assert [p.box for p in exact] != [p.box for p in found]
+    assert run(data, rule="published") == run(data, rule="exact")
+
+
+def test_half_an_overlap_is_none_where_the_published_program_divides():
+    sample = type("S", (), {"name": "a", "boxes": ((0, 0, 10.9, 20.9),)})()
+    # True boxes are cut to whole pixels: (0, 0, 10, 20).
+    assert judge(sample, (0, 0, 10, 10.01), False, ((100, 100), 100)).found
+    half = judge(sample, (0, 0, 10, 10), False, ((100, 100), 100))
+    assert (half.iou, half.found) == (0.5, False)
+    assert judge(sample, (0, 0, 20, 20), False, ((200, 200), 100)).box == (0, 0, 20, 20)
+
+
+def test_an_unknown_rule_is_named():
+    with pytest.raises(ValueError, match="rule must be published or exact, got 'mine'"):
+        prepare(Image.new("RGB", (20, 20)), whereabouts(), 16, "mine")
+
+
+def test_features_that_are_not_finite_leave_a_picture_out_for_all_methods(tmp_path):
+    box = (8, 8, 32, 40)
+    make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in "abc"})
+    count = 0
+
+    def broken(batch):
+        nonlocal count
+        count += 1
+        maps, covered = colours(batch)
+        return Features(maps * (torch.nan if count == 2 else 1), covered)
+
+    out = tmp_path / "r.json"
+    methods = [("colours", colours), ("broken", broken)]
+    content = evaluate(methods, whereabouts(), read_voc(tmp_path, 2007), tau=0.2, out=out)
+    assert content["skipped"] == {
+        "b": "broken: features hold NaN or infinity; a picture or weights that are not finite make them"
+    }
+    for name in ("colours", "broken"):
+        assert [entry["name"] for entry in content["predictions"][name]] == ["a", "c"]

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lift_fast import LiFT, ViTLiFTExtractor
+from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
 from lift_fast.evaluation import cost, results, spair
@@ -145,6 +145,20 @@ def plain_square(path, size):
     return canvas, size / height, offset, 0
 
 
+def published_lift(lift, imgs, tokens):
+    """LiFT as its authors run it: the picture whole, or two pixels off each side where the grids disagree."""
+
+    def encode(seen):
+        fine = lift.scale_adapter(lift.image_convs_1(seen))
+        return fine, lift.image_convs_2(fine)
+
+    fine, coarse = encode(imgs)
+    if coarse.shape[2] != tokens.shape[2]:
+        fine, coarse = encode(imgs[:, :, 2:-2, 2:-2])
+    up = lift.up1.up(torch.cat([tokens, coarse], dim=1))
+    return lift.outc(lift.up1.conv_1(torch.cat([up, fine], dim=1)))
+
+
 def plain_spair(root, describe, size, alphas):
     """Means and figures by category, from 0 to 1; ``describe``: ``[1, 3, S, S]`` -> map."""
     by_category, every_image = {}, {alpha: [] for alpha in alphas}
@@ -199,18 +213,14 @@ def test_figures_are_those_of_the_plain_protocol(seed, tmp_path):
     root = make_spair(tmp_path, seed)
     backbone = tiny_backbone(seed)
     lift = randomize(LiFT(24, 16), seed).eval().double()
-    extractor = ViTLiFTExtractor(
-        model=backbone, channel=None, patch=None, stride=None, layer=None, device="cpu", silent=True, lift=lift,
-        dtype=torch.float64,
-    )  # fmt: skip
 
     def describe(imgs, times):
-        tokens = extractor.extract_descriptors_iterative_lift(imgs, times)
-        side = math.isqrt(tokens.shape[1])
-        return tokens.transpose(1, 2).unflatten(2, (side, side)).double()
+        tokens = backbone(imgs).transpose(1, 2).unflatten(2, backbone.grid(*imgs.shape[2:]))
+        return published_lift(lift, imgs, tokens) if times else tokens
 
     methods = build_methods(["backbone", "lift"], backbone, lift)
-    # A patch does not divide 56: maps are stretched over the square all the same.
+    # A patch does not divide 56: maps are stretched over the square all the same, and LiFT's image branch alone begins
+    # at pixel (2, 2).
     content = run_all(methods, backbone, root, [56, 64], batch_size=3)
     assert content["complete"]
     assert not content["skipped"]
@@ -595,6 +605,7 @@ USAGE = {
     "root": (["--root", "nowhere"], "no folder nowhere"),
     "category": (["--root", "{}", "--categories", "unicorn"], "has no category unicorn; there are cat, pottedplant"),
     "seeds": (["--root", "{}", "--seeds", "2"], "give --pairs-per-category"),
+    "draw": (["--root", "{}", "--draw", "published"], "give --pairs-per-category"),
     "alpha": (["--root", "{}", "--alphas", "2"], "alphas must lie in 0 to 1"),
     "alpha twice": (["--root", "{}", "--alphas", "0.1", "0.1"], "each alpha once"),
     "size": (["--root", "{}", "--sizes", "8"], "sizes of at least a patch"),
@@ -609,3 +620,34 @@ def test_usage_errors(case, root, capsys):
     arguments, message = USAGE[case]
     assert run(*(argument.format(root) for argument in arguments), *TINY) == 2
     assert message in capsys.readouterr().err
+
+
+def test_published_draws(tmp_path, capsys):
+    root = make_spair(tmp_path, 0)
+    dataset = spair.SPair(root)
+    selection = dataset.select()
+    backbone = tiny_backbone()
+    methods = build_methods(["backbone"], backbone)
+    options = {"sizes": [32], "pairs_per_category": 20, "seeds": 2}
+    content = spair.evaluate(methods, backbone, dataset, selection, draw="published", **options)
+    # What the published program does, whose generator is NumPy's global one.
+    state = np.random.get_state()
+    for seed, drawn in enumerate(content["draws"]):
+        np.random.seed(seed)
+        for category, pairs in selection.pairs.items():
+            expected = [pairs[index].name for index in np.random.choice(len(pairs), 20)]
+            assert drawn[category] == expected
+            assert len(set(expected)) < 20
+    np.random.set_state(state)
+    # A pair counts as often as it was drawn.
+    scores = content["scores"]["32"]["backbone"]
+    by_seed = []
+    for drawn in content["draws"]:
+        rows = [np.array([scores[category][name] for name in names], float) for category, names in drawn.items()]
+        by_seed.append(np.mean([100 * each[:, 1].sum() / each[:, 0].sum() for each in rows]))
+    assert content["summary"]["sizes"]["32"]["backbone"]["PCK@0.1"] == pytest.approx(np.mean(by_seed))
+    assert content["summary"]["pairs"] == dict.fromkeys(selection.pairs, 40)
+    distinct = spair.evaluate(methods, backbone, dataset, selection, **options)
+    assert all(len(set(names)) == len(names) for drawn in distinct["draws"] for names in drawn.values())
+    with pytest.raises(ValueError, match="draw must be distinct or published, got 'all'"):
+        spair.evaluate(methods, backbone, dataset, selection, draw="all", **options)

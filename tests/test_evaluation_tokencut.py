@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lift_fast import _native
 from lift_fast.evaluation.bit_graph import BitGraph
-from lift_fast.evaluation.tokencut import second_eigenvector, similarity_graph, tokencut
+from lift_fast.evaluation.tokencut import NotFiniteError, second_eigenvector, similarity_graph, tokencut
 
 EPS = 1e-5
 SOLVERS = ("lanczos", "dense")
@@ -323,3 +323,54 @@ def test_graph_refuses_rows_out_of_turn():
         graph.multiply(torch.zeros(100))
     with pytest.raises(ValueError, match="at least one node"):
         BitGraph(0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [
+        *((torch.float32, e) for e in (-110, -66, 40, 63, 120)),
+        *((torch.bfloat16, e) for e in (-110, -66, 63, 120)),
+        *((torch.float64, e) for e in (-960, -130, 510, 1010)),
+    ],
+)
+def test_the_length_of_features_does_not_count(dtype, exponent):
+    # Powers of two change no bit of what the format holds.
+    features = planted(9, 11, 4)[0].to(dtype)
+    expected = tokencut(features, (9, 11))
+    assert not expected.degenerate
+    factor = 2.0**exponent
+    found = tokencut((features.double() * factor).to(dtype), (9, 11))
+    assert found.cells == expected.cells
+    assert np.array_equal(found.eigenvector, expected.eigenvector)
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e-20, 1e37, 1e-37])
+def test_cosines_of_large_and_small_features_are_those_of_float64(factor):
+    features = planted(8, 8, 2)[0] * factor
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    assert torch.equal(similarity_graph(features, 0.2).dense(), (unit @ unit.T > 0.2).double())
+    # Rows of very different lengths are alike if their directions are.
+    mixed = (features.double() / factor * torch.logspace(-6, 6, 64)[:, None]).float()
+    assert torch.equal(similarity_graph(mixed, 0.2).dense(), (unit @ unit.T > 0.2).double())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_cell_that_is_not_finite_is_refused(value):
+    features = planted(6, 6, 0)[0]
+    features[7, 3] = value
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        with pytest.raises(NotFiniteError, match="NaN or infinity"):
+            tokencut(features.to(dtype), (6, 6))
+
+
+def test_forms_without_values_in_memory_are_refused():
+    features = planted(6, 6, 0)[0]
+    for form, error in ((features.to_sparse(), TypeError), (features.to("meta"), ValueError)):
+        with pytest.raises(error, match=r"features .* (layout torch\.sparse_coo|device meta)"):
+            tokencut(form, (6, 6))
+    eight = features.to(torch.float8_e5m2)
+    assert tokencut(eight, (6, 6)).cells == tokencut(eight.float(), (6, 6)).cells
+    # The negative bit is not lost on the way to the native code.
+    other = torch.complex(torch.zeros_like(features), -features).conj().imag
+    assert other.is_neg()
+    assert np.array_equal(tokencut(other, (6, 6)).eigenvector, tokencut(features, (6, 6)).eigenvector)

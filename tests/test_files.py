@@ -1,4 +1,4 @@
-"""Atomic writing: the old file or the whole new one, nothing in between; what is no file is not opened."""
+"""Atomic writing: the old file or the whole new one, nothing in between. Folders, no files, the order of files."""
 
 import errno
 import os
@@ -7,11 +7,13 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from lift_fast import locks
-from lift_fast._files import atomic_path, make_folder, require_regular_file
+from lift_fast._files import atomic_path, make_folder, natural_key, require_regular_file
+from lift_fast.images import list_images
 
 
 def test_success_replaces_the_file(tmp_path):
@@ -175,3 +177,31 @@ def test_only_regular_files_are_regular(tmp_path):
         ):
             with pytest.raises(error, match=words):
                 require_regular_file(path, "picture")
+
+
+def test_files_are_counted_as_people_count():
+    # More digits than int() takes are digits too.
+    long = "x" + "9" * 5000
+    expected = [
+        "1.jpg",
+        "02.jpg",
+        "2.jpg",
+        "10.jpg",
+        "12.jpg",
+        "a9/9.png",
+        "a9/10.png",
+        "a10/2.png",
+        "x1",
+        long,
+        "x.png",
+    ]
+    ordered = sorted(map(Path, expected[6:] + expected[:6]), key=natural_key)
+    assert [path.as_posix() for path in ordered] == expected
+    padded = [f"{t:05d}.jpg" for t in range(120)]
+    assert sorted(padded[70:] + padded[:70], key=natural_key) == padded
+
+
+def test_folders_of_pictures_are_in_that_order(tmp_path):
+    for number in (1, 2, 10, 11):
+        (tmp_path / f"frame{number}.png").touch()
+    assert [path.name for path in list_images(tmp_path)] == [f"frame{n}.png" for n in (1, 2, 10, 11)]

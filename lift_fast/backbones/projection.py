@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FACETS = ("key", "query", "value", "token")
+FACETS = ("key", "query", "value", "token", "final")
 HEAD_ORDERS = ("concatenated", "interleaved")
 _ROW = {"query": 0, "key": 1, "value": 2}
 

@@ -39,7 +39,8 @@ class FrozenViT(nn.Module):
         model: a timm ``VisionTransformer`` (also distilled) or ``Eva`` with a convolutional, square patch embedding.
         facet: ``"key"``, ``"query"``, ``"value"``: output of the linear projection with bias, before q/k normalisation
             and rotary position embedding; ``"token"``: output of block ``layer``, never through the final norm (as in
-            Amir et al., "Deep ViT Features as Dense Visual Descriptors").
+            Amir et al., "Deep ViT Features as Dense Visual Descriptors"); ``"final"``: that output through the final
+            norm (as DINO's own evaluations read it).
         layer: index of the block, negative from the end; None is the last.
         stride: pixels between patches, 1 to the patch size; None is the patch size. The weights are unchanged; absolute
             and rotary position embeddings follow the grid ``1 + (H - p) // s``.
@@ -99,7 +100,7 @@ class FrozenViT(nn.Module):
             raise ValueError(f"stride must be an integer from 1 to the patch size {patch}, got {stride!r}")
         self._projection: FacetProjection | None = None
         self.embed_dim = int(vit.embed_dim)
-        if facet != "token":
+        if facet not in ("token", "final"):
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
@@ -151,7 +152,7 @@ class FrozenViT(nn.Module):
                 tokens = self._run(block, index, tokens, rotary)
         tokens = tokens[:, model.num_prefix_tokens :]
         if self._projection is None:
-            return tokens.contiguous()
+            return (model.norm(tokens) if self.facet == "final" else tokens).contiguous()
         return self._projection(model.blocks[self.layer], tokens)
 
     def train(self, mode: bool = True) -> FrozenViT:

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from lift_fast.evaluation.davis import Davis, SequenceScores
     from lift_fast.evaluation.methods import Method
 
+_METHODS = ("backbone", "bilinear", "lift")
 _DESCRIPTION = """DAVIS 2017, semi-supervised: the masks of each video's first frame are carried through the video by
 label propagation, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean,
 recall and decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; a run that
 was interrupted goes on there. A sequence that cannot be used is named and left out (exit status 1)."""
 _EXAMPLE = (
     "examples: lift-fast eval davis --root DAVIS --model dino_vits16 --lift lift_dino_vits16.pth --out davis.json; "
+    "lift-fast eval davis --root DAVIS --model dino_vits16 --protocol dino --out dino.json; "
     "lift-fast eval davis --root DAVIS --score MASKS/lift OTHER=elsewhere/masks"
 )
 
@@ -34,6 +36,11 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of DAVIS (480p, original form)")
     parser.add_argument("--subset", default="val", help="list of sequences in ImageSets (%(default)s)")
     parser.add_argument("--year", default="2017", help="folder of that list (%(default)s)")
+    parser.add_argument(
+        "--binary-masks",
+        action="store_true",
+        help="every value of a mask but 0 is the one object, as in DAVIS 2016; otherwise 255 is void",
+    )
     parser.add_argument("--resolution", default="480p", help="folder of frames and masks (%(default)s)")
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these of the list")
     parser.add_argument(
@@ -51,7 +58,21 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--csv", action="store_true", help="beside the masks, the published evaluation's two CSV files")
     numbers = parser.add_argument_group("protocol")
     numbers.add_argument(
-        "--size", type=positive, default=448, metavar="S", help="frames are resized to S x S (%(default)s)"
+        "--protocol",
+        choices=("lift", "dino"),
+        default="lift",
+        help="the LiFT paper's: S x S pixels, the facet key; or that of DINO's own table: shorter side S, longer one "
+        "cut to a multiple of 64, the last block's tokens after the final norm (%(default)s)",
+    )
+    numbers.add_argument(
+        "--size", type=positive, metavar="S", help="frames are resized to S, see --protocol (448; 480 for dino)"
+    )
+    numbers.add_argument(
+        "--placement",
+        choices=("stretch", "cover"),
+        default="stretch",
+        help="lay each map over the whole frame and enlarge its labels by the patch size, as published, or over the "
+        "pixels that it covers (%(default)s)",
     )
     numbers.add_argument("--queue", type=whole, default=7, metavar="N", help="last frames as context (%(default)s)")
     numbers.add_argument(
@@ -59,7 +80,9 @@ def add_parser(protocols: Any) -> None:
     )
     numbers.add_argument("--topk", type=positive, default=5, metavar="K", help="keys to average (%(default)s)")
     numbers.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of their weights (%(default)s)")
-    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    add_method_options(
+        parser, _METHODS, by_protocol=("backbone with --protocol dino", "final, tokens after the final norm, with dino")
+    )
     parser.set_defaults(run=run)
 
 
@@ -73,14 +96,22 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     if not arguments.score:
         check_folder("masks", arguments.masks)
+    _by_protocol(arguments)
     with as_usage_error():
-        dataset = Davis(arguments.root, arguments.subset, arguments.resolution, arguments.year)
+        dataset = Davis(
+            arguments.root,
+            arguments.subset,
+            arguments.resolution,
+            arguments.year,
+            binary_masks=arguments.binary_masks,
+        )
     names = _chosen(dataset, arguments.sequences)
     options = {
         "subset": arguments.subset,
         "year": arguments.year,
         "resolution": arguments.resolution,
         "sequences": names,
+        "binary_masks": arguments.binary_masks,
     }
     skipped: dict[str, str] = {}
     if arguments.score:
@@ -119,15 +150,17 @@ def _predict(
     """Masks of all methods; what had to be left out, and why."""
     from tqdm import tqdm
 
-    from lift_fast.evaluation.davis import DavisError, Job, Network, PropagationOptions, predict_dataset
+    from lift_fast.evaluation.davis import DavisError, Job, Network, PropagationOptions, frames, predict_dataset
 
     weight = backbone.model.patch_embed.proj.weight
-    network = Network(methods, backbone.mean, backbone.std, weight.device, weight.dtype)
+    normalisation = (backbone.mean, backbone.std)
+    if arguments.protocol == "dino":
+        normalisation = (frames.DINO_MEAN, frames.DINO_STD)
+    network = Network(methods, *normalisation, backbone.patch_size, weight.device, weight.dtype)
     with as_usage_error():
         options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
-        backbone.grid(options.size, options.size)
     # Machines and versions may change while a run goes on, networks and numbers may not.
-    kept = ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed")
+    kept = ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed", "image_branch")
     jobs = []
     for method in methods:
         if method.name in (".", ".."):
@@ -137,6 +170,7 @@ def _predict(
             **{name: record[name] for name in kept},
             "weights": {name: record["weights"].get(name) for name in ("backbone", method.name)},
             **_numbers(arguments),
+            "binary_masks": arguments.binary_masks,
         }
         jobs.append(Job(method.name, method, arguments.masks / method.name, settings))
     total = sum(len(list((dataset.frames_folder / name).glob("*.jpg"))) for name in names)
@@ -191,7 +225,22 @@ def _score(
 
 
 def _numbers(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("size", "queue", "radius", "topk", "temperature")}
+    names = ("protocol", "placement", "size", "queue", "radius", "topk", "temperature")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _by_protocol(arguments: argparse.Namespace) -> None:
+    """What each protocol takes where nothing else was asked for."""
+    from lift_fast.evaluation.davis import frames
+
+    dino = arguments.protocol == "dino"
+    if arguments.method is None:
+        # A LiFT that was asked for is taken, trained on these features or not.
+        arguments.method = list(_METHODS if not dino or arguments.lift or arguments.random_lift else _METHODS[:1])
+    if arguments.facet is None:
+        arguments.facet = "final" if dino else "key"
+    if arguments.size is None:
+        arguments.size = frames.SIZES[arguments.protocol]
 
 
 def _chosen(dataset: Davis, wanted: list[str] | None) -> list[str]:

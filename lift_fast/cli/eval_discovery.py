@@ -39,6 +39,13 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument(
         "--resolution", type=positive, metavar="S", help="resize pictures to S x S (their own size, as published)"
     )
+    parser.add_argument(
+        "--rule",
+        choices=("published", "exact"),
+        default="published",
+        help="with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, "
+        "as published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels (%(default)s)",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="folder for sheets: boxes, eigenvector, foreground"
@@ -96,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             data,
             tau=TAU[arguments.dataset] if arguments.tau is None else arguments.tau,
             resolution=arguments.resolution,
+            rule=arguments.rule,
             out=arguments.out,
             record=record(arguments, backbone, methods),
             show=draw,

@@ -24,10 +24,21 @@ METHODS = (
 )
 
 
-def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True) -> None:
-    """What is compared, and where the results go; with the options of :func:`add_model_options`."""
+def add_method_options(
+    parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True, by_protocol: Sequence[str] = ()
+) -> None:
+    """What is compared, and where the results go; with the options of :func:`add_model_options`.
+
+    With ``by_protocol``, which says what else the command takes in which case, ``--method`` and ``--facet`` are None
+    where they are not given.
+    """
+    shown = " ".join(default)
     parser.add_argument(
-        "--method", nargs="+", default=list(default), metavar="M", help=f"{METHODS} (%(default)s)".replace("%%", "%")
+        "--method",
+        nargs="+",
+        default=None if by_protocol else list(default),
+        metavar="M",
+        help=f"{METHODS} ({'; '.join([shown, *by_protocol[:1]])})",
     )
     parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
@@ -35,7 +46,17 @@ def add_method_options(parser: argparse.ArgumentParser, default: Sequence[str], 
         parser.add_argument(
             "--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)"
         )
-    add_model_options(parser, sizes=False)
+    if by_protocol:
+        add_model_options(parser, sizes=False, facet=None, facet_help=f"(key; {by_protocol[1]})")
+    else:
+        add_model_options(parser, sizes=False)
+    parser.add_argument(
+        "--image-branch",
+        choices=("published", "aligned"),
+        default="published",
+        help="where pictures are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
+        "pixel 2 on at 56 pixels and patch 16), or the pixels that the tokens saw (%(default)s)",
+    )
     add_output_options(parser)
 
 
@@ -75,11 +96,13 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
                 raise
             raise UsageError(f"--device {arguments.device}: {error}") from error
         lift: Any = arguments.lift
+        # Commands that draw have no published placement to follow.
+        image_branch = getattr(arguments, "image_branch", "aligned")
         if arguments.random_lift:
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(arguments.seed)
                 lift = LiFT(backbone.embed_dim, backbone.patch_size)
-        return backbone, build_methods(arguments.method, backbone, lift, arguments.seed)
+        return backbone, build_methods(arguments.method, backbone, lift, arguments.seed, image_branch)
 
 
 def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
@@ -101,6 +124,7 @@ def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence
         "stride": backbone.stride,
         "dtype": arguments.dtype,
         "seed": arguments.seed,
+        "image_branch": arguments.image_branch,
         **provenance(str(next(backbone.parameters()).device), files),
     }
 

@@ -52,8 +52,13 @@ def add_parser(protocols: Any) -> None:
     pairs.add_argument("--split", choices=("trn", "val", "test"), default="test", help="(%(default)s)")
     pairs.add_argument("--layout", choices=("large", "small"), help="list of pairs (large, if it is there)")
     pairs.add_argument("--categories", nargs="+", metavar="NAME", help="only these")
+    pairs.add_argument("--pairs-per-category", type=positive, metavar="N", help="draw N pairs of each (all)")
     pairs.add_argument(
-        "--pairs-per-category", type=positive, metavar="N", help="draw N pairs of each, without replacement (all)"
+        "--draw",
+        choices=("distinct", "published"),
+        default="distinct",
+        help="no pair twice, or as the published evaluation draws: with replacement, by NumPy's global generator "
+        "(%(default)s)",
     )
     pairs.add_argument("--seeds", type=positive, default=1, metavar="N", help="such draws (%(default)s)")
     for name, grades in (
@@ -76,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     if arguments.seeds > 1 and arguments.pairs_per_category is None:
         raise UsageError("--seeds draws pairs anew, but all are taken; give --pairs-per-category N")
+    if arguments.draw != "distinct" and arguments.pairs_per_category is None:
+        raise UsageError("--draw says how pairs are drawn, but all are taken; give --pairs-per-category N")
     hidden = True if arguments.quiet else None
     names = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
     chosen = {name: getattr(arguments, name) for name in names}
@@ -92,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     backbone, methods = build(arguments)
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
-    wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds)
+    wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds, arguments.draw)
     total = sum(map(len, wanted.values())) * len(arguments.sizes)
     with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
         content = spair.evaluate(
@@ -103,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
             sizes=arguments.sizes,
             seeds=arguments.seeds,
             pairs_per_category=arguments.pairs_per_category,
+            draw=arguments.draw,
             filters=filters,
             protocol=protocol,
             batch_size=arguments.batch_size,

@@ -42,8 +42,16 @@ def load_size(text: str) -> int | tuple[int, int]:
     return (positive(height), positive(width)) if cross else positive(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
-    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition."""
+_FACETS = ("key", "query", "value", "token")
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, sizes: bool = True, facet: str | None = "key", facet_help: str = "(%(default)s)"
+) -> None:
+    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition.
+
+    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command.
+    """
     group = parser.add_argument_group("features")
     group.add_argument(
         "--model",
@@ -61,7 +69,8 @@ def add_model_options(parser: argparse.ArgumentParser, sizes: bool = True) -> No
         group.add_argument(
             "--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)"
         )
-    group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
+    choices = _FACETS if facet else (*_FACETS, "final")
+    group.add_argument("--facet", default=facet, choices=choices, help=facet_help)
     group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
     group.add_argument("--stride", type=positive, help="pixels between patches (the patch size)")
     if sizes:

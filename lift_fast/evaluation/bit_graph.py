@@ -14,6 +14,8 @@ class BitGraph:
     With the native core one pair of nodes takes one bit: 1.2 MB for 3136 nodes, which stay in the cache, against 79 MB
     as float64. Without it the plain form keeps that float64 matrix.
 
+    It lies on the CPU, whatever PyTorch's default device is.
+
     Attributes:
         degree: [N] int64, edges of each node, the one to itself included where there is one; after :meth:`close`.
     """
@@ -30,15 +32,15 @@ class BitGraph:
         if count < 1:
             raise ValueError(f"a graph needs at least one node, got {count}")
         self.count = count
-        self.degree = torch.zeros(count, dtype=torch.int64)
+        self.degree = torch.zeros(count, dtype=torch.int64, device="cpu")
         use_native = _native.can_run()[0] if native is None else native
         self._core = _native.require() if use_native else None
         self._words = (count + 63) // 64
         self._filled = 0
         if self._core is not None:
-            self._bits = memory.zeros(64 * self._words, self._words, dtype=torch.int64)
+            self._bits = memory.zeros(64 * self._words, self._words, dtype=torch.int64, device="cpu")
         else:
-            self._matrix = torch.zeros(count, count, dtype=torch.float64)
+            self._matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
 
     def set_rows(self, start: int, similarity: Tensor, tau: float) -> None:
         """Edges of the nodes ``start .. start + R - 1`` to those before them and among them: similarity > tau.
@@ -65,7 +67,7 @@ class BitGraph:
             )
         self._filled = stop
         if self._core is not None:
-            similarity = similarity.contiguous()
+            similarity = similarity.resolve_neg().contiguous()
             self._core.bit_matrix_set_rows_f32(
                 _native.address(similarity),
                 start,
@@ -88,7 +90,7 @@ class BitGraph:
         """
         if self._filled != self.count:
             raise ValueError(f"{self._filled} of {self.count} rows are set")
-        self.degree = self.multiply(torch.ones(self.count, dtype=torch.float64)).round().long()
+        self.degree = self.multiply(torch.ones(self.count, dtype=torch.float64, device="cpu")).round().long()
 
     def has_edges(self) -> bool:
         """Whether any two different nodes are joined."""
@@ -98,7 +100,7 @@ class BitGraph:
         """[N] int64: 1 where a node is joined to itself."""
         if self._core is None:
             return self._matrix.diagonal().long()
-        nodes = torch.arange(self.count)
+        nodes = torch.arange(self.count, dtype=torch.int64, device="cpu")
         return (self._bits[nodes, nodes // 64] >> (nodes % 64)) & 1
 
     def multiply(self, vector: Tensor) -> Tensor:
@@ -114,8 +116,8 @@ class BitGraph:
             )
         if self._core is None:
             return self._matrix @ vector
-        vector = vector.contiguous()
-        out = memory.empty(self.count, dtype=torch.float64)
+        vector = vector.resolve_neg().contiguous()
+        out = memory.empty(self.count, dtype=torch.float64, device="cpu")
         self._core.bit_matrix_multiply_f64(
             _native.address(self._bits),
             self.count,
@@ -130,6 +132,6 @@ class BitGraph:
         """[N, N] float64, 1 where there is an edge; a copy."""
         if self._core is None:
             return self._matrix.clone()
-        columns = torch.arange(64)
+        columns = torch.arange(64, dtype=torch.int64, device="cpu")
         bits = (self._bits[: self.count, :, None] >> columns) & 1
         return bits.view(self.count, -1)[:, : self.count].double()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .annotations import brief, check_names, is_name, list_lines
+
 Box = tuple[float, float, float, float]
 
 COCO_LIST = "coco_20k_filenames.txt"
@@ -23,6 +25,8 @@ PUBLISHED_NAMES = {"VOC2007 trainval": "voc07", "VOC2012 trainval": "voc12", f"C
 """What published numbers call a data set, by :attr:`BoxDataSet.name`; subsets and other lists are none of these."""
 # Real annotation files have some kilobytes.
 _LARGEST_XML = 1 << 24
+# Pixels; no picture is larger, and sums and products of such coordinates stay what they are.
+_FARTHEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,13 @@ def _names(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no list of pictures at {path}")
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
+        lines = list_lines(path)
+    except ValueError as error:
         raise ValueError(f"{path} is no text file: {error}") from error
-    names = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    names = list(dict.fromkeys(line.split()[0] for line in lines))
     if not names:
         raise ValueError(f"{path} lists no pictures")
+    check_names(path, names, "the name of a picture", forbidden="\\")
     outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
     if outside:
         raise ValueError(f"{path}: {outside[0]!r} leads out of the data set")
@@ -187,8 +192,8 @@ def _number(text: str | None, path: Path, number: int) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{path}, object {number}: expected a number in its bndbox, got {text!r}")
+    if not abs(value) <= _FARTHEST:
+        raise ValueError(f"{path}, object {number}: expected a number in its bndbox, got {brief(text)}")
     return value
 
 
@@ -201,7 +206,9 @@ def _checked(box: Box, where: str) -> Box:
 def _coco_id(name: str, source: Path) -> int:
     digits = Path(name).name.split("_")[-1].split(".")[0]
     if not digits.isascii() or not digits.isdigit():
-        raise ValueError(f"{source}: {name!r} ends in no picture id; expected e.g. COCO_train2014_000000000009.jpg")
+        raise ValueError(
+            f"{source}: {brief(name)} ends in no picture id; expected e.g. COCO_train2014_000000000009.jpg"
+        )
     return int(digits)
 
 
@@ -220,16 +227,19 @@ def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBo
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no JSON: {error}") from error
     files: dict[int, str] = {}
+    boxes = _CocoBoxes()
     for image in _entries(content, "images", source):
         number, file_name = image.get("id"), image.get("file_name")
-        if number in wanted and isinstance(number, int) and isinstance(file_name, str):
-            files[number] = Path(file_name).name
-    boxes = _CocoBoxes()
+        if not isinstance(number, int) or number not in wanted or not isinstance(file_name, str):
+            continue
+        files[number] = Path(file_name).name
+        if not is_name(files[number]):
+            boxes.problems[number] = f"{source}, picture {number}: file_name is {brief(file_name)}"
     for thing in _entries(content, "annotations", source):
         number = thing.get("image_id")
         if not isinstance(number, int) or number not in wanted or thing.get("iscrowd") == 1:
             continue
-        where = f"{source}, annotation {thing.get('id')}"
+        where = f"{source}, annotation {brief(thing.get('id'))}"
         try:
             boxes.found.setdefault(number, []).append(_coco_box(thing.get("bbox"), where))
         except ValueError as error:
@@ -246,11 +256,12 @@ def _entries(content: Any, key: str, source: Path) -> Iterable[dict[str, Any]]:
 
 def _coco_box(bbox: Any, where: str) -> Box:
     numbers: list[Any] = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
-        raise ValueError(f"{where}: bbox must be four numbers, got {bbox!r}")
+    # Compared before anything is computed: integers of JSON have no bound. NaN fails too.
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= _FARTHEST for v in numbers):
+        raise ValueError(f"{where}: bbox must be four numbers, got {brief(bbox)}")
     x, y, width, height = numbers
     x0, y0, x1, y1 = (float(round(v)) for v in (x, y, x + width, y + height))
     if width <= 0 or height <= 0:
-        raise ValueError(f"{where}: the bbox {bbox} is empty")
+        raise ValueError(f"{where}: the bbox {brief(bbox)} is empty")
     # Thinner than a pixel: rounding empties it, and nothing overlaps it by half; the published code keeps it too.
     return x0, y0, x1, y1

@@ -41,7 +41,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         ValueError: for other shapes, or values that are not finite.
     """
     _check_pair(x, y)
-    x, y = x.double(), y.double()
+    # Scale does not count; fourth powers of it would leave even float64.
+    x, y = (each.double() / (float(each.abs().max()) or 1.0) for each in (x, y))
     x, y = x - x.mean(0), y - y.mean(0)
     if len(x) <= max(x.shape[1], y.shape[1]):
         gram_x, gram_y = x @ x.T, y @ y.T
@@ -149,7 +150,7 @@ def sample(features: Features, positions: Tensor, picture: tuple[int, int]) -> T
 
 def centres(rows: int, columns: int) -> Tensor:
     """[rows, columns, 2] centres (x, y) of a grid of cells over a picture, as shares of its sides."""
-    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (rows, columns))
+    y, x = ((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n for n in (rows, columns))
     return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
 
 

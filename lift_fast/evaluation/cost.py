@@ -81,17 +81,17 @@ def method_cost(
     if pixels < backbone.patch_size:
         raise ValueError(f"pictures of {pixels} pixels are smaller than a patch of {backbone.patch_size}")
     if kind == "stride":
-        backbone = FrozenViT(
-            backbone.model, facet=backbone.facet, layer=backbone.layer, stride=number, head_order=backbone.head_order
-        )
+        backbone = backbone.strided(number)
     count = sum(p.numel() for p in backbone.model.parameters())
     flops, published = _backbone_flops(backbone, pixels), published_backbone_count(backbone, pixels)
     grid = backbone.grid(pixels, pixels)
     if kind in ("lift", "random-lift", "label"):
-        network = network if network is not None else LiFT(backbone.embed_dim, backbone.patch_size)
+        network = network if network is not None else _published_lift(backbone)
         count += sum(p.numel() for p in network.parameters())
+        seen = _seen_by(network, backbone, size)
         for step in range(number):
-            more, more_published, grid = _upsampler_flops(network, backbone, size << step)
+            picture, cells = (seen[0] << step, seen[1] << step), (grid[0], grid[1])
+            more, more_published, grid = _upsampler_flops(network, backbone, picture, cells)
             flops, published = flops + more, published + more_published
     elif kind == "bilinear":
         grid = (2 * grid[0], 2 * grid[1])
@@ -109,7 +109,7 @@ def published_backbone_count(backbone: FrozenViT, size: int) -> int:
     copy = shared_copy(backbone)
     model: Any = copy.model
     with _shapes_only(), torch.no_grad(), _LayerCount(model) as layers:
-        imgs = _picture(backbone, size)
+        imgs = _picture(backbone, size, size)
         grid = copy.grid(size, size)
         tokens, rotary = copy._embed(imgs, grid)
         # The patch projection runs as a function, with the stride of its own.
@@ -117,7 +117,7 @@ def published_backbone_count(backbone: FrozenViT, size: int) -> int:
         for index, block in enumerate(model.blocks):
             before = layers.total
             tokens = copy._run(block, index, tokens, rotary)
-            if index == copy.layer and copy.facet != "token":
+            if index == copy.layer and copy.facet not in ("token", "final"):
                 projection = getattr(block.attn, "qkv", None)
                 again = projection.weight.numel() * tokens.shape[1] if projection is not None else 0
                 layers.total = max(before, layers.total) + again
@@ -173,38 +173,55 @@ def flop_counter() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def _picture(backbone: FrozenViT, size: int) -> Tensor:
+def _picture(backbone: FrozenViT, height: int, width: int) -> Tensor:
     weight = backbone.model.patch_embed.proj.weight
-    return torch.empty(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+    return torch.empty(1, 3, height, width, dtype=weight.dtype, device=weight.device)
 
 
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
     # A copy, because the position embeddings that it keeps would be made of nothing.
     copy = shared_copy(backbone)
     with _shapes_only(), torch.no_grad(), flop_counter() as counter:
-        copy(_picture(backbone, size))
+        copy(_picture(backbone, size, size))
     return int(counter.get_total_flops())
 
 
-def _upsampler_flops(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int, tuple[int, int]]:
-    """FLOPs, the published count, and the grid of what ``network`` makes of a picture's tokens."""
+def _published_lift(backbone: FrozenViT) -> LiFT:
+    """An untrained LiFT beside the backbone, whatever PyTorch's defaults are."""
+    weight = backbone.model.patch_embed.proj.weight
+    with weight.device:
+        return LiFT(backbone.embed_dim, backbone.patch_size).to(weight.dtype)
+
+
+def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:
+    """(height, width) of what ``network`` sees of a picture: a LiFT whole patches, one for each token."""
+    if not isinstance(network, LiFT):
+        return size, size
+    h, w = backbone.grid(size, size)
+    return backbone.patch_size * h, backbone.patch_size * w
+
+
+def _upsampler_flops(
+    network: nn.Module, backbone: FrozenViT, size: tuple[int, int], cells: tuple[int, int]
+) -> tuple[int, int, tuple[int, int]]:
+    """FLOPs, the published count, and the grid of what ``network`` makes of the tokens of ``cells``."""
     copy: Any = shared_copy(network).eval()
     if isinstance(copy, LiFT):
         # The folded plan is one operator, of which the counter sees nothing.
         copy.fused, copy.pre_shape, copy.post_shape = False, True, False
     with _shapes_only():
-        imgs = _picture(backbone, size)
-        h, w = (size // backbone.patch_size,) * 2
+        imgs = _picture(backbone, *size)
+        h, w = cells
         tokens = imgs.new_empty(1, h * w, backbone.embed_dim)
         with torch.no_grad(), flop_counter() as counter:
             out = copy(imgs, tokens)
         published = published_count(copy, imgs, tokens)
     if out.dim() == 4:
-        grid = (int(out.shape[2]), int(out.shape[3]))
+        fine = (int(out.shape[2]), int(out.shape[3]))
     else:
         factor = round(math.sqrt(out.shape[1] / (h * w)))
-        grid = (factor * h, factor * w)
-    return int(counter.get_total_flops()), published, grid
+        fine = (factor * h, factor * w)
+    return int(counter.get_total_flops()), published, fine
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:

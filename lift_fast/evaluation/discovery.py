@@ -20,8 +20,9 @@ from lift_fast.pictures import confidence_colours, place_cells
 from .boxes import Box, BoxDataSet, Sample
 from .methods import Batch, Features
 from .results import Column, Table, as_json, save_json
-from .tokencut import EPS, TokenCut, tokencut
+from .tokencut import EPS, NotFiniteError, TokenCut, tokencut
 
+RULES = ("published", "exact")
 _PANEL, _GAP, _TEXT = 480, 12, 18
 _PREDICTED, _TRUE, _INK = (220, 40, 40), (40, 200, 80), (25, 25, 25)
 
@@ -64,6 +65,18 @@ def overlaps(a: Box, b: Box) -> bool:
     return union > 0 and 2 * inter >= union
 
 
+def _published_overlap(found: Box, truth: Box) -> bool:
+    """:func:`overlaps` as the LiFT paper's evaluation computes it, for ``truth`` in whole pixels.
+
+    Areas are float32 there, what is common to both float64, and a term against division by zero keeps equality out.
+    """
+    eps = 1e-7
+    inter, _ = _areas(found, truth)
+    area = np.float32((found[2] - found[0]) * (found[3] - found[1] + eps))
+    other = np.float32(truth[2] - truth[0]) * (np.float32(truth[3] - truth[1]) + np.float32(eps))
+    return bool(inter / (float(area + other) - inter + eps) >= 0.5)
+
+
 def _areas(a: Box, b: Box) -> tuple[float, float]:
     wide, tall = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     inter = max(wide, 0.0) * max(tall, 0.0)
@@ -94,23 +107,37 @@ class Prepared:
     batch: Batch
     size: tuple[int, int]
     """(height, width) of what is no padding."""
+    stretch: bool = False
+    """The grid lies over all of it, whatever its cells cover."""
 
 
-def prepare(image: Image.Image, backbone: FrozenViT, resolution: int | None = None) -> Prepared:
+def prepare(
+    image: Image.Image, backbone: FrozenViT, resolution: int | None = None, rule: str = "published"
+) -> Prepared:
     """A picture, normalised and then padded with zeros at the right and at the bottom to whole patches.
 
     Args:
         image: RGB.
         backbone: says what a patch is, how pictures are normalised, and where it runs.
-        resolution: None keeps the picture's own size (the published TokenCut evaluation); S resizes it to S x S
-            (Lanczos).
+        resolution: None keeps the picture's own size (TokenCut's published evaluation); S resizes it to S x S.
+        rule: of such resizing. ``published``, as in the LiFT paper's evaluation: bilinear and not padded, the grid
+            stretched over the square. ``exact``: Lanczos and padded.
+
+    Raises:
+        ValueError: for an unknown rule.
     """
-    shown = image if resolution is None else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    tensor = to_tensor(shown, backbone.mean, backbone.std)
+    if rule not in RULES:
+        raise ValueError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
+    stretch = resolution is not None and rule == "published"
+    if resolution is not None:
+        how = Image.Resampling.BILINEAR if stretch else Image.Resampling.LANCZOS
+        image = image.resize((resolution, resolution), how)
+    tensor = to_tensor(image, backbone.mean, backbone.std)
     tall, wide = tensor.shape[2:]
-    padded = F.pad(tensor, (0, -wide % backbone.patch_size, 0, -tall % backbone.patch_size))
+    if not stretch:
+        tensor = F.pad(tensor, (0, -wide % backbone.patch_size, 0, -tall % backbone.patch_size))
     weight = backbone.model.patch_embed.proj.weight
-    return Prepared(Batch(padded.to(weight.device, weight.dtype)), (tall, wide))
+    return Prepared(Batch(tensor.to(weight.device, weight.dtype)), (tall, wide), stretch)
 
 
 def discover(
@@ -125,9 +152,12 @@ def discover(
         tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
 
     Raises:
-        ValueError: for features of another form or that are not finite.
+        NotFiniteError: for features that are not finite.
+        ValueError: for features of another form.
     """
     maps, covered = features(prepared.batch)
+    if prepared.stretch:
+        covered = (0, 0, *prepared.size)
     if maps.ndim != 4 or maps.shape[0] != 1:
         raise ValueError(f"features must give a map [1, C, h, w] for a picture, got {list(maps.shape)}")
     cut = tokencut(maps[0].flatten(1).T, (maps.shape[2], maps.shape[3]), tau=tau, eps=eps)
@@ -137,15 +167,36 @@ def discover(
     return Discovery(cut, box, (covered[0] / tall, covered[1] / wide, covered[2] / tall, covered[3] / wide))
 
 
-def judge(sample: Sample, box: Box, degenerate: bool) -> Prediction:
-    """The prediction for a picture against its ground truth."""
+def judge(sample: Sample, box: Box, degenerate: bool, square: tuple[tuple[int, int], int] | None = None) -> Prediction:
+    """The prediction for a picture against its ground truth.
+
+    Args:
+        sample: the picture.
+        box: in the picture's pixels.
+        degenerate: of the cut.
+        square: the picture's (width, height) and S, to judge in the pixels of the picture at S x S as the LiFT paper's
+            evaluation does: true boxes are scaled and cut to whole pixels (towards zero), and an IoU of just 0.5 is
+            none, for a term against division by zero makes it smaller.
+    """
+    truths, seen = sample.boxes, box
+    judged: Callable[[Box, Box], bool] = overlaps
+    if square is not None:
+        (width, height), side = square
+        x, y = side / width, side / height
+        seen = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        truths = tuple((_whole(a * x), _whole(b * y), _whole(c * x), _whole(d * y)) for a, b, c, d in truths)
+        judged = _published_overlap
     return Prediction(
         sample.name,
         box,
-        max(iou(box, truth) for truth in sample.boxes),
-        any(overlaps(box, truth) for truth in sample.boxes),
+        max(iou(seen, truth) for truth in truths),
+        any(judged(seen, truth) for truth in truths),
         degenerate,
     )
+
+
+def _whole(value: float) -> float:
+    return float(int(value))
 
 
 def corloc(predictions: Iterable[Prediction]) -> dict[str, Any]:
@@ -228,6 +279,7 @@ def evaluate(
     tau: float,
     eps: float = EPS,
     resolution: int | None = None,
+    rule: str = "published",
     out: Path | None = None,
     record: dict[str, Any] | None = None,
     show: Callable[[str, Sample, Image.Image, Discovery, Prediction], object] = lambda *_: None,
@@ -240,7 +292,7 @@ def evaluate(
         backbone: as :func:`prepare`.
         data: pictures with boxes.
         tau, eps: of TokenCut.
-        resolution: as :func:`prepare`.
+        resolution, rule: as :func:`prepare` and :func:`judge`.
         out: file for the result. Beside it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
             picture, from which an interrupted run with the same settings goes on.
         record: what the result depends on beside these options; entries but ``"date"`` must be the same to go on.
@@ -249,8 +301,8 @@ def evaluate(
 
     Returns:
         The result as JSON holds it: ``"protocol"``, ``"options"``, ``"record"``, ``"summary"`` (method -> the figures
-        of :func:`corloc`), ``"skipped"`` (picture -> why: no annotation, no objects, not decoded; they are left out of
-        all figures) and ``"predictions"``.
+        of :func:`corloc`), ``"skipped"`` (picture -> why: no annotation, no objects, not decoded, features that are
+        not finite; they are left out of all figures) and ``"predictions"``.
 
     Raises:
         ValueError: if no picture is left, or the journals were written with other settings.
@@ -262,6 +314,7 @@ def evaluate(
         "tau": tau,
         "eps": eps,
         "resolution": resolution,
+        "rule": rule,
     }
     skipped = dict(data.skipped)
     settings = {**options, **{k: v for k, v in (record or {}).items() if k != "date"}}
@@ -280,16 +333,27 @@ def evaluate(
             skipped[sample.name] = str(error)
             progress(1)
             continue
+        found: dict[str, Discovery] = {}
+        if image is not None:
+            prepared = prepare(image, backbone, resolution, rule)
+            for name, run in missing:
+                try:
+                    found[name] = discover(image, prepared, run, tau=tau, eps=eps)
+                except NotFiniteError as error:
+                    # Left out for all methods, or their figures would be of different pictures.
+                    skipped.setdefault(sample.name, f"{name}: {error}")
+        if sample.name in skipped:
+            progress(1)
+            continue
         for name, known in before.items():
             if known is not None:
                 predictions[name].append(known)
         if image is None:
             progress(1)
             continue
-        prepared = prepare(image, backbone, resolution)
-        for name, run in missing:
-            discovery = discover(image, prepared, run, tau=tau, eps=eps)
-            prediction = judge(sample, discovery.box, discovery.cut.degenerate)
+        square = (image.size, resolution) if resolution is not None and rule == "published" else None
+        for name, discovery in found.items():
+            prediction = judge(sample, discovery.box, discovery.cut.degenerate, square)
             predictions[name].append(prediction)
             journal = journals[name]
             if journal is not None:
@@ -323,6 +387,8 @@ def table(content: dict[str, Any]) -> Table:
     options = content["options"]
     counted = max(figures["pictures"] for figures in content["summary"].values())
     where = "own size" if options["resolution"] is None else f"{options['resolution']} pixels"
+    if options["resolution"] is not None and options.get("rule") == "exact":
+        where += ", exact rule"
     title = f"{options['dataset']}, {counted} pictures at {where}, {len(content['skipped'])} left out"
     return Table(f"{title}, tau {options['tau']:g}", columns, rows)
 

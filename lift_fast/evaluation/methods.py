@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lift_fast.backbones import FrozenViT
 from lift_fast.extractor import Rectangle, ViTLiFTExtractor
 
+IMAGE_BRANCHES = ("published", "aligned")
 NAMES = ("backbone", "bilinear", "lift", "lift-N", "random-lift", "double-size", "stride-S", "LABEL=FILE", "LABEL=m:f")
 
 
@@ -80,6 +81,7 @@ def build_methods(
     backbone: FrozenViT,
     lift: str | os.PathLike[str] | nn.Module | None = None,
     seed: int = 0,
+    image_branch: str = "published",
 ) -> list[Method]:
     """Methods by name, see :mod:`lift_fast.evaluation.methods`.
 
@@ -88,17 +90,21 @@ def build_methods(
         backbone: with heads interleaved, on the device and in the dtype to compute in.
         lift: checkpoint or module behind ``lift`` and ``lift-N``.
         seed: of ``random-lift``.
+        image_branch: what LiFT's image branch sees where pictures are no whole patches: ``"published"``, as the
+            published evaluation (:func:`published_offset`), or ``"aligned"``, the pixels that the tokens saw.
 
     Raises:
-        ValueError: for an unknown or repeated name, ``lift`` without a LiFT, weights that do not fit the backbone, or a
-            module of another form.
+        ValueError: for an unknown or repeated name, an unknown ``image_branch``, ``lift`` without a LiFT, weights that
+            do not fit the backbone, or a module of another form.
         FileNotFoundError: for a checkpoint that does not exist.
     """
-    if backbone.head_order != "interleaved" and backbone.facet != "token":
+    if backbone.head_order != "interleaved" and backbone.facet not in ("token", "final"):
         raise ValueError(
             f"the backbone's heads are {backbone.head_order}; LiFT weights are trained on head_order='interleaved'"
         )
-    builder = _Builder(backbone, lift, seed)
+    if image_branch not in IMAGE_BRANCHES:
+        raise ValueError(f"image_branch must be {' or '.join(IMAGE_BRANCHES)}, got {image_branch!r}")
+    builder = _Builder(backbone, lift, seed, image_branch)
     methods = [builder.build(name) for name in names]
     labels = [method.name for method in methods]
     for label in labels:
@@ -107,9 +113,24 @@ def build_methods(
     return methods
 
 
+def published_offset(height: int, width: int, patch_size: int) -> int:
+    """From which row and column on the published evaluation shows a picture to LiFT's image branch: 2 or 0.
+
+    Its strided convolutions drop up to 4 pixels that are no whole patch. Where more are left, so that they give a cell
+    too many, two pixels are taken off each side for the image branch alone; the tokens are those of the whole picture,
+    from (0, 0) on. That works out for remainders of 5 to 8 pixels and patches of 16 (56 pixels among them), and of 4
+    for patches of 8; with others the published code does not run, or, for 1 to 3 and patches of 8, reads less than the
+    tokens saw.
+    """
+    remainders = {8: range(4, 5), 16: range(5, 9)}.get(patch_size, range(0))
+    return 2 if height % patch_size in remainders and width % patch_size in remainders else 0
+
+
 class _Builder:
-    def __init__(self, backbone: FrozenViT, lift: str | os.PathLike[str] | nn.Module | None, seed: int) -> None:
-        self.backbone, self.lift, self.seed = backbone, lift, seed
+    def __init__(
+        self, backbone: FrozenViT, lift: str | os.PathLike[str] | nn.Module | None, seed: int, image_branch: str
+    ) -> None:
+        self.backbone, self.lift, self.seed, self.image_branch = backbone, lift, seed, image_branch
         self._main: ViTLiFTExtractor | None = None
 
     def build(self, name: str) -> Method:
@@ -179,9 +200,12 @@ class _Builder:
 
     def _lifted(self, name: str, extractor: ViTLiFTExtractor, times: int, weights: str | None) -> Method:
         def compute(batch: Batch) -> Features:
-            tokens = batch.tokens(self.backbone)
-            found = extractor.lift_map(batch.imgs, tokens, times)
-            return Features(found, extractor.covered(*batch.imgs.shape[2:]))
+            tokens, (height, width) = batch.tokens(self.backbone), batch.imgs.shape[2:]
+            start = 0
+            if self.image_branch == "published" and self.backbone.stride == self.backbone.patch_size:
+                start = published_offset(height, width, self.backbone.patch_size)
+            found = extractor.lift_map(batch.imgs[:, :, start:, start:], tokens, times)
+            return Features(found, extractor.covered(height, width))
 
         return Method(name, compute, weights, extractor.lift)
 

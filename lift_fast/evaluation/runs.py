@@ -203,8 +203,12 @@ def _davis(content: dict[str, Any]) -> Shape:
                 counts[f"number of {metric}"] = entry
             elif entry is not None:
                 figures.append(Figure(method, metric, None if size is None else int(size), _number(entry)))
+    # LiFT's published figures are no neighbours of what DINO's own protocol gives.
+    protocol = ", DINO's protocol" if options.get("protocol") == "dino" else ""
     return Shape(
-        f"{options['year']} {options['subset']}", figures, {**_options(content, "year", "subset", "size"), **counts}
+        f"{options['year']} {options['subset']}{protocol}",
+        figures,
+        {**_options(content, "year", "subset", "size"), **counts},
     )
 
 

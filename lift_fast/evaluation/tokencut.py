@@ -38,6 +38,10 @@ _SMALL = 48
 _PANEL = 512
 
 
+class NotFiniteError(ValueError):
+    """Features with NaN or infinity among them, of which no cosine says what is alike."""
+
+
 @dataclass(frozen=True)
 class Eigenpair:
     """The second smallest solution of (D - W) x = lambda D x."""
@@ -116,15 +120,17 @@ def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: 
     complete or without edges, or of a single token, gives the whole grid, and is ``degenerate`` too.
 
     Args:
-        features: ``[N, C]`` in reading order, N = h * w, any floating point dtype and device; cosines are computed in
-            float32 where they lie, everything else in float64 on the CPU.
+        features: ``[N, C]`` in reading order, N = h * w, dense, of any floating point dtype and device, and of any
+            finite length: 1e-40 and 1e300 count like 1. Cosines are computed in float32 where they lie, everything
+            else in float64 on the CPU. A row of zeros is like no other.
         grid: (h, w).
         tau: threshold of the cosine.
         eps: weight of the other pairs, 0 < eps < 1.
 
     Raises:
-        TypeError: if ``features`` is no floating point tensor.
-        ValueError: for a wrong shape, values that are not finite, or thresholds out of range.
+        TypeError: if ``features`` is no dense floating point tensor.
+        NotFiniteError: a ``ValueError``, for NaN or infinity in any cell: no cosine of them says what is alike.
+        ValueError: for a wrong shape, a tensor on ``meta``, or thresholds out of range.
     """
     h, w = _check(features, grid, tau, eps)
     graph = similarity_graph(features, tau)
@@ -160,7 +166,7 @@ def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: 
 
 def similarity_graph(features: Tensor, tau: float) -> BitGraph:
     """Which of the features ``[N, C]`` have a float32 cosine above ``tau``: the lower triangle, mirrored."""
-    unit = F.normalize(features.detach().float(), dim=1)
+    unit = F.normalize(_near_one(features.detach()), dim=1)
     graph = BitGraph(len(unit))
     for start in range(0, len(unit), _PANEL):
         stop = min(start + _PANEL, len(unit))
@@ -168,6 +174,20 @@ def similarity_graph(features: Tensor, tau: float) -> BitGraph:
         graph.set_rows(start, (unit[start:stop] @ unit[:stop].T).cpu(), tau)
     graph.close()
     return graph
+
+
+def _near_one(features: Tensor) -> Tensor:
+    """Each row of ``[N, C]`` times a power of two, in float32, so that its largest value lies from 0.5 to 1.
+
+    Squares of what is finite neither overflow nor vanish then, and the cosines of usual features stay what they were,
+    bit for bit.
+    """
+    values = features if features.dtype in (torch.float32, torch.float64) else features.float()
+    exponents = np.frexp(values.abs().amax(1).double().cpu().numpy())[1]
+    # In two steps, for 2^1074 is none of float64's numbers.
+    for part in (-exponents // 2, -exponents - -exponents // 2):
+        values = values * torch.from_numpy(np.ldexp(1.0, part)).to(values)[:, None]
+    return values.float()
 
 
 def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto") -> Eigenpair:
@@ -194,7 +214,8 @@ def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto
         raise ValueError(f"solver must be 'auto', 'lanczos' or 'dense', got {solver!r}")
     operator = _NormalisedAffinity(graph, eps)
     # One start for each size: every run, on every machine, takes the same vector of a degenerate eigenspace.
-    starts = torch.randn(2, graph.count, generator=torch.Generator().manual_seed(graph.count), dtype=torch.float64)
+    seeded = torch.Generator(device="cpu").manual_seed(graph.count)
+    starts = torch.randn(2, graph.count, generator=seeded, dtype=torch.float64, device="cpu")
     if solver == "lanczos" or (solver == "auto" and graph.count > _SMALL):
         found = _lanczos_pair(operator, starts)
         if found is not None:
@@ -243,7 +264,7 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
     """The top Ritz pair orthogonal to ``without``, once ``enough`` of it is known; None if that takes too long."""
     count, kept = len(start), len(without)
     most = min(_MOST_STEPS, count - kept)
-    basis = memory.empty(kept + most + 1, count, dtype=torch.float64)
+    basis = memory.empty(kept + most + 1, count, dtype=torch.float64, device="cpu")
     for row, vector in enumerate(without):
         basis[row] = vector
     alpha, beta = np.zeros(most), np.zeros(most + 1)
@@ -350,14 +371,20 @@ def _check(features: Tensor, grid: tuple[int, int], tau: float, eps: float) -> t
     if not isinstance(features, Tensor) or not features.is_floating_point():
         got = str(features.dtype) if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"features must be a floating point tensor [N, C], got {got}")
+    if features.layout != torch.strided or features.is_nested:
+        kind = "a nested one" if features.is_nested else f"layout {features.layout}"
+        raise TypeError(f"features must be a dense tensor [N, C], got {kind}")
+    if features.is_meta:
+        raise ValueError("features lie on the device meta and hold no values; give a tensor that holds some")
     h, w = grid
     if features.ndim != 2 or features.shape[1] == 0 or min(h, w) < 1 or features.shape[0] != h * w:
         raise ValueError(
             f"features must be [N, C] with N = h * w >= 1 tokens of the grid {h} x {w} and C >= 1, "
             f"got {list(features.shape)}; leave out the class token"
         )
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features hold NaN or infinity; a picture or weights that are not finite make them")
+    # Of the 8-bit formats PyTorch knows little beside how to convert them.
+    if not bool(torch.isfinite(features.float() if features.element_size() == 1 else features).all()):
+        raise NotFiniteError("features hold NaN or infinity; a picture or weights that are not finite make them")
     if not 0 < eps < 1:
         raise ValueError(f"eps must lie between 0 and 1, got {eps}")
     if not math.isfinite(tau):

@@ -1,5 +1,6 @@
 """DAVIS 2017, semi-supervised: reader, label propagation, measures."""
 
+from . import frames
 from .dataset import Davis, DavisError, Video
 from .metrics import boundary_f, jaccard, statistics
 from .propagation import LabelPropagation, Network, PropagationOptions, predict
@@ -18,6 +19,7 @@ __all__ = [
     "SequenceScores",
     "Video",
     "boundary_f",
+    "frames",
     "jaccard",
     "mean_measures",
     "predict",

@@ -11,12 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lift_fast._files import atomic_path
+from lift_fast._files import atomic_path, natural_key
+from lift_fast._text import one_line
+from lift_fast.evaluation.annotations import check_names, list_lines
 
 Mask = npt.NDArray[np.uint8]
 
 # Pixels that annotators left open; the semi-supervised evaluation takes them for background.
 VOID = 255
+# 64 Mi: a mask that says more of itself than any video has is not decoded.
+_MOST_PIXELS = 1 << 26
 
 
 class DavisError(ValueError):
@@ -25,11 +29,15 @@ class DavisError(ValueError):
 
 @dataclass(frozen=True)
 class Video:
-    """One video: its frames, in order, and the folder of its annotations."""
+    """One video: its frames, in order, and the folder of its annotations.
+
+    With ``binary_masks`` every value but 0 is object 1.
+    """
 
     name: str
     frames: tuple[Path, ...]
     annotations: Path
+    binary_masks: bool = False
 
     def annotation(self, frame: Path) -> Path:
         """Where the annotation of a frame lies, whether or not it exists."""
@@ -45,15 +53,24 @@ class Davis:
         subset: name of the list of sequences, ``val`` for ``val.txt``.
         resolution: name of the folders below ``JPEGImages`` and ``Annotations``.
         year: folder below ``ImageSets``.
+        binary_masks: every value of a mask but 0 is the one object, as in DAVIS 2016, whose masks are 0 and 255;
+            otherwise values number objects and 255 is void.
 
     Raises:
         DavisError: if a folder or the list is missing, or the list is empty or not a list of folder names.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], subset: str = "val", resolution: str = "480p", year: str = "2017"
+        self,
+        root: str | os.PathLike[str],
+        subset: str = "val",
+        resolution: str = "480p",
+        year: str = "2017",
+        *,
+        binary_masks: bool = False,
     ) -> None:
         self.root = Path(root)
+        self.binary_masks = binary_masks
         self.subset = subset
         self.resolution = resolution
         self.frames_folder = self.root / "JPEGImages" / resolution
@@ -71,48 +88,50 @@ class Davis:
     def palette(self) -> list[int]:
         """The data set's own palette, from the first mask that has one; else the usual colours."""
         for name in self.names:
-            for path in sorted((self.annotations_folder / name).glob("*.png"))[:1]:
+            for path in sorted((self.annotations_folder / name).glob("*.png"), key=natural_key)[:1]:
                 try:
                     with Image.open(path) as image:
                         palette = image.getpalette() if image.mode == "P" else None
-                except OSError:
+                except Exception:
+                    # No picture, or one that is too large: said where its objects are asked for.
                     continue
                 if palette:
                     return palette
         return usual_palette()
 
     def sequence(self, name: str) -> Video:
-        """The sequence of that name.
+        """The sequence of that name, frames in natural order: 2.jpg before 10.jpg.
 
         Raises:
             DavisError: if it has no frames.
         """
         folder = self.frames_folder / name
-        frames = tuple(sorted(folder.glob("*.jpg")))
+        frames = tuple(sorted(folder.glob("*.jpg"), key=natural_key))
         if not frames:
             raise DavisError(f"{name}: no *.jpg in {folder}")
-        return Video(name, frames, self.annotations_folder / name)
+        return Video(name, frames, self.annotations_folder / name, self.binary_masks)
 
 
 def _read_list(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise DavisError(f"no list of sequences at {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = tuple(dict.fromkeys(list_lines(path)))
+    except (OSError, ValueError) as error:
         raise DavisError(f"{path} cannot be read: {error}") from error
-    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
         raise DavisError(f"{path} lists no sequence")
-    for name in names:
+    try:
         # Names become folders of results.
-        if name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-            raise DavisError(f"{path}: expected the name of a folder in each line, got {name!r}")
+        check_names(path, names, "the name of a folder")
+    except ValueError as error:
+        raise DavisError(str(error)) from error
     return names
 
 
-def read_mask(path: Path) -> Mask:
-    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays.
+def read_mask(path: Path, binary: bool = False) -> Mask:
+    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays, or with ``binary`` becomes 1 like all
+    values but 0.
 
     Raises:
         DavisError: naming the file, if it is missing, does not decode or holds no numbers of objects.
@@ -121,18 +140,25 @@ def read_mask(path: Path) -> Mask:
         raise DavisError(f"no mask at {path}")
     try:
         with Image.open(path) as image:
+            # Before anything is decoded: a file of some kilobytes can hold gigabytes.
+            if image.mode not in ("P", "L", "1"):
+                raise DavisError(
+                    f"{path} is a picture of mode {image.mode}; expected an indexed PNG whose values number the objects"
+                )
+            if image.width * image.height > _MOST_PIXELS:
+                raise DavisError(f"{path} says that it has {image.width} x {image.height} pixels; no video has so many")
             image.load()
-            mode, mask = image.mode, np.array(image)
+            mask = np.array(image)
+    except DavisError:
+        raise
     except Exception as error:
-        raise DavisError(f"{path} cannot be read as a mask: {error}") from error
-    if mode not in ("P", "L", "1"):
-        raise DavisError(f"{path} is a picture of mode {mode}; expected an indexed PNG whose values number the objects")
-    return mask.astype(np.uint8)
+        raise DavisError(f"{path} cannot be read as a mask: {one_line(error)}") from error
+    return (mask != 0 if binary else mask).astype(np.uint8)
 
 
-def read_annotation(path: Path) -> Mask:
+def read_annotation(path: Path, binary: bool = False) -> Mask:
     """:func:`read_mask` with void pixels as background, as the semi-supervised evaluation takes them."""
-    mask = read_mask(path)
+    mask = read_mask(path, binary)
     mask[mask == VOID] = 0
     return mask
 
@@ -144,9 +170,15 @@ def first_annotation(video: Video) -> Mask:
         DavisError: as :func:`read_mask`, and if there is no object.
     """
     path = video.annotation(video.frames[0])
-    mask = read_annotation(path)
+    mask = read_annotation(path, video.binary_masks)
     if not mask.any():
-        raise DavisError(f"{path} holds no object")
+        void = ""
+        if not video.binary_masks and (read_mask(path) == VOID).any():
+            void = (
+                f": all that is not 0 in it is {VOID}, which is void in DAVIS 2017; take masks of 0 and {VOID} (DAVIS "
+                "2016) as binary, --binary-masks"
+            )
+        raise DavisError(f"{path} holds no object{void}")
     return mask
 
 

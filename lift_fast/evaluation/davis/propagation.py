@@ -1,7 +1,8 @@
 """Masks of a video from that of its first frame, by label propagation between features of its frames.
 
 The rule of DINO's evaluation on DAVIS 2017: soft labels of the first frame and of the last few travel along the most
-similar features nearby. docs/evaluation_davis.md says where published code differs.
+similar features nearby. docs/evaluation_davis.md says where published code differs, and how the LiFT paper's frames and
+DINO's differ from each other.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor
 from lift_fast import images, propagate_labels
 from lift_fast.evaluation.methods import Batch, Features
 
-from .dataset import DavisError, Mask
+from .dataset import Mask
+from .frames import PROTOCOLS, frame_size, read_frame
 
+PLACEMENTS = ("stretch", "cover")
 # Of a batch of frames, such as a lift_fast.evaluation.methods.Method.
 FeatureMaps = Callable[[Batch], Features]
-# (top, left, height, width) pixels of the S x S frame over which a map's cells lie side by side.
+# (top, left, height, width) pixels of the resized frame over which a map's cells lie side by side.
 Covered = tuple[int, int, int, int]
 
 
@@ -37,12 +40,14 @@ class Network:
     Attributes:
         methods: give features; all see the same batches, in which they share what they have in common.
         mean, std: that pictures are normalised with.
+        patch_size: pixels of the backbone's patch, by which ``placement="stretch"`` enlarges labels.
         device, dtype: of the pictures.
     """
 
     methods: Sequence[FeatureMaps]
     mean: Sequence[float]
     std: Sequence[float]
+    patch_size: int
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -52,12 +57,19 @@ class PropagationOptions:
     """Numbers of the protocol; the defaults are the published ones.
 
     Attributes:
-        size: side S in pixels of the square that frames are resized to (bicubic).
+        size: S, pixels of the sides that frames are resized to; see ``protocol``.
         queue: last frames that serve as context, beside the first one.
         radius: of the neighbourhood in cells of the feature grid; None for the whole frame.
         topk: keys whose labels are averaged, of all context frames together.
         temperature: of the weights exp(cosine / temperature).
         batch_size: frames whose features are computed at one time.
+        protocol: ``lift``: frames of S x S, as in the LiFT paper. ``dino``: S is the shorter side, as in DINO's own
+            evaluation, whose S is 480 (:mod:`lift_fast.evaluation.davis.frames`); its features are the backbone's facet
+            ``final``, its normalisation is ``frames.DINO_MEAN`` and ``frames.DINO_STD``.
+        placement: ``stretch`` lays each map over the whole frame and enlarges labels by the patch size, whatever that
+            gives, before they are resized to the file's pixels, as both published evaluations do; ``cover`` lays it
+            over the pixels that its cells see and enlarges labels to the resized frame. They differ for LiFT and every
+            other finer grid, for patches that do not divide the frame, and for overlapping ones.
     """
 
     size: int = 448
@@ -66,6 +78,8 @@ class PropagationOptions:
     topk: int = 5
     temperature: float = 0.1
     batch_size: int = 4
+    protocol: str = "lift"
+    placement: str = "stretch"
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("queue", 0), ("radius", 0), ("topk", 1), ("batch_size", 1)):
@@ -76,6 +90,10 @@ class PropagationOptions:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+        for name, allowed in (("protocol", PROTOCOLS), ("placement", PLACEMENTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        frame_size((self.size, self.size), self.size, self.protocol)
 
 
 class LabelPropagation:
@@ -119,37 +137,53 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 def cell_labels(
-    mask: Mask, grid: tuple[int, int], size: int, covered: Covered, device: torch.device | str = "cpu"
+    mask: Mask,
+    grid: tuple[int, int],
+    device: torch.device | str = "cpu",
+    *,
+    frame: tuple[int, int] | None = None,
+    covered: Covered | None = None,
 ) -> Tensor:
     """A mask of objects 1 to n, nearest-resized to the grid: one-hot ``[n + 1, h, w]`` float32, background first.
 
     Args:
-        mask: of any size; it stands for ``size x size`` pixels.
+        mask: of any size.
         grid: (h, w).
-        size, covered: the grid lies over these of the pixels, all of them in most cases.
         device: of the result.
+        frame, covered: the mask stands for ``frame`` (H, W) pixels, of which the grid lies over ``covered``; None lays
+            it over the whole mask.
     """
-    top, left, height, width = covered
-    y, x = mask.shape[0] / size, mask.shape[1] / size
-    box = (left * x, top * y, min((left + width) * x, mask.shape[1]), min((top + height) * y, mask.shape[0]))
+    box = None
+    if frame is not None and covered is not None:
+        top, left, height, width = covered
+        y, x = mask.shape[0] / frame[0], mask.shape[1] / frame[1]
+        box = (left * x, top * y, min((left + width) * x, mask.shape[1]), min((top + height) * y, mask.shape[0]))
     small = np.asarray(Image.fromarray(mask).resize((grid[1], grid[0]), Image.Resampling.NEAREST, box=box))
     classes = torch.from_numpy(small.astype(np.int64)).to(device)
-    return F.one_hot(classes, int(mask.max()) + 1).permute(2, 0, 1).float()
+    return F.one_hot(classes, int(mask.max()) + 1).permute(2, 0, 1).to(torch.float32)
 
 
-def hard_mask(labels: Tensor, size: int, covered: Covered, output: tuple[int, ...]) -> Mask:
-    """Object numbers ``[H, W]`` from soft labels ``[L, h, w]``.
+def enlarge(labels: Tensor, patch_size: int) -> Tensor:
+    """Soft labels ``[L, h, w]`` by the patch size, bilinearly: the published rule, whatever size that gives."""
+    size = (labels.shape[1] * patch_size, labels.shape[2] * patch_size)
+    return F.interpolate(labels[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    The labels are bilinearly enlarged to the pixels that they cover of ``size x size``, the outermost repeated beyond;
-    each channel is normalised there (:func:`normalize_channels`), the largest wins (the first of equals), and the
-    result is resized to ``output`` (H, W) by nearest neighbours.
-    """
+
+def enlarge_covered(labels: Tensor, frame: tuple[int, int], covered: Covered) -> Tensor:
+    """Soft labels ``[L, h, w]`` bilinearly to the pixels of ``frame`` that they cover, the outermost repeated."""
     top, left, height, width = covered
     enlarged = F.interpolate(labels[None], size=(height, width), mode="bilinear", align_corners=False)
-    beyond = (left, size - left - width, top, size - top - height)
-    if any(beyond):
-        enlarged = F.pad(enlarged, beyond, mode="replicate")
-    winner = normalize_channels(enlarged[0]).argmax(0).to(torch.uint8).cpu().numpy()
+    beyond = (left, frame[1] - left - width, top, frame[0] - top - height)
+    return (F.pad(enlarged, beyond, mode="replicate") if any(beyond) else enlarged)[0]
+
+
+def hard_mask(enlarged: Tensor, output: tuple[int, ...]) -> Mask:
+    """Object numbers ``[H, W]`` from enlarged soft labels ``[L, h, w]``.
+
+    Each channel is normalised (:func:`normalize_channels`), the largest wins (the first of equals), and the result is
+    resized to ``output`` (H, W) by nearest neighbours.
+    """
+    winner = normalize_channels(enlarged).argmax(0).to(torch.uint8).cpu().numpy()
     return np.asarray(Image.fromarray(winner).resize((output[1], output[0]), Image.Resampling.NEAREST))
 
 
@@ -180,24 +214,32 @@ def predict(frames: Sequence[Path], mask: Mask, network: Network, options: Propa
         DavisError: naming the frame, if it cannot be read or has another size than the mask.
     """
     yield [mask] * len(network.methods)
+    frame = frame_size(mask.shape, options.size, options.protocol)
     videos: list[LabelPropagation] = []
+    places: list[Covered | None] = []
     for batch in _batches(frames, mask.shape, network, options):
         with torch.inference_mode():
             found = [method(batch) for method in network.methods]
         for i in range(len(batch.imgs)):
             if not videos:
-                videos = [_begin(features, mask, options) for features in found]
+                places = [None if options.placement == "stretch" else features.covered for features in found]
+                videos = [
+                    _begin(one.map[0], mask, options, frame, place) for one, place in zip(found, places, strict=True)
+                ]
                 continue
-            yield [
-                hard_mask(video.step(features.map[i]), options.size, features.covered, mask.shape)
-                for video, features in zip(videos, found, strict=True)
-            ]
+            masks = []
+            for video, features, place in zip(videos, found, places, strict=True):
+                labels = video.step(features.map[i])
+                labels = enlarge(labels, network.patch_size) if place is None else enlarge_covered(labels, frame, place)
+                masks.append(hard_mask(labels, mask.shape))
+            yield masks
 
 
-def _begin(features: Features, mask: Mask, options: PropagationOptions) -> LabelPropagation:
-    first = features.map[0]
+def _begin(
+    first: Tensor, mask: Mask, options: PropagationOptions, frame: tuple[int, int], covered: Covered | None
+) -> LabelPropagation:
     grid = first.shape[1], first.shape[2]
-    return LabelPropagation(first, cell_labels(mask, grid, options.size, features.covered, first.device), options)
+    return LabelPropagation(first, cell_labels(mask, grid, first.device, frame=frame, covered=covered), options)
 
 
 def _batches(
@@ -206,7 +248,8 @@ def _batches(
     """The frames, in order. The next batch is read while this one is used."""
 
     def read(path: Path) -> Tensor:
-        return images.to_tensor(read_frame(path, size, options.size), network.mean, network.std)
+        frame = read_frame(path, size, options.size, options.protocol)
+        return images.to_tensor(frame, network.mean, network.std)
 
     batches = [frames[i : i + options.batch_size] for i in range(0, len(frames), options.batch_size)]
     with ThreadPoolExecutor(max_workers=min(4, options.batch_size)) as pool:
@@ -215,21 +258,3 @@ def _batches(
             pictures = torch.cat([future.result() for future in ahead])
             ahead = [pool.submit(read, path) for path in following]
             yield Batch(pictures.to(network.device, network.dtype))
-
-
-def read_frame(path: Path, size: tuple[int, ...], side: int) -> Image.Image:
-    """A frame, bicubically resized to ``side x side``.
-
-    Raises:
-        DavisError: if it cannot be read or is not of ``size`` (H, W).
-    """
-    try:
-        picture = images.read_image(path)
-    except (ValueError, OSError) as error:
-        raise DavisError(str(error)) from error
-    if (picture.height, picture.width) != tuple(size):
-        raise DavisError(
-            f"{path} has {picture.width} x {picture.height} pixels, the mask of the first frame {size[1]} x {size[0]}; "
-            "they must be equal"
-        )
-    return picture.resize((side, side), Image.Resampling.BICUBIC)

@@ -70,6 +70,8 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     columns = [Column(name, "low" if name.endswith("Decay") else "high") for name in MEASURES]
     counts = {(entry["sequences"], entry["objects"]) for entry in summary.values()}
     heading = f"DAVIS 2017, {result['options']['subset']}"
+    if result["options"].get("protocol") == "dino":
+        heading += ", DINO's protocol"
     if len(counts) == 1:
         sequences, objects = counts.pop()
         heading += f": {objects} objects in {sequences} sequences"

@@ -76,9 +76,9 @@ def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> Sequ
     frames = video.frames[1:-1]
 
     def score(frame: Path) -> list[tuple[float, float]]:
-        annotation = read_annotation(video.annotation(frame))
+        annotation = read_annotation(video.annotation(frame), video.binary_masks)
         path = predictions / f"{frame.stem}.png"
-        found = read_mask(path)
+        found = read_mask(path, video.binary_masks)
         if found.shape != annotation.shape:
             raise DavisError(
                 f"{path} has {found.shape[1]} x {found.shape[0]} pixels, the annotation "

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lift_fast.evaluation.annotations import brief, check_names, is_name, list_lines, shortened
+
 Array = npt.NDArray[np.float64]
 
 SPLITS = ("trn", "val", "test")
@@ -149,7 +151,7 @@ class SPair:
             return self._pair(name, category, path, content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise SPairError(f"{path}: malformed annotation: {reason}") from error
+            raise SPairError(f"{path}: malformed annotation: {shortened(reason)}") from error
 
     def select(
         self,
@@ -218,7 +220,7 @@ class SPair:
 
     def _pair(self, name: str, category: str, path: Path, content: dict[str, Any]) -> Pair:
         if content.get("category", category) != category:
-            raise ValueError(f"category is {content['category']!r}, the file's name says {category!r}")
+            raise ValueError(f"category is {brief(content['category'])}, the file's name says {category!r}")
         if content.get("mirror", 0) != 0:
             raise ValueError("the pair is mirrored; the protocol has no such pairs")
         source, target = (_points(content, key) for key in ("src_kps", "trg_kps"))
@@ -226,7 +228,7 @@ class SPair:
             raise ValueError(f"{len(source)} source and {len(target)} target key points; expected as many")
         box = np.asarray(content["trg_bndbox"], dtype=np.float64)
         if box.shape != (4,) or not np.isfinite(box).all() or max(box[2] - box[0], box[3] - box[1]) <= 0:
-            raise ValueError(f"trg_bndbox is {content['trg_bndbox']}; expected left, top, right, bottom")
+            raise ValueError(f"trg_bndbox is {brief(content['trg_bndbox'])}; expected left, top, right, bottom")
         grades = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
         parts = tuple(str(part) for part in content.get("kps_ids") or ())
         left, top, right, bottom = (float(value) for value in box)
@@ -272,7 +274,7 @@ def _agree(own: dict[str, Any], names: Sequence[str], points: Array) -> bool:
     for name, point in zip(names, points, strict=False):
         try:
             there = np.asarray(own.get(name), dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         if there.shape != (2,) or not (np.abs(there - point) <= _TOLERANCE).all():
             return False
@@ -287,13 +289,13 @@ def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise SPairError(f"no list of pairs at {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = list_lines(path)
+    except (OSError, ValueError) as error:
         raise SPairError(f"{path} cannot be read: {error}") from error
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if any(mark in name for mark in ("/", "\\", "\0")):
-            raise SPairError(f"{path}: expected the name of an annotation in each line, got {name!r}")
+    try:
+        check_names(path, names, "the name of an annotation")
+    except ValueError as error:
+        raise SPairError(str(error)) from error
     return names
 
 
@@ -317,9 +319,9 @@ def _points(content: dict[str, Any], key: str) -> Array:
 
 
 def _file_name(content: dict[str, Any], key: str) -> str:
-    name = content[key]
-    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-        raise ValueError(f"{key} is {name!r}; expected the name of a file")
+    name: Any = content[key]
+    if not is_name(name):
+        raise ValueError(f"{key} is {brief(name)}; expected the name of a file")
     return name
 
 
@@ -328,5 +330,5 @@ def _picture_size(content: dict[str, Any], key: str) -> tuple[int, int] | None:
         return None
     width, height = (int(value) for value in content[key][:2])
     if width < 1 or height < 1:
-        raise ValueError(f"{key} is {content[key]}; expected width, height, channels")
+        raise ValueError(f"{key} is {brief(content[key])}; expected width, height, channels")
     return width, height

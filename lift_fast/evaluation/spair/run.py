@@ -23,6 +23,7 @@ from .dataset import Filters, Pair, Selection, SPair
 from .protocol import Protocol, fit, is_right, match_points, square
 
 PROTOCOL = "spair"
+DRAWS = ("distinct", "published")
 CACHE_BYTES = 1 << 30
 # Of the maps that are matched in one call.
 _STACKED_BYTES = 32 << 20
@@ -37,19 +38,34 @@ def draw_pairs(pairs: Sequence[Pair], category: str, count: int | None, seed: in
     return [pairs[index] for index in sorted(order[:count])]
 
 
-def draws(selection: Selection, count: int | None, seeds: int) -> list[dict[str, list[Pair]]]:
-    """For each seed the pairs of each category, see :func:`draw_pairs`."""
+def published_draw(selection: Selection, count: int, seed: int) -> dict[str, list[Pair]]:
+    """``count`` pairs of each category as the LiFT paper's evaluation draws them: with replacement, by NumPy's global
+    generator from ``seed`` on, category after category.
+
+    Its order of categories is that of a folder's listing, which file systems decide; here it is the selection's.
+    """
+    random = np.random.RandomState(seed)
+    return {
+        category: [pairs[index] for index in random.choice(len(pairs), count)]
+        for category, pairs in selection.pairs.items()
+    }
+
+
+def draws(selection: Selection, count: int | None, seeds: int, draw: str = "distinct") -> list[dict[str, list[Pair]]]:
+    """For each seed the pairs of each category: :func:`draw_pairs`, or :func:`published_draw` for ``"published"``."""
+    if draw == "published" and count is not None:
+        return [published_draw(selection, count, seed) for seed in range(seeds)]
     return [
         {category: draw_pairs(pairs, category, count, seed) for category, pairs in selection.pairs.items()}
         for seed in range(seeds)
     ]
 
 
-def drawn(selection: Selection, count: int | None, seeds: int) -> dict[str, list[Pair]]:
+def drawn(selection: Selection, count: int | None, seeds: int, draw: str = "distinct") -> dict[str, list[Pair]]:
     """The pairs of each category that any of the seeds draws, each once."""
-    found = draws(selection, count, seeds)
+    found = draws(selection, count, seeds, draw)
     return {
-        category: list({pair.name: pair for draw in found for pair in draw[category]}.values())
+        category: list({pair.name: pair for by_category in found for pair in by_category[category]}.values())
         for category in selection.pairs
     }
 
@@ -63,6 +79,7 @@ def evaluate(
     sizes: Sequence[int] = (56, 112, 224, 448),
     seeds: int = 1,
     pairs_per_category: int | None = None,
+    draw: str = "distinct",
     filters: Filters | None = None,
     protocol: Protocol | None = None,
     batch_size: int = 8,
@@ -81,6 +98,8 @@ def evaluate(
         sizes: pixels S of the squares.
         seeds: draws of ``pairs_per_category``; 0 to ``seeds - 1``.
         pairs_per_category: how many to draw; None for all.
+        draw: ``distinct``, no pair twice, or ``published`` (:func:`published_draw`), where a pair counts as often as it
+            is drawn.
         filters: recorded with the results.
         protocol: options; None takes the defaults.
         batch_size: pictures that go through the backbone at one time.
@@ -109,6 +128,8 @@ def evaluate(
         )
     if seeds > 1 and pairs_per_category is None:
         raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
+    if draw not in DRAWS:
+        raise ValueError(f"draw must be {' or '.join(DRAWS)}, got {draw!r}")
     options = {
         "methods": [method.name for method in methods],
         "split": dataset.split,
@@ -117,6 +138,7 @@ def evaluate(
         "sizes": list(sizes),
         "seeds": seeds,
         "pairs_per_category": pairs_per_category,
+        "draw": draw,
         **{name: None if wanted is None else sorted(wanted) for name, wanted in vars(filters or Filters()).items()},
         "alphas": list(protocol.alphas),
         "placement": protocol.placement,
@@ -124,11 +146,11 @@ def evaluate(
     run = _Run(out, options, record or {}, selection, dataset)
     if pairs_per_category is not None:
         run.content["draws"] = [
-            {category: [pair.name for pair in pairs] for category, pairs in draw.items()}
-            for draw in draws(selection, pairs_per_category, seeds)
+            {category: [pair.name for pair in pairs] for category, pairs in by_category.items()}
+            for by_category in draws(selection, pairs_per_category, seeds, draw)
         ]
     # A pair's score is the same in every draw.
-    wanted = drawn(selection, pairs_per_category, seeds)
+    wanted = drawn(selection, pairs_per_category, seeds, draw)
     for size in sizes:
         for category, pairs in wanted.items():
             if run.has(size, category, pairs):
