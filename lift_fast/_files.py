@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ._text import quoted
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is no regular file, without opening it: opening a pipe may wait for ever, a device never ends.
+
+    Args:
+        path: the file, or a link to it.
+        what: it should be, for the message, such as "picture".
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file; names it and its
+            kind.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no {what} at {quoted(path)}") from None
+    except PermissionError as error:
+        raise ValueError(f"{quoted(path)} cannot be looked at: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        # Too long, a loop of links, a zero byte, bytes that the file system does not take.
+        raise ValueError(f"{quoted(path)} names no {what}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        raise ValueError(f"{quoted(path)} is {kind}; expected a {what}")
 
 
 @contextmanager

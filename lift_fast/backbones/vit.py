@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..images import check_cells
 from . import in_place
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
@@ -107,6 +108,20 @@ class FrozenViT(nn.Module):
         p, s = self.patch_size, self.stride
         return 1 + (height - p) // s, 1 + (width - p) // s
 
+    def check_size(self, height: int, width: int) -> Grid:
+        """:meth:`grid` of a picture that can be run.
+
+        Raises:
+            ValueError: for a picture smaller than one patch, or of more tokens than :func:`lift_fast.images.max_pixels`
+                allows.
+        """
+        p = self.patch_size
+        if height < p or width < p:
+            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+        grid = self.grid(height, width)
+        check_cells(*grid, f"imgs of {height} x {width} pixels at stride {self.stride} make a grid of")
+        return grid
+
     def strided(self, stride: int) -> FrozenViT:
         """The same backbone on the same weights with patches ``stride`` pixels apart.
 
@@ -134,7 +149,7 @@ class FrozenViT(nn.Module):
 
         Raises:
             TypeError: if ``imgs`` is no tensor.
-            ValueError: for a wrong shape, dtype or device, an empty batch, or a picture smaller than one patch.
+            ValueError: for a wrong shape, dtype or device, an empty batch, and as :meth:`check_size`.
         """
         grid = self._check(imgs)
         model = self.model
@@ -251,9 +266,7 @@ class FrozenViT(nn.Module):
             raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
         if imgs.shape[0] == 0:
             raise ValueError("imgs is an empty batch (B = 0); pass at least one picture")
-        p, (height, width) = self.patch_size, imgs.shape[2:]
-        if height < p or width < p:
-            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+        grid = self.check_size(*imgs.shape[2:])
         if not imgs.is_floating_point():
             raise ValueError(
                 f"imgs must be floating point and normalised with mean {self.mean} and std {self.std}, got {imgs.dtype}"
@@ -265,7 +278,7 @@ class FrozenViT(nn.Module):
             raise ValueError(
                 f"imgs are {imgs.dtype}, the backbone is {weight.dtype}; convert one of them or use torch.autocast"
             )
-        return self.grid(height, width)
+        return grid
 
     def extra_repr(self) -> str:
         return (
