@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ._text import quoted
 
+_unfinished: set[str] = set()
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -57,8 +58,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
+        raise FileNotFoundError(f"cannot write {quoted(target)}: the folder {quoted(target.parent)} does not exist")
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=f".tmp{target.suffix}", dir=target.parent)
+    _unfinished.add(name)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -72,6 +74,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    finally:
+        _unfinished.discard(name)
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of every :func:`atomic_path` that has not ended, for a process that ends now."""
+    for name in list(_unfinished):
+        with suppress(OSError):
+            os.unlink(name)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -85,11 +96,37 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try(folder)
     except FileExistsError as error:
-        raise ValueError(f"{folder} is a file; expected a folder for the results, give another one") from error
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}; give another one") from error
+        raise ValueError(f"{quoted(folder)} is a file; expected a folder for the results, give another one") from error
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to the folder {quoted(folder)}: {said}; give another one") from error
     return folder
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written in the end, before long work whose result goes there.
+
+    Raises:
+        ValueError: if its folder is missing, full or cannot be written to, or if a folder, pipe or device lies in its
+            place; says what to do.
+    """
+    target = Path(path)
+    folder = target.parent
+    try:
+        if not os.path.isdir(folder):
+            raise ValueError(f"the folder {quoted(folder)} does not exist; make it first")
+        if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+            kind = next((name for test, name in _KINDS if test(os.stat(target).st_mode)), "no regular file")
+            raise ValueError(f"that is {kind}; give a file")
+        _try(folder)
+    except OSError as error:
+        raise ValueError(f"cannot write there: {error.strerror or error}; give another place") from error
+
+
+def _try(folder: Path) -> None:
+    """Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+        file.flush()

@@ -425,7 +425,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (TypeError, RuntimeError):
         raise ValueError(f"device must be cpu, cuda, cuda:1, ... or None, got {device!r}") from None
     if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
+        raise ValueError(
+            f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lift_fast._files import make_folder
+from lift_fast._text import one_line
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.distributed import World, join_world, resolve_device
-from lift_fast.images import list_images
+from lift_fast.images import check_size, list_images
 from lift_fast.lift import LiFT
 
 from . import state as disk
@@ -195,7 +196,7 @@ class _Run:
     def _train_on(self, sample: Sample, bar: Any) -> None:
         for message in sample.unreadable:
             if message not in self.progress.unreadable and not self.quiet:
-                bar.write(f"skipped: {message}", file=sys.stderr)
+                bar.write(f"skipped: {one_line(message)}", file=sys.stderr)
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
         if sample.failed:
             raise ValueError(
@@ -286,6 +287,7 @@ class _Run:
 
     def _check(self, backbone: FrozenViT) -> None:
         settings, patch, count = self.settings, backbone.patch_size, len(self.paths)
+        check_size((settings.image_size, settings.image_size))
         if settings.tensorboard:
             # Before an earlier training is overwritten.
             tensorboard_writer()
