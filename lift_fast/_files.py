@@ -43,8 +43,7 @@ def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
         # Too long, a loop of links, a zero byte, bytes that the file system does not take.
         raise ValueError(f"{quoted(path)} names no {what}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(mode):
-        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
-        raise ValueError(f"{quoted(path)} is {kind}; expected a {what}")
+        raise ValueError(f"{quoted(path)} is {_kind(mode)}; expected a {what}")
 
 
 @contextmanager
@@ -96,7 +95,9 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _try(folder)
+        # Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except FileExistsError as error:
         raise ValueError(f"{quoted(folder)} is a file; expected a folder for the results, give another one") from error
     except (OSError, ValueError) as error:
@@ -117,16 +118,17 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     try:
         if not os.path.isdir(folder):
             raise ValueError(f"the folder {quoted(folder)} does not exist; make it first")
-        if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
-            kind = next((name for test, name in _KINDS if test(os.stat(target).st_mode)), "no regular file")
-            raise ValueError(f"that is {kind}; give a file")
-        _try(folder)
+        if os.path.exists(target):
+            mode = os.stat(target).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"that is {_kind(mode)}; give a file")
+        # A full disk may still have room for a file that holds nothing.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
     except OSError as error:
         raise ValueError(f"cannot write there: {error.strerror or error}; give another place") from error
 
 
-def _try(folder: Path) -> None:
-    """Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(4096))
-        file.flush()
+def _kind(mode: int) -> str:
+    return next((name for test, name in _KINDS if test(mode)), "no regular file")

@@ -89,8 +89,8 @@ def check_size(size: tuple[int, int], came: tuple[int, int] | None = None) -> No
     if width * height > _most_pixels:
         origin = "" if came is None or came == size else f"a picture of {came[0]} x {came[1]} pixels "
         raise ValueError(
-            f"{origin}would be loaded at {width} x {height}, more than the {_most_pixels} pixels that are allowed; give "
-            "a smaller size, crop it, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels)"
+            f"{origin}would be loaded at {width} x {height}, more than the {_most_pixels} pixels that are allowed; "
+            "give a smaller size, crop it, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels)"
         )
 
 
@@ -339,7 +339,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as :func:`read_image` makes it: transparency laid on white, more than 8 bits scaled.
 
     Raises:
-        ValueError: for a picture without pixels, of a mode that Pillow cannot convert, or whose values are out of range.
+        ValueError: for a picture without pixels, of a mode that Pillow cannot convert, or with values out of range.
     """
     if 0 in image.size:
         raise ValueError(f"it holds nothing, {image.width} x {image.height} pixels")
