@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ._files import remove_unfinished
+
 STATUS = 130
 _COMMAND = "lift-fast"
+_ending = threading.Lock()
 _MODULES = ("lift_fast", "lift_fast.cli", "lift_fast.__main__", "lift_fast.cli.__main__")
 
 
@@ -83,8 +86,8 @@ def ending_at_once(command: str) -> Iterator[None]:
 
 
 def _end(said: bytes) -> None:
-    from ._files import remove_unfinished
-
+    # Never released: the second thread that comes here waits for the end.
+    _ending.acquire()
     remove_unfinished()
     with suppress(OSError):
         os.write(2, said)

@@ -176,6 +176,9 @@ def match_images(
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
 
+    if extractor is not None and extractor.device.type == "meta":
+        raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
+
     clock = _Clock()
     pictures = [as_image(a, "a"), as_image(b, "b")]
     sizes = [(picture.height, picture.width) for picture in pictures]

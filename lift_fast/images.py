@@ -141,8 +141,9 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
             image.load()
             return to_rgb(_upright(image))
     except Image.DecompressionBombError as error:
+        said = one_line(error).rstrip(".")
         raise ValueError(
-            f"{quoted(path)} is too large: {error}. If you trust the file, raise the limit (--max-pixels N, "
+            f"{quoted(path)} is too large: {said}. If you trust the file, raise the limit (--max-pixels N, "
             "lift_fast.images.set_max_pixels, and PIL.Image.MAX_IMAGE_PIXELS if that is lower)"
         ) from error
     except Exception as error:

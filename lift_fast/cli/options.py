@@ -135,7 +135,6 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
         raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
     with as_usage_error():
         try:
-            device = None if arguments.device is None else torch.device(arguments.device)
             return ViTLiFTExtractor(
                 arguments.model,
                 arguments.lift,
@@ -144,7 +143,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
                 stride=arguments.stride,
                 layer=arguments.layer,
                 facet=arguments.facet,
-                device=device,
+                device=arguments.device,
                 silent=True,
                 random_lift=arguments.random_lift,
                 weights=arguments.weights,
@@ -153,7 +152,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
                 dtype=getattr(torch, arguments.dtype),
             )
         except RuntimeError as error:
-            # A device that does not exist, by its name or on this machine.
+            # A device that this machine does not have.
             if arguments.device is not None and type(error) is RuntimeError:
                 raise UsageError(f"--device {arguments.device}: {error}") from error
             raise

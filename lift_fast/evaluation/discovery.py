@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.images import to_tensor
+from lift_fast.images import resize, to_tensor
 from lift_fast.pictures import confidence_colours, place_cells
 
 from .boxes import Box, BoxDataSet, Sample
@@ -105,7 +105,7 @@ def prepare(image: Image.Image, backbone: FrozenViT, resolution: int | None = No
         resolution: None keeps the picture's own size (the published TokenCut evaluation); S resizes it to S x S
             (Lanczos).
     """
-    shown = image if resolution is None else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    shown = image if resolution is None else resize(image, (resolution, resolution))
     tensor = to_tensor(shown, backbone.mean, backbone.std)
     tall, wide = tensor.shape[2:]
     padded = F.pad(tensor, (0, -wide % backbone.patch_size, 0, -tall % backbone.patch_size))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.images import LoadSize, resized_size, to_tensor
+from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor
 from lift_fast.pictures import Pixels
 
 
@@ -47,11 +47,18 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
 
     Raises:
-        ValueError: for a size out of range, or a method whose map has another form or is not finite.
+        ValueError: for a size out of range or beyond :func:`lift_fast.images.max_pixels`, or a method whose map has
+            another form or is not finite.
     """
     patch = backbone.patch_size
-    wide, tall = (max(patch, round(side / patch) * patch) for side in resized_size(image.size, size))
-    resized = image.resize((wide, tall), Image.Resampling.LANCZOS)
+    try:
+        wanted = resized_size(image.size, size)
+        check_size(wanted, image.size)
+        wide, tall = (max(patch, round(side / patch) * patch) for side in wanted)
+        resized = resize(image, (tall, wide))
+        backbone.check_size(tall, wide)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     weight = backbone.model.patch_embed.proj.weight
     batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(weight.device, weight.dtype))
     features = {}
