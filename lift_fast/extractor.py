@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import images
+from ._defaults import first_defaults
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
 from .images import LoadSize
@@ -357,7 +358,7 @@ class ViTLiFTExtractor(nn.Module):
         elif random_lift:
             from .lift import LiFT
 
-            with torch.random.fork_rng(devices=[]):
+            with first_defaults(), torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(seed)
                 lift = LiFT(self.channel, self.patch)
         if lift is None:

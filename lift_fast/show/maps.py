@@ -130,10 +130,10 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     basis = vectors.flip(1)[:, :count]
     projected = centred @ basis
     projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
-    low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64, device="cpu"), dim=0)
     # Components that are rounding alone would fill the picture with noise.
     real = values.flip(0)[:count] > 1e-9 * len(every)
-    colours = torch.full((len(every), 3), 0.5, dtype=torch.float64)
+    colours = torch.full((len(every), 3), 0.5, dtype=torch.float64, device="cpu")
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     colours[:, :count] = torch.where(real, scaled, 0.5)
     pixels = (colours * 255).round().to(torch.uint8).numpy()

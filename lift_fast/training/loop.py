@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lift_fast._defaults import first_defaults
 from lift_fast._files import make_folder
 from lift_fast._text import one_line
 from lift_fast.backbones import FrozenViT, load_backbone
@@ -75,7 +76,8 @@ def train(
         NotSaved: if something could not be written to ``settings.out``, say for want of room; the same holds.
         Interrupted: after SIGINT or SIGTERM.
     """
-    with join_world(settings.device) as world:
+    # PyTorch's optimiser makes its own tensors.
+    with first_defaults(), join_world(settings.device) as world:
         run = _Run(settings, world, resume, overwrite, quiet)
         with StopSignals(echoed=world.size > 1) as stop, tuned_convolutions():
             return run.train(stop)
@@ -266,7 +268,7 @@ class _Run:
         """The signal that any process has received; the processes learn of it a step later, all at the same one."""
         if self.world.size == 1:
             return number
-        flag = torch.tensor(number, device=self.device)
+        flag = torch.tensor(number, dtype=torch.int64, device=self.device)
         before, self._flag = self._flag, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
         if before is None:
             return 0
