@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,7 @@ from . import extract, info, match, show, train
 from .errors import UsageError
 from .options import run_within_limits
 
+_SILENCE = logging.NullHandler()
 _EPILOG = "Each command has its own --help with an example."
 
 
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ending_at_once(name) if argv is None else nullcontext(), warnings.catch_warnings():
             # What it has to say of a file does not name the file; what matters is said as an error.
             warnings.filterwarnings("ignore", module="PIL")
+            logging.getLogger("PIL").addHandler(_SILENCE)
             return run_within_limits(arguments)
     except UsageError as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
