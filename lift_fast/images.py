@@ -363,7 +363,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
+    # Grey with premultiplied transparency is converted to nothing else.
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 
