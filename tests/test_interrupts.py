@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from lift_fast import _native
+
 # Without one the native call alone takes many seconds.
 SECONDS = 1.0
 # A command that works in one native call; files and handlers of its own are put in.
@@ -145,3 +147,68 @@ def test_an_ignored_signal_stays_ignored():
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + COMMAND.format(body=body)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+CALLS = {
+    "nearest": "rows = torch.randn(60_000, 64); call = lambda: lift_fast.nearest(rows, rows)",
+    "nearest both ways": "rows = torch.randn(60_000, 64); call = lambda: lift_fast.nearest(rows, rows, mutual=True)",
+    "nearest of many batches": "rows = torch.randn(8000, 600, 64); call = lambda: lift_fast.nearest(rows, rows, k=8)",
+    "dense_match": "maps = torch.randn(2, 1, 64, 150, 150);"
+    "call = lambda: lift_fast.dense_match(*maps, (1500, 1500), (1500, 1500))",
+    "dense_match of points": "maps = torch.randn(2, 1, 64, 300, 300); points = torch.randint(1500, (1, 40_000, 2));"
+    "call = lambda: lift_fast.dense_match(*maps, (1500, 1500), (1500, 1500), points=points)",
+    "propagate_labels": "rows = torch.randn(200 * 400, 64);"
+    "call = lambda: lift_fast.propagate_labels(rows, rows, rows[:, :4], grid=(200, 400), radius=100)",
+}
+LIBRARY = """
+import sys, time, threading, torch, lift_fast
+torch.set_num_threads({threads})
+# PyTorch imports much at the first call of some functions, and does not recover from an interruption of that.
+small = torch.randn(4, 8)
+lift_fast.nearest(small, small, mutual=True)
+lift_fast.propagate_labels(small, small, small, grid=(2, 2))
+{call}
+print("working", flush=True)
+try:
+    call()
+except KeyboardInterrupt:
+    print(time.time(), flush=True)
+    rows = torch.randn(50, 8)
+    assert (lift_fast.nearest(rows, rows).index[:, 0] == torch.arange(50)).all()
+    print("sound", flush=True)
+"""
+
+
+@pytest.mark.skipif(not _native.can_run()[0], reason="the native core asks; PyTorch does not")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_native_core_lets_python_raise(name, threads):
+    """In a program of somebody else's the call ends, and the next one is as right as ever."""
+    process = start("-c", LIBRARY.format(call=CALLS[name], threads=threads))
+    assert process.stdout.readline() == "working\n"
+    time.sleep(0.5)
+    begun = time.time()
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=120)
+    ended, last = out.splitlines()
+    assert (process.returncode, last, said) == (0, "sound", "")
+    assert float(ended) - begun < SECONDS
+
+
+@pytest.mark.skipif(not _native.can_run()[0], reason="as above")
+def test_a_handler_that_does_not_raise_does_not_end_the_call():
+    code = """
+import os, signal, threading, torch, lift_fast
+came = []
+signal.signal(signal.SIGINT, lambda *_: came.append(torch.ones(3).sum()))
+torch.set_num_threads(2)
+rows = torch.randn(20_000, 64)
+expected = lift_fast.nearest(rows, rows, mutual=True)
+timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+timer.start()
+found = lift_fast.nearest(rows, rows, mutual=True)
+timer.join()
+assert came and all(torch.equal(*pair) for pair in zip(found, expected))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
