@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/nearest.hpp"
+#include "interruptible.hpp"
 #if LIFT_FAST_CUDA
 #include "cuda/probe.hpp"
 #endif
@@ -49,8 +50,13 @@ void nearest(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::
   call.back = pointer<std::int64_t>(back);
   call.threads = threads;
   const NearestIsa target = nearest_isa(isa);
-  py::gil_scoped_release release;
-  nearest_run(call, target);
+  Interruptible stop;
+  call.stop = &stop;
+  {
+    py::gil_scoped_release release;
+    nearest_run(call, target);
+  }
+  stop.raise();
 }
 
 std::string nearest_isa_in_use(const std::string& isa) { return nearest_isa_name(nearest_isa(isa)); }

@@ -7,6 +7,7 @@
 #include "cpu/dense_match.hpp"
 #include "cpu/dense_match_points.hpp"
 #include "cpu/map_products.hpp"
+#include "interruptible.hpp"
 
 namespace py = pybind11;
 
@@ -44,8 +45,13 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
   call.index = pointer<std::int64_t>(index);
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  py::gil_scoped_release release;
-  dense_match_run(call, target);
+  Interruptible stop;
+  call.stop = &stop;
+  {
+    py::gil_scoped_release release;
+    dense_match_run(call, target);
+  }
+  stop.raise();
 }
 
 // (address, channel stride, cell stride, (h, w), whether cells are to be normalised)
@@ -77,8 +83,13 @@ void match_points(const py::handle& points, std::int64_t count, std::int64_t c, 
   call.table_bytes = table_bytes;
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  py::gil_scoped_release release;
-  dense_match_points_run(call, target);
+  Interruptible stop;
+  call.stop = &stop;
+  {
+    py::gil_scoped_release release;
+    dense_match_points_run(call, target);
+  }
+  stop.raise();
 }
 
 void map_products(const py::handle& descriptors, const py::handle& map, std::int64_t channel_stride,

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/window_nearest.hpp"
+#include "interruptible.hpp"
 
 namespace py = pybind11;
 
@@ -38,8 +39,13 @@ void run(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::int6
   call.index = pointer<std::int64_t>(index);
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  py::gil_scoped_release release;
-  window_nearest_run(call, target);
+  Interruptible stop;
+  call.stop = &stop;
+  {
+    py::gil_scoped_release release;
+    window_nearest_run(call, target);
+  }
+  stop.raise();
 }
 
 }  // namespace

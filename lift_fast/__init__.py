@@ -9,13 +9,18 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from . import _interrupts
+
+# Before PyTorch loads, which takes seconds.
+_interrupts.quiet_start()
+
 # At once: a later import of the submodule of the same name would hide the function.
-from .backends import backends
-from .lift import LiFT
-from .losses import CosineLoss, cosine_loss
-from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
-from .ops.plan_cache import clear_plans
-from .propagation import propagate_labels
+from .backends import backends  # noqa: E402
+from .lift import LiFT  # noqa: E402
+from .losses import CosineLoss, cosine_loss  # noqa: E402
+from .matching import DenseMatches, NearestResult, Window, dense_match, nearest  # noqa: E402
+from .ops.plan_cache import clear_plans  # noqa: E402
+from .propagation import propagate_labels  # noqa: E402
 
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone

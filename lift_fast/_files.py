@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ._text import quoted
 from .locks import Claim, claim
 
+_unfinished: set[str] = set()
 _MARK = ".lift_fast-tmp"
 _LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*)?", re.DOTALL)
 _KINDS = (
@@ -33,20 +35,20 @@ def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file.
+        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file; names it and its
+            kind.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"no {what} at {path}") from None
+        raise FileNotFoundError(f"no {what} at {quoted(path)}") from None
     except PermissionError as error:
-        raise ValueError(f"{path} cannot be looked at: {error.strerror}") from error
+        raise ValueError(f"{quoted(path)} cannot be looked at: {error.strerror}") from error
     except (OSError, ValueError) as error:
         # Too long, a loop of links, a zero byte, bytes that the file system does not take.
-        raise ValueError(f"{str(path)[:200]} names no {what}: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"{quoted(path)} names no {what}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(mode):
-        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
-        raise ValueError(f"{path} is {kind}; expected a {what}")
+        raise ValueError(f"{quoted(path)} is {_kind(mode)}; expected a {what}")
 
 
 @contextmanager
@@ -61,8 +63,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
+        raise FileNotFoundError(f"cannot write {quoted(target)}: the folder {quoted(target.parent)} does not exist")
     temporary, held = _temporary(target)
+    _unfinished.add(str(temporary))
     try:
         yield temporary
         # mkstemp creates files readable by their owner alone; give the result the usual permissions.
@@ -76,6 +79,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         held.release()
+        _unfinished.discard(str(temporary))
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of every :func:`atomic_path` that has not ended, for a process that ends now."""
+    for name in list(_unfinished):
+        with suppress(OSError):
+            os.unlink(name)
 
 
 def natural_key(path: str | os.PathLike[str]) -> tuple[tuple[tuple[str, int, str], ...], ...]:
@@ -113,11 +124,40 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError as error:
-        raise ValueError(f"{folder} is a file; expected a folder for the results, give another one") from error
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}; give another one") from error
+        raise ValueError(f"{quoted(folder)} is a file; expected a folder for the results, give another one") from error
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to the folder {quoted(folder)}: {said}; give another one") from error
     _collect_leftovers(folder)
     return folder
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written in the end, before long work whose result goes there.
+
+    Raises:
+        ValueError: if its folder is missing, full or cannot be written to, or if a folder, pipe or device lies in its
+            place; says what to do.
+    """
+    target = Path(path)
+    folder = target.parent
+    try:
+        if not os.path.isdir(folder):
+            raise ValueError(f"the folder {quoted(folder)} does not exist; make it first")
+        if os.path.exists(target):
+            mode = os.stat(target).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"that is {_kind(mode)}; give a file")
+        # A full disk may still have room for a file that holds nothing.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"cannot write there: {error.strerror or error}; give another place") from error
+
+
+def _kind(mode: int) -> str:
+    return next((name for test, name in _KINDS if test(mode)), "no regular file")
 
 
 def _temporary(target: Path) -> tuple[Path, Claim]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import images
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
+from .checks import FLOATS, check_dense
 from .defaults import plain_defaults
 from .images import LoadSize
 
@@ -29,6 +30,7 @@ class _Default(int):
     """An integer default whose identity tells it from the same number typed by the caller."""
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _Default(11)
 
 
@@ -104,8 +106,10 @@ class ViTLiFTExtractor(nn.Module):
             head_order = "interleaved" if given else "concatenated"
         place = _device(device)
         dtype = torch.float32 if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be floating point, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+            raise ValueError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"seed must be an integer of at most 64 bits, got {seed!r}")
 
         options: dict[str, Any] = {"facet": facet, "layer": _typed(layer), "stride": _typed(stride)}
         if model is None:
@@ -173,10 +177,33 @@ class ViTLiFTExtractor(nn.Module):
 
         Returns:
             ``([1, 3, H, W] float32 on the CPU, the resized RGB picture)``.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`, and ValueError as
+                :func:`lift_fast.images.resize` and for Pillow pictures that have no pixels or cannot be made RGB.
         """
         image = image_path if isinstance(image_path, Image.Image) else images.read_image(image_path)
         image = images.resize(images.to_rgb(image), load_size)
+        if image is image_path:
+            # A picture of its own, whatever happens to the one that came.
+            image = image.copy()
         return images.to_tensor(image, self.mean, self.std), image
+
+    def check_size(self, height: int, width: int, lift_iter: int = 1) -> tuple[int, int]:
+        """Grid ``(h, w)`` of the descriptors of a picture of ``height x width`` pixels after ``lift_iter`` LiFTs.
+
+        Raises:
+            ValueError: where the picture is smaller than a patch, or the grid has more cells than
+                :func:`lift_fast.images.max_pixels` allows.
+        """
+        _check_lift_iter(lift_iter)
+        h, w = self.backbone.check_size(height, width)
+        if self.lift is None:
+            return h, w
+        # Numbers beyond any grid are not worked out: 4**lift_iter may not fit into memory.
+        h, w = h << min(lift_iter, 32), w << min(lift_iter, 32)
+        images.check_cells(h, w, f"lift_iter={lift_iter} on {height} x {width} pixels makes a grid of at least")
+        return h, w
 
     def forward(self, batch: Tensor) -> Tensor:
         """Same as :meth:`extract_descriptors`."""
@@ -217,10 +244,10 @@ class ViTLiFTExtractor(nn.Module):
             ``[B, T, C]``; with ``return_inter`` a dictionary of ``"back"`` (backbone), ``"lift_1"``, ``"lift_2"``, ...
 
         Raises:
-            TypeError, ValueError: as :meth:`FrozenViT.forward`; ValueError for a negative ``lift_iter``.
+            TypeError, ValueError: as :meth:`FrozenViT.forward`; ValueError for a negative ``lift_iter``, and as
+                :meth:`check_size`.
         """
-        _check_lift_iter(lift_iter)
-        batch, tokens = self._backbone_tokens(batch)
+        batch, tokens = self._backbone_tokens(batch, lift_iter)
         stages = {"back": tokens}
         for step, seen in enumerate(self._seen_by_steps(batch, lift_iter), start=1):
             tokens = stages[f"lift_{step}"] = self.lift(seen, tokens)  # type: ignore[misc]
@@ -243,8 +270,7 @@ class ViTLiFTExtractor(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`extract_descriptors_iterative_lift`.
         """
-        _check_lift_iter(lift_iter)
-        return self.lift_map(*self._backbone_tokens(batch), lift_iter)
+        return self.lift_map(*self._backbone_tokens(batch, lift_iter), lift_iter)
 
     def descriptor_map(self, batch: Tensor) -> Tensor:
         """:meth:`extract_descriptors` as ``[B, C, h, w]`` (a view with NHWC memory)."""
@@ -267,10 +293,17 @@ class ViTLiFTExtractor(nn.Module):
         start = (self.patch - self.stride) // 2
         return start, start, self.stride * h, self.stride * w
 
-    def _backbone_tokens(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def _backbone_tokens(self, batch: Tensor, lift_iter: int) -> tuple[Tensor, Tensor]:
         """The batch on the extractor's device in its dtype, and the backbone's ``[B, T, C]``."""
-        if isinstance(batch, Tensor) and batch.is_floating_point():
+        _check_lift_iter(lift_iter)
+        if isinstance(batch, Tensor) and (batch.is_nested or batch.layout != torch.strided):
+            check_dense("batch", batch)
+        if isinstance(batch, Tensor) and batch.dtype in FLOATS:
+            if batch.is_meta and self.device.type != "meta":
+                raise ValueError(f"batch is on meta, which has no numbers to move to {self.device}")
             batch = batch.to(self.device, self.dtype)
+            if batch.dim() == 4:
+                self.check_size(batch.shape[-2], batch.shape[-1], lift_iter)
         tokens = self.backbone(batch)
         self.load_size = (batch.shape[-2], batch.shape[-1])
         self.num_patches = self.backbone.grid(*self.load_size)
@@ -392,7 +425,14 @@ def _agree(model: FrozenViT, options: dict[str, Any]) -> FrozenViT:
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"device must be cpu, cuda, cuda:1, ... or None, got {device!r}") from None
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ._text import quoted
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor
-from .images import LoadSize, Picture, as_image, resized_size
+from .images import LoadSize, Picture, as_image, check_size, resized_size
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -91,9 +93,9 @@ class ImageMatches:
             (self.picture_b, self.covered_b, self.size_b, self.xy_b),
         ):
             frames.append(np.asarray(picture.crop((left, top, left + width, top + height))))
-            scale = xy.new_tensor([picture.width / size[1], picture.height / size[0]])
-            loaded = ((xy + 0.5) * scale - 0.5 - xy.new_tensor([left, top])).round().long()
-            positions.append(torch.where((xy < -0.5).any(-1, keepdim=True), -1, loaded).cpu().numpy())
+            scale = _pair(picture.width / size[1], picture.height / size[0], xy, xy.dtype)
+            loaded = ((xy + 0.5) * scale - 0.5 - _pair(left, top, xy, xy.dtype)).round().long()
+            positions.append(loaded.masked_fill((xy < -0.5).any(-1, keepdim=True), -1).cpu().numpy())
         return draw_matches(
             MatchView(
                 picture_a=frames[0],
@@ -158,17 +160,24 @@ def match_images(
     Raises:
         FileNotFoundError: for a missing file.
         TypeError: for pictures or an extractor of another type.
-        ValueError: for pictures that cannot be read or are smaller than a patch, and options out of range.
+        ValueError: for pictures that cannot be read or are smaller than a patch, for more pixels or cells than
+            :func:`lift_fast.images.max_pixels` allows, and options out of range.
     """
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
     for name, value, least in (("step", step, 1), ("lift_iter", lift_iter, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    for name, value in (("mutual", mutual), ("timing", timing)):
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout; it has no meaning with points")
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
+
+    if extractor is not None and extractor.device.type == "meta":
+        raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
 
     clock = _Clock()
     pictures = [as_image(a, "a"), as_image(b, "b")]
@@ -178,20 +187,34 @@ def match_images(
     extractor = _default_extractor() if extractor is None else extractor
     clock.start += time.perf_counter() - paused
     clock.device = extractor.device if timing else None
-    loaded = [extractor.preprocess(picture, _whole_patches(picture, size, extractor)) for picture in pictures]
+    sides = []
+    for came, picture, name in zip((a, b), pictures, "ab", strict=True):
+        height, width = _whole_patches(picture, size, extractor)
+        try:
+            # Both before the first is resized.
+            check_size((width, height), picture.size)
+            extractor.check_size(height, width, lift_iter)
+        except ValueError as error:
+            raise ValueError(f"{quoted(came) if isinstance(came, (str, os.PathLike)) else name}: {error}") from error
+        sides.append((height, width))
+    loaded = [extractor.preprocess(picture, side) for picture, side in zip(pictures, sides, strict=True)]
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
     maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock)
     covered = [extractor.covered(picture.height, picture.width) for _, picture in loaded]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
-        ys, xs = (torch.arange((n - 1) % step // 2, n, step, device=maps[0].device) for n in (height, width))
+        ys, xs = (
+            # A step beyond the picture is no more than its side.
+            torch.arange((n - 1) % step // 2, n, min(step, n), dtype=torch.int64, device=maps[0].device)
+            for n in (height, width)
+        )
         at = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
     else:
         picture = loaded[0][1]
-        scale = torch.tensor([picture.width / sizes[0][1], picture.height / sizes[0][0]], dtype=torch.float64)
-        at = ((pixels + 0.5) * scale).floor().long() - torch.tensor([left, top])
-        at = at.clamp(torch.tensor(0), torch.tensor([width, height]) - 1).to(maps[0].device)
+        scale = _pair(picture.width / sizes[0][1], picture.height / sizes[0][0], pixels)
+        at = ((pixels + 0.5) * scale).floor().to(torch.int64) - _pair(left, top, pixels, torch.int64)
+        at = torch.minimum(at.clamp_min(0), _pair(width - 1, height - 1, pixels, torch.int64)).to(maps[0].device)
     xy, similarity, distance, confidence, valid = _match_both_ways(
         maps, (height, width), frame_b, at, normalize, mutual
     )
@@ -199,12 +222,12 @@ def match_images(
 
     def original(at: Tensor, side: int) -> Tensor:
         (top, left, _, _), (height, width), picture = covered[side], sizes[side], loaded[side][1]
-        scale = torch.tensor([width / picture.width, height / picture.height], dtype=torch.float64, device=at.device)
-        return ((at + torch.tensor([left + 0.5, top + 0.5], device=at.device)) * scale - 0.5).float()
+        scale = _pair(width / picture.width, height / picture.height, at)
+        return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
 
     return ImageMatches(
         xy_a=original(at, 0),
-        xy_b=torch.where((xy < 0).any(-1, keepdim=True), -1.0, original(xy, 1)),
+        xy_b=original(xy, 1).masked_fill((xy < 0).any(-1, keepdim=True), -1.0),
         similarity=similarity,
         distance=distance,
         confidence=confidence,
@@ -228,7 +251,8 @@ def _descriptor_maps(
     """Two maps ``[1, c, h, w]``; pictures of one size go through the networks together."""
     together = batches[0].shape == batches[1].shape
     with torch.no_grad():
-        seen = [extractor._backbone_tokens(batch) for batch in ([torch.cat(list(batches))] if together else batches)]
+        inputs = [torch.cat(list(batches))] if together else batches
+        seen = [extractor._backbone_tokens(batch, lift_iter) for batch in inputs]
         clock.lap("backbone")
         maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
         clock.lap("lift")
@@ -248,11 +272,11 @@ def _match_both_ways(
     points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
     there = dense_match(maps[0], maps[1], size_a, size_b, points=points, normalize=normalize)
     back = dense_match(maps[1], maps[0], size_b, size_a, points=there.xy.clamp_min(0), normalize=normalize)
-    cells = torch.tensor([maps[0].shape[3] / size_a[1], maps[0].shape[2] / size_a[0]], device=start.device)
+    cells = _pair(maps[0].shape[3] / size_a[1], maps[0].shape[2] / size_a[0], start, torch.float32)
     distance = torch.linalg.vector_norm((back.xy - start) * cells, dim=-1)
-    distance = torch.where(there.valid & back.valid, distance, torch.inf)
-    similarity = there.similarity.float()
-    confidence = torch.where(there.valid, similarity.clamp(0, 1) * torch.exp2(-distance), 0.0)
+    distance = distance.masked_fill(~(there.valid & back.valid), torch.inf)
+    similarity = there.similarity.to(torch.float32)
+    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~there.valid, 0.0)
     valid = there.valid & (distance <= 1) if mutual else there.valid
     shape = at.shape[:-1]
     return (
@@ -273,16 +297,30 @@ def _whole_patches(picture: Image.Image, size: LoadSize, extractor: ViTLiFTExtra
     return height, width
 
 
+def _pair(x: float, y: float, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``[2]`` of x and y, on the device of ``like``."""
+    return torch.tensor([x, y], dtype=dtype, device=like.device)
+
+
 def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
     """Check ``points``: ``[P, 2]`` float64 on the CPU."""
-    try:
-        pixels = (points.detach() if isinstance(points, Tensor) else torch.as_tensor(np.asarray(points))).cpu().double()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"points must be [P, 2] numbers (x, y) or None: {error}") from error
+    if isinstance(points, Tensor):
+        if points.layout is not torch.strided or points.is_nested or points.is_quantized or points.is_meta:
+            raise ValueError("points must be a dense tensor that holds its values: [P, 2] numbers (x, y) or None")
+        given = points.detach().cpu()
+    else:
+        try:
+            array = np.asarray(points)
+            given = torch.from_numpy(array if array.dtype.kind not in "iuf" else array.astype(np.float64))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"points must be [P, 2] numbers (x, y) or None: {error}") from error
+    if given.dtype is torch.bool or given.is_complex():
+        raise ValueError(f"points must be [P, 2] real numbers (x, y) or None, got {given.dtype}")
+    pixels = given.to(torch.float64)
     if pixels.dim() != 2 or pixels.shape[1] != 2:
         raise ValueError(f"points must be [P, 2], (x, y) pixels of A, got {list(pixels.shape)}")
     # Written so that NaN fails too.
-    outside = ~((pixels >= 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
+    outside = ~((pixels >= 0) & (pixels < _pair(size[1], size[0], pixels))).all(-1)
     if bool(outside.any()):
         raise ValueError(
             f"points must lie inside A, {size[1]} x {size[0]} pixels wide and high: 0 <= x < {size[1]} and 0 <= y < "

@@ -20,6 +20,7 @@ from .layers import LayerFinder, Up, conv_block
 from .ops.lift_forward import lift_forward
 from .ops.plan_cache import forget_plan
 from .plan import Architecture, span_basis
+from .precision import autocasts, without_autocast
 
 # Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
 _Network = tuple[list[Tensor], list[float], Architecture]
@@ -163,7 +164,7 @@ class LiFT(
             raise ValueError(f"matching_map needs a convolution as outc, this network has a {type(self.outc).__name__}")
         # Half precision would round a second time.
         dtype = torch.promote_types(wide.dtype, torch.float32)
-        with torch.autocast(wide.device.type, enabled=False):
+        with without_autocast(wide.device.type):
             weight, bias = self.outc.weight.flatten(1), self.outc.bias
             basis, _ = span_basis(weight, weight.new_zeros(len(weight)) if bias is None else bias)
             narrow = F.conv2d(wide.to(dtype), basis.to(dtype).t()[:, :, None, None])
@@ -298,7 +299,7 @@ class LiFT(
             raise ValueError(
                 f"imgs are on {imgs.device}, x on {device}, LiFT's weights on {weight.device}; move all to one"
             )
-        if (imgs.dtype != dtype or dtype != weight.dtype) and not _autocasts(device.type):
+        if (imgs.dtype != dtype or dtype != weight.dtype) and not autocasts(device.type):
             raise ValueError(
                 f"imgs are {imgs.dtype}, x is {x.dtype}, LiFT's weights are {weight.dtype}; "
                 "convert them to one dtype or use torch.autocast"
@@ -314,11 +315,6 @@ def _architecture(image_blocks: int, patch_size: int) -> Architecture:
 
 
 _known_architecture = cache(_architecture)
-
-
-def _autocasts(kind: str) -> bool:
-    # PyTorch refuses the question for tensors without memory.
-    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:

@@ -1,6 +1,8 @@
-"""Which numbers a processor computes in by itself, and which it only emulates."""
+"""Which numbers a processor computes in by itself and which it only emulates; autocast on any device."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -15,3 +17,14 @@ def cpu_computes(dtype: torch.dtype) -> bool:
         known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return known is not None and bool(known())
     return dtype in (torch.float32, torch.float64)
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for tensors on this kind of device."""
+    # PyTorch refuses the question for tensors without memory.
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """A context in which autocast is off for tensors on this kind of device."""
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

@@ -26,7 +26,7 @@ def randomize(module: Module, seed: int) -> Module:
 
     Fresh modules have mean 0, variance 1, scale 1 and shift 0, with which a wrong fold goes unnoticed.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             with torch.no_grad():
@@ -37,7 +37,8 @@ def randomize(module: Module, seed: int) -> Module:
                     (norm.running_var, 0.3, 2.0),
                 ):
                     if tensor is not None:
-                        random = torch.empty(tensor.shape).uniform_(low, high, generator=generator)
+                        random = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+                        random.uniform_(low, high, generator=generator)
                         tensor.copy_(random)
     return module
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "isa.hpp"
+#include "stop.hpp"
 
 namespace lift_fast {
 
@@ -32,6 +33,7 @@ struct DenseMatchCall {
   float* similarity;   // [points]; -inf where there is no match
   std::int64_t* index;  // [points] row-major key pixel, the lowest of equals; -1 where there is no match
   int threads;
+  Stop* stop;  // or null
   // Set by dense_match_run.
   std::int64_t strips_padded, width_padded, scratch_words;
   const float* strip_weights;  // [x.strips, width_padded], NaN beyond the strip
@@ -47,7 +49,8 @@ struct DenseMatchCall {
 
 constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
 
-// Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc.
+// Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc. Where it is stopped the outputs hold
+// anything.
 void dense_match_run(DenseMatchCall call, CpuIsa isa);
 
 // One per translation unit.

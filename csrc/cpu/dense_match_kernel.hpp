@@ -365,7 +365,9 @@ inline void run_dense_match(const DenseMatchCall& call) {
     for (std::int64_t row = 0; row < call.rows; ++row) call.row_best[row] = best_cell(call.table + row * cells, cells);
     Matcher matcher(call, call.scratch + thread_index() * call.scratch_words);
 #pragma omp for schedule(dynamic, 4)
-    for (std::int64_t group = 0; group < call.groups; ++group) matcher.match(group);
+    for (std::int64_t group = 0; group < call.groups; ++group) {
+      if (!stopped(call.stop)) matcher.match(group);
+    }
   }
 }
 

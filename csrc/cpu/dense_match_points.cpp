@@ -38,7 +38,7 @@ void dense_match_points_run(const DenseMatchPointsCall& call, CpuIsa isa) {
   for (std::int64_t i = 0; i < 4 * portion; ++i) corners[i] = static_cast<std::int32_t>(i / 4);
   for (std::int64_t i = 0; i < 2 * portion; ++i) weights[i] = 0.0f;
 
-  for (std::int64_t first = 0; first < call.count; first += portion) {
+  for (std::int64_t first = 0; first < call.count && !stopped(call.stop); first += portion) {
     const std::int64_t count = std::min(portion, call.count - first);
     MapSampleCall sample{};
     sample.points = call.points + 2 * first;
@@ -82,6 +82,7 @@ void dense_match_points_run(const DenseMatchPointsCall& call, CpuIsa isa) {
     match.similarity = call.similarity + first;
     match.index = call.index + first;
     match.threads = call.threads;
+    match.stop = call.stop;
     dense_match_run(match, isa);
   }
 }

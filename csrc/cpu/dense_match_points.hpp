@@ -28,6 +28,7 @@ struct DenseMatchPointsCall {
   std::int64_t* index;         // [count] row-major key pixel, the lowest of equals; -1 where there is no match
   std::int64_t table_bytes;    // of similarities that exist at one time, beyond those of one point
   int threads;
+  Stop* stop;                  // or null
 };
 
 // Throws std::invalid_argument for sizes, strides or addresses that do not fit and for points outside the picture,

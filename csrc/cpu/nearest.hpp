@@ -10,6 +10,7 @@
 #include <string>
 
 #include "isa.hpp"
+#include "stop.hpp"
 
 namespace lift_fast {
 
@@ -27,6 +28,7 @@ struct NearestCall {
   std::int64_t* index;  // [batch, n, k]
   std::int64_t* back;   // [batch, n] or null: the query that is most similar to the best key
   int threads;
+  Stop* stop;           // or null
 };
 
 enum class NearestIsa : std::int32_t { baseline, avx2, avx2_int16, avx512, avx512_int16, avx512_bf16 };
@@ -38,7 +40,7 @@ const char* nearest_isa_name(NearestIsa isa);
 NearestIsa nearest_isa(const std::string& name);
 
 // Working memory: a copy of one batch's keys in the search's type, and at most 16 MiB for the reverse direction.
-// Throws std::invalid_argument for sizes out of range, std::bad_alloc.
+// Throws std::invalid_argument for sizes out of range, std::bad_alloc. Where it is stopped the outputs hold anything.
 void nearest_run(NearestCall call, NearestIsa isa);
 
 // A query row's running matches.

@@ -18,6 +18,9 @@ constexpr int kVectors = Isa::key_vectors;
 constexpr int kKeys = kLanes * kVectors;
 constexpr int kChannels = Isa::channels_per_word;
 constexpr bool kIntegers = Isa::integers;
+// Panels of keys, rows, panels to pack and keys between two looks whether to stop: at most milliseconds each. Small work
+// never looks: that would be noticed where there are thousands of small batches.
+constexpr std::int64_t kPanelsBetween = 256, kRowsBetween = 256, kPanelsPacked = 16, kKeysBetween = 16;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 static_assert(kKeys <= 32, "the keys of a tile are told apart by the bits of a word");
@@ -356,6 +359,7 @@ class Task {
     alignas(64) float table[kQueries * kKeys];
     // A panel of keys meets all query panels of the task while it is in the cache.
     for (std::int64_t k = 0; k < work.padded_keys / kKeys; ++k) {
+      if (k % kPanelsBetween == kPanelsBetween - 1 && stopped(call.stop)) break;
       for (std::int64_t p = 0; p < panels; ++p) {
         multiply(packed_ + p * kQueries * words_, steps_ + p * kQueries, packed_keys + k * kKeys * words_,
                  work.key_steps + k * kKeys, work.key_bias + k * kKeys, words_, table);
@@ -526,6 +530,7 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
   Batch batch{call, work, whole.query, whole.key, 1.0, 1.0, 0.0, 0.0, 0.0};
   float widest = 0;
   double longest_norm[2] = {};
+  bool over = false;
 
 #pragma omp parallel num_threads(whole.threads)
   {
@@ -542,16 +547,24 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
         longest_norm[0] = longest_norm[1] = 0;
         batch.key_length = batch.key_moved = 0;
         widest = 0;
+        over = b > 0 && stopped(whole.stop);
       }
+      if (over) break;
       double longest = 0;
+      // Once stopped, what is left undone is read as numbers alone, never as a place.
+      bool skip = false;
 #pragma omp for schedule(static) nowait
       for (std::int64_t i = 0; i < whole.n; ++i) {
+        if (i % kRowsBetween == kRowsBetween - 1) skip = stopped(whole.stop);
+        if (skip) continue;
         work.query_norms[i] = row_norm(batch.queries + i * whole.c, whole.c);
         if (work.query_norms[i] > longest) longest = work.query_norms[i];
       }
       double longest_key = 0;
 #pragma omp for schedule(static) nowait
       for (std::int64_t i = 0; i < whole.m; ++i) {
+        if (i % kRowsBetween == kRowsBetween - 1) skip = stopped(whole.stop);
+        if (skip) continue;
         work.key_norms[i] = row_norm(batch.keys + i * whole.c, whole.c);
         if (work.key_norms[i] > longest_key) longest_key = work.key_norms[i];
         if (reverse) work.wanted[i] = -kInfinity;
@@ -576,6 +589,8 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       double moved = 0, length = 0;
 #pragma omp for schedule(static) nowait
       for (std::int64_t p = 0; p < work.padded_keys / kKeys; ++p) {
+        if (p % kPanelsPacked == kPanelsPacked - 1) skip = stopped(whole.stop);
+        if (skip) continue;
         float* panel = work.packed_keys + p * kKeys * words;
         for (int r = 0; r < kKeys; ++r) {
           const std::int64_t key = p * kKeys + r;
@@ -605,6 +620,11 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (std::int64_t first = 0; first < panels; first += piece) {
         const std::int64_t end = smaller(panels, first + piece);
+        if (stopped(whole.stop)) {
+          // What comes after reads these.
+          for (std::int64_t i = first * kQueries; i < smaller(end * kQueries, whole.n); ++i) call.index[i * whole.k] = -1;
+          continue;
+        }
         for (std::int64_t from = first; from < end; from += work.task_panels) {
           const float bound = task.run(from, smaller(work.task_panels, end - from));
           if (bound > wide) wide = bound;
@@ -625,7 +645,8 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       }
 #pragma omp for schedule(dynamic, 16)
       for (std::int64_t key = 0; key < whole.m; ++key) {
-        if (work.wanted[key] > -kInfinity) work.key_back[key] = best_query(batch, key, widest);
+        if (key % kKeysBetween == kKeysBetween - 1) skip = stopped(whole.stop);
+        if (work.wanted[key] > -kInfinity && !skip) work.key_back[key] = best_query(batch, key, widest);
       }
 #pragma omp for schedule(static)
       for (std::int64_t i = 0; i < whole.n; ++i) {

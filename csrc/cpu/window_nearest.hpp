@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "isa.hpp"
+#include "stop.hpp"
 
 namespace lift_fast {
 
@@ -22,6 +23,7 @@ struct WindowNearestCall {
   float* similarity;    // [batch, queries, k], descending; -inf where there is no match
   std::int64_t* index;  // [batch, queries, k] keys, numbered over all frames, the lowest of equals first; or -1
   int threads;
+  Stop* stop;           // or null; where it is stopped the outputs hold anything
   // Set by window_nearest_run.
   const std::int32_t* row_low;   // [query_h] key rows in the window of a query row, both ends included; may be empty
   const std::int32_t* row_high;

@@ -309,6 +309,7 @@ void run_window_nearest(const WindowNearestCall& call) {
         }
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
+          if (stopped(call.stop)) continue;
           const std::int64_t begin = task * call.tiles_per_task, end = smaller(begin + call.tiles_per_task, tiles);
           const float* packed_queries = call.pack_queries_once ? call.packed_queries + begin * packed_tile : own_queries;
           std::int32_t low = static_cast<std::int32_t>(call.key_h), high = -1;

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import FLOATS, check_dense
 from ..defaults import plain_defaults
+from ..images import check_cells
+from ..precision import autocasts, without_autocast
 from ..witnesses import Witnesses
 from . import in_place
 from .position import RULES, Grid
@@ -111,6 +114,20 @@ class FrozenViT(nn.Module):
         p, s = self.patch_size, self.stride
         return 1 + (height - p) // s, 1 + (width - p) // s
 
+    def check_size(self, height: int, width: int) -> Grid:
+        """:meth:`grid` of a picture that can be run.
+
+        Raises:
+            ValueError: for a picture smaller than one patch, or of more tokens than :func:`lift_fast.images.max_pixels`
+                allows.
+        """
+        p = self.patch_size
+        if height < p or width < p:
+            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+        grid = self.grid(height, width)
+        check_cells(*grid, f"imgs of {height} x {width} pixels at stride {self.stride} make a grid of")
+        return grid
+
     def strided(self, stride: int) -> FrozenViT:
         """The same backbone on the same weights with patches ``stride`` pixels apart.
 
@@ -138,7 +155,7 @@ class FrozenViT(nn.Module):
 
         Raises:
             TypeError: if ``imgs`` is no tensor.
-            ValueError: for a wrong shape, dtype or device, an empty batch, or a picture smaller than one patch.
+            ValueError: for a wrong shape, dtype or device, an empty batch, and as :meth:`check_size`.
         """
         grid = self._check(imgs)
         model = self.model
@@ -193,7 +210,7 @@ class FrozenViT(nn.Module):
             return cached[1]
         # Built outside inference mode and autocast, which the cache outlives, and apart from the program's defaults.
         kind = weight.device.type
-        with plain_defaults(), torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+        with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast(kind):
             position = self._build_position(grid)
             self._positions[key] = (Witnesses(sources), position)
         while len(self._positions) > _CACHED_GRIDS:
@@ -254,25 +271,25 @@ class FrozenViT(nn.Module):
     def _check(self, imgs: Tensor) -> Grid:
         if not isinstance(imgs, Tensor):
             raise TypeError(f"imgs must be a tensor [B, 3, H, W], got {type(imgs).__name__}")
+        if imgs.is_nested or imgs.layout != torch.strided:
+            check_dense("imgs", imgs)
         if imgs.dim() != 4 or imgs.shape[1] != 3:
             raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
         if imgs.shape[0] == 0:
             raise ValueError("imgs is an empty batch (B = 0); pass at least one picture")
-        p, (height, width) = self.patch_size, imgs.shape[2:]
-        if height < p or width < p:
-            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
-        if not imgs.is_floating_point():
+        grid = self.check_size(*imgs.shape[2:])
+        if imgs.dtype not in FLOATS:
             raise ValueError(
                 f"imgs must be floating point and normalised with mean {self.mean} and std {self.std}, got {imgs.dtype}"
             )
         weight = self.model.patch_embed.proj.weight
         if imgs.device != weight.device:
             raise ValueError(f"imgs are on {imgs.device}, the backbone is on {weight.device}; move one of them")
-        if imgs.dtype != weight.dtype and not torch.is_autocast_enabled(imgs.device.type):
+        if imgs.dtype != weight.dtype and not autocasts(imgs.device.type):
             raise ValueError(
                 f"imgs are {imgs.dtype}, the backbone is {weight.dtype}; convert one of them or use torch.autocast"
             )
-        return self.grid(height, width)
+        return grid
 
     def extra_repr(self) -> str:
         return (

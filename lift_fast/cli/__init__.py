@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
+
+from lift_fast._interrupts import STATUS, ending_at_once
+from lift_fast._text import one_line
 
 from . import eval as evaluation
 from . import extract, info, match, show, train
 from .errors import UsageError
+from .options import run_within_limits
 
+_SILENCE = logging.NullHandler()
 _EPILOG = "Each command has its own --help with an example."
 
 
@@ -29,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
+    Args:
+        argv: its words; None takes those of this process, which is then the command line's own: Ctrl-C ends it at once.
+
     Returns:
         0 on success, 1 if some inputs had to be skipped or a training diverged or could not be saved, 2 for input that
         cannot be used (said on stderr), 130 after an interrupt, 143 after a SIGTERM that saved a training.
@@ -43,16 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
+    name = f"lift-fast {arguments.command}"
     try:
-        status: int = arguments.run(arguments)
+        with ending_at_once(name) if argv is None else nullcontext(), warnings.catch_warnings():
+            # What it has to say of a file does not name the file; what matters is said as an error.
+            warnings.filterwarnings("ignore", module="PIL")
+            logging.getLogger("PIL").addHandler(_SILENCE)
+            return run_within_limits(arguments)
     except UsageError as error:
-        print(f"lift-fast {arguments.command}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of a pipe, such as head, has seen enough. Python would fail once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"\nlift-fast {arguments.command}: interrupted", file=sys.stderr)
-        return 130
-    return status
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return STATUS

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from lift_fast._files import require_writable
+from lift_fast._text import quoted
 
 
 class UsageError(Exception):
@@ -19,3 +23,23 @@ def as_usage_error() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, WeightsNotFoundError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def writing(path: Path, note: str = "") -> Iterator[None]:
+    """What is inside writes ``path``: no room or no permission is the input's fault; ``note`` ends the message."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {quoted(path)}: {error.strerror or error}; put that right and run the same command again"
+            + (f", {note}" if note else "")
+        ) from error
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    try:
+        require_writable(path)
+    except ValueError as error:
+        raise UsageError(f"--{option} {quoted(path)}: {error}") from error

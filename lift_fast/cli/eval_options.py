@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError, as_usage_error
+from .errors import UsageError, as_usage_error, check_output
 from .options import add_model_options, add_output_options, positive, takes_demonstration_lift
 
 if TYPE_CHECKING:
@@ -152,10 +152,8 @@ def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
     """Refuse what could not be written (--out, --table and ``more``), before hours of work."""
     for option in ("out", "table", *more):
         path = getattr(arguments, option, None)
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
-        if path is not None and path.is_dir():
-            raise UsageError(f"--{option} {path} is a folder; give a file")
+        if path is not None:
+            check_output(option, path)
 
 
 def check_folder(option: str, path: Path) -> None:

@@ -11,7 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError, as_usage_error
+from lift_fast._files import atomic_path, make_folder
+from lift_fast._text import one_line, quoted
+
+from .errors import UsageError, as_usage_error, writing
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
 if TYPE_CHECKING:
@@ -63,15 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, world: World) -> int:
     from tqdm import tqdm
 
-    from lift_fast._files import make_folder
-
     quiet = arguments.quiet or not world.leads
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
         make_folder(arguments.out)
     # Shared out before looking at what is there: meanwhile other processes write.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
-    waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.exists()}
+    waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
     skipped = len(jobs) - len(waiting)
     if skipped and not quiet and world.size == 1:
         print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
@@ -113,7 +114,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     failed = [message for share in shares for message in share[2]]
     for message in failed:
-        print(f"skipped: {message}", file=sys.stderr)
+        print(f"skipped: {one_line(message)}", file=sys.stderr)
     figures = {
         "out": str(arguments.out),
         "written": sum(share[0] for share in shares),
@@ -125,8 +126,8 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         print(json.dumps(figures))
     elif not arguments.quiet:
         print(
-            f"wrote {figures['written']} files to {arguments.out} in {figures['seconds']} s"
-            + (f", {len(failed)} pictures could not be read" if failed else ""),
+            f"wrote {figures['written']} files to {quoted(arguments.out)} in {figures['seconds']} s"
+            + (f", {len(failed)} of {figures['written'] + len(failed)} pictures were skipped" if failed else ""),
             file=sys.stderr,
         )
     return 1 if failed else 0
@@ -150,7 +151,10 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
                     out / (entry.name if entry.is_dir() else entry.parent.name) / inside.with_name(inside.name + ".npz")
                 )
             if target in taken and taken[target] != source:
-                raise UsageError(f"{source} and {taken[target]} would both be written to {target}; extract them apart")
+                raise UsageError(
+                    f"{quoted(source)} and {quoted(taken[target])} would both be written to {quoted(target)}; extract "
+                    "them apart"
+                )
             taken[target] = source
             jobs[source] = target
     return jobs
@@ -160,19 +164,27 @@ def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
 ) -> Iterator[tuple[list[torch.Tensor], list[tuple[Path, tuple[int, int]]]]]:
     """Neighbouring pictures of one size, up to ``--batch-size``; pictures that cannot be read go to ``failed``."""
-    from lift_fast.images import read_image
+    from lift_fast.images import check_size, read_image, resized_size
 
     batch: list[torch.Tensor] = []
     members: list[tuple[Path, tuple[int, int]]] = []
     for source, target in waiting.items():
         try:
             picture = read_image(source)
-            tensor, _ = extractor.preprocess(picture, arguments.size)
-            extractor.backbone.grid(*tensor.shape[2:])
         except (ValueError, OSError) as error:
+            # Names the file.
             failed.append(str(error))
             bar.update()
             continue
+        try:
+            width, height = resized_size(picture.size, arguments.size)
+            check_size((width, height), picture.size)
+            extractor.check_size(height, width, arguments.iterations)
+        except ValueError as error:
+            failed.append(f"{quoted(source)}: {error}")
+            bar.update()
+            continue
+        tensor, _ = extractor.preprocess(picture, arguments.size)
         if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
             yield batch, members
             batch, members = [], []
@@ -192,8 +204,6 @@ def _extract(
     import numpy as np
     import torch
 
-    from lift_fast._files import atomic_path
-
     pictures = torch.cat(batch)
     height, width = pictures.shape[2:]
     with torch.inference_mode(), as_usage_error():
@@ -203,7 +213,7 @@ def _extract(
         grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
     stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
     for descriptors, (target, file_size) in zip(stored, members, strict=True):
-        try:
+        with writing(target, "what was written before is kept"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(target) as temporary, temporary.open("wb") as file:
                 np.savez(
@@ -213,8 +223,3 @@ def _extract(
                     file_size=np.array(file_size),
                     settings=np.array(settings),
                 )
-        except OSError as error:
-            raise UsageError(
-                f"cannot write {target}: {error.strerror or error}; put that right and run the same command again, "
-                "what was written before is kept"
-            ) from error

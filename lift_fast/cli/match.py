@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError, as_usage_error
+from lift_fast._files import atomic_path, require_regular_file
+from lift_fast._text import quoted
+
+from .errors import UsageError, as_usage_error, check_output, writing
 from .options import add_model_options, add_output_options, build_extractor, describe, positive, remarks
 
 _DESCRIPTION = """Match every n-th pixel of picture A to the most similar pixel of picture B, draw the matches on one
@@ -46,17 +49,17 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Match, draw, write. Returns the exit status."""
     if arguments.out.suffix.lower() != ".png":
-        raise UsageError(f"--out must end in .png, got {arguments.out}; the numbers go beside it as .npz")
-    if not arguments.out.parent.is_dir():
-        raise UsageError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
-    for path in (arguments.a, arguments.b):
-        if not path.is_file():
-            raise UsageError(f"no picture at {path}")
+        raise UsageError(f"--out must end in .png, got {quoted(arguments.out)}; the numbers go beside it as .npz")
+    numbers = arguments.out.with_suffix(".npz")
+    for path in (arguments.out, numbers):
+        check_output("out", path)
+    with as_usage_error():
+        for path in (arguments.a, arguments.b):
+            require_regular_file(path, "picture")
 
     import numpy as np
 
     from lift_fast import match_images
-    from lift_fast._files import atomic_path
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
@@ -87,11 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
     )
     sheet = matches.draw(lines=arguments.lines, caption=caption)
-    with atomic_path(arguments.out) as temporary:
-        sheet.save(temporary, format="PNG")
-    numbers = arguments.out.with_suffix(".npz")
-    with atomic_path(numbers) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
+    # Both or neither.
+    with writing(arguments.out), atomic_path(arguments.out) as drawn, atomic_path(numbers) as temporary:
+        sheet.save(drawn, format="PNG")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
     seconds["draw"] = time.perf_counter() - start
     if arguments.json:
         figures = {
@@ -115,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(caption)
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
-        say(f"wrote {arguments.out} and {numbers}")
+        say(f"wrote {quoted(arguments.out)} and {quoted(numbers)}")
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from lift_fast import demonstration
+from lift_fast._text import quoted
 
 from .errors import UsageError, as_usage_error
 
@@ -24,6 +25,17 @@ def positive(text: str) -> int:
 def whole(text: str) -> int:
     """argparse type: an integer >= 0."""
     return _at_least(0, text)
+
+
+def seed(text: str) -> int:
+    """argparse type: an integer that PyTorch's generators take."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, got {text!r}")
+    return value
 
 
 def _at_least(least: int, text: str) -> int:
@@ -81,10 +93,31 @@ def add_model_options(
             metavar="S",
             help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
         )
+    add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
-    group.add_argument("--seed", type=int, default=0, help="of random weights (%(default)s)")
+    group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
+
+
+def add_pixel_limit(group: argparse._ArgumentGroup) -> None:
+    """The option for :func:`lift_fast.images.set_max_pixels`."""
+    group.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="refuse pictures that would be loaded at more pixels, files of more than four times as many, and maps of "
+        "more than a cell for each 64 (33554432, which is 8192 x 4096)",
+    )
+
+
+def run_within_limits(arguments: argparse.Namespace) -> int:
+    """Run the command that ``arguments`` name, under the limits that they give. Returns the exit status."""
+    from lift_fast.images import pixel_limit
+
+    with pixel_limit(getattr(arguments, "max_pixels", None)):
+        status: int = arguments.run(arguments)
+    return status
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +144,6 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
         raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
     with as_usage_error():
         try:
-            device = None if arguments.device is None else torch.device(arguments.device)
             return ViTLiFTExtractor(
                 arguments.model,
                 arguments.lift,
@@ -120,7 +152,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
                 stride=arguments.stride,
                 layer=arguments.layer,
                 facet=arguments.facet,
-                device=device,
+                device=arguments.device,
                 silent=True,
                 random_lift=arguments.random_lift,
                 weights=arguments.weights,
@@ -129,7 +161,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
                 dtype=getattr(torch, arguments.dtype),
             )
         except RuntimeError as error:
-            # A device that does not exist, by its name or on this machine.
+            # A device that this machine does not have.
             if arguments.device is not None and type(error) is RuntimeError:
                 raise UsageError(f"--device {arguments.device}: {error}") from error
             raise
@@ -163,11 +195,11 @@ def describe(arguments: argparse.Namespace) -> str:
     if arguments.random_weights:
         backbone += " (random weights)"
     elif arguments.weights:
-        backbone += f" ({os.path.basename(arguments.weights)})"
+        backbone += f" ({quoted(os.path.basename(arguments.weights))})"
     if arguments.random_lift:
         lift = "LiFT (random weights)"
     elif arguments.lift:
-        lift = f"LiFT ({os.path.basename(arguments.lift)})"
+        lift = f"LiFT ({quoted(os.path.basename(arguments.lift))})"
     else:
         return f"{backbone}, no LiFT"
     return f"{backbone} + {lift}" + (f" x {arguments.iterations}" if arguments.iterations > 1 else "")

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError, as_usage_error
+from lift_fast._files import atomic_path, require_regular_file
+from lift_fast._text import quoted
+
+from .errors import UsageError, as_usage_error, check_output, writing
 from .eval_options import METHODS, build
 from .options import (
     add_model_options,
@@ -76,18 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
         if path is None:
             continue
         if path.suffix.lower() not in suffixes:
-            raise UsageError(f"--{option} must end in {suffixes[0]}, got {path}")
-        if not path.parent.is_dir():
-            raise UsageError(f"--{option} {path}: the folder {path.parent} does not exist; make it first")
+            raise UsageError(f"--{option} must end in {suffixes[0]}, got {quoted(path)}")
+        check_output(option, path)
     paths = [path for path in (arguments.a, arguments.b) if path is not None]
-    for path in paths:
-        if not path.is_file():
-            raise UsageError(f"no picture at {path}")
+    with as_usage_error():
+        for path in paths:
+            require_regular_file(path, "picture")
     if not -1 < arguments.tau < 1:
         raise UsageError(f"--tau {arguments.tau}: must lie between -1 and 1")
 
     from lift_fast import show
-    from lift_fast._files import atomic_path
     from lift_fast.images import read_image
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
@@ -103,11 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
         points = arguments.point or [((images[0].width - 1) // 2, (images[0].height - 1) // 2)]
         for x, y in points:
             if x >= images[0].width or y >= images[0].height:
-                raise UsageError(
-                    f"--point {x},{y} lies outside {paths[0]}, which is {images[0].width} x {images[0].height} pixels"
-                )
+                size = f"{images[0].width} x {images[0].height}"
+                raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which is {size} pixels")
         pictures = [
-            show.load(path.name, image, arguments.size, backbone, methods)
+            show.load(quoted(path.name), image, arguments.size, backbone, methods)
             for path, image in zip(paths, images, strict=True)
         ]
         sizes = ", ".join(f"{shown.size[1]} x {shown.size[0]}" for shown in pictures)
@@ -119,15 +119,15 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is not None:
             centres = [(x + 0.5, y + 0.5) for x, y in points]
             sheet = show.draw_sheet(pictures, centres, arguments.views, caption=caption, tau=arguments.tau)
-            with atomic_path(arguments.out) as temporary:
+            with writing(arguments.out), atomic_path(arguments.out) as temporary:
                 sheet.save(temporary, format="PNG")
             figures["out"] = str(arguments.out)
-            say(f"wrote {arguments.out}")
+            say(f"wrote {quoted(arguments.out)}")
         if arguments.html is not None:
             text, errors = show.build_page(
                 pictures, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
             )
-            with atomic_path(arguments.html) as temporary:
+            with writing(arguments.html), atomic_path(arguments.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             figures["html"] = str(arguments.html)
             for name, error in errors.items():
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
                     f"{name}: similarities in the page are off by {error.mean:.1e}, at most {error.most:.1e}; "
                     f"{error.same_best:.1%} of the best cells are the same"
                 )
-            say(f"wrote {arguments.html} ({arguments.html.stat().st_size / 1e6:.1f} MB)")
+            say(f"wrote {quoted(arguments.html)} ({arguments.html.stat().st_size / 1e6:.1f} MB)")
     if arguments.json:
         print(json.dumps(figures))
     return 0

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lift_fast._text import one_line, quoted
+
 from .errors import UsageError, as_usage_error
-from .options import add_output_options, positive, whole
+from .options import add_output_options, add_pixel_limit, positive, whole
 
 _DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
 picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
@@ -60,6 +62,7 @@ def add_parser(commands: Any) -> None:
         help="both sides to S, as published, or the shorter side and the centre (%(default)s)",
     )
     group.add_argument("--jitter", type=float, default=0.2, metavar="X", help="colour jitter, 0 for none (%(default)s)")
+    add_pixel_limit(group)
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
     group.add_argument(
         "--holdout",
@@ -160,20 +163,25 @@ def run(arguments: argparse.Namespace) -> int:
         except FileExistsError as error:
             raise UsageError(f"{error} (--resume, --overwrite, --out)") from error
         except (FloatingPointError, NotSaved) as error:
-            print(f"lift-fast train: {error}", file=sys.stderr)
+            print(f"lift-fast train: {one_line(error)}", file=sys.stderr)
             return 1
         except Interrupted as stop:
             if leads():
-                print(f"lift-fast train: {stop}", file=sys.stderr)
+                print(f"lift-fast train: {one_line(stop)}", file=sys.stderr)
             return 128 + stop.number
     if not leads():
         return 0
     for message in figures["unreadable"]:
-        print(f"skipped: {message}", file=sys.stderr)
+        print(f"skipped: {one_line(message)}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(figures))
     elif not arguments.quiet:
         speed = figures["images_per_second"]
         rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
-        print(f"wrote {figures['lift']} after {figures['steps']} steps, {figures['seconds']} s{rate}", file=sys.stderr)
+        skipped = len(figures["unreadable"])
+        others = f"; others took the place of {skipped} pictures that could not be used" if skipped else ""
+        print(
+            f"wrote {quoted(figures['lift'])} after {figures['steps']} steps, {figures['seconds']} s{rate}{others}",
+            file=sys.stderr,
+        )
     return 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lift_fast.images import to_tensor
+from lift_fast.images import resize, to_tensor
 
 from .charts import Series, line_chart
 from .cka_run import CKARun
@@ -270,7 +270,7 @@ def _name(path: Path, root: Path | None) -> str:
 
 
 def _square(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return to_tensor(image.resize((size, size), Image.Resampling.LANCZOS), mean, std)
+    return to_tensor(resize(image, (size, size)), mean, std)
 
 
 def _means(scores: list[list[float]], seed: int) -> list[Estimate]:

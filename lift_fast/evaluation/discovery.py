@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.images import to_tensor
+from lift_fast.images import check_size, to_tensor
 from lift_fast.pictures import confidence_colours, place_cells
 
 from .boxes import Box, BoxDataSet, Sample
@@ -130,6 +130,7 @@ def prepare(
         raise ValueError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
     stretch = resolution is not None and rule == "published"
     if resolution is not None:
+        check_size((resolution, resolution))
         how = Image.Resampling.BILINEAR if stretch else Image.Resampling.LANCZOS
         image = image.resize((resolution, resolution), how)
     tensor = to_tensor(image, backbone.mean, backbone.std)

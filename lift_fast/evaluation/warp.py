@@ -33,7 +33,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from lift_fast.images import read_image, to_tensor
+from lift_fast.images import check_size, read_image, resize, to_tensor
 from lift_fast.matching import dense_match
 from lift_fast.training.pictures import color_jitter
 
@@ -135,6 +135,7 @@ def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image
 
     Sampled as finely as the photograph is (bicubic), then brought to size (Lanczos).
     """
+    check_size((size, size))
     width, height = photograph.size
     base = min(width, height)
     # How many of the base's pixels the view's side spans where it looks closest.
@@ -147,7 +148,7 @@ def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image
     view = photograph.transform(
         (fine, fine), Image.Transform.PERSPECTIVE, tuple(matrix.flatten()[:8]), Image.Resampling.BICUBIC
     )
-    return view if fine == size else view.resize((size, size), Image.Resampling.LANCZOS)
+    return resize(view, (size, size))
 
 
 def change_colours(view: Image.Image, random: np.random.Generator) -> Image.Image:

@@ -170,7 +170,7 @@ class Picture(NamedTuple):
 
     def arguments(self) -> tuple[int, int, int, tuple[int, int], bool]:
         """The map as the native core takes it."""
-        return memory.address(self.tokens), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
+        return _native.address(self.tokens), self.tokens.stride(1), self.tokens.stride(0), self.grid, self.unnormalized
 
     def axes(self) -> tuple[Axis, Axis]:
         device, dtype = self.tokens.device, self.tokens.dtype
@@ -369,7 +369,7 @@ class _Strips(NamedTuple):
 
     def arguments(self) -> tuple[int, ...]:
         strips = self.low.shape[0]
-        return (self.cells, self.pixels, strips, *(memory.address(part) for part in self[2:]))
+        return (self.cells, self.pixels, strips, *(_native.address(part) for part in self[2:]))
 
 
 @lru_cache(maxsize=64)
@@ -410,17 +410,17 @@ class _NativeSearch:
         similarity = memory.new_empty(table, weights.shape[0])
         index = memory.empty(weights.shape[0], dtype=torch.int64, device="cpu")
         _native.require().dense_match_f32(
-            memory.address(table),
+            _native.address(table),
             table.shape[0],
             corners.shape[0],
-            memory.address(corners),
-            memory.address(start),
-            memory.address(weights),
+            _native.address(corners),
+            _native.address(start),
+            _native.address(weights),
             self.y.arguments(),
             self.x.arguments(),
-            0 if self.scale is None else memory.address(self.scale),
-            memory.address(similarity),
-            memory.address(index),
+            0 if self.scale is None else _native.address(self.scale),
+            _native.address(similarity),
+            _native.address(index),
             torch.get_num_threads(),
             _env.cpu_isa(),
         )
@@ -465,7 +465,7 @@ def _match_few(
     similarity = memory.new_empty(query.tokens, len(at))
     index = memory.empty(len(at), dtype=torch.int64, device="cpu")
     _native.require().dense_match_points_f32(
-        memory.address(at),
+        _native.address(at),
         len(at),
         query.tokens.shape[1],
         query.arguments(),
@@ -474,9 +474,9 @@ def _match_few(
         per_pixel,
         search.y.arguments(),
         search.x.arguments(),
-        0 if search.scale is None else memory.address(search.scale),
-        memory.address(similarity),
-        memory.address(index),
+        0 if search.scale is None else _native.address(search.scale),
+        _native.address(similarity),
+        _native.address(index),
         _TABLE_BUDGET,
         torch.get_num_threads(),
         _env.cpu_isa(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.images import LoadSize, resized_size, to_tensor
+from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor
 from lift_fast.pictures import Pixels
 
 
@@ -47,11 +47,18 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
 
     Raises:
-        ValueError: for a size out of range, or a method whose map has another form or is not finite.
+        ValueError: for a size out of range or beyond :func:`lift_fast.images.max_pixels`, or a method whose map has
+            another form or is not finite.
     """
     patch = backbone.patch_size
-    wide, tall = (max(patch, round(side / patch) * patch) for side in resized_size(image.size, size))
-    resized = image.resize((wide, tall), Image.Resampling.LANCZOS)
+    try:
+        wanted = resized_size(image.size, size)
+        check_size(wanted, image.size)
+        wide, tall = (max(patch, round(side / patch) * patch) for side in wanted)
+        resized = resize(image, (tall, wide))
+        backbone.check_size(tall, wide)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     weight = backbone.model.patch_embed.proj.weight
     batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(weight.device, weight.dtype))
     features = {}
@@ -123,10 +130,10 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     basis = vectors.flip(1)[:, :count]
     projected = centred @ basis
     projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
-    low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64, device="cpu"), dim=0)
     # Components that are rounding alone would fill the picture with noise.
     real = values.flip(0)[:count] > 1e-9 * len(every)
-    colours = torch.full((len(every), 3), 0.5, dtype=torch.float64)
+    colours = torch.full((len(every), 3), 0.5, dtype=torch.float64, device="cpu")
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     colours[:, :count] = torch.where(real, scaled, 0.5)
     pixels = (colours * 255).round().to(torch.uint8).numpy()

@@ -120,7 +120,7 @@ def best_match(source: Shown, target: Shown, method: str, point: Point) -> tuple
     x, y = _as_read(source, point)
     top, left, height, width = here.covered
     column, row = (int(min(max(v - start, 0), length - 1)) for v, start, length in ((x, left, width), (y, top, height)))
-    start = torch.tensor([[[column, row]]], device=here.map.device)
+    start = torch.tensor([[[column, row]]], dtype=torch.int64, device=here.map.device)
     found = dense_match(here.map, there.map, (height, width), there.covered[2:], points=start, normalize="grid")
     column, row = found.xy[0, 0].tolist()
     scale = target.image.width / target.size[1], target.image.height / target.size[0]

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lift_fast._files import make_folder
+from lift_fast._text import one_line
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.defaults import plain_defaults
 from lift_fast.distributed import World, join_world, resolve_device
-from lift_fast.images import list_images
+from lift_fast.images import check_size, list_images
 from lift_fast.lift import LiFT
 from lift_fast.locks import reserved
 
@@ -79,6 +80,7 @@ def train(
         NotSaved: if something could not be written to ``settings.out``, say for want of room; the same holds.
         Interrupted: after SIGINT or SIGTERM.
     """
+    # PyTorch's optimiser makes its own tensors.
     with plain_defaults(), join_world(settings.device) as world, ExitStack() as held:
         run = _Run(settings, world, resume, overwrite, quiet, held)
         with StopSignals(echoed=world.size > 1) as stop, tuned_convolutions():
@@ -210,7 +212,7 @@ class _Run:
     def _train_on(self, sample: Sample, bar: Any) -> None:
         for message in sample.unreadable:
             if message not in self.progress.unreadable and not self.quiet:
-                bar.write(f"skipped: {message}", file=sys.stderr)
+                bar.write(f"skipped: {one_line(message)}", file=sys.stderr)
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
         if sample.failed:
             raise ValueError(
@@ -280,7 +282,7 @@ class _Run:
         """The signal that any process has received; the processes learn of it a step later, all at the same one."""
         if self.world.size == 1:
             return number
-        flag = torch.tensor(number, device=self.device)
+        flag = torch.tensor(number, dtype=torch.int64, device=self.device)
         before, self._flag = self._flag, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
         if before is None:
             return 0
@@ -301,6 +303,7 @@ class _Run:
 
     def _check(self, backbone: FrozenViT) -> None:
         settings, patch, count = self.settings, backbone.patch_size, len(self.paths)
+        check_size((settings.image_size, settings.image_size))
         if settings.tensorboard:
             # Before an earlier training is overwritten.
             tensorboard_writer()

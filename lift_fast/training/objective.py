@@ -65,8 +65,8 @@ class FrozenFeatures:
         weight = backbone.model.patch_embed.proj.weight
         self.dtype, self.device = weight.dtype, weight.device
         self.run = torch.compile(backbone, dynamic=False) if compiled else backbone
-        self.mean = torch.tensor(backbone.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(backbone.std, device=self.device).view(1, 3, 1, 1)
+        self.mean = torch.tensor(backbone.mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(backbone.std, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
         self.patch_size = backbone.patch_size
         self.overlapping: nn.Module | None = None
         if target == "half-stride":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lift_fast.images import read_image, resize
+from lift_fast._text import quoted
+from lift_fast.images import max_pixels, read_image, resize, set_max_pixels
 
 # Further pictures that are tried in the place of one that cannot be read.
 MOST_UNREADABLE = 50
@@ -60,7 +62,8 @@ class Pictures(Dataset[Sample]):
                 picture = color_jitter(picture, self.jitter, np.random.default_rng([self.seed, _JITTER, epoch, index]))
             return Sample(torch.from_numpy(np.array(picture)).permute(2, 0, 1), unreadable)
         # An error raised in a reading process would arrive wrapped in its traceback.
-        return Sample(torch.zeros(3, self.size, self.size, dtype=torch.uint8), unreadable, failed=True)
+        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device="cpu")
+        return Sample(black, unreadable, failed=True)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index
@@ -77,12 +80,16 @@ def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image
     never below ``size``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`lift_fast.images.read_image`.
+        FileNotFoundError, ValueError: as :func:`lift_fast.images.read_image`; ValueError for a strip so narrow that it
+            would be resized to more pixels than :func:`lift_fast.images.max_pixels`.
     """
     picture = read_image(path, at_least=size)
     if fit == "squash":
         return resize(picture, (size, size), Image.Resampling.BILINEAR)
-    picture = resize(picture, size, Image.Resampling.BILINEAR)
+    try:
+        picture = resize(picture, size, Image.Resampling.BILINEAR)
+    except ValueError as error:
+        raise ValueError(f"{quoted(path)}: {error}") from error
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
@@ -135,18 +142,26 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
 
 def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: bool) -> DataLoader[Sample]:
     """Batches of pictures, read ahead by processes that live as long as the loader."""
-    return DataLoader(
+    return _Loader(
         pictures,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, max_pixels()),
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
         # Otherwise each epoch would draw from the global generator.
-        generator=torch.Generator(),
+        generator=torch.Generator(device="cpu"),
     )
+
+
+class _Loader(DataLoader[Sample]):
+    """PyTorch's, which draws a number on the default device at each start, on the CPU whatever that device is."""
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):
+            return super().__iter__()
 
 
 def stop_workers(loader: DataLoader[Sample]) -> None:
@@ -177,7 +192,8 @@ def _collate(samples: list[Sample]) -> Sample:
     return Sample(pixels, unreadable, failed)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(most_pixels: int, _: int) -> None:
+    set_max_pixels(most_pixels)
     # The training process decides when to stop; a worker that died of the same signal would take it along.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

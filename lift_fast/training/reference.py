@@ -71,7 +71,9 @@ class PlainStep:
     ) -> None:
         self.objective, self.dtype = objective, dtype
         self.optimizer = torch.optim.Adam(objective.lift.parameters(), lr=learning_rate)
-        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1) for values in (mean, std)
+        )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """``[B, 3, S, S]`` uint8 pictures to the two terms of the loss before the step, ``[2]``."""

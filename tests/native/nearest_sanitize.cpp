@@ -20,7 +20,17 @@ std::unique_ptr<float[]> rows(std::int64_t count) {
   return values;
 }
 
-void run(NearestIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::int64_t c) {
+// Stops the call when it has been asked so often.
+struct Countdown : Stop {
+  int left;
+  explicit Countdown(int looks) : Stop{&count, 0}, left(looks) {}
+  static void count(Stop* stop) {
+    if (--static_cast<Countdown*>(stop)->left < 0) __atomic_store_n(&stop->flag, 1, __ATOMIC_RELAXED);
+  }
+};
+
+// With `looks` below 0 to the end.
+void run(NearestIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::int64_t c, int looks = -1) {
   const auto query = rows(batch * n * c), key = rows(batch * m * c);
   for (int outputs = 0; outputs < 4; ++outputs) {
     for (int threads : {1, 3}) {
@@ -41,6 +51,8 @@ void run(NearestIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std
       call.index = index.get();
       call.back = outputs & 2 ? back.get() : nullptr;
       call.threads = threads;
+      Countdown stop(looks);
+      if (looks >= 0) call.stop = &stop;
       nearest_run(call, isa);
     }
   }
@@ -62,6 +74,7 @@ int main() {
         for (std::int64_t c : channels) run(isa, 1 + (n + m) % 2, n, m, c);
       }
     }
+    for (int looks : {0, 1, 2, 3, 5, 9, 17}) run(isa, 2, 600, 560, 3, looks);
     std::printf("%s ok\n", name);
   }
 }

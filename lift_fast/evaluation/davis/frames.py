@@ -58,6 +58,10 @@ def read_frame(path: Path, size: tuple[int, ...], side: int, protocol: str = "li
             "they must be equal"
         )
     wanted = frame_size(size, side, protocol)
+    try:
+        images.check_size((wanted[1], wanted[0]), (picture.width, picture.height))
+    except ValueError as error:
+        raise DavisError(f"{path}: {error}") from error
     if protocol == "lift":
         return picture.resize((wanted[1], wanted[0]), Image.Resampling.BICUBIC)
     return Image.fromarray(resize_bytes(np.asarray(picture), wanted))

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from lift_fast.evaluation.methods import Features
+from lift_fast.images import check_size
 from lift_fast.matching import dense_match
 
 from .dataset import Array
@@ -83,6 +84,7 @@ def fit(size: tuple[int, int], side: int) -> Frame:
 
 def square(image: Image.Image, side: int) -> Image.Image:
     """An RGB picture in its square, on black."""
+    check_size((side, side))
     frame = fit(image.size, side)
     canvas = Image.new("RGB", (side, side))
     canvas.paste(image.resize((frame.width, frame.height), Image.Resampling.LANCZOS), (frame.left, frame.top))
