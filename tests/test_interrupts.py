@@ -54,8 +54,12 @@ def interrupt(process: subprocess.Popen[str]) -> tuple[float, str]:
     return time.perf_counter() - begun, said
 
 
-def test_a_native_call_is_left_at_once():
-    process = start("-c", COMMAND.format(body="return work()"))
+@pytest.mark.parametrize("call", ["lift_fast.nearest(rows, rows, mutual=True)", "torch.linalg.eigvalsh(rows @ rows.T)"])
+def test_a_native_call_is_left_at_once(call):
+    """The package's own, which asks for signals, and one of PyTorch's, which does not."""
+    rows = "60_000, 64" if "nearest" in call else "5000, 5000"
+    command = COMMAND.replace("60_000, 64", rows).replace("lift_fast.nearest(rows, rows, mutual=True)", call)
+    process = start("-c", command.format(body="return work()"))
     assert process.stdout.readline() == "working\n"
     time.sleep(0.3)
     seconds, said = interrupt(process)
