@@ -202,7 +202,9 @@ class Norms:
 
     def __init__(self, picture: Picture) -> None:
         self.picture = picture
-        grid, cells = picture.grid, picture.tokens.unflatten(0, picture.grid).double()
+        grid = picture.grid
+        # With channels side by side, which the sums run over.
+        cells = picture.tokens.contiguous().double().unflatten(0, grid)
 
         def products(down: int, right: int) -> Tensor:
             """[h, w]: each cell times the one so far away, itself at the border."""
