@@ -426,7 +426,7 @@ def run_dense(draw: Draw, how: str) -> None:
     grids = [(draw.random.randint(1, 6), draw.random.randint(1, 6)) for _ in range(2)]
     sizes = [(draw.random.randint(1, 17), draw.random.randint(1, 17)) for _ in range(2)]
     if draw.chance(0.3):
-        sizes = [(grid[0] * draw.pick(1, 2, 4), grid[1] * draw.pick(1, 2, 4)) for grid in grids]
+        sizes = [(grid[0] * draw.pick(1, 2, 3, 4), grid[1] * draw.pick(1, 2, 3, 4)) for grid in grids]
     options = {"normalize": draw.pick("grid", "pixel", None), "mutual": draw.chance(0.4)}
     batch = draw.pick(1, 1, 2)
     query = draw.numbers(batch, channels, *grids[0], dtype=dtype, regime=regimes[0], channel=1)
