@@ -558,3 +558,9 @@ def test_the_package_is_imported_lazily():
     )
     code += "assert callable(t.train) and callable(t.split)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_split_is_the_function_whoever_was_imported_first():
+    for first in ("lift_fast.training.split", "lift_fast.training.loop", "lift_fast.training"):
+        program = f"import {first}\nfrom lift_fast.training import split\nassert callable(split)"
+        subprocess.run([sys.executable, "-c", program], check=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# At once: a first import of the submodule of the same name, by another one, would hide the function.
+from .split import split
+
 if TYPE_CHECKING:
     from .loop import Interrupted, train
     from .settings import TrainingSettings
-    from .split import split
     from .state import NotSaved
 
 __all__ = ["Interrupted", "NotSaved", "TrainingSettings", "split", "train"]
@@ -21,7 +23,6 @@ _HOME = {
     "Interrupted": ".loop",
     "NotSaved": ".state",
     "TrainingSettings": ".settings",
-    "split": ".split",
     "train": ".loop",
 }
 
@@ -29,7 +30,6 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(_HOME[name], __name__), name)
-        # ``split`` is a submodule as well: the import has put the module under this name.
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
