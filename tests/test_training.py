@@ -564,3 +564,9 @@ def test_split_is_the_function_whoever_was_imported_first():
     for first in ("lift_fast.training.split", "lift_fast.training.loop", "lift_fast.training"):
         program = f"import {first}\nfrom lift_fast.training import split\nassert callable(split)"
         subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("workers", 100_000), ("seed", 2**63)])
+def test_settings_beyond_any_machine_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at most"):
+        TrainingSettings(data=tmp_path, out=tmp_path, **{name: value})

@@ -73,7 +73,8 @@ class TrainingSettings:
     held_out: float = 0.0
     """Fraction of the pictures that are left out by :func:`split`, for an evaluation."""
     workers: int | None = None
-    """Processes that read pictures, for each training process; 0 reads in the training process, None chooses."""
+    """Processes that read pictures, for each training process; 0 reads in the training process, None chooses. At most
+    :func:`most_workers`, as each takes half a gigabyte."""
     device: str | None = None
     """``"cpu"``, ``"cuda"``, ...; None is CUDA if there is one."""
     precision: str = "auto"
@@ -124,6 +125,9 @@ class TrainingSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            most = {"workers": most_workers(), "seed": 2**63 - 1}.get(name)
+            if most is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value!r}")
         # Written so that NaN fails too.
         if not 0 <= self.jitter <= 0.5:
             raise ValueError(f"jitter must lie in 0 to 0.5, got {self.jitter!r}")
@@ -139,6 +143,11 @@ class TrainingSettings:
     @classmethod
     def _default(cls, name: str) -> Any:
         return next(field.default for field in fields(cls) if field.name == name)
+
+
+def most_workers() -> int:
+    """Reading processes that one training process may have: 64, or four for each core where that is more."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 # What may change between a run and its continuation: where things are, how fast and how long. The rest is the run.
