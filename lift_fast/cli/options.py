@@ -74,7 +74,12 @@ def add_model_options(
     group.add_argument("--weights", metavar="FILE", help="local checkpoint of the backbone")
     group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
     lift = group.add_mutually_exclusive_group()
-    lift.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone (the demonstration's)")
+    lift.add_argument(
+        "--lift",
+        metavar="FILE",
+        help="LiFT checkpoint trained for this backbone (with the demonstration backbone and the keys of its last "
+        "block the demonstration's, else none)",
+    )
     lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
     lift.add_argument("--no-lift", action="store_true", help="the backbone alone")
     if sizes:
@@ -184,6 +189,10 @@ def remarks(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.lift is None and not (arguments.random_lift or arguments.no_lift):
         found.append("no LiFT checkpoint was given: the backbone's features alone; --lift FILE adds LiFT")
+    if arguments.lift == demonstration.LIFT and not (arguments.facet == "key" and arguments.layer in (None, -1, 5)):
+        found.append(
+            f"{demonstration.LIFT} was trained on the keys of the last block: on other features it means little"
+        )
     if arguments.random_weights or arguments.random_lift:
         found.append("random weights: these features mean nothing")
     return found
