@@ -44,6 +44,18 @@ def test_help_in_a_subprocess(command):
     assert done.stderr == ""
 
 
+def test_help_shows_words_not_python(capsys):
+    for command, wanted in (
+        (["eval", "cka"], "with 95 % confidence"),
+        (["show"], "rows of the sheet: similarity pca saliency (all)"),
+        (["match"], "HxW, rounded to whole patches (448)"),
+        (["extract"], "or as HxW (448)"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*command, "--help")
+        assert wanted in " ".join(capsys.readouterr().out.split())
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("lift_fast 0.")

@@ -94,7 +94,12 @@ def test_a_file_may_hold_four_times_as_many(tmp_path):
     photograph(100, 80).save(tmp_path / "a.png")
     with images.pixel_limit(2000):
         assert images.read_image(tmp_path / "a.png").size == (100, 80)
-    with images.pixel_limit(1999), pytest.raises(ValueError, match=r"a\.png is too large: 100 x 80 pixels, and 7996 \(four times --max-pixels 1999\)"):
+    with (
+        images.pixel_limit(1999),
+        pytest.raises(
+            ValueError, match=r"a\.png is too large: 100 x 80 pixels, and 7996 \(four times --max-pixels 1999\)"
+        ),
+    ):
         images.read_image(tmp_path / "a.png")
 
 

@@ -58,11 +58,16 @@ _FACETS = ("key", "query", "value", "token")
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, sizes: bool = True, facet: str | None = "key", facet_help: str = "(%(default)s)"
+    parser: argparse.ArgumentParser,
+    sizes: bool = True,
+    facet: str | None = "key",
+    facet_help: str = "(%(default)s)",
+    size_note: str = "",
 ) -> None:
     """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition.
 
-    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command.
+    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command. ``size_note``
+    says what the command makes of ``--size``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -96,7 +101,7 @@ def add_model_options(
             type=load_size,
             default=448,
             metavar="S",
-            help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
+            help=f"load pictures with this shorter side, or as HxW{size_note} (%(default)s)",
         )
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")

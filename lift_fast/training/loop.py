@@ -44,8 +44,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, step: int, folder: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, --resume continues "
-            "there"
+            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, --resume continues there"
         )
         self.number, self.step, self.folder = number, step, folder
 

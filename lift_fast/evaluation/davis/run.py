@@ -138,7 +138,9 @@ def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DavisError(f"{path} cannot be read: {error}; remove the folder or choose another (--masks DIR)") from error
+            raise DavisError(
+                f"{path} cannot be read: {error}; remove the folder or choose another (--masks DIR)"
+            ) from error
     if there and old != record:
         if not overwrite:
             keys = {**old, **record} if isinstance(old, dict) else record
