@@ -99,13 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
     backbone, methods = build(arguments)
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
-    few = {
-        name: len(pairs) for name, pairs in selection.pairs.items() if len(pairs) < (arguments.pairs_per_category or 0)
-    }
+    count = arguments.pairs_per_category or 0
+    few = {name: len(pairs) for name, pairs in selection.pairs.items() if len(pairs) < count}
     if few and arguments.draw == "distinct" and not (arguments.quiet or arguments.json):
         least = min(few, key=lambda name: few[name])
         print(
-            f"{len(few)} of {len(selection.pairs)} categories hold fewer than {arguments.pairs_per_category} pairs, the "
+            f"{len(few)} of {len(selection.pairs)} categories hold fewer than {count} pairs, the "
             f"fewest {least} with {few[least]}; all of theirs are taken",
             file=sys.stderr,
         )

@@ -311,13 +311,13 @@ class _Run:
         if settings.image_size % (4 * patch):
             near = max(1, round(settings.image_size / (4 * patch))) * 4 * patch
             raise ValueError(
-                f"image_size (--size) must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it is whole "
-                f"patches, got {settings.image_size}; take {near}"
+                f"image_size (--size) must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it "
+                f"is whole patches, got {settings.image_size}; take {near}"
             )
         if self.batch_size % self.world.size:
             raise ValueError(
-                f"batch_size (--batch-size) {self.batch_size} is that of all {self.world.size} processes together and must be a "
-                "multiple of their number"
+                f"batch_size (--batch-size) {self.batch_size} is that of all {self.world.size} processes together and "
+                "must be a multiple of their number"
             )
         if count < self.batch_size:
             held = f" ({len(self.held_out)} are held out)" if self.held_out else ""
