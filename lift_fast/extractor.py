@@ -202,7 +202,7 @@ class ViTLiFTExtractor(nn.Module):
             return h, w
         # Numbers beyond any grid are not worked out: 4**lift_iter may not fit into memory.
         h, w = h << min(lift_iter, 32), w << min(lift_iter, 32)
-        images.check_cells(h, w, f"lift_iter={lift_iter} on {height} x {width} pixels makes a grid of at least")
+        images.check_cells(h, w, f"lift_iter={lift_iter} on {width} x {height} pixels makes a grid of at least")
         return h, w
 
     def forward(self, batch: Tensor) -> Tensor:

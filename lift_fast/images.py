@@ -103,7 +103,7 @@ def check_cells(height: int, width: int, what: str) -> None:
     most = max(1, _most_pixels // _PIXELS_OF_A_TOKEN)
     if height * width > most:
         raise ValueError(
-            f"{what} {height} x {width}, more than the {most} that are allowed for a picture; give a smaller size or a "
+            f"{what} {width} x {height}, more than the {most} that are allowed for a picture; give a smaller size or a "
             "larger stride, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels: a cell for each 64)"
         )
 
@@ -134,7 +134,8 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
             width, height = image.size
             if width * height > _FILE * _most_pixels:
                 raise Image.DecompressionBombError(
-                    f"{width} x {height} pixels, and {_FILE * _most_pixels} are allowed in a file"
+                    f"{width} x {height} pixels, and {_FILE * _most_pixels} (four times --max-pixels {_most_pixels}) "
+                    "are allowed in a file"
                 )
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -144,7 +145,7 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
         said = one_line(error).rstrip(".")
         raise ValueError(
             f"{quoted(path)} is too large: {said}. If you trust the file, raise the limit (--max-pixels N, "
-            "lift_fast.images.set_max_pixels, and PIL.Image.MAX_IMAGE_PIXELS if that is lower)"
+            "lift_fast.images.set_max_pixels)"
         ) from error
     except Exception as error:
         raise ValueError(f"{quoted(path)} cannot be read as a picture: {_said(error)}") from error

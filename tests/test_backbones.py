@@ -417,7 +417,7 @@ def test_mocov3_small_has_twelve_heads_and_selfpatch_no_class_token() -> None:
         (torch.zeros(3, 32, 32), ValueError, r"\[3, 32, 32\]"),
         (torch.zeros(1, 1, 32, 32), ValueError, r"\[1, 1, 32, 32\]"),
         (torch.zeros(0, 3, 32, 32), ValueError, "empty batch"),
-        (torch.zeros(1, 3, 7, 32), ValueError, "7 x 32 pixels are smaller than one patch of 8 x 8"),
+        (torch.zeros(1, 3, 7, 32), ValueError, "32 x 7 pixels are smaller than one patch of 8 x 8"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.float64), ValueError, "float64.*float32"),
         (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, "meta.*cpu"),
         ("picture.jpg", TypeError, "str"),

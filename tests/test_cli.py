@@ -44,6 +44,18 @@ def test_help_in_a_subprocess(command):
     assert done.stderr == ""
 
 
+def test_help_shows_words_not_python(capsys):
+    for command, wanted in (
+        (["eval", "cka"], "with 95 % confidence"),
+        (["show"], "rows of the sheet: similarity pca saliency (all)"),
+        (["match"], "HxW, rounded to whole patches (448)"),
+        (["extract"], "or as HxW (448)"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*command, "--help")
+        assert wanted in " ".join(capsys.readouterr().out.split())
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("lift_fast 0.")
@@ -211,10 +223,50 @@ def test_extract_keeps_the_folders(pictures, tmp_path, capsys):
         assert data["descriptors"].dtype == np.float16
         assert np.isfinite(data["descriptors"]).all()
         assert json.loads(str(data["settings"]))["model"] == "vit_tiny_patch16_224"
-    assert run("extract", folder, "--out", out, *TINY, "--json") == 0
+    assert run("extract", folder, "--out", out, *TINY, "--random-lift", "--dtype-out", "float16", "--json") == 0
     assert json.loads(capsys.readouterr().out)["kept"] == 2
     assert run("extract", folder, "--out", out, *TINY, "--overwrite", "--json", "--batch-size", "4") == 0
     assert json.loads(capsys.readouterr().out)["written"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--random-lift"], "(random-lift)"),
+        (["--size", "48x64"], "(size)"),
+        (["--seed", "1"], "(seed)"),
+        (["--facet", "value", "--dtype-out", "float16"], "(facet, dtype-out)"),
+    ],
+)
+def test_extract_never_mixes_settings_in_a_folder(pictures, tmp_path, capsys, change, named):
+    out = tmp_path / "features"
+    assert run("extract", pictures[0], "--out", out, *TINY, "--quiet") == 0
+    before = (out / "astronaut.npz").read_bytes()
+    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet") == 2
+    said = capsys.readouterr().err
+    assert f"astronaut.npz was made with other settings {named}; give another --out, or --overwrite\n" in said
+    assert [path.name for path in out.iterdir()] == ["astronaut.npz"]
+    assert (out / "astronaut.npz").read_bytes() == before
+    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet", "--overwrite") == 0
+    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet") == 0
+
+
+def test_extract_goes_on_with_the_demonstration_pair(pictures, tmp_path, capsys):
+    """The LiFT that nobody named is a setting too; the seed is none where nothing is random."""
+    out = tmp_path / "features"
+    assert run("extract", pictures[0], "--out", out, "--size", "64", "--quiet") == 0
+    assert run("extract", pictures[0], "--out", out, "--size", "64", "--seed", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
+    assert run("extract", pictures[0], "--out", out, "--size", "64", "--no-lift", "--quiet") == 2
+    assert "other settings (lift)" in capsys.readouterr().err
+
+
+def test_extract_leaves_files_of_others_alone(pictures, tmp_path, capsys):
+    out = tmp_path / "features"
+    out.mkdir()
+    np.savez(out / "astronaut.npz", mine=np.arange(3))
+    assert run("extract", pictures[0], "--out", out, *TINY, "--quiet") == 2
+    assert "astronaut.npz was not written by lift-fast extract; give another --out" in capsys.readouterr().err
 
 
 def test_extract_in_batches_equals_one_by_one(pictures, tmp_path):

@@ -255,6 +255,8 @@ def test_command(tmp_path, capsys):
     assert figures["costs"][2]["score"] is None
     assert json.loads(out.read_text())["costs"] == figures["costs"]
     assert Image.open(chart).width == 1000
+    assert main([*options[:-1], *methods, "--results", str(other)]) == 0
+    assert "--results hold no PCK@0.1 of stride-8\n" in capsys.readouterr().err
     elsewhere = tmp_path / "elsewhere.json"
     elsewhere.write_text(json.dumps({**json.loads(other.read_text()), "record": {"model": "dino_vits16"}}))
     for wrong, message in (

@@ -714,5 +714,5 @@ def test_command_names_what_cannot_be_used(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert command("--root", root, *masks, "--predict-only", "--quiet") == 0
     assert command("--root", root, *masks, "--predict-only", "--topk", "3", "--quiet") == 2
-    assert "made with other settings (topk); choose another folder" in capsys.readouterr().err
+    assert "made with other settings (topk); choose another folder (--masks DIR)" in capsys.readouterr().err
     assert command("--root", root, *masks, "--predict-only", "--topk", "3", "--quiet", "--overwrite") == 0

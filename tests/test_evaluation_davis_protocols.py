@@ -276,7 +276,27 @@ def test_command_takes_binary_masks(tmp_path, capsys):
     options = ["--root", root, "--masks", tmp_path / "m", "--model", "vit_tiny_patch16_224", "--random-weights"]
     options += ["--threads", "1", "--quiet", "--method", "backbone", "--size", "64"]
     assert command(*options) == 1
-    assert "--binary-masks" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--binary-masks" in said.err
+    assert said.out == ""
     assert command(*options, "--binary-masks", "--out", tmp_path / "r.json") == 0
+    assert "DAVIS 2017, val, binary masks: 1 objects in 1 sequences" in capsys.readouterr().out
+    (root / "ImageSets/2017").rename(root / "ImageSets/2016")
+    assert command(*options, "--binary-masks", "--year", "2016") == 0
+    assert "DAVIS 2016, val, binary masks" in capsys.readouterr().out
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["options"]["binary_masks"], result["summary"]["backbone"]["objects"]) == (True, 1)
+
+
+def test_dinos_protocol_says_why_it_has_no_lift(tmp_path, capsys):
+    """The demonstration's was trained on keys: it is not taken unasked, and not without a remark."""
+    root = write_davis(tmp_path / "davis", 3, sequences=1)
+    options = ["--root", root, "--masks", tmp_path / "m", "--threads", "1", "--protocol", "dino", "--size", "64"]
+    assert command(*options, "--method", "backbone", "lift") == 2
+    said = capsys.readouterr().err
+    assert "lift needs a LiFT (the demonstration's was trained on the last block's keys, not on final)" in said
+    assert "give --lift FILE or --random-lift" in said
+    assert command(*options, "--method", "lift", "--no-lift") == 2
+    assert "lift needs a LiFT; give --lift FILE" in capsys.readouterr().err
+    assert command(*options, "--method", "lift", "--lift", "lift_demo_vitt16") == 0
+    assert "was trained on the keys of the last block" in capsys.readouterr().err

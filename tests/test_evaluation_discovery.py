@@ -435,6 +435,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
         ([*options, "--resolution", "15"], "smaller than one patch"),
+        ([*options, "--rule", "exact"], "give --resolution S"),
         ([*options, "--list", "x"], "--list belongs to coco20k"),
         (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
         ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),

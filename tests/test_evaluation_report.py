@@ -244,6 +244,15 @@ def test_the_best_is_bold_among_like_runs(saved):
     assert bold(found) == [["two: lift"]] * 4
 
 
+def test_all_pairs_are_called_all(saved):
+    runs = []
+    for name, count in (("whole", None), ("drawn", 100)):
+        content = spair(20)
+        content["options"]["pairs_per_category"] = count
+        runs.append(saved(name, content))
+    assert "pairs_per_category: all (whole), 100 (drawn)" in report.build(runs).markdown()
+
+
 def test_unlike_runs_are_told_apart(saved):
     one, two = saved("one", warp(1)), saved("two", warp(2, names=("x.png", "q.png")))
     found = report.build([one, two])

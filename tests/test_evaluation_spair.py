@@ -492,6 +492,15 @@ def test_command(root, tmp_path, capsys):
     assert "holds results with other occlusion" in capsys.readouterr().err
 
 
+def test_a_category_with_fewer_pairs_than_wanted_is_said(root, tmp_path, capsys):
+    options = ["eval", "spair", "--root", str(root), *map(str, TINY), "--sizes", "32", "--method", "backbone"]
+    assert main([*options, "--pairs-per-category", "8"]) == 0
+    said = capsys.readouterr().err
+    assert "2 of 2 categories hold fewer than 8 pairs, the fewest cat with 7; all of theirs are taken\n" in said
+    assert main([*options, "--pairs-per-category", "7"]) == 0
+    assert "fewer than" not in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_after_its_last_category(root, tmp_path, monkeypatch):
     out, whole = tmp_path / "r.json", tmp_path / "whole.json"
     options = ["--root", root, *TINY, "--sizes", "32", "64", "--alphas", "0.9", "0.4"]

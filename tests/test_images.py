@@ -76,7 +76,7 @@ def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"whole\.jpg is too large.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"whole\.jpg is too large.*set_max_pixels\)"):
         read_image(tmp_path / "whole.jpg")
 
 

@@ -102,8 +102,8 @@ def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
     ("extra", "message"),
     [
         (["--resume", "--overwrite"], "exclude each other"),
-        (["--size", "72"], "multiple of four patches"),
-        (["--batch-size", "99"], "fewer than one batch of 99"),
+        (["--size", "72"], "image_size (--size) must be a multiple of four patches"),
+        (["--batch-size", "99"], "fewer than one batch of 99; give a batch_size (--batch-size) of 17 or less"),
         (["--jitter", "2"], "jitter must lie in 0 to 0.5"),
         (["--lr", "0"], "learning_rate must be a positive number"),
         (["--model", "nonsense"], "unknown backbone"),
@@ -125,11 +125,23 @@ def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):
     arguments = ("train", folder, "--out", tmp_path, *TINY, "--max-steps", 1, "--quiet")
     assert run(*arguments) == 0
     assert run(*arguments) == 2
-    assert "--resume, --overwrite, --out" in capsys.readouterr().err
+    assert (
+        "go on with it (--resume), overwrite it (--overwrite), or give another folder (--out)"
+        in capsys.readouterr().err
+    )
     assert run(*arguments, "--overwrite") == 0
     assert run(*arguments, "--resume") == 0
     assert run(*arguments, "--resume", "--loss", "l1") == 2
     assert "loss: saved 'cosine', now 'l1'" in capsys.readouterr().err
+
+
+def test_a_finished_training_says_that_nothing_is_left(folder, tmp_path, capsys):
+    arguments = ("train", folder, "--out", tmp_path, *TINY, "--epochs", 1)
+    assert run(*arguments, "--quiet") == 0
+    assert run(*arguments, "--resume") == 0
+    said = capsys.readouterr().err
+    assert "complete after 4 steps (1 epochs); nothing to do, give more --epochs\n" in said
+    assert "wrote" not in said
 
 
 def test_divergence_has_its_own_status(folder, tmp_path, capsys):

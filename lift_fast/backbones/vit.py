@@ -123,9 +123,9 @@ class FrozenViT(nn.Module):
         """
         p = self.patch_size
         if height < p or width < p:
-            raise ValueError(f"imgs of {height} x {width} pixels are smaller than one patch of {p} x {p}")
+            raise ValueError(f"imgs of {width} x {height} pixels are smaller than one patch of {p} x {p}")
         grid = self.grid(height, width)
-        check_cells(*grid, f"imgs of {height} x {width} pixels at stride {self.stride} make a grid of")
+        check_cells(*grid, f"imgs of {width} x {height} pixels at stride {self.stride} make a grid of")
         return grid
 
     def strided(self, stride: int) -> FrozenViT:

@@ -12,7 +12,7 @@ from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive, remarks
 
 _DESCRIPTION = """Scale invariance: linear CKA between a method's features of a picture at each size and its features at
-the reference size, both read at the same lattice of positions; averaged over pictures, with 95 %% confidence
+the reference size, both read at the same lattice of positions; averaged over pictures, with 95 % confidence
 intervals. Any folder of pictures will do. Pictures that do not decode are named and left out (exit status 1). An
 interrupted run goes on from --out."""
 _EXAMPLE = (

@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
         content["metric"] = arguments.metric
         for entry in content["costs"]:
             entry["score"] = scores.get((entry["method"], entry["size"]))
+        known = {name for name, _ in scores}
+        missing = [method.name for method in methods if method.name not in known]
+        if missing and not (arguments.quiet or arguments.json):
+            print(f"--results hold no {arguments.metric} of {', '.join(missing)}", file=sys.stderr)
         tables.append(cost.score_table(costs, scores, arguments.metric))
     if arguments.out is not None:
         save_json(arguments.out, content)

@@ -150,7 +150,7 @@ def _predict(
     """Masks of all methods; what had to be left out, and why."""
     from tqdm import tqdm
 
-    from lift_fast.evaluation.davis import DavisError, Job, Network, PropagationOptions, frames, predict_dataset
+    from lift_fast.evaluation.davis import Job, Network, PropagationOptions, frames, predict_dataset
 
     weight = backbone.model.patch_embed.proj.weight
     normalisation = (backbone.mean, backbone.std)
@@ -177,13 +177,9 @@ def _predict(
     # Shown where somebody watches, unless switched off.
     hidden = True if arguments.quiet else None
     with tqdm(total=total, unit="frame", disable=hidden, file=sys.stderr) as bar, as_usage_error():
-        try:
-            done = predict_dataset(
-                dataset, jobs, network, options, names=names, overwrite=arguments.overwrite, progress=bar.update
-            )
-        except DavisError as error:
-            hint = "; --overwrite computes them again" if "other settings" in str(error) else ""
-            raise UsageError(f"{error}{hint}") from error
+        done = predict_dataset(
+            dataset, jobs, network, options, names=names, overwrite=arguments.overwrite, progress=bar.update
+        )
     if done.kept and not arguments.quiet:
         print(
             f"{len(done.kept)} of {len(done.kept) + len(done.computed)} were there already; --overwrite computes them "

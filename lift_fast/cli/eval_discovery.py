@@ -74,6 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option):
             other = "coco20k" if voc else "VOC"
             raise UsageError(f"--{option.replace('_', '-')} belongs to {other}, not to {arguments.dataset}")
+    if arguments.rule != "published" and arguments.resolution is None:
+        raise UsageError(
+            "--rule says how pictures of one size are judged, but they keep their own; give --resolution S"
+        )
     with as_usage_error():
         if voc:
             data = read_voc(arguments.root, _YEARS[arguments.dataset], split=arguments.split, no_hard=arguments.no_hard)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lift_fast.demonstration import BACKBONE, LIFT
 
 from .errors import UsageError, as_usage_error, check_output
 from .options import add_model_options, add_output_options, positive, takes_demonstration_lift
@@ -75,9 +78,8 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if takes_demonstration_lift(arguments):
-        from lift_fast.demonstration import LIFT
-
         arguments.lift = LIFT
+    _require_lift(arguments)
     with as_usage_error():
         wish = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -103,6 +105,18 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
                 torch.random.default_generator.manual_seed(arguments.seed)
                 lift = LiFT(backbone.embed_dim, backbone.patch_size)
         return backbone, build_methods(arguments.method, backbone, lift, arguments.seed, image_branch)
+
+
+def _require_lift(arguments: argparse.Namespace) -> None:
+    """Refuse methods that need a LiFT where there is none, and say which option gives one."""
+    wanted = [name for name in arguments.method if re.fullmatch(r"lift(-\d+)?", name)]
+    if not wanted or arguments.lift or arguments.random_lift:
+        return
+    why = ""
+    if arguments.model == BACKBONE and not (arguments.weights or arguments.random_weights or arguments.no_lift):
+        chosen = arguments.facet if arguments.layer is None else f"{arguments.facet} of block {arguments.layer}"
+        why = f" (the demonstration's was trained on the last block's keys, not on {chosen})"
+    raise UsageError(f"{wanted[0]} needs a LiFT{why}; give --lift FILE or --random-lift, or leave the method out")
 
 
 def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
@@ -134,7 +148,7 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
     from lift_fast._files import atomic_path
     from lift_fast.evaluation.results import as_json
 
-    if arguments.table is not None:
+    if arguments.table is not None and tables:
         latex = arguments.table.suffix.lower() == ".tex"
         with atomic_path(arguments.table) as temporary:
             temporary.write_text(
@@ -142,7 +156,7 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
             )
     if arguments.json:
         print(json.dumps(as_json({name: value for name, value in content.items() if name != "scores"})))
-    else:
+    elif tables:
         print("\n".join(table.markdown() for table in tables))
     for name, reason in content["skipped"].items():
         print(f"skipped: {name}: {reason}", file=sys.stderr)

@@ -99,6 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
     backbone, methods = build(arguments)
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
+    count = arguments.pairs_per_category or 0
+    few = {name: len(pairs) for name, pairs in selection.pairs.items() if len(pairs) < count}
+    if few and arguments.draw == "distinct" and not (arguments.quiet or arguments.json):
+        least = min(few, key=lambda name: few[name])
+        print(
+            f"{len(few)} of {len(selection.pairs)} categories hold fewer than {count} pairs, the "
+            f"fewest {least} with {few[least]}; all of theirs are taken",
+            file=sys.stderr,
+        )
     wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds, arguments.draw)
     total = sum(map(len, wanted.values())) * len(arguments.sizes)
     with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():

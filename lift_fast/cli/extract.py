@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from lift_fast._files import atomic_path, make_folder
 from lift_fast._text import one_line, quoted
+from lift_fast.demonstration import LIFT
 
 from .errors import UsageError, as_usage_error, writing
-from .options import add_model_options, add_output_options, build_extractor, positive, remarks
+from .options import (
+    add_model_options,
+    add_output_options,
+    build_extractor,
+    positive,
+    remarks,
+    takes_demonstration_lift,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +34,27 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Write the descriptors of pictures: one .npz file each with descriptors [h, w, C], image_size (height,
 width of the loaded picture), file_size (of the file) and settings (JSON). The folder structure of INPUT is kept. A
 picture that cannot be read is named and skipped (exit status 1); files that exist are kept unless --overwrite is
-given, so an interrupted run goes on where it stopped. Under torchrun each process takes its share of the pictures:
-torchrun --nproc-per-node 8 -m lift_fast extract ..."""
+given, so an interrupted run goes on where it stopped; if they were made with another model, LiFT or size, nothing is
+written (exit status 2). Under torchrun each process takes its share of the pictures: torchrun --nproc-per-node 8 -m
+lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
+
+# What descriptors depend on: stored with them, and compared before a run goes on.
+_SETTINGS = (
+    "model",
+    "weights",
+    "random_weights",
+    "lift",
+    "random_lift",
+    "iterations",
+    "facet",
+    "layer",
+    "stride",
+    "size",
+    "dtype",
+    "dtype_out",
+    "seed",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -70,6 +97,12 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
         make_folder(arguments.out)
+    settings = _settings(arguments)
+    if not arguments.overwrite:
+        # Every process looks at all of them, so that none has written by the time that another one refuses.
+        for target in jobs.values():
+            if target.is_file():
+                _agree(target, settings)
     # Shared out before looking at what is there: meanwhile other processes write.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
@@ -82,32 +115,11 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         extractor = build_extractor(arguments)
         for remark in [] if quiet else remarks(arguments):
             print(remark, file=sys.stderr)
-        settings = json.dumps(
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(arguments).items()
-                if name
-                in (
-                    "model",
-                    "weights",
-                    "random_weights",
-                    "lift",
-                    "random_lift",
-                    "iterations",
-                    "facet",
-                    "layer",
-                    "stride",
-                    "size",
-                    "dtype",
-                    "seed",
-                )
-            }
-        )
         # Shown where somebody watches, unless switched off.
         hidden = True if quiet else None
         with tqdm(total=len(waiting), unit="picture", disable=hidden, file=sys.stderr) as bar:
             for batch, members in _batches(extractor, waiting, arguments, failed, bar):
-                _extract(extractor, batch, members, arguments, settings)
+                _extract(extractor, batch, members, arguments, json.dumps(settings))
                 bar.update(len(members))
     shares = world.gather((len(waiting) - len(failed), skipped, failed))
     if not world.leads:
@@ -131,6 +143,45 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``_SETTINGS`` as JSON holds them, with the LiFT that will be taken."""
+    chosen = {name: getattr(arguments, name) for name in _SETTINGS}
+    if takes_demonstration_lift(arguments):
+        chosen["lift"] = LIFT
+    settings: dict[str, Any] = json.loads(json.dumps(chosen))
+    return settings
+
+
+def _agree(target: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on beside a file of other settings, or one that this command did not write.
+
+    Of the file only the settings are read, not the descriptors.
+    """
+    import numpy as np
+
+    way_out = "give another --out, or --overwrite"
+    try:
+        with np.load(target) as data:
+            there = dict(json.loads(str(data["settings"])))
+    except OSError as error:
+        raise UsageError(f"{quoted(target)} cannot be read: {one_line(error)}; {way_out}") from error
+    except Exception as error:
+        raise UsageError(f"{quoted(target)} was not written by lift-fast extract; {way_out}") from error
+    differing = [name for name in _SETTINGS if name in there and not _same(name, there[name], settings[name])]
+    if not (settings["random_weights"] or settings["random_lift"]) and "seed" in differing:
+        differing.remove("seed")
+    if differing:
+        names = ", ".join(name.replace("_", "-") for name in differing)
+        raise UsageError(f"{quoted(target)} was made with other settings ({names}); {way_out}")
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same; a file may be named by any of its paths."""
+    if name in ("weights", "lift") and isinstance(one, str) and isinstance(other, str):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return bool(one == other)
 
 
 def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:

@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
     parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
-    add_model_options(parser)
+    add_model_options(parser, size_note=", rounded to whole patches")
     add_output_options(parser)
     parser.set_defaults(run=run)
 

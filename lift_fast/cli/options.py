@@ -58,11 +58,16 @@ _FACETS = ("key", "query", "value", "token")
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, sizes: bool = True, facet: str | None = "key", facet_help: str = "(%(default)s)"
+    parser: argparse.ArgumentParser,
+    sizes: bool = True,
+    facet: str | None = "key",
+    facet_help: str = "(%(default)s)",
+    size_note: str = "",
 ) -> None:
     """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition.
 
-    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command.
+    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command. ``size_note``
+    says what the command makes of ``--size``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -74,7 +79,12 @@ def add_model_options(
     group.add_argument("--weights", metavar="FILE", help="local checkpoint of the backbone")
     group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
     lift = group.add_mutually_exclusive_group()
-    lift.add_argument("--lift", metavar="FILE", help="LiFT checkpoint trained for this backbone (the demonstration's)")
+    lift.add_argument(
+        "--lift",
+        metavar="FILE",
+        help="LiFT checkpoint trained for this backbone (with the demonstration backbone and the keys of its last "
+        "block the demonstration's, else none)",
+    )
     lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
     lift.add_argument("--no-lift", action="store_true", help="the backbone alone")
     if sizes:
@@ -91,7 +101,7 @@ def add_model_options(
             type=load_size,
             default=448,
             metavar="S",
-            help="load pictures with this shorter side, or as HxW (%(default)s); match rounds to whole patches",
+            help=f"load pictures with this shorter side, or as HxW{size_note} (%(default)s)",
         )
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
@@ -184,6 +194,10 @@ def remarks(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.lift is None and not (arguments.random_lift or arguments.no_lift):
         found.append("no LiFT checkpoint was given: the backbone's features alone; --lift FILE adds LiFT")
+    if arguments.lift == demonstration.LIFT and not (arguments.facet == "key" and arguments.layer in (None, -1, 5)):
+        found.append(
+            f"{demonstration.LIFT} was trained on the keys of the last block: on other features it means little"
+        )
     if arguments.random_weights or arguments.random_lift:
         found.append("random weights: these features mean nothing")
     return found

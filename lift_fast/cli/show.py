@@ -52,7 +52,12 @@ def add_parser(commands: Any) -> None:
         help=f"{METHODS} (backbone bilinear double-size, and where there is a LiFT lift lift-2)",
     )
     parser.add_argument(
-        "--views", nargs="+", choices=_VIEWS, default=_VIEWS, metavar="V", help="of the sheet (%(default)s)"
+        "--views",
+        nargs="+",
+        choices=_VIEWS,
+        default=_VIEWS,
+        metavar="V",
+        help=f"rows of the sheet: {' '.join(_VIEWS)} (all)",
     )
     parser.add_argument(
         "--size",

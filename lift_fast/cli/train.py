@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             figures = train(settings, resume=arguments.resume, overwrite=arguments.overwrite, quiet=arguments.quiet)
         except FileExistsError as error:
-            raise UsageError(f"{error} (--resume, --overwrite, --out)") from error
+            raise UsageError(str(error)) from error
         except (FloatingPointError, NotSaved) as error:
             print(f"lift-fast train: {one_line(error)}", file=sys.stderr)
             return 1
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"skipped: {one_line(message)}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(figures))
-    elif not arguments.quiet:
+    elif not arguments.quiet and figures["steps"] > figures["resumed"]:
         speed = figures["images_per_second"]
         rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
         skipped = len(figures["unreadable"])

@@ -302,7 +302,7 @@ def _values(difference: Difference) -> str:
 
 def _short(name: str, value: Any) -> str:
     if value is None:
-        return "not said"
+        return "all" if name == "pairs_per_category" else "not said"
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)[:_HASH] if name.startswith("weights of ") else str(value)

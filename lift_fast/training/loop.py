@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, step: int, folder: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, resume continues there"
+            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, --resume continues there"
         )
         self.number, self.step, self.folder = number, step, folder
 
@@ -124,12 +124,12 @@ class _Run:
             if different:
                 raise ValueError(
                     f"{settings.out / disk.STATE_FILE} was trained otherwise; resume with the same options, or begin "
-                    f"anew with another out. {'; '.join(different)}"
+                    f"anew in another folder (--out). {'; '.join(different)}"
                 )
             if saved["description"].get("picture_times", now := self.description["picture_times"]) != now:
                 self._remark(
                     f"the pictures in {settings.data} have been written since, with the same names and sizes; if they "
-                    "are other ones, begin anew with another out"
+                    "are other ones, begin anew in another folder (--out)"
                 )
         self.lift = lift.to(self.device).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam(
@@ -150,7 +150,8 @@ class _Run:
         if self.progress.step > self.total:
             raise ValueError(
                 f"{settings.out / disk.STATE_FILE} has come to step {self.progress.step} already, beyond the "
-                f"{self.total} that were asked for; give more epochs or max_steps"
+                f"{self.total} that were asked for; give more epochs (--epochs) or max_steps "
+                "(--max-steps)"
             )
         cuda = self.device.type == "cuda"
         workers = default_workers(cuda, world.local_size) if settings.workers is None else settings.workers
@@ -310,19 +311,19 @@ class _Run:
         if settings.image_size % (4 * patch):
             near = max(1, round(settings.image_size / (4 * patch))) * 4 * patch
             raise ValueError(
-                f"image_size must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it is whole "
-                f"patches, got {settings.image_size}; take {near}"
+                f"image_size (--size) must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it "
+                f"is whole patches, got {settings.image_size}; take {near}"
             )
         if self.batch_size % self.world.size:
             raise ValueError(
-                f"batch_size {self.batch_size} is that of all {self.world.size} processes together and must be a "
-                "multiple of their number"
+                f"batch_size (--batch-size) {self.batch_size} is that of all {self.world.size} processes together and "
+                "must be a multiple of their number"
             )
         if count < self.batch_size:
             held = f" ({len(self.held_out)} are held out)" if self.held_out else ""
             raise ValueError(
                 f"{count} pictures to train on{held} are fewer than one batch of {self.batch_size}; give a "
-                f"batch_size of {count} or less"
+                f"batch_size (--batch-size) of {count} or less"
             )
 
     def _saved(self, resume: bool, overwrite: bool, held: ExitStack) -> dict[str, Any] | None:
@@ -338,7 +339,8 @@ class _Run:
         # The first process may have written by the time that another one looks.
         if there and not overwrite and self.world.leads:
             raise FileExistsError(
-                f"{out} holds {' and '.join(there)} already; resume it, overwrite it, or give another out"
+                f"{out} holds {' and '.join(there)} already; go on with it (--resume), overwrite it (--overwrite), or "
+                "give another folder (--out)"
             )
         return None
 
@@ -347,6 +349,13 @@ class _Run:
             print(text, file=sys.stderr)
 
     def _announce(self, backbone: FrozenViT) -> None:
+        if self.resumed and self.resumed == self.total:
+            print(
+                f"complete after {self.total} steps ({self.progress.epoch} epochs); nothing to do, give more --epochs"
+                + ("" if self.settings.max_steps is None else " or --max-steps"),
+                file=sys.stderr,
+            )
+            return
         note = " (random weights)" if backbone.random_weights else ""
         print(
             f"{len(self.paths)} pictures, {len(self.held_out)} held out; {backbone.name}{note} {backbone.facet}s, "

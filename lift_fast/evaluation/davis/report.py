@@ -1,4 +1,4 @@
-"""Results of DAVIS 2017 as JSON holds them, and their table."""
+"""Results of DAVIS as JSON holds them, and their table."""
 
 from __future__ import annotations
 
@@ -65,12 +65,17 @@ def _summary(sequences: Sequence[SequenceScores]) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table of all methods, in percent."""
+    """One table of all methods, in percent; none where nothing could be scored."""
     summary = result["summary"]
     columns = [Column(name, "low" if name.endswith("Decay") else "high") for name in MEASURES]
     counts = {(entry["sequences"], entry["objects"]) for entry in summary.values()}
-    heading = f"DAVIS 2017, {result['options']['subset']}"
-    if result["options"].get("protocol") == "dino":
+    options = result["options"]
+    if not any(objects for _, objects in counts):
+        return []
+    heading = f"DAVIS {options['year']}, {options['subset']}"
+    if options["binary_masks"]:
+        heading += ", binary masks"
+    if options.get("protocol") == "dino":
         heading += ", DINO's protocol"
     if len(counts) == 1:
         sequences, objects = counts.pop()

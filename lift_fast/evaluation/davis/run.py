@@ -131,21 +131,23 @@ def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
     if there and not path.exists():
         raise DavisError(
             f"{folder} holds {there[0]}, but no {RECORD}: it was not written by this command and is left alone; choose "
-            "another folder"
+            "another folder (--masks DIR)"
         )
     old = None
     if path.exists():
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DavisError(f"{path} cannot be read: {error}; remove the folder or choose another") from error
+            raise DavisError(
+                f"{path} cannot be read: {error}; remove the folder or choose another (--masks DIR)"
+            ) from error
     if there and old != record:
         if not overwrite:
             keys = {**old, **record} if isinstance(old, dict) else record
             differing = [key for key in keys if not isinstance(old, dict) or old.get(key) != record.get(key)]
             raise DavisError(
                 f"{folder} holds masks that were made with other settings ({', '.join(differing)}); choose another "
-                "folder, or overwrite them"
+                "folder (--masks DIR), or compute them again (--overwrite)"
             )
         for name in there:
             shutil.rmtree(folder / name)
