@@ -33,7 +33,8 @@ def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
         and projection.padding == (0, 0)
         and projection.dilation == (1, 1)
         and is_timms(module)
-        and is_untouched(module, projection)
+        and isinstance(module.norm, (nn.Identity, nn.LayerNorm))
+        and is_untouched(module, projection, module.norm)
     ):
         x = F.conv2d(imgs, projection.weight, projection.bias, stride=stride)
         normed: Tensor = module.norm(x.flatten(2).transpose(1, 2))

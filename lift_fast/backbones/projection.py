@@ -50,11 +50,11 @@ class FacetProjection:
         self.interleaved = interleaved
         self.pre_norm = kind in _PRE_NORM_BLOCKS
         if split is not None:
-            self.width = int(split.out_features)
+            self.width = _width(split, attention)
             heads = getattr(attention, "num_heads", 1)
             self.heads = heads if facet == "query" else getattr(attention, "num_kv_heads", heads)
         else:
-            self.width = int(fused.out_features) // 3
+            self.width = _width(fused, attention, 3)
             self.heads = attention.num_heads
 
     def __call__(self, block: Any, tokens: Tensor, prefix: int, run: Callable[[], Any]) -> Tensor:
@@ -151,3 +151,9 @@ class FacetProjection:
             return separate
         bias = getattr(layer, "bias", None)
         return None if bias is None else bias[start : start + self.width]
+
+
+def _width(layer: Any, attention: Any, parts: int = 1) -> int:
+    # An adapter around the layer need not say how wide it is.
+    wide = getattr(layer, "out_features", None)
+    return int(attention.num_heads * attention.head_dim if wide is None else wide // parts)
