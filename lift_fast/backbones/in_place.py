@@ -14,18 +14,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import memory
+from .untouched import Unchanged, is_timms, is_untouched
 
 
-def applies(blocks: list[nn.Module], tokens: Tensor) -> bool:
-    """Whether :func:`run` may replace the calls of ``blocks``: plain inference on the CPU, no autocast, no hooks."""
-    return (
-        not torch.compiler.is_compiling()
-        and tokens.device.type == "cpu"
-        and not tokens.requires_grad
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and any(p.requires_grad for block in blocks for p in block.parameters()))
-        and all(_is_standard(block) for block in blocks)
-    )
+class StandardBlocks:
+    """Says whether :func:`run` may replace the calls of blocks, and remembers blocks that it may replace.
+
+    Copies and pickles of it remember nothing.
+    """
+
+    def __init__(self) -> None:
+        self._known: Unchanged | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StandardBlocks, ()
+
+    def __call__(self, blocks: list[nn.Module], tokens: Tensor) -> bool:
+        """Whether this is plain inference on the CPU, without autocast, and all ``blocks`` are timm's as they were
+        built: one that is hooked, overridden or replaced, or has a part that is, must be called as it is."""
+        return (
+            not torch.compiler.is_compiling()
+            and tokens.device.type == "cpu"
+            and not tokens.requires_grad
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and any(p.requires_grad for block in blocks for p in block.parameters()))
+            and self._standard(blocks)
+        )
+
+    def _standard(self, blocks: list[nn.Module]) -> bool:
+        known = self._known
+        if known is not None and known.still(blocks):
+            return True
+        self._known = None
+        if not all(map(_is_standard, blocks)):
+            return False
+        self._known = Unchanged(blocks, [pair for block in blocks for pair in _settings(block)])
+        return True
 
 
 def run(blocks: list[nn.Module], tokens: Tensor) -> Tensor:
@@ -64,18 +88,29 @@ def _scaled(scale: Any, x: Tensor) -> Tensor:
     return x if isinstance(scale, nn.Identity) else x.mul_(scale.gamma)
 
 
+def _settings(block: Any) -> list[tuple[Any, str]]:
+    """Attributes that decide what a standard block computes."""
+    return [(block.attn, "fused_attn"), (block.attn, "num_heads"), (block.mlp.act, "approximate")]
+
+
 def _is_standard(block: Any) -> bool:
-    from timm.layers import LayerScale, Mlp
+    from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
     from timm.models.vision_transformer import Attention, Block
 
     if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
         return False
     attention, mlp = block.attn, block.mlp
+    norms = (block.norm1, block.norm2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
+    # Nothing of the last three kinds does anything in evaluation mode.
+    idle = (block.drop_path1, block.drop_path2, attention.proj_drop, mlp.drop1, mlp.drop2)
     return (
         attention.fused_attn
         and getattr(attention, "gate", None) is None
         and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and all(type(scale) in (LayerScale, nn.Identity) for scale in (block.ls1, block.ls2))
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        and all(type(norm) in (LayerNorm, nn.LayerNorm, nn.Identity) for norm in norms)
+        and all(type(part) in (DropPath, nn.Dropout, nn.Identity) for part in idle)
+        and all(is_timms(part) for part in (block, attention, mlp))
+        and is_untouched(*block.modules())
     )

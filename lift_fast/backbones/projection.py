@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .untouched import is_timms, is_untouched
 
 FACETS = ("key", "query", "value", "token", "final")
 HEAD_ORDERS = ("concatenated", "interleaved")
@@ -46,27 +50,45 @@ class FacetProjection:
         self.interleaved = interleaved
         self.pre_norm = kind in _PRE_NORM_BLOCKS
         if split is not None:
-            self.width = int(split.out_features)
+            self.width = _width(split, attention)
             heads = getattr(attention, "num_heads", 1)
             self.heads = heads if facet == "query" else getattr(attention, "num_kv_heads", heads)
         else:
-            self.width = int(fused.out_features) // 3
+            self.width = _width(fused, attention, 3)
             self.heads = attention.num_heads
 
-    def __call__(self, block: Any, tokens: Tensor) -> Tensor:
-        """``[B, T, C]`` tokens entering ``block`` to ``[B, T, width]``."""
-        x = block.norm1(tokens) if self.pre_norm else tokens
-        attention = block.attn
+    def __call__(self, block: Any, tokens: Tensor, prefix: int, run: Callable[[], Any]) -> Tensor:
+        """``[B, prefix + T, C]`` tokens entering ``block`` to ``[B, T, width]``.
+
+        A block that is hooked, overridden or replaced, or whose attention is, runs in full by ``run()``, and what its
+        projection gives is read there.
+
+        Raises:
+            ValueError: where such a block calls neither its projection nor its attention once.
+        """
+        attention = getattr(block, "attn", None)
+        if (
+            type(block).__name__ in _PRE_NORM_BLOCKS | _POST_NORM_BLOCKS
+            and isinstance(attention, nn.Module)
+            and is_timms(block)
+            and is_timms(attention)
+            and is_untouched(block, attention)
+        ):
+            return self._project(block.norm1 if self.pre_norm else None, attention, tokens, prefix)
+        return self._order(self._seen(block, attention, run)[:, prefix:])
+
+    def _project(self, norm: nn.Module | None, attention: Any, tokens: Tensor, prefix: int) -> Tensor:
         split = getattr(attention, f"{self.facet[0]}_proj", None)
         layer = attention.qkv if split is None else split
         start = 0 if split is not None else _ROW[self.facet] * self.width
+        plain = type(layer) is nn.Linear and is_untouched(layer)
+        if not plain or not (norm is None or (isinstance(norm, nn.LayerNorm) and is_untouched(norm))):
+            # What stands here (adapters, quantisation, hooks) may look at all tokens, and its weight is no whole truth.
+            x = tokens if norm is None else norm(tokens)
+            return self._order(self._rows(attention, layer, layer(x), start)[:, prefix:])
+        tokens = tokens[:, prefix:]
+        x = tokens if norm is None else norm(tokens)
         bias = self._bias(attention, layer, start)
-        if type(layer) is not nn.Linear:
-            # Wrapped projections (adapters, quantisation) have no plain weight to slice: run them whole.
-            out: Tensor = layer(x)[..., start : start + self.width]
-            if layer is attention.qkv and getattr(attention, "q_bias", None) is not None:
-                out = out if bias is None else out + bias
-            return out.unflatten(-1, (self.heads, -1)).transpose(-1, -2).flatten(-2) if self.interleaved else out
         weight = layer.weight[start : start + self.width]
         if self.interleaved:
             # Permuting C x C weights is cheaper than permuting the tokens, and keeps no copy that could go stale.
@@ -74,9 +96,64 @@ class FacetProjection:
             bias = bias if bias is None else bias.unflatten(0, (self.heads, -1)).t().flatten()
         return F.linear(x, weight, bias)
 
+    def _rows(self, attention: Any, layer: Any, projected: Tensor, start: int) -> Tensor:
+        """This facet of the full output of ``layer``, with the bias that EVA's attention adds by hand."""
+        out = projected[..., start : start + self.width]
+        if layer is attention.qkv and getattr(attention, "q_bias", None) is not None:
+            bias = self._bias(attention, layer, start)
+            return out if bias is None else out + bias
+        return out
+
+    def _seen(self, block: Any, attention: Any, run: Callable[[], Any]) -> Tensor:
+        split = getattr(attention, f"{self.facet[0]}_proj", None)
+        layer: Any = getattr(attention, "qkv", None) if split is None else split
+        if not isinstance(attention, nn.Module) or not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"facet {self.facet!r} cannot be read from the {type(block).__name__} that now stands in the model: "
+                "it has no attn with a qkv or q_proj/k_proj/v_proj layer; use facet='token'"
+            )
+        thread, entered, left = get_ident(), [], []
+
+        def keep_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if get_ident() == thread:
+                entered.append(args[0] if args else kwargs["x"])
+
+        def keep_output(module: Any, args: Any, out: Tensor) -> None:
+            if get_ident() == thread:
+                # A copy: EVA's attention adds the bias to this very tensor.
+                left.append(out.clone())
+
+        handles = (
+            attention.register_forward_pre_hook(keep_input, with_kwargs=True),
+            layer.register_forward_hook(keep_output),
+        )
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not left and len(entered) == 1:
+            # EVA's attention may multiply by the weight of its projection without calling it.
+            left.append(layer(entered[0]))
+        if len(left) != 1:
+            raise ValueError(
+                f"facet {self.facet!r} cannot be read: the edited block calls its projection {len(left)} times and its "
+                f"attention {len(entered)} times instead of once; use facet='token'"
+            )
+        return self._rows(attention, layer, left[0], 0 if split is not None else _ROW[self.facet] * self.width)
+
+    def _order(self, out: Tensor) -> Tensor:
+        return out.unflatten(-1, (self.heads, -1)).transpose(-1, -2).flatten(-2) if self.interleaved else out
+
     def _bias(self, attention: Any, layer: Any, start: int) -> Tensor | None:
         separate: Tensor | None = getattr(attention, f"{self.facet[0]}_bias", None)
         if separate is not None:
             return separate
         bias = getattr(layer, "bias", None)
         return None if bias is None else bias[start : start + self.width]
+
+
+def _width(layer: Any, attention: Any, parts: int = 1) -> int:
+    # An adapter around the layer need not say how wide it is.
+    wide = getattr(layer, "out_features", None)
+    return int(attention.num_heads * attention.head_dim if wide is None else wide // parts)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import FLOATS, check_dense
@@ -16,7 +15,8 @@ from ..defaults import plain_defaults
 from ..images import check_cells
 from ..precision import autocasts, without_autocast
 from ..witnesses import Witnesses
-from . import in_place
+from . import in_place, patches
+from .in_place import StandardBlocks
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
 
@@ -24,6 +24,20 @@ _CACHED_GRIDS = 8
 _Module = TypeVar("_Module", bound=nn.Module)
 _Position = tuple[Tensor | None, Tensor | None, Tensor | None]
 _Key = tuple[Grid, torch.device, torch.dtype]
+
+
+def _fixed(name: str) -> property:
+    def read(self: FrozenViT) -> str:
+        value: str = getattr(self, f"_{name}")
+        return value
+
+    def refuse(self: FrozenViT, value: object) -> None:
+        raise AttributeError(
+            f"{name} of a backbone is fixed, and is {read(self)!r}; for another one build "
+            f"FrozenViT(backbone.model, {name}={value!r}, ...), which shares the weights"
+        )
+
+    return property(read, refuse)
 
 
 class FrozenViT(nn.Module):
@@ -66,6 +80,9 @@ class FrozenViT(nn.Module):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    facet = _fixed("facet")
+    head_order = _fixed("head_order")
+    position_rule = _fixed("position_rule")
 
     def __init__(
         self,
@@ -85,10 +102,10 @@ class FrozenViT(nn.Module):
         patch = _check_model(model)
         config = getattr(model, "pretrained_cfg", None) or {}
         self.name = name or config.get("architecture") or type(model).__name__
-        self.facet = _choice("facet", facet, FACETS)
-        self.head_order = _choice("head_order", head_order, HEAD_ORDERS)
+        self._facet = _choice("facet", facet, FACETS)
+        self._head_order = _choice("head_order", head_order, HEAD_ORDERS)
         dino = config.get("tag") == "dino"
-        self.position_rule = _choice("position_rule", position_rule or ("dino" if dino else "timm"), tuple(RULES))
+        self._position_rule = _choice("position_rule", position_rule or ("dino" if dino else "timm"), tuple(RULES))
         self.mean = _triple("mean", mean if mean is not None else config.get("mean"), (0.485, 0.456, 0.406))
         self.std = _triple("std", std if std is not None else config.get("std"), (0.229, 0.224, 0.225))
         self.random_weights = random_weights
@@ -106,6 +123,7 @@ class FrozenViT(nn.Module):
         if facet not in ("token", "final"):
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
+        self._standard = StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
 
@@ -161,16 +179,20 @@ class FrozenViT(nn.Module):
         model = self.model
         tokens, rotary = self._embed(imgs, grid)
         last = self.layer if self._projection is not None else self.layer + 1
-        blocks = list(model.blocks[:last])
-        if in_place.applies(blocks, tokens):
+        # A slice of the container would be a new container.
+        blocks = list(model.blocks)[:last]
+        if self._standard(blocks, tokens):
             tokens = in_place.run(blocks, tokens)
         else:
             for index, block in enumerate(blocks):
                 tokens = self._run(block, index, tokens, rotary)
-        tokens = tokens[:, model.num_prefix_tokens :]
         if self._projection is None:
+            tokens = tokens[:, model.num_prefix_tokens :]
             return (model.norm(tokens) if self.facet == "final" else tokens).contiguous()
-        return self._projection(model.blocks[self.layer], tokens)
+        block = model.blocks[self.layer]
+        return self._projection(
+            block, tokens, model.num_prefix_tokens, lambda: self._run(block, self.layer, tokens, rotary)
+        )
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Stays in evaluation mode: the backbone is frozen, also when a parent module trains."""
@@ -178,16 +200,14 @@ class FrozenViT(nn.Module):
         return self
 
     def _embed(self, imgs: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        embed = self.model.patch_embed
-        x = F.conv2d(imgs, embed.proj.weight, embed.proj.bias, stride=self.stride)
-        x = embed.norm(x.flatten(2).transpose(1, 2))
+        x = patches.embed(self.model.patch_embed, imgs, self.stride, grid)
         prefix, position, rotary = self._position(grid)
         if position is not None:
             x = x + position
         if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
         # Without a class token the tokens are still a transposed view, on which every residual sum would stay slow.
-        return self.model.norm_pre(x.contiguous()), rotary
+        return self.model.norm_pre(self.model.pos_drop(x.contiguous())), rotary
 
     def _run(self, block: nn.Module, index: int, tokens: Tensor, rotary: Tensor | None) -> Tensor:
         if rotary is None:
@@ -200,7 +220,7 @@ class FrozenViT(nn.Module):
         """Class and register tokens with their position, patch positions, rotary embedding for ``grid``."""
         if torch.compiler.is_compiling():
             return self._build_position(grid)
-        weight, sources = self.model.patch_embed.proj.weight, self._position_sources()
+        weight, sources = patches.weight_of(self.model.patch_embed), self._position_sources()
         # The same grid again on another device or in another dtype, where nothing but the rotary embedding depends on
         # it: whoever moved the inner model did not ask us.
         key = (grid, weight.device, weight.dtype)
@@ -282,7 +302,7 @@ class FrozenViT(nn.Module):
             raise ValueError(
                 f"imgs must be floating point and normalised with mean {self.mean} and std {self.std}, got {imgs.dtype}"
             )
-        weight = self.model.patch_embed.proj.weight
+        weight = patches.weight_of(self.model.patch_embed)
         if imgs.device != weight.device:
             raise ValueError(f"imgs are on {imgs.device}, the backbone is on {weight.device}; move one of them")
         if imgs.dtype != weight.dtype and not autocasts(imgs.device.type):
@@ -316,7 +336,11 @@ def _check_model(model: nn.Module) -> int:
     bases = [base for base in (VisionTransformerDistilled, VisionTransformer, Eva) if isinstance(model, base)]
     if not bases:
         raise ValueError(f"{kind.__name__} is no Vision Transformer that can be read; {supported}")
-    changed = [n for n in ("_pos_embed", "forward_features") if getattr(kind, n) is not getattr(bases[0], n)]
+    changed = [
+        n
+        for n in ("_pos_embed", "forward_features")
+        if n in model.__dict__ or getattr(kind, n) is not getattr(bases[0], n)
+    ]
     if changed:
         raise ValueError(f"{kind.__name__} changes {', '.join(changed)} of timm's {bases[0].__name__}; {supported}")
     embed: Any = model.patch_embed
@@ -335,6 +359,9 @@ def shared_copy(model: _Module) -> _Module:
     """The same modules over the same storage, with frozen parameters of their own."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo.update({id(b): b.detach() for b in model.buffers()})
+    # Weights that a pre-hook computes (pruning, the older spectral_norm) are plain attributes with a graph behind them.
+    attributes = [value for module in model.modules() for value in module.__dict__.values()]
+    memo.update({id(t): t.detach() for t in attributes if isinstance(t, Tensor)})
     return copy.deepcopy(model, memo)
 
 

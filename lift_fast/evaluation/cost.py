@@ -112,8 +112,6 @@ def published_backbone_count(backbone: FrozenViT, size: int) -> int:
         imgs = _picture(backbone, size, size)
         grid = copy.grid(size, size)
         tokens, rotary = copy._embed(imgs, grid)
-        # The patch projection runs as a function, with the stride of its own.
-        layers.total += grid[0] * grid[1] * model.patch_embed.proj.weight.numel()
         for index, block in enumerate(model.blocks):
             before = layers.total
             tokens = copy._run(block, index, tokens, rotary)
