@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,7 +105,10 @@ def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
     [
         (["--resume", "--overwrite"], "exclude each other"),
         (["--size", "72"], "multiple of four patches"),
-        (["--batch-size", "1"], "give a batch_size (--batch-size) of at least 2, or an image_size (--size) of at least"),
+        (
+            ["--batch-size", "1"],
+            "give a batch_size (--batch-size) of at least 2, or an image_size (--size) of at least",
+        ),
         (["--batch-size", "99"], "fewer than one batch of 99"),
         (["--jitter", "2"], "jitter must lie in 0 to 0.5"),
         (["--lr", "0"], "learning_rate must be a positive number"),
@@ -143,15 +147,15 @@ def test_reading_processes_end_with_a_killed_training(folder, tmp_path):
     process = start("train", folder, "--out", tmp_path / "out", *TINY, "--workers", "3", "--epochs", "100000")
     try:
         until = time.monotonic() + 120
-        while not (tmp_path / "out" / "log.csv").exists() or len(_descendants(process.pid)) < 3:
+        while not (tmp_path / "out" / "log.csv").exists() or len(_children(process.pid)) < 3:
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.1)
-        readers = _descendants(process.pid)
+        readers = _children(process.pid)
         process.kill()
         process.wait()
         until = time.monotonic() + 3
-        while alive := [pid for pid in readers if _state(pid) not in (None, "Z")]:
+        while alive := [pid for pid in readers if _status(pid)[:1] not in ([], ["Z"])]:
             assert time.monotonic() < until, alive
             time.sleep(0.05)
     finally:
@@ -161,20 +165,16 @@ def test_reading_processes_end_with_a_killed_training(folder, tmp_path):
         process.stderr.close()
 
 
-def _descendants(pid):
-    """Of Linux: the children of every thread of a process."""
+def _children(pid):
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _status(path.name)[1:2] == [str(pid)]]
+
+
+def _status(pid):
+    """State and parent of a process, as Linux tells; nothing of one that is gone."""
     try:
-        lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
         return []
-    return [int(child) for text in lists for child in text.split()]
-
-
-def _state(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return None
 
 
 def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):
