@@ -225,7 +225,7 @@ def _published_state(lift: LiFT) -> dict[str, Tensor]:
     for eps in layers.epsilons():
         if eps != _EPSILON:
             raise ValueError(f"a BatchNorm has eps {eps}, and a checkpoint has no place for another than {_EPSILON}")
-    found: dict[object, Any] = {**lift.state_dict()}
+    found: dict[Any, Any] = dict(lift.state_dict())
     for prefix, module in lift.named_modules():
         if not parametrize.is_parametrized(module):
             continue
