@@ -48,7 +48,7 @@ class LiFT(
     through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or :func:`lift_fast.clear_plans`
     after them.
     A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
-    ``forward``) runs the plain graph as it stands. Forward hooks on submodules run in the plain graph only.
+    ``forward``) or hooked runs the plain graph as it stands; so does one under the transforms of ``torch.func``.
     A new module has PyTorch's default dtype and device, as every ``nn.Module``; what :func:`lift_fast.load_lift`
     returns does not depend on them.
 
@@ -251,6 +251,7 @@ class LiFT(
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is made anew after it."""
         # Weights changed through ``.data`` count no versions; such code runs between train() and eval() as a rule.
+        self._find_layers.forget()
         weights = self._plan_sources()[0]
         if weights:
             forget_plan(weights)
@@ -287,6 +288,9 @@ class LiFT(
     def _network(self) -> _Network | None:
         """What the plan is made from; None where the plain graph must run, whatever the inputs."""
         if not self.fused or self.training:
+            return None
+        # Whose transforms know plain operations only.
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return None
         layers = self._find_layers(self)
         if layers is None:

@@ -84,7 +84,8 @@ def nearest(
             which a recorded CUDA graph leaves out.
         precision: ``"exact"``: equal to the float32 argmax. Where the device multiplies bfloat16 faster, candidates
             are searched with it, those within its proven rounding bound are judged in float32. ``"fast"``: without
-            that judgement; cosines may be off by up to 2^-7, and of keys so close any may be chosen.
+            that judgement; cosines may be off by up to 2^-7 (dot products by so much of the product of the longest
+            query's and key's lengths), and of keys so close any may be chosen.
 
     Returns:
         :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.

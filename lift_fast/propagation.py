@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from .checks import check_dense, check_flag, check_whole, shown
 from .matching import check_pair, check_window
 from .ops import propagate_labels as _propagate_labels_op  # noqa: F401  registers torch.ops.lift_fast.propagate_labels
+
+_LARGEST = sys.float_info.max
 
 
 def propagate_labels(
@@ -68,6 +71,10 @@ def propagate_labels(
             "turn class numbers into rows with torch.nn.functional.one_hot(...).float()"
         )
     check_dense("labels", labels)
+    if labels.dtype == torch.float64 and query.dtype != torch.float64 and not labels.is_meta and labels.numel():
+        largest = float(labels.detach().nan_to_num(0, 0, 0).abs().amax())
+        if largest > torch.finfo(torch.float32).max:
+            raise ValueError(f"labels of up to {largest:.3g} leave the range of the float32 result; scale them")
     if labels.device != key.device:
         raise ValueError(f"labels are on {labels.device}, key on {key.device}; move them to one device")
     if query.dim() < 2 or key.dim() < 2 or labels.dim() < 2:
@@ -91,7 +98,7 @@ def propagate_labels(
     # More than there are keys is no more than all of them.
     k = min(check_whole("k", k, 1, math.inf), max(1, key.shape[-2]))
     normalize = check_flag("normalize", normalize)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature <= _LARGEST:
         raise ValueError(f"temperature must be a positive number, got {shown(temperature)}")
     window = check_window(("radius", "grid", "key_grid"), radius, grid, key_grid, query.shape[-2], key.shape[-2])
 

@@ -206,8 +206,8 @@ def check_nearest(query, key, options, result, tolerance: float, wide: torch.dty
     table, lengths, exponent = similarities(query, key, options["normalize"])
     rounding = tolerance * lengths.nan_to_num(0, 0, 0)
     if tolerance > 1e-3 and m:
-        # The fast search rounds on the scale of the longest key.
-        rounding = rounding.amax(1, keepdim=True).expand_as(rounding)
+        # The fast search rounds on the scale of the longest query and key, less their centres.
+        rounding = rounding.max().expand_as(rounding)
     good_q, good_k = query.isfinite().all(-1), key.isfinite().all(-1)
     allowed = good_q[:, None] & good_k[None]
     if options["window"] is not None:

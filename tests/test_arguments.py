@@ -136,3 +136,12 @@ def test_results_do_not_depend_on_global_defaults():
                 torch.set_default_dtype(torch.float32)
             for ours, expected in zip(found, wanted, strict=True):
                 assert torch.equal(ours, expected)
+
+
+def test_numbers_beyond_the_result_s_range_are_refused():
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        propagate_labels(X, X, X, grid=(2, 3), temperature=10**400)
+    with pytest.raises(ValueError, match=r"labels of up to 1e\+300 leave the range of the float32 result"):
+        propagate_labels(X, X, torch.full((6, 1), 1e300, dtype=torch.float64), grid=(2, 3))
+    wide = propagate_labels(X.double(), X.double(), torch.full((6, 1), 1e300, dtype=torch.float64), grid=(2, 3))
+    assert wide.isfinite().all()

@@ -309,6 +309,35 @@ def test_prediction_changed_in_place_is_noticed():
         loss.backward()
 
 
+class Named(torch.Tensor):
+    """A class of its own, which goes through the dispatcher."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["subclass", "compiled"])
+def test_second_derivatives_wherever_the_loss_is_computed(way, dtype):
+    def penalised(loss, x):
+        value = loss(x, y, 1, "sum")
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        return torch.autograd.grad((value + 0.1 * gradient.square().sum()).sum(), x)[0]
+
+    x, y = random(2, 6, 4, dtype=dtype), random(2, 6, 4, dtype=dtype, seed=1)
+    wanted = penalised(cosine_loss_plain, x.clone().requires_grad_())
+    if way == "subclass":
+        found = penalised(cosine_loss, x.as_subclass(Named).requires_grad_())
+    else:
+        torch._dynamo.reset()
+        found = penalised(torch.compile(cosine_loss, backend="eager"), x.clone().requires_grad_())
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_linearize_follows_it():
+    x, y, tangent = (random(3, 6, 4, seed=s) for s in range(3))
+    value, push = torch.func.linearize(partial(cosine_loss, target=y), x)
+    wanted, slope = torch.func.jvp(partial(op.cosine_loss_plain, target=y), (x,), (tangent,))
+    torch.testing.assert_close((value, push(tangent)), (wanted, slope))
+
+
 def test_trains_a_module_and_runs_under_autocast():
     torch.manual_seed(0)
     net, criterion = nn.Conv2d(3, 8, 1), CosineLoss()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import threading
 
 import pytest
 import torch
@@ -322,7 +323,38 @@ def another_sequence(lift):
     lift.image_convs_2 = torch.nn.Sequential(lift.image_convs_2, torch.nn.Tanh())
 
 
+def pool_in_place(lift):
+    lift.scale_adapter.kernel_size, lift.scale_adapter.padding = 3, 1
+
+
+def spectral(lift):
+    torch.nn.utils.spectral_norm(lift.outc, n_power_iterations=3)
+
+
+def pruned_by_a_hook(lift):
+    prune_module.identity(lift.outc, "weight")
+    lift.outc.weight_orig.mul_(0.5)
+
+
+def hook(lift):
+    lift.outc.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def hook_of_a_block(lift):
+    lift.up1.register_forward_pre_hook(lambda module, given: (2 * given[0], given[1]))
+
+
+def own_forward_in_place_of_another_attribute(lift):
+    lift.outc.tag = 1
+    lift.eval()
+    with torch.no_grad():
+        lift(*inputs(16, 48, 32, 8))
+    del lift.outc.tag
+    own_forward_of_a_layer(lift)
+
+
 EDITS = [
+    *(pool_in_place, spectral, pruned_by_a_hook, hook, hook_of_a_block, own_forward_in_place_of_another_attribute),
     *(gelu, bias, further_layer, padding_mode, dilation, pool, no_affine, no_affine_in_place, no_statistics, no_bias),
     *(own_forward, own_forward_of_a_layer, own_class, another_sequence),
 ]
@@ -346,6 +378,52 @@ def test_an_edited_network_runs_as_it_stands(edit, when):
     assert relative_error(ours, expected) < 1e-5
     assert relative_error(again, expected) < 1e-5
     assert original is None or relative_error(ours, original) > 1e-4
+
+
+def test_a_hook_for_all_modules_is_heard():
+    lift = network(8, 16, seed=23)
+    imgs, x = inputs(16, 48, 32, 8)
+    with torch.no_grad():
+        before = lift(imgs, x)
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, given, out: 2 * out if module is lift.outc else None
+        )
+        try:
+            ours = lift(imgs, x)
+        finally:
+            handle.remove()
+        assert relative_error(ours, 2 * before) < 1e-5
+        assert torch.equal(lift(imgs, x), before)
+
+
+def test_a_layer_exchanged_while_other_threads_compute_is_the_new_one_afterwards():
+    imgs, x = inputs(16, 48, 32, 8)
+    for seed in range(12):
+        lift, other = network(8, 16, seed=seed), network(8, 16, seed=seed + 100)
+
+        def compute(lift=lift):
+            with torch.no_grad():
+                for _ in range(3):
+                    lift(imgs, x)
+
+        # Forgotten, so that all threads look at the layers at once.
+        lift.scale_adapter = torch.nn.MaxPool2d(2, 2)
+        threads = [threading.Thread(target=compute) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        lift.outc = other.outc
+        for thread in threads:
+            thread.join()
+        with torch.no_grad():
+            assert relative_error(lift(imgs, x), plain(lift, imgs, x, torch.float64)) < 1e-5, seed
+
+
+def test_transforms_of_functions_run_the_plain_graph():
+    lift = network(8, 8, seed=24)
+    imgs, x = torch.randn(3, 1, 3, 24, 16), torch.randn(3, 1, 6, 8)
+    with torch.no_grad():
+        wanted = torch.stack([lift(one, tokens) for one, tokens in zip(imgs, x, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(lift)(imgs, x), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda lift: pickle.loads(pickle.dumps(lift))])

@@ -90,7 +90,8 @@ def _can_ask(tensor: Tensor) -> bool:
     """Whether a Python program may look at the numbers: no compiler, no transform of ``torch.func`` follows them."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not tensor.is_meta and type(tensor) is Tensor
+    # A mode may stand for a program that records operations, whatever the numbers.
+    return not tensor.is_meta and type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
@@ -300,7 +301,7 @@ library.implement("cosine_loss_gradient", _cosine_loss_gradient, fake=_fake_cosi
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     prediction, target, ctx.dim, ctx.reduction, ctx.with_gradient = inputs
     ctx.keeps_gradient = _keeps_gradient(prediction.dtype)
-    ctx.save_for_backward(*((output[1],) if ctx.keeps_gradient else (prediction, target)))
+    ctx.save_for_backward(prediction, target, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -310,10 +311,15 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
         return (None,) * 5
     if not ctx.with_gradient:
         raise RuntimeError("cosine_loss was called with with_gradient=False, so it has no gradient; pass True")
-    if ctx.keeps_gradient:
-        out = torch.ops.lift_fast.cosine_loss_backward(*ctx.saved_tensors, grad_loss, ctx.dim)
+    prediction, target, gradient = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # Somebody will differentiate this gradient again, as in :class:`CosineLossFunction`.
+        loss = cosine_loss_plain(prediction, target, ctx.dim, ctx.reduction)
+        (out,) = torch.autograd.grad(loss, prediction, grad_loss, create_graph=True)
+    elif ctx.keeps_gradient:
+        out = torch.ops.lift_fast.cosine_loss_backward(gradient, grad_loss, ctx.dim)
     else:
-        out = torch.ops.lift_fast.cosine_loss_gradient(*ctx.saved_tensors, grad_loss, ctx.dim, ctx.reduction)
+        out = torch.ops.lift_fast.cosine_loss_gradient(prediction, target, grad_loss, ctx.dim, ctx.reduction)
     return out, None, None, None, None
 
 
