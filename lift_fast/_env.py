@@ -79,6 +79,17 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lift_fast"
 
 
+def check() -> None:
+    """Refuse what a variable cannot mean, also where nothing would read it.
+
+    Raises:
+        ValueError: names the variable and what it may be.
+    """
+    for name in _SWITCHES:
+        _choice(name, ("0", "1"))
+    cpu_isa()
+
+
 def cpu_isa() -> str:
     """LIFT_FAST_CPU_ISA: auto, avx512, avx2 or baseline.
 

@@ -45,7 +45,11 @@ def backends() -> Backends:
 
     Returns:
         :class:`Backends` with the parts ``pytorch``, ``cpu native``, ``triton`` and ``cuda native``.
+
+    Raises:
+        ValueError: for an environment variable of ours with a value that it cannot have.
     """
+    _env.check()
     return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native()))
 
 

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._files import atomic_path
 from .defaults import plain_defaults
 from .demonstration import lift_file
+from .layers import LayerFinder
 from .lift import LiFT
 from .tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
 
 # Bounds what a file can make us build before its shapes are compared; the published networks have at most one.
 _MOST_EXTRA_BLOCKS = 64
+# Of every BatchNorm of the published network.
+_EPSILON = 1e-5
 
 
 def load_lift(
@@ -54,8 +58,12 @@ def load_lift(
     """
     try:
         device = torch.device(map_location)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"map_location must be a device such as 'cpu' or 'cuda', got {map_location!r}") from error
+        # PyTorch knows names of devices that this machine lacks.
+        torch.zeros(1, device=device)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"map_location must be a device of this machine such as 'cpu' or 'cuda', got {map_location!r}"
+        ) from error
     path = lift_file(path)
     state = lift_state_dict(read_tensor_file(path), path)
     options = _architecture(state, path)
@@ -162,16 +170,25 @@ def _own_copy(value: Tensor) -> Tensor:
 def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
     """Write ``lift``'s state dict, atomically; ``.safetensors`` by that suffix, else a PyTorch file.
 
-    The published code loads the latter unchanged; a compiled or parallel LiFT is written under the same names.
+    The published code loads the latter unchanged; a compiled or parallel LiFT is written under the same names, and of
+    parametrised weights (:mod:`torch.nn.utils.parametrize`) what they come to.
 
     Raises:
-        ValueError: for a LiFT on the device meta.
+        TypeError: for what is no LiFT.
+        ValueError: for what :func:`load_lift` could not give back: a LiFT on the device meta, with weights that are not
+            finite, with edited layers or another epsilon of a BatchNorm; for a path that names no file.
         FileNotFoundError: if the folder does not exist.
         OSError: if the file cannot be written.
     """
-    if any(value.is_meta for value in lift.state_dict().values()):
+    own = _unwrapped(lift)
+    if not Path(path).name or Path(path).is_dir():
+        raise ValueError(f"cannot write a LiFT to {str(path)!r}: that names no file")
+    if any(value.is_meta for value in own.state_dict().values()):
         raise ValueError(f"cannot write {path}: the weights are on the device meta, which holds no values")
-    state = {plain_name(name): value.detach().cpu().contiguous() for name, value in lift.state_dict().items()}
+    try:
+        state = _published_state(own)
+    except ValueError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
     if Path(path).suffix == ".safetensors":
         content = save(state)
     else:
@@ -181,3 +198,79 @@ def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         # Both libraries' own writers hide the system's error, such as a full disk, behind one of theirs.
         temporary.write_bytes(content)
+
+
+def _unwrapped(lift: nn.Module) -> LiFT:
+    """The LiFT inside compiled and parallel modules."""
+    inside: Any = lift
+    while isinstance(inside, nn.Module) and not isinstance(inside, LiFT):
+        inside = getattr(inside, "_orig_mod", getattr(inside, "module", None))
+    if not isinstance(inside, LiFT):
+        raise TypeError(f"expected a LiFT, got {described(lift)}")
+    return inside
+
+
+def _published_state(lift: LiFT) -> dict[str, Tensor]:
+    """The weights of ``lift`` under the published names and in their order.
+
+    Raises:
+        ValueError: for a LiFT that they do not describe; says what they have no place for.
+    """
+    layers = LayerFinder()(_uncompiled(lift))
+    if layers is None or type(lift).forward is not LiFT.forward:
+        raise ValueError(
+            "the network was edited (layers, activations, pooling, or a forward of their own), and a checkpoint holds "
+            "only the published one's weights; save its state_dict() with your own code"
+        )
+    for eps in layers.epsilons():
+        if eps != _EPSILON:
+            raise ValueError(f"a BatchNorm has eps {eps}, and a checkpoint has no place for another than {_EPSILON}")
+    found: dict[Any, Any] = dict(lift.state_dict())
+    for prefix, module in lift.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        start = f"{prefix}." if prefix else ""
+        for name in module.parametrizations:
+            found[start + name] = getattr(module, name)
+        found = {name: value for name, value in found.items() if not str(name).startswith(f"{start}parametrizations.")}
+    found = {name: value.detach().cpu().contiguous() for name, value in found.items()}
+    state = lift_state_dict(found, "the network")
+    with plain_defaults(), torch.device("meta"):
+        options = _architecture(state, Path("the network"))
+        published = LiFT(options.pop("in_channels"), lift.patch_size, **options)
+    fit_lift(state, published, "the network")
+    return {name: state[name] for name in published.state_dict()}
+
+
+def _uncompiled(module: Any) -> Any:
+    """A module of the same layers, compiled ones replaced by what was compiled."""
+    module = getattr(module, "_orig_mod", module)
+    # Parametrised modules refuse to be copied.
+    twin = object.__new__(type(module))
+    children = {name: None if child is None else _uncompiled(child) for name, child in module._modules.items()}
+    twin.__dict__.update(module.__dict__, _modules=children)
+    return twin
+
+
+def read_into(lift: LiFT, file: str | os.PathLike[str], config: str) -> None:
+    """Read the weights of ``file`` into a LiFT that was built by ``config``, for :meth:`LiFT.from_pretrained`.
+
+    Raises:
+        ValueError: as :func:`load_lift`, and where the two contradict each other; names both, and the field.
+    """
+    path = Path(file)
+    state = lift_state_dict(read_tensor_file(path), path)
+    encoder = lift.image_convs_1 if lift.use_image else None
+    built = {
+        "in_channels": lift.in_channels,
+        "use_image": lift.use_image,
+        "image_channels": encoder[0].out_channels if encoder else None,
+        "extra_image_blocks": len(encoder) // 3 - 2 if encoder else None,
+    }
+    for name, value in {"use_image": True, **_architecture(state, path)}.items():
+        if built[name] is not None and built[name] != value:
+            raise ValueError(
+                f"{config} does not fit {path}: {name} is {built[name]!r}, the weights are those of {value!r}"
+            )
+    fit_lift(state, lift, path)
+    lift.load_state_dict(state)

@@ -155,8 +155,13 @@ def _snapshot(lift: Any, parts: _Parts) -> _Snapshot:
     members = [tuple(entries.values()) for entries in children]
     # Not the network itself, which would hold itself.
     modules = [module for module in lift.modules() if module is not lift]
-    settings = []
-    for kind, read in ((nn.Conv2d, _settings), (nn.ConvTranspose2d, _up_settings), (nn.MaxPool2d, _pool_settings)):
+    settings: list[Any] = []
+    readers: tuple[tuple[type, Any], ...] = (
+        (nn.Conv2d, _settings),
+        (nn.ConvTranspose2d, _up_settings),
+        (nn.MaxPool2d, _pool_settings),
+    )
+    for kind, read in readers:
         found = [module.__dict__ for module in modules if isinstance(module, kind)]
         settings.append((read, found, [read(entries) for entries in found]))
     return _Snapshot(

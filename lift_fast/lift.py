@@ -6,7 +6,10 @@ State-dict keys, their order and shapes are those of the published checkpoints.
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +200,53 @@ class LiFT(
         x_map = x.view(x.shape[0], h, w, self.in_channels) if self.pre_shape else x.permute(0, 2, 3, 1)
         weights, epsilons, architecture = network
         return lift_forward(aligned, x_map, weights, epsilons, architecture, basis=basis, normalize=normalize)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LiFT:
+        """A LiFT that :meth:`save_pretrained` wrote, from a folder or a hub; in evaluation mode.
+
+        Raises:
+            ValueError: where config.json or the weights cannot be used or contradict each other; names file and field.
+        """
+        try:
+            lift: LiFT = super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            # The last: JSON of something other than names and values.
+            if isinstance(error, AttributeError) and "'items'" not in str(error):
+                raise
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} is no JSON object ({error}); expected one with LiFT's "
+                "arguments, such as in_channels"
+            ) from error
+        return lift
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> LiFT:
+        config = f"config.json of {model_id}"
+        known = {name: options[name] for name in cls._hub_mixin_init_parameters if name in options}
+        missing = [name for name in ("in_channels", "patch_size") if name not in known]
+        if missing:
+            raise ValueError(f"{config} is missing or does not say {' and '.join(missing)}")
+        try:
+            # Before the weights are fetched, and without memory.
+            with torch.device("meta"):
+                cls(**known)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from error
+        lift: LiFT = super()._from_pretrained(model_id=model_id, **options)
+        return lift
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        # Not at the top: it imports this module.
+        from .checkpoints import read_into
+
+        read_into(model, model_file, os.path.join(os.path.dirname(model_file), "config.json"))
+        return model.to(map_location).eval()
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        return cls._load_as_safetensor(model, model_file, map_location, strict)
 
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is made anew after it."""

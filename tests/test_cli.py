@@ -338,3 +338,71 @@ def test_bugs_keep_their_traceback(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(lift_fast._files.os, "replace", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("match", *pictures, "--out", Path(tmp_path) / "m.png", *TINY)
+
+
+def test_extract_takes_no_result_for_another_pictures(pictures, tmp_path, capsys):
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    Image.open(pictures[1]).save(folder / "b.png")
+    assert run("extract", folder, "--out", out, *TINY, "--quiet") == 0
+    with np.load(out / "b.npz") as data:
+        assert (str(data["source"]), int(data["source_bytes"])) == ("b.png", (folder / "b.png").stat().st_size)
+    # Which comes first now, and would have taken b.npz for its own.
+    Image.open(pictures[0]).save(folder / "b.jpg")
+    before = (out / "b.npz").read_bytes()
+    capsys.readouterr()
+    assert run("extract", folder, "--out", out, *TINY, "--quiet") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "holds the descriptors of" in error
+    assert "b.png" in error
+    assert (out / "b.npz").read_bytes() == before
+    assert run("extract", folder, "--out", out, *TINY, "--quiet", "--overwrite") == 0
+    for name, source in (("b.npz", "b.jpg"), ("b.png.npz", "b.png")):
+        with np.load(out / name) as data:
+            assert str(data["source"]) == source
+    assert run("extract", folder, "--out", out, *TINY, "--quiet") == 0
+    Image.open(pictures[1]).save(folder / "b.jpg")
+    assert run("extract", folder, "--out", out, *TINY, "--quiet") == 2
+    assert "another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [("match", "a.png"), ("match", "link.png"), ("match", "numbers.png"), ("show", "a.png"), ("show", "link.png")],
+)
+def test_pictures_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.open(pictures[0]).save("a.png")
+    os.link("a.png", "link.png")
+    Image.open(pictures[1]).save("numbers.npz", format="PNG")
+    before = [Path(name).read_bytes() for name in ("a.png", "numbers.npz")]
+    assert run(command, "a.png", "numbers.npz", "--out", out, *TINY) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is an input" in error
+    assert [Path(name).read_bytes() for name in ("a.png", "numbers.npz")] == before
+
+
+def test_extract_writes_over_no_picture(pictures, tmp_path, capsys):
+    Image.open(pictures[0]).save(tmp_path / "b.npz", format="PNG")
+    assert run("extract", tmp_path / "b.npz", "--out", tmp_path, *TINY, "--overwrite") == 2
+    assert "is an input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["info"], ["match", "a.png", "b.png"]])
+@pytest.mark.parametrize("name", ["LIFT_FAST_CPU_ISA", "LIFT_FAST_DISABLE_TRITON"])
+def test_variables_that_mean_nothing_are_refused(command, name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "foo")
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"environment variable {name} must be one of" in error
+
+
+def test_threads_are_bounded(tmp_path, capsys):
+    for command in (["match", "a.png", "b.png"], ["train", "a", "--out", "b"], ["extract", "a", "--out", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*command, "--threads", "1000000000")
+        assert stop.value.code == 2
+        assert "expected at most" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_are_refused(name, tmp_path):
         lift.state_dict()[name].view(-1)[0] = float("nan")
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             lift(*inputs(16, 32, 32, 8))
-    save_lift(lift, tmp_path / "nan.pth")
+    torch.save(lift.state_dict(), tmp_path / "nan.pth")
     with pytest.raises(ValueError, match=r"nan\.pth.*NaN"):
         load_lift(tmp_path / "nan.pth", patch_size=16)
 

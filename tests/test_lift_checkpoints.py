@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import zipfile
@@ -309,3 +310,90 @@ def test_map_location(state, tmp_path):
     for wrong in ("nowhere", 1.5, None):
         with pytest.raises(ValueError, match="map_location must be a device"):
             load_lift(tmp_path / "lift.pth", patch_size=16, map_location=wrong)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "xla", "hpu"])
+def test_map_location_of_a_device_that_is_not_here(device, state, tmp_path):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    torch.save(state, tmp_path / "lift.pth")
+    with pytest.raises(ValueError, match=f"map_location must be a device of this machine.*{device}"):
+        load_lift(tmp_path / "lift.pth", patch_size=16, map_location=device)
+
+
+def _set(path, value):
+    def edit(lift):
+        owner, _, name = path.rpartition(".")
+        setattr(lift.get_submodule(owner), name, value)
+
+    return edit
+
+
+def _spoil(lift):
+    with torch.no_grad():
+        lift.outc.weight[3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_set("up1.conv_1.double_conv.1.eps", 1.0), "eps 1.0"),
+        (_set("image_convs_1.2", nn.GELU()), "was edited"),
+        (_set("scale_adapter", nn.AvgPool2d(2)), "was edited"),
+        (_set("image_convs_1.1.weight", None), "1 missing.*image_convs_1.1.weight"),
+        (_spoil, "not finite"),
+    ],
+    ids=["eps", "activation", "pool", "affine", "nan"],
+)
+def test_what_a_checkpoint_cannot_hold_is_not_written(edit, words, tmp_path):
+    lift = LiFT(CHANNELS, 16)
+    edit(lift)
+    with pytest.raises(ValueError, match=rf"cannot write .*lift\.pth: .*{words}"):
+        save_lift(lift, tmp_path / "lift.pth")
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_a_lift_is_written_and_only_to_a_file(tmp_path):
+    for other in (None, nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match="expected a LiFT, got a"):
+            save_lift(other, tmp_path / "lift.pth")
+    for path in ("", tmp_path):
+        with pytest.raises(ValueError, match="names no file"):
+            save_lift(LiFT(CHANNELS, 16), path)
+
+
+def test_parametrised_and_partly_compiled_weights_are_written_as_they_come_out(tmp_path):
+    lift = LiFT(CHANNELS, 16)
+    nn.utils.parametrizations.weight_norm(lift.outc)
+    with torch.no_grad():
+        lift.outc.parametrizations.weight.original0.mul_(2)
+    lift.up1 = torch.compile(lift.up1)
+    save_lift(lift, tmp_path / "lift.pth")
+    again = load_lift(tmp_path / "lift.pth", patch_size=16)
+    assert list(again.state_dict()) == list(LiFT(CHANNELS, 16).state_dict())
+    assert torch.equal(again.outc.weight, lift.outc.weight)
+    assert torch.equal(again.up1.up.weight, lift.up1.up.weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "missing.*in_channels and patch_size"),
+        ("{", "no JSON object"),
+        ("[1]", "no JSON object"),
+        ({"in_channels": CHANNELS}, "does not say patch_size"),
+        ({"in_channels": CHANNELS, "patch_size": "a"}, "patch_size must be"),
+        ({"in_channels": CHANNELS + 2, "patch_size": 16}, rf"model\.safetensors: in_channels is {CHANNELS + 2}"),
+        ({"in_channels": CHANNELS, "patch_size": 16, "use_image": False}, "use_image is False"),
+        ({"in_channels": CHANNELS, "patch_size": 16, "image_channels": 8}, "image_channels is 8"),
+        ({"in_channels": CHANNELS, "patch_size": 16, "extra_image_blocks": 1}, "extra_image_blocks is 1"),
+    ],
+)
+def test_a_config_that_does_not_describe_its_weights(content, words, tmp_path):
+    LiFT(CHANNELS, 16).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"config\.json.*{words}"):
+        LiFT.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,10 @@ def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
         (["--resume", "--overwrite"], "exclude each other"),
         (["--size", "72"], "image_size (--size) must be a multiple of four patches"),
         (["--batch-size", "99"], "fewer than one batch of 99; give a batch_size (--batch-size) of 17 or less"),
+        (
+            ["--batch-size", "1"],
+            "give a batch_size (--batch-size) of at least 2, or an image_size (--size) of at least",
+        ),
         (["--jitter", "2"], "jitter must lie in 0 to 0.5"),
         (["--lr", "0"], "learning_rate must be a positive number"),
         (["--model", "nonsense"], "unknown backbone"),
@@ -119,6 +125,56 @@ def test_what_cannot_be_is_said_in_one_line(folder, tmp_path, capsys, extra, mes
     assert message in error
     assert error.startswith("lift-fast train: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("extra", [["--batch-size", "2"], ["--size", "128"], ["--no-image"]])
+def test_the_smallest_batches_that_train(folder, tmp_path, extra):
+    options = [*TINY, "--batch-size", "1", *extra, "--max-steps", "1", "--workers", "0", "--quiet"]
+    assert run("train", folder, "--out", tmp_path / "out", *options) == 0
+
+
+def test_the_folder_of_pictures_receives_no_results(folder, tmp_path, capsys):
+    before = sorted(folder.iterdir())
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, tmp_path / "link"):
+        assert run("train", folder, "--out", out, *TINY) == 2
+        assert "is the folder of the pictures" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end processes with their parent")
+def test_reading_processes_end_with_a_killed_training(folder, tmp_path):
+    process = start("train", folder, "--out", tmp_path / "out", *TINY, "--workers", "3", "--epochs", "100000")
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "out" / "log.csv").exists() or len(_children(process.pid)) < 3:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.1)
+        readers = _children(process.pid)
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 3
+        while alive := [pid for pid in readers if _status(pid)[:1] not in ([], ["Z"])]:
+            assert time.monotonic() < until, alive
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _children(pid):
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _status(path.name)[1:2] == [str(pid)]]
+
+
+def _status(pid):
+    """State and parent of a process, as Linux tells; nothing of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return []
 
 
 def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):

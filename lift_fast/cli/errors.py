@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,9 +38,24 @@ def writing(path: Path, note: str = "") -> Iterator[None]:
         ) from error
 
 
-def check_output(option: str, path: Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold."""
+def check_output(option: str, path: Path, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuse a file that could not be written, or is one of ``inputs``, before the work whose result it is to hold."""
+    refuse_input(option, path, inputs)
     try:
         require_writable(path)
     except ValueError as error:
         raise UsageError(f"--{option} {quoted(path)}: {error}") from error
+
+
+def refuse_input(option: str, path: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output that would take the place of a file that is read, by whatever name."""
+    for given in inputs:
+        if given is None:
+            continue
+        try:
+            same = os.path.samefile(path, given)
+        except (OSError, ValueError):
+            # One of them is not there.
+            continue
+        if same:
+            raise UsageError(f"--{option}: {quoted(path)} is an input, which would be overwritten; give another name")

@@ -16,7 +16,7 @@ from lift_fast._files import atomic_path, make_folder
 from lift_fast._text import one_line, quoted
 from lift_fast.demonstration import LIFT
 
-from .errors import UsageError, as_usage_error, writing
+from .errors import UsageError, as_usage_error, refuse_input, writing
 from .options import (
     add_model_options,
     add_output_options,
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 
     from lift_fast.distributed import World
 
+# A picture, the file for its result, and height and width of the picture's file.
+_Member = tuple[Path, Path, tuple[int, int]]
+
 _DESCRIPTION = """Write the descriptors of pictures: one .npz file each with descriptors [h, w, C], image_size (height,
-width of the loaded picture), file_size (of the file) and settings (JSON). The folder structure of INPUT is kept. A
-picture that cannot be read is named and skipped (exit status 1); files that exist are kept unless --overwrite is
-given, so an interrupted run goes on where it stopped; if they were made with another model, LiFT or size, nothing is
-written (exit status 2). Under torchrun each process takes its share of the pictures: torchrun --nproc-per-node 8 -m
-lift_fast extract ..."""
+width of the loaded picture), file_size (of the file), settings (JSON), source and source_bytes (name and length of the
+picture's file). The folder structure of INPUT is kept. A result is named after its picture, with .npz in place of the
+suffix or, where another picture has that name, behind it. Files that exist are kept unless --overwrite is given, so an
+interrupted run goes on where it stopped; if one was made with another model, LiFT or size, or of another picture,
+nothing is written (exit status 2). A picture that cannot be read is named and skipped (exit status 1). Under torchrun
+each process takes its share of the pictures: torchrun --nproc-per-node 8 -m lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
 # What descriptors depend on: stored with them, and compared before a run goes on.
@@ -106,6 +110,9 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     # Shared out before looking at what is there: meanwhile other processes write.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
+    for source, target in jobs.items():
+        if source not in waiting:
+            _check_source(source, target)
     skipped = len(jobs) - len(waiting)
     if skipped and not quiet and world.size == 1:
         print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
@@ -208,17 +215,45 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
                 )
             taken[target] = source
             jobs[source] = target
+    # Only a file that was named itself may be a picture under such a name.
+    for entry in inputs:
+        if entry.suffix.lower() == ".npz":
+            for target in taken:
+                refuse_input("out", target, [entry])
     return jobs
+
+
+def _check_source(source: Path, target: Path) -> None:
+    """Refuse to take the result of another picture for that of ``source``: which picture's result has which name
+    depends on what lies beside it. Files of earlier versions do not say whose they are."""
+    import numpy as np
+
+    try:
+        with np.load(target) as data:
+            name, length = str(data["source"]), int(data["source_bytes"])
+        now = source.stat().st_size
+    except Exception:
+        return
+    if name != source.name:
+        was = quoted(name)
+    elif length != now:
+        was = f"another {quoted(name)} ({length} bytes, now {now})"
+    else:
+        return
+    raise UsageError(
+        f"{quoted(target)} holds the descriptors of {was}, not those of {quoted(source)}; give another --out, or "
+        "--overwrite to compute all of them again"
+    )
 
 
 def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
-) -> Iterator[tuple[list[torch.Tensor], list[tuple[Path, tuple[int, int]]]]]:
+) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
     """Neighbouring pictures of one size, up to ``--batch-size``; pictures that cannot be read go to ``failed``."""
     from lift_fast.images import check_size, read_image, resized_size
 
     batch: list[torch.Tensor] = []
-    members: list[tuple[Path, tuple[int, int]]] = []
+    members: list[_Member] = []
     for source, target in waiting.items():
         try:
             picture = read_image(source)
@@ -240,7 +275,7 @@ def _batches(
             yield batch, members
             batch, members = [], []
         batch.append(tensor)
-        members.append((target, (picture.height, picture.width)))
+        members.append((source, target, (picture.height, picture.width)))
     if batch:
         yield batch, members
 
@@ -248,7 +283,7 @@ def _batches(
 def _extract(
     extractor: Any,
     batch: list[torch.Tensor],
-    members: list[tuple[Path, tuple[int, int]]],
+    members: list[_Member],
     arguments: argparse.Namespace,
     settings: str,
 ) -> None:
@@ -263,7 +298,7 @@ def _extract(
     if extractor.lift is not None:
         grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
     stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
-    for descriptors, (target, file_size) in zip(stored, members, strict=True):
+    for descriptors, (source, target, file_size) in zip(stored, members, strict=True):
         with writing(target, "what was written before is kept"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(target) as temporary, temporary.open("wb") as file:
@@ -273,4 +308,6 @@ def _extract(
                     image_size=np.array([height, width]),
                     file_size=np.array(file_size),
                     settings=np.array(settings),
+                    source=np.array(source.name),
+                    source_bytes=np.array(source.stat().st_size),
                 )

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in .png, got {quoted(arguments.out)}; the numbers go beside it as .npz")
     numbers = arguments.out.with_suffix(".npz")
     for path in (arguments.out, numbers):
-        check_output("out", path)
+        check_output("out", path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
     with as_usage_error():
         for path in (arguments.a, arguments.b):
             require_regular_file(path, "picture")

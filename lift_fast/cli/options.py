@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from lift_fast import demonstration
+from lift_fast import _env, demonstration
 from lift_fast._text import quoted
 
 from .errors import UsageError, as_usage_error
@@ -35,6 +35,14 @@ def seed(text: str) -> int:
         value = 1 << 64
     if not -(1 << 63) <= value < 1 << 64:
         raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, got {text!r}")
+    return value
+
+
+def threads(text: str) -> int:
+    """argparse type: a number of CPU threads, 1 to 256 or four for each core where that is more."""
+    value, most = positive(text), max(256, 4 * (os.cpu_count() or 1))
+    if value > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most} threads on this machine, got {text!r}")
     return value
 
 
@@ -106,7 +114,7 @@ def add_model_options(
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
 
 
@@ -125,6 +133,10 @@ def run_within_limits(arguments: argparse.Namespace) -> int:
     """Run the command that ``arguments`` name, under the limits that they give. Returns the exit status."""
     from lift_fast.images import pixel_limit
 
+    try:
+        _env.check()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     with pixel_limit(getattr(arguments, "max_pixels", None)):
         status: int = arguments.run(arguments)
     return status

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if path.suffix.lower() not in suffixes:
             raise UsageError(f"--{option} must end in {suffixes[0]}, got {quoted(path)}")
-        check_output(option, path)
+        check_output(option, path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
     paths = [path for path in (arguments.a, arguments.b) if path is not None]
     with as_usage_error():
         for path in paths:

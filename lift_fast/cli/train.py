@@ -11,7 +11,7 @@ from typing import Any
 from lift_fast._text import one_line, quoted
 
 from .errors import UsageError, as_usage_error
-from .options import add_output_options, add_pixel_limit, positive, whole
+from .options import add_output_options, add_pixel_limit, positive, threads, whole
 
 _DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
 picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
@@ -107,7 +107,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--compile", action="store_true", help="torch.compile, worth its minutes in long runs on a GPU")
     group.add_argument("--sync-batchnorm", action="store_true", help="BatchNorm over the whole batch of all processes")
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (all)")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--tensorboard", action="store_true", help="TensorBoard events in OUT, if it is installed")
     add_output_options(parser)
     parser.set_defaults(run=run)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lift_fast._files import make_folder
-from lift_fast._text import one_line
+from lift_fast._text import one_line, quoted
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.defaults import plain_defaults
 from lift_fast.distributed import World, join_world, resolve_device
@@ -305,6 +305,8 @@ class _Run:
     def _check(self, backbone: FrozenViT) -> None:
         settings, patch, count = self.settings, backbone.patch_size, len(self.paths)
         check_size((settings.image_size, settings.image_size))
+        if settings.out.exists() and settings.out.samefile(settings.data):
+            raise ValueError(f"out is the folder of the pictures, {quoted(settings.out)}; give another out (--out)")
         if settings.tensorboard:
             # Before an earlier training is overwritten.
             tensorboard_writer()
@@ -324,6 +326,15 @@ class _Run:
             raise ValueError(
                 f"{count} pictures to train on{held} are fewer than one batch of {self.batch_size}; give a "
                 f"batch_size (--batch-size) of {count} or less"
+            )
+
+        shared = 1 if settings.sync_batchnorm else self.world.size
+        if self.batch_size == shared and settings.use_image and settings.image_size == 4 * patch:
+            # The halved picture is a quarter of the doubled one: a single patch.
+            raise ValueError(
+                f"batch_size {self.batch_size} with image_size {settings.image_size} leaves BatchNorm a single value "
+                f"for each channel; give a batch_size (--batch-size) of at least {2 * shared}, or an image_size "
+                f"(--size) of at least {8 * patch}"
             )
 
     def _saved(self, resume: bool, overwrite: bool, held: ExitStack) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,8 @@ from lift_fast.images import max_pixels, read_image, resize, set_max_pixels
 MOST_UNREADABLE = 50
 # Tell the streams of random numbers that derive from one seed apart.
 _ORDER, _JITTER, _INSTEAD = 0, 1, 2
+# Of Linux's <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 
 
 class Sample(NamedTuple):
@@ -193,8 +198,23 @@ def _collate(samples: list[Sample]) -> Sample:
 
 
 def _start_worker(most_pixels: int, _: int) -> None:
+    _end_with_parent()
     set_max_pixels(most_pixels)
     # The training process decides when to stop; a worker that died of the same signal would take it along.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process with the training process, also when that is killed and can end nothing itself.
+
+    A worker that waits to hand over pictures would otherwise wait for ever.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        # It was gone before the word was given.
+        os._exit(1)
