@@ -34,6 +34,7 @@ from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.nearest import beyond_range
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize
 
@@ -416,6 +417,7 @@ def run_nearest(draw: Draw, how: str) -> None:
     queries, keys = query.reshape(count, n, channels), key.reshape(count, m, channels)
     # Only the native core promises it: libraries sum the last rows of a product otherwise.
     bitwise = how not in ("plain", "triton") and dtype != torch.float64 and precision == "exact"
+    bitwise = bitwise and (normalize or not beyond_range(query, key))
     for b in range(count):
         check_nearest(queries[b], keys[b], options, [part[b] for part in result], tolerance, wide_of(dtype), bitwise)
 
