@@ -375,7 +375,7 @@ USAGE = {
     "size": (["--root", "{}", "--method", "backbone", "--sizes", "8"], "sizes of at least a patch"),
     "reference": (["--root", "{}", "--method", "backbone", "--reference", "lift"], "the reference 'lift' is none of"),
     "held out": (["--root", "{}", "--held-out", "2"], "held_out must be a fraction"),
-    "device": (["--root", "{}", "--device", "gpu7"], "gpu7"),
+    "device": (["--root", "{}", "--random-lift", "--device", "gpu7"], "gpu7"),
 }
 
 
