@@ -179,7 +179,7 @@ def _snapshot(lift: Any, parts: _Parts) -> _Snapshot:
 
 def _is_unchanged(seen: _Snapshot, lift: Any) -> bool:
     """Whether nothing was edited, and nothing hooked: hooks may make weights, or change what a layer gives."""
-    return (
+    if not (
         lift._modules is seen.children[0]
         and [*map(tuple, map(dict.values, seen.children))] == seen.members
         and [*map(type, seen.modules)] == seen.types
@@ -187,10 +187,15 @@ def _is_unchanged(seen: _Snapshot, lift: Any) -> bool:
         and not any(map(contains, seen.attributes, repeat("forward")))
         and not any(seen.hooks)
         and not _has_any_global_hook()
-        and all([*map(read, entries)] == values for read, entries, values in seen.settings)
-        and [entries.get("bias", entries) for entries in seen.unbiased] == [None, None]
         and (lift.patch_size, lift.use_image) == seen.own
-    )
+    ):
+        return False
+    # Loops, since each element of a generator costs as much as a call.
+    for read, entries, values in seen.settings:
+        if [*map(read, entries)] != values:
+            return False
+    first, second = seen.unbiased
+    return first.get("bias", first) is None and second.get("bias", second) is None
 
 
 class _Parts(NamedTuple):
