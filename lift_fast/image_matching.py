@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ._text import quoted
+from .checks import check_flag
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor
 from .images import LoadSize, Picture, as_image, check_size, resized_size
@@ -169,8 +170,7 @@ def match_images(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     for name, value in (("mutual", mutual), ("timing", timing)):
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_flag(name, value)
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout; it has no meaning with points")
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):

@@ -152,6 +152,16 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def _operands(
+    prediction: Tensor, target: Tensor, dim: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What a kernel reads and writes: both inputs as three dimensions, the loss, the gradient, and that as three."""
+    gradient = _new_gradient(prediction, dim) if with_gradient else None
+    into = None if gradient is None else as_three(gradient, dim)
+    loss = memory.new_empty(prediction, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    return _three(prediction, dim), _three(target, dim), loss, gradient, into
+
+
 def cosine_loss_native(
     prediction: Tensor,
     target: Tensor,
@@ -161,10 +171,7 @@ def cosine_loss_native(
     grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """In the native core: float32, bfloat16 or float16 on the CPU; the gradient times ``grad_loss`` where given."""
-    gradient = _new_gradient(prediction, dim) if with_gradient else None
-    into = None if gradient is None else as_three(gradient, dim)
-    x, y = _three(prediction, dim), _three(target, dim)
-    loss = memory.new_empty(x, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
+    x, y, loss, gradient, into = _operands(prediction, target, dim, with_gradient)
     weight, upstream = _share(prediction, dim, reduction), None
     if grad_loss is not None:
         if grad_loss.dim():
@@ -213,10 +220,7 @@ def cosine_loss_triton(
     """By the Triton kernel, on the device of the inputs; the gradient times ``grad_loss`` where given."""
     from ..kernels import cosine_loss as kernel
 
-    gradient = _new_gradient(prediction, dim) if with_gradient else None
-    into = None if gradient is None else as_three(gradient, dim)
-    loss = memory.new_empty(prediction, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)
-    x, y = _three(prediction, dim), _three(target, dim)
+    x, y, loss, gradient, into = _operands(prediction, target, dim, with_gradient)
     upstream = None if grad_loss is None else grad_loss.float().contiguous()
     kernel.cosine_loss(x, y, into, loss, _share(prediction, dim, reduction), EPSILON, upstream)
     return _reduce(loss, reduction), gradient
