@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from test_evaluation_tokencut import published
 
-from lift_fast.evaluation.boxes import read_coco, read_voc
 from lift_fast.evaluation.discovery import (
     Prediction,
     corloc,
@@ -25,6 +24,7 @@ from lift_fast.evaluation.discovery import (
     prepare,
     read_as_stored,
 )
+from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

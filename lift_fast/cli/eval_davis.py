@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Predict and score. Returns the exit status."""
     import torch
 
-    from lift_fast.evaluation.davis import Davis, report
+    from lift_fast.evaluation.davis import Davis, summary
     from lift_fast.evaluation.results import save_json
 
     check_outputs(arguments)
@@ -132,10 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     scores = _score(arguments, dataset, [name for name in names if name not in skipped], folders, skipped)
-    content = report.content(scores, skipped, options, about)
+    content = summary.content(scores, skipped, options, about)
     if arguments.out is not None:
         save_json(arguments.out, content)
-    show(arguments, content, report.tables(content))
+    show(arguments, content, summary.tables(content))
     return 1 if skipped else 0
 
 

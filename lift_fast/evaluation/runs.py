@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .boxes import PUBLISHED_NAMES
+from .discovery.dataset import PUBLISHED_NAMES
 from .metrics import metric_of
 from .results import Estimate, load_json
 

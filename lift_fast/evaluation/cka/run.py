@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lift_fast.evaluation.charts import Series, line_chart
+from lift_fast.evaluation.discovery import read_as_stored
+from lift_fast.evaluation.methods import Batch, Features
+from lift_fast.evaluation.results import Column, Estimate, Table, bootstrap
 from lift_fast.images import resize, to_tensor
 
-from .charts import Series, line_chart
-from .cka_run import CKARun
-from .discovery import read_as_stored
-from .methods import Batch, Features
-from .results import Column, Estimate, Table, bootstrap
+from .journal import CKARun
 
 SIZES = (56, 112, 224, 448)
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation import results
+from lift_fast.evaluation.methods import Method
+from lift_fast.evaluation.results import Column, Estimate, Table
 
-from . import results, warp
-from .methods import Method
-from .results import Column, Estimate, Table
+from .protocol import Score, WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
 
 PROTOCOL = "warp"
 _SAVE_SECONDS = 20.0
@@ -29,7 +30,7 @@ def evaluate(
     *,
     sizes: Sequence[int] = (112, 224, 448),
     seeds: int = 1,
-    protocol: warp.WarpProtocol | None = None,
+    protocol: WarpProtocol | None = None,
     reference: str | None = None,
     batch_size: int = 8,
     out: Path | None = None,
@@ -61,7 +62,7 @@ def evaluate(
         ValueError: for sizes, seeds or a reference that do not fit, or an ``out`` of other options.
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
-    protocol = protocol or warp.WarpProtocol()
+    protocol = protocol or WarpProtocol()
     names = [method.name for method in methods]
     if reference is not None and reference not in names:
         raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
@@ -78,23 +79,23 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "photometric": protocol.photometric,
         "reference": reference,
-        "photographs": [warp.picture_name(path, root) for path in paths],
+        "photographs": [picture_name(path, root) for path in paths],
     }
     run = _Run(out, options, record or {})
     weight = backbone.model.patch_embed.proj.weight
-    normalise = warp.normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
+    normalise = normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
     for seed in range(seeds):
         for size in sizes:
-            todo = [path for path in paths if not run.has(seed, size, warp.picture_name(path, root))]
+            todo = [path for path in paths if not run.has(seed, size, picture_name(path, root))]
             progress(len(paths) - len(todo))
-            for group in _groups(warp.read_views(todo, root, size, seed, protocol), batch_size):
+            for group in _groups(read_views(todo, root, size, seed, protocol), batch_size):
                 sound = [(name, view) for name, view in group if not isinstance(view, str)]
                 for name, view in group:
                     if isinstance(view, str):
                         run.skip(name, view)
                 if sound:
                     with torch.inference_mode():
-                        scores = warp.evaluate_batch(methods, [view for _, view in sound], size, normalise, protocol)
+                        scores = evaluate_batch(methods, [view for _, view in sound], size, normalise, protocol)
                     run.add(seed, size, [name for name, _ in sound], scores)
                 progress(len(group))
     return run.finish()
@@ -126,7 +127,7 @@ class _Run:
     def skip(self, name: str, reason: str) -> None:
         self.content["skipped"][name] = reason
 
-    def add(self, seed: int, size: int, names: Sequence[str], scores: dict[str, list[warp.Score]]) -> None:
+    def add(self, seed: int, size: int, names: Sequence[str], scores: dict[str, list[Score]]) -> None:
         for method, values in scores.items():
             into = self._scores(seed, size, method)
             into.update({n: [*v.pck, v.error, v.median] for n, v in zip(names, values, strict=True)})

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.methods import Batch, Features
+from lift_fast.evaluation.results import Column, Table, as_json, save_json
+from lift_fast.evaluation.tokencut import EPS, NotFiniteError, TokenCut, tokencut
 from lift_fast.images import check_size, to_tensor
 from lift_fast.pictures import confidence_colours, place_cells
 
-from .boxes import Box, BoxDataSet, Sample
-from .methods import Batch, Features
-from .results import Column, Table, as_json, save_json
-from .tokencut import EPS, NotFiniteError, TokenCut, tokencut
+from .dataset import Box, BoxDataSet, Sample
 
 RULES = ("published", "exact")
 _PANEL, _GAP, _TEXT = 480, 12, 18
