@@ -127,6 +127,16 @@ class FrozenViT(nn.Module):
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the patch projection is now, and pictures must be."""
+        return self.model.patch_embed.proj.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the patch projection's weights, and of the pictures outside autocast."""
+        return self.model.patch_embed.proj.weight.dtype
+
     def grid(self, height: int, width: int) -> Grid:
         """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""
         p, s = self.patch_size, self.stride
