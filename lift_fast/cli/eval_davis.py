@@ -152,11 +152,10 @@ def _predict(
 
     from lift_fast.evaluation.davis import Job, Network, PropagationOptions, frames, predict_dataset
 
-    weight = backbone.model.patch_embed.proj.weight
     normalisation = (backbone.mean, backbone.std)
     if arguments.protocol == "dino":
         normalisation = (frames.DINO_MEAN, frames.DINO_STD)
-    network = Network(methods, *normalisation, backbone.patch_size, weight.device, weight.dtype)
+    network = Network(methods, *normalisation, backbone.patch_size, backbone.device, backbone.dtype)
     with as_usage_error():
         options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
     # Machines and versions may change while a run goes on, networks and numbers may not.

@@ -124,8 +124,7 @@ def _draw_sheet(
     from lift_fast.evaluation import warp
     from lift_fast.evaluation.warp import normaliser
 
-    weight = backbone.model.patch_embed.proj.weight
-    normalise = normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
+    normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
     size, chosen = max(arguments.sizes), warp.choose(paths, arguments.sheet_count)
     pairs = list(warp.match_pairs(methods, chosen, root, size, normalise, protocol))
     if not pairs:

@@ -14,7 +14,7 @@ from lift_fast._files import atomic_path
 from lift_fast.evaluation import results
 
 if TYPE_CHECKING:
-    from .run import StreamingCKA
+    from .metric import StreamingCKA
 
 PROTOCOL = "cka"
 _SAVE_SECONDS = 30.0

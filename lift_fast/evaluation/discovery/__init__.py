@@ -1,23 +1,10 @@
 """Unsupervised object discovery: data sets of boxes, TokenCut's boxes, CorLoc."""
 
 from .dataset import Box, BoxDataSet, Sample, read_coco, read_voc
-from .run import (
-    RULES,
-    Discovery,
-    Journal,
-    Prediction,
-    Prepared,
-    corloc,
-    discover,
-    draw_discovery,
-    evaluate,
-    iou,
-    judge,
-    overlaps,
-    prepare,
-    read_as_stored,
-    table,
-)
+from .protocol import RULES, Discovery, Prediction, Prepared, discover, iou, judge, overlaps, prepare
+from .run import Journal, evaluate
+from .sheet import draw_discovery
+from .summary import corloc, table
 
 __all__ = [
     "RULES",
@@ -36,7 +23,6 @@ __all__ = [
     "judge",
     "overlaps",
     "prepare",
-    "read_as_stored",
     "read_coco",
     "read_voc",
     "table",

@@ -20,8 +20,9 @@ from .protocol import (
     render,
     score,
 )
-from .run import evaluate, summarise, tables
+from .run import evaluate
 from .sheet import RIGHT, WRONG, Pair, choose, draw_sheet, match_pairs
+from .summary import summarise, tables
 
 __all__ = [
     "ALPHAS",
