@@ -489,7 +489,7 @@ def test_command(root, tmp_path, capsys):
     assert printed["summary"] == content["summary"]
     assert "scores" not in printed
     assert run(*options, "--occlusion", "1") == 2
-    assert "holds results with other occlusion" in capsys.readouterr().err
+    assert "made with other settings (occlusion)" in capsys.readouterr().err
 
 
 def test_a_category_with_fewer_pairs_than_wanted_is_said(root, tmp_path, capsys):
@@ -576,7 +576,7 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     (root / "JPEGImages" / "tvmonitor").rmdir()
     capsys.readouterr()
     assert run(*options) == 2
-    assert "holds results with other categories" in capsys.readouterr().err
+    assert "made with other settings (categories)" in capsys.readouterr().err
     (root / "JPEGImages" / "tvmonitor").mkdir()
     assert run(*options) == 1
     assert list(load(out)["skipped"]) == ["tvmonitor"]

@@ -129,37 +129,6 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
     return result
 
 
-def check_same(path: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with results that were made with other options, or depend on something else but the date.
-
-    Args:
-        path: of the file, for the message.
-        before: its content.
-        now: the content that a new run begins with; both have ``"options"`` and ``"record"``.
-
-    Raises:
-        ValueError: naming what differs, or what ``before`` lacks of the objects that ``now`` holds.
-    """
-    lacking = [name for name in now if isinstance(now[name], dict) and not isinstance(before.get(name), dict)]
-    if lacking:
-        raise ValueError(
-            f"{path} cannot be gone on with: it holds no {', '.join(lacking)} as such results have them; give another "
-            "file, or delete it to begin anew"
-        )
-
-    def relevant(content: dict[str, Any]) -> dict[str, Any]:
-        record = {name: value for name, value in content["record"].items() if name != "date"}
-        plain: dict[str, Any] = as_json({**content["options"], **record})
-        return plain
-
-    old, new = relevant(before), relevant(now)
-    other = [name for name in new if old.get(name) != new[name]] + [name for name in old if name not in new]
-    if other:
-        raise ValueError(
-            f"{path} holds results with other {', '.join(other)}; give another file, or delete it to begin anew"
-        )
-
-
 def as_json(value: Any) -> Any:
     """What reading ``value`` back from JSON gives, which knows neither NaN nor NumPy's numbers."""
     if isinstance(value, dict):
