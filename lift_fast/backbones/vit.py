@@ -71,7 +71,7 @@ class FrozenViT(nn.Module):
 
     Attributes:
         patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
-        mean, std, name, random_weights; ``model`` is the wrapped copy.
+        mean, std, name, random_weights; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the weights.
 
     Raises:
         ValueError: for a model that is no supported ViT, or an argument out of range.
@@ -126,6 +126,16 @@ class FrozenViT(nn.Module):
         self._standard = StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the patch projection is now, and pictures must be."""
+        return patches.weight_of(self.model.patch_embed).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the patch projection's weights, and of the pictures outside autocast."""
+        return patches.weight_of(self.model.patch_embed).dtype
 
     def grid(self, height: int, width: int) -> Grid:
         """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""
