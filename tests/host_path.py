@@ -29,9 +29,9 @@ from lift_fast.ops import (  # noqa: E402
     dense_match_gpu,
     gpu_plan,
     lift_forward,
-    nearest_gpu,
     plan_cache,
 )
+from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 from lift_fast.plan import build_plan  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.

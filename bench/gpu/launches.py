@@ -28,7 +28,8 @@ from lift_fast.kernels import (
 )
 from lift_fast.kernels.tiles import Tile
 from lift_fast.ops import dense_match as dense_match_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
+from lift_fast.ops import dense_match_gpu, gpu_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.plan import Plan, build_plan
 
 # (kernel, args, options) as the launcher gives them.
