@@ -323,7 +323,7 @@ ELSEWHERE = {
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
     ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",
-    ("lift_fast/evaluation/warp.py", "_draw_points"): "NumPy, holds no element",
+    ("lift_fast/evaluation/warp/protocol.py", "_draw_points"): "NumPy, holds no element",
 }
 UNINITIALISED = re.compile(r"(new_)?empty(_\w+)?|resize_(as_)?|(Untyped|Typed)Storage")
 INITIALISED = re.compile(r"(new_)?(zeros|ones|full)")

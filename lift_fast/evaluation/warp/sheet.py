@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lift_fast.evaluation.methods import Batch, Method
 from lift_fast.images import read_image
 from lift_fast.pictures import draw_match_line, wrap
 
-from . import warp
-from .methods import Batch, Method
+from .protocol import View, WarpProtocol, make_view, matches, picture_name
 
 # Okabe and Ito: unlike red and green, everybody can tell them apart.
 RIGHT, WRONG = (86, 180, 233), (213, 94, 0)
@@ -28,7 +28,7 @@ class Pair(NamedTuple):
     """Both views of one photograph, and each method's matches."""
 
     name: str
-    view: warp.View
+    view: View
     matches: dict[str, npt.NDArray[np.int64]]
     """By method: ``[N, 2]`` (x, y) pixels of the second view."""
 
@@ -44,7 +44,7 @@ def match_pairs(
     root: Path,
     size: int,
     normalise: Callable[[Image.Image], Tensor],
-    protocol: warp.WarpProtocol,
+    protocol: WarpProtocol,
     seed: int = 0,
 ) -> Iterator[Pair]:
     """Matches of the points of each photograph; photographs that cannot be used are left out.
@@ -58,9 +58,9 @@ def match_pairs(
         seed: of the warps.
     """
     for path in paths:
-        name = warp.picture_name(path, root)
+        name = picture_name(path, root)
         try:
-            view = warp.make_view(read_image(path), name, size, seed, protocol)
+            view = make_view(read_image(path), name, size, seed, protocol)
         except (ValueError, OSError):
             continue
         batches = [Batch(normalise(image)) for image in view[:2]]
@@ -69,7 +69,7 @@ def match_pairs(
         with torch.inference_mode():
             for method in methods:
                 features = [method(batch) for batch in batches]
-                found[method.name] = warp.matches(features, points.to(features[0].map.device), size)[0].cpu().numpy()
+                found[method.name] = matches(features, points.to(features[0].map.device), size)[0].cpu().numpy()
         yield Pair(name, view, found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lift_fast.evaluation.results import Column, Table
+from lift_fast.evaluation.tables import Column, Table
 
 from .scores import MEASURES, SequenceScores, mean_measures
 

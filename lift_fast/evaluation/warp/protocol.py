@@ -33,11 +33,10 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from lift_fast.evaluation.methods import Batch, Features, Method
 from lift_fast.images import check_size, read_image, resize, to_tensor
 from lift_fast.matching import dense_match
 from lift_fast.training.pictures import color_jitter
-
-from .methods import Batch, Features, Method
 
 Array = npt.NDArray[np.floating[Any]]
 

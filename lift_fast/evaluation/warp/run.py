@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation import results
+from lift_fast.evaluation.methods import Method
 
-from . import results, warp
-from .methods import Method
-from .results import Column, Estimate, Table
+from .protocol import Score, WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
+from .summary import summarise
 
 PROTOCOL = "warp"
 _SAVE_SECONDS = 20.0
@@ -29,7 +28,7 @@ def evaluate(
     *,
     sizes: Sequence[int] = (112, 224, 448),
     seeds: int = 1,
-    protocol: warp.WarpProtocol | None = None,
+    protocol: WarpProtocol | None = None,
     reference: str | None = None,
     batch_size: int = 8,
     out: Path | None = None,
@@ -61,7 +60,7 @@ def evaluate(
         ValueError: for sizes, seeds or a reference that do not fit, or an ``out`` of other options.
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
-    protocol = protocol or warp.WarpProtocol()
+    protocol = protocol or WarpProtocol()
     names = [method.name for method in methods]
     if reference is not None and reference not in names:
         raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
@@ -78,23 +77,22 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "photometric": protocol.photometric,
         "reference": reference,
-        "photographs": [warp.picture_name(path, root) for path in paths],
+        "photographs": [picture_name(path, root) for path in paths],
     }
     run = _Run(out, options, record or {})
-    weight = backbone.model.patch_embed.proj.weight
-    normalise = warp.normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
+    normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
     for seed in range(seeds):
         for size in sizes:
-            todo = [path for path in paths if not run.has(seed, size, warp.picture_name(path, root))]
+            todo = [path for path in paths if not run.has(seed, size, picture_name(path, root))]
             progress(len(paths) - len(todo))
-            for group in _groups(warp.read_views(todo, root, size, seed, protocol), batch_size):
+            for group in _groups(read_views(todo, root, size, seed, protocol), batch_size):
                 sound = [(name, view) for name, view in group if not isinstance(view, str)]
                 for name, view in group:
                     if isinstance(view, str):
                         run.skip(name, view)
                 if sound:
                     with torch.inference_mode():
-                        scores = warp.evaluate_batch(methods, [view for _, view in sound], size, normalise, protocol)
+                        scores = evaluate_batch(methods, [view for _, view in sound], size, normalise, protocol)
                     run.add(seed, size, [name for name, _ in sound], scores)
                 progress(len(group))
     return run.finish()
@@ -126,7 +124,7 @@ class _Run:
     def skip(self, name: str, reason: str) -> None:
         self.content["skipped"][name] = reason
 
-    def add(self, seed: int, size: int, names: Sequence[str], scores: dict[str, list[warp.Score]]) -> None:
+    def add(self, seed: int, size: int, names: Sequence[str], scores: dict[str, list[Score]]) -> None:
         for method, values in scores.items():
             into = self._scores(seed, size, method)
             into.update({n: [*v.pck, v.error, v.median] for n, v in zip(names, values, strict=True)})
@@ -157,68 +155,3 @@ def _groups(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
             group = []
     if group:
         yield group
-
-
-def summarise(content: dict[str, Any]) -> dict[str, Any]:
-    """Means over photographs with 95 % intervals, by size and method; paired differences from the reference.
-
-    Returns:
-        ``{size: {method: {"PCK@alpha": [value, low, high] in percent, ..., "error": ... in pixels, "median": ...,
-        "difference": {"PCK@alpha": ...} or None}}}``, and under ``"photographs"`` how many went in.
-    """
-    options = content["options"]
-    titles = [f"PCK@{alpha:g}" for alpha in options["alphas"]]
-    seeds = [str(seed) for seed in range(options["seeds"])]
-    summary: dict[str, Any] = {}
-    counted = 0
-    for size in map(str, options["sizes"]):
-        tables = {}
-        for method in options["methods"]:
-            by_seed = [content["scores"].get(seed, {}).get(size, {}).get(method, {}) for seed in seeds]
-            # A photograph that was skipped at one size is left out at all of them.
-            names = [n for n in options["photographs"] if n not in content["skipped"] and all(n in s for s in by_seed)]
-            values = np.array([[scores[name] for name in names] for scores in by_seed]).reshape(
-                len(seeds), len(names), len(titles) + 2
-            )
-            tables[method] = values.mean(0) * np.array([100.0] * len(titles) + [1.0, 1.0])
-            counted = len(names)
-        summary[size] = {}
-        for method, table in tables.items() if counted else ():
-            estimates = dict(zip([*titles, "error", "median"], results.bootstrap(table), strict=True))
-            entry: dict[str, Any] = {name: estimate.as_list() for name, estimate in estimates.items()}
-            entry["difference"] = None
-            if options["reference"] not in (None, method):
-                difference = results.bootstrap(table - tables[options["reference"]])
-                entry["difference"] = {n: e.as_list() for n, e in zip(titles, difference[: len(titles)], strict=True)}
-            summary[size][method] = entry
-    return {"photographs": counted, "sizes": summary}
-
-
-def tables(content: dict[str, Any]) -> list[Table]:
-    """One table for each size."""
-    options, summary = content["options"], content["summary"]
-    reference = options["reference"]
-    titles = [f"PCK@{alpha:g}" for alpha in options["alphas"]]
-    columns = [*(Column(title) for title in titles), Column("median error, px", "low", 2)]
-    if reference is not None:
-        columns += [Column(f"{title} - {reference}", "", 1) for title in titles[:2]]
-    found = []
-    for size, entries in summary["sizes"].items():
-        rows: list[tuple[str, list[Estimate | float | None]]] = []
-        for method, entry in entries.items():
-            cells: list[Estimate | float | None] = [_estimate(entry[name]) for name in (*titles, "median")]
-            if reference is not None:
-                difference = entry["difference"] or {}
-                cells += [_estimate(difference.get(title)) for title in titles[:2]]
-            rows.append((method, cells))
-        warps = "1 warp" if options["seeds"] == 1 else f"{options['seeds']} warps"
-        heading = f"{size} pixels, {summary['photographs']} photographs, {warps} each"
-        found.append(Table(heading, columns, rows))
-    return found
-
-
-def _estimate(values: Sequence[float | None] | None) -> Estimate | None:
-    if values is None or values[0] is None:
-        return None
-    low, high = (math.nan if value is None else value for value in values[1:])
-    return Estimate(values[0], low, high)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .annotations import brief, check_names, is_name, list_lines
+from lift_fast.evaluation.annotations import brief, check_names, is_name, list_lines
 
 Box = tuple[float, float, float, float]
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lift_fast._files import atomic_path
-
-from . import results
+from lift_fast.evaluation import results
 
 if TYPE_CHECKING:
-    from .cka import StreamingCKA
+    from .metric import StreamingCKA
 
 PROTOCOL = "cka"
 _SAVE_SECONDS = 30.0
