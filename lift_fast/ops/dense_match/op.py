@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ... import _env, _native, memory
 from .. import library
-from ..nearest import NORM_FLOOR, full_matmul_precision, unit_rows
 from .nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
 
 library.define(
