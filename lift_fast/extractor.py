@@ -151,12 +151,12 @@ class ViTLiFTExtractor(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone is now."""
-        return next(self.backbone.parameters()).device
+        return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the backbone's weights, and so of the descriptors."""
-        return next(self.backbone.parameters()).dtype
+        return self.backbone.dtype
 
     @property
     def random_weights(self) -> bool:

@@ -71,7 +71,7 @@ class FrozenViT(nn.Module):
 
     Attributes:
         patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
-        mean, std, name, random_weights; ``model`` is the wrapped copy.
+        mean, std, name, random_weights; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the weights.
 
     Raises:
         ValueError: for a model that is no supported ViT, or an argument out of range.
@@ -130,12 +130,12 @@ class FrozenViT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the patch projection is now, and pictures must be."""
-        return self.model.patch_embed.proj.weight.device
+        return patches.weight_of(self.model.patch_embed).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the patch projection's weights, and of the pictures outside autocast."""
-        return self.model.patch_embed.proj.weight.dtype
+        return patches.weight_of(self.model.patch_embed).dtype
 
     def grid(self, height: int, width: int) -> Grid:
         """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""

@@ -59,8 +59,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
         backbone.check_size(tall, wide)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    weight = backbone.model.patch_embed.proj.weight
-    batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(weight.device, weight.dtype))
+    batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(backbone.device, backbone.dtype))
     features = {}
     for method in methods:
         found = method(batch)

@@ -5,16 +5,12 @@
 #include <string>
 
 #include "cuda/image_encoder_tiling.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
 namespace lift_fast {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void expect(const char* name, std::int64_t elements, std::int64_t expected) {
   if (elements != expected) {

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import memory
-from . import gpu_plan
+from ... import memory
+from .. import gpu_plan
 
 if TYPE_CHECKING:
-    from ..kernels.nearest import Geometry, Rows
-    from ..kernels.nearest_groups import Stream
+    from ...kernels.nearest import Geometry, Rows
+    from ...kernels.nearest_groups import Stream
 
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
@@ -69,7 +69,7 @@ def nearest_gpu(
     fast: bool = False,
     stream: Stream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result and arguments of :func:`lift_fast.ops.nearest.nearest_plain`.
+    """Result and arguments of :func:`lift_fast.ops.nearest.plain.nearest_plain`.
 
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
@@ -77,8 +77,8 @@ def nearest_gpu(
     ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
     :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
     """
-    from ..kernels import launch, nearest_groups
-    from ..kernels import nearest as kernel
+    from ...kernels import launch, nearest_groups
+    from ...kernels import nearest as kernel
 
     query, key = query.contiguous(), key.contiguous()
     # The ratio test needs the runner-up also where one match is asked for.
@@ -131,7 +131,7 @@ def _geometries(window: list[int] | None, n: int, m: int) -> tuple[Geometry | No
     """The window as the queries and as the keys see it."""
     if window is None:
         return None, None
-    from ..kernels.nearest import Geometry
+    from ...kernels.nearest import Geometry
 
     radius, query_h, query_w, key_h, key_w = window
     radius = min(radius, max(key_h, key_w))
@@ -152,8 +152,8 @@ def _empty(query: Rows, depth: int) -> tuple[Tensor, Tensor]:
 def _search(
     query: Rows, key: Rows, depth: int, window: Geometry | None, both: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    from ..kernels import launch
-    from ..kernels import nearest as kernel
+    from ...kernels import launch
+    from ...kernels import nearest as kernel
 
     device, channels = query.given.device, query.given.shape[2]
     itemsize = 4 if query.copy is None else 2
@@ -166,8 +166,8 @@ def _search(
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
     """Cosines of float32 descriptors: bounds from float16 products, then float32 where they leave the match open."""
-    from ..kernels import launch
-    from ..kernels import nearest as kernel
+    from ...kernels import launch
+    from ...kernels import nearest as kernel
 
     similarity, index = _empty(query, depth)
     device, (batch, n, channels) = query.given.device, query.given.shape

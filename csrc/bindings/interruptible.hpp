@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <chrono>
+#include <type_traits>
 
 #include "cpu/stop.hpp"
 
@@ -35,5 +36,17 @@ class Interruptible : public Stop {
 
   Clock::time_point next_;
 };
+
+// Without the GIL, until it is done or Ctrl-C ends it.
+template <class Call, class Target>
+void run_interruptibly(void (*run)(Call, Target), typename std::decay<Call>::type& call, Target target) {
+  Interruptible stop;
+  call.stop = &stop;
+  {
+    pybind11::gil_scoped_release release;
+    run(call, target);
+  }
+  stop.raise();
+}
 
 }  // namespace lift_fast

@@ -5,21 +5,12 @@
 #include <string>
 
 #include "cuda/dense_match_checks.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
 namespace lift_fast {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-T* pointer(const py::handle& address) {
-  return pointer<T>(address.cast<std::uintptr_t>());
-}
 
 void expect(const py::tuple& t, std::size_t size, const char* form) {
   if (t.size() != size) {

@@ -8,16 +8,12 @@
 #include "cpu/dense_match_points.hpp"
 #include "cpu/map_products.hpp"
 #include "interruptible.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
 namespace lift_fast {
 namespace {
-
-template <class T>
-T* pointer(const py::handle& address) {
-  return reinterpret_cast<T*>(address.cast<std::uintptr_t>());
-}
 
 // (cells, pixels, strips, low, high, first, weight)
 DenseMatchAxis axis(const py::tuple& t) {
@@ -45,13 +41,7 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
   call.index = pointer<std::int64_t>(index);
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  Interruptible stop;
-  call.stop = &stop;
-  {
-    py::gil_scoped_release release;
-    dense_match_run(call, target);
-  }
-  stop.raise();
+  run_interruptibly(dense_match_run, call, target);
 }
 
 // (address, channel stride, cell stride, (h, w), whether cells are to be normalised)
@@ -83,13 +73,7 @@ void match_points(const py::handle& points, std::int64_t count, std::int64_t c, 
   call.table_bytes = table_bytes;
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  Interruptible stop;
-  call.stop = &stop;
-  {
-    py::gil_scoped_release release;
-    dense_match_points_run(call, target);
-  }
-  stop.raise();
+  run_interruptibly(dense_match_points_run, call, target);
 }
 
 void map_products(const py::handle& descriptors, const py::handle& map, std::int64_t channel_stride,

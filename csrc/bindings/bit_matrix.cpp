@@ -4,16 +4,12 @@
 #include <string>
 
 #include "cpu/bit_matrix.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
 namespace lift_fast {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void set_rows(std::uintptr_t similarity, std::int64_t start, std::int64_t rows, std::int64_t n, float tau,
               std::uintptr_t bits, int threads) {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _env, _native, memory
-from .nearest import accept
+from ... import _env, _native, memory
+from .plain import accept
 
 # The native core keeps a query's matches in order by insertion, which more of them would make slow.
 MOST_MATCHES = 256
@@ -51,7 +51,7 @@ def search_back(query: Tensor, key: Tensor, window: list[int], normalize: bool) 
 def nearest_in_window(
     query: Tensor, key: Tensor, k: int, mutual: bool, ratio: float | None, window: list[int], normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of :func:`lift_fast.ops.nearest.nearest_plain` with a window, from the native core."""
+    """The result of :func:`lift_fast.ops.nearest.plain.nearest_plain` with a window, from the native core."""
     # The ratio test needs the runner-up also where one match is asked for.
     similarity, index = search(query, key, k if ratio is None else max(k, 2), window, normalize)
     back = None

@@ -1,4 +1,4 @@
-#include "lift_decoder.hpp"
+#include "lift_forward.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -32,10 +32,10 @@ static_assert(sizeof(Header) <= kHeaderBytes, "the header has outgrown its place
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-void check_channels(const DecoderChannels& n) {
+void check_channels(const LiftForwardChannels& n) {
   const auto bad = [](std::int64_t value, std::int64_t low) { return value < low || value > kMaxChannels; };
   if (bad(n.tokens, 1) || bad(n.hidden, 1) || bad(n.coarse, 0) || bad(n.fine, 0)) {
-    throw std::invalid_argument("lift_decoder: channel counts out of range: C=" + std::to_string(n.tokens) +
+    throw std::invalid_argument("lift_forward: channel counts out of range: C=" + std::to_string(n.tokens) +
                                 ", c=" + std::to_string(n.hidden) + ", G=" + std::to_string(n.coarse) +
                                 ", F=" + std::to_string(n.fine));
   }
@@ -52,7 +52,7 @@ std::uint16_t to_bfloat16(double value) {
 // Writes weight (k, n) of the K blocks that start at `base`, in the order in which the micro-kernel reads them.
 class Panel {
  public:
-  Panel(float* base, const DecoderLayout& layout)
+  Panel(float* base, const LiftForwardLayout& layout)
       : base_(base), width_(layout.panel), pairs_(layout.block == 2 * kBlockWords) {}
 
   void set(std::int64_t k, std::int64_t n, double value) {
@@ -74,7 +74,7 @@ class Panel {
 // How much of tap 0 and tap 1 each point multiplies.
 constexpr double kPhaseFilter[4][2] = {{1, 0}, {.5, .5}, {.5, -.5}, {0, 1}};
 
-void pack_phases(const DecoderWeights& w, const DecoderChannels& n, const DecoderLayout& layout, float* packed) {
+void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
   const std::int64_t depth = n.tokens + n.coarse;
   const int side = static_cast<int>(layout.phase_tile) + 1;
   const std::int64_t items = 4 * layout.hidden_panels;
@@ -123,7 +123,7 @@ constexpr double kFilter4[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, 
                                    {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
 constexpr double kFilter2[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
-void pack_conv(const DecoderWeights& w, const DecoderChannels& n, const DecoderLayout& layout, float* packed) {
+void pack_conv(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
   const std::int64_t side = layout.conv_tile + 2;
   const double(*filter)[3] = layout.conv_tile == 4 ? kFilter4 : kFilter2;
 #pragma omp parallel for schedule(static)
@@ -150,7 +150,7 @@ void pack_conv(const DecoderWeights& w, const DecoderChannels& n, const DecoderL
   }
 }
 
-void pack_out(const DecoderWeights& w, const DecoderChannels& n, const DecoderLayout& layout, float* packed) {
+void pack_out(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
   for (std::int64_t item = 0; item < layout.token_panels; ++item) {
     const std::int64_t first = item * layout.panel;
     const std::int64_t width = n.tokens - first < layout.panel ? n.tokens - first : layout.panel;
@@ -165,12 +165,12 @@ void pack_bias(const double* bias, std::int64_t count, float* packed) {
   for (std::int64_t i = 0; i < count; ++i) packed[i] = static_cast<float>(bias[i]);
 }
 
-bool supported(DecoderIsa isa) {
+bool supported(LiftForwardIsa isa) {
   switch (isa) {
-    case DecoderIsa::baseline: return true;
-    case DecoderIsa::avx2: return cpu_has(CpuIsa::avx2);
-    case DecoderIsa::avx512: return cpu_has(CpuIsa::avx512);
-    case DecoderIsa::avx512_bf16: break;
+    case LiftForwardIsa::baseline: return true;
+    case LiftForwardIsa::avx2: return cpu_has(CpuIsa::avx2);
+    case LiftForwardIsa::avx512: return cpu_has(CpuIsa::avx512);
+    case LiftForwardIsa::avx512_bf16: break;
   }
 #if defined(__x86_64__)
   return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
@@ -179,7 +179,7 @@ bool supported(DecoderIsa isa) {
 #endif
 }
 
-Header header_for(const DecoderChannels& n, DecoderType type, DecoderIsa isa) {
+Header header_for(const LiftForwardChannels& n, LiftForwardType type, LiftForwardIsa isa) {
   Header header{};
   header.magic = kMagic;
   header.isa = static_cast<std::int32_t>(isa);
@@ -188,7 +188,7 @@ Header header_for(const DecoderChannels& n, DecoderType type, DecoderIsa isa) {
   header.hidden = n.hidden;
   header.coarse = n.coarse;
   header.fine = n.fine;
-  header.bytes = decoder_packed_size(n, type, isa);
+  header.bytes = lift_forward_packed_size(n, type, isa);
   return header;
 }
 
@@ -201,10 +201,10 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-DecoderLayout decoder_layout(const DecoderChannels& n, DecoderIsa isa) {
-  DecoderLayout l{};
-  const bool pairs = isa == DecoderIsa::avx512_bf16;
-  l.panel = isa == DecoderIsa::baseline ? 8 : isa == DecoderIsa::avx2 ? 16 : 32;
+LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, LiftForwardIsa isa) {
+  LiftForwardLayout l{};
+  const bool pairs = isa == LiftForwardIsa::avx512_bf16;
+  l.panel = isa == LiftForwardIsa::baseline ? 8 : isa == LiftForwardIsa::avx2 ? 16 : 32;
   l.block = pairs ? 2 * kBlockWords : kBlockWords;
   l.phase_tile = 3;
   // F(4x4) loses too many digits to bfloat16 arithmetic.
@@ -239,58 +239,58 @@ DecoderLayout decoder_layout(const DecoderChannels& n, DecoderIsa isa) {
   return l;
 }
 
-const char* decoder_isa_name(DecoderIsa isa) {
+const char* lift_forward_isa_name(LiftForwardIsa isa) {
   switch (isa) {
-    case DecoderIsa::baseline: return "baseline";
-    case DecoderIsa::avx2: return "avx2";
-    case DecoderIsa::avx512: return "avx512";
-    case DecoderIsa::avx512_bf16: return "avx512_bf16";
+    case LiftForwardIsa::baseline: return "baseline";
+    case LiftForwardIsa::avx2: return "avx2";
+    case LiftForwardIsa::avx512: return "avx512";
+    case LiftForwardIsa::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
 
-std::vector<DecoderIsa> decoder_isas(DecoderType type) {
-  std::vector<DecoderIsa> found;
-  for (DecoderIsa isa : {DecoderIsa::avx512_bf16, DecoderIsa::avx512, DecoderIsa::avx2, DecoderIsa::baseline}) {
-    if (isa == DecoderIsa::avx512_bf16 && type != DecoderType::bfloat16) continue;
+std::vector<LiftForwardIsa> lift_forward_isas(LiftForwardType type) {
+  std::vector<LiftForwardIsa> found;
+  for (LiftForwardIsa isa : {LiftForwardIsa::avx512_bf16, LiftForwardIsa::avx512, LiftForwardIsa::avx2, LiftForwardIsa::baseline}) {
+    if (isa == LiftForwardIsa::avx512_bf16 && type != LiftForwardType::bfloat16) continue;
     if (supported(isa)) found.push_back(isa);
   }
   return found;
 }
 
-DecoderIsa decoder_isa(const std::string& name, DecoderType type) {
+LiftForwardIsa lift_forward_isa(const std::string& name, LiftForwardType type) {
   std::string choices;
-  for (DecoderIsa isa : decoder_isas(type)) {
-    if (name == "auto" || name == decoder_isa_name(isa)) return isa;
-    choices += std::string(choices.empty() ? "" : ", ") + decoder_isa_name(isa);
+  for (LiftForwardIsa isa : lift_forward_isas(type)) {
+    if (name == "auto" || name == lift_forward_isa_name(isa)) return isa;
+    choices += std::string(choices.empty() ? "" : ", ") + lift_forward_isa_name(isa);
   }
-  throw std::invalid_argument("lift_decoder: isa '" + name + "' cannot run here for this dtype; available: auto, " +
+  throw std::invalid_argument("lift_forward: isa '" + name + "' cannot run here for this dtype; available: auto, " +
                               choices);
 }
 
-DecoderType decoder_type(const std::string& name) {
-  if (name == "float32") return DecoderType::float32;
-  if (name == "bfloat16") return DecoderType::bfloat16;
-  throw std::invalid_argument("lift_decoder: dtype must be 'float32' or 'bfloat16', got '" + name + "'");
+LiftForwardType lift_forward_type(const std::string& name) {
+  if (name == "float32") return LiftForwardType::float32;
+  if (name == "bfloat16") return LiftForwardType::bfloat16;
+  throw std::invalid_argument("lift_forward: dtype must be 'float32' or 'bfloat16', got '" + name + "'");
 }
 
-std::int64_t decoder_packed_size(const DecoderChannels& n, DecoderType, DecoderIsa isa) {
+std::int64_t lift_forward_packed_size(const LiftForwardChannels& n, LiftForwardType, LiftForwardIsa isa) {
   check_channels(n);
-  return kHeaderBytes + decoder_layout(n, isa).end * static_cast<std::int64_t>(sizeof(float));
+  return kHeaderBytes + lift_forward_layout(n, isa).end * static_cast<std::int64_t>(sizeof(float));
 }
 
-void decoder_pack(const DecoderWeights& w, const DecoderChannels& n, DecoderType type, DecoderIsa isa, void* packed,
+void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n, LiftForwardType type, LiftForwardIsa isa, void* packed,
                   std::int64_t packed_bytes) {
   const Header header = header_for(n, type, isa);
   if (packed == nullptr || packed_bytes < header.bytes) {
-    throw std::invalid_argument("lift_decoder_pack: the packed buffer needs " + std::to_string(header.bytes) +
+    throw std::invalid_argument("lift_forward_pack: the packed buffer needs " + std::to_string(header.bytes) +
                                 " bytes, got " + std::to_string(packed_bytes));
   }
   if (reinterpret_cast<std::uintptr_t>(packed) % alignof(float) != 0) {
-    throw std::invalid_argument("lift_decoder_pack: the packed buffer must be aligned to 4 bytes");
+    throw std::invalid_argument("lift_forward_pack: the packed buffer must be aligned to 4 bytes");
   }
   if (!w.phase || (n.fine > 0 && !w.fine) || !w.edge_bias || !w.conv || !w.conv_bias || !w.out || !w.out_bias) {
-    throw std::invalid_argument("lift_decoder_pack: a weight address is null");
+    throw std::invalid_argument("lift_forward_pack: a weight address is null");
   }
 #if defined(__linux__)
   // Weights are streamed once per tile block; huge pages keep that from missing the TLB. Advice only.
@@ -301,7 +301,7 @@ void decoder_pack(const DecoderWeights& w, const DecoderChannels& n, DecoderType
 #endif
   std::memset(packed, 0, static_cast<std::size_t>(header.bytes));
   float* words = reinterpret_cast<float*>(static_cast<char*>(packed) + kHeaderBytes);
-  const DecoderLayout layout = decoder_layout(n, isa);
+  const LiftForwardLayout layout = lift_forward_layout(n, isa);
   for (int place = 0; place < 9; ++place) {
     pack_bias(w.edge_bias + place * n.hidden, n.hidden, words + layout.edge_at + place * layout.hidden_width);
   }
@@ -313,11 +313,11 @@ void decoder_pack(const DecoderWeights& w, const DecoderChannels& n, DecoderType
   std::memcpy(packed, &header, sizeof header);
 }
 
-void decoder_run(DecoderCall call, const void* packed, std::int64_t packed_bytes, DecoderIsa isa) {
-  const DecoderChannels& n = call.channels;
+void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, LiftForwardIsa isa) {
+  const LiftForwardChannels& n = call.channels;
   const Header expected = header_for(n, call.type, isa);
   if (call.batch < 0 || call.height < 1 || call.width < 1) {
-    throw std::invalid_argument("lift_decoder: batch must be >= 0 and h, w >= 1, got batch=" +
+    throw std::invalid_argument("lift_forward: batch must be >= 0 and h, w >= 1, got batch=" +
                                 std::to_string(call.batch) + ", h=" + std::to_string(call.height) +
                                 ", w=" + std::to_string(call.width));
   }
@@ -325,41 +325,41 @@ void decoder_run(DecoderCall call, const void* packed, std::int64_t packed_bytes
   const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / widest;
   if (call.height > limit / call.width ||
       (call.batch > 0 && (call.height + 4) > limit / (call.width + 4) / call.batch)) {
-    throw std::invalid_argument("lift_decoder: the sizes overflow 64-bit addressing");
+    throw std::invalid_argument("lift_forward: the sizes overflow 64-bit addressing");
   }
   if (call.threads < 1) {
-    throw std::invalid_argument("lift_decoder: threads must be >= 1, got " + std::to_string(call.threads));
+    throw std::invalid_argument("lift_forward: threads must be >= 1, got " + std::to_string(call.threads));
   }
   if (packed == nullptr || packed_bytes < expected.bytes) {
-    throw std::invalid_argument("lift_decoder: the packed buffer needs " + std::to_string(expected.bytes) +
-                                " bytes for isa " + decoder_isa_name(isa) + ", got " + std::to_string(packed_bytes));
+    throw std::invalid_argument("lift_forward: the packed buffer needs " + std::to_string(expected.bytes) +
+                                " bytes for isa " + lift_forward_isa_name(isa) + ", got " + std::to_string(packed_bytes));
   }
   Header found;
   std::memcpy(&found, packed, sizeof found);
   if (std::memcmp(&found, &expected, sizeof found) != 0) {
     throw std::invalid_argument(
-        std::string("lift_decoder: the buffer was not packed for this call (isa ") + decoder_isa_name(isa) + ", C=" +
+        std::string("lift_forward: the buffer was not packed for this call (isa ") + lift_forward_isa_name(isa) + ", C=" +
         std::to_string(n.tokens) + ", c=" + std::to_string(n.hidden) + ", G=" + std::to_string(n.coarse) +
         ", F=" + std::to_string(n.fine) + "); pack it again for this isa, dtype and these sizes");
   }
   if (call.batch == 0) return;
   if (!call.x || !call.y || (n.coarse > 0 && !call.g) || (n.fine > 0 && !call.f)) {
-    throw std::invalid_argument("lift_decoder: the address of x, g, f or y is null");
+    throw std::invalid_argument("lift_forward: the address of x, g, f or y is null");
   }
   call.packed = reinterpret_cast<const float*>(static_cast<const char*>(packed) + kHeaderBytes);
-  call.layout = decoder_layout(n, isa);
+  call.layout = lift_forward_layout(n, isa);
   switch (isa) {
 #if defined(__x86_64__)
-    case DecoderIsa::avx512_bf16: decoder_run_avx512_bf16(call); break;
-    case DecoderIsa::avx512: decoder_run_avx512(call); break;
-    case DecoderIsa::avx2: decoder_run_avx2(call); break;
+    case LiftForwardIsa::avx512_bf16: lift_forward_run_avx512_bf16(call); break;
+    case LiftForwardIsa::avx512: lift_forward_run_avx512(call); break;
+    case LiftForwardIsa::avx2: lift_forward_run_avx2(call); break;
 #endif
-    default: decoder_run_baseline(call); break;
+    default: lift_forward_run_baseline(call); break;
   }
-  decoder_scratch_trim();
+  lift_forward_scratch_trim();
 }
 
-void* decoder_scratch(std::size_t bytes) {
+void* lift_forward_scratch(std::size_t bytes) {
   if (bytes > scratch.bytes) {
     const std::size_t page = std::size_t{2} << 20;
     const std::size_t rounded = (bytes + page - 1) / page * page;
@@ -375,8 +375,8 @@ void* decoder_scratch(std::size_t bytes) {
   return scratch.data;
 }
 
-void decoder_scratch_trim() {
-  if (scratch.bytes <= decoder_scratch_kept) return;
+void lift_forward_scratch_trim() {
+  if (scratch.bytes <= lift_forward_scratch_kept) return;
   std::free(scratch.data);
   scratch.data = nullptr;
   scratch.bytes = 0;

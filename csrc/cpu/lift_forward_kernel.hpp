@@ -4,10 +4,10 @@
 //
 // Activations of a GEMM lie as [point][K block][row][16 words]: a micro-kernel reads its rows of one K block at
 // constant distances and the transforms write whole cache lines. A word is a float or a pair of bfloat16, see
-// DecoderLayout.
+// LiftForwardLayout.
 #pragma once
 
-#include "lift_decoder.hpp"
+#include "lift_forward.hpp"
 #include "threads.hpp"
 
 namespace lift_fast {
@@ -154,13 +154,13 @@ inline void load_block(const T* p, std::int64_t valid, Vec* v) {
 template <class T>
 class Decoder {
  public:
-  static void run(const DecoderCall& call) {
+  static void run(const LiftForwardCall& call) {
     Decoder decoder(call);
     decoder.execute();
   }
 
  private:
-  explicit Decoder(const DecoderCall& call) : call_(call), layout_(call.layout), n_(call.channels) {
+  explicit Decoder(const LiftForwardCall& call) : call_(call), layout_(call.layout), n_(call.channels) {
     height_ = 2 * call.height;
     width_ = 2 * call.width;
     phase_rows_ = call.height / kPhaseTile + 1;
@@ -212,7 +212,7 @@ class Decoder {
   void execute() {
     const std::int64_t u_words = round_up(group_ * u_picture_, kPageWords);
     u_ = static_cast<float*>(
-        decoder_scratch(static_cast<std::size_t>(u_words + workers_ * scratch_words_) * sizeof(float)));
+        lift_forward_scratch(static_cast<std::size_t>(u_words + workers_ * scratch_words_) * sizeof(float)));
     scratch_ = u_ + u_words;
     for (std::int64_t first = 0; first < call_.batch; first += group_) {
       first_ = first;
@@ -556,9 +556,9 @@ class Decoder {
     }
   }
 
-  const DecoderCall& call_;
-  const DecoderLayout& layout_;
-  const DecoderChannels& n_;
+  const LiftForwardCall& call_;
+  const LiftForwardLayout& layout_;
+  const LiftForwardChannels& n_;
   std::int64_t height_, width_;                // fine grid
   std::int64_t phase_rows_, phase_columns_;    // tiles of stage 1
   std::int64_t conv_rows_, conv_columns_;      // tiles of stage 2
@@ -574,8 +574,8 @@ class Decoder {
   std::int64_t first_ = 0, pictures_ = 0;
 };
 
-inline void run_decoder(const DecoderCall& call) {
-  if (call.type == DecoderType::bfloat16) {
+inline void run_lift_forward(const LiftForwardCall& call) {
+  if (call.type == LiftForwardType::bfloat16) {
     Decoder<Bfloat16>::run(call);
   } else if constexpr (!Isa::pairs) {
     Decoder<float>::run(call);

@@ -16,7 +16,7 @@ if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
 
 native = _native.require()
-KERNELS = [(dtype, isa) for dtype in ("float32", "bfloat16") for isa in native.lift_decoder_isas(dtype)]
+KERNELS = [(dtype, isa) for dtype in ("float32", "bfloat16") for isa in native.lift_forward_isas(dtype)]
 # Relative to float64; F(4x4, 3x3) costs a digit of float32, the bfloat16 kernel rounds the operands of each GEMM.
 LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
 # (C, G, F): the published widths, odd C, channels around vector and panel widths, no image.
@@ -81,9 +81,9 @@ def sizes(channels):
 
 
 def pack(weights, channels, dtype, isa="auto"):
-    packed = memory.empty(native.lift_decoder_packed_size(*sizes(channels), dtype, isa), dtype=torch.uint8)
+    packed = memory.empty(native.lift_forward_packed_size(*sizes(channels), dtype, isa), dtype=torch.uint8)
     addresses = [weight.data_ptr() for weight in weights]
-    native.lift_decoder_pack(*addresses, *sizes(channels), dtype, packed.data_ptr(), packed.numel(), isa)
+    native.lift_forward_pack(*addresses, *sizes(channels), dtype, packed.data_ptr(), packed.numel(), isa)
     return packed
 
 
@@ -94,7 +94,7 @@ def decode(packed, x, g, f, isa="auto", threads=2):
     inputs = (x.data_ptr(), g.data_ptr(), f.data_ptr(), packed.data_ptr(), packed.numel())
     with poisoned_outputs():
         y = memory.empty((batch, 2 * h, 2 * w, tokens), dtype=x.dtype)
-        native.lift_decoder(*inputs, y.data_ptr(), batch, h, w, *sizes(channels), dtype, threads, isa)
+        native.lift_forward(*inputs, y.data_ptr(), batch, h, w, *sizes(channels), dtype, threads, isa)
     return y
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_in_float32_arithmetic_rounds_once():
     weights = random_weights(channels)
     inputs = random_inputs(channels, (1, 6, 9), "bfloat16")
     exact = reference(weights, *inputs)
-    for isa in native.lift_decoder_isas("float32"):
+    for isa in native.lift_forward_isas("float32"):
         assert relative_error(decode(pack(weights, channels, "bfloat16", isa), *inputs, isa=isa), exact) <= 2.5e-3
 
 
@@ -177,7 +177,7 @@ def test_refuses_buffers_packed_for_something_else():
         decode(packed, *other)
     with pytest.raises(ValueError, match="bytes"):
         decode(packed[:-1], *inputs)
-    for isa in native.lift_decoder_isas("float32")[1:]:
+    for isa in native.lift_forward_isas("float32")[1:]:
         with pytest.raises(ValueError, match="packed"):
             decode(packed, *inputs, isa=isa)
 
@@ -192,20 +192,20 @@ def test_refuses_bad_arguments():
     with pytest.raises(ValueError, match="isa 'sse9'"):
         decode(packed, *inputs, isa="sse9")
     with pytest.raises(ValueError, match="dtype must be"):
-        native.lift_decoder_packed_size(48, 24, 8, 8, "float16")
+        native.lift_forward_packed_size(48, 24, 8, 8, "float16")
     with pytest.raises(ValueError, match="C=0"):
-        native.lift_decoder_packed_size(0, 24, 8, 8, "float32")
+        native.lift_forward_packed_size(0, 24, 8, 8, "float32")
     with pytest.raises(ValueError, match="h=0"):
-        native.lift_decoder(
+        native.lift_forward(
             1, 1, 1, packed.data_ptr(), packed.numel(), 1, 1, 0, 2, *sizes(channels), "float32", 1, "auto"
         )
     with pytest.raises(ValueError, match="null"):
-        native.lift_decoder(
+        native.lift_forward(
             0, 0, 0, packed.data_ptr(), packed.numel(), 0, 1, 2, 2, *sizes(channels), "float32", 1, "auto"
         )
     addresses = [weight.data_ptr() for weight in weights]
     with pytest.raises(ValueError, match="bytes"):
-        native.lift_decoder_pack(*addresses, *sizes(channels), "float32", packed.data_ptr(), packed.numel() - 1)
+        native.lift_forward_pack(*addresses, *sizes(channels), "float32", packed.data_ptr(), packed.numel() - 1)
 
 
 @pytest.mark.slow
@@ -215,12 +215,12 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
     sources = {
         "csrc/cpu/isa.cpp": [],
-        "csrc/cpu/lift_decoder.cpp": [],
-        "csrc/cpu/lift_decoder_baseline.cpp": [],
-        "csrc/cpu/lift_decoder_avx2.cpp": ["-mavx2", "-mfma"],
-        "csrc/cpu/lift_decoder_avx512.cpp": avx512,
-        "csrc/cpu/lift_decoder_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
-        "tests/native/lift_decoder_sanitize.cpp": [],
+        "csrc/cpu/lift_forward.cpp": [],
+        "csrc/cpu/lift_forward_baseline.cpp": [],
+        "csrc/cpu/lift_forward_avx2.cpp": ["-mavx2", "-mfma"],
+        "csrc/cpu/lift_forward_avx512.cpp": avx512,
+        "csrc/cpu/lift_forward_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
+        "tests/native/lift_forward_sanitize.cpp": [],
     }
     sanitize = ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     objects = []

@@ -5,16 +5,12 @@
 
 #include "cpu/window_nearest.hpp"
 #include "interruptible.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
 namespace lift_fast {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void run(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::int64_t query_frames, std::int64_t query_h,
          std::int64_t query_w, std::int64_t key_frames, std::int64_t key_h, std::int64_t key_w, std::int64_t c,
@@ -39,13 +35,7 @@ void run(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::int6
   call.index = pointer<std::int64_t>(index);
   call.threads = threads;
   const CpuIsa target = cpu_isa(isa);
-  Interruptible stop;
-  call.stop = &stop;
-  {
-    py::gil_scoped_release release;
-    window_nearest_run(call, target);
-  }
-  stop.raise();
+  run_interruptibly(window_nearest_run, call, target);
 }
 
 }  // namespace

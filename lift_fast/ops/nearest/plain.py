@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from .. import _env, _native, memory
-from . import library
+from ... import _env, _native, memory
+from .. import library
 
 # Bytes of similarities that exist at one time in the plain implementation.
 PRODUCT_BUDGET = 64 << 20
@@ -246,18 +246,18 @@ def _nearest(
     normalize: bool,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import nearest_gpu, window_nearest  # they build on this module
+    from . import cpu, gpu  # they build on this module
 
     query, key = library.resolved(query), library.resolved(key)
     if not normalize and beyond_range(query, key):
         return _nearest_beyond_range(query, key, k, mutual, ratio, window)
-    if window is not None and window_nearest.can_run(query, k, window)[0]:
-        return window_nearest.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
+    if window is not None and cpu.can_run(query, k, window)[0]:
+        return cpu.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
     fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None
     if fits and _native.can_run()[0] and max(k, 2) <= _native.require().most_neighbours:
         return _nearest_native(query, key, k, mutual, ratio, normalize, fast)
-    if nearest_gpu.can_run(query, key, k, window)[0]:
-        return nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
+    if gpu.can_run(query, key, k, window)[0]:
+        return gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
     return nearest_plain(query, key, k, mutual, ratio, window, normalize)
 
 

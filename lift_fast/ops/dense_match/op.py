@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, _native, memory
-from . import library
-from .nearest import NORM_FLOOR, full_matmul_precision, unit_rows
+from ... import _env, _native, memory
+from .. import library
+from ..nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
 
 library.define(
     "dense_match(Tensor query_map, Tensor key_map, int[] query_size, int[] key_size, Tensor? points, str normalize,"
@@ -614,7 +614,7 @@ def _match(
 
 def _searched_by(query: Picture, key: Picture, exhaustive: bool, backend: str | None) -> str:
     """ "native", "gpu" or "plain"."""
-    from . import dense_match_gpu  # it builds on this module
+    from . import gpu  # it builds on this module
 
     if backend is not None:
         return "gpu"
@@ -622,20 +622,20 @@ def _searched_by(query: Picture, key: Picture, exhaustive: bool, backend: str | 
         return "plain"
     if _fits_native(query.tokens):
         return "native"
-    return "gpu" if dense_match_gpu.can_run(query, key)[0] else "plain"
+    return "gpu" if gpu.can_run(query, key)[0] else "plain"
 
 
 def _match_part(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`_match` in the part of the key picture; the index counts from its first pixel."""
-    from . import dense_match_gpu
+    from . import gpu
 
     way = _searched_by(query, key, exhaustive, backend)
     if way == "native":
         return match_native(query, key, points, per_pixel)
     if way == "gpu":
-        return dense_match_gpu.match_gpu(query, key, points, per_pixel, backend)
+        return gpu.match_gpu(query, key, points, per_pixel, backend)
     search = match_exhaustive if exhaustive else match_bounded
     inverse_norms = key.inverse_norms() if per_pixel else None
     count = query.pixels if points is None else points.shape[0]
@@ -654,11 +654,11 @@ def _match_mutual(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, exhaustive: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_match`, and whether each match's own best query pixel is the one that it came from ``[P]``."""
-    from . import dense_match_gpu
+    from . import gpu
 
-    on_gpu = backend is not None or (not exhaustive and dense_match_gpu.can_run(query, key)[0])
-    if on_gpu and dense_match_gpu.checks_mutual(query, key, points, backend):
-        return dense_match_gpu.match_mutual(query, key, points, per_pixel)
+    on_gpu = backend is not None or (not exhaustive and gpu.can_run(query, key)[0])
+    if on_gpu and gpu.checks_mutual(query, key, points, backend):
+        return gpu.match_mutual(query, key, points, per_pixel)
     values, index = _match(query, key, points, per_pixel, exhaustive, backend)
     there = index.clamp_min(0)
     there = torch.stack([there % key.size[1], there // key.size[1]], dim=1)

@@ -16,10 +16,10 @@
 
 namespace lift_fast {
 
-enum class DecoderIsa : std::int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-enum class DecoderType : std::int32_t { float32 = 0, bfloat16 = 1 };
+enum class LiftForwardIsa : std::int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class LiftForwardType : std::int32_t { float32 = 0, bfloat16 = 1 };
 
-struct DecoderChannels {
+struct LiftForwardChannels {
   std::int64_t tokens;  // C: channels of x and y
   std::int64_t hidden;  // c: channels of u and v
   std::int64_t coarse;  // G: channels of g
@@ -41,7 +41,7 @@ constexpr bool fine_needed(int phase, int points, int point, int sub) {
 
 // How a packed buffer is laid out. All offsets and sizes in 32-bit words; a word holds one float32 weight or a pair of
 // bfloat16 weights of neighbouring input channels. A K block is 16 words: one cache line of activations.
-struct DecoderLayout {
+struct LiftForwardLayout {
   std::int64_t panel;         // output channels of a micro-kernel
   std::int64_t block;         // input channels of a K block
   std::int64_t phase_tile;    // 3: F(3x3, 2x2) for each phase
@@ -60,9 +60,9 @@ struct DecoderLayout {
   std::int64_t conv_points() const { return (conv_tile + 2) * (conv_tile + 2); }
 };
 
-DecoderLayout decoder_layout(const DecoderChannels& channels, DecoderIsa isa);
+LiftForwardLayout lift_forward_layout(const LiftForwardChannels& channels, LiftForwardIsa isa);
 
-struct DecoderWeights {
+struct LiftForwardWeights {
   const double* phase;      // [2, 2, 2, 2, C + G, c]
   const double* fine;       // [3, 3, F, c]
   const double* edge_bias;  // [3, 3, c]
@@ -72,40 +72,40 @@ struct DecoderWeights {
   const double* out_bias;   // [C]
 };
 
-struct DecoderCall {
+struct LiftForwardCall {
   const void* x;
   const void* g;
   const void* f;
   const float* packed;  // behind the header
   void* y;
   std::int64_t batch, height, width;  // of the coarse grid
-  DecoderChannels channels;
-  DecoderLayout layout;
-  DecoderType type;
+  LiftForwardChannels channels;
+  LiftForwardLayout layout;
+  LiftForwardType type;
   int threads;
 };
 
-const char* decoder_isa_name(DecoderIsa isa);
+const char* lift_forward_isa_name(LiftForwardIsa isa);
 // What this CPU and build can run, best first; for float32 without the bfloat16 arithmetic.
-std::vector<DecoderIsa> decoder_isas(DecoderType type);
-DecoderIsa decoder_isa(const std::string& name, DecoderType type);
-DecoderType decoder_type(const std::string& name);
+std::vector<LiftForwardIsa> lift_forward_isas(LiftForwardType type);
+LiftForwardIsa lift_forward_isa(const std::string& name, LiftForwardType type);
+LiftForwardType lift_forward_type(const std::string& name);
 
-std::int64_t decoder_packed_size(const DecoderChannels& channels, DecoderType type, DecoderIsa isa);
-void decoder_pack(const DecoderWeights& weights, const DecoderChannels& channels, DecoderType type, DecoderIsa isa,
+std::int64_t lift_forward_packed_size(const LiftForwardChannels& channels, LiftForwardType type, LiftForwardIsa isa);
+void lift_forward_pack(const LiftForwardWeights& weights, const LiftForwardChannels& channels, LiftForwardType type, LiftForwardIsa isa,
                   void* packed, std::int64_t packed_bytes);
-void decoder_run(DecoderCall call, const void* packed, std::int64_t packed_bytes, DecoderIsa isa);
+void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, LiftForwardIsa isa);
 
 // One per translation unit.
-void decoder_run_baseline(const DecoderCall& call);
-void decoder_run_avx2(const DecoderCall& call);
-void decoder_run_avx512(const DecoderCall& call);
-void decoder_run_avx512_bf16(const DecoderCall& call);
+void lift_forward_run_baseline(const LiftForwardCall& call);
+void lift_forward_run_avx2(const LiftForwardCall& call);
+void lift_forward_run_avx512(const LiftForwardCall& call);
+void lift_forward_run_avx512_bf16(const LiftForwardCall& call);
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call (so that no call pays page faults twice) up
-// to decoder_scratch_kept bytes; a larger one is released when the call ends.
-constexpr std::size_t decoder_scratch_kept = std::size_t{64} << 20;
-void* decoder_scratch(std::size_t bytes);
-void decoder_scratch_trim();
+// to lift_forward_scratch_kept bytes; a larger one is released when the call ends.
+constexpr std::size_t lift_forward_scratch_kept = std::size_t{64} << 20;
+void* lift_forward_scratch(std::size_t bytes);
+void lift_forward_scratch_trim();
 
 }  // namespace lift_fast

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env, memory
-from ..kernels.strips import Band, Scales, Strips
-from . import dense_match_cuda, gpu_plan
-from .dense_match import Picture, cut_strips
+from ... import _env, memory
+from ...kernels.strips import Band, Scales, Strips
+from .. import gpu_plan
+from . import cuda
+from .op import Picture, cut_strips
 
 # Bytes of cell similarities that exist at one time.
 _TABLE_BUDGET = 256 << 20
@@ -30,7 +31,7 @@ def can_run(query: Picture, key: Picture) -> tuple[bool, str]:
     served, reason = fits(query, key)
     if not served:
         return False, reason
-    if dense_match_cuda.can_run(device)[0]:
+    if cuda.can_run(device)[0]:
         return True, "CUDA C++"
     runs, reason = gpu_plan.can_run(device, query.tokens.dtype)
     return runs, "Triton" if runs else reason
@@ -43,10 +44,10 @@ def select(device: torch.device, backend: str | None = None) -> str:
         RuntimeError: if the one that was asked for by name cannot run; says why.
     """
     if backend is None:
-        return "cuda" if dense_match_cuda.can_run(device)[0] else "triton"
+        return "cuda" if cuda.can_run(device)[0] else "triton"
     if backend not in ("cuda", "triton"):
         raise ValueError(f'backend must be "cuda", "triton" or None, got {backend!r}')
-    runs, reason = dense_match_cuda.can_run(device) if backend == "cuda" else (not _env.triton_disabled(), "")
+    runs, reason = cuda.can_run(device) if backend == "cuda" else (not _env.triton_disabled(), "")
     if not runs:
         reason = reason or "switched off by LIFT_FAST_DISABLE_TRITON=1"
         raise RuntimeError(f"dense_match's {backend} kernel cannot run: {reason}; leave the choice to the package")
@@ -56,8 +57,8 @@ def select(device: torch.device, backend: str | None = None) -> str:
 def _search(backend: str) -> Any:
     """The launcher of a kernel; Triton is imported only for its own."""
     if backend == "cuda":
-        return dense_match_cuda.match
-    from ..kernels import dense_match as kernel
+        return cuda.match
+    from ...kernels import dense_match as kernel
 
     return kernel.match
 
@@ -108,7 +109,7 @@ def _ways(query: Picture, key: Picture, backend: str) -> list[tuple[bool, dict[s
     if backend != "cuda" or not (_joins(query.grid, query.size, None) or _joins(key.grid, key.size, key.part)):
         return [(False, {})]
     finite = torch.isfinite(query.tokens.sum() + key.tokens.sum()).int()
-    return [(joined, {"when": dense_match_cuda.When(finite, joined)}) for joined in (True, False)]
+    return [(joined, {"when": cuda.When(finite, joined)}) for joined in (True, False)]
 
 
 def _scales(inverse: Tensor | None, axes: tuple[Strips, Strips]) -> Scales | None:
@@ -165,7 +166,7 @@ def _many(query: Picture, points: Tensor) -> bool:
 def match_gpu(
     query: Picture, key: Picture, points: Tensor | None, per_pixel: bool, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The result of :func:`lift_fast.ops.dense_match.match_exhaustive` for ``points [P, 2]``, None for every pixel.
+    """The result of :func:`lift_fast.ops.dense_match.op.match_exhaustive` for ``points [P, 2]``, None for every pixel.
 
     ``backend``: as for :func:`select`.
     """
@@ -214,8 +215,8 @@ def checks_mutual(query: Picture, key: Picture, points: Tensor | None, backend: 
     query_cells, key_cells = query.tokens.shape[0], key.tokens.shape[0]
     return (
         4 * query_cells * key_cells <= _TABLE_BUDGET
-        and key_cells <= dense_match_cuda.MOST_MUTUAL_CELLS
-        and y.longest * x.longest <= dense_match_cuda.MOST_MUTUAL_GROUP
+        and key_cells <= cuda.MOST_MUTUAL_CELLS
+        and y.longest * x.longest <= cuda.MOST_MUTUAL_GROUP
     )
 
 
@@ -232,8 +233,8 @@ def match_mutual(query: Picture, key: Picture, points: Tensor | None, per_pixel:
     for joined, told in _ways(query, key, "cuda"):
         query_axes, key_axes = _axes(query, joined), _axes(key, joined)
         whole, scales = _whole(query, query_axes), _scales(key_norms, key_axes)
-        dense_match_cuda.match(table, key_axes, scales, similarity, index, query_axes, whole, **told)
-        dense_match_cuda.mutual(table, query_axes, _scales(query_norms, query_axes), key_axes, index, valid, **told)
+        cuda.match(table, key_axes, scales, similarity, index, query_axes, whole, **told)
+        cuda.mutual(table, query_axes, _scales(query_norms, query_axes), key_axes, index, valid, **told)
     if query_norms is not None:
         similarity = torch.where(index < 0, similarity, similarity * query_norms.flatten())
     if points is None:

@@ -25,8 +25,8 @@ struct Isa {
 }  // namespace
 }  // namespace lift_fast
 
-#include "lift_decoder_kernel.hpp"
+#include "lift_forward_kernel.hpp"
 
 namespace lift_fast {
-void decoder_run_avx2(const DecoderCall& call) { run_decoder(call); }
+void lift_forward_run_avx2(const LiftForwardCall& call) { run_lift_forward(call); }
 }  // namespace lift_fast

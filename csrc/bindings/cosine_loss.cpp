@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/cosine_loss.hpp"
+#include "pointer.hpp"
 
 namespace py = pybind11;
 
@@ -28,8 +29,8 @@ void run(std::uintptr_t prediction, std::uintptr_t target, const std::string& dt
          const Triple& prediction_strides, const Triple& target_strides, const Triple& gradient_strides, float weight,
          std::uintptr_t loss, std::uintptr_t gradient, int threads, const std::string& isa, std::uintptr_t upstream) {
   CosineLossCall call{};
-  call.prediction = reinterpret_cast<const void*>(prediction);
-  call.target = reinterpret_cast<const void*>(target);
+  call.prediction = pointer<const void>(prediction);
+  call.target = pointer<const void>(target);
   call.type = type(dtype);
   call.prediction_layout = layout(prediction_strides);
   call.target_layout = layout(target_strides);
@@ -38,9 +39,9 @@ void run(std::uintptr_t prediction, std::uintptr_t target, const std::string& dt
   call.c = shape[1];
   call.inner = shape[2];
   call.weight = weight;
-  call.upstream = reinterpret_cast<const float*>(upstream);
-  call.loss = reinterpret_cast<float*>(loss);
-  call.gradient = reinterpret_cast<void*>(gradient);
+  call.upstream = pointer<const float>(upstream);
+  call.loss = pointer<float>(loss);
+  call.gradient = pointer<void>(gradient);
   call.threads = threads;
   const CpuIsa target_isa = cpu_isa(isa);
   py::gil_scoped_release release;
