@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ class Estimate:
     def as_list(self) -> list[float]:
         """``[value, low, high]``, as JSON holds it."""
         return [self.value, self.low, self.high]
+
+    @classmethod
+    def of(cls, entry: Sequence[float | None] | None) -> Estimate | None:
+        """The other way round; None without a value."""
+        if entry is None or entry[0] is None:
+            return None
+        value, low, high = (math.nan if part is None else part for part in entry)
+        return cls(value, low, high)
 
 
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
