@@ -271,7 +271,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.txt"):
         read_voc(tmp_path / "voc", 2007, split="val")
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no pictures"):
+    with pytest.raises(ValueError, match="lists no picture"):
         read_voc(tmp_path / "voc", 2007)
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     with pytest.raises(ValueError, match="leads out"):
@@ -287,7 +287,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_coco(coco)
     source.unlink()
-    with pytest.raises(FileNotFoundError, match="no annotations"):
+    with pytest.raises(FileNotFoundError, match="no annotation file"):
         read_coco(coco)
     (coco / "coco_20k_filenames.txt").write_text("cat.jpg\n")
     with pytest.raises(ValueError, match="no picture id"):

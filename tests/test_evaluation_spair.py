@@ -382,8 +382,8 @@ def without(field):
 
 MALFORMED = {
     "missing": (Path.unlink, "no annotation at"),
-    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "cannot be read as JSON"),
-    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "cannot be read as JSON"),
+    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is no JSON file"),
+    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is no JSON file"),
     "list": (lambda path: path.write_text("[1]"), "holds a list"),
     "no box": (without("trg_bndbox"), "no 'trg_bndbox'"),
     "box": (change(trg_bndbox=[5, 5, 5, 5]), "trg_bndbox is"),
@@ -424,7 +424,7 @@ def test_disagreement_with_the_pictures_annotation_is_a_remark(root):
     found = spair.SPair(root).select()
     assert not found.skipped
     assert "key points differ from those of" in found.remarks[f"PairAnnotation/test/{victim.name}"]
-    assert "cannot be read as JSON" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
+    assert "is no JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
     assert len(found.remarks) == 2
 
 
@@ -445,7 +445,7 @@ def test_pairs_of_no_category_are_named_and_lost_folders_make_an_empty_one(root,
 LAYOUT = {
     "nothing": (lambda root: shutil.rmtree(root), "no folder .*PairAnnotation"),
     "no pictures": (lambda root: shutil.rmtree(root / "JPEGImages"), "no folder .*JPEGImages"),
-    "empty list": (lambda root: (root / "Layout/large/test.txt").write_text("\n"), "holds no pair"),
+    "empty list": (lambda root: (root / "Layout/large/test.txt").write_text("\n"), "lists no pair"),
     "path in list": (lambda root: (root / "Layout/large/test.txt").write_text("../x:cat\n"), "expected the name of an"),
     "binary list": (lambda root: (root / "Layout/large/test.txt").write_bytes(b"\xff\xfe"), "cannot be read"),
 }

@@ -24,3 +24,16 @@ def check_rule(name: str, value: object, rules: Sequence[str]) -> None:
     """
     if value not in rules:
         raise ValueError(f"{name} must be {' or '.join(rules)}, got {value!r}")
+
+
+def check_sizes(sizes: Sequence[int], seeds: int, patch_size: int) -> None:
+    """Refuse sizes S of S x S that are none, equal or smaller than a patch, and fewer than one seed.
+
+    Raises:
+        ValueError: names what came.
+    """
+    if seeds < 1 or not sizes or min(sizes) < patch_size or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"expected at least one seed and different sizes of at least a patch ({patch_size} pixels), got {seeds} "
+            f"seeds and sizes {', '.join(map(str, sizes))}"
+        )

@@ -13,7 +13,7 @@ import torch
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Features, Method
 from lift_fast.evaluation.resume import Journal, new_result
-from lift_fast.evaluation.rules import DRAWS, check_rule
+from lift_fast.evaluation.rules import DRAWS, check_rule, check_sizes
 from lift_fast.images import read_image
 
 from .dataset import Filters, Pair, Selection, SPair
@@ -118,11 +118,7 @@ def evaluate(
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
     protocol = protocol or Protocol()
-    if seeds < 1 or not sizes or min(sizes) < backbone.patch_size or len(set(sizes)) < len(sizes):
-        raise ValueError(
-            f"expected at least one seed and different sizes of at least a patch ({backbone.patch_size} pixels), got "
-            f"{seeds} seeds and sizes {', '.join(map(str, sizes))}"
-        )
+    check_sizes(sizes, seeds, backbone.patch_size)
     if seeds > 1 and pairs_per_category is None:
         raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
     check_rule("draw", draw, DRAWS)
