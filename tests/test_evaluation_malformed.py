@@ -16,10 +16,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from evaluation_data import make_coco, make_spair, make_voc, sizes_and_boxes, tiny_backbone, voc_object, write_davis
 from PIL import Image
-from test_evaluation_davis import write_davis
-from test_evaluation_discovery import make_coco, make_voc, sizes_and_boxes, voc_object
-from test_evaluation_spair import make_spair, tiny_backbone
 
 from lift_fast.cli import eval_options, main
 from lift_fast.evaluation.methods import build_methods
