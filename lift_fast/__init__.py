@@ -5,6 +5,7 @@ Importing touches no CUDA device, compiles nothing and needs neither timm nor Tr
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from . import _interrupts
 
 # Before PyTorch loads, which takes seconds.
 _interrupts.quiet_start()
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    from . import _checkout
+
+    _checkout.enable()
 
 # At once: a later import of the submodule of the same name would hide the function.
 from .backends import backends  # noqa: E402
