@@ -9,6 +9,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from ._text import shown
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Sizes, strides and counts reach the native core and PyTorch in 64 bits; what is larger is no count of anything.
 _MOST = 2**62
@@ -75,11 +77,3 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
-
-
-def shown(value: object) -> str:
-    """``value`` as messages print it: however large it is, a line at most."""
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:100]}..."

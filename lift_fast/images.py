@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ._files import natural_key, require_regular_file
-from ._text import one_line, quoted
+from ._text import quoted, said
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -142,13 +142,12 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
             image.load()
             return to_rgb(_upright(image))
     except Image.DecompressionBombError as error:
-        said = one_line(error).rstrip(".")
         raise ValueError(
-            f"{quoted(path)} is too large: {said}. If you trust the file, raise the limit (--max-pixels N, "
-            "lift_fast.images.set_max_pixels)"
+            f"{quoted(path)} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
+            "(--max-pixels N, lift_fast.images.set_max_pixels)"
         ) from error
     except Exception as error:
-        raise ValueError(f"{quoted(path)} cannot be read as a picture: {_said(error)}") from error
+        raise ValueError(f"{quoted(path)} cannot be read as a picture: {said(error)}") from error
 
 
 def as_image(picture: Picture, name: str = "picture") -> Image.Image:
@@ -174,7 +173,7 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
             # A picture of its own, whatever happens to the one that came.
             return image.copy() if image is picture else image
         except Exception as error:
-            raise ValueError(f"{name} cannot be read as a picture: {_said(error)}") from error
+            raise ValueError(f"{name} cannot be read as a picture: {said(error)}") from error
     if isinstance(picture, Tensor):
         layout = "[3, H, W], [1, H, W] or [H, W]"
         if picture.layout is not torch.strided or picture.is_nested or picture.is_quantized or picture.is_meta:
@@ -359,7 +358,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             strip = image.crop((0, top, image.width, min(image.height, top + rows)))
             whole.paste(_from_numbers(strip) if numbers else _on_white(strip), (0, top))
     except ValueError as error:
-        raise ValueError(f"its mode {image.mode} cannot be made RGB: {_said(error)}") from error
+        raise ValueError(f"its mode {image.mode} cannot be made RGB: {said(error)}") from error
     return whole
 
 
@@ -391,11 +390,6 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.getexif().get(_ORIENTATION) not in range(2, 9):
         return image
     return ImageOps.exif_transpose(image)
-
-
-def _said(error: Exception) -> str:
-    """What an error says, on one line; some of Pillow's say nothing."""
-    return one_line(error) or type(error).__name__
 
 
 def _positive(value: object) -> bool:

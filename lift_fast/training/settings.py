@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lift_fast._text import shown
+
 LOSSES = ("cosine", "l1", "l2")
 TARGETS = ("double-size", "half-stride")
 FITS = ("squash", "crop")
@@ -160,18 +162,12 @@ _FREE = frozenset(
 # Which states of earlier versions lack.
 _LATER = frozenset({"picture_sizes"})
 _MEANING = {"picture_sizes": " (other files under the same names)"}
-_LONGEST = 120
 
 
 def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Where a continued run would differ from the saved one: ``"name: saved ..., now ..."``."""
     return [
-        f"{name}{_MEANING.get(name, '')}: saved {_text(saved.get(name))}, now {_text(now[name])}"
+        f"{name}{_MEANING.get(name, '')}: saved {shown(saved.get(name))}, now {shown(now[name])}"
         for name in now
         if name not in _FREE and saved.get(name) != now[name] and not (name in _LATER and name not in saved)
     ]
-
-
-def _text(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
