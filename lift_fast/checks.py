@@ -35,6 +35,17 @@ def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS
         raise TypeError(f"{name} must be dense, got {value.layout}; convert it with to_dense()")
 
 
+def as_whole(value: object) -> int | None:
+    """``value`` as an int if it is a whole number of Python's, NumPy's or the like, and no bool; else None."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        # Arrays have the method, and refuse.
+        return None
+
+
 def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     """``value`` as an int (a ``SymInt`` of a compiled graph stays one) from ``least`` to ``most``.
 
@@ -43,9 +54,7 @@ def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     """
     if isinstance(value, torch.SymInt):
         return value
-    whole = None
-    if not isinstance(value, (bool, Tensor)) and isinstance(value, SupportsIndex):
-        whole = operator.index(value)
+    whole = as_whole(value)
     if whole is None or whole < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {shown(value)}")
     if whole > most:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ._text import quoted
-from .checks import check_flag
+from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
-from .extractor import Rectangle, ViTLiFTExtractor
+from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .images import LoadSize, Picture, as_image, check_size, resized_size
 from .matching import dense_match
 
@@ -166,9 +167,7 @@ def match_images(
     """
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
-    for name, value, least in (("step", step, 1), ("lift_iter", lift_iter, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
     if points is not None and step != 1:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._files import natural_key, require_regular_file
 from ._text import quoted, said
+from .checks import as_whole
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -392,5 +393,6 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
+def _positive(value: object) -> int:
+    """``value`` as an int if it is a whole number of at least 1, else 0."""
+    return max(as_whole(value) or 0, 0)

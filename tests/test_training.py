@@ -566,6 +566,14 @@ def test_split_is_the_function_whoever_was_imported_first():
         subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_settings_keep_whole_numbers_as_pythons_own(tmp_path):
+    given = {"layer": -1, "epochs": 2, "batch_size": 4, "seed": 7, "workers": 0}
+    settings = TrainingSettings(data=tmp_path, out=tmp_path, **{name: np.int64(value) for name, value in given.items()})
+    assert {name: (value, type(value)) for name, value in settings.as_dict().items() if name in given} == {
+        name: (value, int) for name, value in given.items()
+    }
+
+
 @pytest.mark.parametrize(("name", "value"), [("workers", 100_000), ("seed", 2**63)])
 def test_settings_beyond_any_machine_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} must be at most"):
