@@ -31,10 +31,12 @@ from torch.nn import functional as F
 import lift_fast
 from lift_fast import LiFT, cosine_loss, dense_match, nearest, propagate_labels
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
+from lift_fast.ops import gpu_plan
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.nearest import beyond_range
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.plain import beyond_range
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize
 

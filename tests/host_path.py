@@ -24,14 +24,14 @@ from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
 from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
 from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
 from lift_fast.ops import (  # noqa: E402
-    dense_match,
-    dense_match_cuda,
-    dense_match_gpu,
     gpu_plan,
     lift_forward,
-    nearest_gpu,
     plan_cache,
 )
+from lift_fast.ops.dense_match import cuda as dense_match_cuda  # noqa: E402
+from lift_fast.ops.dense_match import gpu as dense_match_gpu  # noqa: E402
+from lift_fast.ops.dense_match import op as dense_match  # noqa: E402
+from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 from lift_fast.plan import build_plan  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.

@@ -67,7 +67,7 @@ NATIVE_PARTS = {
     "map_": "dense_match",
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
-    "lift_decoder": "LiFT decoder",
+    "lift_forward": "LiFT decoder",
     "bit_matrix": "bit matrix",
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lift_fast import dense_match
-from lift_fast.ops import dense_match as op
+from lift_fast.ops.dense_match import op
 
 TIE = 1e-6
 

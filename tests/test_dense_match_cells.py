@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lift_fast import dense_match
-from lift_fast.ops import dense_match as op
+from lift_fast.ops.dense_match import op
 
 
 def axis_share(cells, pixels, pixel):

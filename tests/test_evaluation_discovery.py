@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_evaluation_tokencut import published
 
-from lift_fast.evaluation.boxes import read_coco, read_voc
+from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.discovery import (
     Prediction,
     corloc,
@@ -23,8 +23,8 @@ from lift_fast.evaluation.discovery import (
     judge,
     overlaps,
     prepare,
-    read_as_stored,
 )
+from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -108,9 +108,7 @@ def make_coco(root, pictures, images="train2014"):
 
 def whereabouts():
     """What the protocol asks of a backbone."""
-    projection = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(patch_embed=SimpleNamespace(proj=projection))
-    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, model=model)
+    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, device="cpu", dtype=torch.float32)
 
 
 def find(image, features=colours, resolution=None):

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from lift_fast import dense_match
-from lift_fast.ops import dense_match as op
-from lift_fast.ops import dense_match_cuda, dense_match_gpu
+from lift_fast.ops.dense_match import cuda as dense_match_cuda
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op
 
 pytest.importorskip("triton")
 from lift_fast.kernels import dense_match as kernel

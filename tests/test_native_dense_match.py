@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import _native, memory
-from lift_fast.ops import dense_match as op
-from lift_fast.ops.nearest import unit_rows
+from lift_fast.ops.dense_match import op
+from lift_fast.ops.nearest.plain import unit_rows
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from lift_fast import _native
-from lift_fast.ops import dense_match as op
-from lift_fast.ops import dense_match_cuda, dense_match_gpu
+from lift_fast.ops.dense_match import cuda as dense_match_cuda
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op
 
 numeric = pytest.mark.numeric("dense_match (CUDA C++)")
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def picture(y, x, scale):
 
 
 class Emulation:
-    """Has the functions of the native core that ``lift_fast.ops.dense_match_cuda`` calls."""
+    """Has the functions of the native core that ``lift_fast.ops.dense_match.cuda`` calls."""
 
     def __init__(self, program):
         self.process = subprocess.Popen(

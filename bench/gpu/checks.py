@@ -17,7 +17,8 @@ from .state import State
 SANITIZED = """
 import torch
 from bench.gpu import smoke
-from lift_fast.ops import dense_match_cuda, image_encoder_cuda
+from lift_fast.ops import image_encoder_cuda
+from lift_fast.ops.dense_match import cuda as dense_match_cuda
 cuda = torch.device("cuda")
 assert image_encoder_cuda.can_run(cuda)[0] and dense_match_cuda.can_run(cuda)[0]
 for dtype in (torch.bfloat16, torch.float32):

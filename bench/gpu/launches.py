@@ -27,8 +27,10 @@ from lift_fast.kernels import (
     upsample,
 )
 from lift_fast.kernels.tiles import Tile
-from lift_fast.ops import dense_match as dense_match_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
+from lift_fast.ops import gpu_plan
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op as dense_match_op
+from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.plan import Plan, build_plan
 
 # (kernel, args, options) as the launcher gives them.

@@ -14,10 +14,12 @@ from torch import Tensor
 import lift_fast
 from lift_fast import LiFT
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder, image_encoder_cuda, nearest_gpu
+from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.nearest import nearest_plain
+from lift_fast.ops.dense_match import cuda as dense_match_cuda
+from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.plain import nearest_plain
 from lift_fast.plan import build_plan
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
