@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import _env, _native, memory
 from .. import library
-from .nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
+from ..nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
 
 library.define(
     "dense_match(Tensor query_map, Tensor key_map, int[] query_size, int[] key_size, Tensor? points, str normalize,"
