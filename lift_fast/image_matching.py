@@ -80,12 +80,12 @@ class ImageMatches:
         return arrays
 
     def draw(self, lines: int = 40, caption: str = "") -> Image.Image:
-        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.pictures.draw_matches`.
+        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.drawing.draw_matches`.
 
         Raises:
             ValueError: for matches of given points, which have no dense layout.
         """
-        from .pictures import MatchView, draw_matches
+        from .drawing import MatchView, draw_matches
 
         if self.valid.dim() != 2:
             raise ValueError("draw() shows dense matches; leave points=None in match_images, with step=N for fewer")

@@ -19,7 +19,7 @@ from lift_fast._files import require_regular_file
 from lift_fast._text import one_line, quoted
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
-from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader, fit_square
+from lift_fast.training.data import GlobalBatches, Pictures, build_loader, fit_square
 
 NETWORK = ["--model", "vit_tiny_patch16_224", "--random-weights", "--quiet"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,8 +22,8 @@ from lift_fast.images import to_tensor
 from lift_fast.losses import feature_loss
 from lift_fast.testing import relative_error
 from lift_fast.training import NotSaved, TrainingSettings, split, train
+from lift_fast.training.data import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
 from lift_fast.training.objective import FrozenFeatures, Objective
-from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
 from lift_fast.training.reference import PlainObjective
 from lift_fast.training.settings import contradictions
 from lift_fast.training.step import resolve_precision

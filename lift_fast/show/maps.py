@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.drawing import Pixels
 from lift_fast.evaluation.methods import Batch, Features, Method
 from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor
-from lift_fast.pictures import Pixels
 
 
 @dataclass(frozen=True)
