@@ -20,7 +20,7 @@ from ._text import quoted
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
-from .images import LoadSize, Picture, as_image, check_size, resized_size
+from .images import LoadSize, Picture, as_image, check_size, resized_size, whole_patches
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -291,8 +291,8 @@ def _whole_patches(picture: Image.Image, size: LoadSize, extractor: ViTLiFTExtra
     """The (height, width) at which to load, so that no pixel lies beyond the last whole patch."""
     width, height = resized_size(picture.size, size)
     p, s = extractor.patch, extractor.stride
-    # Pictures smaller than a patch are left for the backbone to refuse.
-    height, width = (n if n < p else p + (n - p + s // 2) // s * s for n in (height, width))
+    # Images smaller than a patch are left for the backbone to refuse.
+    height, width = (side if side < p else whole_patches(side, p, s) for side in (height, width))
     return height, width
 
 

@@ -109,16 +109,17 @@ def check_cells(height: int, width: int, what: str) -> None:
         )
 
 
-def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Image.Image:
-    """Read a picture as 8-bit RGB, upright.
+def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upright: bool = True) -> Image.Image:
+    """Read an image as 8-bit RGB, upright.
 
-    The EXIF orientation is applied. Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
+    Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
     floating point pictures must lie in 0 to 1. Of several frames the first is taken.
 
     Args:
         path: the file.
         at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, as long
             as both sides keep so many pixels; None decodes it whole.
+        upright: apply the EXIF orientation. False keeps the pixels that annotations count, as they are stored.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -141,7 +142,7 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
-            return to_rgb(_upright(image))
+            return to_rgb(_upright(image) if upright else image)
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{quoted(path)} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
@@ -300,6 +301,11 @@ def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
     return (length, length * height // short) if width <= height else (length * width // short, length)
 
 
+def whole_patches(side: int, patch: int, stride: int) -> int:
+    """The length nearest to ``side``, of at least a patch, at which no pixel lies beyond the last whole patch."""
+    return patch + (max(side - patch, 0) + stride // 2) // stride * stride
+
+
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
@@ -313,8 +319,7 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
     centre, spread = _three("mean", mean), _three("std", std)
     if bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {std!r}")
-    array = np.array(image if image.mode == "RGB" and 0 not in image.size else to_rgb(image))
-    pixels = torch.from_numpy(array).permute(2, 0, 1).to(torch.float32).div(255)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32).div(255)
     return ((pixels - centre) / spread).unsqueeze(0).contiguous()
 
 
@@ -330,11 +335,11 @@ def _three(name: str, values: Sequence[float]) -> Tensor:
 
 
 def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Resize (:func:`resize`) and normalise (:func:`to_tensor`): picture to ``[1, 3, H, W]`` float32.
+    """:func:`to_rgb`, :func:`resize` and :func:`to_tensor`: image to ``[1, 3, H, W]`` float32.
 
     The order and filter are those of Amir et al.'s extractor, which published LiFT weights were trained behind.
     """
-    return to_tensor(resize(image, load_size), mean, std)
+    return to_tensor(resize(to_rgb(image), load_size), mean, std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
