@@ -78,6 +78,7 @@ _LAZY = {
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }
+_SUBPACKAGES = ("backbones", "evaluation", "show", "training")
 
 
 def __getattr__(name: str) -> Any:
@@ -85,8 +86,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_LAZY[name], __name__), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

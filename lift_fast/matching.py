@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_dense, check_flag, check_size, check_whole, shown
+from ._text import shown
+from .checks import FLOATS, check_dense, check_flag, check_size, check_whole
 from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops.nearest import plain as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from lift_fast._text import one_line
 
@@ -60,20 +57,3 @@ def is_name(name: object, forbidden: str = "/\\") -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in forbidden):
         return False
     return name.isprintable() and len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
-
-
-def read_as_stored(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture as 8-bit RGB in the pixels that annotations speak of: not turned by its EXIF orientation.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it does not decode.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {path}")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

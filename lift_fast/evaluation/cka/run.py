@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.results import Estimate, bootstrap
-from lift_fast.images import resize, to_tensor
+from lift_fast.images import read_image, resize, to_tensor
 
 from .journal import CKARun
 from .metric import StreamingCKA, centres, linear_cka, sample
@@ -94,7 +93,7 @@ def scale_invariance(
             progress(1)
             continue
         try:
-            image = read_as_stored(path)
+            image = read_image(path, upright=False)
         except (OSError, ValueError) as error:
             run.add(name, str(error))
             progress(1)

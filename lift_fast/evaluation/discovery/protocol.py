@@ -12,7 +12,7 @@ from PIL import Image
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.tokencut import EPS, TokenCut, tokencut
-from lift_fast.images import check_size, to_tensor
+from lift_fast.images import resize, to_tensor
 
 from .dataset import Box, Sample
 
@@ -105,9 +105,8 @@ def prepare(
         raise ValueError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
     stretch = resolution is not None and rule == "published"
     if resolution is not None:
-        check_size((resolution, resolution))
         how = Image.Resampling.BILINEAR if stretch else Image.Resampling.LANCZOS
-        image = image.resize((resolution, resolution), how)
+        image = resize(image, (resolution, resolution), how)
     tensor = to_tensor(image, backbone.mean, backbone.std)
     tall, wide = tensor.shape[2:]
     if not stretch:

@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.results import as_json, save_json
 from lift_fast.evaluation.tokencut import EPS, NotFiniteError
+from lift_fast.images import read_image
 
 from .dataset import BoxDataSet, Sample
 from .protocol import Discovery, Prediction, discover, judge, prepare
@@ -137,7 +137,7 @@ def evaluate(
         before = {name: _done(journals[name]).get(sample.name) for name, _ in methods}
         missing = [(name, run) for name, run in methods if before[name] is None]
         try:
-            image = read_as_stored(sample.path) if missing else None
+            image = read_image(sample.path, upright=False) if missing else None
         except (OSError, ValueError) as error:
             skipped[sample.name] = str(error)
             progress(1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lift_fast.pictures import MatchView, confidence_colours, draw_matches, even_sample, position_colours
+from lift_fast.drawing import MatchView, confidence_colours, draw_matches, even_sample, position_colours
 
 
 def make_view(size_a=(60, 80), size_b=(50, 40), grid=(15, 20), valid=None, **options):

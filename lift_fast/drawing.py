@@ -1,4 +1,4 @@
-"""Pictures by which a person can judge matches: lines, matched positions as colours, a warp, a confidence map."""
+"""Sheets by which a person can judge matches: lines, matched positions as colours, a warp, a confidence map."""
 
 from __future__ import annotations
 
