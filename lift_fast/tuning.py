@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _env
+from . import _env, devices
 from ._files import atomic_path
 
 if TYPE_CHECKING:
@@ -136,22 +136,21 @@ def tune(
         RuntimeError: where the Triton kernels do not run.
         ValueError: for a shape or dtype that does not fit.
     """
-    from .kernels import can_run
     from .ops import gpu_plan
     from .plan import build_plan
 
     device = lift.outc.weight.device
     if device.type != "cuda":
         raise RuntimeError(f"tune measures GPU kernels, but the network is on {device}; move it with .cuda()")
-    runs, reason = can_run(device)
+    runs, reason = devices.triton_runs(device)
     if not runs:
         raise RuntimeError(f"the Triton kernels do not run here: {reason}")
     if len(shape) != 4 or shape[1] != 3 or min(shape[0], shape[2] // lift.patch_size, shape[3] // lift.patch_size) < 1:
         raise ValueError(
             f"shape must be (B, 3, H, W) with at least one patch of {lift.patch_size} pixels, got {tuple(shape)}"
         )
-    if dtype not in gpu_plan.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, gpu_plan.DTYPES))}, got {dtype}")
+    if dtype not in devices.KERNEL_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, devices.KERNEL_DTYPES))}, got {dtype}")
     with torch.no_grad():
         plan = gpu_plan.prepare_gpu(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
         h, w = shape[2] // lift.patch_size, shape[3] // lift.patch_size

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lift_fast import LiFT, tuning
-from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda, lift_forward
+from lift_fast import LiFT, devices, tuning
+from lift_fast.ops import gpu_plan, image_encoder, lift_forward
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
-from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
 from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import launch, tiles  # noqa: E402
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -99,8 +99,8 @@ def test_forward_equals_the_plain_module(case, dtype):
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 2), (5, 1)])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_image_encoder(encoder, grid, patch, dtype):
-    if encoder == "cuda" and not image_encoder_cuda.can_run(DEVICE)[0]:
-        pytest.skip(image_encoder_cuda.can_run(DEVICE)[1])
+    if encoder == "cuda" and not devices.cuda_runs(DEVICE)[0]:
+        pytest.skip(devices.cuda_runs(DEVICE)[1])
     network = Network(8, patch, *grid, 2, {})
     reason = triton_encoder.unsupported(network.plan, DEVICE, dtype)
     if encoder == "triton" and reason:
@@ -375,7 +375,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize("runs", [False, True])
 def test_float32_with_pooling_leaves_the_triton_encoder_aside_on_a_gpu(runs, monkeypatch):
     """It gave wrong results on a GPU: PyTorch's convolutions take over where the CUDA kernel does not serve."""
-    monkeypatch.setattr(image_encoder_cuda, "can_run", lambda device: (runs, "as if"))
+    monkeypatch.setattr(devices, "cuda_runs", lambda device: (runs, "as if"))
     pooled, unpooled = (Network(8, patch, 1, 1, 1, {}).plan for patch in (16, 8))
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
@@ -562,8 +562,8 @@ def test_tune_says_what_it_needs():
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
-    assert can_run() == (False, "switched off by LIFT_FAST_DISABLE_TRITON=1")
-    assert gpu_plan.can_run(DEVICE, torch.bfloat16)[0] is False
+    assert devices.triton_runs() == (False, "switched off by LIFT_FAST_DISABLE_TRITON=1")
+    assert devices.kernels_run(DEVICE, torch.bfloat16)[0] is False
 
 
 def test_operator_falls_back_without_the_kernels(monkeypatch):
@@ -601,7 +601,7 @@ class TestOnAGpu:
     # One strip and less, several blocks in a row and in a column, and enough of them to fill a device.
     @pytest.mark.parametrize("case", [(1, 1, 2), (7, 29, 1), (31, 37, 3), (28, 28, 8)])
     def test_native_image_encoder(self, case, patch, dtype):
-        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if not runs:
             pytest.skip(reason)
         network = Network(8, patch, *case, {})
@@ -626,7 +626,7 @@ class TestOnAGpu:
             assert torch.equal(out[position], captured[position])
 
     def test_native_image_encoder_without_pictures(self):
-        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if not runs:
             pytest.skip(reason)
         plan = Network(8, 16, 1, 1, 1, {}).prepare(torch.bfloat16, "cuda")
@@ -637,7 +637,7 @@ class TestOnAGpu:
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_native_image_encoder_on_another_device(self):
         other = torch.device("cuda", 1)
-        runs, reason = image_encoder_cuda.can_run(other)
+        runs, reason = devices.cuda_runs(other)
         if not runs:
             pytest.skip(reason)
         network = Network(8, 16, 3, 2, 1, {})

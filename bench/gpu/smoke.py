@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lift_fast
-from lift_fast import LiFT
+from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder, image_encoder_cuda, nearest_gpu
@@ -163,7 +163,7 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
 
 def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
     if kind == "CUDA":
-        _needs_cuda(image_encoder_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     reasons = []
     for number, case in enumerate(TINY_ENCODERS if context.rehearse else ENCODERS):
         reason = _triton_leaves_out(case, dtype, context.device) if kind == "Triton" else None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _env, memory
+from .. import _env, devices, memory
 from ..kernels.strips import Band, Scales, Strips
-from . import dense_match_cuda, gpu_plan
+from . import dense_match_cuda
 from .dense_match import Picture, cut_strips
 
 # Bytes of cell similarities that exist at one time.
@@ -32,7 +32,7 @@ def can_run(query: Picture, key: Picture) -> tuple[bool, str]:
         return False, reason
     if dense_match_cuda.can_run(device)[0]:
         return True, "CUDA C++"
-    runs, reason = gpu_plan.can_run(device, query.tokens.dtype)
+    runs, reason = devices.kernels_run(device, query.tokens.dtype)
     return runs, "Triton" if runs else reason
 
 

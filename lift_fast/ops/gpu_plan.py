@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, tuning
-from ..kernels import can_run as triton_can_run
+from .. import _env, devices, tuning
 from ..kernels import launch
 from ..kernels.launch import product_precision, tf32_allowed
 from ..plan import Plan
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 # Detectors see pictures of many sizes.
 _MOST_PASSES = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class GpuPlan(NamedTuple):
@@ -53,16 +51,6 @@ def _kernels() -> tuple[Any, Any, Any]:
     return image_encoder, upsample, head
 
 
-def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the plan's kernels serve this device and dtype, and the reason if not."""
-    if device.type != "cuda":
-        return False, f"the kernels run on CUDA devices, not on {device}"
-    if dtype not in DTYPES:
-        return False, f"the kernels compute in {', '.join(map(str, DTYPES))}, not in {dtype}"
-    runs, reason = triton_can_run(device)
-    return runs, reason
-
-
 # Of the head's 3x3 convolution, all of which a block holds in registers; compilers take minutes beyond it.
 _MOST_HIDDEN = 1024
 
@@ -74,7 +62,7 @@ def serves(channels: int) -> bool:
 
 def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
-    return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]
+    return (dtype != torch.float32 or tf32_allowed()) and devices.cuda_runs(device)[0]
 
 
 def route(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -89,7 +77,7 @@ def route(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
 def _route(
     device: torch.device, dtype: torch.dtype, switches: tuple[str, ...], rounded: bool
 ) -> tuple[Any, ...] | None:
-    return ("gpu", may_use_cuda(device, dtype), device, dtype) if can_run(device, dtype)[0] else None
+    return ("gpu", may_use_cuda(device, dtype), device, dtype) if devices.kernels_run(device, dtype)[0] else None
 
 
 def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:
@@ -111,7 +99,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
         encoder = _best_encoder(plan, device, dtype)
     weights: Any = None
     if encoder == "cuda":
-        runs, reason = image_encoder_cuda.can_run(device)
+        runs, reason = devices.cuda_runs(device)
         missing = image_encoder_cuda.unsupported(plan, dtype) if runs else reason
         if missing:
             raise RuntimeError(f"the CUDA image encoder cannot run: {missing}; leave the choice to prepare_gpu")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _env, _native, memory
+from .. import _env, _native, devices, memory
 from ..plan import Architecture, Plan
 from ..precision import cpu_computes
 from . import gpu_plan, library
@@ -279,7 +279,7 @@ def _compute(
             weights, epsilons, architecture, name, lambda plan: prepare(plan.in_basis() if basis else plan)
         )
 
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native.can_run()[0]:
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and devices.native_runs()[0]:
         isa = _env.cpu_isa()
         out = run_native_plan(prepared(("native", isa), lambda p: prepare_native(p, dtype, isa)), imgs, x)
     else:
