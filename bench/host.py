@@ -40,7 +40,10 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     """name -> what to time. The first is the whole of which the following are parts, indented; then other operators."""
     from lift_fast import LiFT
     from lift_fast.kernels import cosine_loss, launch
-    from lift_fast.ops import gpu_plan, lift_forward, nearest_gpu, plan_cache
+    from lift_fast.ops import nearest_gpu
+    from lift_fast.ops.lift_forward import cache as plan_cache
+    from lift_fast.ops.lift_forward import gpu as gpu_plan
+    from lift_fast.ops.lift_forward import op as lift_forward
 
     dtype = torch.bfloat16
     lift = LiFT(384, 16).eval().requires_grad_(False).to(device, dtype)

@@ -136,8 +136,8 @@ def tune(
         RuntimeError: where the Triton kernels do not run.
         ValueError: for a shape or dtype that does not fit.
     """
-    from .ops import gpu_plan
-    from .plan import build_plan
+    from .ops.lift_forward import gpu as gpu_plan
+    from .ops.lift_forward.plan import build_plan
 
     device = lift.outc.weight.device
     if device.type != "cuda":

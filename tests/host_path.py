@@ -19,20 +19,22 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lift_fast import LiFT, memory, tuning  # noqa: E402
-from lift_fast.kernels import cosine_loss, head, launch, propagate_labels, tiles, upsample  # noqa: E402
+from lift_fast.kernels import cosine_loss, launch, propagate_labels, tiles  # noqa: E402
 from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
-from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_head as head  # noqa: E402
+from lift_fast.kernels import lift_forward_image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_upsample as upsample  # noqa: E402
 from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
 from lift_fast.ops import (  # noqa: E402
     dense_match,
     dense_match_cuda,
     dense_match_gpu,
-    gpu_plan,
-    lift_forward,
     nearest_gpu,
-    plan_cache,
 )
-from lift_fast.plan import build_plan  # noqa: E402
+from lift_fast.ops.lift_forward import cache as plan_cache  # noqa: E402
+from lift_fast.ops.lift_forward import gpu as gpu_plan  # noqa: E402
+from lift_fast.ops.lift_forward import op as lift_forward  # noqa: E402
+from lift_fast.ops.lift_forward.plan import build_plan  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.
 nearest_gpu._SMALL = 1

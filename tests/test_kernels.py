@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from lift_fast import LiFT, devices, tuning
-from lift_fast.ops import gpu_plan, image_encoder, lift_forward
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import op as lift_forward
+from lift_fast.ops.lift_forward import plain
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
-from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
 from lift_fast.kernels import launch, tiles  # noqa: E402
+from lift_fast.kernels import lift_forward_image_encoder as triton_encoder  # noqa: E402
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -105,8 +107,8 @@ def test_image_encoder(encoder, grid, patch, dtype):
     reason = triton_encoder.unsupported(network.plan, DEVICE, dtype)
     if encoder == "triton" and reason:
         pytest.skip(reason)
-    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
-    f, g = image_encoder.encode_image(plain, network.imgs.double())
+    exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    f, g = plain.encode_image(exact, network.imgs.double())
     imgs, _ = network.inputs(dtype)
     # A crop arrives as a view of a larger picture; what lies beyond the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
@@ -204,8 +206,8 @@ def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, 
         pytest.skip(reason)
     imgs, _ = network.inputs(torch.float32)
     imgs[1, 2, 3, 5] = value
-    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
-    expected = image_encoder.encode_image(plain, imgs.cpu().double())
+    exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    expected = plain.encode_image(exact, imgs.cpu().double())
     with torch.no_grad():
         ours = gpu_plan.encode_image(network.prepare(torch.float32, "triton"), imgs)
     for actual, wanted in zip(ours, expected, strict=True):
@@ -606,8 +608,8 @@ class TestOnAGpu:
             pytest.skip(reason)
         network = Network(8, patch, *case, {})
         imgs, _ = network.inputs(dtype)
-        plain = image_encoder.prepare_encoder(network.plan, DEVICE, torch.float64)
-        expected = [part.permute(0, 2, 3, 1).cpu() for part in image_encoder.encode_image(plain, imgs.double())]
+        exact = plain.prepare_encoder(network.plan, DEVICE, torch.float64)
+        expected = [part.permute(0, 2, 3, 1).cpu() for part in plain.encode_image(exact, imgs.double())]
         plan = network.prepare(dtype, "cuda")
         out = gpu_plan.encode_image(plan, imgs)
         stream = torch.cuda.Stream()

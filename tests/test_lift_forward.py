@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
 
 from lift_fast import LiFT, clear_plans
-from lift_fast.ops import plan_cache
-from lift_fast.ops.lift_forward import lift_forward
-from lift_fast.plan import build_plan, compose_upsample, weight_names
+from lift_fast.ops.lift_forward import cache as plan_cache
+from lift_fast.ops.lift_forward.op import lift_forward
+from lift_fast.ops.lift_forward.plan import build_plan, compose_upsample, weight_names
 from lift_fast.testing import AWKWARD_GRIDS, randomize, relative_error
 
 # (C, patch, H, W, options): both patch sizes, patch 14, both published widths, odd and one-token grids, variants.

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import lift_fast
 from lift_fast import LiFT, _native, devices
-from lift_fast.ops import gpu_plan, image_encoder_cuda
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize
 
 numeric = pytest.mark.numeric("image_encoder (CUDA C++)")

@@ -18,7 +18,7 @@ SANITIZED = """
 import torch
 from bench.gpu import smoke
 from lift_fast import devices
-from lift_fast.ops import dense_match_cuda, image_encoder_cuda
+from lift_fast.ops import dense_match_cuda
 cuda = torch.device("cuda")
 assert devices.cuda_runs(cuda)[0] and dense_match_cuda.can_run(cuda)[0]
 for dtype in (torch.bfloat16, torch.float32):

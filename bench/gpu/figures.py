@@ -19,9 +19,11 @@ from bench.bench_cosine_loss import run as loss_step
 from bench.training_pair import build_ours, build_plain, losses_and_gradients
 from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss
 from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder_cuda, nearest_gpu
+from lift_fast.ops import dense_match_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 from lift_fast.training.step import tuned_convolutions
 

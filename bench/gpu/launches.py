@@ -17,19 +17,20 @@ from lift_fast import LiFT, tuning
 from lift_fast.kernels import (
     cosine_loss,
     dense_match,
-    head,
-    image_encoder,
     launch,
     nearest,
     nearest_groups,
     nearest_pingpong,
     propagate_labels,
-    upsample,
 )
+from lift_fast.kernels import lift_forward_head as head
+from lift_fast.kernels import lift_forward_image_encoder as image_encoder
+from lift_fast.kernels import lift_forward_upsample as upsample
 from lift_fast.kernels.tiles import Tile
 from lift_fast.ops import dense_match as dense_match_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
-from lift_fast.plan import Plan, build_plan
+from lift_fast.ops import dense_match_gpu, nearest_gpu
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward.plan import Plan, build_plan
 
 # (kernel, args, options) as the launcher gives them.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]

@@ -15,10 +15,12 @@ import lift_fast
 from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder, image_encoder_cuda, nearest_gpu
+from lift_fast.ops import dense_match_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda, plain
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.ops.nearest import nearest_plain
-from lift_fast.plan import build_plan
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
 from .context import Context, Job, Row, Skip
@@ -179,7 +181,7 @@ def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "wa
 
 def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the package would not run the Triton image encoder for a case."""
-    from lift_fast.kernels.image_encoder import unsupported
+    from lift_fast.kernels.lift_forward_image_encoder import unsupported
 
     lift = LiFT(8, case[0])
     return unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
@@ -206,15 +208,15 @@ def encoder_error(
 ) -> float:
     """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last.
 
-    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.image_encoder_cuda.encode_image` takes it.
+    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.lift_forward.image_encoder_cuda.encode_image` takes it.
     """
     patch, h, w, batch = case
     torch.manual_seed(seed)
     lift = randomize(LiFT(8, patch), seed).eval()
     plan = build_plan(*lift._plan_sources(), lift.architecture)
     imgs = torch.randn(batch, 3, patch * h, patch * w).to(device, dtype)
-    exact = image_encoder.prepare_encoder(plan, device, torch.float64)
-    expected = [part.permute(0, 2, 3, 1) for part in image_encoder.encode_image(exact, imgs.double())]
+    exact = plain.prepare_encoder(plan, device, torch.float64)
+    expected = [part.permute(0, 2, 3, 1) for part in plain.encode_image(exact, imgs.double())]
     # What lies beside a crop must not be read.
     frame = imgs.new_full((batch, 3, patch * h + 3, patch * w + 5), torch.nan)
     crop = frame[:, :, 1:-2, 2:-3].copy_(imgs)

@@ -2,7 +2,7 @@
 
 The plain PyTorch implementation (reference and baseline) is the module's own graph, ``LiFT._forward_plain``.
 :func:`run_plan` executes the plan with PyTorch's convolutions on any device. On the CPU :func:`run_native_plan` takes
-over everything behind the image encoder where the native core is there; on GPUs :mod:`lift_fast.ops.gpu_plan` takes
+over everything behind the image encoder where the native core is there; on GPUs :mod:`.gpu` takes
 over the whole where Triton is.
 """
 
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _env, _native, devices, memory
-from ..plan import Architecture, Plan
-from ..precision import cpu_computes
-from . import gpu_plan, library
-from .image_encoder import TorchEncoder, encode_image, prepare_encoder
-from .plan_cache import prepared_plan
+from ... import _env, _native, devices, memory
+from ...precision import cpu_computes
+from .. import library
+from . import gpu
+from .cache import prepared_plan
+from .plain import TorchEncoder, encode_image, prepare_encoder
+from .plan import Architecture, Plan
 
 library.define(
     "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool,"
@@ -46,8 +47,8 @@ def lift_forward(
     Args:
         imgs: ``[B, 3, s*h, s*w]`` pictures aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
         x: ``[B, h, w, C]`` backbone features in the dtype in which to compute.
-        weights, epsilons, architecture: the network, see :func:`lift_fast.plan.build_plan`; any floating dtype.
-        basis: give the descriptors in an orthonormal basis of their span, see :meth:`lift_fast.plan.Plan.in_basis`.
+        weights, epsilons, architecture: the network, see :func:`.plan.build_plan`; any floating dtype.
+        basis: give the descriptors in an orthonormal basis of their span, see :meth:`.plan.Plan.in_basis`.
         normalize: divide each descriptor by max(its norm, 1e-12).
 
     Returns:
@@ -264,8 +265,8 @@ def _compute(
         # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
         with torch.autocast(device.type, enabled=False):
             return _compute(imgs, x, weights, epsilons, architecture, basis, normalize)
-    route = gpu_plan.route(device, x.dtype)
-    if route is not None and gpu_plan.serves(x.shape[-1]):
+    route = gpu.route(device, x.dtype)
+    if route is not None and gpu.serves(x.shape[-1]):
         # At batch 1 the host takes as long as the device.
         return _run_gpu(imgs, x, weights, epsilons, architecture, basis, normalize, route)
     given = x.dtype
@@ -301,11 +302,11 @@ def _run_gpu(
 ) -> Tensor:
     dtype = x.dtype
 
-    def prepare(plan: Plan) -> gpu_plan.GpuPlan:
-        return gpu_plan.prepare_gpu(plan.in_basis() if basis else plan, x.device, dtype)
+    def prepare(plan: Plan) -> gpu.GpuPlan:
+        return gpu.prepare_gpu(plan.in_basis() if basis else plan, x.device, dtype)
 
     plan = prepared_plan(weights, epsilons, architecture, (route, basis), prepare)
-    return gpu_plan.run_gpu_plan(plan, imgs if imgs.dtype == dtype else imgs.to(dtype), x, normalize)
+    return gpu.run_gpu_plan(plan, imgs if imgs.dtype == dtype else imgs.to(dtype), x, normalize)
 
 
 def _fake_lift_forward(

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, devices, tuning
-from ..kernels import launch
-from ..kernels.launch import product_precision, tf32_allowed
-from ..plan import Plan
-from . import gpu_pass, image_encoder, image_encoder_cuda
+from ... import _env, devices, tuning
+from ...kernels import launch
+from ...kernels.launch import product_precision, tf32_allowed
+from . import gpu_pass, image_encoder_cuda, plain
+from .plan import Plan
 
 if TYPE_CHECKING:
-    from ..kernels.head import HeadWeights
-    from ..kernels.tiles import Tile
-    from ..kernels.upsample import UpsampleWeights
+    from ...kernels.lift_forward_head import HeadWeights
+    from ...kernels.lift_forward_upsample import UpsampleWeights
+    from ...kernels.tiles import Tile
 
 # Detectors see pictures of many sizes.
 _MOST_PASSES = 256
@@ -46,7 +46,9 @@ class GpuPlan(NamedTuple):
 @cache
 def _kernels() -> tuple[Any, Any, Any]:
     """Image encoder, upsample and head. Triton is optional and slow to load, and an import costs 1 us a call."""
-    from ..kernels import head, image_encoder, upsample
+    from ...kernels import lift_forward_head as head
+    from ...kernels import lift_forward_image_encoder as image_encoder
+    from ...kernels import lift_forward_upsample as upsample
 
     return image_encoder, upsample, head
 
@@ -110,7 +112,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
             raise RuntimeError(f"the Triton image encoder cannot run: {missing}; leave the choice to prepare_gpu")
         weights = triton_encoder.pack_encoder(plan, device, dtype)
     elif encoder == "torch":
-        weights = image_encoder.prepare_encoder(plan, device, dtype)
+        weights = plain.prepare_encoder(plan, device, dtype)
     first, second = upsample.pack_upsample(plan, device, dtype), head.pack_head(plan, device, dtype)
     counts = (tuple(upsample.accumulators_of(first)), tuple(head.accumulators_of(second)))
     return GpuPlan(encoder, weights, first, second, *counts, passes={})
@@ -129,7 +131,7 @@ def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
     if plan.encoder == "triton":
         f, g = _kernels()[0].encode_image(imgs, plan.encoder_weights)
         return f, g
-    f, g = image_encoder.encode_image(plan.encoder_weights, imgs)
+    f, g = plain.encode_image(plan.encoder_weights, imgs)
     return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
 
 
@@ -162,7 +164,7 @@ def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = 
 
 
 def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
-    """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.lift_forward`."""
+    """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.op.lift_forward`."""
     x = x.contiguous()
     key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tuning.edition())
     known = plan.passes.get(key)

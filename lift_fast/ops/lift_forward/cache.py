@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Architecture, Plan, build_plan
-from ..witnesses import Witnesses
+from ...witnesses import Witnesses
+from .plan import Architecture, Plan, build_plan
 
 _CAPACITY = 32
 
@@ -53,7 +53,7 @@ def prepared_plan(
     """What ``prepare`` makes of the plan of these weights, kept under the name ``variant`` while they stay unchanged.
 
     Raises:
-        ValueError: from :func:`lift_fast.plan.build_plan`, if the weights are not sound.
+        ValueError: from :func:`lift_fast.ops.lift_forward.plan.build_plan`, if the weights are not sound.
     """
     key = _key(weights)
     entry = _entries.get(key)

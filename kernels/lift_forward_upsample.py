@@ -1,8 +1,8 @@
 """LiFT's composed upsample on the GPU: transposed convolution, first 3x3 convolution and ReLU as one implicit GEMM.
 
-Identity 2 of the plan (:mod:`lift_fast.plan`): each of the four phases (a, b) of the fine grid reads a 2x2 window of
-the coarse grid, features and image features, and a 3x3 window of the fine image features. Nothing is concatenated and
-the upsampled map is never formed.
+Identity 2 of the plan (:mod:`lift_fast.ops.lift_forward.plan`): each of the four phases (a, b) of the fine grid reads a
+2x2 window of the coarse grid, features and image features, and a 3x3 window of the fine image features. Nothing is
+concatenated and the upsampled map is never formed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import Plan
+from ..ops.lift_forward.plan import Plan
 from . import launch
-from .activation import operand, relu
 from .launch import product_precision
+from .lift_forward_activation import operand, relu
+from .lift_forward_upsample_wide import bias_terms, upsample_wide_kernel
 from .tiles import Tile, cdiv, columns_of, next_power_of_2, padded
-from .upsample_wide import bias_terms, upsample_wide_kernel
 
 
 class UpsampleWeights(NamedTuple):
@@ -33,9 +33,9 @@ class UpsampleWeights(NamedTuple):
     fine: Tensor | None
     """[N, 9 taps, F]"""
     bias: Tensor
-    """[9 position classes, N] float32, see :meth:`lift_fast.plan.Plan.edge_bias`"""
+    """[9 position classes, N] float32, see :meth:`lift_fast.ops.lift_forward.plan.Plan.edge_bias`"""
     bias_terms: Tensor
-    """[N, 32], the same as wide accumulators take it, see :func:`lift_fast.kernels.upsample_wide.bias_terms`"""
+    """[N, 32], the same as wide accumulators take it, see :func:`bias_terms`"""
     channels: int
     """c <= N, output channels"""
 

@@ -1,6 +1,6 @@
 """The upsample stage with wide accumulators: a candidate for tiles that merge some, to be measured before it is used.
 
-Computes what :mod:`lift_fast.kernels.upsample` does from the same weights.
+Computes what :mod:`lift_fast.kernels.lift_forward_upsample` does from the same weights.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import operand, relu
-from .implicit_gemm import accumulate, cells_seen, load_window, zeros
+from .lift_forward_activation import operand, relu
+from .lift_forward_implicit_gemm import accumulate, cells_seen, load_window, zeros
 
 
 def bias_terms(bias: Tensor, dtype: torch.dtype) -> Tensor:

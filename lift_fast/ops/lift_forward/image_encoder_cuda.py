@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native, memory
-from ..kernels import launch
-from ..kernels.launch import tf32_allowed
-from ..plan import ImageConv, Plan
+from ... import _native, memory
+from ...kernels import launch
+from ...kernels.launch import tf32_allowed
+from .plan import ImageConv, Plan
 
 # With the names by which the core knows them.
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import ImageConv, Plan
+from ..ops.lift_forward.plan import ImageConv, Plan
 from . import launch
-from .activation import larger, operand, relu
 from .launch import product_precision
+from .lift_forward_activation import larger, operand, relu
 from .tiles import cdiv, next_power_of_2
 
 # Positions of a block; every convolution is 32 channels wide, so registers and not memory set the limit.

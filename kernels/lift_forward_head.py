@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import Plan
+from ..ops.lift_forward.plan import Plan
 from . import launch
-from .activation import larger, operand, relu
-from .head_wide import head_wide_kernel
 from .launch import product_precision
+from .lift_forward_activation import larger, operand, relu
+from .lift_forward_head_wide import head_wide_kernel
 from .tiles import Tile, cdiv, columns_of, padded, shared_memory
 
 # A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
@@ -175,7 +175,7 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
     """Second 3x3 convolution, ReLU, 1x1 convolution; optionally each descriptor divided by its norm.
 
     Args:
-        u: ``[B, H, W, c]`` contiguous, of :func:`lift_fast.kernels.upsample.upsample`.
+        u: ``[B, H, W, c]`` contiguous, of :func:`lift_fast.kernels.lift_forward_upsample.upsample`.
         weights: of :func:`pack_head`, in the dtype of ``u``.
         tile: see :mod:`lift_fast.kernels.tiles`.
         normalize: L2-normalise, with max(norm, 1e-12), from the float32 sums.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..plan import ImageConv, Plan
+from .plan import ImageConv, Plan
 
 
 class TorchEncoder(NamedTuple):
