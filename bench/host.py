@@ -53,8 +53,8 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     lift(imgs, x)
     network = lift._network()
     assert network is not None
-    variant = (gpu_plan.route(device, dtype), False)
-    plan = plan_cache.prepared_plan(*network, variant, lambda composed: None)
+    variant = gpu_plan.route(device, dtype, 384)
+    plan = plan_cache.prepared_plan(*network, False, variant, lambda composed: None)
     operator = torch.ops.lift_fast.lift_forward.default
     given = torch.randn(8, 384, 784, device=device).to(dtype)
     loss = torch.empty(8, 784, device=device)
@@ -69,7 +69,7 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
         "  weights, epsilons, modes": lift._network,
         "  checks of the inputs": lambda: lift._check(imgs, x, network),
         "  whether anybody looks": lambda: lift_forward._undisturbed(imgs, x, network[0]),
-        "  look-up of the plan": lambda: plan_cache.prepared_plan(*network, variant, lambda composed: None),
+        "  look-up of the plan": lambda: plan_cache.prepared_plan(*network, False, variant, lambda composed: None),
         "  the pass: launches, memory": lambda: gpu_plan.run_gpu_plan(plan, imgs, tokens),
         "the same through the dispatcher": lambda: operator(imgs, tokens, *network[:2], *network[2], False, False),
         "one kernel, directly": lambda: cosine_loss.cosine_loss(given, given, None, loss, 0.5, 1e-12),

@@ -12,12 +12,13 @@ from lift_fast import LiFT, devices, tuning
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward import op as lift_forward
 from lift_fast.ops.lift_forward import plain
+from lift_fast.ops.lift_forward import tiles as tile_table
 from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
 from lift_fast.kernels import launch, tiles  # noqa: E402
-from lift_fast.kernels import lift_forward_image_encoder as triton_encoder  # noqa: E402
+from lift_fast.ops.lift_forward import gpu_weights  # noqa: E402
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -104,7 +105,7 @@ def test_image_encoder(encoder, grid, patch, dtype):
     if encoder == "cuda" and not devices.cuda_runs(DEVICE)[0]:
         pytest.skip(devices.cuda_runs(DEVICE)[1])
     network = Network(8, patch, *grid, 2, {})
-    reason = triton_encoder.unsupported(network.plan, DEVICE, dtype)
+    reason = gpu_weights.encoder_unsupported(network.plan, DEVICE, dtype)
     if encoder == "triton" and reason:
         pytest.skip(reason)
     exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
@@ -201,7 +202,7 @@ def test_nan_reaches_its_neighbourhood_and_no_further(shape, channels, normalize
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, value):
     network = Network(8, patch, 3, 4, 2, {"image_channels": width})
-    reason = triton_encoder.unsupported(network.plan, DEVICE, torch.float32)
+    reason = gpu_weights.encoder_unsupported(network.plan, DEVICE, torch.float32)
     if reason:
         pytest.skip(reason)
     imgs, _ = network.inputs(torch.float32)
@@ -451,24 +452,24 @@ def test_candidates_fit(channels, itemsize, capability):
 @pytest.mark.parametrize("number", [[], [1], [2]])
 def test_files_hold_tiles_with_and_without_merged_accumulators(number, monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
     tile = [64, 64, 3, 64, 8, 2, *number]
-    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
-    tuning.forget()
+    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
+    tile_table.forget()
 
 
 def test_tiles_of_the_kernels_as_they_were_are_passed_over(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning.forget()
-    default = tuning.tile_for(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.forget()
+    default = tile_table.tile_for(work, DEVICE)
     other = default._replace(rows=16, stages=2)
-    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == default
-    tuning.forget()
+    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == default
+    tile_table.forget()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -482,23 +483,23 @@ def test_a_tile_fits_the_widest_features_that_are_served(capability, itemsize):
 
 def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning.forget()
-    before = tuning.tile_for(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.forget()
+    before = tile_table.tile_for(work, DEVICE)
     other = before._replace(rows=16, stages=2)
     assert other != before
-    path = tuning.cache_file(DEVICE)
-    tuning._store(path, {work.key(): other})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == other
+    path = tile_table.cache_file(DEVICE)
+    tile_table.store(path, {work.key(): other})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == other
     # Work of about the same size shares it, larger work does not.
-    assert tuning.tile_for(work._replace(positions=2500), DEVICE) == other
-    assert tuning.tile_for(work._replace(positions=300_000), DEVICE) != other
-    tuning._store(path, {"head other": before})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == other
+    assert tile_table.tile_for(work._replace(positions=2500), DEVICE) == other
+    assert tile_table.tile_for(work._replace(positions=300_000), DEVICE) != other
+    tile_table.store(path, {"head other": before})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == other
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    tuning.forget()
+    tile_table.forget()
 
 
 @pytest.mark.parametrize(
@@ -515,28 +516,28 @@ def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
 )
 def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    tuning.forget()
-    path = tuning.cache_file(DEVICE)
+    tile_table.forget()
+    path = tile_table.cache_file(DEVICE)
     path.write_text(content)
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
     with pytest.warns(UserWarning, match=r"tiles-.*\.json cannot be read"):
-        assert tuning.tile_for(work, DEVICE).columns == 64
-    tuning.forget()
+        assert tile_table.tile_for(work, DEVICE).columns == 64
+    tile_table.forget()
 
 
 def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning._store(tuning.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE).rows <= 128
-    tuning.forget()
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.store(tile_table.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE).rows <= 128
+    tile_table.forget()
 
 
 def test_the_fastest_sound_tile_is_chosen(monkeypatch):
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.float32)
-    tuning.forget()
-    first, others = tuning.tile_for(work, DEVICE), tuning._candidates(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.float32)
+    tile_table.forget()
+    first, others = tile_table.tile_for(work, DEVICE), tile_table.candidates(work, DEVICE)
     wrong, broken, best = [tile for tile in others if tile != first][:3]
     right = torch.randn(50)
     running = []
@@ -553,7 +554,7 @@ def test_the_fastest_sound_tile_is_chosen(monkeypatch):
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     assert tuning._fastest(work, DEVICE, run, quiet=True) == best
-    tuning.forget()
+    tile_table.forget()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
@@ -671,9 +672,9 @@ class TestOnAGpu:
 
     def test_tune(self, monkeypatch, tmp_path):
         monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-        tuning.forget()
+        tile_table.forget()
         network = Network(32, 8, 4, 4, 1, {})
         chosen = tuning.tune(network.lift.to(DEVICE), (1, 3, 32, 32), torch.bfloat16, quiet=True)
         assert len(chosen) == 2
-        assert tuning.cache_file(DEVICE).is_file()
-        tuning.forget()
+        assert tile_table.cache_file(DEVICE).is_file()
+        tile_table.forget()

@@ -67,7 +67,7 @@ def test_plan_equals_the_plain_module(channels, patch, height, width, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_that_the_processor_lacks_is_rounded_once(dtype, monkeypatch):
-    monkeypatch.setattr("lift_fast.ops.lift_forward.cpu_computes", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("lift_fast.ops.lift_forward.op.cpu_computes", lambda dtype: dtype == torch.float32)
     lift = network(8, 8, seed=3).to(dtype)
     imgs, x = (t.to(dtype) for t in inputs(8, 24, 16, 8))
     with torch.no_grad():
@@ -702,7 +702,7 @@ def test_export():
 
 
 def test_a_pytorch_that_does_not_say_who_watches_goes_through_the_dispatcher(monkeypatch):
-    module = sys.modules["lift_fast.ops.lift_forward"]
+    module = sys.modules["lift_fast.ops.lift_forward.op"]
     calls, packet = [], torch.ops.lift_fast.lift_forward
     real = packet.default
     monkeypatch.setattr(packet, "default", lambda *given: calls.append(1) or real(*given))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lift_fast import LiFT, tuning
+from lift_fast import LiFT
 from lift_fast.kernels import (
     cosine_loss,
     dense_match,
@@ -30,6 +30,7 @@ from lift_fast.kernels.tiles import Tile
 from lift_fast.ops import dense_match as dense_match_op
 from lift_fast.ops import dense_match_gpu, nearest_gpu
 from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import tiles as tile_table
 from lift_fast.ops.lift_forward.plan import Plan, build_plan
 
 # (kernel, args, options) as the launcher gives them.
@@ -61,14 +62,14 @@ def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[lis
     for recorder in recorders:
         setattr(recorder.module, recorder.name, recorder)
     launch.capability = lambda device: divmod(capability, 10)
-    tuning.forget()
+    tile_table.forget()
     try:
         yield recorders
     finally:
         for recorder in recorders:
             setattr(recorder.module, recorder.name, recorder.kernel)
         launch.capability = real
-        tuning.forget()
+        tile_table.forget()
 
 
 @cache
@@ -210,10 +211,10 @@ def lift_tiles(
         x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
         f = _empty(batch, 2 * h, 2 * h, 32, dtype=dtype)
         u = _empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype)
-        for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
+        for tile in tile_table.candidates(gpu_plan.upsample_work(plan, x), CPU):
             if only in (None, tile):
                 gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
+        for tile in tile_table.candidates(gpu_plan.head_work(plan, u), CPU):
             if only in (None, tile):
                 gpu_plan.head(plan, u, normalize, tile)
     return [call for recorder in recorders for call in recorder.calls]

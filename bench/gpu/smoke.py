@@ -181,10 +181,11 @@ def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "wa
 
 def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the package would not run the Triton image encoder for a case."""
-    from lift_fast.kernels.lift_forward_image_encoder import unsupported
+
+    from lift_fast.ops.lift_forward.gpu_weights import encoder_unsupported
 
     lift = LiFT(8, case[0])
-    return unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
+    return encoder_unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
 
 
 def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
