@@ -25,7 +25,7 @@ from .backends import backends  # noqa: E402
 from .lift import LiFT  # noqa: E402
 from .losses import CosineLoss, cosine_loss  # noqa: E402
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest  # noqa: E402
-from .ops.plan_cache import clear_plans  # noqa: E402
+from .ops.lift_forward.cache import clear_plans  # noqa: E402
 from .propagation import propagate_labels  # noqa: E402
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import can_run as triton_can_run
+from .. import devices
 from . import library
 from .nearest import cpu as nearest_cpu
 from .nearest.plain import beyond_range, nearest_plain, unit_rows, within_range
@@ -86,7 +86,7 @@ def propagate_labels_triton(
 
 
 def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
-    if query.device.type != "cuda" or query.dtype == torch.float64 or not triton_can_run(query.device)[0]:
+    if not devices.kernels_run(query.device, query.dtype)[0]:
         return False
     from ..kernels.propagate_labels import MOST_MATCHES
 

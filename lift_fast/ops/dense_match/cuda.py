@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import _native, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
-from .. import image_encoder_cuda
+from .. import devices, image_encoder_cuda
 
 # Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
 # of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
@@ -28,7 +28,7 @@ class When(NamedTuple):
 
 def can_run(device: torch.device) -> tuple[bool, str]:
     """Whether these kernels run on a device, and the reason if not. Initialises CUDA."""
-    return image_encoder_cuda.can_run(device)
+    return devices.cuda_runs(device)
 
 
 def _axis(strips: Strips) -> tuple[int, ...]:

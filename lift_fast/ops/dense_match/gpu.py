@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import _env, memory
 from ...kernels.strips import Band, Scales, Strips
-from .. import gpu_plan
+from .. import devices, gpu_plan
 from . import cuda
 from .op import Picture, cut_strips
 
@@ -33,7 +33,7 @@ def can_run(query: Picture, key: Picture) -> tuple[bool, str]:
         return False, reason
     if cuda.can_run(device)[0]:
         return True, "CUDA C++"
-    runs, reason = gpu_plan.can_run(device, query.tokens.dtype)
+    runs, reason = devices.kernels_run(device, query.tokens.dtype)
     return runs, "Triton" if runs else reason
 
 

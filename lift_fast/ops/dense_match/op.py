@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import _env, _native, memory
-from .. import library
+from .. import devices, library
 from ..nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
 
 library.define(
@@ -533,7 +533,7 @@ def _match_many(search: _NativeSearch, query: Picture, key: Picture, at: Tensor)
 
 
 def _fits_native(tokens: Tensor) -> bool:
-    return tokens.device.type == "cpu" and tokens.dtype == torch.float32 and _native.can_run()[0]
+    return tokens.device.type == "cpu" and tokens.dtype == torch.float32 and devices.native_runs()[0]
 
 
 def _ordinary(rows: Tensor) -> bool:

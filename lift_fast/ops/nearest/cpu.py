@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _env, _native, memory
+from .. import devices
 from .plain import accept
 
 # The native core keeps a query's matches in order by insertion, which more of them would make slow.
@@ -22,7 +23,7 @@ def can_run(query: Tensor, k: int, window: list[int]) -> tuple[bool, str]:
         return False, f"the native core finds at most {MOST_MATCHES} matches for each query, not {k}"
     if max(window[1:]) > _LARGEST_SIDE:
         return False, f"the native core takes grids of at most 2^30 cells a side, not {max(window[1:])}"
-    return _native.can_run()
+    return devices.native_runs()
 
 
 def search(query: Tensor, key: Tensor, k: int, window: list[int], normalize: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import memory
-from .. import gpu_plan
+from .. import devices, gpu_plan
 
 if TYPE_CHECKING:
     from ...kernels.nearest import Geometry, Rows
@@ -34,19 +34,14 @@ _SMALL = 1 << 23
 
 def can_run(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
     """Whether the kernels serve this request, and the reason if not. ``query [B, N, C]``, ``key [B, M, C]``."""
-    if query.device.type != "cuda":
-        return False, f"the descriptors are on {query.device}, not on a CUDA device"
-    return (
-        fits(query, key, k, window)
-        if gpu_plan.can_run(query.device, query.dtype)[0]
-        else gpu_plan.can_run(query.device, query.dtype)
-    )
+    runs, reason = devices.kernels_run(query.device, query.dtype)
+    return fits(query, key, k, window) if runs else (False, reason)
 
 
 def fits(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
     """:func:`can_run` without the question of the device."""
-    if query.dtype not in gpu_plan.DTYPES:
-        return False, f"the kernels compute in {', '.join(map(str, gpu_plan.DTYPES))}, not in {query.dtype}"
+    if query.dtype not in devices.KERNEL_DTYPES:
+        return False, f"the kernels compute in {', '.join(map(str, devices.KERNEL_DTYPES))}, not in {query.dtype}"
     if not 0 < query.shape[0] < 1 << 16 or 0 in query.shape or 0 in key.shape:
         return False, f"the kernels take no empty sets and at most 65535 pairs, got {list(query.shape)}"
     if max(query.shape[1], key.shape[1]) >= 1 << 30 or query.shape[2] >= 1 << 20:

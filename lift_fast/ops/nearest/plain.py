@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _env, _native, memory
-from .. import library
+from .. import devices, library
 
 # Bytes of similarities that exist at one time in the plain implementation.
 PRODUCT_BUDGET = 64 << 20
@@ -254,7 +254,7 @@ def _nearest(
     if window is not None and cpu.can_run(query, k, window)[0]:
         return cpu.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
     fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None
-    if fits and _native.can_run()[0] and max(k, 2) <= _native.require().most_neighbours:
+    if fits and devices.native_runs()[0] and max(k, 2) <= _native.require().most_neighbours:
         return _nearest_native(query, key, k, mutual, ratio, normalize, fast)
     if gpu.can_run(query, key, k, window)[0]:
         return gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)

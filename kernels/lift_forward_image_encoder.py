@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import ImageConv, Plan
 from . import launch
-from .activation import larger, operand, relu
 from .launch import product_precision
-from .tiles import cdiv, next_power_of_2
+from .lift_forward_activation import larger, operand, relu
+from .tiles import cdiv
 
 # Positions of a block; every convolution is 32 channels wide, so registers and not memory set the limit.
 _ROWS = 64
@@ -39,44 +37,6 @@ class EncoderWeights(NamedTuple):
     channels: int
     """F <= W"""
     pool: bool
-
-
-def unsupported(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not serve a network in ``dtype`` on a device; None where they do."""
-    if len(plan.image_convs_1) != 2:
-        return f"the first image encoder has {len(plan.image_convs_1)} convolutions, the kernel has 2"
-    if plan.fine.shape[2] > 128:
-        return f"the image encoders are {plan.fine.shape[2]} channels wide, the kernel goes up to 128"
-    if plan.pool and dtype == torch.float32 and device.type == "cuda":
-        # Right in the interpreter, in half precision and without pooling; the cause is not known.
-        return "with pooling in float32 the kernel gave wrong results on an H200"
-    return None
-
-
-def pack_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> EncoderWeights:
-    """Lay out the plan's image encoders for :func:`encode_image`."""
-    channels = plan.fine.shape[2]
-    width = max(16, next_power_of_2(channels))
-    more = width - channels
-    pad = torch.nn.functional.pad
-
-    def taps(conv: ImageConv) -> Tensor:
-        return pad(conv.weight, (0, 0, 0, 0, 0, more, 0, more)).permute(2, 3, 0, 1).flatten(0, 1)
-
-    def bias(conv: ImageConv) -> Tensor:
-        return pad(conv.bias, (0, more)).to(device, torch.float32)
-
-    (first, second), (third,) = plan.image_convs_1, plan.image_convs_2
-    return EncoderWeights(
-        first=pad(first.weight.flatten(1), (0, 5, 0, more)).to(device, dtype).contiguous(),
-        first_bias=bias(first),
-        second=taps(second).to(device, dtype).contiguous(),
-        second_bias=bias(second),
-        third=taps(third).to(device, dtype).contiguous(),
-        third_bias=bias(third),
-        channels=channels,
-        pool=plan.pool,
-    )
 
 
 @triton.jit
@@ -192,7 +152,7 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
 
     Args:
         imgs: ``[B, 3, s*h, s*w]`` pictures of any strides, s = 16 with pool, else 8.
-        weights: of :func:`pack_encoder`, in the dtype of ``imgs``.
+        weights: in the dtype of ``imgs``.
 
     Returns:
         f ``[B, 2h, 2w, F]`` and g ``[B, h, w, F]``, contiguous, in the dtype of ``imgs``.

@@ -1,6 +1,6 @@
 """The head with wide accumulators: a candidate for tiles that merge some, to be measured before it is used.
 
-Computes what :mod:`lift_fast.kernels.head` does from the same weights.
+Computes what :mod:`lift_fast.kernels.lift_forward_head` does from the same weights.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import larger, operand, relu
-from .implicit_gemm import accumulate, cells_seen, load_window, zeros
+from .lift_forward_activation import larger, operand, relu
+from .lift_forward_implicit_gemm import accumulate, cells_seen, load_window, zeros
 
 
 @triton.jit

@@ -1,26 +1,23 @@
 """LiFT's composed upsample on the GPU: transposed convolution, first 3x3 convolution and ReLU as one implicit GEMM.
 
-Identity 2 of the plan (:mod:`lift_fast.plan`): each of the four phases (a, b) of the fine grid reads a 2x2 window of
-the coarse grid, features and image features, and a 3x3 window of the fine image features. Nothing is concatenated and
-the upsampled map is never formed.
+Each of the four phases (a, b) of the fine grid reads a 2x2 window of the coarse grid, features and image features, and
+a 3x3 window of the fine image features. Nothing is concatenated and the upsampled map is never formed.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import Plan
 from . import launch
-from .activation import operand, relu
 from .launch import product_precision
-from .tiles import Tile, cdiv, columns_of, next_power_of_2, padded
-from .upsample_wide import bias_terms, upsample_wide_kernel
+from .lift_forward_activation import operand, relu
+from .lift_forward_upsample_wide import upsample_wide_kernel
+from .tiles import Tile, cdiv, columns_of, next_power_of_2
 
 
 class UpsampleWeights(NamedTuple):
@@ -33,37 +30,11 @@ class UpsampleWeights(NamedTuple):
     fine: Tensor | None
     """[N, 9 taps, F]"""
     bias: Tensor
-    """[9 position classes, N] float32, see :meth:`lift_fast.plan.Plan.edge_bias`"""
+    """[9 position classes, N] float32, 0 the first row (column) of the fine grid, 2 the last, 1 between"""
     bias_terms: Tensor
-    """[N, 32], the same as wide accumulators take it, see :func:`lift_fast.kernels.upsample_wide.bias_terms`"""
+    """[N, 32], the same as wide accumulators take it: three terms for each class, in digits that products keep"""
     channels: int
     """c <= N, output channels"""
-
-
-def pack_upsample(plan: Plan, device: torch.device, dtype: torch.dtype) -> UpsampleWeights:
-    """Lay out the plan's first stage for :func:`upsample`."""
-    channels = plan.bias.shape[0]
-    extra = padded(channels) - channels
-
-    def pad(weight: Tensor) -> Tensor:
-        return torch.nn.functional.pad(weight, (0, extra))
-
-    phase = pad(plan.phase[..., :-1, :]).flatten(2, 3).flatten(0, 1).permute(0, 3, 1, 2)
-    image = plan.fine.shape[2]
-    features = phase.shape[3] - image
-
-    def cast(weight: Tensor) -> Tensor:
-        return weight.to(device, dtype).contiguous()
-
-    bias = pad(plan.edge_bias()).flatten(0, 1)
-    return UpsampleWeights(
-        coarse=cast(phase[..., :features]),
-        image=cast(phase[..., features:]) if image else None,
-        fine=cast(pad(plan.fine).flatten(0, 1).permute(2, 0, 1)) if image else None,
-        bias=bias.to(device, torch.float32).contiguous(),
-        bias_terms=cast(bias_terms(bias, dtype).t()),
-        channels=channels,
-    )
 
 
 @triton.jit
@@ -197,7 +168,7 @@ def upsample(x: Tensor, f: Tensor | None, g: Tensor | None, weights: UpsampleWei
     Args:
         x: ``[B, h, w, C]`` contiguous features.
         f, g: ``[B, 2h, 2w, G]`` and ``[B, h, w, G]`` contiguous image features; None for a network without image.
-        weights: of :func:`pack_upsample`, in the dtype of ``x``.
+        weights: in the dtype of ``x``.
         tile: see :mod:`lift_fast.kernels.tiles`.
 
     Returns:

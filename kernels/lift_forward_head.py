@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import memory
-from ..plan import Plan
 from . import launch
-from .activation import larger, operand, relu
-from .head_wide import head_wide_kernel
 from .launch import product_precision
-from .tiles import Tile, cdiv, columns_of, padded, shared_memory
+from .lift_forward_activation import larger, operand, relu
+from .lift_forward_head_wide import head_wide_kernel
+from .tiles import Tile, cdiv, columns_of, shared_memory
 
 # A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
 NORM_FLOOR = 1e-12
@@ -39,22 +37,6 @@ class HeadWeights(NamedTuple):
     """c <= N"""
     out_channels: int
     """C <= M"""
-
-
-def pack_head(plan: Plan, device: torch.device, dtype: torch.dtype) -> HeadWeights:
-    """Lay out the plan's second stage for :func:`head`."""
-    channels, out_channels = plan.out.shape
-    more = padded(channels) - channels
-    more_out = padded(out_channels) - out_channels
-    pad = torch.nn.functional.pad
-    return HeadWeights(
-        conv=pad(plan.conv.flatten(0, 1).permute(2, 0, 1), (0, more, 0, 0, 0, more)).to(device, dtype).contiguous(),
-        conv_bias=pad(plan.conv_bias, (0, more)).to(device, torch.float32),
-        out=pad(plan.out.t(), (0, more, 0, more_out)).to(device, dtype).contiguous(),
-        out_bias=pad(plan.out_bias, (0, more_out)).to(device, torch.float32),
-        channels=channels,
-        out_channels=out_channels,
-    )
 
 
 @triton.jit
@@ -175,8 +157,8 @@ def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -
     """Second 3x3 convolution, ReLU, 1x1 convolution; optionally each descriptor divided by its norm.
 
     Args:
-        u: ``[B, H, W, c]`` contiguous, of :func:`lift_fast.kernels.upsample.upsample`.
-        weights: of :func:`pack_head`, in the dtype of ``u``.
+        u: ``[B, H, W, c]`` contiguous, of :func:`lift_fast.kernels.lift_forward_upsample.upsample`.
+        weights: in the dtype of ``u``.
         tile: see :mod:`lift_fast.kernels.tiles`.
         normalize: L2-normalise, with max(norm, 1e-12), from the float32 sums.
 

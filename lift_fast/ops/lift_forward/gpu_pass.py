@@ -1,8 +1,9 @@
 """LiFT's plan on the GPU for sizes that it has met before: three launches and two allocations, hardly anything else.
 
-A pass through :mod:`lift_fast.ops.gpu_plan` asks for tiles, makes five tensors and binds forty arguments; at batch 1
-that takes the host longer than the device takes for the kernels. What it found out is the same each time but for the
-addresses of the inputs, of the memory between the kernels and of the result: those are all that a pass here fills in.
+A pass through :func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan` asks for tiles, makes five tensors and binds forty
+arguments; at batch 1 that takes the host longer than the device takes for the kernels. What it found out is the same
+each time but for the addresses of the inputs, of the memory between the kernels and of the result: those are all that a
+pass here fills in.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import memory
-from ..kernels import launch
+from ... import memory
+from ...kernels import launch
 
 # What takes turns, in this order: imgs, x, f, g, u and the result.
 _IMGS, _X, _F, _G, _U, _OUT = range(6)
@@ -56,7 +57,7 @@ class Pass:
         self._offsets, self._bytes = tuple(offsets), size
 
     def run(self, imgs: Tensor, x: Tensor) -> Tensor:
-        """As :func:`lift_fast.ops.gpu_plan.run_gpu_plan`, for inputs that :func:`key` tells to be alike."""
+        """As :func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan`, for inputs that :func:`key` tells to be alike."""
         device = self._device
         if not launch.is_current(device):
             with torch.cuda.device(device):

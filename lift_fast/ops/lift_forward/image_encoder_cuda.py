@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _env, _native, memory
-from ..kernels import launch
-from ..kernels.launch import tf32_allowed
-from ..plan import ImageConv, Plan
+from ... import _native, memory
+from ...kernels import launch
+from ...kernels.launch import tf32_allowed
+from .plan import ImageConv, Plan
 
 # With the names by which the core knows them.
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -28,25 +28,6 @@ class EncoderWeights(NamedTuple):
     bias: Tensor
     """[3, 32] float32; the first convolution's is in ``packed``"""
     pool: bool
-
-
-def can_run(device: torch.device) -> tuple[bool, str]:
-    """Whether the native core's CUDA kernels run on a device, and the reason if not. Initialises CUDA."""
-    if _env.cuda_disabled():
-        return False, "switched off by LIFT_FAST_DISABLE_CUDA=1"
-    runs, reason = _native.can_run()
-    if not runs:
-        return False, reason
-    if device.type != "cuda":
-        return False, f"needs a CUDA device, got {device}"
-    # The switches may change at any time, the device does not.
-    return _probe(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@cache
-def _probe(index: int) -> tuple[bool, str]:
-    works, reason = _native.require().cuda_probe(index)
-    return works, reason
 
 
 def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:

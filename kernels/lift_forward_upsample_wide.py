@@ -1,31 +1,15 @@
 """The upsample stage with wide accumulators: a candidate for tiles that merge some, to be measured before it is used.
 
-Computes what :mod:`lift_fast.kernels.upsample` does from the same weights.
+Computes what :mod:`lift_fast.kernels.lift_forward_upsample` does from the same weights.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .activation import operand, relu
-from .implicit_gemm import accumulate, cells_seen, load_window, zeros
-
-
-def bias_terms(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias ``[9 position classes, N]`` for a product in ``dtype``: 27 rows that it rounds no further, 5 of zeros.
-
-    Three terms for each class, which sum up to all digits of a float32.
-    """
-    # TF32 keeps the digits of bfloat16.
-    short = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    terms = []
-    for _ in range(3):
-        terms.append(bias.to(short).to(bias.dtype))
-        bias = bias - terms[-1]
-    return torch.nn.functional.pad(torch.cat(terms), (0, 0, 0, 5))
+from .lift_forward_activation import operand, relu
+from .lift_forward_implicit_gemm import accumulate, cells_seen, load_window, zeros
 
 
 # One compilation for every size of picture and batch.

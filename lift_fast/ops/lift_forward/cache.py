@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Architecture, Plan, build_plan
-from ..witnesses import Witnesses
+from ...witnesses import Witnesses
+from .plan import Architecture, Plan, build_plan
 
 _CAPACITY = 32
 
@@ -47,13 +47,16 @@ def prepared_plan(
     weights: Sequence[Tensor],
     epsilons: Sequence[float],
     architecture: Architecture,
+    basis: bool,
     variant: Hashable,
     prepare: Callable[[Plan], Any],
 ) -> Any:
     """What ``prepare`` makes of the plan of these weights, kept under the name ``variant`` while they stay unchanged.
 
+    With ``basis`` of the plan in its basis, see :meth:`.plan.Plan.in_basis`.
+
     Raises:
-        ValueError: from :func:`lift_fast.plan.build_plan`, if the weights are not sound.
+        ValueError: from :func:`.plan.build_plan`, if the weights are not sound.
     """
     key = _key(weights)
     entry = _entries.get(key)
@@ -68,10 +71,11 @@ def prepared_plan(
                 del _entries[old]
             while len(_entries) > _CAPACITY:
                 _entries.popitem(last=False)
-    ready = entry.prepared.get(variant)
+    name = (variant, basis)
+    ready = entry.prepared.get(name)
     if ready is None:
         with torch.inference_mode(False), torch.no_grad():
-            ready = entry.prepared[variant] = prepare(entry.plan)
+            ready = entry.prepared[name] = prepare(entry.plan.in_basis() if basis else entry.plan)
     return ready
 
 

@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, tuning
-from ..kernels import can_run as triton_can_run
-from ..kernels import launch
-from ..kernels.launch import product_precision, tf32_allowed
-from ..plan import Plan
-from . import gpu_pass, image_encoder, image_encoder_cuda
+from ... import _env, devices
+from ...kernels import launch
+from ...kernels.launch import product_precision, tf32_allowed
+from ...kernels.tiles import Tile
+from . import gpu_pass, image_encoder_cuda, plain, tiles
+from .plan import Plan
 
 if TYPE_CHECKING:
-    from ..kernels.head import HeadWeights
-    from ..kernels.tiles import Tile
-    from ..kernels.upsample import UpsampleWeights
+    from ...kernels.lift_forward_head import HeadWeights
+    from ...kernels.lift_forward_upsample import UpsampleWeights
 
 # Detectors see pictures of many sizes.
 _MOST_PASSES = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class GpuPlan(NamedTuple):
@@ -46,21 +44,13 @@ class GpuPlan(NamedTuple):
 
 
 @cache
-def _kernels() -> tuple[Any, Any, Any]:
-    """Image encoder, upsample and head. Triton is optional and slow to load, and an import costs 1 us a call."""
-    from ..kernels import head, image_encoder, upsample
+def _kernels() -> tuple[Any, Any, Any, Any]:
+    """Image encoder, upsample, head, and what packs their weights. Triton is optional and slow to load, and an import
+    costs 1 us a call."""
+    from ...kernels import lift_forward_head, lift_forward_image_encoder, lift_forward_upsample
+    from . import gpu_weights
 
-    return image_encoder, upsample, head
-
-
-def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the plan's kernels serve this device and dtype, and the reason if not."""
-    if device.type != "cuda":
-        return False, f"the kernels run on CUDA devices, not on {device}"
-    if dtype not in DTYPES:
-        return False, f"the kernels compute in {', '.join(map(str, DTYPES))}, not in {dtype}"
-    runs, reason = triton_can_run(device)
-    return runs, reason
+    return lift_forward_image_encoder, lift_forward_upsample, lift_forward_head, gpu_weights
 
 
 # Of the head's 3x3 convolution, all of which a block holds in registers; compilers take minutes beyond it.
@@ -72,24 +62,21 @@ def serves(channels: int) -> bool:
     return channels // 2 <= _MOST_HIDDEN
 
 
-def may_use_cuda(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether :func:`prepare_gpu` takes the CUDA image encoder where it serves the network; settings may change it."""
-    return (dtype != torch.float32 or tf32_allowed()) and image_encoder_cuda.can_run(device)[0]
-
-
-def route(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What decides how a plan is laid out, to be compared; None where the kernels do not run.
+def route(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Any, ...] | None:
+    """What decides how a plan is laid out, to be compared; None where the kernels do not serve.
 
     The switches and PyTorch's TF32 setting may change at any time, the rest does not.
     """
-    return _route(device, dtype, _env.switches(), dtype != torch.float32 or tf32_allowed())
+    return _route(device, dtype, channels, _env.switches(), dtype != torch.float32 or tf32_allowed())
 
 
 @cache
 def _route(
-    device: torch.device, dtype: torch.dtype, switches: tuple[str, ...], rounded: bool
+    device: torch.device, dtype: torch.dtype, channels: int, switches: tuple[str, ...], rounded: bool
 ) -> tuple[Any, ...] | None:
-    return ("gpu", may_use_cuda(device, dtype), device, dtype) if can_run(device, dtype)[0] else None
+    if not serves(channels) or not devices.kernels_run(device, dtype)[0]:
+        return None
+    return "gpu", rounded and devices.cuda_runs(device)[0], device, dtype
 
 
 def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: str | None = None) -> GpuPlan:
@@ -104,34 +91,35 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     Raises:
         RuntimeError: if the image encoder that was asked for cannot run; says why.
     """
-    triton_encoder, upsample, head = _kernels()
+    _, upsample, head, weights = _kernels()
     if not plan.image_convs_1:
         encoder = "none"
     elif encoder is None:
         encoder = _best_encoder(plan, device, dtype)
-    weights: Any = None
-    if encoder == "cuda":
-        runs, reason = image_encoder_cuda.can_run(device)
-        missing = image_encoder_cuda.unsupported(plan, dtype) if runs else reason
-        if missing:
-            raise RuntimeError(f"the CUDA image encoder cannot run: {missing}; leave the choice to prepare_gpu")
-        weights = image_encoder_cuda.pack_encoder(plan, device, dtype)
-    elif encoder == "triton":
-        missing = triton_encoder.unsupported(plan, device, dtype)
-        if missing:
-            raise RuntimeError(f"the Triton image encoder cannot run: {missing}; leave the choice to prepare_gpu")
-        weights = triton_encoder.pack_encoder(plan, device, dtype)
-    elif encoder == "torch":
-        weights = image_encoder.prepare_encoder(plan, device, dtype)
-    first, second = upsample.pack_upsample(plan, device, dtype), head.pack_head(plan, device, dtype)
+    elif missing := _missing(encoder, plan, device, dtype):
+        name = "CUDA" if encoder == "cuda" else "Triton"
+        raise RuntimeError(f"the {name} image encoder cannot run: {missing}; leave the choice to prepare_gpu")
+    pack: dict[str, Any] = {
+        "cuda": image_encoder_cuda.pack_encoder,
+        "triton": weights.pack_encoder,
+        "torch": plain.prepare_encoder,
+    }
+    packed = None if encoder == "none" else pack[encoder](plan, device, dtype)
+    first, second = weights.pack_upsample(plan, device, dtype), weights.pack_head(plan, device, dtype)
     counts = (tuple(upsample.accumulators_of(first)), tuple(head.accumulators_of(second)))
-    return GpuPlan(encoder, weights, first, second, *counts, passes={})
+    return GpuPlan(encoder, packed, first, second, *counts, passes={})
 
 
 def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
-    if may_use_cuda(device, dtype) and not image_encoder_cuda.unsupported(plan, dtype):
-        return "cuda"
-    return "torch" if _kernels()[0].unsupported(plan, device, dtype) else "triton"
+    return next(name for name in ("cuda", "triton", "torch") if not _missing(name, plan, device, dtype))
+
+
+def _missing(encoder: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an image encoder does not serve; None where it does. PyTorch's always does."""
+    if encoder == "cuda":
+        runs, reason = devices.cuda_runs(device)
+        return image_encoder_cuda.unsupported(plan, dtype) if runs else reason
+    return _kernels()[3].encoder_unsupported(plan, device, dtype) if encoder == "triton" else None
 
 
 def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,42 +129,42 @@ def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
     if plan.encoder == "triton":
         f, g = _kernels()[0].encode_image(imgs, plan.encoder_weights)
         return f, g
-    f, g = image_encoder.encode_image(plan.encoder_weights, imgs)
+    f, g = plain.encode_image(plan.encoder_weights, imgs)
     return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
 
 
-def upsample_work(plan: GpuPlan, x: Tensor) -> tuning.Work:
+def upsample_work(plan: GpuPlan, x: Tensor) -> tiles.Work:
     """The upsample stage's launch for features ``x [B, h, w, C]``."""
     batch, height, width, channels = x.shape
     # Four phases each.
     positions = 4 * batch * height * width
-    return tuning.Work("upsample", positions, plan.upsample.channels, channels, plan.upsample_counts, x.dtype)
+    return tiles.Work("upsample", positions, plan.upsample.channels, channels, plan.upsample_counts, x.dtype)
 
 
 def upsample(plan: GpuPlan, x: Tensor, f: Tensor | None, g: Tensor | None, tile: Tile | None = None) -> Tensor:
     """First stage: x ``[B, h, w, C]``, f and g of :func:`encode_image` to u ``[B, 2h, 2w, c]``, all contiguous."""
-    tile = tile or tuning.tile_for(upsample_work(plan, x), x.device)
+    tile = tile or tiles.tile_for(upsample_work(plan, x), x.device)
     u: Tensor = _kernels()[1].upsample(x, f, g, plan.upsample, tile)
     return u
 
 
-def head_work(plan: GpuPlan, u: Tensor) -> tuning.Work:
+def head_work(plan: GpuPlan, u: Tensor) -> tiles.Work:
     """The head's launch for ``u [B, 2h, 2w, c]``."""
     batch, height, width, channels = u.shape
-    return tuning.Work("head", batch * height * width, plan.head.channels, channels, plan.head_counts, u.dtype)
+    return tiles.Work("head", batch * height * width, plan.head.channels, channels, plan.head_counts, u.dtype)
 
 
 def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = None) -> Tensor:
     """Second stage: u ``[B, 2h, 2w, c]`` to descriptors ``[B, 2h, 2w, C]``, L2-normalised if asked for."""
-    tile = tile or tuning.tile_for(head_work(plan, u), u.device)
+    tile = tile or tiles.tile_for(head_work(plan, u), u.device)
     out: Tensor = _kernels()[2].head(u, plan.head, tile, normalize)
     return out
 
 
 def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
-    """Execute the plan; shapes as :func:`lift_fast.ops.lift_forward.lift_forward`."""
+    """Execute the plan; shapes as :func:`.op.lift_forward`."""
     x = x.contiguous()
-    key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tuning.edition())
+    key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tiles.edition())
     known = plan.passes.get(key)
     if known is not None:
         return known.run(imgs, x)
