@@ -28,12 +28,12 @@ from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
 from lift_fast.ops.dense_match import cuda as dense_match_cuda  # noqa: E402
 from lift_fast.ops.dense_match import gpu as dense_match_gpu  # noqa: E402
 from lift_fast.ops.dense_match import op as dense_match  # noqa: E402
-from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 from lift_fast.ops.lift_forward import cache as plan_cache  # noqa: E402
 from lift_fast.ops.lift_forward import gpu as gpu_plan  # noqa: E402
 from lift_fast.ops.lift_forward import op as lift_forward  # noqa: E402
 from lift_fast.ops.lift_forward import tiles as tile_table  # noqa: E402
 from lift_fast.ops.lift_forward.plan import build_plan  # noqa: E402
+from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.
 nearest_gpu._SMALL = 1

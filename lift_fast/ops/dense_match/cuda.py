@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native, memory
+from ... import _native, devices, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
-from .. import devices, image_encoder_cuda
 
 # Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
 # of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.

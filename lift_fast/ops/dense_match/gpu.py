@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _env, memory
+from ... import _env, devices, memory
 from ...kernels.strips import Band, Scales, Strips
-from .. import devices, gpu_plan
 from . import cuda
 from .op import Picture, cut_strips
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _env, _native, memory
-from .. import devices, library
+from ... import _env, _native, devices, memory
+from .. import library
 from ..nearest.plain import NORM_FLOOR, full_matmul_precision, unit_rows
 
 library.define(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _env, _native, memory
-from .. import devices
+from ... import _env, _native, devices, memory
 from .plain import accept
 
 # The native core keeps a query's matches in order by insertion, which more of them would make slow.

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ... import memory
-from .. import devices, gpu_plan
+from ... import devices, memory
 
 if TYPE_CHECKING:
     from ...kernels.nearest import Geometry, Rows

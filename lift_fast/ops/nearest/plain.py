@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ... import _env, _native, memory
-from .. import devices, library
+from ... import _env, _native, devices, memory
+from .. import library
 
 # Bytes of similarities that exist at one time in the plain implementation.
 PRODUCT_BUDGET = 64 << 20
