@@ -32,6 +32,7 @@ from lift_fast.ops import (  # noqa: E402
     plan_cache,
 )
 from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
+from lift_fast.ops.nearest.op import nearest_by  # noqa: E402
 from lift_fast.plan import build_plan  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.
@@ -51,7 +52,7 @@ def inputs(batch=1, side=64, channels=32, patch=16, dtype=HALF):
 def nearest(n, m, dtype, **options):
     settings = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, "fast": False} | options
     query, key = torch.randn(1, n, 32).to(dtype), torch.randn(1, m, 32).to(dtype)
-    return lambda: nearest_gpu.nearest_gpu(query, key, *settings.values())
+    return lambda: nearest_by(nearest_gpu.search, query, key, *settings.values())
 
 
 def matching(backend):

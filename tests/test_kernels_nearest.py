@@ -2,13 +2,15 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
 
 from lift_fast import nearest
 from lift_fast.ops.nearest import gpu as nearest_gpu
-from lift_fast.ops.nearest import plain as op
+from lift_fast.ops.nearest import plain
+from lift_fast.ops.nearest.op import nearest_by
 
 pytest.importorskip("triton")
 from lift_fast.kernels import launch, tiles
@@ -42,10 +44,11 @@ def sets(n, m, channels, dtype=torch.float32, batch=1):
     return torch.randn(batch, n, channels).to(dtype), torch.randn(batch, m, channels).to(dtype)
 
 
-def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, **launch):
+def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, stream=None):
+    search = partial(nearest_gpu.search, stream=stream)
     arguments = (query.to(DEVICE), key.to(DEVICE), k, mutual, ratio, window, normalize)
     assert nearest_gpu.fits(arguments[0], arguments[1], k, window)[0]
-    return [part.cpu() for part in nearest_gpu.nearest_gpu(*arguments, fast=fast, **launch)]
+    return [part.cpu() for part in nearest_by(search, *arguments, fast=fast)]
 
 
 def similarities(query, key, window=None, normalize=True):
@@ -53,18 +56,18 @@ def similarities(query, key, window=None, normalize=True):
     table = []
     for queries, keys in zip(query.double(), key.double(), strict=True):
         if normalize:
-            queries, keys = op.unit_rows(queries), op.unit_rows(keys)
+            queries, keys = plain.unit_rows(queries), plain.unit_rows(keys)
         one = queries @ keys.T
         one.masked_fill_(~torch.isfinite(one), -torch.inf)
         if window is not None:
-            one.masked_fill_(op._outside(window, 0, 0, one), -torch.inf)
+            one.masked_fill_(plain.outside(window, 0, 0, one), -torch.inf)
         table.append(one)
     return torch.stack(table)
 
 
-def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, **launch):
+def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, stream=None):
     """Where rounding may decide, any choice within ``tie`` of the best is right."""
-    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, **launch)
+    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, stream)
     table = similarities(query, key, window, normalize)
     finite = torch.isfinite(table)
     scale = max(1.0, float(table[finite].abs().max())) if finite.any() else 1.0
@@ -345,10 +348,10 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     assert not nearest_gpu.fits(query[:, :0], key, 1, None)[0]
     assert not nearest_gpu.fits(query[..., :0], key[..., :0], 1, None)[0]
     assert not nearest_gpu.fits(query, key, 1, [1, 1, 3, 1, 1 << 20])[0]
-    assert "not on a CUDA device" in nearest_gpu.can_run(query, key, 1, None)[1]
+    assert "CUDA devices, not on" in nearest_gpu.can_run(query, key, 1, None)[1]
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
     result = nearest(query.to(DEVICE), key.to(DEVICE))
-    assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
+    assert torch.equal(result.index.cpu(), nearest_by(plain.search, query, key, 1, False, None, None, True)[1])
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)

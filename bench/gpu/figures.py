@@ -22,6 +22,7 @@ from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder_cuda
 from lift_fast.ops import propagate_labels as propagate_op
 from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 from lift_fast.training.step import tuned_convolutions
@@ -354,9 +355,10 @@ def _half(context: Context) -> Tensor:
     return _sets(context).bfloat16()
 
 
-def _nearest(sets: Tensor, **options: Any) -> Callable[[], Any]:
+def _nearest(sets: Tensor, stream: Any = None, **options: Any) -> Callable[[], Any]:
+    search = partial(nearest_gpu.search, stream=stream)
     arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
-    return lambda: nearest_gpu.nearest_gpu(sets[:1], sets[1:], **arguments)
+    return lambda: nearest_by(search, sets[:1], sets[1:], **arguments)
 
 
 @torch.no_grad()
@@ -371,7 +373,7 @@ def _nearest_half(context: Context) -> Iterator[Row]:
     some = half[:1, : side * side]
     video = torch.randn(1, frames * side * side, half.shape[2], device=context.device).to(half.dtype)
     window = [1 if context.rehearse else 12, side, side, side, side]
-    call = lambda: nearest_gpu.nearest_gpu(some, video, 5, False, None, window, True)  # noqa: E731
+    call = lambda: nearest_by(nearest_gpu.search, some, video, 5, False, None, window, True)  # noqa: E731
     yield _timed("nearest bf16, 56 x 56 against 7 frames, radius 12, k 5", call, context)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +30,7 @@ from lift_fast.kernels.tiles import Tile
 from lift_fast.ops import dense_match as dense_match_op
 from lift_fast.ops import dense_match_gpu, gpu_plan
 from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.op import depth_of, nearest_by
 from lift_fast.plan import Plan, build_plan
 
 # (kernel, args, options) as the launcher gives them.
@@ -130,11 +131,11 @@ def nearest_search(
     names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
     stream = None
     if feed:
-        depth = k if ratio is None else 2
-        stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth, mutual, feed)
+        stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth_of(k, ratio), mutual, feed)
     query, key = (_empty(1, count, channels, dtype=dtype) for count in (n, m))
     with recording(capability, *((nearest, name) for name in names), *_GROUPS) as recorders:
-        nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast, stream)
+        search = partial(nearest_gpu.search, stream=stream)
+        nearest_by(search, query, key, k, mutual, ratio, window, normalize, fast)
     found: dict[Any, Launch] = {}
     for recorder in recorders:
         for call in recorder.calls:
