@@ -19,7 +19,16 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lift_fast import LiFT, memory, tuning  # noqa: E402
-from lift_fast.kernels import cosine_loss, head, launch, propagate_labels, tiles, upsample  # noqa: E402
+from lift_fast.kernels import (  # noqa: E402
+    cosine_loss,
+    head,
+    launch,
+    nearest_float32,
+    nearest_rows,
+    propagate_labels,
+    tiles,
+    upsample,
+)
 from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
 from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
 from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
@@ -119,7 +128,8 @@ def launchers():
 
 def kernels():
     """Names of all kernels, Triton's and those of the native core that launchers call."""
-    modules = (cosine_loss, dense_match_kernel, head, nearest_kernel, propagate_labels, triton_encoder, upsample)
+    modules = (cosine_loss, dense_match_kernel, head, nearest_rows, nearest_kernel, nearest_float32, propagate_labels)
+    modules += (triton_encoder, upsample)
     names = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     return [*names, "image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual"]
 

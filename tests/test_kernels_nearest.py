@@ -13,8 +13,9 @@ from lift_fast.ops.nearest import plain
 from lift_fast.ops.nearest.op import nearest_by
 
 pytest.importorskip("triton")
-from lift_fast.kernels import launch, tiles
+from lift_fast.kernels import launch, nearest_rows, tiles
 from lift_fast.kernels import nearest as kernel
+from lift_fast.kernels import nearest_float32 as float32
 from lift_fast.kernels import nearest_groups as groups
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -146,12 +147,12 @@ def test_window_of_several_patches():
 
 
 @numeric
-@pytest.mark.parametrize("most_blocks", [kernel.MOST_BLOCKS, 0])
+@pytest.mark.parametrize("most_blocks", [float32.MOST_BLOCKS, 0])
 @pytest.mark.parametrize("options", [{"mutual": True}, {"ratio": 0.97}, {"k": 3}], ids=str)
 def test_float32_search_in_float16(options, most_blocks, monkeypatch):
     """With and without the queries that are searched again in float32."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
-    monkeypatch.setattr(kernel, "MOST_BLOCKS", most_blocks)
+    monkeypatch.setattr(float32, "MOST_BLOCKS", most_blocks)
     monkeypatch.setattr(nearest_gpu, "_BOUNDS_BUDGET", 1 << 10)
     query, key = sets(11, 140, 24)
     # Float16 cannot tell these apart.
@@ -201,7 +202,7 @@ def tensor_core_sum(products, block, bits):
 @pytest.mark.parametrize("channels", [16, 384, 1024])
 def test_bound_of_sums_on_tensor_cores(channels, block):
     """Against what cuts off most: no bit kept below float32's own."""
-    bound = kernel.sum_error(channels)
+    bound = float32.sum_error(channels)
     # One large product, and small ones just below the last bit of the sum.
     worst = torch.full((channels,), 2.0**-11.5 * (1 - 2.0**-10)).half()
     worst[0] = 1
@@ -236,7 +237,7 @@ def test_mutual_by_halves_of_a_tile(monkeypatch):
 def test_few_queries_that_float16_leaves_open_are_searched_by_many_blocks(k, monkeypatch):
     """Two flat queries among others: their one tile's keys are cut into parts."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
-    monkeypatch.setattr(kernel, "MOST_BLOCKS", 6)
+    monkeypatch.setattr(float32, "MOST_BLOCKS", 6)
     counts = []
     search = kernel.search
 
@@ -408,7 +409,7 @@ def test_resolving_groups_of_tiles_whose_parts_have_their_own_classes():
     query, key = sets(19, 700, 40, torch.float16, batch=2)
     key[0, [9, 130, 650]] = key[0, 77].clone()
     query[0, 3] = key[0, 77]
-    rows, keys = (kernel.prepare(part.to(DEVICE), True, torch.float16) for part in (query, key))
+    rows, keys = (nearest_rows.prepare(part.to(DEVICE), True, torch.float16) for part in (query, key))
     table = torch.full((2, 19, 768), -torch.inf)
     table[:, :, :700] = similarities(query, key)
     # Tiles, parts of 64, members, classes.

@@ -167,7 +167,9 @@ def run_preparation(module):
 
 
 def run_search(module):
-    rows = module.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
+    from lift_fast.kernels import nearest_rows
+
+    rows = nearest_rows.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
     found = module.search(rows, rows, 1, module.default_tile(4, 4, 1, False, False, (9, 0)))
     return [found.values, found.indices]
 
@@ -176,8 +178,8 @@ def run_search(module):
     ("name", "kernels", "run"),
     [
         ("propagate_labels", ["propagate_labels_kernel"], run_propagation),
-        ("nearest", ["prepare_kernel"], run_preparation),
-        ("nearest", ["prepare_kernel", "search_kernel"], run_search),
+        ("nearest_rows", ["prepare_kernel"], run_preparation),
+        ("nearest", ["search_kernel"], run_search),
     ],
 )
 def test_what_a_triton_kernel_leaves_out_shows(name, kernels, run, monkeypatch):

@@ -404,7 +404,7 @@ def _nearest_plain(context: Context) -> Iterator[Row]:
 @torch.no_grad()
 def _tiles_of_nearest(context: Context) -> Iterator[Row]:
     """The search alone with every tile worth measuring."""
-    from lift_fast.kernels import launch, nearest
+    from lift_fast.kernels import launch, nearest, nearest_rows
 
     half = _half(context)
     cost = Cost(int(_products(half)), half.numel() * 2)
@@ -412,7 +412,7 @@ def _tiles_of_nearest(context: Context) -> Iterator[Row]:
     tiles = nearest.candidates(half.shape[2], launch.capability(context.device))
     for tile in tiles[: 1 if context.rehearse else None]:
         for both in (False, True):
-            query, key = (nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half)
+            query, key = (nearest_rows.prepare(part[None], True, half.dtype, tile.depth) for part in half)
             run = lambda: nearest.search(query, key, 1, tile, mutual=both).values.amax(1)  # noqa: B023, E731
             if expected is None:
                 expected = run()
@@ -422,7 +422,7 @@ def _tiles_of_nearest(context: Context) -> Iterator[Row]:
 @torch.no_grad()
 def _streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
     """The same for the streams of groups that one kind of feed serves, and the whole call with the first of them."""
-    from lift_fast.kernels import launch, nearest, nearest_groups
+    from lift_fast.kernels import launch, nearest, nearest_groups, nearest_rows
 
     if context.rehearse and feed == "warp":
         raise Skip("no interpreter runs Gluon")
@@ -430,14 +430,14 @@ def _streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
     flops = _products(half)
     cost = Cost(int(flops), half.numel() * 2)
     tile = nearest.default_tile(half.shape[2], 2, 1, False, False, launch.capability(context.device))
-    pair = [nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half]
+    pair = [nearest_rows.prepare(part[None], True, half.dtype, tile.depth) for part in half]
     expected = nearest.search(*pair, 1, tile).values.amax(1)
     for both in (False, True):
         kind = f"nearest bf16{', mutual' if both else ''}, tile"
         found = nearest_groups.candidates(half.shape[2], launch.capability(context.device), both)
         streams = {name: stream for name, stream in found.items() if stream.feed == feed}
         for name, stream in list(streams.items())[: 1 if context.rehearse else None]:
-            query, key = (nearest.prepare(part[None], True, half.dtype, stream.tile.depth) for part in half)
+            query, key = (nearest_rows.prepare(part[None], True, half.dtype, stream.tile.depth) for part in half)
             run = lambda: nearest_groups.search(query, key, 1, stream, both).values.amax((1, 3))[:, :, None]  # noqa: B023, E731
             yield from _tile(f"{kind} {name}", run, expected, cost)
         for name, stream in list(streams.items())[:1]:

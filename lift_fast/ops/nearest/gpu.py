@@ -21,8 +21,9 @@ from .. import gpu_plan
 from .plain import leads_back, reach
 
 if TYPE_CHECKING:
-    from ...kernels.nearest import Geometry, Rows
+    from ...kernels.nearest import Geometry
     from ...kernels.nearest_groups import Stream
+    from ...kernels.nearest_rows import Rows
 
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
@@ -72,7 +73,7 @@ def search(
     ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
     :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
     """
-    from ...kernels import launch, nearest_groups
+    from ...kernels import launch, nearest_groups, nearest_rows
     from ...kernels import nearest as kernel
 
     query, key = query.contiguous(), key.contiguous()
@@ -90,8 +91,8 @@ def search(
         assert window is None
         assert depth <= 2
         tile = stream.tile
-    queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
-    keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
+    queries = nearest_rows.prepare(query, normalize, copy, tile.depth, searched and not fast)
+    keys = nearest_rows.prepare(key, normalize, copy, tile.depth, searched and not fast)
     if searched and not fast:
         best, index = _search_float32(queries, keys, depth)
         back = _search_float32(keys, queries, 1)[1] if mutual else None
@@ -146,7 +147,7 @@ def _search(
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
     """Cosines of float32 descriptors: bounds from float16 products, then float32 where they leave the match open."""
-    from ...kernels import launch
+    from ...kernels import launch, nearest_float32
     from ...kernels import nearest as kernel
 
     similarity, index = _empty(query, depth)
@@ -168,8 +169,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
         out = similarity[b : b + 1], index[b : b + 1]
         for first in range(0, n, portion):
             count = -(-min(portion, n - first) // tile.rows) * tile.rows
-            maxima = kernel.block_maxima(one, other, first, count, block, tile)
-            kernel.rescore(one, other, maxima, first, block, depth, chosen, *out)
+            maxima = nearest_float32.block_maxima(one, other, first, count, block, tile)
+            nearest_float32.rescore(one, other, maxima, first, block, depth, chosen, *out)
         # Queries with many equally good matches: few, or a device's work for all of them.
         one, other = one._replace(copy=None), other._replace(copy=None)
         kernel.finish(one, other, kernel.search(one, other, depth, last, chosen=chosen), *out, chosen)
