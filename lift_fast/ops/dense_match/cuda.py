@@ -32,8 +32,7 @@ def can_run(device: torch.device) -> tuple[bool, str]:
 
 
 def _axis(strips: Strips) -> tuple[int, ...]:
-    parts = (strips.low, strips.high, strips.first, strips.weight)
-    return (strips.cells, strips.pixels, strips.count, *(part.data_ptr() for part in parts), strips.longest)
+    return (*strips.arguments(), strips.longest)
 
 
 def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
