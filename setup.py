@@ -166,11 +166,11 @@ class BuildNative(build_ext):
         ]
         jobs: list[tuple[Path, Path, list[str]]] = []
         # What takes longest begins first: kernels, then bindings.
-        for source in (*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))):
+        for source in (*sorted(ROOT.glob("csrc/bindings/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))):
             isa = next((s for s in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(s)), None)
             if isa and not X86:
                 continue
-            target = objects_folder / f"{source.stem}.o"
+            target = objects_folder / f"{source.parent.name}_{source.stem}.o"
             flags = [*compiler, *common, *openmp, *macros, *(ISA_FLAGS[isa] if isa else [])]
             jobs.append((source, target, [*flags, "-c", str(source), "-o", str(target)]))
         if nvcc is not None:

@@ -31,12 +31,13 @@ from torch.nn import functional as F
 import lift_fast
 from lift_fast import LiFT, cosine_loss, dense_match, nearest, propagate_labels
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import gpu_plan, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op as dense_op
-from lift_fast.ops.nearest import beyond_range, full_matmul_precision
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward.plan import build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.plain import beyond_range, full_matmul_precision
 from lift_fast.testing import randomize
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 33)

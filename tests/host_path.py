@@ -18,21 +18,22 @@ DEVICE = stand_in.install(NATIVE)
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lift_fast import LiFT, memory, tuning  # noqa: E402
-from lift_fast.kernels import cosine_loss, head, launch, propagate_labels, tiles, upsample  # noqa: E402
+from lift_fast import LiFT, memory  # noqa: E402
+from lift_fast.kernels import cosine_loss, launch, propagate_labels, tiles  # noqa: E402
 from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
-from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_head as head  # noqa: E402
+from lift_fast.kernels import lift_forward_image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_upsample as upsample  # noqa: E402
 from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
-from lift_fast.ops import (  # noqa: E402
-    gpu_plan,
-    lift_forward,
-    nearest_gpu,
-    plan_cache,
-)
 from lift_fast.ops.dense_match import cuda as dense_match_cuda  # noqa: E402
 from lift_fast.ops.dense_match import gpu as dense_match_gpu  # noqa: E402
 from lift_fast.ops.dense_match import op as dense_match  # noqa: E402
-from lift_fast.plan import build_plan  # noqa: E402
+from lift_fast.ops.lift_forward import cache as plan_cache  # noqa: E402
+from lift_fast.ops.lift_forward import gpu as gpu_plan  # noqa: E402
+from lift_fast.ops.lift_forward import op as lift_forward  # noqa: E402
+from lift_fast.ops.lift_forward import tiles as tile_table  # noqa: E402
+from lift_fast.ops.lift_forward.plan import build_plan  # noqa: E402
+from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.
 nearest_gpu._SMALL = 1
@@ -286,7 +287,7 @@ def count(call):
 @torch.no_grad()
 def passes():
     """The module's forward pass with sizes met before."""
-    tuning.forget()
+    tile_table.forget()
     lift, (imgs, x) = network(), inputs()
     out = {}
 
@@ -332,7 +333,7 @@ def passes():
     (entry,) = plan_cache._entries.values()
     (plan,) = entry.prepared.values()
     out["passes after new tiles"] = [len(plan.passes)]
-    tuning.forget()
+    tile_table.forget()
     forward()
     out["passes after new tiles"].append(len(plan.passes))
     wide = inputs(side=128)

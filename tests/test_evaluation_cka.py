@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lift_fast.evaluation import cka_run
 from lift_fast.evaluation.charts import Series, _dashes, line_chart
 from lift_fast.evaluation.cka import (
     StreamingCKA,
     centres,
     draw_curves,
+    journal,
     linear_cka,
     sample,
     scale_invariance,
@@ -188,7 +188,7 @@ def test_constant_pictures_are_left_out_of_the_mean(tmp_path, photographs):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(cka_run, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_SAVE_SECONDS", 0.0)
     broken = tmp_path / "0 broken.png"
     broken.write_bytes(b"no picture")
     out, partial = tmp_path / "cka.json", tmp_path / "cka.partial.pt"

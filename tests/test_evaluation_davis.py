@@ -22,7 +22,7 @@ from lift_fast.evaluation.davis import (
     score_sequence,
 )
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.davis.propagation import cell_labels, enlarge_covered, hard_mask, normalize_channels
+from lift_fast.evaluation.davis.protocol import cell_labels, enlarge_covered, hard_mask, normalize_channels
 from lift_fast.evaluation.methods import Features
 
 # A palette that nothing else has.

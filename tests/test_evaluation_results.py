@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 
 from lift_fast.evaluation.results import (
-    Column,
     Estimate,
-    Table,
     bootstrap,
     check_same,
-    escape_latex,
     load_json,
     provenance,
     save_json,
     sha256,
 )
+from lift_fast.evaluation.tables import Column, Table, escape_latex
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():

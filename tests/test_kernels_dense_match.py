@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast import dense_match
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
+from lift_fast import dense_match, devices
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op
 from lift_fast.ops.dense_match.bilinear import StretchedMap
-from lift_fast.ops.nearest import full_matmul_precision
+from lift_fast.ops.nearest.plain import full_matmul_precision
 
 pytest.importorskip("triton")
 from lift_fast.kernels import dense_match as kernel
@@ -224,7 +223,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("normalize", ["grid", "pixel"])
     @pytest.mark.parametrize("backend", ["cuda", "triton"])
     def test_operator(self, backend, normalize):
-        runs, reason = dense_match_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if backend == "cuda" and not runs:
             pytest.skip(reason)
         query_map, key_map = (part[None].to(DEVICE) for part in maps(64, (28, 28), (28, 28)))
@@ -255,7 +254,7 @@ class TestOnAGpu:
 
     def test_on_another_device(self):
         other = torch.device("cuda", torch.cuda.device_count() - 1)
-        runs, reason = dense_match_cuda.can_run(other)
+        runs, reason = devices.cuda_runs(other)
         if torch.cuda.device_count() < 2 or not runs:
             pytest.skip(f"needs two CUDA devices and the native core: {reason}")
         query_map, key_map = (part[None].to(other) for part in maps(8, (5, 6), (7, 4)))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lift_fast import nearest
-from lift_fast.ops import nearest as op
-from lift_fast.ops import nearest_gpu
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest import plain as op
 
 pytest.importorskip("triton")
 from lift_fast.kernels import launch, tiles

@@ -15,9 +15,10 @@ import torch
 import lift_fast
 from lift_fast import _native, memory, testing
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import nearest, window_nearest
 from lift_fast.ops.dense_match import bilinear
 from lift_fast.ops.dense_match import cpu as dense_match_cpu
+from lift_fast.ops.nearest import cpu as nearest_cpu
+from lift_fast.ops.nearest import plain as nearest
 from lift_fast.testing import poisoned_outputs, unwritten
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +134,7 @@ def run_nearest():
 
 
 def run_window():
-    return window_nearest.search(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
+    return nearest_cpu.search(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
 
 
 def run_loss():
@@ -316,14 +317,14 @@ ELSEWHERE = {
     ("lift_fast/testing.py", "place"): "what stands behind the door in tests",
     ("lift_fast/ops/cosine_loss.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
     ("lift_fast/ops/dense_match/op.py", "_fake_dense_match"): "a fake",
-    ("lift_fast/ops/lift_forward.py", "_fake_lift_forward"): "a fake",
-    ("lift_fast/ops/nearest.py", "_fake_nearest"): "a fake",
+    ("lift_fast/ops/lift_forward/op.py", "_fake_lift_forward"): "a fake",
+    ("lift_fast/ops/nearest/plain.py", "_fake_nearest"): "a fake",
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
     ("lift_fast/witnesses.py", "expired"): "allocates nothing: asks whether tensors are still there",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
     ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",
-    ("lift_fast/evaluation/warp.py", "_draw_points"): "NumPy, holds no element",
+    ("lift_fast/evaluation/warp/protocol.py", "_draw_points"): "NumPy, holds no element",
 }
 UNINITIALISED = re.compile(r"(new_)?empty(_\w+)?|resize_(as_)?|(Untyped|Typed)Storage")
 INITIALISED = re.compile(r"(new_)?(zeros|ones|full)")
@@ -371,7 +372,7 @@ def test_everything_that_a_kernel_writes_comes_through_the_door():
     used, strays = set(), []
     for path in files:
         name = path.relative_to(ROOT).as_posix()
-        launches = name.startswith("kernels/") or path.stem.endswith(("_gpu", "_cuda"))
+        launches = name.startswith("kernels/") or path.stem.rpartition("_")[2] in ("gpu", "cuda")
         for function, line in allocations(path.read_text(encoding="utf-8"), launches):
             used.add((name, function))
             if (name, function) not in ELSEWHERE:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lift_fast import _native, memory
 from lift_fast.ops.dense_match import bilinear, cpu, op
-from lift_fast.ops.nearest import unit_rows
+from lift_fast.ops.nearest.plain import unit_rows
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast import _native
+from lift_fast import _native, devices
 from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op
@@ -133,7 +133,7 @@ def emulation(program, monkeypatch):
     """``lift_fast.ops.dense_match`` on the CPU as on a GPU; what it allocates is full of NaN."""
     served = Emulation(program)
     monkeypatch.setattr(_native, "require", lambda: served)
-    monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+    monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
     monkeypatch.setattr(dense_match_cuda, "_where", lambda device: (0, 0))
     yield served
     served.close()
@@ -601,7 +601,7 @@ class TestChoice:
     """Which kernel serves a call."""
 
     def test_the_native_one_comes_first(self, monkeypatch):
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
         assert dense_match_gpu.select(CPU) == "cuda"
         for wish in ("cuda", "triton"):
             assert dense_match_gpu.select(CPU, wish) == wish
@@ -610,7 +610,7 @@ class TestChoice:
             dense_match_gpu.select(CPU, "triton")
 
     def test_where_it_cannot_run_triton_does(self, monkeypatch):
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
         assert dense_match_gpu.select(CPU) == "triton"
         with pytest.raises(RuntimeError, match="cuda kernel cannot run: no such luck"):
             dense_match_gpu.select(CPU, "cuda")
@@ -622,14 +622,14 @@ class TestChoice:
     def test_switched_off(self, monkeypatch):
         monkeypatch.setenv("LIFT_FAST_DISABLE_CUDA", "1")
         reason = "switched off by LIFT_FAST_DISABLE_CUDA=1"
-        assert dense_match_cuda.can_run(torch.device("cuda", 0)) == (False, reason)
+        assert devices.cuda_runs(torch.device("cuda", 0)) == (False, reason)
         assert dense_match_gpu.select(CPU) == "triton"
 
     def test_the_mutual_check_is_the_native_ones(self, monkeypatch):
         picture = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
         assert dense_match_gpu.checks_mutual(picture, picture, None)
         assert not dense_match_gpu.checks_mutual(picture, picture, None, "triton")
         assert not dense_match_gpu.checks_mutual(picture, picture, torch.zeros(3, 2, dtype=torch.int64))
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
         assert not dense_match_gpu.checks_mutual(picture, picture, None)

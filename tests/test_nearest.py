@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import Window, nearest
-from lift_fast.ops import nearest as op
+from lift_fast.ops.nearest import plain as op
 from lift_fast.testing import AWKWARD_COUNTS
 
 TIE = 1e-6

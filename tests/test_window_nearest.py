@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import Window, _native, nearest
-from lift_fast.ops import window_nearest as op
-from lift_fast.ops.nearest import nearest_plain
+from lift_fast.ops.nearest import cpu as op
+from lift_fast.ops.nearest.plain import nearest_plain
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
@@ -271,7 +271,7 @@ def test_the_user_function_takes_this_way(dtype, monkeypatch):
     query, key, _ = random_case(8, (4, 9), (4, 9), 2, 1, 16)
     query, key = query.to(dtype).expand(3, -1, -1), key.to(dtype)
     expected = op.nearest_in_window(query, key.expand(3, -1, -1), 3, True, 0.9, [2, 4, 9, 4, 9], True)
-    monkeypatch.setattr("lift_fast.ops.nearest.nearest_plain", None)
+    monkeypatch.setattr("lift_fast.ops.nearest.plain.nearest_plain", None)
     ours = nearest(query, key, k=3, mutual=True, ratio=0.9, window=Window(2, (4, 9)))
     assert all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True))
 

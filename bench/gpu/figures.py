@@ -17,12 +17,13 @@ from torch import Tensor
 from bench.bench_cosine_loss import embedding_loss
 from bench.bench_cosine_loss import run as loss_step
 from bench.training_pair import build_ours, build_plain, losses_and_gradients
-from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss
-from lift_fast.ops import gpu_plan, image_encoder_cuda, nearest_gpu
+from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss, devices
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import op as dense_op
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda
+from lift_fast.ops.lift_forward.plan import build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.testing import randomize, relative_error
 from lift_fast.training.step import tuned_convolutions
 
@@ -220,7 +221,7 @@ def _row(what: str, time: float, cost: Cost) -> Row:
 @torch.no_grad()
 def _tiles_of_lift(context: Context) -> Iterator[Row]:
     """Every tile of both stages for one picture and for a batch: what the default should be."""
-    from lift_fast import tuning
+    from lift_fast.ops.lift_forward import tiles as tile_table
 
     for work in (TINY,) if context.rehearse else (ONE, MANY):
         network = Network(work, torch.bfloat16, context.device)
@@ -233,8 +234,8 @@ def _tiles_of_lift(context: Context) -> Iterator[Row]:
             ("head", gpu_plan.head_work(plan, u), partial(gpu_plan.head, plan, u, False)),
         )
         for stage, piece, run in stages:
-            candidates = tuning._candidates(piece, context.device)[: 2 if context.rehearse else None]
-            expected = run(tuning.tile_for(piece, context.device))
+            candidates = tile_table.candidates(piece, context.device)[: 2 if context.rehearse else None]
+            expected = run(tile_table.tile_for(piece, context.device))
             for tile in candidates:
                 what = f"{stage} {network.name}, tile {tuple(tile)}"
                 yield from _tile(what, partial(run, tile), expected, network.cost[stage])
@@ -273,7 +274,7 @@ def _matcher(maps: Tensor, backend: str | None, context: Context, at: Tensor | N
 
 def _backend(context: Context) -> str:
     """The one that the package chooses."""
-    return "cuda" if dense_match_cuda.can_run(context.device)[0] else "triton"
+    return "cuda" if devices.cuda_runs(context.device)[0] else "triton"
 
 
 @torch.no_grad()
@@ -298,7 +299,7 @@ def _dense_match_more(context: Context) -> Iterator[Row]:
     side = 5 if context.rehearse else SIDE
     points = torch.randint(side, (1, 3 if context.rehearse else POINTS, 2), device=context.device)
     flat = 1 + 0.05 * torch.randn_like(maps)
-    backends = ("cuda", "triton") if dense_match_cuda.can_run(context.device)[0] else ("triton",)
+    backends = ("cuda", "triton") if devices.cuda_runs(context.device)[0] else ("triton",)
     for backend in backends:
         what = f"dense_match {SIDE}, {channels} channels, {backend}"
         if backend != _backend(context):

@@ -13,24 +13,26 @@ from typing import Any
 
 import torch
 
-from lift_fast import LiFT, tuning
+from lift_fast import LiFT
 from lift_fast.kernels import (
     cosine_loss,
     dense_match,
-    head,
-    image_encoder,
     launch,
     nearest,
     nearest_groups,
     nearest_pingpong,
     propagate_labels,
-    upsample,
 )
+from lift_fast.kernels import lift_forward_head as head
+from lift_fast.kernels import lift_forward_image_encoder as image_encoder
+from lift_fast.kernels import lift_forward_upsample as upsample
 from lift_fast.kernels.tiles import Tile
-from lift_fast.ops import gpu_plan, nearest_gpu
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op as dense_match_op
-from lift_fast.plan import Plan, build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import tiles as tile_table
+from lift_fast.ops.lift_forward.plan import Plan, build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
 
 # (kernel, args, options) as the launcher gives them.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -61,14 +63,14 @@ def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[lis
     for recorder in recorders:
         setattr(recorder.module, recorder.name, recorder)
     launch.capability = lambda device: divmod(capability, 10)
-    tuning.forget()
+    tile_table.forget()
     try:
         yield recorders
     finally:
         for recorder in recorders:
             setattr(recorder.module, recorder.name, recorder.kernel)
         launch.capability = real
-        tuning.forget()
+        tile_table.forget()
 
 
 @cache
@@ -210,10 +212,10 @@ def lift_tiles(
         x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
         f = _empty(batch, 2 * h, 2 * h, 32, dtype=dtype)
         u = _empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype)
-        for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
+        for tile in tile_table.candidates(gpu_plan.upsample_work(plan, x), CPU):
             if only in (None, tile):
                 gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
+        for tile in tile_table.candidates(gpu_plan.head_work(plan, u), CPU):
             if only in (None, tile):
                 gpu_plan.head(plan, u, normalize, tile)
     return [call for recorder in recorders for call in recorder.calls]

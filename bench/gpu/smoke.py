@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lift_fast
-from lift_fast import LiFT
+from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import op as dense_op
-from lift_fast.ops.nearest import nearest_plain
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda, plain
+from lift_fast.ops.lift_forward.plan import build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.plain import nearest_plain
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
 from .context import Context, Job, Row, Skip
@@ -164,7 +165,7 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
 
 def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
     if kind == "CUDA":
-        _needs_cuda(image_encoder_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     reasons = []
     for number, case in enumerate(TINY_ENCODERS if context.rehearse else ENCODERS):
         reason = _triton_leaves_out(case, dtype, context.device) if kind == "Triton" else None
@@ -180,10 +181,11 @@ def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "wa
 
 def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the package would not run the Triton image encoder for a case."""
-    from lift_fast.kernels.image_encoder import unsupported
+
+    from lift_fast.ops.lift_forward.gpu_weights import encoder_unsupported
 
     lift = LiFT(8, case[0])
-    return unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
+    return encoder_unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
 
 
 def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
@@ -207,15 +209,15 @@ def encoder_error(
 ) -> float:
     """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last.
 
-    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.image_encoder_cuda.encode_image` takes it.
+    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.lift_forward.image_encoder_cuda.encode_image` takes it.
     """
     patch, h, w, batch = case
     torch.manual_seed(seed)
     lift = randomize(LiFT(8, patch), seed).eval()
     plan = build_plan(*lift._plan_sources(), lift.architecture)
     imgs = torch.randn(batch, 3, patch * h, patch * w).to(device, dtype)
-    exact = image_encoder.prepare_encoder(plan, device, torch.float64)
-    expected = [part.permute(0, 2, 3, 1) for part in image_encoder.encode_image(exact, imgs.double())]
+    exact = plain.prepare_encoder(plan, device, torch.float64)
+    expected = [part.permute(0, 2, 3, 1) for part in plain.encode_image(exact, imgs.double())]
     # What lies beside a crop must not be read.
     frame = imgs.new_full((batch, 3, patch * h + 3, patch * w + 5), torch.nan)
     crop = frame[:, :, 1:-2, 2:-3].copy_(imgs)
@@ -284,7 +286,7 @@ def nearest_error(
 @torch.no_grad()
 def _run_dense(backend: str, context: Context) -> Iterator[Row]:
     if backend == "cuda":
-        _needs_cuda(dense_match_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     torch.manual_seed(context.seed)
     for maps in TINY_MAPS if context.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):

@@ -62,15 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.results:
             scores = cost.accuracies(_results(arguments.results, arguments.model), arguments.metric)
     backbone, methods = build(arguments)
-    weight = backbone.model.patch_embed.proj.weight
     pairs = [(method, size) for size in arguments.sizes for method in methods]
     costs = []
     with tqdm(pairs, unit="cost", disable=True if arguments.quiet else None, file=sys.stderr) as bar, as_usage_error():
         for method, size in bar:
             milliseconds = None
             if arguments.measure:
-                picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
-                milliseconds = cost.measure(partial(_once, method, picture), weight.device)
+                picture = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+                milliseconds = cost.measure(partial(_once, method, picture), backbone.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
     content = cost.as_content(costs)
     content["record"] = record(arguments, backbone, methods)

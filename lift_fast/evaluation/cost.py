@@ -22,7 +22,8 @@ from lift_fast.backbones.vit import shared_copy
 from lift_fast.lift import LiFT
 
 from .charts import Series, line_chart
-from .results import Column, Estimate, Table
+from .results import Estimate
+from .tables import Column, Table
 
 # Of layers with an affine part, as the published count has it.
 _NORM_OPERATIONS = 4
@@ -172,8 +173,7 @@ def flop_counter() -> Iterator[FlopCounterMode]:
 
 
 def _picture(backbone: FrozenViT, height: int, width: int) -> Tensor:
-    weight = backbone.model.patch_embed.proj.weight
-    return torch.empty(1, 3, height, width, dtype=weight.dtype, device=weight.device)
+    return torch.empty(1, 3, height, width, dtype=backbone.dtype, device=backbone.device)
 
 
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
@@ -186,9 +186,8 @@ def _backbone_flops(backbone: FrozenViT, size: int) -> int:
 
 def _published_lift(backbone: FrozenViT) -> LiFT:
     """An untrained LiFT beside the backbone, whatever PyTorch's defaults are."""
-    weight = backbone.model.patch_embed.proj.weight
-    with weight.device:
-        return LiFT(backbone.embed_dim, backbone.patch_size).to(weight.dtype)
+    with backbone.device:
+        return LiFT(backbone.embed_dim, backbone.patch_size).to(backbone.dtype)
 
 
 def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:

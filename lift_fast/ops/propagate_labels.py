@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import can_run as triton_can_run
-from . import library, window_nearest
-from .nearest import beyond_range, nearest_plain, unit_rows, within_range
+from .. import devices
+from . import library
+from .nearest import cpu as nearest_cpu
+from .nearest.plain import beyond_range, nearest_plain, unit_rows, within_range
 
 library.define(
     "propagate_labels(Tensor query, Tensor key, Tensor labels, int[] window, int k, float temperature, bool normalize)"
@@ -85,7 +86,7 @@ def propagate_labels_triton(
 
 
 def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
-    if query.device.type != "cuda" or query.dtype == torch.float64 or not triton_can_run(query.device)[0]:
+    if not devices.kernels_run(query.device, query.dtype)[0]:
         return False
     from ..kernels.propagate_labels import MOST_MATCHES
 
@@ -103,8 +104,8 @@ def _propagate_labels(
         temperature *= 2.0 ** -max(-1000, min(1000, exponent))
         out = propagate_labels_plain(queries, keys, labels, window, k, temperature, False)
         return out.to(torch.promote_types(query.dtype, torch.float32))
-    if window_nearest.can_run(query, k, window)[0]:
-        similarity, index = window_nearest.search(query, key, k, window, normalize)
+    if nearest_cpu.can_run(query, k, window)[0]:
+        similarity, index = nearest_cpu.search(query, key, k, window, normalize)
         return average_labels(similarity, index, labels.float(), temperature)
     if _fits_triton(query, key, k):
         return propagate_labels_triton(query, key, labels, window, k, temperature, normalize)

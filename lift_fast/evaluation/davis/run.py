@@ -12,7 +12,7 @@ from typing import Any
 from lift_fast._files import atomic_path
 
 from .dataset import Davis, DavisError, Mask, Video, first_annotation, write_mask
-from .propagation import FeatureMaps, Network, PropagationOptions, predict
+from .protocol import FeatureMaps, Network, PropagationOptions, predict
 
 # Says how the masks beside it were made.
 RECORD = "predictions.json"

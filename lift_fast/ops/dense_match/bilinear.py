@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.strips import Scales, Strips
-from ..nearest import NORM_FLOOR
+from ..nearest.plain import NORM_FLOOR
 
 
 class Axis(NamedTuple):

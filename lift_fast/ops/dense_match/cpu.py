@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _env, _native, memory
-from ..nearest import NORM_FLOOR, unit_rows
+from ... import _env, _native, devices, memory
+from ..nearest.plain import NORM_FLOOR, unit_rows
 from .bilinear import Axis, Norms, StretchedMap, axes_at, pixel_grid
 
 # Bytes of the native core's table of similarities.
@@ -27,7 +27,7 @@ def can_run(tokens: Tensor) -> tuple[bool, str]:
     """Whether the native core serves a map, and the reason if not."""
     if tokens.device.type != "cpu" or tokens.dtype != torch.float32:
         return False, f"the native core takes float32 on the CPU, not {tokens.dtype} on {tokens.device}"
-    return _native.can_run()
+    return devices.native_runs()
 
 
 def match(query: StretchedMap, key: StretchedMap, points: Tensor | None, per_pixel: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ... import _native, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
-from .. import image_encoder_cuda
 
 # Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
 # of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
@@ -24,11 +23,6 @@ class When(NamedTuple):
     """[] int32"""
     wanted: bool
     """whether the launch runs where the flag is not zero, or where it is"""
-
-
-def can_run(device: torch.device) -> tuple[bool, str]:
-    """Whether these kernels run on a device, and the reason if not. Initialises CUDA."""
-    return image_encoder_cuda.can_run(device)
 
 
 def _axis(strips: Strips) -> tuple[int, ...]:

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _env, memory
+from ... import _env, devices, memory
 from ...kernels.strips import Band, Scales, Strips
-from .. import gpu_plan
 from . import cuda
 from .bilinear import StretchedMap, cut_strips, index_of, scales_of
 
@@ -30,9 +29,9 @@ def can_run(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
     served, reason = fits(query, key)
     if not served:
         return False, reason
-    if cuda.can_run(device)[0]:
+    if devices.cuda_runs(device)[0]:
         return True, "CUDA C++"
-    runs, reason = gpu_plan.can_run(device, query.tokens.dtype)
+    runs, reason = devices.kernels_run(device, query.tokens.dtype)
     return runs, "Triton" if runs else reason
 
 
@@ -43,10 +42,10 @@ def select(device: torch.device, backend: str | None = None) -> str:
         RuntimeError: if the one that was asked for by name cannot run; says why.
     """
     if backend is None:
-        return "cuda" if cuda.can_run(device)[0] else "triton"
+        return "cuda" if devices.cuda_runs(device)[0] else "triton"
     if backend not in ("cuda", "triton"):
         raise ValueError(f'backend must be "cuda", "triton" or None, got {backend!r}')
-    runs, reason = cuda.can_run(device) if backend == "cuda" else (not _env.triton_disabled(), "")
+    runs, reason = devices.cuda_runs(device) if backend == "cuda" else (not _env.triton_disabled(), "")
     if not runs:
         reason = reason or "switched off by LIFT_FAST_DISABLE_TRITON=1"
         raise RuntimeError(f"dense_match's {backend} kernel cannot run: {reason}; leave the choice to the package")

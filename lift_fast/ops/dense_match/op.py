@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..nearest import full_matmul_precision, unit_rows
+from ..nearest.plain import full_matmul_precision, unit_rows
 from . import cpu, gpu, plain
 from .bilinear import StretchedMap, index_of, points_of, power_of_two, whole_pixels
 
