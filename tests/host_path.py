@@ -67,14 +67,14 @@ def nearest(n, m, dtype, **options):
 
 
 def matching(backend):
-    picture = dense_match._picture(torch.randn(8, 5, 6), (40, 48), "grid", True)
+    picture = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
     points = torch.zeros(3, 2, dtype=torch.int64)
 
     def run():
         for at in (None, points):
-            dense_match_gpu.match_gpu(picture, picture, at, False, backend)
+            dense_match_gpu.match(picture, picture, at, False, backend)
         if backend == "cuda":
-            axes = dense_match_gpu._axes(picture)
+            axes = picture.strips()
             index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
             dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, index, valid)
 

@@ -15,7 +15,8 @@ import torch
 import lift_fast
 from lift_fast import _native, memory, testing
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops.dense_match import op as dense_match
+from lift_fast.ops.dense_match import bilinear
+from lift_fast.ops.dense_match import cpu as dense_match_cpu
 from lift_fast.ops.nearest import cpu as nearest_cpu
 from lift_fast.testing import poisoned_outputs, unwritten
 
@@ -140,8 +141,8 @@ def run_loss():
 
 
 def run_dense(points=None):
-    picture = dense_match.Picture(torch.randn(6, 4), (2, 3), (5, 7))
-    return dense_match.match_native(picture, picture, points, False)
+    stretched = bilinear.StretchedMap(torch.randn(6, 4), (2, 3), (5, 7))
+    return dense_match_cpu.match(stretched, stretched, points, False)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,8 @@ from torch import Tensor
 from bench.bench_cosine_loss import embedding_loss
 from bench.bench_cosine_loss import run as loss_step
 from bench.training_pair import build_ours, build_plain, losses_and_gradients
-from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss
+from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss, devices
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import op as dense_op
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward import image_encoder_cuda
@@ -276,7 +275,7 @@ def _matcher(maps: Tensor, backend: str | None, context: Context, at: Tensor | N
 
 def _backend(context: Context) -> str:
     """The one that the package chooses."""
-    return "cuda" if dense_match_cuda.can_run(context.device)[0] else "triton"
+    return "cuda" if devices.cuda_runs(context.device)[0] else "triton"
 
 
 @torch.no_grad()
@@ -301,7 +300,7 @@ def _dense_match_more(context: Context) -> Iterator[Row]:
     side = 5 if context.rehearse else SIDE
     points = torch.randint(side, (1, 3 if context.rehearse else POINTS, 2), device=context.device)
     flat = 1 + 0.05 * torch.randn_like(maps)
-    backends = ("cuda", "triton") if dense_match_cuda.can_run(context.device)[0] else ("triton",)
+    backends = ("cuda", "triton") if devices.cuda_runs(context.device)[0] else ("triton",)
     for backend in backends:
         what = f"dense_match {SIDE}, {channels} channels, {backend}"
         if backend != _backend(context):

@@ -158,10 +158,10 @@ def dense_search(
     dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
     """Every pixel (``points`` None) or some points of one picture, matched to itself."""
-    picture = dense_match_op._picture(torch.randn(8, *grid, dtype=dtype), tuple(size), normalize, True)
+    picture = dense_match_op.stretch(torch.randn(8, *grid, dtype=dtype), (size[0], size[1]), normalize)
     at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
     with recording(capability, (dense_match, "match_kernel")) as recorders:
-        dense_match_gpu.match_gpu(picture, picture, at, normalize == "pixel")
+        dense_match_gpu.match(picture, picture, at, normalize == "pixel")
     return recorders[0].calls[:1]
 
 

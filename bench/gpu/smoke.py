@@ -15,7 +15,6 @@ import lift_fast
 from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import op as dense_op
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward import image_encoder_cuda, plain
@@ -288,7 +287,7 @@ def nearest_error(
 @torch.no_grad()
 def _run_dense(backend: str, context: Context) -> Iterator[Row]:
     if backend == "cuda":
-        _needs_cuda(dense_match_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     torch.manual_seed(context.seed)
     for maps in TINY_MAPS if context.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):

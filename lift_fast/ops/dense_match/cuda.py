@@ -25,14 +25,8 @@ class When(NamedTuple):
     """whether the launch runs where the flag is not zero, or where it is"""
 
 
-def can_run(device: torch.device) -> tuple[bool, str]:
-    """Whether these kernels run on a device, and the reason if not. Initialises CUDA."""
-    return devices.cuda_runs(device)
-
-
 def _axis(strips: Strips) -> tuple[int, ...]:
-    parts = (strips.low, strips.high, strips.first, strips.weight)
-    return (strips.cells, strips.pixels, strips.count, *(part.data_ptr() for part in parts), strips.longest)
+    return (*strips.arguments(), strips.longest)
 
 
 def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
