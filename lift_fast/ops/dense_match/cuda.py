@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native, devices, memory
+from ... import _native, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
 

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ... import devices
 from .. import library
 from ..nearest.plain import full_matmul_precision, unit_rows
 from . import cpu, gpu, plain
