@@ -44,6 +44,7 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     from lift_fast.ops.lift_forward import gpu as gpu_plan
     from lift_fast.ops.lift_forward import op as lift_forward
     from lift_fast.ops.nearest import gpu as nearest_gpu
+    from lift_fast.ops.nearest.op import nearest_by
 
     dtype = torch.bfloat16
     lift = LiFT(384, 16).eval().requires_grad_(False).to(device, dtype)
@@ -74,7 +75,7 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
         "the same through the dispatcher": lambda: operator(imgs, tokens, *network[:2], *network[2], False, False),
         "one kernel, directly": lambda: cosine_loss.cosine_loss(given, given, None, loss, 0.5, 1e-12),
         "one kernel, through Triton": by_triton,
-        "nearest, 784 x 784 bf16": lambda: nearest_gpu.nearest_gpu(query, query, 1, False, None, None, True),
+        "nearest, 784 x 784 bf16": lambda: nearest_by(nearest_gpu.search, query, query, 1, False, None, None, True),
     }
 
 

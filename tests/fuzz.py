@@ -37,6 +37,7 @@ from lift_fast.ops.dense_match import op as dense_op
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.ops.nearest.plain import beyond_range, full_matmul_precision
 from lift_fast.testing import randomize
 
@@ -403,7 +404,7 @@ def run_nearest(draw: Draw, how: str) -> None:
         if not expect_fits or (not normalize and "huge" in regimes) or dtype == torch.float64:
             return
         arguments = (options["k"], options["mutual"], options["ratio"], flat, normalize)
-        result = nearest_gpu.nearest_gpu(*(draw.laid(t).detach().resolve_neg() for t in given), *arguments)
+        result = nearest_by(nearest_gpu.search, *(draw.laid(t).detach().resolve_neg() for t in given), *arguments)
     else:
         given = draw.laid(query), draw.laid(key)
         with draw.setting():

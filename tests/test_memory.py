@@ -18,7 +18,6 @@ from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops.dense_match import bilinear
 from lift_fast.ops.dense_match import cpu as dense_match_cpu
 from lift_fast.ops.nearest import cpu as nearest_cpu
-from lift_fast.ops.nearest import plain as nearest
 from lift_fast.testing import poisoned_outputs, unwritten
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,11 +129,11 @@ def native():
 
 
 def run_nearest():
-    return nearest._nearest_native(torch.randn(1, 3, 4), torch.randn(1, 5, 4), 1, False, None, True, False)[:2]
+    return nearest_cpu.search(torch.randn(1, 3, 4), torch.randn(1, 5, 4), 1, False, None, True)[:2]
 
 
 def run_window():
-    return nearest_cpu.search(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
+    return nearest_cpu.search_windows(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
 
 
 def run_loss():
@@ -169,7 +168,9 @@ def run_preparation(module):
 
 
 def run_search(module):
-    rows = module.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
+    from lift_fast.kernels import nearest_rows
+
+    rows = nearest_rows.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
     found = module.search(rows, rows, 1, module.default_tile(4, 4, 1, False, False, (9, 0)))
     return [found.values, found.indices]
 
@@ -178,8 +179,8 @@ def run_search(module):
     ("name", "kernels", "run"),
     [
         ("propagate_labels", ["propagate_labels_kernel"], run_propagation),
-        ("nearest", ["prepare_kernel"], run_preparation),
-        ("nearest", ["prepare_kernel", "search_kernel"], run_search),
+        ("nearest_rows", ["prepare_kernel"], run_preparation),
+        ("nearest", ["search_kernel"], run_search),
     ],
 )
 def test_what_a_triton_kernel_leaves_out_shows(name, kernels, run, monkeypatch):
@@ -318,7 +319,7 @@ ELSEWHERE = {
     ("lift_fast/ops/cosine_loss.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
     ("lift_fast/ops/dense_match/op.py", "_fake_dense_match"): "a fake",
     ("lift_fast/ops/lift_forward/op.py", "_fake_lift_forward"): "a fake",
-    ("lift_fast/ops/nearest/plain.py", "_fake_nearest"): "a fake",
+    ("lift_fast/ops/nearest/op.py", "_fake_nearest"): "a fake",
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
     ("lift_fast/witnesses.py", "expired"): "allocates nothing: asks whether tensors are still there",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",

@@ -1,9 +1,5 @@
-// For one instruction set. Each including translation unit defines, in an anonymous namespace, `struct Isa` and is
-// compiled with that set's flags; nothing here may call a standard library template, whose out-of-line copy could be
-// shared with code for older CPUs.
-#pragma once
-
 #include "cosine_loss.hpp"
+#include "simd/simd.hpp"
 #include "threads.hpp"
 
 namespace lift_fast {
@@ -11,16 +7,6 @@ namespace {
 
 // torch.nn.CosineEmbeddingLoss adds it to both squared norms, as a float32.
 constexpr double kEpsilon = 1e-12f;
-
-using Vec = Isa::Vec;
-constexpr int kLanes = Isa::lanes;
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The three element types: widened to float32 on the way in, rounded to nearest even on the way out.
 struct Float32 {
@@ -31,15 +17,9 @@ struct Float32 {
 
 struct Bfloat16 {
   using Raw = std::uint16_t;
-  static float widen(Raw value) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, sizeof out);
-    return out;
-  }
+  static float widen(Raw value) { return as_float(static_cast<std::uint32_t>(value) << 16); }
   static Raw narrow(float value) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
+    const std::uint32_t bits = as_bits(value);
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const std::uint32_t quiet = (bits >> 16) | 0x40u;
     return static_cast<Raw>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
@@ -48,8 +28,26 @@ struct Bfloat16 {
 
 struct Float16 {
   using Raw = std::uint16_t;
-  static float widen(Raw value) { return Isa::from_half(value); }
-  static Raw narrow(float value) { return Isa::to_half(value); }
+#if defined(__F16C__)
+  static float widen(Raw value) { return _cvtsh_ss(value); }
+  static Raw narrow(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  static float widen(Raw value) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(value & 0x8000u) << 16, rest = value & 0x7fffu;
+    if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+    // Subnormal or not: the exponent is shifted by a product, which is exact.
+    return as_float(sign | (rest << 13)) * 5.192296858534828e33f;
+  }
+  static Raw narrow(float value) {
+    const std::uint32_t bits = as_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<Raw>(sign | 0x7e00u | ((rest >> 13) & 0x3ffu));
+    // From 65520 on the nearest is infinity.
+    if (rest >= 0x477ff000u) return static_cast<Raw>(sign | 0x7c00u);
+    // Subnormal: adding 0.5 leaves the digits that count at the end of the significand, rounded to nearest even.
+    if (rest < 0x38800000u) return static_cast<Raw>(sign | (as_bits(as_float(rest) + 0.5f) - 0x3f000000u));
+    return static_cast<Raw>(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+  }
+#endif
 };
 
 // What the gradient of one position is made of: gradient = toward * target + along * prediction.
@@ -323,4 +321,8 @@ inline void run_cosine_loss(const CosineLossCall& call, const CosineLossWork& wo
 }
 
 }  // namespace
+
+template <>
+const CosineLossKernel Compiled<CosineLossKernel, kIsa>::kernel = {run_cosine_loss};
+
 }  // namespace lift_fast

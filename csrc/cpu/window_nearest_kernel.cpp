@@ -1,54 +1,29 @@
-// The windowed matcher for one instruction set. Each including translation unit defines, in an anonymous namespace,
-// `struct WindowNearestIsa` and is compiled with that set's flags; nothing here may call a standard library template,
-// whose out-of-line copy could be shared with code for older CPUs.
-//
-// A tile of neighbouring queries of one grid row meets one row of keys at a time. The keys of a row lie side by side
-// for each channel, so vectors may start at any cell and cover the union of the tile's windows with little beside it.
-// Keys are met in ascending order, so that of equal similarities the lowest index stays in front. A dot product is
-// accumulated over c in order, in one register lane, wherever the pair stands: equal rows give bitwise equal
+// The windowed matcher. A tile of neighbouring queries of one grid row meets one row of keys at a time. The keys of a row
+// lie side by side for each channel, so vectors may start at any cell and cover the union of the tile's windows with
+// little beside it. Keys are met in ascending order, so that of equal similarities the lowest index stays in front. A dot
+// product is accumulated over c in order, in one register lane, wherever the pair stands: equal rows give bitwise equal
 // similarities, and the result does not depend on tiles or threads. A tile that is given up early holds no match.
-#pragma once
-
+#include "simd/simd.hpp"
 #include "threads.hpp"
-#include "transpose.hpp"
 #include "window_nearest.hpp"
 
 namespace lift_fast {
 namespace {
 
-constexpr int kLanes = WindowNearestIsa::lanes;
-constexpr int kQueries = WindowNearestIsa::queries;
-constexpr int kVectors = WindowNearestIsa::key_vectors;
+// 12 accumulators, 2 vectors of keys and a broadcast query of 16 registers; 24, 3 and 1 of 32 in AVX-512. With few
+// queries to a tile the union of their windows is little wider than one of them.
+constexpr int kQueries = by_lanes(6, 6, 8);
+constexpr int kVectors = by_lanes(2, 2, 3);
 // Queries of a tile that are packed at one time.
 constexpr int kQueryWidth = kQueries <= kLanes ? kQueries : kQueries / 2;
 static_assert(kQueryWidth <= kLanes && kQueries % kQueryWidth == 0, "a tile is packed in equal parts");
 static_assert(kVectors == 2 || kVectors == 3, "steps of one, two and three vectors");
 constexpr unsigned kAllLanes = (1u << kLanes) - 1;
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLargest = __FLT_MAX__;
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec splat(float value) { return Vec{} + value; }
-inline IntVec splat(std::int32_t value) { return IntVec{} + value; }
 inline IntVec ramp() {
   IntVec v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
-}
-template <class T>
-T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-template <class T>
-T larger(T a, T b) {
-  return a > b ? a : b;
 }
 
 inline double squared_norm(const float* row, std::int64_t begin, std::int64_t end) {
@@ -205,9 +180,9 @@ class WindowMatcher {
         for (int v = 0; v < kCount; ++v) key[v] = load(at + v * kLanes);
 #pragma GCC unroll 16
         for (int q = 0; q < kQueries; ++q) {
-          const Vec query = WindowNearestIsa::broadcast<Vec>(from + q);
+          const Vec query = Isa::broadcast(from + q);
 #pragma GCC unroll 4
-          for (int v = 0; v < kCount; ++v) sums[q][v] = WindowNearestIsa::multiply_add(query, key[v], sums[q][v]);
+          for (int v = 0; v < kCount; ++v) sums[q][v] = Isa::multiply_add(query, key[v], sums[q][v]);
         }
       }
       if (s + 1 == call_.sections) break;
@@ -220,12 +195,12 @@ class WindowMatcher {
         const Vec worst = splat(q < t.count ? worst_of(t, q) : kInfinity);
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
-          const Vec most = WindowNearestIsa::multiply_add(WindowNearestIsa::broadcast<Vec>(query_rest + q),
+          const Vec most = Isa::multiply_add(Isa::broadcast(query_rest + q),
                                                           load(key_rest + v * kLanes), sums[q][v]);
           lost &= most <= worst;
         }
       }
-      if (WindowNearestIsa::bits(lost) == kAllLanes) return;
+      if (Isa::bits(lost) == kAllLanes) return;
     }
 #pragma GCC unroll 16
     for (int q = 0; q < kQueries; ++q) {
@@ -240,7 +215,7 @@ class WindowMatcher {
           // A comparison with NaN is false: such pairs never win. Products that overflowed are shut out too.
           const IntVec wins = (sums[q][v] > splat(best[call_.k - 1])) & (sums[q][v] <= splat(kLargest)) & (x >= low) &
                               (x <= high);
-          const unsigned bits = WindowNearestIsa::bits(wins);
+          const unsigned bits = Isa::bits(wins);
           if (__builtin_expect(bits != 0, 0)) insert(best, query, sums[q][v], bits, first_key + column + v * kLanes);
         }
       }
@@ -338,4 +313,8 @@ void run_window_nearest(const WindowNearestCall& call) {
 }
 
 }  // namespace
+
+template <>
+const WindowNearestKernel Compiled<WindowNearestKernel, kIsa>::kernel = {kQueries, kLanes, run_window_nearest};
+
 }  // namespace lift_fast

@@ -1,33 +1,19 @@
-// For one instruction set. Each including translation unit defines, in an anonymous namespace, `struct Isa` and is
-// compiled with that set's flags; nothing here may call a standard library template, whose out-of-line copy could be
-// shared with code for older CPUs.
-#pragma once
-
 #include "map_products.hpp"
+#include "simd/simd.hpp"
 #include "threads.hpp"
-#include "transpose.hpp"
 
 namespace lift_fast {
 namespace {
 
-using Vec = Isa::Vec;
-constexpr int kLanes = Isa::lanes;
-constexpr int kRows = Isa::rows;        // descriptors of a tile
-constexpr int kVectors = Isa::vectors;  // vectors of cells of a tile where cells lie side by side
+// 20 accumulators, 4 vectors of cells and a broadcast descriptor of the 32 registers of AVX-512.
+constexpr int kRows = by_lanes(2, 6, 5);     // descriptors of a tile
+constexpr int kVectors = by_lanes(2, 2, 4);  // vectors of cells of a tile where cells lie side by side
 constexpr int kCells = kLanes * kVectors;
-constexpr int kPanels = Isa::panels;    // tiles' widths that are copied together
+constexpr int kPanels = by_lanes(4, 4, 2);   // tiles' widths that are copied together
 constexpr int kBlock = kCells * kPanels;
-constexpr int kRowCells = Isa::row_cells;  // cells of a tile where channels lie side by side
-constexpr std::int64_t kFewest = 8;     // descriptors for which cells with their channels side by side are copied
-constexpr std::int64_t kAhead = 16;     // channels that are on their way from memory while a block is copied
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr int kRowCells = by_lanes(4, 2, 4);  // cells of a tile where channels lie side by side
+constexpr std::int64_t kFewest = 8;   // descriptors for which cells with their channels side by side are copied
+constexpr std::int64_t kAhead = 16;   // channels that are on their way from memory while a block is copied
 
 // What a cell's products are multiplied by, from the sum of its squares. Squares that leave the range of float32 are
 // taken again in float64, and with them the cell's products.
@@ -128,7 +114,7 @@ inline void pack_part(const float* cells, std::int64_t width, const MapProductsC
   const std::int64_t channel = call.channel_stride, cell = call.cell_stride, c = call.c;
   for (int i = 0; i < kBlock; ++i) squares[i] = 0;
   for (std::int64_t start = 0; start < width; start += kCells) {
-    const std::int64_t filled = smaller(kCells, width - start);
+    const std::int64_t filled = smaller<std::int64_t>(kCells, width - start);
     for (std::int64_t k = 0; k < c; ++k) {
       const float* from = cells + k * channel + start * cell;
       float* to = panels + (start / kCells * c + k) * kCells;
@@ -141,7 +127,7 @@ inline void pack_part(const float* cells, std::int64_t width, const MapProductsC
 
 // Cells [first, first + kBlock), fewer at the end of the map.
 inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
-  const std::int64_t width = smaller(kBlock, call.cells - first);
+  const std::int64_t width = smaller<std::int64_t>(kBlock, call.cells - first);
   float inverse[kBlock];
   const float* cells = call.map + first * call.cell_stride;
   if (width < kBlock) {
@@ -153,7 +139,7 @@ inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& w
   }
   for (std::int64_t start = 0; start < width; start += kCells) {
     const float* panel = scratch + start * call.c;
-    const std::int64_t filled = smaller(kCells, width - start);
+    const std::int64_t filled = smaller<std::int64_t>(kCells, width - start);
     for (std::int64_t p = 0; p < call.count; p += kRows) {
       const float* rows[kRows];
       // Beyond the last descriptor the last one again, whose result is not kept.
@@ -251,4 +237,8 @@ void run_map_products(const MapProductsCall& call, const MapProductsWork& work) 
 }
 
 }  // namespace
+
+template <>
+const MapProductsKernel Compiled<MapProductsKernel, kIsa>::kernel = {kBlock, kLanes, run_map_products};
+
 }  // namespace lift_fast

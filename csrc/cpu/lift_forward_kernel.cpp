@@ -1,27 +1,24 @@
-// The decoder for one instruction set. Each including translation unit defines, in an anonymous namespace, `struct Isa`
-// (vectors of floats and the dot step on 32-bit words) and is compiled with that set's flags; nothing here may call a
-// standard library template, whose out-of-line copy could be shared with code for older CPUs.
-//
-// Activations of a GEMM lie as [point][K block][row][16 words]: a micro-kernel reads its rows of one K block at
-// constant distances and the transforms write whole cache lines. A word is a float or a pair of bfloat16, see
+// LiFT's decoder. Activations of a GEMM lie as [point][K block][row][16 words]: a micro-kernel reads its rows of one K
+// block at constant distances and the transforms write whole cache lines. A word is a float or a pair of bfloat16, see
 // LiftForwardLayout.
-#pragma once
-
 #include "lift_forward.hpp"
+#include "simd/simd.hpp"
 #include "threads.hpp"
 
 namespace lift_fast {
 namespace {
 
 using Word = float;
-using Vec = Isa::Vec;
-constexpr int kWidth = Isa::width;
+// GEMM operands in bfloat16, sums in float32; everything between GEMMs in float32.
+constexpr bool kPairs = Isa::numbers == Numbers::bfloat16;
 constexpr int kWords = 16;
-constexpr int kRows = Isa::rows;
-constexpr int kPanel = 2 * kWidth;
-constexpr int kBlock = Isa::pairs ? 32 : 16;
-constexpr int kVecs = kBlock / kWidth;
-constexpr int kConvTile = Isa::pairs ? 2 : 4;
+constexpr int kRows = by_lanes(6, 6, 14);
+constexpr int kPrefetchWords = by_lanes(512, 1024, 2048);
+constexpr int kCacheWords = by_lanes(100, 100, 240) * 1024;
+constexpr int kPanel = 2 * kLanes;
+constexpr int kBlock = kPairs ? 32 : 16;
+constexpr int kVecs = kBlock / kLanes;
+constexpr int kConvTile = kPairs ? 2 : 4;
 constexpr int kConvSide = kConvTile + 2;
 constexpr int kConvPoints = kConvSide * kConvSide;
 constexpr int kConvPixels = kConvTile * kConvTile;
@@ -29,18 +26,40 @@ constexpr int kPhaseTile = 3;
 constexpr int kPhaseSide = kPhaseTile + 1;
 constexpr int kPhasePoints = kPhaseSide * kPhaseSide;
 
-typedef std::uint16_t HalfVec __attribute__((vector_size(2 * kWidth)));
-typedef std::uint32_t BitsVec __attribute__((vector_size(4 * kWidth)));
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+typedef std::uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef std::uint32_t BitsVec __attribute__((vector_size(4 * kLanes)));
 
 // A NaN is not below zero and comes through.
-inline Vec relu(Vec v) { return v < Isa::zero() ? Isa::zero() : v; }
+inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
+
+// Templates, so that no set is asked for what it lacks.
+template <class Set = Isa>
+Vec dot(Vec a, Vec b, Vec sum) {
+  if constexpr (kPairs) {
+    return Set::dot(a, b, sum);
+  } else {
+    return Set::multiply_add(a, b, sum);
+  }
+}
+
+// One K block's words of a pixel.
+template <class Set = Isa>
+void store_block(Word* to, const Vec* v) {
+  if constexpr (kPairs) {
+    Set::narrow(to, v[0], v[1]);
+  } else {
+    for (int i = 0; i < kVecs; ++i) store(to + i * kLanes, v[i]);
+  }
+}
+// One vector of them, the first that of channel `channel`.
+template <class Set = Isa>
+void store_part(Word* to, std::int64_t channel, Vec v) {
+  if constexpr (kPairs) {
+    Set::narrow(to + channel / 2, v);
+  } else {
+    store(to + channel, v);
+  }
+}
 
 struct Bfloat16 {
   std::uint16_t bits;
@@ -62,9 +81,6 @@ inline void store(Bfloat16* p, Vec v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-inline std::int64_t at_most(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t at_least(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // K blocks [first, first + count) of an activation matrix; a GEMM reads up to five such ranges in weight order.
@@ -91,22 +107,22 @@ __attribute__((noinline)) void micro(const Word* a, std::int64_t block_stride, c
                                      float* out) {
   Vec acc[R][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Isa::zero();
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
   for (int i = 0; i < ranges.count; ++i) {
     const Word* from = a + ranges.range[i].first * block_stride;
     const Word* const last = from + ranges.range[i].count * block_stride;
     for (; from != last; from += block_stride) {
 #pragma GCC unroll 4
       for (int k = 0; k < kWords; ++k) {
-        __builtin_prefetch(b + Isa::prefetch_words, 0, 3);
-        if (kPanel > 16) __builtin_prefetch(b + Isa::prefetch_words + 16, 0, 3);
-        const Vec b0 = load(b), b1 = load(b + kWidth);
+        __builtin_prefetch(b + kPrefetchWords, 0, 3);
+        if (kPanel > 16) __builtin_prefetch(b + kPrefetchWords + 16, 0, 3);
+        const Vec b0 = load(b), b1 = load(b + kLanes);
         b += kPanel;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const Vec value = Isa::broadcast(from + r * kWords + k);
-          acc[r][0] = Isa::dot(acc[r][0], value, b0);
-          acc[r][1] = Isa::dot(acc[r][1], value, b1);
+          acc[r][0] = dot(value, b0, acc[r][0]);
+          acc[r][1] = dot(value, b1, acc[r][1]);
         }
       }
     }
@@ -114,7 +130,7 @@ __attribute__((noinline)) void micro(const Word* a, std::int64_t block_stride, c
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     store(out + r * kPanel, acc[r][0]);
-    store(out + r * kPanel + kWidth, acc[r][1]);
+    store(out + r * kPanel + kLanes, acc[r][1]);
   }
 }
 
@@ -143,12 +159,12 @@ inline void for_row_pieces(std::int64_t rows, const Micro* kernels, Body body) {
 template <class T>
 inline void load_block(const T* p, std::int64_t valid, Vec* v) {
   if (valid >= kBlock) {
-    for (int i = 0; i < kVecs; ++i) v[i] = load(p + i * kWidth);
+    for (int i = 0; i < kVecs; ++i) v[i] = load(p + i * kLanes);
     return;
   }
   T padded[kBlock] = {};
   for (std::int64_t i = 0; i < valid; ++i) padded[i] = p[i];
-  for (int i = 0; i < kVecs; ++i) v[i] = load(padded + i * kWidth);
+  for (int i = 0; i < kVecs; ++i) v[i] = load(padded + i * kLanes);
 }
 
 template <class T>
@@ -170,10 +186,10 @@ class Decoder {
     u_height_ = conv_rows_ * kConvTile + 2;
     u_width_ = conv_columns_ * kConvTile + 2;
     u_picture_ = u_height_ * u_width_ * layout_.hidden_width;
-    group_ = at_least(1, at_most(call.batch, kGroupBytes / (u_picture_ * std::int64_t{sizeof(float)})));
+    group_ = larger<std::int64_t>(1, smaller<std::int64_t>(call.batch, kGroupBytes / (u_picture_ * std::int64_t{sizeof(float)})));
     for (int rows = 0; rows <= kRows; ++rows) kernels_[rows] = MicroTable<kRows>::get(rows);
 
-    const std::int64_t phase_words = kPhasePoints * (layout_.phase_blocks() * kWords + kPanel);
+    const std::int64_t phase_words = kPhasePoints * (layout_.phase_blocks * kWords + kPanel);
     const std::int64_t conv_words =
         kConvPoints * (layout_.hidden_blocks * kWords + kPanel) + kConvPixels * layout_.hidden_blocks * kWords;
     const std::int64_t phase_tiles = group_ * phase_rows_ * phase_columns_;
@@ -186,15 +202,15 @@ class Decoder {
       phase_block_ = even_block(phase_tiles, phase_blocks, 1);
       phase_parts_ = call_.threads;
       while (phase_parts_ % 2 == 0 && phase_blocks * (phase_parts_ / 2) % call_.threads == 0) phase_parts_ /= 2;
-      phase_parts_ = at_most(phase_parts_, 4 * layout_.hidden_panels);
+      phase_parts_ = smaller<std::int64_t>(phase_parts_, 4 * layout_.hidden_panels);
     }
     const std::int64_t conv_tiles = group_ * conv_rows_ * conv_columns_;
     conv_block_ = even_block(conv_tiles, ceil_div(conv_tiles, most_tiles(conv_words)), call_.threads);
-    const std::int64_t items = at_least(ceil_div(phase_tiles, phase_block_) * phase_parts_,
+    const std::int64_t items = larger<std::int64_t>(ceil_div(phase_tiles, phase_block_) * phase_parts_,
                                         ceil_div(conv_tiles, conv_block_));
-    workers_ = static_cast<int>(at_most(call_.threads, items));
+    workers_ = static_cast<int>(smaller<std::int64_t>(call_.threads, items));
     const std::int64_t rows_words = kRows * kPanel;
-    scratch_words_ = at_least(phase_block_ * phase_words, conv_block_ * conv_words + rows_words);
+    scratch_words_ = larger<std::int64_t>(phase_block_ * phase_words, conv_block_ * conv_words + rows_words);
     scratch_words_ = round_up(scratch_words_, kPageWords);
   }
 
@@ -202,11 +218,11 @@ class Decoder {
   static constexpr std::int64_t kGroupBytes = std::int64_t{24} << 20;
   static constexpr std::int64_t kPageWords = 1024;
 
-  static std::int64_t most_tiles(std::int64_t words) { return at_least(1, Isa::cache_words / words); }
+  static std::int64_t most_tiles(std::int64_t words) { return larger<std::int64_t>(1, kCacheWords / words); }
 
   // Tiles per block: as many as the L2 cache holds, in a number of blocks that the threads share evenly.
   static std::int64_t even_block(std::int64_t tiles, std::int64_t blocks, std::int64_t threads) {
-    return at_least(1, ceil_div(tiles, ceil_div(blocks, threads) * threads));
+    return larger<std::int64_t>(1, ceil_div(tiles, ceil_div(blocks, threads) * threads));
   }
 
   void execute() {
@@ -216,7 +232,7 @@ class Decoder {
     scratch_ = u_ + u_words;
     for (std::int64_t first = 0; first < call_.batch; first += group_) {
       first_ = first;
-      pictures_ = at_most(group_, call_.batch - first);
+      pictures_ = smaller<std::int64_t>(group_, call_.batch - first);
       const std::int64_t phase_tiles = pictures_ * phase_rows_ * phase_columns_;
       const std::int64_t conv_tiles = pictures_ * conv_rows_ * conv_columns_;
       const std::int64_t phase_items = ceil_div(phase_tiles, phase_block_) * phase_parts_;
@@ -230,13 +246,13 @@ class Decoder {
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t item = 0; item < phase_items; ++item) {
           const std::int64_t tile = item / phase_parts_ * phase_block_, part = item % phase_parts_;
-          phases(tile, at_most(phase_block_, phase_tiles - tile), panels * part / phase_parts_,
+          phases(tile, smaller<std::int64_t>(phase_block_, phase_tiles - tile), panels * part / phase_parts_,
                  panels * (part + 1) / phase_parts_, scratch);
         }
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t item = 0; item < conv_items; ++item) {
           const std::int64_t tile = item * conv_block_;
-          conv_and_out(tile, at_most(conv_block_, conv_tiles - tile), scratch);
+          conv_and_out(tile, smaller<std::int64_t>(conv_block_, conv_tiles - tile), scratch);
         }
       }
     }
@@ -269,7 +285,7 @@ class Decoder {
   // f count as channels of the coarse grid. The panels [first_panel, last_panel) run over the phases.
   void phases(std::int64_t first, std::int64_t tiles, std::int64_t first_panel, std::int64_t last_panel,
               Word* scratch) {
-    const std::int64_t blocks = layout_.phase_blocks(), block_stride = tiles * kWords;
+    const std::int64_t blocks = layout_.phase_blocks, block_stride = tiles * kWords;
     const std::int64_t point_stride = blocks * block_stride;
     float* products = scratch + kPhasePoints * point_stride;
     for (std::int64_t i = 0; i < tiles; ++i) {
@@ -309,14 +325,14 @@ class Decoder {
       const float* weights = call_.packed + layout_.phase_at + item * layout_.phase_panel_words;
       for (int point = 0; point < kPhasePoints; ++point) {
         Ranges ranges;
-        ranges.add(0, layout_.coarse_side_blocks());
-        std::int64_t depth = layout_.coarse_side_blocks();
+        ranges.add(0, layout_.coarse_side_blocks);
+        std::int64_t depth = layout_.coarse_side_blocks;
         for (int sub = 0; sub < 4; ++sub) {
           if (!fine_needed(a, kPhaseSide, point / kPhaseSide, sub / 2) ||
               !fine_needed(b, kPhaseSide, point % kPhaseSide, sub % 2)) {
             continue;
           }
-          ranges.add(layout_.coarse_side_blocks() + sub * layout_.fine_blocks, layout_.fine_blocks);
+          ranges.add(layout_.coarse_side_blocks + sub * layout_.fine_blocks, layout_.fine_blocks);
           depth += layout_.fine_blocks;
         }
         const Word* inputs = scratch + point * point_stride;
@@ -338,7 +354,7 @@ class Decoder {
         if (from[i]) {
           load_block(from[i] + k, channels - k, result[i]);
         } else {
-          for (int v = 0; v < kVecs; ++v) result[i][v] = Isa::zero();
+          for (int v = 0; v < kVecs; ++v) result[i][v] = Vec{};
         }
       }
       for (int v = 0; v < kVecs; ++v) {
@@ -355,7 +371,7 @@ class Decoder {
           for (int j = 0; j < kPhaseSide; ++j) result[i * kPhaseSide + j][v] = t[j];
         }
       }
-      for (int point = 0; point < kPhasePoints; ++point) Isa::store_block(to + point * point_stride, result[point]);
+      for (int point = 0; point < kPhasePoints; ++point) store_block(to + point * point_stride, result[point]);
     }
     return to;
   }
@@ -366,7 +382,7 @@ class Decoder {
     for (std::int64_t i = 0; i < tiles; ++i) {
       const Tile tile = locate(first + i, phase_rows_, phase_columns_);
       const std::int64_t y0 = 2 * kPhaseTile * tile.row - a, x0 = 2 * kPhaseTile * tile.column - b;
-      for (int half = 0; half < kPanel; half += kWidth) {
+      for (int half = 0; half < kPanel; half += kLanes) {
         Vec rows[kPhaseTile][kPhaseSide];
         for (int j = 0; j < kPhaseSide; ++j) {
           Vec m[kPhaseSide], s[kPhaseTile];
@@ -428,7 +444,7 @@ class Decoder {
       }
       const float* bias = call_.packed + layout_.conv_bias_at + panel * kPanel;
       for (std::int64_t i = 0; i < tiles; ++i) {
-        for (int half = 0; half < kPanel; half += kWidth) {
+        for (int half = 0; half < kPanel; half += kLanes) {
           const std::int64_t channel = panel * kPanel + half;
           Word* to = v + channel / kBlock * pixel_stride + i * kConvPixels * kWords;
           conv_outputs(products + i * kPanel + half, tiles * kPanel, load(bias + half), to, channel % kBlock);
@@ -440,22 +456,22 @@ class Decoder {
     for (std::int64_t panel = 0; panel < layout_.token_panels; ++panel) {
       const float* weights = call_.packed + layout_.out_at + panel * layout_.out_panel_words;
       const Vec bias0 = load(call_.packed + layout_.out_bias_at + panel * kPanel);
-      const Vec bias1 = load(call_.packed + layout_.out_bias_at + panel * kPanel + kWidth);
-      const std::int64_t valid = at_most(kPanel, n_.tokens - panel * kPanel);
+      const Vec bias1 = load(call_.packed + layout_.out_bias_at + panel * kPanel + kLanes);
+      const std::int64_t valid = smaller<std::int64_t>(kPanel, n_.tokens - panel * kPanel);
       for_row_pieces(tiles * kConvPixels, kernels_, [&](std::int64_t row, std::int64_t count, Micro kernel) {
         kernel(v + row * kWords, pixel_stride, all, weights, rows);
         for (std::int64_t r = 0; r < count; ++r) {
           T* y = y_at(first, row + r);
           if (!y) continue;
           y += panel * kPanel;
-          const Vec y0 = load(rows + r * kPanel) + bias0, y1 = load(rows + r * kPanel + kWidth) + bias1;
+          const Vec y0 = load(rows + r * kPanel) + bias0, y1 = load(rows + r * kPanel + kLanes) + bias1;
           if (valid == kPanel) {
             store(y, y0);
-            store(y + kWidth, y1);
+            store(y + kLanes, y1);
           } else {
             T padded[kPanel];
             store(padded, y0);
-            store(padded + kWidth, y1);
+            store(padded + kLanes, y1);
             __builtin_memcpy(y, padded, valid * sizeof(T));
           }
         }
@@ -490,7 +506,7 @@ class Decoder {
 
   static inline void input_points(const Vec* d, Vec* t) {
     if constexpr (kConvTile == 4) {
-      const Vec two = Isa::splat(2.f), four = Isa::splat(4.f), five = Isa::splat(5.f);
+      const Vec two = splat(2.f), four = splat(4.f), five = splat(5.f);
       const Vec even = d[4] - four * d[2], odd = d[3] - four * d[1];
       const Vec even2 = d[4] - d[2], odd2 = two * (d[3] - d[1]);
       t[0] = four * d[0] - five * d[2] + d[4];
@@ -506,7 +522,7 @@ class Decoder {
 
   static inline void output_points(const Vec* m, Vec* s) {
     if constexpr (kConvTile == 4) {
-      const Vec two = Isa::splat(2.f), four = Isa::splat(4.f), eight = Isa::splat(8.f);
+      const Vec two = splat(2.f), four = splat(4.f), eight = splat(8.f);
       const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
       const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
       s[0] = m[0] + sum1 + sum2;
@@ -526,7 +542,7 @@ class Decoder {
       Vec rows[kConvSide][kConvSide];
       for (int j = 0; j < kConvSide; ++j) {
         Vec d[kConvSide], t[kConvSide];
-        for (int i = 0; i < kConvSide; ++i) d[i] = load(corner + i * line + j * pixel + v * kWidth);
+        for (int i = 0; i < kConvSide; ++i) d[i] = load(corner + i * line + j * pixel + v * kLanes);
         input_points(d, t);
         for (int i = 0; i < kConvSide; ++i) rows[i][j] = t[i];
       }
@@ -536,7 +552,7 @@ class Decoder {
         for (int j = 0; j < kConvSide; ++j) result[i * kConvSide + j][v] = t[j];
       }
     }
-    for (int point = 0; point < kConvPoints; ++point) Isa::store_block(to + point * point_stride, result[point]);
+    for (int point = 0; point < kConvPoints; ++point) store_block(to + point * point_stride, result[point]);
   }
 
   static void conv_outputs(const float* products, std::int64_t point_stride, Vec bias, Word* to, std::int64_t channel) {
@@ -551,7 +567,7 @@ class Decoder {
       Vec s[kConvTile];
       output_points(rows[i], s);
       for (int j = 0; j < kConvTile; ++j) {
-        Isa::store_part(to + (i * kConvTile + j) * kWords, channel, relu(s[j] + bias));
+        store_part(to + (i * kConvTile + j) * kWords, channel, relu(s[j] + bias));
       }
     }
   }
@@ -577,10 +593,14 @@ class Decoder {
 inline void run_lift_forward(const LiftForwardCall& call) {
   if (call.type == LiftForwardType::bfloat16) {
     Decoder<Bfloat16>::run(call);
-  } else if constexpr (!Isa::pairs) {
+  } else if constexpr (!kPairs) {
     Decoder<float>::run(call);
   }
 }
 
 }  // namespace
+
+template <>
+const LiftForwardKernel Compiled<LiftForwardKernel, kIsa>::kernel = {run_lift_forward};
+
 }  // namespace lift_fast

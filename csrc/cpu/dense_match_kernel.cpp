@@ -1,39 +1,15 @@
-// The dense matcher for one instruction set. Each including translation unit defines, in an anonymous namespace,
-// `struct DenseMatchIsa` and is compiled with that set's flags; nothing here may call a standard library template,
-// whose out-of-line copy could be shared with code for older CPUs.
-#pragma once
-
+// The dense matcher.
 #include "dense_match.hpp"
+#include "simd/simd.hpp"
 #include "threads.hpp"
 
 namespace lift_fast {
 namespace {
 
-constexpr int kLanes = DenseMatchIsa::lanes;
 constexpr std::int64_t kBlock = dense_match_block;
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLargest = __FLT_MAX__;
 // A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
 constexpr float kSlack = 16 * __FLT_EPSILON__;
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline IntVec load(const std::int32_t* p) {
-  IntVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(std::int32_t* p, IntVec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Vec splat(float value) { return Vec{} + value; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline float larger(float a, float b) { return a > b ? a : b; }
 // Zero, or NaN if the value is not finite.
 template <class T>
 T unsound(T value) {
@@ -44,7 +20,6 @@ template <class T>
 T sound_larger(T a, T b) {
   return larger(a, b) + (unsound(a) + unsound(b));
 }
-inline Vec multiply_add(Vec a, Vec b, Vec sum) { return DenseMatchIsa::multiply_add(a, b, sum); }
 inline float lane_max(Vec v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = larger(best, v[i]);
@@ -60,16 +35,15 @@ class Matcher {
  public:
   Matcher(const DenseMatchCall& call, float* scratch)
       : call_(call),
-        at_(call),
         cells_(call.y.cells * call.x.cells),
-        upper_(scratch + at_.upper),
-        rows_(scratch + at_.rows),
-        bounds_(scratch + at_.bounds),
-        weight_x_(scratch + at_.weights),
+        upper_(scratch + call.layout.upper),
+        rows_(scratch + call.layout.rows),
+        bounds_(scratch + call.layout.bounds),
+        weight_x_(scratch + call.layout.weights),
         weight_y_(weight_x_ + kBlock),
         weight_xy_(weight_y_ + kBlock),
-        best_(scratch + at_.best),
-        index_(reinterpret_cast<std::int32_t*>(scratch + at_.index)) {
+        best_(scratch + call.layout.best),
+        index_(reinterpret_cast<std::int32_t*>(scratch + call.layout.index)) {
     // Strips between neighbouring cells, one after the other, can be read side by side.
     const DenseMatchAxis& x = call.x;
     regular_first_ = 0;
@@ -183,7 +157,7 @@ class Matcher {
     const std::int64_t patches = call_.y.strips * call_.strips_padded;
     for (std::int64_t i = 0; i < patches; i += kLanes) {
       const Vec bound = load(bounds_ + i) + slack_;
-      if (!DenseMatchIsa::any(bound >= splat(worst))) continue;
+      if (!Isa::any(bound >= splat(worst))) continue;
       for (int lane = 0; lane < kLanes; ++lane) {
         // NaN marks patches that take no part.
         if (!(bound[lane] >= worst)) continue;
@@ -232,14 +206,14 @@ class Matcher {
       const Vec weight_x = load(weight_x_ + i), weight_y = load(weight_y_ + i), weight_xy = load(weight_xy_ + i);
       Vec value[4];
       for (int k = 0; k < 4; ++k) {
-        value[k] = multiply_add(splat(corners[k].right), weight_x, splat(corners[k].near));
-        value[k] = multiply_add(splat(corners[k].down), weight_y, value[k]);
-        value[k] = multiply_add(splat(corners[k].both), weight_xy, value[k]);
+        value[k] = Isa::multiply_add(splat(corners[k].right), weight_x, splat(corners[k].near));
+        value[k] = Isa::multiply_add(splat(corners[k].down), weight_y, value[k]);
+        value[k] = Isa::multiply_add(splat(corners[k].both), weight_xy, value[k]);
       }
       Vec bound = larger(larger(value[0], value[1]), larger(value[2], value[3]));
       if (call_.scale != nullptr) bound *= bound > 0 ? splat(call_.scale_high[patch]) : splat(call_.scale_low[patch]);
       const IntVec open = bound + slack_ >= load(best_ + i);
-      if (!DenseMatchIsa::any(open)) continue;
+      if (!Isa::any(open)) continue;
       const Bilinear<Vec> patch_values(value[0], value[1], value[2], value[3]);
       if (call_.scale == nullptr) {
         compare_extremes(i, strip_y, strip_x, patch_values);
@@ -263,9 +237,9 @@ class Matcher {
     IntVec index = load(index_ + point);
     for (const std::int32_t row : rows) {
       const Vec down = splat(y.weight[row]);
-      const Vec start = multiply_add(patch.down, down, patch.near), slope = multiply_add(patch.both, down, patch.right);
+      const Vec start = Isa::multiply_add(patch.down, down, patch.near), slope = Isa::multiply_add(patch.both, down, patch.right);
       for (const std::int32_t column : columns) {
-        const Vec value = multiply_add(slope, splat(x.weight[column]), start);
+        const Vec value = Isa::multiply_add(slope, splat(x.weight[column]), start);
         const IntVec pixel = IntVec{} + static_cast<std::int32_t>(row * x.pixels + column);
         // What overflows takes no part.
         const IntVec better = ((value > best) | ((value == best) & (pixel < index))) & (value <= kLargest);
@@ -285,9 +259,9 @@ class Matcher {
     const std::int64_t first_y = y.first[strip_y], last_y = y.first[strip_y + 1];
     const auto values = [&](std::int64_t row, std::int64_t column) {
       const Vec down = splat(y.weight[row]);
-      const Vec start = multiply_add(splat(patch.down), down, splat(patch.near));
-      const Vec slope = multiply_add(splat(patch.both), down, splat(patch.right));
-      const Vec value = multiply_add(slope, load(weights + column), start);
+      const Vec start = Isa::multiply_add(splat(patch.down), down, splat(patch.near));
+      const Vec slope = Isa::multiply_add(splat(patch.both), down, splat(patch.right));
+      const Vec value = Isa::multiply_add(slope, load(weights + column), start);
       return value * load(call_.padded_scale + row * x.pixels + first_x + column);
     };
     Vec most = splat(-kInfinity);
@@ -303,7 +277,7 @@ class Matcher {
     for (std::int64_t row = first_y; row < last_y; ++row) {
       for (std::int64_t column = 0; column < width; column += kLanes) {
         const IntVec equal = values(row, column) == splat(best);
-        if (!DenseMatchIsa::any(equal)) continue;
+        if (!Isa::any(equal)) continue;
         int lane = 0;
         while (!equal[lane]) ++lane;
         const auto found = static_cast<std::int32_t>(row * x.pixels + first_x + column + lane);
@@ -317,7 +291,6 @@ class Matcher {
   }
 
   const DenseMatchCall& call_;
-  const DenseMatchScratch at_;
   const std::int64_t cells_;
   float *upper_, *rows_, *bounds_, *weight_x_, *weight_y_, *weight_xy_, *best_;
   std::int32_t* index_;
@@ -363,7 +336,7 @@ inline void run_dense_match(const DenseMatchCall& call) {
     const std::int64_t cells = call.y.cells * call.x.cells;
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < call.rows; ++row) call.row_best[row] = best_cell(call.table + row * cells, cells);
-    Matcher matcher(call, call.scratch + thread_index() * call.scratch_words);
+    Matcher matcher(call, call.scratch + thread_index() * call.layout.end);
 #pragma omp for schedule(dynamic, 4)
     for (std::int64_t group = 0; group < call.groups; ++group) {
       if (!stopped(call.stop)) matcher.match(group);
@@ -372,4 +345,8 @@ inline void run_dense_match(const DenseMatchCall& call) {
 }
 
 }  // namespace
+
+template <>
+const DenseMatchKernel Compiled<DenseMatchKernel, kIsa>::kernel = {run_dense_match};
+
 }  // namespace lift_fast
