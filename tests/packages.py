@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -37,8 +38,19 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
+def caching_compiler() -> str:
+    """For CXX: most objects are the same from one build to the next, whatever tree they are made in."""
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    script = ROOT / "tests" / "compiler_cache.py"
+    # .ci/run has set it for all of its builds.
+    return (
+        compiler if script.name in compiler else f"{sys.executable} {script} {compiled.FOLDER / 'objects'} {compiler}"
+    )
+
+
 def run_build(tree: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LIFT_FAST_", "TORCH_CUDA_ARCH"))}
+    inherited["CXX"] = caching_compiler()
     command = [sys.executable, "-m", "build", "--outdir", str(tree / "dist"), *options, str(tree)]
     if importlib.util.find_spec("pybind11"):
         # Isolation would fetch the build requirements again, and needs a network for it.
