@@ -12,7 +12,6 @@ from evaluation_data import make_coco, make_voc, paint, sizes_and_boxes, voc_obj
 from PIL import Image
 from test_evaluation_tokencut import published
 
-from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.discovery import (
     Prediction,
     corloc,
@@ -26,6 +25,7 @@ from lift_fast.evaluation.discovery import (
 )
 from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
+from lift_fast.images import read_image
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -249,7 +249,7 @@ def test_pictures_are_taken_as_stored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_as_stored(tmp_path / "a.jpg").size == (30, 20)
+    assert read_image(tmp_path / "a.jpg", upright=False).size == (30, 20)
 
 
 @pytest.mark.parametrize("resolution", [None, 64, 72])
@@ -323,7 +323,7 @@ def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {"a": ((90, 70), box, [voc_object((8, 8, 40, 40))])})
     sample = read_voc(tmp_path, 2007).samples[0]
-    image = read_as_stored(sample.path)
+    image = read_image(sample.path, upright=False)
     found = find(image)
     sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
     assert (sheet == (220, 40, 40)).all(2).sum() > 300

@@ -1,32 +1,14 @@
-"""What readers of annotations share: names from lists, and values in messages, whatever a file holds."""
+"""What readers of annotations share: names from lists, whatever a file holds."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from lift_fast._text import one_line
+from lift_fast._text import shown
 
 # Of every usual file system.
 _LONGEST_NAME = 255
-_SHOWN, _REASON = 80, 300
 _LONGEST_LIST = 1 << 26
-
-
-def brief(value: Any) -> str:
-    """``repr`` of a value for a message, printable and cut to 80 characters."""
-    # Of a text of megabytes only the beginning is looked at; numbers have no more than some hundred digits.
-    text = one_line(repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list)) else value))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def shortened(reason: object) -> str:
-    """Somebody else's message, printable and cut to 300 characters."""
-    text = one_line(str(reason)[: 2 * _REASON])
-    return text if len(text) <= _REASON else f"{text[:_REASON]}..."
 
 
 def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", first_word: bool = False) -> list[str]:
@@ -59,7 +41,7 @@ def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", fir
         raise ValueError(f"{path} lists no {kind}")
     for name in names:
         if not is_name(name, forbidden):
-            raise ValueError(f"{path}: expected {expected} in each line, got {brief(name)}")
+            raise ValueError(f"{path}: expected {expected} in each line, got {shown(name)}")
     return names
 
 
@@ -68,20 +50,3 @@ def is_name(name: object, forbidden: str = "/\\") -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in forbidden):
         return False
     return name.isprintable() and len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
-
-
-def read_as_stored(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture as 8-bit RGB in the pixels that annotations speak of: not turned by its EXIF orientation.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it does not decode.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {path}")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

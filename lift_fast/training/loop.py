@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lift_fast import devices
 from lift_fast._files import make_folder
 from lift_fast._text import one_line, quoted
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.defaults import plain_defaults
-from lift_fast.distributed import World, join_world, resolve_device
+from lift_fast.distributed import World, join_world
 from lift_fast.images import check_size, list_images
 from lift_fast.lift import LiFT
 from lift_fast.locks import reserved
 
 from . import state as disk
+from .data import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .log import Log, progress_bar, tensorboard_writer
 from .objective import FrozenFeatures, Objective
-from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .schema import check_state
 from .settings import TrainingSettings, contradictions
 from .split import split
@@ -96,7 +97,7 @@ class _Run:
         """``held`` keeps the folder for this run."""
         self.settings, self.world = settings, world
         self.quiet = quiet or not world.leads
-        self.device = resolve_device(settings.device, world)
+        self.device = devices.resolve(settings.device, world.local_rank)
         self.dtype = resolve_precision(settings.precision, self.device)
 
         found = list_images(settings.data)

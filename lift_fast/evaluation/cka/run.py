@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from lift_fast._files import atomic_path
-from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.results import Estimate, as_json, bootstrap, save_json
 from lift_fast.evaluation.resume import Journal, load_same
-from lift_fast.images import resize, to_tensor
+from lift_fast.images import read_image, resize, to_tensor
 
 from .metric import StreamingCKA, centres, linear_cka, sample
 
@@ -113,7 +112,7 @@ def scale_invariance(
         name = _name(path, root)
         if name not in rows and name not in skipped:
             try:
-                image = read_as_stored(path)
+                image = read_image(path, upright=False)
             except (OSError, ValueError) as error:
                 skipped[name] = str(error)
             else:

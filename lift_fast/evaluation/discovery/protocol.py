@@ -13,7 +13,7 @@ from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.rules import RULES, check_rule
 from lift_fast.evaluation.tokencut import EPS, TokenCut, tokencut
-from lift_fast.images import check_size, to_tensor
+from lift_fast.images import resize, to_tensor
 
 from .dataset import Box, Sample
 
@@ -103,9 +103,8 @@ def prepare(
     check_rule("rule", rule, RULES)
     stretch = resolution is not None and rule == "published"
     if resolution is not None:
-        check_size((resolution, resolution))
         how = Image.Resampling.BILINEAR if stretch else Image.Resampling.LANCZOS
-        image = image.resize((resolution, resolution), how)
+        image = resize(image, (resolution, resolution), how)
     tensor = to_tensor(image, backbone.mean, backbone.std)
     tall, wide = tensor.shape[2:]
     if not stretch:

@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation.annotations import read_as_stored
 from lift_fast.evaluation.methods import Batch, Features
 from lift_fast.evaluation.results import save_json
 from lift_fast.evaluation.resume import Lines, settings_of
 from lift_fast.evaluation.tokencut import EPS, NotFiniteError
+from lift_fast.images import read_image
 
 from .dataset import BoxDataSet, Sample
 from .protocol import Discovery, Prediction, discover, judge, prepare
@@ -79,7 +79,7 @@ def evaluate(
         found: dict[str, Discovery] = {}
         if len(known) < len(methods):
             try:
-                image = read_as_stored(sample.path)
+                image = read_image(sample.path, upright=False)
             except (OSError, ValueError) as error:
                 skipped[sample.name] = str(error)
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lift_fast.pictures import confidence_colours, place_cells
+from lift_fast.drawing import confidence_colours, place_cells
 
 from .dataset import Sample
 from .protocol import Discovery, Prediction

@@ -36,7 +36,7 @@ from torch import Tensor
 from lift_fast.evaluation.methods import Batch, Features, Method
 from lift_fast.images import check_size, read_image, resize, to_tensor
 from lift_fast.matching import dense_match
-from lift_fast.training.pictures import color_jitter
+from lift_fast.training.data import color_jitter
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -151,7 +151,7 @@ def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image
 
 
 def change_colours(view: Image.Image, random: np.random.Generator) -> Image.Image:
-    """Colour jitter of 0.2 (:func:`lift_fast.training.pictures.color_jitter`), a Gaussian blur with a radius of up to
+    """Colour jitter of 0.2 (:func:`lift_fast.training.data.color_jitter`), a Gaussian blur with a radius of up to
     0.4 % of the side."""
     view = color_jitter(view, COLOUR_CHANGE, random)
     return view.filter(ImageFilter.GaussianBlur(random.uniform(0, _BLUR) * view.width))

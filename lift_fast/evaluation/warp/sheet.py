@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lift_fast.drawing import draw_match_line, wrap
 from lift_fast.evaluation.methods import Batch, Method
 from lift_fast.images import read_image
-from lift_fast.pictures import draw_match_line, wrap
 
 from .protocol import View, WarpProtocol, make_view, matches, picture_name
 
