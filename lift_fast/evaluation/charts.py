@@ -34,16 +34,13 @@ class Series:
     dashed: bool = False
 
 
-def line_chart(
-    series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False, joined: bool = True
-) -> Image.Image:
+def line_chart(series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False) -> Image.Image:
     """A chart with its legend.
 
     Args:
         series: at least one point in all.
         title, x, y: labels.
         log_x: logarithmic x axis, for positive x.
-        joined: points of a series joined by lines, in the order of x.
 
     Raises:
         ValueError: without a point, for points that are not finite, and for x <= 0 on a logarithmic axis.
@@ -90,7 +87,7 @@ def line_chart(
                 draw.line((at, up(low), at, up(high)), fill=colour, width=2)
                 for end in (low, high):
                     draw.line((at - 6, up(end), at + 6, up(end)), fill=colour, width=2)
-        for start, stop in pairwise(places) if joined else ():
+        for start, stop in pairwise(places):
             for piece in _dashes(start, stop) if line.dashed else [(*start, *stop)]:
                 draw.line(piece, fill=colour, width=3)
         for place in places:

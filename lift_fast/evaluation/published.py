@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ class Source:
         arxiv = f", arXiv:{self.arxiv}{self.version or ''}" if self.arxiv else ""
         read = "quoted after" if self.quoted else "read from"
         return f"{self.paper}{arxiv}, {self.place}; {read} {self.read_from}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
