@@ -197,7 +197,7 @@ def test_a_scaler_that_left_steps_out(saved, tmp_path):
         content["scaler"] = {**scaler.state_dict(), "scale": 3.0, "_growth_tracker": 5, **changes}
         for entry in content["optimizer"]["state"].values():
             entry["step"] -= 2
-        check_state(content, tmp_path / "last.pth", lift, optimizer, scaler, 5)
+        check_state(content, tmp_path / "last.pth", optimizer, scaler, 5)
 
     check()
     for name, value in (("scale", 0.0), ("scale", float("nan")), ("_growth_tracker", -1), ("growth_factor", 1.5)):
