@@ -50,7 +50,7 @@ class Trainer(ABC):
         network: what is trained, float32 on ``device``; its state dict is the entry ``part``.
         optimizer, scaler: saved and restored with it.
         batches: which images make up which batch; the loop sets its epoch and first batch.
-        loader: reads them.
+        loader: reads them, and draws from a generator of its own, as :func:`lift_fast.training.data.build_loader` does.
         held_out: how many images are left out of them.
         description: what must not change when a run is resumed, see
             :func:`lift_fast.training.settings.contradictions`; plain values.
