@@ -5,6 +5,7 @@ Importing touches no CUDA device, compiles nothing and needs neither timm nor Tr
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,17 @@ from . import _interrupts
 # Before PyTorch loads, which takes seconds.
 _interrupts.quiet_start()
 
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    from . import _checkout
+
+    _checkout.enable()
+
 # At once: a later import of the submodule of the same name would hide the function.
 from .backends import backends  # noqa: E402
 from .lift import LiFT  # noqa: E402
 from .losses import CosineLoss, cosine_loss  # noqa: E402
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest  # noqa: E402
-from .ops.plan_cache import clear_plans  # noqa: E402
+from .ops.lift_forward.cache import clear_plans  # noqa: E402
 from .propagation import propagate_labels  # noqa: E402
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import images
+from . import devices, images
 from ._text import shown
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
@@ -106,7 +106,7 @@ class ViTLiFTExtractor(nn.Module):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if head_order is None:
             head_order = "interleaved" if given else "concatenated"
-        place = _device(device)
+        place = devices.resolve(device)
         dtype = torch.float32 if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
             raise ValueError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
@@ -430,22 +430,3 @@ def _agree(model: FrozenViT, options: dict[str, Any]) -> FrozenViT:
                 f"{getattr(model, argument)!r}; build it with that {argument}, or pass the same value here"
             )
     return shared_copy(model)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (TypeError, RuntimeError):
-        raise ValueError(f"device must be cpu, cuda, cuda:1, ... or None, got {device!r}") from None
-    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "
-            "to take what is there"
-        )
-    return device

@@ -70,7 +70,7 @@ class Layers(NamedTuple):
     image_blocks: int
     """Convolution blocks of the first image encoder."""
     holders: list[tuple[dict[str, Any], str]]
-    """Where each weight and buffer is, in the order of :func:`lift_fast.plan.build_plan`."""
+    """Where each weight and buffer is, in the order of :func:`lift_fast.ops.lift_forward.plan.build_plan`."""
 
     def weights(self) -> list[Any]:
         """Weights and buffers in that order; None for those that a layer lacks."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._text import shown
 from .checks import FLOATS, check_dense, check_flag, check_size, check_whole
 from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
-from .ops.nearest import plain as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
+from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Matches that may be asked for of however few keys.

@@ -84,9 +84,9 @@ def _understands(flags: tuple[str, ...], compiler: str) -> bool:
 
 
 def artifact(name: str, ingredients: Iterable[object], make: Callable[[Path], object]) -> Path:
-    """The file ``name``, made by ``make(path)`` unless it was made before of the same ``ingredients`` and sources.
+    """The file or folder ``name``, made by ``make(path)`` unless it was made before of the same ingredients.
 
-    ``ingredients`` are what the result depends on beside csrc/ and tests/native/: flags, a compiler's version.
+    Those are the files in csrc/ and tests/native/, and ``ingredients``: flags, a compiler's version.
     """
     key = hashlib.sha256(repr([_sources(), *map(str, ingredients)]).encode()).hexdigest()[:16]
     folder = FOLDER / name
@@ -99,7 +99,9 @@ def artifact(name: str, ingredients: Iterable[object], make: Callable[[Path], ob
                 made = Path(scratch, result.name)
                 make(made)
                 for outdated in folder.iterdir():
-                    if outdated.name != "lock":
+                    if outdated.is_dir():
+                        shutil.rmtree(outdated)
+                    elif outdated.name != "lock":
                         outdated.unlink()
                 made.rename(result)
     return result

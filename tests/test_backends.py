@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lift_fast
-from lift_fast import _env, _native
-from lift_fast.kernels import can_run as triton_can_run
+from lift_fast import _env, _native, devices
 
 PARTS = ["pytorch", "cpu native", "triton", "cuda native"]
 needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_run()[1])
@@ -218,7 +217,7 @@ def test_lazy_names_are_listed_and_importable():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_reasons_without_cuda():
-    runs, reason = triton_can_run()
+    runs, reason = devices.triton_runs()
     assert not runs
     assert "no CUDA device" in reason or "cannot be imported" in reason
     assert not lift_fast.backends()["cuda native"].runs
@@ -226,7 +225,7 @@ def test_reasons_without_cuda():
 
 def test_reason_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    runs, reason = triton_can_run()
+    runs, reason = devices.triton_runs()
     assert not runs
     assert reason.startswith("Triton cannot be imported: ")
 

@@ -376,14 +376,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     # Nothing is left to compute; a picture that has gone meanwhile is not missed.
     data.samples[0].path.unlink()
     assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
-    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was written with other settings \(seed\); give"):
+    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was made with other settings \(seed\); give"):
         run(data, out=out, record={"seed": 1})
     journal.write_text(journal.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match="line 6"):
         run(data, out=out)
     for first in ("", "nonsense\n", "[1]\n", '{"settings": 3}\n'):
         journal.write_text(first)
-        with pytest.raises(ValueError, match="or is no journal of this command; give another --out, or delete it"):
+        with pytest.raises(ValueError, match="no settings in its first line; give another file, or delete it"):
             run(data, out=out)
 
 

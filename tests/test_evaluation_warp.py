@@ -268,7 +268,7 @@ def test_command(folder, tmp_path, capsys):
     assert r"\begin{tabular}{l" in latex.read_text()
     capsys.readouterr()
     assert run("eval", "warp", "--root", folder, *TINY, "--random-lift", *methods, *options, "--points", "12") == 2
-    assert "holds results with other points" in capsys.readouterr().err
+    assert "made with other settings (points)" in capsys.readouterr().err
 
 
 def test_command_takes_the_held_out_and_names_bad_files(folder, tmp_path, capsys):

@@ -17,13 +17,14 @@ from torch import Tensor
 from bench.bench_cosine_loss import embedding_loss
 from bench.bench_cosine_loss import run as loss_step
 from bench.training_pair import build_ours, build_plain, losses_and_gradients
-from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss
-from lift_fast.ops import gpu_plan, image_encoder_cuda
+from lift_fast import LiFT, ViTLiFTExtractor, cosine_loss, devices
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.ops.nearest import gpu as nearest_gpu
-from lift_fast.plan import build_plan
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.testing import randomize, relative_error
 from lift_fast.training.step import tuned_convolutions
 
@@ -221,7 +222,7 @@ def _row(what: str, time: float, cost: Cost) -> Row:
 @torch.no_grad()
 def _tiles_of_lift(context: Context) -> Iterator[Row]:
     """Every tile of both stages for one picture and for a batch: what the default should be."""
-    from lift_fast import tuning
+    from lift_fast.ops.lift_forward import tiles as tile_table
 
     for work in (TINY,) if context.rehearse else (ONE, MANY):
         network = Network(work, torch.bfloat16, context.device)
@@ -234,8 +235,8 @@ def _tiles_of_lift(context: Context) -> Iterator[Row]:
             ("head", gpu_plan.head_work(plan, u), partial(gpu_plan.head, plan, u, False)),
         )
         for stage, piece, run in stages:
-            candidates = tuning._candidates(piece, context.device)[: 2 if context.rehearse else None]
-            expected = run(tuning.tile_for(piece, context.device))
+            candidates = tile_table.candidates(piece, context.device)[: 2 if context.rehearse else None]
+            expected = run(tile_table.tile_for(piece, context.device))
             for tile in candidates:
                 what = f"{stage} {network.name}, tile {tuple(tile)}"
                 yield from _tile(what, partial(run, tile), expected, network.cost[stage])
@@ -274,7 +275,7 @@ def _matcher(maps: Tensor, backend: str | None, context: Context, at: Tensor | N
 
 def _backend(context: Context) -> str:
     """The one that the package chooses."""
-    return "cuda" if dense_match_cuda.can_run(context.device)[0] else "triton"
+    return "cuda" if devices.cuda_runs(context.device)[0] else "triton"
 
 
 @torch.no_grad()
@@ -299,7 +300,7 @@ def _dense_match_more(context: Context) -> Iterator[Row]:
     side = 5 if context.rehearse else SIDE
     points = torch.randint(side, (1, 3 if context.rehearse else POINTS, 2), device=context.device)
     flat = 1 + 0.05 * torch.randn_like(maps)
-    backends = ("cuda", "triton") if dense_match_cuda.can_run(context.device)[0] else ("triton",)
+    backends = ("cuda", "triton") if devices.cuda_runs(context.device)[0] else ("triton",)
     for backend in backends:
         what = f"dense_match {SIDE}, {channels} channels, {backend}"
         if backend != _backend(context):
@@ -355,9 +356,10 @@ def _half(context: Context) -> Tensor:
     return _sets(context).bfloat16()
 
 
-def _nearest(sets: Tensor, **options: Any) -> Callable[[], Any]:
+def _nearest(sets: Tensor, stream: Any = None, **options: Any) -> Callable[[], Any]:
+    search = partial(nearest_gpu.search, stream=stream)
     arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
-    return lambda: nearest_gpu.nearest_gpu(sets[:1], sets[1:], **arguments)
+    return lambda: nearest_by(search, sets[:1], sets[1:], **arguments)
 
 
 @torch.no_grad()
@@ -372,7 +374,7 @@ def _nearest_half(context: Context) -> Iterator[Row]:
     some = half[:1, : side * side]
     video = torch.randn(1, frames * side * side, half.shape[2], device=context.device).to(half.dtype)
     window = [1 if context.rehearse else 12, side, side, side, side]
-    call = lambda: nearest_gpu.nearest_gpu(some, video, 5, False, None, window, True)  # noqa: E731
+    call = lambda: nearest_by(nearest_gpu.search, some, video, 5, False, None, window, True)  # noqa: E731
     yield _timed("nearest bf16, 56 x 56 against 7 frames, radius 12, k 5", call, context)
 
 
@@ -403,7 +405,7 @@ def _nearest_plain(context: Context) -> Iterator[Row]:
 @torch.no_grad()
 def _tiles_of_nearest(context: Context) -> Iterator[Row]:
     """The search alone with every tile worth measuring."""
-    from lift_fast.kernels import launch, nearest
+    from lift_fast.kernels import launch, nearest, nearest_rows
 
     half = _half(context)
     cost = Cost(int(_products(half)), half.numel() * 2)
@@ -411,7 +413,7 @@ def _tiles_of_nearest(context: Context) -> Iterator[Row]:
     tiles = nearest.candidates(half.shape[2], launch.capability(context.device))
     for tile in tiles[: 1 if context.rehearse else None]:
         for both in (False, True):
-            query, key = (nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half)
+            query, key = (nearest_rows.prepare(part[None], True, half.dtype, tile.depth) for part in half)
             run = lambda: nearest.search(query, key, 1, tile, mutual=both).values.amax(1)  # noqa: B023, E731
             if expected is None:
                 expected = run()
@@ -421,7 +423,7 @@ def _tiles_of_nearest(context: Context) -> Iterator[Row]:
 @torch.no_grad()
 def _streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
     """The same for the streams of groups that one kind of feed serves, and the whole call with the first of them."""
-    from lift_fast.kernels import launch, nearest, nearest_groups
+    from lift_fast.kernels import launch, nearest, nearest_groups, nearest_rows
 
     if context.rehearse and feed == "warp":
         raise Skip("no interpreter runs Gluon")
@@ -429,14 +431,14 @@ def _streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
     flops = _products(half)
     cost = Cost(int(flops), half.numel() * 2)
     tile = nearest.default_tile(half.shape[2], 2, 1, False, False, launch.capability(context.device))
-    pair = [nearest.prepare(part[None], True, half.dtype, tile.depth) for part in half]
+    pair = [nearest_rows.prepare(part[None], True, half.dtype, tile.depth) for part in half]
     expected = nearest.search(*pair, 1, tile).values.amax(1)
     for both in (False, True):
         kind = f"nearest bf16{', mutual' if both else ''}, tile"
         found = nearest_groups.candidates(half.shape[2], launch.capability(context.device), both)
         streams = {name: stream for name, stream in found.items() if stream.feed == feed}
         for name, stream in list(streams.items())[: 1 if context.rehearse else None]:
-            query, key = (nearest.prepare(part[None], True, half.dtype, stream.tile.depth) for part in half)
+            query, key = (nearest_rows.prepare(part[None], True, half.dtype, stream.tile.depth) for part in half)
             run = lambda: nearest_groups.search(query, key, 1, stream, both).values.amax((1, 3))[:, :, None]  # noqa: B023, E731
             yield from _tile(f"{kind} {name}", run, expected, cost)
         for name, stream in list(streams.items())[:1]:

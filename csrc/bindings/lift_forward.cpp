@@ -26,7 +26,7 @@ void pack(std::uintptr_t phase, std::uintptr_t fine, std::uintptr_t edge_bias, s
                                pointer<const double>(edge_bias), pointer<const double>(conv),
                                pointer<const double>(conv_bias), pointer<const double>(out),
                                pointer<const double>(out_bias)};
-  const LiftForwardIsa target = lift_forward_isa(isa, type);
+  const CpuIsa target = lift_forward_isa(isa, type);
   py::gil_scoped_release release;
   lift_forward_pack(weights, {C, c, G, F}, type, target, pointer<void>(packed), packed_bytes);
 }
@@ -45,14 +45,14 @@ void run(std::uintptr_t x, std::uintptr_t g, std::uintptr_t f, std::uintptr_t pa
   call.channels = {C, c, G, F};
   call.type = lift_forward_type(dtype);
   call.threads = threads;
-  const LiftForwardIsa target = lift_forward_isa(isa, call.type);
+  const CpuIsa target = lift_forward_isa(isa, call.type);
   py::gil_scoped_release release;
   lift_forward_run(call, pointer<const void>(packed), packed_bytes, target);
 }
 
 py::list isas(const std::string& dtype) {
   py::list names;
-  for (LiftForwardIsa isa : lift_forward_isas(lift_forward_type(dtype))) names.append(lift_forward_isa_name(isa));
+  for (CpuIsa isa : lift_forward_isas(lift_forward_type(dtype))) names.append(cpu_isa_name(isa));
   return names;
 }
 

@@ -41,11 +41,9 @@ py::dict build_info() {
   return info;
 }
 
-py::list cpu_isas() {
+py::list isas() {
   py::list names;
-  for (CpuIsa isa : {CpuIsa::avx512, CpuIsa::avx2, CpuIsa::baseline}) {
-    if (cpu_has(isa)) names.append(cpu_isa_name(isa));
-  }
+  for (const CpuIsa isa : cpu_isas()) names.append(cpu_isa_name(isa));
   return names;
 }
 
@@ -67,7 +65,7 @@ py::tuple cuda_probe(int device) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of lift_fast";
   m.def("build_info", &lift_fast::build_info, "What this binary was built from and for.");
-  m.def("cpu_isas", &lift_fast::cpu_isas, "Instruction sets that this CPU can run the kernels with, best first.");
+  m.def("cpu_isas", &lift_fast::isas, "Instruction sets that this CPU can run the kernels with, best first.");
   m.def("cuda_probe", &lift_fast::cuda_probe, py::arg("device"),
         "(works, reason): whether this binary's kernels run on a CUDA device.");
   lift_fast::bind_bit_matrix(m);

@@ -29,11 +29,20 @@ void run(std::uintptr_t query, std::uintptr_t key, std::int64_t batch, std::int6
   call.index = pointer<std::int64_t>(index);
   call.back = pointer<std::int64_t>(back);
   call.threads = threads;
-  const NearestIsa target = nearest_isa(isa);
+  const CpuIsa target = nearest_isa(isa);
   run_interruptibly(nearest_run, call, target);
 }
 
-std::string isa_in_use(const std::string& isa) { return nearest_isa_name(nearest_isa(isa)); }
+std::string isa_in_use(const std::string& isa) { return cpu_isa_name(nearest_isa(isa)); }
+
+std::string search(const std::string& isa) {
+  switch (nearest_search(nearest_isa(isa))) {
+    case Numbers::int16: return "int16";
+    case Numbers::bfloat16: return "bfloat16";
+    case Numbers::float32: break;
+  }
+  return "float32";
+}
 
 }  // namespace
 
@@ -48,6 +57,8 @@ void bind_nearest(py::module_& m) {
         "similarity -inf. Without rescore, similarities and order are those of the search.");
   m.def("nearest_isa", &isa_in_use, py::arg("isa") = "auto",
         "Which kernel nearest_f32 runs for a name.");
+  m.def("nearest_search", &search, py::arg("isa") = "auto", "What that kernel's search multiplies: \"float32\", "
+        "\"int16\" or \"bfloat16\".");
   m.attr("most_neighbours") = kMostNeighbours;
 }
 

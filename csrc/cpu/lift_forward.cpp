@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "isa.hpp"
+#include "dispatch.hpp"
 
 namespace lift_fast {
 namespace {
@@ -19,6 +19,10 @@ constexpr std::int64_t kBlockWords = 16;
 constexpr std::int64_t kHeaderBytes = 128;
 constexpr std::uint64_t kMagic = 0x314345445446494cull;  // "LIFTDEC1"
 constexpr std::int64_t kMaxChannels = std::int64_t{1} << 20;
+
+// The arithmetic of bfloat16 is not for float32.
+using FloatKernels = Kernels<LiftForwardKernel>;
+using HalfKernels = Kernels<LiftForwardKernel, CpuIsa::avx512_bf16>;
 
 struct Header {
   std::uint64_t magic;
@@ -165,21 +169,7 @@ void pack_bias(const double* bias, std::int64_t count, float* packed) {
   for (std::int64_t i = 0; i < count; ++i) packed[i] = static_cast<float>(bias[i]);
 }
 
-bool supported(LiftForwardIsa isa) {
-  switch (isa) {
-    case LiftForwardIsa::baseline: return true;
-    case LiftForwardIsa::avx2: return cpu_has(CpuIsa::avx2);
-    case LiftForwardIsa::avx512: return cpu_has(CpuIsa::avx512);
-    case LiftForwardIsa::avx512_bf16: break;
-  }
-#if defined(__x86_64__)
-  return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-Header header_for(const LiftForwardChannels& n, LiftForwardType type, LiftForwardIsa isa) {
+Header header_for(const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa) {
   Header header{};
   header.magic = kMagic;
   header.isa = static_cast<std::int32_t>(isa);
@@ -201,10 +191,10 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, LiftForwardIsa isa) {
+LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, CpuIsa isa) {
   LiftForwardLayout l{};
-  const bool pairs = isa == LiftForwardIsa::avx512_bf16;
-  l.panel = isa == LiftForwardIsa::baseline ? 8 : isa == LiftForwardIsa::avx2 ? 16 : 32;
+  const bool pairs = isa == CpuIsa::avx512_bf16;
+  l.panel = isa == CpuIsa::baseline ? 8 : isa == CpuIsa::avx2 ? 16 : 32;
   l.block = pairs ? 2 * kBlockWords : kBlockWords;
   l.phase_tile = 3;
   // F(4x4) loses too many digits to bfloat16 arithmetic.
@@ -214,14 +204,18 @@ LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, LiftForwardI
   l.coarse_blocks = ceil_div(n.coarse, l.block);
   l.fine_blocks = ceil_div(n.fine, l.block);
   l.hidden_blocks = l.hidden_width / l.block;
+  l.coarse_side_blocks = l.token_blocks + l.coarse_blocks;
+  l.phase_blocks = l.coarse_side_blocks + 4 * l.fine_blocks;
   l.hidden_panels = l.hidden_width / l.panel;
   l.token_panels = ceil_div(n.tokens, l.panel);
   const std::int64_t block_words = kBlockWords * l.panel;
+  const std::int64_t phase_points = (l.phase_tile + 1) * (l.phase_tile + 1);
+  const std::int64_t conv_points = (l.conv_tile + 2) * (l.conv_tile + 2);
   // What fine_needed leaves: in each dimension one sub-pixel has both taps, the other has one and so lacks one point.
   const std::int64_t fine_pairs = 2 * l.phase_tile + 1;
   l.phase_panel_words =
-      (l.phase_points() * l.coarse_side_blocks() + fine_pairs * fine_pairs * l.fine_blocks) * block_words;
-  l.conv_panel_words = l.conv_points() * l.hidden_blocks * block_words;
+      (phase_points * l.coarse_side_blocks + fine_pairs * fine_pairs * l.fine_blocks) * block_words;
+  l.conv_panel_words = conv_points * l.hidden_blocks * block_words;
   l.out_panel_words = l.hidden_blocks * block_words;
   std::int64_t at = 0;
   const auto take = [&at](std::int64_t words) {
@@ -239,33 +233,12 @@ LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, LiftForwardI
   return l;
 }
 
-const char* lift_forward_isa_name(LiftForwardIsa isa) {
-  switch (isa) {
-    case LiftForwardIsa::baseline: return "baseline";
-    case LiftForwardIsa::avx2: return "avx2";
-    case LiftForwardIsa::avx512: return "avx512";
-    case LiftForwardIsa::avx512_bf16: return "avx512_bf16";
-  }
-  return "unknown";
+std::vector<CpuIsa> lift_forward_isas(LiftForwardType type) {
+  return type == LiftForwardType::bfloat16 ? HalfKernels::isas() : FloatKernels::isas();
 }
 
-std::vector<LiftForwardIsa> lift_forward_isas(LiftForwardType type) {
-  std::vector<LiftForwardIsa> found;
-  for (LiftForwardIsa isa : {LiftForwardIsa::avx512_bf16, LiftForwardIsa::avx512, LiftForwardIsa::avx2, LiftForwardIsa::baseline}) {
-    if (isa == LiftForwardIsa::avx512_bf16 && type != LiftForwardType::bfloat16) continue;
-    if (supported(isa)) found.push_back(isa);
-  }
-  return found;
-}
-
-LiftForwardIsa lift_forward_isa(const std::string& name, LiftForwardType type) {
-  std::string choices;
-  for (LiftForwardIsa isa : lift_forward_isas(type)) {
-    if (name == "auto" || name == lift_forward_isa_name(isa)) return isa;
-    choices += std::string(choices.empty() ? "" : ", ") + lift_forward_isa_name(isa);
-  }
-  throw std::invalid_argument("lift_forward: isa '" + name + "' cannot run here for this dtype; available: auto, " +
-                              choices);
+CpuIsa lift_forward_isa(const std::string& name, LiftForwardType type) {
+  return type == LiftForwardType::bfloat16 ? HalfKernels::isa(name) : FloatKernels::isa(name);
 }
 
 LiftForwardType lift_forward_type(const std::string& name) {
@@ -274,12 +247,12 @@ LiftForwardType lift_forward_type(const std::string& name) {
   throw std::invalid_argument("lift_forward: dtype must be 'float32' or 'bfloat16', got '" + name + "'");
 }
 
-std::int64_t lift_forward_packed_size(const LiftForwardChannels& n, LiftForwardType, LiftForwardIsa isa) {
+std::int64_t lift_forward_packed_size(const LiftForwardChannels& n, LiftForwardType, CpuIsa isa) {
   check_channels(n);
   return kHeaderBytes + lift_forward_layout(n, isa).end * static_cast<std::int64_t>(sizeof(float));
 }
 
-void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n, LiftForwardType type, LiftForwardIsa isa, void* packed,
+void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa, void* packed,
                   std::int64_t packed_bytes) {
   const Header header = header_for(n, type, isa);
   if (packed == nullptr || packed_bytes < header.bytes) {
@@ -313,7 +286,7 @@ void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n
   std::memcpy(packed, &header, sizeof header);
 }
 
-void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, LiftForwardIsa isa) {
+void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, CpuIsa isa) {
   const LiftForwardChannels& n = call.channels;
   const Header expected = header_for(n, call.type, isa);
   if (call.batch < 0 || call.height < 1 || call.width < 1) {
@@ -332,13 +305,13 @@ void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t pac
   }
   if (packed == nullptr || packed_bytes < expected.bytes) {
     throw std::invalid_argument("lift_forward: the packed buffer needs " + std::to_string(expected.bytes) +
-                                " bytes for isa " + lift_forward_isa_name(isa) + ", got " + std::to_string(packed_bytes));
+                                " bytes for isa " + cpu_isa_name(isa) + ", got " + std::to_string(packed_bytes));
   }
   Header found;
   std::memcpy(&found, packed, sizeof found);
   if (std::memcmp(&found, &expected, sizeof found) != 0) {
     throw std::invalid_argument(
-        std::string("lift_forward: the buffer was not packed for this call (isa ") + lift_forward_isa_name(isa) + ", C=" +
+        std::string("lift_forward: the buffer was not packed for this call (isa ") + cpu_isa_name(isa) + ", C=" +
         std::to_string(n.tokens) + ", c=" + std::to_string(n.hidden) + ", G=" + std::to_string(n.coarse) +
         ", F=" + std::to_string(n.fine) + "); pack it again for this isa, dtype and these sizes");
   }
@@ -348,14 +321,7 @@ void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t pac
   }
   call.packed = reinterpret_cast<const float*>(static_cast<const char*>(packed) + kHeaderBytes);
   call.layout = lift_forward_layout(n, isa);
-  switch (isa) {
-#if defined(__x86_64__)
-    case LiftForwardIsa::avx512_bf16: lift_forward_run_avx512_bf16(call); break;
-    case LiftForwardIsa::avx512: lift_forward_run_avx512(call); break;
-    case LiftForwardIsa::avx2: lift_forward_run_avx2(call); break;
-#endif
-    default: lift_forward_run_baseline(call); break;
-  }
+  HalfKernels::of(isa).run(call);
   lift_forward_scratch_trim();
 }
 

@@ -14,9 +14,10 @@
 #include <string>
 #include <vector>
 
+#include "isa.hpp"
+
 namespace lift_fast {
 
-enum class LiftForwardIsa : std::int32_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 enum class LiftForwardType : std::int32_t { float32 = 0, bfloat16 = 1 };
 
 struct LiftForwardChannels {
@@ -25,6 +26,9 @@ struct LiftForwardChannels {
   std::int64_t coarse;  // G: channels of g
   std::int64_t fine;    // F: channels of f
 };
+
+// Not shared between instruction sets.
+namespace {
 
 // Minimal filtering of the phases' two taps in one dimension, `tile` outputs from tile + 1 points: point 0 multiplies
 // tap 0, the last point tap 1, those between multiply both.
@@ -39,6 +43,8 @@ constexpr bool fine_needed(int phase, int points, int point, int sub) {
   return false;
 }
 
+}  // namespace
+
 // How a packed buffer is laid out. All offsets and sizes in 32-bit words; a word holds one float32 weight or a pair of
 // bfloat16 weights of neighbouring input channels. A K block is 16 words: one cache line of activations.
 struct LiftForwardLayout {
@@ -48,19 +54,16 @@ struct LiftForwardLayout {
   std::int64_t conv_tile;     // 4: F(4x4, 3x3); 2: F(2x2, 3x3)
   std::int64_t hidden_width;  // c rounded up to whole panels and K blocks
   std::int64_t token_blocks, coarse_blocks, fine_blocks, hidden_blocks;
+  std::int64_t coarse_side_blocks;  // tokens and coarse
+  std::int64_t phase_blocks;        // and the four sub-pixels of fine
   std::int64_t hidden_panels, token_panels;
   std::int64_t phase_panel_words;  // one (phase, panel): its points one after the other
   std::int64_t conv_panel_words;
   std::int64_t out_panel_words;
   std::int64_t edge_at, phase_at, conv_bias_at, conv_at, out_bias_at, out_at, end;
-
-  std::int64_t coarse_side_blocks() const { return token_blocks + coarse_blocks; }
-  std::int64_t phase_blocks() const { return coarse_side_blocks() + 4 * fine_blocks; }
-  std::int64_t phase_points() const { return (phase_tile + 1) * (phase_tile + 1); }
-  std::int64_t conv_points() const { return (conv_tile + 2) * (conv_tile + 2); }
 };
 
-LiftForwardLayout lift_forward_layout(const LiftForwardChannels& channels, LiftForwardIsa isa);
+LiftForwardLayout lift_forward_layout(const LiftForwardChannels& channels, CpuIsa isa);
 
 struct LiftForwardWeights {
   const double* phase;      // [2, 2, 2, 2, C + G, c]
@@ -85,22 +88,19 @@ struct LiftForwardCall {
   int threads;
 };
 
-const char* lift_forward_isa_name(LiftForwardIsa isa);
 // What this CPU and build can run, best first; for float32 without the bfloat16 arithmetic.
-std::vector<LiftForwardIsa> lift_forward_isas(LiftForwardType type);
-LiftForwardIsa lift_forward_isa(const std::string& name, LiftForwardType type);
+std::vector<CpuIsa> lift_forward_isas(LiftForwardType type);
+CpuIsa lift_forward_isa(const std::string& name, LiftForwardType type);
 LiftForwardType lift_forward_type(const std::string& name);
 
-std::int64_t lift_forward_packed_size(const LiftForwardChannels& channels, LiftForwardType type, LiftForwardIsa isa);
-void lift_forward_pack(const LiftForwardWeights& weights, const LiftForwardChannels& channels, LiftForwardType type, LiftForwardIsa isa,
+std::int64_t lift_forward_packed_size(const LiftForwardChannels& channels, LiftForwardType type, CpuIsa isa);
+void lift_forward_pack(const LiftForwardWeights& weights, const LiftForwardChannels& channels, LiftForwardType type, CpuIsa isa,
                   void* packed, std::int64_t packed_bytes);
-void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, LiftForwardIsa isa);
+void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, CpuIsa isa);
 
-// One per translation unit.
-void lift_forward_run_baseline(const LiftForwardCall& call);
-void lift_forward_run_avx2(const LiftForwardCall& call);
-void lift_forward_run_avx512(const LiftForwardCall& call);
-void lift_forward_run_avx512_bf16(const LiftForwardCall& call);
+struct LiftForwardKernel {
+  void (*run)(const LiftForwardCall& call);
+};
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call (so that no call pays page faults twice) up
 // to lift_forward_scratch_kept bytes; a larger one is released when the call ends.

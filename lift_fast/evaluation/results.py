@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ class Estimate:
     def as_list(self) -> list[float]:
         """``[value, low, high]``, as JSON holds it."""
         return [self.value, self.low, self.high]
+
+    @classmethod
+    def of(cls, entry: Sequence[float | None] | None) -> Estimate | None:
+        """The other way round; None without a value."""
+        if entry is None or entry[0] is None:
+            return None
+        value, low, high = (math.nan if part is None else part for part in entry)
+        return cls(value, low, high)
 
 
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
@@ -127,37 +136,6 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
         raise ValueError(f"{path} holds no {wanted}" + (f", but of {found}" if found else ""))
     result: dict[str, Any] = content
     return result
-
-
-def check_same(path: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with results that were made with other options, or depend on something else but the date.
-
-    Args:
-        path: of the file, for the message.
-        before: its content.
-        now: the content that a new run begins with; both have ``"options"`` and ``"record"``.
-
-    Raises:
-        ValueError: naming what differs, or what ``before`` lacks of the objects that ``now`` holds.
-    """
-    lacking = [name for name in now if isinstance(now[name], dict) and not isinstance(before.get(name), dict)]
-    if lacking:
-        raise ValueError(
-            f"{path} cannot be gone on with: it holds no {', '.join(lacking)} as such results have them; give another "
-            "file, or delete it to begin anew"
-        )
-
-    def relevant(content: dict[str, Any]) -> dict[str, Any]:
-        record = {name: value for name, value in content["record"].items() if name != "date"}
-        plain: dict[str, Any] = as_json({**content["options"], **record})
-        return plain
-
-    old, new = relevant(before), relevant(now)
-    other = [name for name in new if old.get(name) != new[name]] + [name for name in old if name not in new]
-    if other:
-        raise ValueError(
-            f"{path} holds results with other {', '.join(other)}; give another file, or delete it to begin anew"
-        )
 
 
 def as_json(value: Any) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lift_fast import devices
 from lift_fast.backbones import FrozenViT, load_backbone
 from lift_fast.checkpoints import fit_lift, lift_state_dict, plain_name, save_lift
-from lift_fast.distributed import World, resolve_device
+from lift_fast.distributed import World
 from lift_fast.images import check_size, list_images
 from lift_fast.lift import LiFT
 
@@ -70,7 +71,7 @@ class LiftTrainer(Trainer):
 
     def __init__(self, settings: TrainingSettings, world: World) -> None:
         self.settings, self.schedule, self.world = settings, Schedule.of(settings), world
-        self.device = resolve_device(settings.device, world)
+        self.device = devices.resolve(settings.device, world.local_rank)
         precision = resolve_precision(settings.precision, self.device)
         self.precision = str(precision).removeprefix("torch.")
 
@@ -141,8 +142,8 @@ class LiftTrainer(Trainer):
         if self.settings.sync_batchnorm and self.world.size > 1:
             synchronize(objective, self.device)
         if self.world.size > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
+            own = [self.device.index] if self.device.type == "cuda" else None
+            objective = nn.parallel.DistributedDataParallel(objective, device_ids=own)
         return torch.compile(objective, dynamic=False) if self.settings.compile else objective  # type: ignore[return-value]
 
     def _check_size(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lift_fast._files import atomic_path
 from lift_fast.evaluation.methods import Batch, Features
-from lift_fast.evaluation.results import Estimate, bootstrap
+from lift_fast.evaluation.results import Estimate, as_json, bootstrap, save_json
+from lift_fast.evaluation.resume import Journal, load_same
 from lift_fast.images import read_image, resize, to_tensor
 
-from .journal import CKARun
 from .metric import StreamingCKA, centres, linear_cka, sample
 
+PROTOCOL = "cka"
 SIZES = (56, 112, 224, 448)
+_SAVE_SECONDS = 30.0
 
 
 def scale_invariance(
@@ -74,6 +78,10 @@ def scale_invariance(
         raise ValueError(f"grid must be at least 2, for CKA needs several positions, got {grid}")
     if len(set(sizes)) < len(sizes):
         raise ValueError(f"each size once, got {', '.join(map(str, sizes))}")
+
+    def normalise(image: Image.Image) -> Tensor:
+        return to_tensor(image, mean, std).to(device=device, dtype=dtype)
+
     positions = centres(grid, grid)
     pooled = {(name, size): StreamingCKA() for name, _ in methods for size in sizes}
     options = {
@@ -83,61 +91,101 @@ def scale_invariance(
         "grid": grid,
         "photographs": [_name(path, root) for path in paths],
     }
-    run = CKARun(out, options, record or {}, pooled)
-    if run.finished is not None:
+    head = {"protocol": PROTOCOL, "options": options, "record": record or {}}
+    finished: dict[str, Any] | None = load_same(out, head)
+    if finished is not None:
         progress(len(paths))
-        return run.finished
+        return finished
+    # The sums are matrices of C x C, too large for JSON.
+    partial = out and out.with_suffix(".partial.pt")
+    journal = Journal(
+        partial, {**head, "skipped": {}, "rows": {}, "sums": []}, _SAVE_SECONDS, _read_partial, _write_partial
+    )
+    if journal.before is not None:
+        journal.content.update({name: journal.before[name] for name in ("skipped", "rows")})
+        for one, state in zip(pooled.values(), journal.before["sums"], strict=True):
+            one.restore(state)
+    journal.content["sums"] = list(pooled.values())
+    rows: dict[str, list[float]] = journal.content["rows"]
+    skipped: dict[str, str] = journal.content["skipped"]
     for path in paths:
         name = _name(path, root)
-        if name in run.rows or name in run.skipped:
-            progress(1)
-            continue
-        try:
-            image = read_image(path, upright=False)
-        except (OSError, ValueError) as error:
-            run.add(name, str(error))
-            progress(1)
-            continue
-        batches = {
-            size: Batch(_square(image, size, mean, std).to(device=device, dtype=dtype)) for size in {*sizes, reference}
-        }
-        pairs = []
-        for _, method in methods:
-            target = sample(method(batches[reference]), positions, (reference, reference))
-            pairs += [(sample(method(batches[size]), positions, (size, size)), target) for size in sizes]
-        row = [linear_cka(*pair) for pair in pairs]
-        # After everything that may fail: a picture's part is in all sums or in none.
-        for total, pair in zip(pooled.values(), pairs, strict=True):
-            total.update(*pair)
-        run.add(name, row)
+        if name not in rows and name not in skipped:
+            try:
+                image = read_image(path, upright=False)
+            except (OSError, ValueError) as error:
+                skipped[name] = str(error)
+            else:
+                rows[name] = _measure(methods, image, pooled, positions, reference, normalise)
+            journal.save()
         progress(1)
-    scores = list(run.rows.values())
-    if not scores:
-        raise ValueError(
-            f"none of {len(paths)} pictures could be read: {next(iter(run.skipped.values()), 'none given')}"
-        )
-    estimates = _means(scores, seed)
+    if not rows:
+        raise ValueError(f"none of {len(paths)} pictures could be read: {next(iter(skipped.values()), 'none given')}")
+    estimates = _means(list(rows.values()), seed)
     curves: dict[str, dict[str, Any]] = {name: {} for name, _ in methods}
     for (name, size), estimate in zip(pooled, estimates, strict=True):
         curves[name][str(size)] = {"cka": estimate.as_list(), "pooled": pooled[name, size].value()}
+    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in methods}
+    for index, (method, size) in enumerate(pooled):
+        scores[method][str(size)] = {name: row[index] for name, row in rows.items()}
     content = {
+        **head,
         "estimator": "linear, biased",
         "reference": reference,
         "sizes": list(sizes),
         "grid": grid,
-        "pictures": len(scores),
+        "pictures": len(rows),
         "curves": curves,
+        "skipped": skipped,
+        "scores": scores,
     }
-    return run.finish(content)
+    if out is not None and partial is not None:
+        save_json(out, content)
+        partial.unlink(missing_ok=True)
+    return content
+
+
+def _measure(
+    methods: Sequence[tuple[str, Callable[[Batch], Features]]],
+    image: Image.Image,
+    pooled: dict[tuple[str, int], StreamingCKA],
+    positions: Tensor,
+    reference: int,
+    normalise: Callable[[Image.Image], Tensor],
+) -> list[float]:
+    """CKA of one image in the order of ``pooled``, method after method, whose sums take it up."""
+    sizes = list(dict.fromkeys(size for _, size in pooled))
+    batches = {size: Batch(normalise(resize(image, (size, size)))) for size in {*sizes, reference}}
+    pairs = []
+    for _, method in methods:
+        target = sample(method(batches[reference]), positions, (reference, reference))
+        pairs += [(sample(method(batches[size]), positions, (size, size)), target) for size in sizes]
+    row = [linear_cka(*pair) for pair in pairs]
+    # After everything that may fail: an image's part is in all sums or in none.
+    for total, pair in zip(pooled.values(), pairs, strict=True):
+        total.update(*pair)
+    return row
+
+
+def _read_partial(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**json.loads(state["text"]), "rows": dict(state["rows"]), "sums": list(state["sums"])}
+    except Exception as error:
+        raise ValueError(f"{path} cannot be resumed ({type(error).__name__}); delete it to start over") from error
+
+
+def _write_partial(path: Path, content: dict[str, Any]) -> None:
+    # Text, for the reader of tensors takes plain values alone.
+    text = json.dumps(as_json({name: content[name] for name in ("protocol", "options", "record", "skipped")}))
+    state = {"text": text, "rows": content["rows"], "sums": [one.state() for one in content["sums"]]}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _name(path: Path, root: Path | None) -> str:
     """What results know a picture by."""
     return str(path) if root is None or path == root else path.relative_to(root).as_posix()
-
-
-def _square(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return to_tensor(resize(image, (size, size)), mean, std)
 
 
 def _means(scores: list[list[float]], seed: int) -> list[Estimate]:

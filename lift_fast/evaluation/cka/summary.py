@@ -42,7 +42,7 @@ def table(content: dict[str, Any]) -> Table:
     """CKA by method and size."""
     rows = []
     for name, curve in content["curves"].items():
-        cells = [Estimate(*(math.nan if v is None else v for v in curve[str(s)]["cka"])) for s in content["sizes"]]
+        cells = [Estimate.of(curve[str(size)]["cka"]) for size in content["sizes"]]
         rows.append((name, cells))
     title = f"Linear CKA with the features at {content['reference']} pixels, {content['pictures']} pictures"
     return Table(title, [Column(f"{size}", digits=3) for size in content["sizes"]], rows)

@@ -2,7 +2,7 @@
 
 from .dataset import Box, BoxDataSet, Sample, read_coco, read_voc
 from .protocol import RULES, Discovery, Prediction, Prepared, discover, iou, judge, overlaps, prepare
-from .run import Journal, evaluate
+from .run import evaluate
 from .sheet import draw_discovery
 from .summary import corloc, table
 
@@ -11,7 +11,6 @@ __all__ = [
     "Box",
     "BoxDataSet",
     "Discovery",
-    "Journal",
     "Prediction",
     "Prepared",
     "Sample",

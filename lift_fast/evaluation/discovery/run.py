@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,71 +11,14 @@ from PIL import Image
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features
-from lift_fast.evaluation.results import as_json, save_json
+from lift_fast.evaluation.results import save_json
+from lift_fast.evaluation.resume import Lines, settings_of
 from lift_fast.evaluation.tokencut import EPS, NotFiniteError
 from lift_fast.images import read_image
 
 from .dataset import BoxDataSet, Sample
 from .protocol import Discovery, Prediction, discover, judge, prepare
 from .summary import corloc
-
-
-class Journal:
-    """Predictions in a file that grows by one line for each picture, so that an interrupted run goes on.
-
-    The first line holds the settings; a file of other settings is refused. A last line that an interruption cut off is
-    dropped.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: if the file was written with other settings, or is no journal.
-        """
-        self.path = Path(path)
-        self.done: dict[str, Prediction] = {}
-        header = json.dumps({"settings": settings}, sort_keys=True)
-        if self.path.exists():
-            self._read(header)
-        else:
-            self.path.write_text(header + "\n", "utf-8")
-
-    def _read(self, header: str) -> None:
-        content = self.path.read_text("utf-8")
-        lines = content.splitlines()
-        if not lines or lines[0] != header:
-            raise ValueError(
-                f"{self.path} was written with other settings{_differing(lines[:1], header)}; give another --out, or "
-                "delete it to begin anew"
-            )
-        whole = lines[1:] if content.endswith("\n") else lines[1:-1]
-        for number, line in enumerate(whole, 2):
-            try:
-                entry = json.loads(line)
-                x0, y0, x1, y1 = entry.pop("box")
-                self.done[entry["name"]] = Prediction(box=(x0, y0, x1, y1), **entry)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is no prediction: {error}; delete the file to begin anew"
-                ) from error
-        if not content.endswith("\n"):
-            self.path.write_text("\n".join([header, *whole]) + "\n", "utf-8")
-
-    def add(self, prediction: Prediction) -> None:
-        """Append a line."""
-        self.done[prediction.name] = prediction
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(prediction)) + "\n")
-
-
-def _differing(there: list[str], header: str) -> str:
-    """The names of the settings that are not the same, for a message; nothing if the line holds none."""
-    try:
-        (old, new) = (json.loads(line)["settings"] for line in (*there, header))
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return ", or is no journal of this command"
-    return f" ({', '.join(names)})"
 
 
 def evaluate(
@@ -126,48 +67,42 @@ def evaluate(
         "rule": rule,
     }
     skipped = dict(data.skipped)
-    settings = {**options, **{k: v for k, v in (record or {}).items() if k != "date"}}
-    del settings["methods"]
+    settings = settings_of({name: value for name, value in options.items() if name != "methods"}, record or {})
     journals = {
-        name: None if out is None else Journal(out.with_suffix(f".{name}.jsonl"), as_json({**settings, "method": name}))
+        name: Lines(out and out.with_suffix(f".{name}.jsonl"), {**settings, "method": name}, _prediction, asdict)
         for name, _ in methods
     }
     predictions: dict[str, list[Prediction]] = {name: [] for name, _ in methods}
-    for sample in data.samples:
-        before = {name: _done(journals[name]).get(sample.name) for name, _ in methods}
-        missing = [(name, run) for name, run in methods if before[name] is None]
-        try:
-            image = read_image(sample.path, upright=False) if missing else None
-        except (OSError, ValueError) as error:
-            skipped[sample.name] = str(error)
-            progress(1)
-            continue
+
+    def look(sample: Sample) -> None:
+        known = {name: lines.done[sample.name] for name, lines in journals.items() if sample.name in lines.done}
         found: dict[str, Discovery] = {}
-        if image is not None:
+        if len(known) < len(methods):
+            try:
+                image = read_image(sample.path, upright=False)
+            except (OSError, ValueError) as error:
+                skipped[sample.name] = str(error)
+                return
             prepared = prepare(image, backbone, resolution, rule)
-            for name, run in missing:
+            for name, method in methods:
                 try:
-                    found[name] = discover(image, prepared, run, tau=tau, eps=eps)
+                    if name not in known:
+                        found[name] = discover(image, prepared, method, tau=tau, eps=eps)
                 except NotFiniteError as error:
                     # Left out for all methods, or their figures would be of different pictures.
                     skipped.setdefault(sample.name, f"{name}: {error}")
-        if sample.name in skipped:
-            progress(1)
-            continue
-        for name, known in before.items():
-            if known is not None:
-                predictions[name].append(known)
-        if image is None:
-            progress(1)
-            continue
-        square = (image.size, resolution) if resolution is not None and rule == "published" else None
-        for name, discovery in found.items():
-            prediction = judge(sample, discovery.box, discovery.cut.degenerate, square)
+            if sample.name in skipped:
+                return
+            square = (image.size, resolution) if resolution is not None and rule == "published" else None
+            for name, discovery in found.items():
+                known[name] = judge(sample, discovery.box, discovery.cut.degenerate, square)
+                journals[name].add(sample.name, known[name])
+                show(name, sample, image, discovery, known[name])
+        for name, prediction in known.items():
             predictions[name].append(prediction)
-            journal = journals[name]
-            if journal is not None:
-                journal.add(prediction)
-            show(name, sample, image, discovery, prediction)
+
+    for sample in data.samples:
+        look(sample)
         progress(1)
     if not any(predictions.values()):
         reason = next(iter(skipped.items()), ("", "the list is empty"))
@@ -185,5 +120,6 @@ def evaluate(
     return content
 
 
-def _done(journal: Journal | None) -> dict[str, Prediction]:
-    return {} if journal is None else journal.done
+def _prediction(entry: dict[str, Any]) -> Prediction:
+    x0, y0, x1, y1 = entry.pop("box")
+    return Prediction(box=(x0, y0, x1, y1), **entry)

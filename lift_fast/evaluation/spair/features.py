@@ -48,6 +48,10 @@ class ImageFeatures:
                 if tensors:
                     self._compute(tensors)
 
+    def look(self, path: Path) -> tuple[int, int] | str:
+        """(width, height) of an image that has been loaded, or what is wrong with it."""
+        return self.problems.get(path) or self.sizes[path]
+
     def keep(self, paths: Iterable[Path]) -> None:
         """Forget all others."""
         wanted = set(paths)

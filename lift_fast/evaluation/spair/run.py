@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation import results
 from lift_fast.evaluation.methods import Features, Method
+from lift_fast.evaluation.resume import Journal, new_result
 from lift_fast.images import read_image
 
 from .dataset import Filters, Pair, Selection, SPair
@@ -102,9 +102,9 @@ def evaluate(
         batch_size: pictures that go through the backbone at one time.
         cache_bytes: descriptors that are kept; where a category's pictures need more, it is done in parts.
         out: file for the result, written after each category too; one that is there and was made with the same
-            ``record`` and options is gone on with.
+            ``record`` and options is resumed.
         record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
-            must be the same when going on.
+            must be the same to resume.
         progress: called with the number of pairs that have been done.
 
     Returns:
@@ -140,96 +140,104 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "placement": protocol.placement,
     }
-    run = _Run(out, options, record or {}, selection, dataset)
+    begun = new_result(
+        PROTOCOL,
+        options,
+        record,
+        draws=None,
+        skipped=dict(selection.skipped),
+        left_out={},
+        remarks=dict(selection.remarks),
+    )
+    journal = Journal(out, begun, seconds=0)
+    left_out = _LeftOut(dataset, journal.content)
+    _resume(journal, selection, left_out)
     if pairs_per_category is not None:
-        run.content["draws"] = [
+        journal.content["draws"] = [
             {category: [pair.name for pair in pairs] for category, pairs in by_category.items()}
             for by_category in draws(selection, pairs_per_category, seeds, draw)
         ]
     # A pair's score is the same in every draw.
     wanted = drawn(selection, pairs_per_category, seeds, draw)
     for size in sizes:
+        by_method = {method.name: journal.part(size, method.name) for method in methods}
         for category, pairs in wanted.items():
-            if run.has(size, category, pairs):
+            names = {pair.name for pair in pairs} - left_out.pairs.keys()
+            if all(category in found and names <= found[category].keys() for found in by_method.values()):
                 progress(len(pairs))
                 continue
             pictures = ImageFeatures(methods, backbone, size, batch_size, cache_bytes)
             with torch.inference_mode():
-                run.add(size, category, _score(pictures, pairs, protocol, run, progress))
-    return run.finish()
+                scores = _score(pictures, pairs, protocol, left_out, progress)
+            for method, found in by_method.items():
+                found[category] = scores[method]
+            journal.save()
+    summary = summarise(journal.content)
+    for category in selection.categories:
+        if not summary["pairs"].get(category):
+            left_out.reasons.setdefault(category, "empty category: no usable pair left")
+    return journal.finish(complete=True, summary={**summary, "skipped": len(left_out.reasons)})
 
 
-class _Run:
-    """What has been measured so far, in memory and on disk."""
+class _LeftOut:
+    """Pairs that cannot be used, and what is wrong with the files because of which."""
 
-    def __init__(
-        self, out: Path | None, options: dict[str, Any], record: dict[str, Any], selection: Selection, dataset: SPair
-    ) -> None:
-        self.out, self.dataset = out, dataset
-        self.content: dict[str, Any] = {
-            "protocol": PROTOCOL,
-            "complete": False,
-            "options": options,
-            "record": record,
-            "scores": {},
-            "draws": None,
-            "skipped": dict(selection.skipped),
-            "left_out": {},
-            "remarks": dict(selection.remarks),
-        }
-        if out is not None and out.exists():
-            before = results.load_json(out, PROTOCOL)
-            results.check_same(out, before, self.content)
-            # Annotations may have been spoilt or repaired since, and so may pictures.
-            known = {pair.name for pairs in selection.pairs.values() for pair in pairs}
-            for size, by_method in before["scores"].items():
-                for method, by_category in by_method.items():
-                    for category, scores in by_category.items():
-                        sound = {name: row for name, row in scores.items() if name in known}
-                        self._scores(size, method)[category] = sound
-            again = [pair for pairs in selection.pairs.values() for pair in pairs if pair.name in before["left_out"]]
-            for pair in again:
-                _check_pictures(pair, self)
+    def __init__(self, dataset: SPair, content: dict[str, Any]) -> None:
+        self.dataset = dataset
+        self.pairs: dict[str, str] = content["left_out"]
+        self.reasons: dict[str, str] = content["skipped"]
 
-    def has(self, size: int, category: str, pairs: Sequence[Pair]) -> bool:
-        wanted = {pair.name for pair in pairs} - set(self.content["left_out"])
-        done = [self._scores(size, method).get(category) for method in self.content["options"]["methods"]]
-        return all(one is not None and wanted <= set(one) for one in done)
+    def check(self, pair: Pair, look: Callable[[Path], tuple[int, int] | str]) -> bool:
+        """Whether a pair can be used; ``look`` gives (width, height) of an image, or says what is wrong with it."""
+        for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
+            size = look(path)
+            where, reason = path, size
+            if not isinstance(size, str):
+                if said in (None, size):
+                    continue
+                there = f"{size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
+                where, reason = pair.annotation, f"{pair.annotation}: {path.name} is {there}"
+            name = self.dataset.below(where)
+            self.reasons.setdefault(name, reason)
+            self.pairs[pair.name] = name
+            return False
+        return True
 
-    def leave_out(self, pair: Pair, path: Path, reason: str) -> None:
-        name = self.dataset.below(path)
-        self.content["skipped"].setdefault(name, reason)
-        self.content["left_out"][pair.name] = name
 
-    def add(self, size: int, category: str, scores: dict[str, dict[str, list[int]]]) -> None:
-        for method, by_pair in scores.items():
-            self._scores(size, method)[category] = by_pair
-        if self.out is not None:
-            results.save_json(self.out, self.content)
+def _resume(journal: Journal, selection: Selection, left_out: _LeftOut) -> None:
+    """Take over what was scored before, and look again at what was left out."""
+    if journal.before is None:
+        return
+    # Annotations may have been spoilt or repaired since, and so may images.
+    pairs = {pair.name: pair for pairs in selection.pairs.values() for pair in pairs}
+    for size, by_method in journal.before["scores"].items():
+        for method, by_category in by_method.items():
+            for category, scores in by_category.items():
+                sound = {name: row for name, row in scores.items() if name in pairs}
+                journal.part(size, method)[category] = sound
+    for name, pair in pairs.items():
+        if name in journal.before["left_out"]:
+            left_out.check(pair, _size)
 
-    def finish(self) -> dict[str, Any]:
-        self.content["complete"] = True
-        self.content["summary"] = summarise(self.content)
-        for category in self.content["options"]["categories"]:
-            if not self.content["summary"]["pairs"].get(category):
-                self.content["skipped"].setdefault(category, "empty category: no usable pair left")
-        self.content["summary"]["skipped"] = len(self.content["skipped"])
-        if self.out is not None:
-            results.save_json(self.out, self.content)
-        return self.content
 
-    def _scores(self, size: int | str, method: str) -> dict[str, dict[str, list[int]]]:
-        found: dict[str, dict[str, list[int]]] = self.content["scores"].setdefault(str(size), {}).setdefault(method, {})
-        return found
+def _size(path: Path) -> tuple[int, int] | str:
+    try:
+        return read_image(path).size
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _score(
-    pictures: ImageFeatures, pairs: Sequence[Pair], protocol: Protocol, run: _Run, progress: Callable[[int], object]
+    pictures: ImageFeatures,
+    pairs: Sequence[Pair],
+    protocol: Protocol,
+    left_out: _LeftOut,
+    progress: Callable[[int], object],
 ) -> dict[str, dict[str, list[int]]]:
     """Counts by method and pair."""
     scores: dict[str, dict[str, list[int]]] = {method.name: {} for method in pictures.methods}
     for part in _parts(pictures, pairs):
-        sound = [pair for pair in part if _usable(pair, pictures, run)]
+        sound = [pair for pair in part if left_out.check(pair, pictures.look)]
         progress(len(part) - len(sound))
         for method in pictures.methods:
             for group in _groups(sound, pictures, method.name):
@@ -259,36 +267,6 @@ def _parts(pictures: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair
         pictures.keep(needed)
         pictures.load(needed)
         yield part
-
-
-def _usable(pair: Pair, pictures: ImageFeatures, run: _Run) -> bool:
-    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
-        if path in pictures.problems:
-            run.leave_out(pair, path, pictures.problems[path])
-            return False
-        if (reason := _other_size(pair, path, said, pictures.sizes[path])) is not None:
-            run.leave_out(pair, pair.annotation, reason)
-            return False
-    return True
-
-
-def _check_pictures(pair: Pair, run: _Run) -> None:
-    """Leave a pair out if its pictures cannot be used."""
-    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
-        try:
-            size = read_image(path).size
-        except (OSError, ValueError) as error:
-            run.leave_out(pair, path, str(error))
-            return
-        if (reason := _other_size(pair, path, said, size)) is not None:
-            run.leave_out(pair, pair.annotation, reason)
-            return
-
-
-def _other_size(pair: Pair, path: Path, said: tuple[int, int] | None, size: tuple[int, int]) -> str | None:
-    if said in (None, size):
-        return None
-    return f"{pair.annotation}: {path.name} is {size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
 
 
 def _groups(pairs: Sequence[Pair], pictures: ImageFeatures, method: str) -> Iterator[list[Pair]]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation import results
 from lift_fast.evaluation.methods import Method
+from lift_fast.evaluation.resume import Journal, new_result
 
-from .protocol import Score, WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
+from .protocol import WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
 from .summary import summarise
 
 PROTOCOL = "warp"
-_SAVE_SECONDS = 20.0
 
 
 def evaluate(
@@ -47,9 +46,9 @@ def evaluate(
         reference: method that the others are compared with photograph by photograph; None for no comparison.
         batch_size: pairs of views at one time.
         out: file for the result, written every few seconds too; one that is there and was made with the same
-            ``record`` and options is gone on with.
+            ``record`` and options is resumed.
         record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
-            must be the same when going on.
+            must be the same to resume.
         progress: called with the number of pairs that have been done.
 
     Returns:
@@ -79,79 +78,27 @@ def evaluate(
         "reference": reference,
         "photographs": [picture_name(path, root) for path in paths],
     }
-    run = _Run(out, options, record or {})
+    journal = Journal(out, new_result(PROTOCOL, options, record, skipped={}))
+    if journal.before is not None:
+        journal.content.update({name: journal.before[name] for name in ("scores", "skipped")})
+    skipped = journal.content["skipped"]
     normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
     for seed in range(seeds):
         for size in sizes:
-            todo = [path for path in paths if not run.has(seed, size, picture_name(path, root))]
+            found = {name: journal.part(seed, size, name) for name in names}
+            done = {*skipped, *set.intersection(*(set(scores) for scores in found.values()))}
+            todo = [path for path in paths if picture_name(path, root) not in done]
             progress(len(paths) - len(todo))
-            for group in _groups(read_views(todo, root, size, seed, protocol), batch_size):
-                sound = [(name, view) for name, view in group if not isinstance(view, str)]
-                for name, view in group:
-                    if isinstance(view, str):
-                        run.skip(name, view)
+            views = read_views(todo, root, size, seed, protocol)
+            while group := list(islice(views, batch_size)):
+                skipped.update({name: view for name, view in group if isinstance(view, str)})
+                sound = {name: view for name, view in group if not isinstance(view, str)}
                 if sound:
                     with torch.inference_mode():
-                        scores = evaluate_batch(methods, [view for _, view in sound], size, normalise, protocol)
-                    run.add(seed, size, [name for name, _ in sound], scores)
+                        scores = evaluate_batch(methods, list(sound.values()), size, normalise, protocol)
+                    for method, values in scores.items():
+                        rows = [[*one.pck, one.error, one.median] for one in values]
+                        found[method].update(zip(sound, rows, strict=True))
+                    journal.save()
                 progress(len(group))
-    return run.finish()
-
-
-class _Run:
-    """What has been measured so far, in memory and on disk."""
-
-    def __init__(self, out: Path | None, options: dict[str, Any], record: dict[str, Any]) -> None:
-        self.out, self.saved = out, time.monotonic()
-        self.content: dict[str, Any] = {
-            "protocol": PROTOCOL,
-            "complete": False,
-            "options": options,
-            "record": record,
-            "scores": {},
-            "skipped": {},
-        }
-        if out is not None and out.exists():
-            before = results.load_json(out, PROTOCOL)
-            results.check_same(out, before, self.content)
-            self.content["scores"], self.content["skipped"] = before["scores"], before["skipped"]
-
-    def has(self, seed: int, size: int, name: str) -> bool:
-        return name in self.content["skipped"] or all(
-            name in self._scores(seed, size, method) for method in self.content["options"]["methods"]
-        )
-
-    def skip(self, name: str, reason: str) -> None:
-        self.content["skipped"][name] = reason
-
-    def add(self, seed: int, size: int, names: Sequence[str], scores: dict[str, list[Score]]) -> None:
-        for method, values in scores.items():
-            into = self._scores(seed, size, method)
-            into.update({n: [*v.pck, v.error, v.median] for n, v in zip(names, values, strict=True)})
-        if self.out is not None and time.monotonic() - self.saved > _SAVE_SECONDS:
-            results.save_json(self.out, self.content)
-            self.saved = time.monotonic()
-
-    def finish(self) -> dict[str, Any]:
-        self.content["complete"] = True
-        self.content["summary"] = summarise(self.content)
-        if self.out is not None:
-            results.save_json(self.out, self.content)
-        return self.content
-
-    def _scores(self, seed: int, size: int, method: str) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = (
-            self.content["scores"].setdefault(str(seed), {}).setdefault(str(size), {}).setdefault(method, {})
-        )
-        return found
-
-
-def _groups(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+    return journal.finish(complete=True, summary=summarise(journal.content))

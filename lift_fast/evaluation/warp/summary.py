@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,19 +58,12 @@ def tables(content: dict[str, Any]) -> list[Table]:
     for size, entries in summary["sizes"].items():
         rows: list[tuple[str, list[Estimate | float | None]]] = []
         for method, entry in entries.items():
-            cells: list[Estimate | float | None] = [_estimate(entry[name]) for name in (*titles, "median")]
+            cells: list[Estimate | float | None] = [Estimate.of(entry[name]) for name in (*titles, "median")]
             if reference is not None:
                 difference = entry["difference"] or {}
-                cells += [_estimate(difference.get(title)) for title in titles[:2]]
+                cells += [Estimate.of(difference.get(title)) for title in titles[:2]]
             rows.append((method, cells))
         warps = "1 warp" if options["seeds"] == 1 else f"{options['seeds']} warps"
         heading = f"{size} pixels, {summary['photographs']} photographs, {warps} each"
         found.append(Table(heading, columns, rows))
     return found
-
-
-def _estimate(values: Sequence[float | None] | None) -> Estimate | None:
-    if values is None or values[0] is None:
-        return None
-    low, high = (math.nan if value is None else value for value in values[1:])
-    return Estimate(values[0], low, high)

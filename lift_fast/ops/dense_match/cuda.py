@@ -10,7 +10,6 @@ from torch import Tensor
 from ... import _native, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
-from .. import image_encoder_cuda
 
 # Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
 # of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
@@ -26,14 +25,8 @@ class When(NamedTuple):
     """whether the launch runs where the flag is not zero, or where it is"""
 
 
-def can_run(device: torch.device) -> tuple[bool, str]:
-    """Whether these kernels run on a device, and the reason if not. Initialises CUDA."""
-    return image_encoder_cuda.can_run(device)
-
-
 def _axis(strips: Strips) -> tuple[int, ...]:
-    parts = (strips.low, strips.high, strips.first, strips.weight)
-    return (strips.cells, strips.pixels, strips.count, *(part.data_ptr() for part in parts), strips.longest)
+    return (*strips.arguments(), strips.longest)
 
 
 def _factors(scales: Scales | None) -> tuple[int, int, int, int]:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ... import memory
-from .. import gpu_plan
+from ... import devices, memory
+from .plain import leads_back, reach
 
 if TYPE_CHECKING:
-    from ...kernels.nearest import Geometry, Rows
+    from ...kernels.nearest import Geometry
     from ...kernels.nearest_groups import Stream
+    from ...kernels.nearest_rows import Rows
 
 # Longest list of matches, and largest side of a window's grid, that the kernels take.
 MOST_MATCHES = 32
@@ -34,19 +35,14 @@ _SMALL = 1 << 23
 
 def can_run(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
     """Whether the kernels serve this request, and the reason if not. ``query [B, N, C]``, ``key [B, M, C]``."""
-    if query.device.type != "cuda":
-        return False, f"the descriptors are on {query.device}, not on a CUDA device"
-    return (
-        fits(query, key, k, window)
-        if gpu_plan.can_run(query.device, query.dtype)[0]
-        else gpu_plan.can_run(query.device, query.dtype)
-    )
+    runs, reason = devices.kernels_run(query.device, query.dtype)
+    return fits(query, key, k, window) if runs else (False, reason)
 
 
 def fits(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
     """:func:`can_run` without the question of the device."""
-    if query.dtype not in gpu_plan.DTYPES:
-        return False, f"the kernels compute in {', '.join(map(str, gpu_plan.DTYPES))}, not in {query.dtype}"
+    if query.dtype not in devices.KERNEL_DTYPES:
+        return False, f"the kernels compute in {', '.join(map(str, devices.KERNEL_DTYPES))}, not in {query.dtype}"
     if not 0 < query.shape[0] < 1 << 16 or 0 in query.shape or 0 in key.shape:
         return False, f"the kernels take no empty sets and at most 65535 pairs, got {list(query.shape)}"
     if max(query.shape[1], key.shape[1]) >= 1 << 30 or query.shape[2] >= 1 << 20:
@@ -58,18 +54,17 @@ def fits(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[
     return True, "Triton"
 
 
-def nearest_gpu(
+def search(
     query: Tensor,
     key: Tensor,
-    k: int,
+    depth: int,
     mutual: bool,
-    ratio: float | None,
     window: list[int] | None,
     normalize: bool,
     fast: bool = False,
     stream: Stream | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Result and arguments of :func:`lift_fast.ops.nearest.plain.nearest_plain`.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`lift_fast.ops.nearest.plain.search`.
 
     With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
     chosen ones are computed in float32 from the descriptors as given.
@@ -77,13 +72,11 @@ def nearest_gpu(
     ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
     :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
     """
-    from ...kernels import launch, nearest_groups
+    from ...kernels import launch, nearest_groups, nearest_rows
     from ...kernels import nearest as kernel
 
     query, key = query.contiguous(), key.contiguous()
-    # The ratio test needs the runner-up also where one match is asked for.
-    depth = k if ratio is None else max(k, 2)
-    forward, backward = _geometries(window, query.shape[1], key.shape[1])
+    forward, backward = _geometries(window, key.shape[1])
     exact = query.dtype == torch.float32
     searched = exact and normalize and window is None and (fast or query.shape[1] * key.shape[1] >= _SMALL)
     copy = torch.float16 if searched else None if exact else query.dtype
@@ -97,13 +90,11 @@ def nearest_gpu(
         assert window is None
         assert depth <= 2
         tile = stream.tile
-    queries = kernel.prepare(query, normalize, copy, tile.depth, searched and not fast)
-    keys = kernel.prepare(key, normalize, copy, tile.depth, searched and not fast)
-    back = good = None
+    queries = nearest_rows.prepare(query, normalize, copy, tile.depth, searched and not fast)
+    keys = nearest_rows.prepare(key, normalize, copy, tile.depth, searched and not fast)
     if searched and not fast:
         best, index = _search_float32(queries, keys, depth)
-        if mutual:
-            back = _search_float32(keys, queries, 1)[1][:, :, 0]
+        back = _search_float32(keys, queries, 1)[1] if mutual else None
     else:
         if stream is not None:
             best, index = _empty(queries, depth)
@@ -113,33 +104,22 @@ def nearest_gpu(
         else:
             best, index, first_tile = _search(queries, keys, depth, forward, both)
         if first_tile is not None:
-            good = kernel.mutual(queries, keys, index, first_tile, tile) != 0
-        elif mutual:
-            back = _search(keys, queries, 1, backward, False)[1][:, :, 0]
-    first = index[:, :, 0]
-    valid = first >= 0 if good is None else good
-    if back is not None:
-        rows = torch.arange(first.shape[1], device=first.device)
-        valid &= back.gather(1, first.clamp_min(0)) == rows
-    if ratio is not None:
-        # As in the plain version's `accept`.
-        valid &= 1 - best[:, :, 0] <= ratio**2 * (1 - best[:, :, 1])
-    return best[:, :, :k].contiguous(), index[:, :, :k].contiguous(), valid
+            return best, index, kernel.mutual(queries, keys, index, first_tile, tile) != 0
+        back = _search(keys, queries, 1, backward, False)[1] if mutual else None
+    return best, index, None if back is None else leads_back(back[:, :, 0], index)
 
 
-def _geometries(window: list[int] | None, n: int, m: int) -> tuple[Geometry | None, Geometry | None]:
+def _geometries(window: list[int] | None, m: int) -> tuple[Geometry | None, Geometry | None]:
     """The window as the queries and as the keys see it."""
     if window is None:
         return None, None
     from ...kernels.nearest import Geometry
 
-    radius, query_h, query_w, key_h, key_w = window
-    radius = min(radius, max(key_h, key_w))
-    reach = 2 * radius * query_h, 2 * radius * query_w
-    frames = m // (key_h * key_w)
+    _, query_h, query_w, key_h, key_w = window
+    cells, frames = reach(window), m // (key_h * key_w)
     return (
-        Geometry(query_h, query_w, key_h, key_w, *reach, 1, frames),
-        Geometry(key_h, key_w, query_h, query_w, *reach, frames, 1),
+        Geometry(query_h, query_w, key_h, key_w, *cells, 1, frames),
+        Geometry(key_h, key_w, query_h, query_w, *cells, frames, 1),
     )
 
 
@@ -166,7 +146,7 @@ def _search(
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
     """Cosines of float32 descriptors: bounds from float16 products, then float32 where they leave the match open."""
-    from ...kernels import launch
+    from ...kernels import launch, nearest_float32
     from ...kernels import nearest as kernel
 
     similarity, index = _empty(query, depth)
@@ -188,8 +168,8 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
         out = similarity[b : b + 1], index[b : b + 1]
         for first in range(0, n, portion):
             count = -(-min(portion, n - first) // tile.rows) * tile.rows
-            maxima = kernel.block_maxima(one, other, first, count, block, tile)
-            kernel.rescore(one, other, maxima, first, block, depth, chosen, *out)
+            maxima = nearest_float32.block_maxima(one, other, first, count, block, tile)
+            nearest_float32.rescore(one, other, maxima, first, block, depth, chosen, *out)
         # Queries with many equally good matches: few, or a device's work for all of them.
         one, other = one._replace(copy=None), other._replace(copy=None)
         kernel.finish(one, other, kernel.search(one, other, depth, last, chosen=chosen), *out, chosen)

@@ -1,4 +1,4 @@
-"""``nearest``: for each query descriptor its most similar key descriptors, without ever forming the N x M matrix."""
+"""``nearest`` in plain PyTorch, what every backend's search returns, and products beyond the range of their dtype."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ... import _env, _native, memory
-from .. import library
-
 # Bytes of similarities that exist at one time in the plain implementation.
 PRODUCT_BUDGET = 64 << 20
 # A shorter row counts as a zero vector of cosine 0; torch.nn.functional.normalize uses the same bound.
 NORM_FLOOR = 1e-12
-
-library.define(
-    "nearest(Tensor query, Tensor key, int k, bool mutual, float? ratio, int[]? window, bool normalize,"
-    " bool fast=False) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -47,27 +39,32 @@ def full_matmul_precision() -> Iterator[None]:
         yield
 
 
-def nearest_plain(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    mutual: bool,
-    ratio: float | None,
-    window: list[int] | None,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain PyTorch implementation: reference, baseline and fallback. ``query [B, N, C]``, ``key [B, M, C]``.
+def search(
+    query: Tensor, key: Tensor, depth: int, mutual: bool, window: list[int] | None, normalize: bool, fast: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ``depth`` most similar keys of each query, and which first ones lead back; every backend has this function.
 
     Similarities are computed in tiles of at most ``PRODUCT_BUDGET`` bytes. Equal similarities go to the lowest index.
+
+    Args:
+        query: ``[B, N, C]``.
+        key: ``[B, M, C]``.
+        depth: >= 1.
+        mutual: whether it is asked for that the best key's own best query is this one.
+        window: ``[radius, query_h, query_w, key_h, key_w]``; the keys are any number of grids one after the other.
+        normalize: cosines instead of dot products.
+        fast: that a backend may compare rounded products; this one does not.
+
+    Returns:
+        similarity ``[B, N, depth]`` float32 (float64 for float64), descending, and index ``[B, N, depth]`` int64; -inf
+        and -1 where there is no match. With ``mutual``, ``[B, N]`` bool: a match exists and leads back; else None.
     """
     batch, n, _ = query.shape
     m = key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    similarity = query.new_full((batch, n, k), -torch.inf, dtype=dtype)
-    index = torch.full((batch, n, k), -1, dtype=torch.int64, device=query.device)
-    valid = torch.zeros((batch, n), dtype=torch.bool, device=query.device)
-    # The ratio test needs the runner-up also where one match is asked for.
-    depth = k if ratio is None else max(k, 2)
+    similarity = query.new_full((batch, n, depth), -torch.inf, dtype=dtype)
+    index = torch.full((batch, n, depth), -1, dtype=torch.int64, device=query.device)
+    back = torch.full((batch, m), -1, dtype=torch.int64, device=query.device)
     columns = max(1, min(m, 1 << 14))
     rows = max(1, PRODUCT_BUDGET // (columns * dtype.itemsize))
     with full_matmul_precision():
@@ -75,10 +72,7 @@ def nearest_plain(
             queries, keys = query[b].to(dtype), key[b].to(dtype)
             if normalize:
                 queries, keys = unit_rows(queries), unit_rows(keys)
-            best = query.new_full((n, depth), -torch.inf, dtype=dtype)
-            best_index = torch.full((n, depth), -1, dtype=torch.int64, device=query.device)
-            back = query.new_full((m,), -torch.inf, dtype=dtype)
-            back_index = torch.full((m,), -1, dtype=torch.int64, device=query.device)
+            most = query.new_full((m,), -torch.inf, dtype=dtype)
             for row in range(0, n, rows):
                 row_slice = slice(row, row + rows)
                 for column in range(0, m, columns):
@@ -86,18 +80,24 @@ def nearest_plain(
                     tile = queries[row_slice] @ keys[column_slice].t()
                     tile.masked_fill_(~torch.isfinite(tile), -torch.inf)
                     if window is not None:
-                        tile.masked_fill_(_outside(window, row, column, tile), -torch.inf)
-                    _merge(best, best_index, row_slice, tile, column)
+                        tile.masked_fill_(outside(window, row, column, tile), -torch.inf)
+                    _merge(similarity[b], index[b], row_slice, tile, column)
                     if mutual:
                         value, position = tile.max(0)
-                        better = value > back[column_slice]
-                        back[column_slice] = torch.where(better, value, back[column_slice])
-                        back_index[column_slice] = torch.where(better, position + row, back_index[column_slice])
-            similarity[b], index[b] = best[:, :k], best_index[:, :k]
-            # Without keys there is no match to lead back.
-            found = back_index[best_index[:, 0].clamp_min(0)] if mutual and m else None
-            valid[b] = accept(best, best_index, found, ratio)
-    return similarity, index, valid
+                        better = value > most[column_slice]
+                        most[column_slice] = torch.where(better, value, most[column_slice])
+                        back[b, column_slice] = torch.where(better, position + row, back[b, column_slice])
+    return similarity, index, leads_back(back, index) if mutual else None
+
+
+def leads_back(back: Tensor, index: Tensor) -> Tensor:
+    """``[B, N]`` bool: which queries' first matches ``index [B, N, depth]`` have them as best query ``back [B, M]``."""
+    first = index[..., 0]
+    if not back.shape[1]:
+        # Without keys there is no match to lead back.
+        return first >= 0
+    rows = torch.arange(first.shape[1], device=first.device)
+    return (back.gather(1, first.clamp_min(0)) == rows) & (first >= 0)
 
 
 def _merge(best: Tensor, best_index: Tensor, rows: slice, tile: Tensor, column: int) -> None:
@@ -130,63 +130,25 @@ def _top(tile: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     return value, position.gather(1, order)
 
 
-def _outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
-    """Which pairs of a tile lie further apart on the grid than the window's radius."""
+def reach(window: list[int]) -> tuple[int, int]:
+    """The radius in y and x in units that keep cell centres whole numbers: 1 / (2 query_h key_h) of a grid's height."""
     radius, query_h, query_w, key_h, key_w = window
+    # A radius as long as the grid reaches every key; products of a longer one may pass 64 bits.
+    radius = min(radius, max(key_h, key_w))
+    return 2 * radius * query_h, 2 * radius * query_w
+
+
+def outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
+    """Which pairs of a tile lie further apart on the grid than the window's radius."""
+    _, query_h, query_w, key_h, key_w = window
     query = torch.arange(row, row + tile.shape[0], device=tile.device)[:, None]
     key = torch.arange(column, column + tile.shape[1], device=tile.device)[None]
-    # Cell centres compared in units that keep integers exact: (2 y' + 1) / key_h against (2 y + 1) / query_h.
+    # (2 y' + 1) / key_h against (2 y + 1) / query_h.
     key = key % (key_h * key_w)
     dy = (2 * (key // key_w) + 1) * query_h - (2 * (query // query_w) + 1) * key_h
     dx = (2 * (key % key_w) + 1) * query_w - (2 * (query % query_w) + 1) * key_w
-    return (dy.abs() > 2 * radius * query_h) | (dx.abs() > 2 * radius * query_w)
-
-
-def accept(best: Tensor, best_index: Tensor, back: Tensor | None, ratio: float | None) -> Tensor:
-    """Which queries keep their match, ``[..., N]`` bool.
-
-    Args:
-        best, best_index: ``[..., N, depth]``, depth >= 2 with ``ratio``.
-        back: ``[..., N]``, the query that is most similar to the best key, for the mutual check.
-        ratio: Lowe's ratio.
-    """
-    valid = best_index[..., 0] >= 0
-    if back is not None:
-        valid = valid & (back == torch.arange(back.shape[-1], device=back.device))
-    if ratio is not None:
-        # |a - b|^2 = 2 - 2 cos for unit vectors: Lowe's ratio of distances, squared. No runner-up (-inf) passes.
-        valid = valid & (1 - best[..., 0] <= ratio**2 * (1 - best[..., 1]))
-    return valid
-
-
-def _nearest_native(
-    query: Tensor, key: Tensor, k: int, mutual: bool, ratio: float | None, normalize: bool, fast: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the native core's fused similarity and top-k; the same result as :func:`nearest_plain` in float32."""
-    batch, n, channels = query.shape
-    m = key.shape[1]
-    depth = k if ratio is None else max(k, 2)
-    queries, keys = query.float().contiguous(), key.float().contiguous()
-    similarity = memory.empty((batch, n, depth), dtype=torch.float32, device="cpu")
-    index = memory.empty((batch, n, depth), dtype=torch.int64, device="cpu")
-    back = memory.empty((batch, n), dtype=torch.int64, device="cpu") if mutual else None
-    _native.require().nearest_f32(
-        _native.address(queries),
-        _native.address(keys),
-        batch,
-        n,
-        m,
-        channels,
-        normalize,
-        not fast,
-        depth,
-        _native.address(similarity),
-        _native.address(index),
-        0 if back is None else _native.address(back),
-        torch.get_num_threads(),
-        _env.cpu_isa(),
-    )
-    return similarity[..., :k].contiguous(), index[..., :k].contiguous(), accept(similarity, index, back, ratio)
+    reach_y, reach_x = reach(window)
+    return (dy.abs() > reach_y) | (dx.abs() > reach_x)
 
 
 def beyond_range(query: Tensor, key: Tensor) -> bool:
@@ -225,56 +187,13 @@ def within_range(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int]:
     return query, key, sum(exponents)
 
 
-def _nearest_beyond_range(
-    query: Tensor, key: Tensor, k: int, mutual: bool, ratio: float | None, window: list[int] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dot products that pass the range of the result are infinite there, and found by their true size."""
+def search_beyond_range(
+    query: Tensor, key: Tensor, depth: int, mutual: bool, window: list[int] | None, normalize: bool, fast: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`search` for dot products: those that pass the range of the result are infinite there, and found by their
+    true size."""
     queries, keys, exponent = within_range(query, key)
-    similarity, index, valid = nearest_plain(queries, keys, k, mutual, ratio, window, False)
+    similarity, index, returns = search(queries, keys, depth, mutual, window, normalize)
     half = exponent // 2
     similarity = similarity * 2.0**half * 2.0 ** (exponent - half)
-    return similarity.to(torch.promote_types(query.dtype, torch.float32)), index, valid
-
-
-def _nearest(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    mutual: bool,
-    ratio: float | None,
-    window: list[int] | None,
-    normalize: bool,
-    fast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from . import cpu, gpu  # they build on this module
-
-    query, key = library.resolved(query), library.resolved(key)
-    if not normalize and beyond_range(query, key):
-        return _nearest_beyond_range(query, key, k, mutual, ratio, window)
-    if window is not None and cpu.can_run(query, k, window)[0]:
-        return cpu.nearest_in_window(query, key, k, mutual, ratio, window, normalize)
-    fits = query.device.type == "cpu" and query.dtype != torch.float64 and window is None
-    if fits and _native.can_run()[0] and max(k, 2) <= _native.require().most_neighbours:
-        return _nearest_native(query, key, k, mutual, ratio, normalize, fast)
-    if gpu.can_run(query, key, k, window)[0]:
-        return gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast)
-    return nearest_plain(query, key, k, mutual, ratio, window, normalize)
-
-
-def _fake_nearest(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    mutual: bool,
-    ratio: float | None,
-    window: list[int] | None,
-    normalize: bool,
-    fast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n, _ = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    similarity = query.new_empty((batch, n, k), dtype=dtype)
-    return similarity, query.new_empty((batch, n, k), dtype=torch.int64), query.new_empty((batch, n), dtype=torch.bool)
-
-
-library.implement("nearest", _nearest, fake=_fake_nearest)
+    return similarity.to(torch.promote_types(query.dtype, torch.float32)), index, returns
