@@ -53,29 +53,15 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train. Under ``torchrun`` each process calls this and takes its share of every batch.
-
-    Writes to the schedule's ``out``: the trainer's own files; ``last.pth``, the state; ``log.csv``, a row for each
-    step. SIGINT and SIGTERM save before they end the run; a second one ends it at once. While it lasts no other
-    training can write there. PyTorch's default dtype and device have no effect.
+    """Train: what :func:`lift_fast.training.train` says of files, signals, resuming and errors holds for any trainer.
 
     Args:
-        build: makes the trainer of a process.
+        build: makes the trainer of this process.
         device: that the processes compute on; None is CUDA if there is one.
-        resume: go on from ``last.pth`` if there is one; bit-exact on the CPU, in mid-epoch too.
-        overwrite: begin anew although ``out`` holds a training.
-        quiet: no progress bar and no remarks.
+        resume, overwrite, quiet: as there.
 
     Returns:
-        The figures of :func:`lift_fast.training.train`, those of its trainer apart.
-
-    Raises:
-        ValueError: for what does not fit the images or the saved state, a saved state that is damaged, or a folder to
-            which another training writes; says what to do.
-        FileExistsError: if ``out`` holds a training and neither ``resume`` nor ``overwrite`` is given.
-        FloatingPointError: if the loss is no longer finite; what was saved before stays.
-        NotSaved: if something could not be written to ``out``, say for want of room; the same holds.
-        Interrupted: after SIGINT or SIGTERM.
+        The figures described there, with the trainer's own.
     """
     # PyTorch's optimiser makes its own tensors.
     with plain_defaults(), join_world(device) as world, ExitStack() as held:
