@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lift_fast._text import listed, named
-from lift_fast.lift_state import fit_lift, lift_state_dict
 from lift_fast.tensor_files import described, plain_tensor, weight_tensor
 
 FORMAT = 1

@@ -16,7 +16,6 @@ import torch
 
 from lift_fast._files import atomic_path
 from lift_fast.backbones import FrozenViT
-from lift_fast.lift_state import plain_name
 from lift_fast.tensor_files import read_tensor_file
 
 from .schema import FORMAT, check_parts, numpy_state
