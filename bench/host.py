@@ -40,10 +40,11 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     """name -> what to time. The first is the whole of which the following are parts, indented; then other operators."""
     from lift_fast import LiFT
     from lift_fast.kernels import cosine_loss, launch
-    from lift_fast.ops import nearest_gpu
     from lift_fast.ops.lift_forward import cache as plan_cache
     from lift_fast.ops.lift_forward import gpu as gpu_plan
     from lift_fast.ops.lift_forward import op as lift_forward
+    from lift_fast.ops.nearest import gpu as nearest_gpu
+    from lift_fast.ops.nearest.op import nearest_by
 
     dtype = torch.bfloat16
     lift = LiFT(384, 16).eval().requires_grad_(False).to(device, dtype)
@@ -74,7 +75,7 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
         "the same through the dispatcher": lambda: operator(imgs, tokens, *network[:2], *network[2], False, False),
         "one kernel, directly": lambda: cosine_loss.cosine_loss(given, given, None, loss, 0.5, 1e-12),
         "one kernel, through Triton": by_triton,
-        "nearest, 784 x 784 bf16": lambda: nearest_gpu.nearest_gpu(query, query, 1, False, None, None, True),
+        "nearest, 784 x 784 bf16": lambda: nearest_by(nearest_gpu.search, query, query, 1, False, None, None, True),
     }
 
 

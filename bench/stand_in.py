@@ -217,7 +217,7 @@ def _believe(device: Device, native: bool) -> None:
     """Let the package take CPU tensors for tensors of the device."""
     from lift_fast import _env, devices
     from lift_fast.kernels import launch
-    from lift_fast.ops import dense_match_cuda
+    from lift_fast.ops.dense_match import cuda as dense_match_cuda
     from lift_fast.ops.lift_forward import gpu as gpu_plan
     from lift_fast.ops.lift_forward import image_encoder_cuda
 

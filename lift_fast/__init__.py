@@ -5,6 +5,7 @@ Importing touches no CUDA device, compiles nothing and needs neither timm nor Tr
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from . import _interrupts
 
 # Before PyTorch loads, which takes seconds.
 _interrupts.quiet_start()
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    from . import _checkout
+
+    _checkout.enable()
 
 # At once: a later import of the submodule of the same name would hide the function.
 from .backends import backends  # noqa: E402
@@ -72,6 +78,7 @@ _LAZY = {
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }
+_SUBPACKAGES = ("backbones", "evaluation", "show", "training")
 
 
 def __getattr__(name: str) -> Any:
@@ -79,8 +86,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_LAZY[name], __name__), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

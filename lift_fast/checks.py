@@ -9,6 +9,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from ._text import shown
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Sizes, strides and counts reach the native core and PyTorch in 64 bits; what is larger is no count of anything.
 _MOST = 2**62
@@ -33,6 +35,17 @@ def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS
         raise TypeError(f"{name} must be dense, got {value.layout}; convert it with to_dense()")
 
 
+def as_whole(value: object) -> int | None:
+    """``value`` as an int if it is a whole number of Python's, NumPy's or the like, and no bool; else None."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        # Arrays have the method, and refuse.
+        return None
+
+
 def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     """``value`` as an int (a ``SymInt`` of a compiled graph stays one) from ``least`` to ``most``.
 
@@ -41,9 +54,7 @@ def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     """
     if isinstance(value, torch.SymInt):
         return value
-    whole = None
-    if not isinstance(value, (bool, Tensor)) and isinstance(value, SupportsIndex):
-        whole = operator.index(value)
+    whole = as_whole(value)
     if whole is None or whole < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {shown(value)}")
     if whole > most:
@@ -75,11 +86,3 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
-
-
-def shown(value: object) -> str:
-    """``value`` as messages print it: however large it is, a line at most."""
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:100]}..."

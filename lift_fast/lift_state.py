@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
+from ._text import listed, named
+from .tensor_files import described, misfits, plain_tensor, read_tensor_file, uncompiled, weight_tensor
 
 # Bounds what a file can make us build before its shapes are compared; the published networks have at most one.
 _MOST_EXTRA_BLOCKS = 64
@@ -29,18 +30,18 @@ def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[
             raise ValueError(f"{source}: the name of an entry is {described(given)}; expected text such as outc.weight")
         if isinstance(value, Mapping):
             raise ValueError(
-                f"{source}: entry {quoted(given)} is {described(value)}; expected a plain state dict of tensors, save "
+                f"{source}: entry {named(given)} is {described(value)}; expected a plain state dict of tensors, save "
                 "that entry alone if it is a LiFT's"
             )
         name = plain_name(given)
         if name in state:
-            raise ValueError(f"{source}: entry {quoted(name)} is there twice, as {quoted(given)} too")
+            raise ValueError(f"{source}: entry {named(name)} is there twice, as {named(given)} too")
         if name.endswith("num_batches_tracked"):
             state[name] = _counter(value, source, given)
             continue
         state[name] = weight_tensor(value, source, given)
         if name.endswith("running_var") and bool((state[name] < 0).any()):
-            raise ValueError(f"{source}: entry {quoted(given)} holds negative variances")
+            raise ValueError(f"{source}: entry {named(given)} holds negative variances")
     return state
 
 
@@ -73,7 +74,7 @@ def architecture(state: Mapping[str, Tensor], source: str | os.PathLike[str]) ->
     last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
     if last is None:
         raise ValueError(
-            f"{source} holds no LiFT: outc.weight is missing; its entries begin with {shown(sorted(state))}"
+            f"{source} holds no LiFT: outc.weight is missing; its entries begin with {listed(sorted(state))}"
         )
     for name, weight in (("outc.weight", last), ("image_convs_1.0.weight", first)):
         if weight is not None and (weight.dim() != 4 or weight.numel() == 0):
@@ -96,7 +97,7 @@ def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor
         count = tensor.item() if tensor.dim() == 0 and not tensor.is_complex() else None
     whole = isinstance(count, (int, float)) and not isinstance(count, bool) and 0 <= count < 2**63
     if not whole or count != int(count):  # type: ignore[call-overload]
-        raise ValueError(f"{source}: entry {quoted(name)} is {described(value)}; expected a whole number of at least 0")
+        raise ValueError(f"{source}: entry {named(name)} is {described(value)}; expected a whole number of at least 0")
     return torch.tensor(int(count), dtype=torch.int64, device="cpu")  # type: ignore[call-overload]
 
 

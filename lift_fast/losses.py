@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .checks import check_dense, shown
+from ._text import shown
+from .checks import check_dense
 from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
 
 __all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]

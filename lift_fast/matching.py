@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_dense, check_flag, check_size, check_whole, shown
-from .ops import dense_match as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
-from .ops import nearest as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
+from ._text import shown
+from .checks import FLOATS, check_dense, check_flag, check_size, check_whole
+from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
+from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Matches that may be asked for of however few keys.

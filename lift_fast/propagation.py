@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
-from .checks import check_dense, check_flag, check_whole, shown
+from ._text import shown
+from .checks import check_dense, check_flag, check_whole
 from .matching import check_pair, check_window
 from .ops import propagate_labels as _propagate_labels_op  # noqa: F401  registers torch.ops.lift_fast.propagate_labels
 

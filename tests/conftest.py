@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,28 @@ from lift_fast.testing import poisoned_outputs
 # Without a GPU the Triton kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     interpreter.enable()
+
+# Bytes that one process of the tests may take.
+PROCESS_MEMORY = 2 << 30
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Whole folders are tested by as many processes as cores, of one thread each; with ``-n 0`` or ``--pdb`` by one."""
+    option = config.option
+    # Without pytest-xdist, in one of its workers, or where a GPU's tests would share it.
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput") or torch.cuda.is_available():
+        return
+    whole = all(Path(argument).is_dir() for argument in config.args)
+    chosen = option.numprocesses is not None or option.dist != "no"
+    if whole and not (chosen or option.usepdb or option.collectonly):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        processes = min(os.cpu_count() or 1, memory // PROCESS_MEMORY)
+        option.numprocesses = processes if processes > 1 else 0
+        # In order, so that a module's fixtures are rarely made twice; who is ready first takes over from the others.
+        option.dist = "worksteal"
+    if option.numprocesses:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

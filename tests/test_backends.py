@@ -66,7 +66,7 @@ NATIVE_PARTS = {
     "map_": "dense_match",
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
-    "lift_decoder": "LiFT decoder",
+    "lift_forward": "LiFT decoder",
     "bit_matrix": "bit matrix",
 }
 
@@ -188,6 +188,23 @@ def test_import_is_light():
     assert heavy == []
     assert not core
     assert not cuda
+
+
+def test_subpackages_are_there_without_an_import_of_their_own():
+    code = """
+        import json, sys
+        import lift_fast
+        names = ("backbones", "evaluation", "show", "training")
+        early = [name for name in names if f"lift_fast.{name}" in sys.modules]
+        print(json.dumps([early, [name in dir(lift_fast) for name in names], [
+            getattr(lift_fast, name).__name__ for name in names
+        ], callable(lift_fast.training.train), callable(lift_fast.show.draw_sheet)]))
+    """
+    early, listed, names, *callables = python(code)
+    assert early == []
+    assert all(listed)
+    assert names == ["lift_fast.backbones", "lift_fast.evaluation", "lift_fast.show", "lift_fast.training"]
+    assert all(callables)
 
 
 def test_lazy_names_are_listed_and_importable():

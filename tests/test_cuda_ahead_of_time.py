@@ -3,12 +3,13 @@
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compiled
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((compiled.ROOT / "csrc" / "cuda").glob("*.cu"))
 # The kernels fill the registers to the last; another compiler than this one may need a few bytes more.
 TUNED_FOR, ELSEWHERE = "release 13.0", 64
 # What one block may have beside its dynamic shared memory, which the launcher fits to the device.
@@ -26,29 +27,22 @@ def nvidia_tool(name):
     return found
 
 
-def nvcc():
-    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None:
-        pytest.skip("needs nvcc")
-    return found
-
-
 @pytest.fixture(scope="module", params=[80, 90])
-def cubins(request, tmp_path_factory):
+def cubins(request):
     """{source: its code for one architecture}."""
-    compiler = nvcc()
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    found = {}
-    for source in SOURCES:
-        found[source.stem] = folder / f"{source.stem}.cubin"
-        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
-        flags += [f"-arch=sm_{request.param}", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', f"-I{ROOT / 'csrc'}"]
-        done = subprocess.run(
-            [compiler, *flags, "-cubin", str(source), "-o", str(found[source.stem])], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert not done.stderr.strip(), done.stderr
-    return found
+    compiler = compiled.tool("nvcc")
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+    flags += [f"-arch=sm_{request.param}", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', f"-I{compiled.ROOT / 'csrc'}"]
+
+    def cubin(source):
+        def make(target):
+            assert not compiled.run([compiler, *flags, "-cubin", source, "-o", target]).strip()
+
+        name = f"{source.stem}.sm_{request.param}.cubin"
+        return compiled.artifact(name, [compiled.version(compiler), *flags], make)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((source.stem for source in SOURCES), pool.map(cubin, SOURCES), strict=True))
 
 
 def resources(cubin):
@@ -60,8 +54,7 @@ def resources(cubin):
 
 
 def test_nothing_spills(cubins):
-    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    limit = 0 if TUNED_FOR in version else ELSEWHERE
+    limit = 0 if TUNED_FOR in compiled.version(compiled.tool("nvcc")) else ELSEWHERE
     kernels = [(name, usage) for cubin in cubins.values() for name, usage in resources(cubin).items()]
     assert len(kernels) >= 29
     # Some addresses of the streaming image encoder, used once for every row or less often.

@@ -1,33 +1,22 @@
 """What the CUDA launchers ask of CUDA, written down by a runtime that does nothing else: no GPU is needed."""
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
+import compiled
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = compiled.ROOT
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
+def scenes():
     """{scene: its lines}; see tests/native/record_launches.cpp."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("launches")
-    flags = ["-std=c++17", "-O1", "-arch=sm_90", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', f"-I{ROOT / 'csrc'}"]
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "native" / "record_launches.cpp"]
     # No runtime but the one in record_launches.cpp.
-    done = subprocess.run(
-        [nvcc, *flags, "--cudart", "none", *map(str, sources), "-o", str(folder / "run")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = subprocess.run([str(folder / "run")], capture_output=True, text=True, check=True).stdout
+    flags = ["-std=c++17", "-O1", "-arch=sm_90", '-DLIFT_FAST_CUDA_ARCHITECTURES="one"', "--cudart", "none"]
+    program = compiled.program("record_launches", sources, flags, compiler="nvcc")
+    text = compiled.run([program])
     found = {}
     for line in text.splitlines():
         scene, event = line.split(" ", 1)

@@ -22,7 +22,7 @@ from lift_fast.evaluation.davis import (
     score_sequence,
 )
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.davis.propagation import cell_labels, enlarge_covered, hard_mask, normalize_channels
+from lift_fast.evaluation.davis.protocol import cell_labels, enlarge_covered, hard_mask, normalize_channels
 from lift_fast.evaluation.methods import Features
 
 # A palette that nothing else has.
@@ -466,7 +466,7 @@ def test_masks_of_other_settings_are_not_mixed(tmp_path):
     dataset = Davis(write_davis(tmp_path / "davis"))
     folder = tmp_path / "out"
     run(dataset, folder, record={"size": 128, "features": "a"})
-    with pytest.raises(DavisError, match=r"out holds masks that were made with other settings \(features\)"):
+    with pytest.raises(DavisError, match=r"out was made with other settings \(features\)"):
         run(dataset, folder, record={"size": 128, "features": "b"})
     done = run(dataset, folder, names=["shape-1"], record={"size": 128, "features": "b"}, overwrite=True)
     assert done.computed == [("shape-1", "patches")]

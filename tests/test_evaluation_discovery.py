@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from test_evaluation_tokencut import published
 
-from lift_fast.evaluation.boxes import read_coco, read_voc
 from lift_fast.evaluation.discovery import (
     Prediction,
     corloc,
@@ -23,9 +22,10 @@ from lift_fast.evaluation.discovery import (
     judge,
     overlaps,
     prepare,
-    read_as_stored,
 )
+from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
+from lift_fast.images import read_image
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -108,9 +108,7 @@ def make_coco(root, pictures, images="train2014"):
 
 def whereabouts():
     """What the protocol asks of a backbone."""
-    projection = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(patch_embed=SimpleNamespace(proj=projection))
-    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, model=model)
+    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, device="cpu", dtype=torch.float32)
 
 
 def find(image, features=colours, resolution=None):
@@ -319,7 +317,7 @@ def test_pictures_are_taken_as_stored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_as_stored(tmp_path / "a.jpg").size == (30, 20)
+    assert read_image(tmp_path / "a.jpg", upright=False).size == (30, 20)
 
 
 @pytest.mark.parametrize("resolution", [None, 64, 72])
@@ -378,14 +376,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     # Nothing is left to compute; a picture that has gone meanwhile is not missed.
     data.samples[0].path.unlink()
     assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
-    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was written with other settings \(seed\); give"):
+    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was made with other settings \(seed\); give"):
         run(data, out=out, record={"seed": 1})
     journal.write_text(journal.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match="line 6"):
         run(data, out=out)
     for first in ("", "nonsense\n", "[1]\n", '{"settings": 3}\n'):
         journal.write_text(first)
-        with pytest.raises(ValueError, match="or is no journal of this command; give another --out, or delete it"):
+        with pytest.raises(ValueError, match="no settings in its first line; give another file, or delete it"):
             run(data, out=out)
 
 
@@ -393,7 +391,7 @@ def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {"a": ((90, 70), box, [voc_object((8, 8, 40, 40))])})
     sample = read_voc(tmp_path, 2007).samples[0]
-    image = read_as_stored(sample.path)
+    image = read_image(sample.path, upright=False)
     found = find(image)
     sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
     assert (sheet == (220, 40, 40)).all(2).sum() > 300

@@ -13,12 +13,13 @@ from PIL import Image
 
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
-from lift_fast.evaluation import cost, report, warp_run
-from lift_fast.evaluation.boxes import COCO_LIST, read_coco, read_voc
+from lift_fast.evaluation import cost, report
+from lift_fast.evaluation import warp as warp_protocol
 from lift_fast.evaluation.charts import Series, line_chart
 from lift_fast.evaluation.davis import SequenceScores
-from lift_fast.evaluation.davis import report as davis_report
+from lift_fast.evaluation.davis import summary as davis_report
 from lift_fast.evaluation.discovery import Prediction, corloc
+from lift_fast.evaluation.discovery.dataset import COCO_LIST, read_coco, read_voc
 from lift_fast.evaluation.metrics import METRICS, metric_of
 from lift_fast.evaluation.published import SHIPPED, load_published
 from lift_fast.evaluation.results import Estimate, save_json
@@ -74,7 +75,7 @@ def warp(seed=0, sizes=(112, 224), names=("x.png", "y.png", "z.png"), **changes)
         "scores": scores,
         "skipped": {},
     }
-    content["summary"] = warp_run.summarise(content)
+    content["summary"] = warp_protocol.summarise(content)
     return content
 
 

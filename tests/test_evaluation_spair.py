@@ -18,8 +18,9 @@ from torch import nn
 from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
-from lift_fast.evaluation import cost, results, spair
+from lift_fast.evaluation import cost, spair
 from lift_fast.evaluation.methods import Features, build_methods
+from lift_fast.evaluation.runs import read_run
 from lift_fast.testing import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -480,8 +481,8 @@ def test_command(root, tmp_path, capsys):
     assert "**PCK@0.01 per image, 64 pixels**" in captured.out
     assert "| method | cat | pottedplant | mean |" in captured.out
     # The cost protocol reads the same figures.
-    scores = cost.accuracies([results.load_json(out)], "PCK@0.1 per image")
-    assert scores["bilinear", 64][0] == content["summary"]["sizes"]["64"]["bilinear"]["PCK@0.1 per image"]
+    scores = cost.accuracies([read_run(out)], "PCK@0.1 per image")
+    assert scores["bilinear", 64].value == content["summary"]["sizes"]["64"]["bilinear"]["PCK@0.1 per image"]
 
     assert run(*options, "--table", tmp_path / "r.tex", "--json") == 0
     assert r"\begin{tabular}{lrrrrrr}" in (tmp_path / "r.tex").read_text()
@@ -489,7 +490,7 @@ def test_command(root, tmp_path, capsys):
     assert printed["summary"] == content["summary"]
     assert "scores" not in printed
     assert run(*options, "--occlusion", "1") == 2
-    assert "holds results with other occlusion" in capsys.readouterr().err
+    assert "made with other settings (occlusion)" in capsys.readouterr().err
 
 
 def test_a_category_with_fewer_pairs_than_wanted_is_said(root, tmp_path, capsys):
@@ -576,7 +577,7 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     (root / "JPEGImages" / "tvmonitor").rmdir()
     capsys.readouterr()
     assert run(*options) == 2
-    assert "holds results with other categories" in capsys.readouterr().err
+    assert "made with other settings (categories)" in capsys.readouterr().err
     (root / "JPEGImages" / "tvmonitor").mkdir()
     assert run(*options) == 1
     assert list(load(out)["skipped"]) == ["tvmonitor"]

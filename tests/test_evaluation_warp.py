@@ -17,7 +17,7 @@ from torch import nn
 from lift_fast import LiFT, ViTLiFTExtractor, load_lift, save_lift
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
-from lift_fast.evaluation import warp, warp_run, warp_sheet
+from lift_fast.evaluation import warp
 from lift_fast.evaluation.methods import Batch, build_methods
 from lift_fast.testing import randomize
 
@@ -268,7 +268,7 @@ def test_command(folder, tmp_path, capsys):
     assert r"\begin{tabular}{l" in latex.read_text()
     capsys.readouterr()
     assert run("eval", "warp", "--root", folder, *TINY, "--random-lift", *methods, *options, "--points", "12") == 2
-    assert "holds results with other points" in capsys.readouterr().err
+    assert "made with other settings (points)" in capsys.readouterr().err
 
 
 def test_command_takes_the_held_out_and_names_bad_files(folder, tmp_path, capsys):
@@ -305,22 +305,22 @@ def test_sheet_shows_right_and_wrong_matches():
     right, wrong = np.rint(view.truth).astype(np.int64), np.zeros_like(view.points)
     sheets = {}
     for name, found in {"right": right, "wrong": wrong}.items():
-        sheets[name] = warp_sheet.draw_sheet([warp_sheet.Pair("ramp", view, {name: found})], 0.05, points=4)
+        sheets[name] = warp.draw_sheet([warp.Pair("ramp", view, {name: found})], 0.05, points=4)
     assert sheets["right"].size == sheets["wrong"].size
-    assert coloured(sheets["right"], warp_sheet.RIGHT) > 500
-    assert coloured(sheets["right"], warp_sheet.WRONG) == 0
-    assert coloured(sheets["wrong"], warp_sheet.WRONG) > 500
-    assert coloured(sheets["wrong"], warp_sheet.RIGHT) == 0
+    assert coloured(sheets["right"], warp.RIGHT) > 500
+    assert coloured(sheets["right"], warp.WRONG) == 0
+    assert coloured(sheets["wrong"], warp.WRONG) > 500
+    assert coloured(sheets["wrong"], warp.RIGHT) == 0
     # Methods stand beside each other, photographs below.
-    pair = warp_sheet.Pair("ramp", view, {"right": right, "wrong": wrong})
-    both = warp_sheet.draw_sheet([pair, pair], 0.05, points=4)
+    pair = warp.Pair("ramp", view, {"right": right, "wrong": wrong})
+    both = warp.draw_sheet([pair, pair], 0.05, points=4)
     assert both.width > 1.9 * sheets["right"].width
     assert both.height > 1.7 * sheets["right"].height
-    assert coloured(both, warp_sheet.RIGHT) > 2 * 400
-    assert coloured(both, warp_sheet.WRONG) > 2 * 400
+    assert coloured(both, warp.RIGHT) > 2 * 400
+    assert coloured(both, warp.WRONG) > 2 * 400
     for pairs, points in (([], 4), ([pair], 0)):
         with pytest.raises(ValueError, match="at least one pair and one point"):
-            warp_sheet.draw_sheet(pairs, 0.05, points)
+            warp.draw_sheet(pairs, 0.05, points)
 
 
 def test_sheet_matches_are_those_that_are_scored(folder):
@@ -330,7 +330,7 @@ def test_sheet_matches_are_those_that_are_scored(folder):
     normalise = warp.normaliser(backbone.mean, backbone.std, torch.device("cpu"), torch.float32)
     (folder / "b.png").write_bytes(b"no picture")
     paths = sorted(folder.rglob("*.png"))
-    pairs = list(warp_sheet.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
+    pairs = list(warp.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
     assert [pair.name for pair in pairs] == ["a.png", "c.png", "deep/b.png"]
     for pair in pairs:
         assert (pair.matches["same"] == 0).all()
@@ -342,7 +342,7 @@ def test_sheet_matches_are_those_that_are_scored(folder):
 
 @pytest.mark.parametrize(("total", "count", "chosen"), [(9, 3, [1, 4, 7]), (2, 4, [0, 1]), (5, 5, [0, 1, 2, 3, 4])])
 def test_sheet_spreads_its_photographs(total, count, chosen):
-    assert warp_sheet.choose(list(range(total)), count) == chosen
+    assert warp.choose(list(range(total)), count) == chosen
 
 
 def test_command_draws_a_sheet(folder, tmp_path, capsys):
@@ -404,7 +404,7 @@ def test_summary_pairs_photographs_and_leaves_out_skipped_ones():
     }
     options = {"alphas": [0.1], "seeds": 1, "sizes": [32], "methods": ["a", "b"], "photographs": ["x", "y", "z"]}
     content = {"options": {**options, "reference": "a"}, "scores": scores, "skipped": {"z": "broken"}}
-    summary = warp_run.summarise(content)
+    summary = warp.summarise(content)
     assert summary["photographs"] == 2
     entry = summary["sizes"]["32"]["b"]
     assert entry["PCK@0.1"][0] == pytest.approx(40)

@@ -1,11 +1,11 @@
 """The native image encoder without a GPU: its kernel's own source, run on the CPU with the tensor cores emulated."""
 
 import itertools
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
+import compiled
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,24 +123,12 @@ def raw(tensor):
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
+def emulation():
     """The program, built with the sanitizers where the compiler has them."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("emulation")
     flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'native'}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    if subprocess.run(["g++", *sanitizers, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
-        sanitizers = []
-    source = ROOT / "tests" / "native" / "image_encoder_emulate.cpp"
-    done = subprocess.run(
-        ["g++", *flags, *sanitizers, str(source), "-o", str(folder / "run")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    flags += sanitizers if compiled.understands(sanitizers) else []
+    return compiled.program("image_encoder_emulate", [ROOT / "tests" / "native" / "image_encoder_emulate.cpp"], flags)
 
 
 def run_cases(program, folder, cases):

@@ -2,52 +2,18 @@
 
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import packages
 import pytest
 import setuptools
 import torch
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("lift_fast", "kernels", "csrc", "tests", "bench")
-
-
-def sources():
-    """Names of the project's own files, relative to its root."""
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        return [name for name in names if name and (ROOT / name).is_file()]
-    files = [path for path in ROOT.iterdir() if path.suffix in (".py", ".toml", ".md", ".in") or path.name == "LICENSE"]
-    files += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
-    return [str(path.relative_to(ROOT)) for path in files if path.is_file() and path.suffix != ".so"]
-
-
-def copy_tree(target):
-    """A copy to build in: nothing is left in the checkout, and none of its old objects are found."""
-    for name in sources():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target / name)
-    return target
-
-
-def run_build(tree, *options, **environment):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LIFT_FAST_", "TORCH_CUDA_ARCH"))}
-    command = [sys.executable, "-m", "build", "--outdir", str(tree / "dist"), *options, str(tree)]
-    if importlib.util.find_spec("pybind11"):
-        # Isolation would fetch the build requirements again, and needs a network for it.
-        command.insert(3, "--no-isolation")
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tree.parent, env={**inherited, **environment}
-    )
 
 
 def names_in_wheel(folder):
@@ -69,12 +35,10 @@ def import_from(wheel, folder, code):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The tree after building a source distribution, and from it a wheel, without CUDA."""
-    tree = copy_tree(tmp_path_factory.mktemp("packaging") / "tree")
-    done = run_build(tree, LIFT_FAST_CUDA="0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return tree, done.stdout
+def built():
+    """The tree after building a source distribution, and from it a wheel, without CUDA; what that said."""
+    folder = packages.built()
+    return folder / "tree", (folder / "output.txt").read_text()
 
 
 def test_build_says_in_one_line_what_it_built(built):
@@ -107,7 +71,11 @@ def test_source_distribution_is_complete(built):
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    wanted = {name for name in sources() if name.startswith(FOLDERS) and not name.startswith("bench/results")}
+    wanted = {
+        name
+        for name in packages.sources()
+        if name.startswith(packages.FOLDERS) and not name.startswith("bench/results")
+    }
     wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in"}
     assert wanted <= names, wanted - names
     assert [name for name in names if name.endswith((".so", ".pyc", ".o"))] == []
@@ -130,8 +98,8 @@ print(json.dumps([lift_fast.__file__, right, lift_fast.backends().as_dict()]))
 
 
 def test_wheel_without_native_code(tmp_path):
-    tree = copy_tree(tmp_path / "tree")
-    done = run_build(tree, "--wheel", LIFT_FAST_NATIVE="0")
+    tree = packages.copy_tree(tmp_path / "tree")
+    done = packages.run_build(tree, "--wheel", LIFT_FAST_NATIVE="0")
     assert done.returncode == 0, done.stdout + done.stderr
     wheel, names = names_in_wheel(tree / "dist")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -167,9 +135,9 @@ def fake_nvcc(folder, architectures=(80, 86, 90)):
     ],
 )
 def test_build_names_what_is_wrong(environment, message, tmp_path):
-    tree = copy_tree(tmp_path / "tree")
+    tree = packages.copy_tree(tmp_path / "tree")
     fake_nvcc(tmp_path / "cuda")
-    done = run_build(tree, "--wheel", CUDA_HOME=str(tmp_path / "cuda"), **environment)
+    done = packages.run_build(tree, "--wheel", CUDA_HOME=str(tmp_path / "cuda"), **environment)
     assert done.returncode != 0
     assert f"lift_fast: {message}" in done.stdout + done.stderr
 
@@ -180,7 +148,7 @@ def setup_module(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for name in ("LIFT_FAST_CUDA", "LIFT_FAST_NATIVE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("lift_fast_setup", ROOT / "setup.py")
+    spec = importlib.util.spec_from_file_location("lift_fast_setup", packages.ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

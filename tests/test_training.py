@@ -22,8 +22,8 @@ from lift_fast.images import to_tensor
 from lift_fast.losses import feature_loss
 from lift_fast.testing import relative_error
 from lift_fast.training import NotSaved, TrainingSettings, split, train
+from lift_fast.training.data import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
 from lift_fast.training.objective import FrozenFeatures, Objective
-from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
 from lift_fast.training.reference import PlainObjective
 from lift_fast.training.settings import contradictions
 from lift_fast.training.step import resolve_precision
@@ -564,6 +564,14 @@ def test_split_is_the_function_whoever_was_imported_first():
     for first in ("lift_fast.training.split", "lift_fast.training.loop", "lift_fast.training"):
         program = f"import {first}\nfrom lift_fast.training import split\nassert callable(split)"
         subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_settings_keep_whole_numbers_as_pythons_own(tmp_path):
+    given = {"layer": -1, "epochs": 2, "batch_size": 4, "seed": 7, "workers": 0}
+    settings = TrainingSettings(data=tmp_path, out=tmp_path, **{name: np.int64(value) for name, value in given.items()})
+    assert {name: (value, type(value)) for name, value in settings.as_dict().items() if name in given} == {
+        name: (value, int) for name, value in given.items()
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), [("workers", 100_000), ("seed", 2**63)])

@@ -14,13 +14,14 @@ from torch import Tensor
 import lift_fast
 from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.dense_match import op as dense_op
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward import image_encoder_cuda, plain
 from lift_fast.ops.lift_forward.plan import build_plan
-from lift_fast.ops.nearest import nearest_plain
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest import plain as nearest_plain
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
 from .context import Context, Job, Row, Skip
@@ -267,9 +268,9 @@ def nearest_error(
     arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
     query, key = (torch.randn(1, count, channels, device=device).to(dtype) for count in (n, m))
     with poisoned_outputs():
-        call = partial(nearest_gpu.nearest_gpu, query, key, **arguments)
+        call = partial(nearest_by, nearest_gpu.search, query, key, **arguments)
         similarity, index, valid = _launched_directly(call, device)
-    exact, _, accepted = nearest_plain(query.double(), key.double(), **arguments)
+    exact, _, accepted = nearest_by(nearest_plain.search, query.double(), key.double(), **arguments)
     there = torch.isfinite(exact)
     if not torch.equal(index >= 0, there) or float((valid != accepted).double().mean()) > 1e-2:
         return float("inf")
@@ -285,7 +286,7 @@ def nearest_error(
 @torch.no_grad()
 def _run_dense(backend: str, context: Context) -> Iterator[Row]:
     if backend == "cuda":
-        _needs_cuda(dense_match_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     torch.manual_seed(context.seed)
     for maps in TINY_MAPS if context.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):
@@ -344,7 +345,7 @@ def propagation_error(
     exact = propagate_op.propagate_labels_plain(query.double(), key.double(), labels.double(), window, k, 0.1, True)
     # Where the k-th and the next key are equal within rounding, either may be averaged.
     off = (ours.double() - exact).abs().amax(-1)
-    deeper = nearest_plain(query.double(), key.double(), k + 1, False, None, window, True)[0]
+    deeper = nearest_plain.search(query.double(), key.double(), k + 1, False, window, True)[0]
     clear = deeper[..., k - 1] - deeper[..., k] > SIMILARITY_LIMIT
     # Missing matches leave a difference of NaN (-inf - -inf): nothing to confuse.
     return float(off[clear | ~deeper[..., k].isfinite()].nan_to_num(torch.inf).max())

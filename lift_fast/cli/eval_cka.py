@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--sizes {size}: smaller than a patch of {backbone.patch_size} pixels")
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
-    weight = backbone.model.patch_embed.proj.weight
     hidden = True if arguments.quiet else None
     with tqdm(total=len(paths), unit="picture", disable=hidden, file=sys.stderr) as bar, as_usage_error():
         content = cka.scale_invariance(
@@ -64,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
             grid=arguments.grid,
             mean=backbone.mean,
             std=backbone.std,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=backbone.device,
+            dtype=backbone.dtype,
             root=arguments.root,
             out=arguments.out,
             record=record(arguments, backbone, methods),

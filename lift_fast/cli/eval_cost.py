@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lift_fast.evaluation.methods import Method
+    from lift_fast.evaluation.runs import Run
 
 _DESCRIPTION = """Cost of one picture of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
 graph computes), and GFLOPs as the LiFT paper counts them (4.34 for DINO S/16 at 224 pixels). With --results, files of
@@ -62,15 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.results:
             scores = cost.accuracies(_results(arguments.results, arguments.model), arguments.metric)
     backbone, methods = build(arguments)
-    weight = backbone.model.patch_embed.proj.weight
     pairs = [(method, size) for size in arguments.sizes for method in methods]
     costs = []
     with tqdm(pairs, unit="cost", disable=True if arguments.quiet else None, file=sys.stderr) as bar, as_usage_error():
         for method, size in bar:
             milliseconds = None
             if arguments.measure:
-                picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
-                milliseconds = cost.measure(partial(_once, method, picture), weight.device)
+                picture = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+                milliseconds = cost.measure(partial(_once, method, picture), backbone.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
     content = cost.as_content(costs)
     content["record"] = record(arguments, backbone, methods)
@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     if scores:
         content["metric"] = arguments.metric
         for entry in content["costs"]:
-            entry["score"] = scores.get((entry["method"], entry["size"]))
+            score = scores.get((entry["method"], entry["size"]))
+            entry["score"] = score and score.as_list()
         known = {name for name, _ in scores}
         missing = [method.name for method in methods if method.name not in known]
         if missing and not (arguments.quiet or arguments.json):
@@ -93,22 +94,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _results(paths: list[Path], model: str) -> list[dict[str, Any]]:
+def _results(paths: list[Path], model: str) -> list[Run]:
     """Results of the backbone whose costs are counted."""
-    from lift_fast.evaluation.results import load_json
+    from lift_fast.evaluation.runs import read_run
 
-    contents = []
-    for path in paths:
-        content = load_json(path)
-        record = content.get("record")
-        measured = record.get("model", model) if isinstance(record, dict) else model
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        measured = run.networks.get("model", model)
         if measured != model:
             # One's figures over the other's costs would make a chart of nothing.
             raise UsageError(
-                f"{path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
+                f"{run.path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
             )
-        contents.append(content)
-    return contents
+    return runs
 
 
 def _once(method: Method, picture: Tensor) -> None:

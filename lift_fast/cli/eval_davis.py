@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Predict and score. Returns the exit status."""
     import torch
 
-    from lift_fast.evaluation.davis import Davis, report
+    from lift_fast.evaluation.davis import Davis, summary
     from lift_fast.evaluation.results import save_json
 
     check_outputs(arguments)
@@ -132,10 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     scores = _score(arguments, dataset, [name for name in names if name not in skipped], folders, skipped)
-    content = report.content(scores, skipped, options, about)
+    content = summary.content(scores, skipped, options, about)
     if arguments.out is not None:
         save_json(arguments.out, content)
-    show(arguments, content, report.tables(content))
+    show(arguments, content, summary.tables(content))
     return 1 if skipped else 0
 
 
@@ -152,11 +152,10 @@ def _predict(
 
     from lift_fast.evaluation.davis import Job, Network, PropagationOptions, frames, predict_dataset
 
-    weight = backbone.model.patch_embed.proj.weight
     normalisation = (backbone.mean, backbone.std)
     if arguments.protocol == "dino":
         normalisation = (frames.DINO_MEAN, frames.DINO_STD)
-    network = Network(methods, *normalisation, backbone.patch_size, weight.device, weight.dtype)
+    network = Network(methods, *normalisation, backbone.patch_size, backbone.device, backbone.dtype)
     with as_usage_error():
         options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
     # Machines and versions may change while a run goes on, networks and numbers may not.

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lift_fast._files import atomic_path
     from lift_fast.evaluation import discovery
-    from lift_fast.evaluation.boxes import read_coco, read_voc
+    from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
     from lift_fast.evaluation.tokencut import TAU
 
     check_outputs(arguments)

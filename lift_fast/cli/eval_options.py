@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lift_fast.backbones import FrozenViT
     from lift_fast.evaluation.methods import Method
-    from lift_fast.evaluation.results import Table
+    from lift_fast.evaluation.tables import Table
 
 METHODS = (
     "backbone, bilinear, lift, lift-N (applied N times), random-lift, double-size, stride-S, LABEL=FILE (another LiFT "

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The warp protocol. Returns the exit status."""
     from tqdm import tqdm
 
-    from lift_fast.evaluation import warp_run
+    from lift_fast.evaluation import warp
     from lift_fast.evaluation.warp import WarpProtocol, picture_name
     from lift_fast.images import list_images
     from lift_fast.training import split
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Shown where somebody watches, unless switched off.
     hidden = True if arguments.quiet else None
     with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
-        content = warp_run.evaluate(
+        content = warp.evaluate(
             methods,
             backbone,
             paths,
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sheet is not None:
         readable = [path for path in paths if picture_name(path, root) not in content["skipped"]]
         _draw_sheet(arguments, methods, backbone, readable, root, protocol)
-    show(arguments, content, warp_run.tables(content))
+    show(arguments, content, warp.tables(content))
     return 1 if content["skipped"] else 0
 
 
@@ -121,13 +121,12 @@ def _draw_sheet(
     protocol: WarpProtocol,
 ) -> None:
     from lift_fast._files import atomic_path
-    from lift_fast.evaluation import warp_sheet
+    from lift_fast.evaluation import warp
     from lift_fast.evaluation.warp import normaliser
 
-    weight = backbone.model.patch_embed.proj.weight
-    normalise = normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
-    size, chosen = max(arguments.sizes), warp_sheet.choose(paths, arguments.sheet_count)
-    pairs = list(warp_sheet.match_pairs(methods, chosen, root, size, normalise, protocol))
+    normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
+    size, chosen = max(arguments.sizes), warp.choose(paths, arguments.sheet_count)
+    pairs = list(warp.match_pairs(methods, chosen, root, size, normalise, protocol))
     if not pairs:
         print(f"--sheet {arguments.sheet}: there is no photograph to draw", file=sys.stderr)
         return
@@ -135,4 +134,4 @@ def _draw_sheet(
     # The middle threshold: the widest hides what the narrowest asks too much for.
     alpha = sorted(protocol.alphas)[len(protocol.alphas) // 2]
     with atomic_path(arguments.sheet) as temporary:
-        warp_sheet.draw_sheet(pairs, alpha, caption=caption).save(temporary, format="PNG")
+        warp.draw_sheet(pairs, alpha, caption=caption).save(temporary, format="PNG")

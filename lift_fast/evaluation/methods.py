@@ -183,8 +183,6 @@ class _Builder:
         return Method(name, compute)
 
     def _extractor(self, **lift: Any) -> ViTLiFTExtractor:
-        device = self.backbone.model.patch_embed.proj.weight.device
-        dtype = self.backbone.model.patch_embed.proj.weight.dtype
         return ViTLiFTExtractor(
             model=self.backbone,
             channel=None,
@@ -192,8 +190,8 @@ class _Builder:
             stride=None,
             layer=None,
             facet=self.backbone.facet,
-            device=device,
-            dtype=dtype,
+            device=self.backbone.device,
+            dtype=self.backbone.dtype,
             silent=True,
             **lift,
         )
@@ -219,8 +217,7 @@ class _Builder:
         return self._lifted(label, self._extractor(lift_path=source), 1, source)
 
     def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:
-        weight = self.backbone.model.patch_embed.proj.weight
-        network = network.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        network = network.to(self.backbone.device, self.backbone.dtype).eval().requires_grad_(False)
 
         def compute(batch: Batch) -> Features:
             tokens = batch.tokens(self.backbone)

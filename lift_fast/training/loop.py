@@ -25,9 +25,9 @@ from lift_fast.lift import LiFT
 from lift_fast.locks import reserved
 
 from . import state as disk
+from .data import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .log import Log, progress_bar, tensorboard_writer
 from .objective import FrozenFeatures, Objective
-from .pictures import MOST_UNREADABLE, GlobalBatches, Pictures, Sample, build_loader, default_workers, stop_workers
 from .schema import check_state
 from .settings import TrainingSettings, contradictions
 from .split import split

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lift_fast._text import listed, named
 from lift_fast.lift import LiFT
 from lift_fast.lift_state import fit_lift, lift_state_dict
-from lift_fast.tensor_files import described, plain_tensor, quoted, shown, weight_tensor
+from lift_fast.tensor_files import described, plain_tensor, weight_tensor
 
 FORMAT = 1
 _PARTS = ("lift", "optimizer", "scaler", "progress", "random", "description")
@@ -33,13 +34,13 @@ def check_parts(content: Mapping[Any, Any], path: Path) -> None:
     """
     number = content.get("format")
     if isinstance(number, bool) or not isinstance(number, int) or number != FORMAT:
-        found = quoted(str(number)) if _is_plain(number) else described(number)
+        found = named(str(number)) if _is_plain(number) else described(number)
         raise ValueError(f"{path} is no training state of this version (format {found}, expected {FORMAT})")
     missing = [name for name in _PARTS if name not in content]
     unknown = [name for name in content if name not in _PARTS and name != "format"]
     for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
-            raise ValueError(f"{path} is no whole training state: {shown(names)} {what}")
+            raise ValueError(f"{path} is no whole training state: {listed(names)} {what}")
     for name in _PARTS:
         _mapping(content[name], path, name)
     for name, value in content["description"].items():
@@ -79,7 +80,7 @@ def _check_progress(progress: Mapping[Any, Any], path: Path, batches: int) -> No
     epoch, batch, step = progress["epoch"], progress["batch"], progress["step"]
     if batch > batches or step != epoch * batches + batch:
         raise ValueError(
-            f"{path}: progress.epoch {quoted(str(epoch))}, batch {quoted(str(batch))} and step {quoted(str(step))} do "
+            f"{path}: progress.epoch {named(str(epoch))}, batch {named(str(batch))} and step {named(str(step))} do "
             f"not go together: an epoch has {batches} batches"
         )
     losses, unreadable = progress["losses"], progress["unreadable"]
@@ -210,12 +211,12 @@ def _names(value: Mapping[Any, Any], path: Path, where: str, expected: tuple[str
     unknown = [name for name in value if name not in expected]
     for names, what in ((missing, "lacks"), (unknown, "has an unknown entry")):
         if names:
-            raise ValueError(f"{path}: {where} {what} {shown(names)}")
+            raise ValueError(f"{path}: {where} {what} {listed(names)}")
 
 
 def _refuse(path: Path, where: str, name: object, value: object, expected: str) -> None:
-    found = quoted(str(value)) if _is_plain(value) else described(value)
-    raise ValueError(f"{path}: entry {where}.{quoted(name)[1:-1]} is {found}; expected {expected}")
+    found = named(str(value)) if _is_plain(value) else described(value)
+    raise ValueError(f"{path}: entry {where}.{named(name)[1:-1]} is {found}; expected {expected}")
 
 
 def _is_whole(value: object, least: int) -> bool:

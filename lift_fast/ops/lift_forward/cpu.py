@@ -43,10 +43,10 @@ def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     parts = [plan.phase[..., :-1, :], plan.fine, plan.edge_bias(), plan.conv, plan.conv_bias, *wide]
     parts = [part.cpu().contiguous() for part in parts]
     packed = memory.empty(
-        core.lift_decoder_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8, device="cpu"
+        core.lift_forward_packed_size(channels, hidden, image, image, name, isa), dtype=torch.uint8, device="cpu"
     )
     addresses = [_native.address(part) for part in parts]
-    core.lift_decoder_pack(
+    core.lift_forward_pack(
         *addresses, channels, hidden, image, image, name, _native.address(packed), packed.numel(), isa
     )
     device = torch.device("cpu")
@@ -70,7 +70,7 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
         f, g = encode_image(plan.encoder, imgs)
         f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
         f_address, g_address, image = _native.address(f), _native.address(g), f.shape[3]
-    _native.require().lift_decoder(
+    _native.require().lift_forward(
         _native.address(x),
         g_address,
         f_address,
