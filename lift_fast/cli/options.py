@@ -165,28 +165,22 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
     if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
         raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
     with as_usage_error():
-        try:
-            return ViTLiFTExtractor(
-                arguments.model,
-                arguments.lift,
-                channel=None,
-                patch=None,
-                stride=arguments.stride,
-                layer=arguments.layer,
-                facet=arguments.facet,
-                device=arguments.device,
-                silent=True,
-                random_lift=arguments.random_lift,
-                weights=arguments.weights,
-                random_weights=arguments.random_weights,
-                seed=arguments.seed,
-                dtype=getattr(torch, arguments.dtype),
-            )
-        except RuntimeError as error:
-            # A device that this machine does not have.
-            if arguments.device is not None and type(error) is RuntimeError:
-                raise UsageError(f"--device {arguments.device}: {error}") from error
-            raise
+        return ViTLiFTExtractor(
+            arguments.model,
+            arguments.lift,
+            channel=None,
+            patch=None,
+            stride=arguments.stride,
+            layer=arguments.layer,
+            facet=arguments.facet,
+            device=arguments.device,
+            silent=True,
+            random_lift=arguments.random_lift,
+            weights=arguments.weights,
+            random_weights=arguments.random_weights,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype),
+        )
 
 
 def takes_demonstration_lift(arguments: argparse.Namespace) -> bool:
