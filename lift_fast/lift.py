@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from . import memory
 from .checks import FLOATS, check_dense, check_flag, check_whole
 from .layers import LayerFinder, Up, conv_block
+from .lift_state import read_into
 from .ops.lift_forward.cache import forget_plan
 from .ops.lift_forward.op import lift_forward
 from .ops.lift_forward.plan import Architecture, span_basis
@@ -238,9 +239,6 @@ class LiFT(
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        # Not at the top: it imports this module.
-        from .checkpoints import read_into
-
         read_into(model, model_file, os.path.join(os.path.dirname(model_file), "config.json"))
         return model.to(map_location).eval()
 

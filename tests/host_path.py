@@ -18,10 +18,7 @@ DEVICE = stand_in.install(NATIVE)
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lift_fast import (  # noqa: E402
-    LiFT,
-    memory,
-)
+from lift_fast import LiFT, memory  # noqa: E402
 from lift_fast.kernels import (  # noqa: E402
     cosine_loss,
     launch,

@@ -22,13 +22,7 @@ from lift_fast.evaluation.cka import (
 from lift_fast.evaluation.methods import Features
 from lift_fast.evaluation.results import load_json
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def textbook(x, y):

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_data import make_spair, make_voc, sizes_and_boxes, voc_object, write_davis
 from PIL import Image
-from test_evaluation_davis import write_davis
-from test_evaluation_discovery import make_voc, sizes_and_boxes, voc_object
-from test_evaluation_spair import make_spair
 from test_evaluation_tokencut import planted
 from timm.models.vision_transformer import VisionTransformer
 

@@ -3,12 +3,12 @@
 import json
 import random
 from types import SimpleNamespace
-from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_data import make_coco, make_voc, paint, sizes_and_boxes, voc_object
 from PIL import Image
 from test_evaluation_tokencut import published
 
@@ -30,22 +30,7 @@ from lift_fast.images import read_image
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def paint(path, size, box, seed):
-    """A picture of (width, height) with a bright red box on noisy blue."""
-    random_ = np.random.default_rng(seed)
-    pixels = random_.integers(0, 30, (size[1], size[0], 3)) + np.array([0, 0, 200])
-    x0, y0, x1, y1 = box
-    pixels[y0:y1, x0:x1] = random_.integers(0, 30, (y1 - y0, x1 - x0, 3)) + np.array([220, 0, 0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def whole(pictures, maps):
@@ -60,50 +45,6 @@ def colours(batch):
 
 def nothing(batch):
     return whole(batch.imgs, torch.ones(1, 2, 3, 3))
-
-
-def voc_object(box, name="cat", **flags):
-    """An object as VOC writes it: pixels from 1, both ends included; ``box`` is continuous."""
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, box[2], box[3]), strict=True)
-    marks = "".join(f"<{flag}>{value}</{flag}>" for flag, value in flags.items())
-    inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
-    # Parts have boxes too, which are no objects.
-    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-    return f"<object><name>{escape(name)}</name>{marks}<bndbox>{inner}</bndbox>{part}</object>"
-
-
-def make_voc(root, pictures, year=2007):
-    """VOCdevkit in its original layout; ``pictures``: name -> (size, painted box, list of objects' XML)."""
-    base = root / "VOCdevkit" / f"VOC{year}"
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (base / folder).mkdir(parents=True)
-    for seed, (name, (size, box, objects)) in enumerate(pictures.items()):
-        paint(base / "JPEGImages" / f"{name}.jpg", size, box, seed)
-        (base / "Annotations" / f"{name}.xml").write_text(
-            f"<annotation><folder>VOC{year}</folder><filename>{name}.jpg</filename><size><width>{size[0]}</width>"
-            f"<height>{size[1]}</height><depth>3</depth></size>{''.join(objects)}</annotation>"
-        )
-    (base / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{name}\n" for name in pictures))
-    return base
-
-
-def make_coco(root, pictures, images="train2014"):
-    """COCO in its original layout; ``pictures``: id -> (size, painted box, [(bbox, iscrowd)])."""
-    names, entries, annotations = [], [], []
-    for number, (size, box, things) in pictures.items():
-        name = f"COCO_train2014_{number:012d}.jpg"
-        paint(root / images / name, size, box, number)
-        names.append(name)
-        entries.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
-        for bbox, crowd in things:
-            annotations.append(
-                {"id": len(annotations), "image_id": number, "bbox": bbox, "iscrowd": crowd, "category_id": 1}
-            )
-    (root / "annotations").mkdir()
-    content = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}
-    (root / "annotations" / "instances_train2014.json").write_text(json.dumps(content))
-    (root / "coco_20k_filenames.txt").write_text("\n".join(names) + "\n")
-    return root
 
 
 def whereabouts():
@@ -121,15 +62,6 @@ def run(data, **options):
     found = [Prediction(**{**entry, "box": tuple(entry["box"])}) for entry in content["predictions"]["colours"]]
     assert content["summary"]["colours"] == corloc(found)
     return found, content["skipped"]
-
-
-def sizes_and_boxes(seed, count):
-    """Sizes that are no multiples of the patch, and boxes of whole patches inside them, smaller than half."""
-    pick = random.Random(seed)
-    for _ in range(count):
-        w, h = pick.randint(70, 120), pick.randint(70, 120)
-        x0, y0 = 8 * pick.randint(0, 3), 8 * pick.randint(0, 3)
-        yield (w, h), (x0, y0, x0 + 8 * pick.randint(2, 4), y0 + 8 * pick.randint(2, 4))
 
 
 def pixels_of(box):
@@ -271,7 +203,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.txt"):
         read_voc(tmp_path / "voc", 2007, split="val")
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no pictures"):
+    with pytest.raises(ValueError, match="lists no picture"):
         read_voc(tmp_path / "voc", 2007)
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     with pytest.raises(ValueError, match="leads out"):
@@ -287,7 +219,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_coco(coco)
     source.unlink()
-    with pytest.raises(FileNotFoundError, match="no annotations"):
+    with pytest.raises(FileNotFoundError, match="no annotation file"):
         read_coco(coco)
     (coco / "coco_20k_filenames.txt").write_text("cat.jpg\n")
     with pytest.raises(ValueError, match="no picture id"):

@@ -182,7 +182,6 @@ def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "wa
 
 def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the package would not run the Triton image encoder for a case."""
-
     from lift_fast.ops.lift_forward.gpu_weights import encoder_unsupported
 
     lift = LiFT(8, case[0])

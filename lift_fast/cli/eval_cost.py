@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
-from .options import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +31,7 @@ def add_parser(protocols: Any) -> None:
     parser = protocols.add_parser(
         "cost", help="parameters, FLOPs, milliseconds", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[56, 112, 224, 448], metavar="S", help="S x S pixels (%(default)s)"
-    )
+    common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
     parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one picture")
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="JSON", help="results by size of other protocols"
@@ -42,38 +39,37 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--metric", default="PCK@0.1", help="figure of --results (%(default)s)")
     parser.add_argument("--published", action="store_true", help="draw over the paper's count instead of FLOPs")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="metric against cost; needs --results")
-    add_method_options(parser, ("backbone", "bilinear", "lift", "double-size"), batches=False)
+    common.add_method_options(parser, ("backbone", "bilinear", "lift", "double-size"), batches=False)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The protocol. Returns the exit status."""
     import torch
-    from tqdm import tqdm
 
-    from lift_fast._files import atomic_path
     from lift_fast.evaluation import cost
     from lift_fast.evaluation.results import save_json
 
-    check_outputs(arguments, "chart")
+    common.check_outputs(arguments, "chart")
     if arguments.chart is not None and not arguments.results:
         raise UsageError("--chart draws --metric against cost; give the files of other protocols with --results")
     with as_usage_error():
         scores = {}
         if arguments.results:
             scores = cost.accuracies(_results(arguments.results, arguments.model), arguments.metric)
-    backbone, methods = build(arguments)
+    backbone, methods = common.build(arguments)
     pairs = [(method, size) for size in arguments.sizes for method in methods]
     costs = []
-    with tqdm(pairs, unit="cost", disable=True if arguments.quiet else None, file=sys.stderr) as bar, as_usage_error():
-        for method, size in bar:
+    with common.progress(arguments, len(pairs), "cost") as update:
+        for method, size in pairs:
             milliseconds = None
             if arguments.measure:
                 picture = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
                 milliseconds = cost.measure(partial(_once, method, picture), backbone.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
+            update(1)
     content = cost.as_content(costs)
-    content["record"] = record(arguments, backbone, methods)
+    content["record"] = common.record(arguments, backbone, methods)
     tables = [cost.table(costs)]
     if scores:
         content["metric"] = arguments.metric
@@ -88,10 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         save_json(arguments.out, content)
     if arguments.chart is not None:
-        with as_usage_error(), atomic_path(arguments.chart) as temporary:
-            cost.draw_curve(costs, scores, arguments.metric, arguments.published).save(temporary)
-    show(arguments, content, tables)
-    return 0
+        with as_usage_error():
+            common.save_image(arguments.chart, cost.draw_curve(costs, scores, arguments.metric, arguments.published))
+    return common.show(arguments, content, tables)
 
 
 def _results(paths: list[Path], model: str) -> list[Run]:

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.rules import IMAGE_BRANCHES, check_rule
 from lift_fast.extractor import Rectangle, ViTLiFTExtractor
 
-IMAGE_BRANCHES = ("published", "aligned")
 NAMES = ("backbone", "bilinear", "lift", "lift-N", "random-lift", "double-size", "stride-S", "LABEL=FILE", "LABEL=m:f")
 
 
@@ -102,8 +102,7 @@ def build_methods(
         raise ValueError(
             f"the backbone's heads are {backbone.head_order}; LiFT weights are trained on head_order='interleaved'"
         )
-    if image_branch not in IMAGE_BRANCHES:
-        raise ValueError(f"image_branch must be {' or '.join(IMAGE_BRANCHES)}, got {image_branch!r}")
+    check_rule("image_branch", image_branch, IMAGE_BRANCHES)
     builder = _Builder(backbone, lift, seed, image_branch)
     methods = [builder.build(name) for name in names]
     labels = [method.name for method in methods]

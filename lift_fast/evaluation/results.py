@@ -111,6 +111,27 @@ def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(as_json(content)) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        what: it is, for the message, such as "file of results".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {what} at {path}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; expected a {what}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from error
+
+
 def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict[str, Any]:
     """Read a result.
 
@@ -122,14 +143,7 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
         FileNotFoundError: if there is no such file.
         ValueError: if it is a folder, holds no result, or one of another protocol.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file of results at {path}") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; expected a file that lift-fast eval wrote with --out") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+    content = read_json(path, "file of results")
     found = content.get("protocol") if isinstance(content, dict) else None
     if found is None or (protocol is not None and found != protocol):
         wanted = f"results of {protocol}" if protocol else "results of an evaluation"

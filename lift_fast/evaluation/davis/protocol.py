@@ -21,12 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from lift_fast import images, propagate_labels
+from lift_fast.checks import check_whole
 from lift_fast.evaluation.methods import Batch, Features
+from lift_fast.evaluation.rules import PLACEMENTS, PROTOCOLS, check_rule
 
 from .dataset import Mask
-from .frames import PROTOCOLS, frame_size, read_frame
+from .frames import frame_size, read_frame
 
-PLACEMENTS = ("stretch", "cover")
 # Of a batch of frames, such as a lift_fast.evaluation.methods.Method.
 FeatureMaps = Callable[[Batch], Features]
 # (top, left, height, width) pixels of the resized frame over which a map's cells lie side by side.
@@ -83,16 +84,12 @@ class PropagationOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("queue", 0), ("radius", 0), ("topk", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if name == "radius" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            if not (name == "radius" and self.radius is None):
+                check_whole(name, getattr(self, name), least)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
-        for name, allowed in (("protocol", PROTOCOLS), ("placement", PLACEMENTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        check_rule("protocol", self.protocol, PROTOCOLS)
+        check_rule("placement", self.placement, PLACEMENTS)
         frame_size((self.size, self.size), self.size, self.protocol)
 
 

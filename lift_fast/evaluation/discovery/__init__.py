@@ -1,13 +1,12 @@
 """Unsupervised object discovery: data sets of boxes, TokenCut's boxes, CorLoc."""
 
 from .dataset import Box, BoxDataSet, Sample, read_coco, read_voc
-from .protocol import RULES, Discovery, Prediction, Prepared, discover, iou, judge, overlaps, prepare
+from .protocol import Discovery, Prediction, Prepared, discover, iou, judge, overlaps, prepare
 from .run import evaluate
 from .sheet import draw_discovery
 from .summary import corloc, table
 
 __all__ = [
-    "RULES",
     "Box",
     "BoxDataSet",
     "Discovery",

@@ -5,7 +5,6 @@ Boxes are (x0, y0, x1, y1) in continuous pixels: the whole picture is (0, 0, wid
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lift_fast.evaluation.annotations import brief, check_names, is_name, list_lines
+from lift_fast.evaluation.annotations import brief, is_name, read_names
+from lift_fast.evaluation.results import read_json
 
 Box = tuple[float, float, float, float]
 
@@ -142,17 +142,8 @@ def read_coco(
 
 
 def _names(path: Path) -> list[str]:
-    """Names of a list file, the first word of each line; doubles once."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no list of pictures at {path}")
-    try:
-        lines = list_lines(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
-    names = list(dict.fromkeys(line.split()[0] for line in lines))
-    if not names:
-        raise ValueError(f"{path} lists no pictures")
-    check_names(path, names, "the name of a picture", forbidden="\\")
+    """Names of a list file, the first word of each line."""
+    names = read_names(path, "picture", "the name of a picture", forbidden="\\", first_word=True)
     outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
     if outside:
         raise ValueError(f"{path}: {outside[0]!r} leads out of the data set")
@@ -220,12 +211,7 @@ class _CocoBoxes:
 
 def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBoxes]:
     """File names and boxes of the wanted pictures."""
-    if not source.is_file():
-        raise FileNotFoundError(f"no annotations at {source}")
-    try:
-        content = json.loads(source.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is no JSON: {error}") from error
+    content = read_json(source, "annotation file")
     files: dict[int, str] = {}
     boxes = _CocoBoxes()
     for image in _entries(content, "images", source):

@@ -11,12 +11,11 @@ from PIL import Image
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Batch, Features
+from lift_fast.evaluation.rules import RULES, check_rule
 from lift_fast.evaluation.tokencut import EPS, TokenCut, tokencut
 from lift_fast.images import resize, to_tensor
 
 from .dataset import Box, Sample
-
-RULES = ("published", "exact")
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ def prepare(
     Raises:
         ValueError: for an unknown rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
+    check_rule("rule", rule, RULES)
     stretch = resolution is not None and rule == "published"
     if resolution is not None:
         how = Image.Resampling.BILINEAR if stretch else Image.Resampling.LANCZOS

@@ -13,6 +13,7 @@ import torch
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Features, Method
 from lift_fast.evaluation.resume import Journal, new_result
+from lift_fast.evaluation.rules import DRAWS, check_rule, check_sizes
 from lift_fast.images import read_image
 
 from .dataset import Filters, Pair, Selection, SPair
@@ -21,7 +22,6 @@ from .protocol import Protocol, fit, is_right, match_points
 from .summary import summarise
 
 PROTOCOL = "spair"
-DRAWS = ("distinct", "published")
 # Of the maps that are matched in one call.
 _STACKED_BYTES = 32 << 20
 
@@ -118,15 +118,10 @@ def evaluate(
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
     protocol = protocol or Protocol()
-    if seeds < 1 or not sizes or min(sizes) < backbone.patch_size or len(set(sizes)) < len(sizes):
-        raise ValueError(
-            f"expected at least one seed and different sizes of at least a patch ({backbone.patch_size} pixels), got "
-            f"{seeds} seeds and sizes {', '.join(map(str, sizes))}"
-        )
+    check_sizes(sizes, seeds, backbone.patch_size)
     if seeds > 1 and pairs_per_category is None:
         raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
-    if draw not in DRAWS:
-        raise ValueError(f"draw must be {' or '.join(DRAWS)}, got {draw!r}")
+    check_rule("draw", draw, DRAWS)
     options = {
         "methods": [method.name for method in methods],
         "split": dataset.split,

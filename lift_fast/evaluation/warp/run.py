@@ -12,6 +12,7 @@ import torch
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation.methods import Method
 from lift_fast.evaluation.resume import Journal, new_result
+from lift_fast.evaluation.rules import check_sizes
 
 from .protocol import WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
 from .summary import summarise
@@ -63,11 +64,7 @@ def evaluate(
     names = [method.name for method in methods]
     if reference is not None and reference not in names:
         raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
-    if seeds < 1 or not sizes or min(sizes) < backbone.patch_size or len(set(sizes)) < len(sizes):
-        raise ValueError(
-            f"expected at least one seed and different sizes of at least a patch ({backbone.patch_size} pixels), got "
-            f"{seeds} seeds and sizes {', '.join(map(str, sizes))}"
-        )
+    check_sizes(sizes, seeds, backbone.patch_size)
     options = {
         "methods": names,
         "sizes": list(sizes),
