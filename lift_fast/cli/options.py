@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lift_fast import _env, demonstration
 from lift_fast._text import quoted
+from lift_fast.training.settings import FACETS
 
 from .errors import UsageError, as_usage_error
 
@@ -62,9 +63,6 @@ def load_size(text: str) -> int | tuple[int, int]:
     return (positive(height), positive(width)) if cross else positive(text)
 
 
-_FACETS = ("key", "query", "value", "token")
-
-
 def add_model_options(
     parser: argparse.ArgumentParser,
     sizes: bool = True,
@@ -99,7 +97,7 @@ def add_model_options(
         group.add_argument(
             "--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)"
         )
-    choices = _FACETS if facet else (*_FACETS, "final")
+    choices = FACETS if facet else (*FACETS, "final")
     group.add_argument("--facet", default=facet, choices=choices, help=facet_help)
     group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
     group.add_argument("--stride", type=positive, help="pixels between patches (the patch size)")
