@@ -28,14 +28,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# A source whose name ends so is compiled for that instruction set; the core chooses among them at run time.
-ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+# csrc/cpu/*_kernel.cpp are compiled for each of these; the core chooses among them at run time.
+ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *ISA_FLAGS["avx2"]]
+# And the kernels named here for these too, as the operator's Kernels<> says.
+MORE_FLAGS = {
+    "avx512_int16": [*ISA_FLAGS["avx512"], "-mavx512vnni"],
+    "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
 }
-ISA_FLAGS["_avx2_int16"] = ISA_FLAGS["_avx2"]
-ISA_FLAGS["_avx512_bf16"] = [*ISA_FLAGS["_avx512"], "-mavx512bf16"]
-ISA_FLAGS["_avx512_int16"] = [*ISA_FLAGS["_avx512"], "-mavx512vnni"]
+MORE_ISAS = {"nearest_kernel": ("avx512_int16", "avx512_bf16"), "lift_forward_kernel": ("avx512_bf16",)}
 # nvcc and the bindings take 0.25 to 0.4 GB.
 COMPILER_MEMORY = 1 << 30
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]
@@ -43,6 +44,18 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]
 
 def fail(message: str) -> SystemExit:
     return SystemExit(f"lift_fast: {message}")
+
+
+def cpu_units(x86: bool = X86) -> list[tuple[Path, str, list[str]]]:
+    """What csrc/cpu/ is compiled to, kernels first: source, name of the object, flags beside those of all."""
+    units: list[tuple[Path, str, list[str]]] = []
+    for source in sorted(ROOT.glob("csrc/cpu/*_kernel.cpp")):
+        isas = [*ISA_FLAGS, *MORE_ISAS.get(source.stem, ())] if x86 else ["baseline"]
+        for isa in isas:
+            flags = [f"-DLIFT_FAST_ISA={isa}", *{**ISA_FLAGS, **MORE_FLAGS}[isa]]
+            units.append((source, f"{source.stem}_{isa}", flags))
+    others = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if not path.stem.endswith("_kernel"))
+    return units + [(source, source.stem, []) for source in others]
 
 
 def choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -134,29 +147,33 @@ def free_memory(root: Path = Path("/")) -> int:
     return max(0, min(free))
 
 
+def is_fresh(target: Path, listed: Path) -> bool:
+    """Whether an object is newer than all that went into it, of which the compiler left a list (``-MMD``)."""
+    if not (target.exists() and listed.exists()):
+        return False
+    # A make rule: "object: source header ...", with backslashes before line ends and before spaces in names.
+    rule = listed.read_text().replace("\\\n", " ").partition(": ")[2]
+    names = [Path(name.replace("\\ ", " ")) for name in re.findall(r"(?:\\.|\S)+", rule)]
+    made = target.stat().st_mtime
+    return all(name.exists() and name.stat().st_mtime < made for name in names)
+
+
 class BuildNative(build_ext):
     """Compiles each source with its own flags, several at a time, and only those that are out of date."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        windows = sys.platform == "win32"
-        if windows:
+        if sys.platform == "win32":
             raise fail("the native core is not built on Windows; set LIFT_FAST_NATIVE=0 to install without it")
-        objects_folder = Path(self.build_temp, "objects")
-        objects_folder.mkdir(parents=True, exist_ok=True)
-        self.headers_changed = max(
-            path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.h*"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
-        )
-
-        cxx = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-        compiler = cxx.split()
+        folder = Path(self.build_temp, "objects")
+        folder.mkdir(parents=True, exist_ok=True)
+        compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
         if shutil.which(compiler[0]) is None:
             raise fail(f"no C++ compiler ({compiler[0]}); install one, or set LIFT_FAST_NATIVE=0 to install without it")
         openmp = self.openmp_flags(compiler)
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *WARNINGS, *includes]
-
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *WARNINGS, *includes, *openmp]
         cuda_flags, cuda_names, cuda_reason, nvcc = self.cuda()
         described = ", ".join(cuda_names)
         macros = [
@@ -164,26 +181,22 @@ class BuildNative(build_ext):
             f'-DLIFT_FAST_CUDA_REASON="{cuda_reason}"',
             f"-DLIFT_FAST_CUDA={int(nvcc is not None)}",
         ]
-        jobs: list[tuple[Path, Path, list[str]]] = []
-        # What takes longest begins first: kernels, then bindings.
-        for source in (*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))):
-            isa = next((s for s in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(s)), None)
-            if isa and not X86:
-                continue
-            target = objects_folder / f"{source.stem}.o"
-            flags = [*compiler, *common, *openmp, *macros, *(ISA_FLAGS[isa] if isa else [])]
-            jobs.append((source, target, [*flags, "-c", str(source), "-o", str(target)]))
+        # What takes longest begins first.
+        jobs: list[tuple[Path, list[str]]] = []
         if nvcc is not None:
             host = ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
             device = ["-std=c++17", "-O3", "-DNDEBUG", "--threads", "2", "-Werror", "all-warnings"]
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
-                target = objects_folder / f"{source.stem}.cu.o"
-                flags = [str(nvcc), *device, *host, *cuda_flags, *macros, f"-I{ROOT / 'csrc'}"]
-                jobs.insert(0, (source, target, [*flags, "-c", str(source), "-o", str(target)]))
+            for source in sorted(ROOT.glob("csrc/cuda/*.cu"), reverse=True):
+                command = [str(nvcc), *device, *host, *cuda_flags, *macros, f"-I{ROOT / 'csrc'}", "-c", str(source)]
+                jobs.append((folder / f"cuda_{source.stem}.o", command))
+        for source in sorted(ROOT.glob("csrc/bindings/*.cpp")):
+            jobs.append((folder / f"bind_{source.stem}.o", [*compiler, *common, *macros, "-c", str(source)]))
+        for source, name, flags in cpu_units():
+            jobs.append((folder / f"{name}.o", [*compiler, *common, *flags, "-c", str(source)]))
         try:
             with ThreadPoolExecutor(compilers_at_once()) as pool:
-                list(pool.map(self.compile, jobs))
-            objects = [str(target) for _, target, _ in jobs]
+                list(pool.map(self.compile, *zip(*jobs, strict=True)))
+            objects = [str(target) for target, _ in jobs]
             if nvcc is None:
                 link = [*compiler, "-shared", *openmp, *objects]
             else:
@@ -204,22 +217,20 @@ class BuildNative(build_ext):
         except RuntimeError as error:
             hint = " (LIFT_FAST_CUDA=0 builds without CUDA, LIFT_FAST_NATIVE=0 without any native code)"
             raise fail(f"the native core does not compile{hint}:\n{error}") from None
-        isas = "avx512, avx2, baseline" if X86 else "baseline"
-        cuda = f"CUDA for {described}" if nvcc is not None else f"no CUDA: {cuda_reason}"
-        print(
-            f"lift_fast: built the native core for the CPU ({isas}{'' if openmp else ', no OpenMP'}) and {cuda}"
-            if nvcc
-            else f"lift_fast: built the native core for the CPU only ({isas}{'' if openmp else ', no OpenMP'}); {cuda}",
-            flush=True,
-        )
+        isas = (", ".join(reversed(ISA_FLAGS)) if X86 else "baseline") + ("" if openmp else ", no OpenMP")
+        if nvcc is not None:
+            print(f"lift_fast: built the native core for the CPU ({isas}) and CUDA for {described}", flush=True)
+        else:
+            print(f"lift_fast: built the native core for the CPU only ({isas}); no CUDA: {cuda_reason}", flush=True)
 
-    def compile(self, job: tuple[Path, Path, list[str]]) -> None:
-        source, target, command = job
-        stamp = target.with_suffix(".command")
-        fresh = target.exists() and stamp.exists() and stamp.read_text() == " ".join(command)
-        if fresh and target.stat().st_mtime > max(source.stat().st_mtime, self.headers_changed):
+    @staticmethod
+    def compile(target: Path, command: list[str]) -> None:
+        """Run the command unless it made ``target`` before from files that have not changed since."""
+        stamp, listed = target.with_suffix(".command"), target.with_suffix(".d")
+        if stamp.exists() and stamp.read_text() == " ".join(command) and is_fresh(target, listed):
             return
-        run(command)
+        stamp.unlink(missing_ok=True)
+        run([*command, "-MMD", "-MF", str(listed), "-o", str(target)])
         stamp.write_text(" ".join(command))
 
     def openmp_flags(self, compiler: list[str]) -> list[str]:
@@ -248,8 +259,9 @@ class BuildNative(build_ext):
         return flags, names, "", nvcc
 
 
-native = choice("LIFT_FAST_NATIVE", ("1", "0")) == "1"
-setup(
-    ext_modules=[Extension("lift_fast._C", sources=[])] if native else [],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    native = choice("LIFT_FAST_NATIVE", ("1", "0")) == "1"
+    setup(
+        ext_modules=[Extension("lift_fast._C", sources=[])] if native else [],
+        cmdclass={"build_ext": BuildNative},
+    )

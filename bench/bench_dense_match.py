@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lift_fast import dense_match
-from lift_fast.plan import span_basis
+from lift_fast.ops.lift_forward.plan import span_basis
 
 SIZE = 448
 

@@ -40,7 +40,11 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     """name -> what to time. The first is the whole of which the following are parts, indented; then other operators."""
     from lift_fast import LiFT
     from lift_fast.kernels import cosine_loss, launch
-    from lift_fast.ops import gpu_plan, lift_forward, nearest_gpu, plan_cache
+    from lift_fast.ops.lift_forward import cache as plan_cache
+    from lift_fast.ops.lift_forward import gpu as gpu_plan
+    from lift_fast.ops.lift_forward import op as lift_forward
+    from lift_fast.ops.nearest import gpu as nearest_gpu
+    from lift_fast.ops.nearest.op import nearest_by
 
     dtype = torch.bfloat16
     lift = LiFT(384, 16).eval().requires_grad_(False).to(device, dtype)
@@ -50,8 +54,8 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
     lift(imgs, x)
     network = lift._network()
     assert network is not None
-    variant = (gpu_plan.route(device, dtype), False)
-    plan = plan_cache.prepared_plan(*network, variant, lambda composed: None)
+    variant = gpu_plan.route(device, dtype, 384)
+    plan = plan_cache.prepared_plan(*network, False, variant, lambda composed: None)
     operator = torch.ops.lift_fast.lift_forward.default
     given = torch.randn(8, 384, 784, device=device).to(dtype)
     loss = torch.empty(8, 784, device=device)
@@ -66,12 +70,12 @@ def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
         "  weights, epsilons, modes": lift._network,
         "  checks of the inputs": lambda: lift._check(imgs, x, network),
         "  whether anybody looks": lambda: lift_forward._undisturbed(imgs, x, network[0]),
-        "  look-up of the plan": lambda: plan_cache.prepared_plan(*network, variant, lambda composed: None),
+        "  look-up of the plan": lambda: plan_cache.prepared_plan(*network, False, variant, lambda composed: None),
         "  the pass: launches, memory": lambda: gpu_plan.run_gpu_plan(plan, imgs, tokens),
         "the same through the dispatcher": lambda: operator(imgs, tokens, *network[:2], *network[2], False, False),
         "one kernel, directly": lambda: cosine_loss.cosine_loss(given, given, None, loss, 0.5, 1e-12),
         "one kernel, through Triton": by_triton,
-        "nearest, 784 x 784 bf16": lambda: nearest_gpu.nearest_gpu(query, query, 1, False, None, None, True),
+        "nearest, 784 x 784 bf16": lambda: nearest_by(nearest_gpu.search, query, query, 1, False, None, None, True),
     }
 
 

@@ -215,18 +215,19 @@ def _compiled(src: Any, target: Any, driver: Any, device: Device, native: bool) 
 
 def _believe(device: Device, native: bool) -> None:
     """Let the package take CPU tensors for tensors of the device."""
-    from lift_fast import _env, kernels
+    from lift_fast import _env, devices
     from lift_fast.kernels import launch
-    from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder_cuda
+    from lift_fast.ops.dense_match import cuda as dense_match_cuda
+    from lift_fast.ops.lift_forward import gpu as gpu_plan
+    from lift_fast.ops.lift_forward import image_encoder_cuda
 
     # These answer as on a GPU, and take as long.
     where = torch.device("cuda", 0)
-    gpu_can_run, encoder_can_run = gpu_plan.can_run, image_encoder_cuda.can_run
-    kernels._probe = cache(lambda of: (True, "stand-in"))
-    image_encoder_cuda._probe = cache(lambda index: (True, "stand-in"))
-    gpu_plan.can_run = lambda of, dtype: gpu_can_run(where, dtype)
+    kernels_run = devices.kernels_run
+    devices._ask_triton = cache(lambda of: (True, "stand-in"))
+    devices.kernels_run = lambda of, dtype: kernels_run(where, dtype)
+    devices.cuda_runs = lambda of: (not (_env.cuda_disabled() or _env.native_disabled()), "stand-in")
     gpu_plan._route.cache_clear()
-    image_encoder_cuda.can_run = lambda of: encoder_can_run(where)
     launch.device_of = lambda tensor: device.home
     launch._current_device = lambda: device.current
     launch._current_stream = device.stream
@@ -245,4 +246,4 @@ def _believe(device: Device, native: bool) -> None:
     names = ("image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual")
     stand_in = SimpleNamespace(**{name: core(name) for name in names})
     for module in (image_encoder_cuda, dense_match_cuda):
-        module._native = SimpleNamespace(require=lambda: stand_in, can_run=lambda: (not _env.native_disabled(), ""))
+        module._native = SimpleNamespace(require=lambda: stand_in)

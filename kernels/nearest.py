@@ -1,9 +1,8 @@
 """``nearest`` on the GPU: products on the tensor cores and the best keys of each query in one kernel.
 
 No product ever leaves the registers. Half-precision descriptors are multiplied as they were given, scaled by a power of
-two at most, and their norms divide the sums. Float32 descriptors are searched in float16: :func:`blocks_kernel` keeps
-the largest product of each block of keys, and :func:`rescore_kernel` evaluates in float32 the blocks that can hold a
-match, by the measured rounding of the two sets.
+two at most, and their norms divide the sums. Float32 descriptors are multiplied as three TF32 products each;
+:mod:`lift_fast.kernels.nearest_float32` searches cosines of many of them in float16.
 """
 
 from __future__ import annotations
@@ -17,37 +16,11 @@ from torch import Tensor
 
 from .. import memory
 from . import launch
+from .nearest_rows import FREE, INFINITY, Rows
 from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
-# A shorter descriptor counts as a zero vector; torch.nn.functional.normalize uses the same bound.
-NORM_FLOOR = 1e-12
-# Larger than every index; free places of a list carry it and the numbers after it.
-FREE = tl.constexpr(1 << 30)
-# Float16 copies of unit vectors are this much longer, so that no element that matters is subnormal.
-HALF_LENGTH = 4096.0
-# Queries whose match may lie in more blocks than this are searched once more, in float32.
-MOST_BLOCKS = 128
 # Parts of the keys for each tile of them, where they are few.
 _CHOSEN_PARTS = 8
-_INFINITY = tl.constexpr(float("inf"))
-
-
-class Rows(NamedTuple):
-    """One set of descriptors, ready to be multiplied."""
-
-    given: Tensor
-    """``[B, n, C]`` contiguous"""
-    copy: Tensor | None
-    """``[B, padded n, padded C]`` in half precision; None where the kernels read ``given``"""
-    shift: Tensor
-    """``[B, padded n]`` float32 powers of two that keep squares in range; ``given * shift * scale`` is what counts"""
-    scale: Tensor
-    """``[B, padded n]`` float32"""
-    bias: Tensor
-    """``[B, padded n]`` float32: 0, or -inf for rows that take no part"""
-    residual: Tensor | None
-    """``[B, padded n]`` float32 norms of what the float16 copy lost"""
-    normalized: bool
 
 
 class Geometry(NamedTuple):
@@ -65,80 +38,7 @@ class Geometry(NamedTuple):
 
 
 @triton.jit
-def prepare_kernel(
-    given,
-    copy,
-    shift_out,
-    scale_out,
-    bias_out,
-    residual_out,
-    n,
-    padded,
-    channels,
-    WIDTH: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(1).to(tl.int64)
-    exists = row < n
-    source = given + ((batch * n + row) * channels)[:, None]
-    depth = tl.arange(0, DEPTH)
-    largest = tl.zeros((ROWS,), dtype=tl.float32)
-    # Zero; NaN as soon as one element is not finite.
-    sound = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in tl.range(0, channels, DEPTH):
-        at = start + depth
-        x = tl.load(source + at[None, :], mask=exists[:, None] & (at < channels)[None, :], other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-        sound += tl.sum(x * 0.0, axis=1)
-    takes_part = exists & (sound == 0.0)
-    shift = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    if SHIFT:
-        exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-        shift = ((127 - tl.minimum(tl.maximum(exponent, -100), 100)) << 23).to(tl.float32, bitcast=True)
-        shift = tl.where(takes_part, shift, 1.0)
-    scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    if NORMALIZE:
-        square = tl.zeros((ROWS,), dtype=tl.float32)
-        for start in tl.range(0, channels, DEPTH):
-            at = start + depth
-            x = tl.load(source + at[None, :], mask=takes_part[:, None] & (at < channels)[None, :], other=0.0)
-            x = x.to(tl.float32) * shift[:, None]
-            square += tl.sum(x * x, axis=1)
-        # Rounded to nearest: by default both would be approximations on a GPU.
-        length = tl.maximum(tl.sqrt_rn(square), FLOOR * shift)
-        scale = tl.where(takes_part, tl.div_rn(tl.full((ROWS,), 1.0, dtype=tl.float32), length), 1.0)
-    if copy is not None:
-        lost = tl.zeros((ROWS,), dtype=tl.float32)
-        target = copy + ((batch * padded + row) * WIDTH)[:, None]
-        for start in tl.range(0, WIDTH, DEPTH):
-            at = start + depth
-            x = tl.load(source + at[None, :], mask=takes_part[:, None] & (at < channels)[None, :], other=0.0)
-            if SHIFT:
-                x = x.to(tl.float32) * shift[:, None]
-            if residual_out is not None:
-                x *= scale[:, None]
-                rounded = (x * LENGTH).to(copy.dtype.element_ty)
-                error = x - rounded.to(tl.float32) * (1.0 / LENGTH)
-                lost += tl.sum(error * error, axis=1)
-                x = rounded
-            mask = (row < padded)[:, None] & (at < WIDTH)[None, :]
-            tl.store(target + at[None, :], x.to(copy.dtype.element_ty), mask=mask)
-        if residual_out is not None:
-            # Upwards: the sum has rounded, too.
-            tl.store(residual_out + batch * padded + row, tl.sqrt_rn(lost) * 1.0001, mask=row < padded)
-    tl.store(shift_out + batch * padded + row, shift, mask=row < padded)
-    tl.store(scale_out + batch * padded + row, scale, mask=row < padded)
-    tl.store(bias_out + batch * padded + row, tl.where(takes_part, 0.0, -_INFINITY), mask=row < padded)
-
-
-@triton.jit
-def _products(
+def products(
     query_row, key_row, query_shift, query_scale, key_shift, key_scale, channels, COPIED: tl.constexpr,
     NORMALIZED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PREC: tl.constexpr
@@ -164,7 +64,7 @@ def _products(
 
 
 @triton.jit
-def _insert(values, indices, v, column, ROWS: tl.constexpr):
+def insert(values, indices, v, column, ROWS: tl.constexpr):
     """Put what is larger than the smallest of a row's list ``[ROWS, PLACES]`` into it, from ``v [ROWS, COLUMNS]``."""
     most = tl.max(v, axis=1)
     least = tl.min(values, axis=1)
@@ -176,7 +76,7 @@ def _insert(values, indices, v, column, ROWS: tl.constexpr):
         leaves = smallest & (indices == last[:, None]) & (most > least)[:, None]
         values = tl.where(leaves, most[:, None], values)
         indices = tl.where(leaves, found[:, None], indices)
-        v = tl.where(column == found[:, None], -_INFINITY, v)
+        v = tl.where(column == found[:, None], -INFINITY, v)
         most = tl.max(v, axis=1)
         least = tl.min(values, axis=1)
     return values, indices
@@ -281,11 +181,11 @@ def search_kernel(
     # Rows past the end are read as the last one.
     query_row = query + (aux * WIDTH if COPIED else (batch * n + tl.minimum(row, n - 1)) * channels)
 
-    best = tl.full((ROWS,), -_INFINITY, dtype=tl.float32)
+    best = tl.full((ROWS,), -INFINITY, dtype=tl.float32)
     best_index = tl.full((ROWS,), FREE, dtype=tl.int32)
-    second = tl.full((ROWS,), -_INFINITY, dtype=tl.float32)
+    second = tl.full((ROWS,), -INFINITY, dtype=tl.float32)
     second_index = tl.full((ROWS,), FREE + 1, dtype=tl.int32)
-    values = tl.full((ROWS, PLACES), -_INFINITY, dtype=tl.float32)
+    values = tl.full((ROWS, PLACES), -INFINITY, dtype=tl.float32)
     indices = tl.zeros((ROWS, PLACES), dtype=tl.int32) + FREE + places[None, :]
 
     for step in tl.range(split * share, tl.minimum(split * share + share, tiles)):
@@ -305,31 +205,31 @@ def search_kernel(
         else:
             k_shift = tl.load(key_shift + k_aux)
             key_row = key + (batch * m + tl.minimum(column, m - 1)) * channels
-        acc = _products(
+        acc = products(
             query_row, key_row, q_shift, q_scale, k_shift, k_scale, channels, COPIED, NORMALIZED, WIDTH, ROWS,
             COLUMNS, DEPTH, STAGES, PREC
         )  # fmt: skip
         v = acc * k_scale[None, :] + k_bias[None, :] if COPIED else acc + k_bias[None, :]
         if not NORMALIZED or not COPIED:
             # What overflows, or holds NaN, takes no part.
-            v = tl.where(tl.abs(acc) < _INFINITY, v, -_INFINITY)
+            v = tl.where(tl.abs(acc) < INFINITY, v, -INFINITY)
         if WINDOW:
             far_y = tl.abs(((2 * column_y + 1) * row_height)[None, :] - row_y[:, None]) > reach_y
             far_x = tl.abs(((2 * column_x + 1) * row_width)[None, :] - row_x[:, None]) > reach_x
-            v = tl.where(far_y | far_x | (number >= total)[None, :], -_INFINITY, v)
+            v = tl.where(far_y | far_x | (number >= total)[None, :], -INFINITY, v)
         if back is not None:
             along = tl.max(v * q_scale[:, None] + q_bias[:, None], axis=0)
             bits = along.to(tl.int32, bitcast=True)
             ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
             # Equal values: the tile with the lowest number is the largest.
             packed = (ordered << 32) | (0x7FFFFFFF - tile).to(tl.int64)
-            tl.atomic_max(back + k_aux, packed, mask=along > -_INFINITY, sem="relaxed")
+            tl.atomic_max(back + k_aux, packed, mask=along > -INFINITY, sem="relaxed")
         if PLACES <= 2:
             most = tl.max(v, axis=1)
             found = tl.min(tl.where(v == most[:, None], column[None, :], FREE), axis=1)
             better = most > best
             if PLACES == 2:
-                rest = tl.where(column[None, :] == found[:, None], -_INFINITY, v)
+                rest = tl.where(column[None, :] == found[:, None], -INFINITY, v)
                 next_most = tl.max(rest, axis=1)
                 next_found = tl.min(tl.where(rest == next_most[:, None], column[None, :], FREE), axis=1)
                 rival, rival_index = tl.where(better, best, most), tl.where(better, best_index, found)
@@ -341,26 +241,26 @@ def search_kernel(
             best = tl.where(better, most, best)
             best_index = tl.where(better, found, best_index)
         else:
-            values, indices = _insert(values, indices, v, column[None, :], ROWS)
+            values, indices = insert(values, indices, v, column[None, :], ROWS)
 
     if PLACES == 1:
         values, indices = best[:, None], best_index[:, None]
     elif PLACES == 2:
         values = tl.where(places[None, :] == 0, best[:, None], second[:, None])
         indices = tl.where(places[None, :] == 0, best_index[:, None], second_index[:, None])
-    values = tl.where((q_bias == 0.0)[:, None], values, -_INFINITY)
+    values = tl.where((q_bias == 0.0)[:, None], values, -INFINITY)
     target = (((batch * lists + split) * n + row) * PLACES)[:, None] + places[None, :]
     tl.store(values_out + target, values, mask=exists[:, None])
     tl.store(indices_out + target, indices, mask=exists[:, None])
 
 
 @triton.jit
-def _write_sorted(values, indices, similarity_out, index_out, at, k, PLACES: tl.constexpr):
+def write_sorted(values, indices, similarity_out, index_out, at, k, PLACES: tl.constexpr):
     """Store a list ``[PLACES]`` by descending value, then ascending index; -1 and -inf where there is no match."""
     larger = values[None, :] > values[:, None]
     earlier = (values[None, :] == values[:, None]) & (indices[None, :] < indices[:, None])
     rank = tl.sum((larger | earlier).to(tl.int32), axis=1)
-    found = values > -_INFINITY
+    found = values > -INFINITY
     tl.store(similarity_out + at * k + rank, values, mask=rank < k)
     tl.store(index_out + at * k + rank, tl.where(found, indices, -1).to(tl.int64), mask=rank < k)
 
@@ -406,18 +306,18 @@ def finish_kernel(
     depth = tl.arange(0, DEPTH)
     at = ((batch * SPLITS + lane // PLACES) * n + row) * PLACES + lane % PLACES
     filled = lane < tl.where(needed, parts * PLACES, 0)
-    v = tl.load(values_in + at, mask=filled, other=-_INFINITY)
+    v = tl.load(values_in + at, mask=filled, other=-INFINITY)
     i = tl.load(indices_in + at, mask=filled, other=FREE)
     aux = batch * query_padded + row
     factor = tl.load(query_shift + aux), tl.load(query_scale + aux)
     source = query + (batch * n + row) * channels
-    values = tl.full((PLACES,), -_INFINITY, dtype=tl.float32)
+    values = tl.full((PLACES,), -INFINITY, dtype=tl.float32)
     indices = places + FREE
     for place in tl.range(0, PLACES):
         most = tl.max(v, axis=0)
         found = tl.min(tl.where(v == most, i, FREE), axis=0)
-        if needed & (most > -_INFINITY):
-            v = tl.where(i == found, -_INFINITY, v)
+        if needed & (most > -INFINITY):
+            v = tl.where(i == found, -INFINITY, v)
             k_aux = batch * key_padded + found
             k_shift, k_scale = tl.load(key_shift + k_aux), tl.load(key_scale + k_aux)
             other = key + (batch * m + found) * channels
@@ -428,11 +328,11 @@ def finish_kernel(
                 b = tl.load(other + start + depth, mask=inside, other=0.0).to(tl.float32)
                 total += (a * factor[0] * factor[1]) * (b * k_shift * k_scale)
             exact = tl.sum(total, axis=0)
-            exact = tl.where(tl.abs(exact) < _INFINITY, exact, most)
+            exact = tl.where(tl.abs(exact) < INFINITY, exact, most)
             values = tl.where(places == place, exact, values)
             indices = tl.where(places == place, found, indices)
     if needed:
-        _write_sorted(values, indices, similarity_out, index_out, batch * n + row, k, PLACES)
+        write_sorted(values, indices, similarity_out, index_out, batch * n + row, k, PLACES)
 
 
 @triton.jit
@@ -466,133 +366,17 @@ def mutual_kernel(
     match = batch * key_padded + tl.where(matched, found, 0)
     aux = batch * query_padded + row
     q_scale, q_bias = tl.load(query_scale + aux), tl.load(query_bias + aux)
-    acc = _products(
+    acc = products(
         query + aux * WIDTH, key + match * WIDTH, q_scale, q_scale, q_scale, q_scale, 0, True, True, WIDTH, ROWS,
         COLUMNS, DEPTH, STAGES, PREC
     )  # fmt: skip
-    acc = tl.where(tl.abs(acc) < _INFINITY, acc, -_INFINITY)
+    acc = tl.where(tl.abs(acc) < INFINITY, acc, -INFINITY)
     v = acc * q_scale[:, None] + q_bias[:, None]
     most = tl.max(v, axis=0)
     first = tl.min(tl.where(v == most[None, :], row[:, None], FREE), axis=0)
     best_tile = 0x7FFFFFFF - (tl.load(back + match) & 0x7FFFFFFF)
     good = matched & (best_tile == tile) & (first == own)
     tl.store(valid_out + batch * n + own, good.to(tl.int8), mask=own < n)
-
-
-@triton.jit
-def blocks_kernel(
-    query,
-    key,
-    key_bias,
-    out,
-    first_row,
-    blocks,
-    key_padded,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LENGTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The largest similarity of each query of a portion to each block of keys: ``[portion, blocks]`` float32."""
-    tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    lane = tile * ROWS + tl.arange(0, ROWS)
-    query_row = query + (first_row + lane).to(tl.int64) * WIDTH
-    tiles = key_padded // COLUMNS
-    share = tl.cdiv(tiles, splits)
-    for step in tl.range(split * share, tl.minimum(split * share + share, tiles)):
-        column = step * COLUMNS + tl.arange(0, COLUMNS)
-        bias = tl.load(key_bias + column)
-        key_row = key + column.to(tl.int64) * WIDTH
-        acc = _products(
-            query_row, key_row, bias, bias, bias, bias, 0, True, True, WIDTH, ROWS, COLUMNS, DEPTH, STAGES, "tf32"
-        )  # fmt: skip
-        v = tl.reshape(acc + bias[None, :], (ROWS, COLUMNS // BLOCK, BLOCK))
-        most = tl.max(v, axis=2) * (1.0 / (LENGTH * LENGTH))
-        block = step * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
-        tl.store(out + lane.to(tl.int64)[:, None] * blocks + block[None, :], most)
-
-
-@triton.jit
-def rescore_kernel(
-    query,
-    query_shift,
-    query_scale,
-    query_bias,
-    query_residual,
-    key,
-    key_shift,
-    key_scale,
-    key_bias,
-    key_residual,
-    maxima,
-    bar,
-    chosen,
-    chosen_count,
-    similarity_out,
-    index_out,
-    first_row,
-    n,
-    m,
-    channels,
-    blocks,
-    k,
-    rounding,
-    BLOCK: tl.constexpr,
-    MOST: tl.constexpr,
-    PLACES: tl.constexpr,
-    LANES: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Evaluate in float32 the blocks that can hold one of a query's ``k`` best keys; leave it to others if too many."""
-    portion = tl.program_id(0)
-    row = first_row + portion
-    lane = tl.arange(0, LANES)
-    offset = tl.arange(0, BLOCK)
-    depth = tl.arange(0, DEPTH)
-    places = tl.arange(0, PLACES)
-    # |q.k - q'.k'| <= |q - q'| |k'| + |q| |k - k'| for unit vectors, and what the sums round.
-    error = 1.001 * (tl.load(query_residual + row) + tl.load(key_residual)) + rounding
-    least = tl.load(bar + portion) - 2.0 * error
-    sound = tl.load(query_bias + row) == 0.0
-    own = maxima + portion.to(tl.int64) * blocks
-    candidates = 0
-    for start in tl.range(0, blocks, LANES):
-        bound = tl.load(own + start + lane, mask=start + lane < blocks, other=-_INFINITY)
-        candidates += tl.sum(((bound >= least) & (bound > -_INFINITY)).to(tl.int32), axis=0)
-    few = candidates <= MOST
-    if sound & (few == 0):
-        place = tl.atomic_add(chosen_count, 1)
-        tl.store(chosen + place, row)
-    values = tl.full((1, PLACES), -_INFINITY, dtype=tl.float32)
-    indices = places[None, :] + FREE
-    if sound & few:
-        shift, scale = tl.load(query_shift + row), tl.load(query_scale + row)
-        source = query + row.to(tl.int64) * channels
-        for start in tl.range(0, blocks, LANES):
-            bound = tl.load(own + start + lane, mask=start + lane < blocks, other=-_INFINITY)
-            open_blocks = tl.where((bound >= least) & (bound > -_INFINITY), start + lane, FREE)
-            block = tl.min(open_blocks, axis=0)
-            while block < FREE:
-                column = block * BLOCK + offset
-                k_shift, k_scale = tl.load(key_shift + column), tl.load(key_scale + column)
-                other = key + tl.minimum(column, m - 1).to(tl.int64) * channels
-                total = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
-                for channel in tl.range(0, channels, DEPTH):
-                    at = channel + depth
-                    a = tl.load(source + at, mask=at < channels, other=0.0) * shift * scale
-                    b = tl.load(other[:, None] + at[None, :], mask=(at < channels)[None, :], other=0.0)
-                    total += a[None, :] * (b * k_shift[:, None] * k_scale[:, None])
-                exact = tl.sum(total, axis=1)
-                exact = tl.where(tl.load(key_bias + column) == 0.0, exact, -_INFINITY)
-                values, indices = _insert(values, indices, exact[None, :], column[None, :], 1)
-                open_blocks = tl.where(open_blocks == block, FREE, open_blocks)
-                block = tl.min(open_blocks, axis=0)
-    if few | (sound == 0):
-        value, found = tl.reshape(values, (PLACES,)), tl.reshape(indices, (PLACES,))
-        _write_sorted(value, found, similarity_out, index_out, row.to(tl.int64), k, PLACES)
 
 
 def default_tile(
@@ -637,62 +421,7 @@ def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
     return [tile for tile in tiles if (tile.rows + tile.columns) * tile.depth * 2 * tile.stages <= room]
 
 
-# Rows are padded to whole tiles of every shape.
-_PADDING = 256
-
-
-def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16, measured: bool = False) -> Rows:
-    """Norms of descriptors, which of them take part, and their copy for the tensor cores.
-
-    Args:
-        given: ``[B, n, C]`` contiguous; none of them 0.
-        normalize: whether cosines are asked for.
-        copy: dtype of the copy: that of ``given``, or float16 for float32; None for no copy.
-        depth: the copy's channels are padded to a multiple of this.
-        measured: for :func:`block_maxima`: the copy holds unit vectors, with the norms of what their rounding lost.
-    """
-    batch, n, channels = given.shape
-    padded = -(-n // _PADDING) * _PADDING
-    width = -(-channels // depth) * depth
-
-    def vector() -> Tensor:
-        return memory.new_empty(given, (batch, padded), dtype=torch.float32)
-
-    rows = Rows(
-        given=given,
-        copy=None if copy is None else memory.new_empty(given, (batch, padded, width), dtype=copy),
-        shift=vector(),
-        scale=vector(),
-        bias=vector(),
-        residual=vector() if measured else None,
-        normalized=normalize,
-    )
-    launch.run(
-        prepare_kernel,
-        (cdiv(padded, 16), batch),
-        given,
-        rows.copy,
-        rows.shift,
-        rows.scale,
-        rows.bias,
-        rows.residual,
-        n,
-        padded,
-        channels,
-        WIDTH=width,
-        NORMALIZE=normalize,
-        # Float16 products never pass the range of float32.
-        SHIFT=normalize and given.dtype != torch.float16,
-        LENGTH=HALF_LENGTH,
-        FLOOR=NORM_FLOOR,
-        ROWS=16,
-        DEPTH=128,
-        num_warps=4,
-    )
-    return rows
-
-
-def _splits(tiles: int, column_tiles: int, places: int, device: torch.device) -> int:
+def split_keys(tiles: int, column_tiles: int, places: int, device: torch.device) -> int:
     """Into how many parts to cut the keys, so that few queries, too, keep the device busy to the end."""
     return max(1, min(4 * launch.multiprocessors(device) // tiles, column_tiles, 32, 512 // places))
 
@@ -722,7 +451,7 @@ def search(
     """The ``depth`` best keys of each query, in ``places`` (a power of two) per part of the keys.
 
     Args:
-        query, key: of :func:`prepare`, both with or both without copies.
+        query, key: of :func:`lift_fast.kernels.nearest_rows.prepare`, both with or both without copies.
         depth: at most 32.
         tile: rows and columns at most 256, ``rows`` a multiple of 16.
         window: queries are the rows, keys the columns.
@@ -740,7 +469,7 @@ def search(
         tiles = window.row_frames * cdiv(window.row_height, down) * cdiv(window.row_width, across)
         column_tiles = cdiv(m, 4 * tile.columns)
     if chosen is None:
-        splits = blocks = _splits(tiles * batch, column_tiles, places, query.given.device)
+        splits = blocks = split_keys(tiles * batch, column_tiles, places, query.given.device)
     else:
         # Of each tile of rows that are chosen; the blocks of the others do them.
         splits, blocks = max(1, min(_CHOSEN_PARTS, column_tiles, 16 // places)), 1
@@ -830,7 +559,7 @@ def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> T
     """``[B, n]`` int8: whether each query's first match ``index [B, n, k]`` leads back to it.
 
     Args:
-        query, key: of :func:`prepare`, with copies.
+        query, key: of :func:`lift_fast.kernels.nearest_rows.prepare`, with copies.
         index: of :func:`finish`.
         back: of :func:`search` with a tile of as many rows.
         tile: see there.
@@ -864,112 +593,3 @@ def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> T
         num_warps=8 if tile.rows == 128 else tile.warps,
     )
     return valid
-
-
-def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, tile: Tile) -> Tensor:
-    """``[count, blocks]``: bounds of the similarities of queries ``first ...`` to each block of keys.
-
-    Args:
-        query, key: batches of one, of :func:`prepare` with float16 copies of float32.
-        first, count: multiples of ``tile.rows``.
-        block: keys of a block, a power of two that divides ``tile.columns``.
-        tile: see :func:`search`.
-    """
-    assert query.copy is not None
-    blocks = key.bias.shape[1] // block
-    out = memory.new_empty(query.bias, (count, blocks))
-    tiles = count // tile.rows
-    splits = _splits(tiles, key.bias.shape[1] // tile.columns, 1, out.device)
-    launch.run(
-        blocks_kernel,
-        (tiles, splits),
-        query.copy,
-        key.copy,
-        key.bias,
-        out,
-        first,
-        blocks,
-        key.bias.shape[1],
-        WIDTH=query.copy.shape[2],
-        BLOCK=block,
-        LENGTH=HALF_LENGTH,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-    )
-    return out
-
-
-def sum_error(channels: int) -> float:
-    """How far the tensor cores' sum of float16 products of two unit vectors may be from the exact one.
-
-    They align the products of a block and the sum so far to the largest, cut off what is below its 23 fractional bits
-    (fewer than any of them is known to keep), and truncate the result. No term and no partial sum exceeds 1, and the
-    largest loses nothing: at most 2^-23 for each product, and where results carry, which doubles them, 2^-22 in all.
-    """
-    return (channels + 16) * 2.0**-23
-
-
-def rescore(
-    query: Rows,
-    key: Rows,
-    maxima: Tensor,
-    first: int,
-    block: int,
-    depth: int,
-    chosen: tuple[Tensor, Tensor],
-    similarity: Tensor,
-    index: Tensor,
-) -> None:
-    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` those it leaves.
-
-    Args:
-        query, key: as for :func:`block_maxima`.
-        maxima: of :func:`block_maxima`.
-        first, block: see there.
-        depth: places of a query's list, at least k.
-        chosen: ``(rows [n] int32, count [1] int32)``, to which rows are added.
-        similarity, index: float32, int64.
-    """
-    assert query.residual is not None
-    assert key.residual is not None
-    _, n, channels = query.given.shape
-    places = next_power_of_2(depth)
-    bar = maxima.amax(1) if depth == 1 else maxima.topk(min(depth, maxima.shape[1])).values[:, -1].contiguous()
-    if depth > maxima.shape[1]:
-        bar = torch.full_like(bar, -torch.inf)
-    launch.run(
-        rescore_kernel,
-        (min(maxima.shape[0], n - first),),
-        query.given,
-        query.shift,
-        query.scale,
-        query.bias,
-        query.residual,
-        key.given,
-        key.shift,
-        key.scale,
-        key.bias,
-        key.residual.amax(),
-        maxima,
-        bar,
-        chosen[0],
-        chosen[1],
-        similarity,
-        index,
-        first,
-        n,
-        key.given.shape[1],
-        channels,
-        maxima.shape[1],
-        index.shape[2],
-        sum_error(channels),
-        BLOCK=block,
-        MOST=MOST_BLOCKS,
-        PLACES=places,
-        LANES=1024 if maxima.shape[1] > 512 else 512,
-        DEPTH=max(16, 4096 // block),
-        num_warps=4,
-    )

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from .. import memory
 from . import launch
-from .nearest import FREE, Rows
+from .nearest_rows import FREE, INFINITY, Rows
 from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
-_INFINITY = tl.constexpr(float("inf"))
 # Keys of a group, eight apart from one another, and classes of groups: how the tensor cores' sums lie in registers.
 MEMBERS = 8
 CLASSES = 8
@@ -83,9 +82,9 @@ def groups_kernel(
     # NaN for what takes no part: no comparison finds its products larger.
     q_factor = tl.load(query_scale + batch * query_padded + row)
     q_factor += tl.load(query_bias + batch * query_padded + row) * 0.0
-    best = tl.full((ROWS, CLASSES), -_INFINITY, dtype=tl.float32)
+    best = tl.full((ROWS, CLASSES), -INFINITY, dtype=tl.float32)
     group = tl.full((ROWS, CLASSES), FREE, dtype=tl.int32)
-    second = tl.full((ROWS, CLASSES), -_INFINITY, dtype=tl.float32)
+    second = tl.full((ROWS, CLASSES), -INFINITY, dtype=tl.float32)
     second_group = tl.full((ROWS, CLASSES), FREE, dtype=tl.int32)
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for at in tl.range(0, count * STEPS, num_stages=STAGES):
@@ -102,7 +101,7 @@ def groups_kernel(
             factor = tl.load(key_scale + here) + tl.load(key_bias + here) * 0.0
             if back is not None:
                 known = tl.load(back + here, cache_modifier=".cg")
-                along = tl.max(tl.where(tl.abs(acc) < _INFINITY, acc, -_INFINITY) * q_factor[:, None], axis=0)
+                along = tl.max(tl.where(tl.abs(acc) < INFINITY, acc, -INFINITY) * q_factor[:, None], axis=0)
                 if NORMALIZED:
                     along = tl.max(acc * q_factor[:, None], axis=0)
                 # Of -0 and 0 one.
@@ -111,11 +110,11 @@ def groups_kernel(
                 ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
                 # Equal values: the tile with the lowest number is the largest.
                 packed = (ordered << 32) | (0x7FFFFFFF - tile).to(tl.int64)
-                tl.atomic_max(back + here, packed, mask=(along > -_INFINITY) & (packed > known), sem="relaxed")
+                tl.atomic_max(back + here, packed, mask=(along > -INFINITY) & (packed > known), sem="relaxed")
             v = acc * factor[None, :]
             if not NORMALIZED:
                 # What overflows takes no part.
-                v = tl.where(tl.abs(v) < _INFINITY, v, -_INFINITY)
+                v = tl.where(tl.abs(v) < INFINITY, v, -INFINITY)
             most = tl.max(tl.reshape(v, (ROWS, PER, MEMBERS, CLASSES)), axis=2)
             if PLACES == 1:
                 top = tl.max(most, axis=1)
@@ -123,7 +122,7 @@ def groups_kernel(
                 best, group, second, second_group = _keep(top, number, best, group, second, second_group, PLACES)
             else:
                 for one in tl.static_range(PER):
-                    top = tl.max(tl.where(part[None, :, None] == one, most, -_INFINITY), axis=1)
+                    top = tl.max(tl.where(part[None, :, None] == one, most, -INFINITY), axis=1)
                     best, group, second, second_group = _keep(
                         top, step * PER + one, best, group, second, second_group, PLACES
                     )
@@ -132,10 +131,10 @@ def groups_kernel(
     exists = (row < n)[:, None] & (place >= 0)[None, :]
     target = (((batch * splits + split) * n + row) * (CLASSES * PLACES))[:, None] + place[None, :]
     takes_part = (q_factor == q_factor)[:, None]
-    tl.store(values_out + target, tl.where(takes_part, best, -_INFINITY), mask=exists)
+    tl.store(values_out + target, tl.where(takes_part, best, -INFINITY), mask=exists)
     tl.store(groups_out + target, group, mask=exists)
     if PLACES == 2:
-        tl.store(values_out + target + CLASSES, tl.where(takes_part, second, -_INFINITY), mask=exists)
+        tl.store(values_out + target + CLASSES, tl.where(takes_part, second, -INFINITY), mask=exists)
         tl.store(groups_out + target + CLASSES, second_group, mask=exists)
 
 
@@ -174,18 +173,18 @@ def resolve_kernel(
     member = tl.arange(0, MEMBERS)
     depth = tl.arange(0, DEPTH)
     at = ((batch * SPLITS + lane // SLOTS) * n + row) * SLOTS + lane % SLOTS
-    v = tl.load(values_in + at, mask=lane < SPLITS * SLOTS, other=-_INFINITY)
+    v = tl.load(values_in + at, mask=lane < SPLITS * SLOTS, other=-INFINITY)
     g = tl.load(groups_in + at, mask=lane < SPLITS * SLOTS, other=FREE)
     least = tl.max(v, axis=0)
     if PLACES == 2 and tl.sum((v == least).to(tl.int32), axis=0) == 1:
-        least = tl.max(tl.where(v == least, -_INFINITY, v), axis=0)
+        least = tl.max(tl.where(v == least, -INFINITY, v), axis=0)
     # Equal values in several classes may be equal keys, of which the lowest is asked for: each is looked at.
-    open_lanes = tl.where((v >= least) & (v > -_INFINITY), lane, LANES)
+    open_lanes = tl.where((v >= least) & (v > -INFINITY), lane, LANES)
     aux = batch * query_padded + row
     shift, scale = tl.load(query_shift + aux), tl.load(query_scale + aux)
     source = query + (batch * n + row) * channels
-    best, best_index = -_INFINITY, FREE
-    second, second_index = -_INFINITY, FREE
+    best, best_index = -INFINITY, FREE
+    second, second_index = -INFINITY, FREE
     here = tl.min(open_lanes, axis=0)
     while here < LANES:
         number = tl.sum(tl.where(lane == here, g, 0), axis=0)
@@ -202,12 +201,12 @@ def resolve_kernel(
             b = tl.load(other[:, None] + (start + depth)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
             total += a[None, :] * (b * k_shift[:, None] * k_scale[:, None])
         exact = tl.sum(total, axis=1)
-        exact = tl.where((tl.load(key_bias + k_aux) == 0.0) & (tl.abs(exact) < _INFINITY), exact, -_INFINITY)
+        exact = tl.where((tl.load(key_bias + k_aux) == 0.0) & (tl.abs(exact) < INFINITY), exact, -INFINITY)
         for _ in tl.static_range(PLACES):
             most = tl.max(exact, axis=0)
             found = tl.min(tl.where(exact == most, column, FREE), axis=0)
-            found = tl.where(most > -_INFINITY, found, FREE)
-            exact = tl.where(column == found, -_INFINITY, exact)
+            found = tl.where(most > -INFINITY, found, FREE)
+            exact = tl.where(column == found, -INFINITY, exact)
             better = (most > best) | ((most == best) & (found < best_index))
             rival, rival_index = tl.where(better, best, most), tl.where(better, best_index, found)
             best, best_index = tl.where(better, most, best), tl.where(better, found, best_index)
@@ -321,7 +320,7 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
     """The best groups of keys of each query.
 
     Args:
-        query, key: of :func:`lift_fast.kernels.nearest.prepare`, with copies.
+        query, key: of :func:`lift_fast.kernels.nearest_rows.prepare`, with copies.
         depth: 1 or 2 best keys.
         stream: its tile's columns are whole groups of every class. With "warp", 128 rows and ``depth`` 1.
         mutual: fill ``back``.

@@ -13,12 +13,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .nearest import Rows
+from .nearest_rows import FREE, INFINITY, Rows
 
 # Of a block.
 QUERIES = 128
-_INFINITY = gl.constexpr(float("inf"))
-FREE = gl.constexpr(1 << 30)
 
 
 @gluon.jit
@@ -65,14 +63,14 @@ def _look_back(products, query_scale, query_bias, back, tile, NORMALIZED: gl.con
     along = products * (gl.load(query_scale + row) + gl.load(query_bias + row) * 0.0)[:, None]
     if not NORMALIZED:
         # What overflows takes no part.
-        along = gl.where(gl.abs(along) < _INFINITY, along, -_INFINITY)
+        along = gl.where(gl.abs(along) < INFINITY, along, -INFINITY)
     # Of -0 and 0 one.
     along = gl.convert_layout(gl.max(along, axis=0), LINE) + 0.0
     bits = along.to(gl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(gl.int64)
     # Equal values: the tile with the lowest number is the largest.
     packed = (ordered << 32) | (0x7FFFFFFF - tile).to(gl.int64)
-    gl.atomic_max(back + column, packed, mask=(along > -_INFINITY) & (packed > known), sem="relaxed")
+    gl.atomic_max(back + column, packed, mask=(along > -INFINITY) & (packed > known), sem="relaxed")
 
 
 @gluon.jit
@@ -88,7 +86,7 @@ def _multiply(query_memory, key_memory, factor_memory, query_there, there, free,
     column = gl.arange(0, COLUMNS, layout=LINE)
     acc = gl.zeros([ROWS, COLUMNS], gl.float32, SUMS)
     flat = gl.max(gl.reshape(acc, [ROWS, PARTS, 8, 8]), axis=2)
-    best = flat - _INFINITY
+    best = flat - INFINITY
     group = flat.to(gl.int32) + FREE
     mbarrier.wait(query_there, 0)
     at = 0
@@ -124,7 +122,7 @@ def _multiply(query_memory, key_memory, factor_memory, query_there, there, free,
             _look_back(four, query_scale, query_bias, back + step * COLUMNS + COLUMNS // 4 * 3, tile, NORMALIZED)
         v = acc * factor[None, :]
         if not NORMALIZED:
-            v = gl.where(gl.abs(v) < _INFINITY, v, -_INFINITY)
+            v = gl.where(gl.abs(v) < INFINITY, v, -INFINITY)
         top = gl.max(gl.reshape(v, [ROWS, PARTS, 8, 8]), axis=2)
         better = top > best
         best = gl.where(better, top, best)
@@ -135,7 +133,7 @@ def _multiply(query_memory, key_memory, factor_memory, query_there, there, free,
     place = gl.arange(0, PARTS * 8, layout=gl.SliceLayout(0, TABLE))
     target = lane[:, None] * (PARTS * 8) + place[None, :]
     exists = (lane < n)[:, None] & (place >= 0)[None, :]
-    best = gl.where((gl.load(query_bias + lane) == 0.0)[:, None], best, -_INFINITY)
+    best = gl.where((gl.load(query_bias + lane) == 0.0)[:, None], best, -INFINITY)
     gl.store(values_out + target, best, mask=exists)
     gl.store(groups_out + target, group, mask=exists)
 

@@ -1,14 +1,15 @@
-"""How ``dense_match`` cuts pictures into pieces on the GPU, for its kernels in Triton and in CUDA C++ alike."""
+"""How ``dense_match`` cuts images into pieces, for the native core and for kernels in Triton and in CUDA C++ alike."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Strips(NamedTuple):
-    """One axis of a picture: the pixels between neighbouring cells, on the device."""
+    """One axis of an image: the pixels between the same two cells, or at one, on the device that searches."""
 
     cells: int
     pixels: int
@@ -27,9 +28,19 @@ class Strips(NamedTuple):
     def count(self) -> int:
         return self.low.shape[0]
 
+    def members(self) -> Tensor:
+        """The pixels of each strip ``[strips, longest]`` int64, its last one repeated."""
+        offset = torch.arange(self.longest, device=self.first.device)
+        return torch.minimum(self.first[:-1, None] + offset, self.first[1:, None] - 1)
+
+    def arguments(self) -> tuple[int, ...]:
+        """As the native core takes them: sizes and addresses."""
+        parts = (self.low, self.high, self.first, self.weight)
+        return (self.cells, self.pixels, self.count, *(part.data_ptr() for part in parts))
+
 
 class Scales(NamedTuple):
-    """What the similarity to each pixel of a picture is multiplied by, positive."""
+    """What the similarity to each pixel of an image is multiplied by, positive."""
 
     pixel: Tensor
     """[H * W] float32"""
@@ -44,7 +55,7 @@ class Scales(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The part of the query picture whose cells a table holds."""
+    """The part of the query image whose cells a table holds."""
 
     strips_y: tuple[int, int]
     """first strip and the one after the last"""

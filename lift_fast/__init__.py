@@ -25,7 +25,7 @@ from .backends import backends  # noqa: E402
 from .lift import LiFT  # noqa: E402
 from .losses import CosineLoss, cosine_loss  # noqa: E402
 from .matching import DenseMatches, NearestResult, Window, dense_match, nearest  # noqa: E402
-from .ops.plan_cache import clear_plans  # noqa: E402
+from .ops.lift_forward.cache import clear_plans  # noqa: E402
 from .propagation import propagate_labels  # noqa: E402
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ _LAZY = {
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }
+_SUBPACKAGES = ("backbones", "evaluation", "show", "training")
 
 
 def __getattr__(name: str) -> Any:
@@ -85,8 +86,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_LAZY[name], __name__), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import import_module
 
 import torch
 
-from . import _env, _native
+from . import _env, _native, devices
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _pytorch() -> Part:
 def _cpu_native() -> Part:
     module = _native.load()
     if module is None:
-        return Part("cpu native", False, _native.can_run()[1])
+        return Part("cpu native", False, devices.native_runs()[1])
     available, wish = module.cpu_isas(), _env.cpu_isa()
     if wish != "auto" and wish not in available:
         return Part("cpu native", False, f"LIFT_FAST_CPU_ISA={wish}, but this CPU can run {', '.join(available)}")
@@ -80,21 +79,16 @@ def _cpu_native() -> Part:
 
 
 def _triton() -> Part:
-    # Imported only here: Triton is optional and slow to load.
-    runs, reason = import_module("lift_fast.kernels").can_run()
+    runs, reason = devices.triton_runs()
     parts = "LiFT forward pass, cosine loss, nearest, dense_match, label propagation"
     return Part("triton", runs, f"{reason}: {parts}" if runs else reason)
 
 
 def _cuda_native() -> Part:
-    module = _native.load()
-    if module is None:
-        return Part("cuda native", False, _native.can_run()[1])
-    if _env.cuda_disabled():
-        return Part("cuda native", False, "switched off by LIFT_FAST_DISABLE_CUDA=1")
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    runs, reason = module.cuda_probe(device)
-    built = module.build_info()["cuda_architectures"]
+    runs, reason = devices.cuda_runs(torch.device("cuda", device))
     if runs:
         reason = f"{reason}: image encoder of the LiFT forward pass and dense_match, before Triton's"
+    module = None if _env.cuda_disabled() else _native.load()
+    built = module and module.build_info()["cuda_architectures"]
     return Part("cuda native", runs, f"{reason} (built for {built})" if built else reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from .defaults import plain_defaults
 from .demonstration import lift_file
 from .layers import LayerFinder
 from .lift import LiFT
-from .tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
+from .lift_state import architecture, fit_lift, lift_state_dict
+from .tensor_files import described, read_tensor_file
 
-# Bounds what a file can make us build before its shapes are compared; the published networks have at most one.
-_MOST_EXTRA_BLOCKS = 64
 # Of every BatchNorm of the published network.
 _EPSILON = 1e-5
 
@@ -66,7 +64,7 @@ def load_lift(
         ) from error
     path = lift_file(path)
     state = lift_state_dict(read_tensor_file(path), path)
-    options = _architecture(state, path)
+    options = architecture(state, path)
     # Without memory for the weights: the file's own take their place.
     with plain_defaults(), torch.device("meta"):
         try:
@@ -76,90 +74,6 @@ def load_lift(
     fit_lift(state, lift, path)
     lift.load_state_dict({name: _own_copy(value) for name, value in state.items()}, assign=True)
     return lift.to(device).eval()
-
-
-def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a LiFT state dict, any ``module.`` and ``_orig_mod.`` taken off their names.
-
-    Raises:
-        ValueError: for entries that are no dense, finite, floating point tensors (counters: whole numbers), or a name
-            that is there twice; names ``source`` and the entry.
-    """
-    state: dict[str, Tensor] = {}
-    for given, value in content.items():
-        if not isinstance(given, str):
-            raise ValueError(f"{source}: the name of an entry is {described(given)}; expected text such as outc.weight")
-        if isinstance(value, Mapping):
-            raise ValueError(
-                f"{source}: entry {quoted(given)} is {described(value)}; expected a plain state dict of tensors, save "
-                "that entry alone if it is a LiFT's"
-            )
-        name = plain_name(given)
-        if name in state:
-            raise ValueError(f"{source}: entry {quoted(name)} is there twice, as {quoted(given)} too")
-        if name.endswith("num_batches_tracked"):
-            state[name] = _counter(value, source, given)
-            continue
-        state[name] = weight_tensor(value, source, given)
-        if name.endswith("running_var") and bool((state[name] < 0).any()):
-            raise ValueError(f"{source}: entry {quoted(given)} holds negative variances")
-    return state
-
-
-def fit_lift(state: dict[str, Tensor], lift: LiFT, source: str | os.PathLike[str]) -> None:
-    """Check names and shapes of ``state`` against ``lift``; counters of batches that it lacks are added as 0.
-
-    Raises:
-        ValueError: if they differ; names ``source`` and the first few entries.
-    """
-    own = lift.state_dict()
-    for name in own:
-        # Files of other tools leave them out: evaluation never reads them.
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, torch.tensor(0, dtype=torch.int64, device="cpu"))
-    different = misfits(state, own)
-    if different:
-        raise ValueError(f"{source} does not fit LiFT({lift.in_channels}, {lift.patch_size}): {different}")
-
-
-def plain_name(name: str) -> str:
-    """The published name of an entry: no ``module.`` in front, no ``_orig_mod.`` anywhere."""
-    name = uncompiled(name)
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
-def _architecture(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """LiFT's arguments that a state dict's shapes tell."""
-    last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
-    if last is None:
-        raise ValueError(
-            f"{source} holds no LiFT: outc.weight is missing; its entries begin with {shown(sorted(state))}"
-        )
-    for name, weight in (("outc.weight", last), ("image_convs_1.0.weight", first)):
-        if weight is not None and (weight.dim() != 4 or weight.numel() == 0):
-            raise ValueError(f"{source} holds no LiFT: {name} has shape {list(weight.shape)}, expected four sides")
-    if last.shape[0] < 2:
-        raise ValueError(f"{source} holds no LiFT: outc.weight has {last.shape[0]} channels, expected at least 2")
-    if first is None:
-        return {"in_channels": last.shape[0], "use_image": False}
-    blocks = 2
-    while blocks < 2 + _MOST_EXTRA_BLOCKS and f"image_convs_1.{3 * blocks + 1}.running_mean" in state:
-        blocks += 1
-    return {"in_channels": last.shape[0], "image_channels": first.shape[0], "extra_image_blocks": blocks - 2}
-
-
-def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor:
-    """A BatchNorm's count of batches; a plain number, too, since other tools write one."""
-    count = value
-    if isinstance(value, Tensor):
-        tensor = plain_tensor(value, source, name)
-        count = tensor.item() if tensor.dim() == 0 and not tensor.is_complex() else None
-    whole = isinstance(count, (int, float)) and not isinstance(count, bool) and 0 <= count < 2**63
-    if not whole or count != int(count):  # type: ignore[call-overload]
-        raise ValueError(f"{source}: entry {quoted(name)} is {described(value)}; expected a whole number of at least 0")
-    return torch.tensor(int(count), dtype=torch.int64, device="cpu")  # type: ignore[call-overload]
 
 
 def _own_copy(value: Tensor) -> Tensor:
@@ -236,7 +150,7 @@ def _published_state(lift: LiFT) -> dict[str, Tensor]:
     found = {name: value.detach().cpu().contiguous() for name, value in found.items()}
     state = lift_state_dict(found, "the network")
     with plain_defaults(), torch.device("meta"):
-        options = _architecture(state, Path("the network"))
+        options = architecture(state, "the network")
         published = LiFT(options.pop("in_channels"), lift.patch_size, **options)
     fit_lift(state, published, "the network")
     return {name: state[name] for name in published.state_dict()}
@@ -250,27 +164,3 @@ def _uncompiled(module: Any) -> Any:
     children = {name: None if child is None else _uncompiled(child) for name, child in module._modules.items()}
     twin.__dict__.update(module.__dict__, _modules=children)
     return twin
-
-
-def read_into(lift: LiFT, file: str | os.PathLike[str], config: str) -> None:
-    """Read the weights of ``file`` into a LiFT that was built by ``config``, for :meth:`LiFT.from_pretrained`.
-
-    Raises:
-        ValueError: as :func:`load_lift`, and where the two contradict each other; names both, and the field.
-    """
-    path = Path(file)
-    state = lift_state_dict(read_tensor_file(path), path)
-    encoder = lift.image_convs_1 if lift.use_image else None
-    built = {
-        "in_channels": lift.in_channels,
-        "use_image": lift.use_image,
-        "image_channels": encoder[0].out_channels if encoder else None,
-        "extra_image_blocks": len(encoder) // 3 - 2 if encoder else None,
-    }
-    for name, value in {"use_image": True, **_architecture(state, path)}.items():
-        if built[name] is not None and built[name] != value:
-            raise ValueError(
-                f"{config} does not fit {path}: {name} is {built[name]!r}, the weights are those of {value!r}"
-            )
-    fit_lift(state, lift, path)
-    lift.load_state_dict(state)

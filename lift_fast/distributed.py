@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import devices
+
 
 class World(NamedTuple):
     """This process among all."""
@@ -64,7 +66,7 @@ def join_world(device: str | None, patience: timedelta | None = None) -> Iterato
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world = World(int(os.environ["RANK"]), size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    cuda = torch.device(device).type == "cuda" if device is not None else torch.cuda.is_available()
+    cuda = devices.resolve(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
@@ -72,23 +74,3 @@ def join_world(device: str | None, patience: timedelta | None = None) -> Iterato
         yield world
     finally:
         dist.destroy_process_group()
-
-
-def resolve_device(wish: str | None, world: World) -> torch.device:
-    """The device of this process: the one that was asked for, or the process's own GPU, or the CPU.
-
-    Raises:
-        ValueError: for a device that is not there.
-    """
-    try:
-        device = torch.device(wish) if wish else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device {wish!r} does not exist: {error}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {wish!r} was asked for, but PyTorch sees no CUDA device; take 'cpu'")
-        index = world.local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"device cuda:{index} was asked for, but there are {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
-    return device

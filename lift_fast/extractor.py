@@ -5,6 +5,7 @@ Same constructor and methods as ``ViTLiFTExtractor`` of the published LiFT code;
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import images
+from . import devices, images
+from ._text import shown
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
-from .checks import FLOATS, check_dense
+from .checks import FLOATS, as_whole, check_dense, check_whole
 from .defaults import plain_defaults
 from .images import LoadSize
 
@@ -104,12 +106,14 @@ class ViTLiFTExtractor(nn.Module):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if head_order is None:
             head_order = "interleaved" if given else "concatenated"
-        place = _device(device)
+        place = devices.resolve(device)
         dtype = torch.float32 if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
             raise ValueError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed must be an integer of at most 64 bits, got {seed!r}")
+        whole = as_whole(seed)
+        if whole is None or not -(1 << 63) <= whole < 1 << 64:
+            raise ValueError(f"seed must be an integer of at most 64 bits, got {shown(seed)}")
+        seed = whole
 
         options: dict[str, Any] = {"facet": facet, "layer": _typed(layer), "stride": _typed(stride)}
         if model is None:
@@ -151,12 +155,12 @@ class ViTLiFTExtractor(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone is now."""
-        return next(self.backbone.parameters()).device
+        return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the backbone's weights, and so of the descriptors."""
-        return next(self.backbone.parameters()).dtype
+        return self.backbone.dtype
 
     @property
     def random_weights(self) -> bool:
@@ -196,7 +200,7 @@ class ViTLiFTExtractor(nn.Module):
             ValueError: where the picture is smaller than a patch, or the grid has more cells than
                 :func:`lift_fast.images.max_pixels` allows.
         """
-        _check_lift_iter(lift_iter)
+        lift_iter = check_lift_iter(lift_iter)
         h, w = self.backbone.check_size(height, width)
         if self.lift is None:
             return h, w
@@ -247,6 +251,7 @@ class ViTLiFTExtractor(nn.Module):
             TypeError, ValueError: as :meth:`FrozenViT.forward`; ValueError for a negative ``lift_iter``, and as
                 :meth:`check_size`.
         """
+        lift_iter = check_lift_iter(lift_iter)
         batch, tokens = self._backbone_tokens(batch, lift_iter)
         stages = {"back": tokens}
         for step, seen in enumerate(self._seen_by_steps(batch, lift_iter), start=1):
@@ -270,6 +275,7 @@ class ViTLiFTExtractor(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`extract_descriptors_iterative_lift`.
         """
+        lift_iter = check_lift_iter(lift_iter)
         return self.lift_map(*self._backbone_tokens(batch, lift_iter), lift_iter)
 
     def descriptor_map(self, batch: Tensor) -> Tensor:
@@ -295,7 +301,6 @@ class ViTLiFTExtractor(nn.Module):
 
     def _backbone_tokens(self, batch: Tensor, lift_iter: int) -> tuple[Tensor, Tensor]:
         """The batch on the extractor's device in its dtype, and the backbone's ``[B, T, C]``."""
-        _check_lift_iter(lift_iter)
         if isinstance(batch, Tensor) and (batch.is_nested or batch.layout != torch.strided):
             check_dense("batch", batch)
         if isinstance(batch, Tensor) and batch.dtype in FLOATS:
@@ -392,9 +397,14 @@ class ViTLiFTExtractor(nn.Module):
             print(f"Loaded LiFT: {name}{' (random weights)' if self._random_lift else ''}")
 
 
-def _check_lift_iter(lift_iter: int) -> None:
-    if isinstance(lift_iter, bool) or not isinstance(lift_iter, int) or lift_iter < 0:
-        raise ValueError(f"lift_iter must be an integer >= 0, got {lift_iter!r}")
+def check_lift_iter(lift_iter: int) -> int:
+    """How often LiFT is applied: an integer from 0 on; how large a map may become is another question.
+
+    Raises:
+        ValueError: names what came.
+    """
+    times: int = check_whole("lift_iter", lift_iter, 0, math.inf)
+    return times
 
 
 def _typed(value: int | None) -> int | None:
@@ -420,22 +430,3 @@ def _agree(model: FrozenViT, options: dict[str, Any]) -> FrozenViT:
                 f"{getattr(model, argument)!r}; build it with that {argument}, or pass the same value here"
             )
     return shared_copy(model)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (TypeError, RuntimeError):
-        raise ValueError(f"device must be cpu, cuda, cuda:1, ... or None, got {device!r}") from None
-    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "
-            "to take what is there"
-        )
-    return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ._text import quoted
-from .checks import check_flag
+from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
-from .extractor import Rectangle, ViTLiFTExtractor
-from .images import LoadSize, Picture, as_image, check_size, resized_size
+from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
+from .images import LoadSize, Picture, as_image, check_size, resized_size, whole_patches
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -79,12 +80,12 @@ class ImageMatches:
         return arrays
 
     def draw(self, lines: int = 40, caption: str = "") -> Image.Image:
-        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.pictures.draw_matches`.
+        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.drawing.draw_matches`.
 
         Raises:
             ValueError: for matches of given points, which have no dense layout.
         """
-        from .pictures import MatchView, draw_matches
+        from .drawing import MatchView, draw_matches
 
         if self.valid.dim() != 2:
             raise ValueError("draw() shows dense matches; leave points=None in match_images, with step=N for fewer")
@@ -166,9 +167,7 @@ def match_images(
     """
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
-    for name, value, least in (("step", step, 1), ("lift_iter", lift_iter, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
     if points is not None and step != 1:
@@ -292,8 +291,8 @@ def _whole_patches(picture: Image.Image, size: LoadSize, extractor: ViTLiFTExtra
     """The (height, width) at which to load, so that no pixel lies beyond the last whole patch."""
     width, height = resized_size(picture.size, size)
     p, s = extractor.patch, extractor.stride
-    # Pictures smaller than a patch are left for the backbone to refuse.
-    height, width = (n if n < p else p + (n - p + s // 2) // s * s for n in (height, width))
+    # Images smaller than a patch are left for the backbone to refuse.
+    height, width = (side if side < p else whole_patches(side, p, s) for side in (height, width))
     return height, width
 
 

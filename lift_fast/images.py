@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ._files import natural_key, require_regular_file
-from ._text import one_line, quoted
+from ._text import quoted, said
+from .checks import as_whole
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -108,16 +109,17 @@ def check_cells(height: int, width: int, what: str) -> None:
         )
 
 
-def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Image.Image:
-    """Read a picture as 8-bit RGB, upright.
+def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upright: bool = True) -> Image.Image:
+    """Read an image as 8-bit RGB, upright.
 
-    The EXIF orientation is applied. Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
+    Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
     floating point pictures must lie in 0 to 1. Of several frames the first is taken.
 
     Args:
         path: the file.
         at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, as long
             as both sides keep so many pixels; None decodes it whole.
+        upright: apply the EXIF orientation. False keeps the pixels that annotations count, as they are stored.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -140,15 +142,14 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
-            return to_rgb(_upright(image))
+            return to_rgb(_upright(image) if upright else image)
     except Image.DecompressionBombError as error:
-        said = one_line(error).rstrip(".")
         raise ValueError(
-            f"{quoted(path)} is too large: {said}. If you trust the file, raise the limit (--max-pixels N, "
-            "lift_fast.images.set_max_pixels)"
+            f"{quoted(path)} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
+            "(--max-pixels N, lift_fast.images.set_max_pixels)"
         ) from error
     except Exception as error:
-        raise ValueError(f"{quoted(path)} cannot be read as a picture: {_said(error)}") from error
+        raise ValueError(f"{quoted(path)} cannot be read as a picture: {said(error)}") from error
 
 
 def as_image(picture: Picture, name: str = "picture") -> Image.Image:
@@ -174,7 +175,7 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
             # A picture of its own, whatever happens to the one that came.
             return image.copy() if image is picture else image
         except Exception as error:
-            raise ValueError(f"{name} cannot be read as a picture: {_said(error)}") from error
+            raise ValueError(f"{name} cannot be read as a picture: {said(error)}") from error
     if isinstance(picture, Tensor):
         layout = "[3, H, W], [1, H, W] or [H, W]"
         if picture.layout is not torch.strided or picture.is_nested or picture.is_quantized or picture.is_meta:
@@ -300,6 +301,11 @@ def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
     return (length, length * height // short) if width <= height else (length * width // short, length)
 
 
+def whole_patches(side: int, patch: int, stride: int) -> int:
+    """The length nearest to ``side``, of at least a patch, at which no pixel lies beyond the last whole patch."""
+    return patch + (max(side - patch, 0) + stride // 2) // stride * stride
+
+
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
@@ -313,8 +319,7 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
     centre, spread = _three("mean", mean), _three("std", std)
     if bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {std!r}")
-    array = np.array(image if image.mode == "RGB" and 0 not in image.size else to_rgb(image))
-    pixels = torch.from_numpy(array).permute(2, 0, 1).to(torch.float32).div(255)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32).div(255)
     return ((pixels - centre) / spread).unsqueeze(0).contiguous()
 
 
@@ -330,11 +335,11 @@ def _three(name: str, values: Sequence[float]) -> Tensor:
 
 
 def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Resize (:func:`resize`) and normalise (:func:`to_tensor`): picture to ``[1, 3, H, W]`` float32.
+    """:func:`to_rgb`, :func:`resize` and :func:`to_tensor`: image to ``[1, 3, H, W]`` float32.
 
     The order and filter are those of Amir et al.'s extractor, which published LiFT weights were trained behind.
     """
-    return to_tensor(resize(image, load_size), mean, std)
+    return to_tensor(resize(to_rgb(image), load_size), mean, std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -359,7 +364,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             strip = image.crop((0, top, image.width, min(image.height, top + rows)))
             whole.paste(_from_numbers(strip) if numbers else _on_white(strip), (0, top))
     except ValueError as error:
-        raise ValueError(f"its mode {image.mode} cannot be made RGB: {_said(error)}") from error
+        raise ValueError(f"its mode {image.mode} cannot be made RGB: {said(error)}") from error
     return whole
 
 
@@ -393,10 +398,6 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _said(error: Exception) -> str:
-    """What an error says, on one line; some of Pillow's say nothing."""
-    return one_line(error) or type(error).__name__
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
+def _positive(value: object) -> int:
+    """``value`` as an int if it is a whole number of at least 1, else 0."""
+    return max(as_whole(value) or 0, 0)

@@ -7,14 +7,13 @@ layer, another stride, a ``forward`` of its own) keeps its graph: :class:`LayerF
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import repeat
-from operator import contains, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from .untouched import Unchanged
 
 
 class DoubleConv(nn.Module):
@@ -70,7 +69,7 @@ class Layers(NamedTuple):
     image_blocks: int
     """Convolution blocks of the first image encoder."""
     holders: list[tuple[dict[str, Any], str]]
-    """Where each weight and buffer is, in the order of :func:`lift_fast.plan.build_plan`."""
+    """Where each weight and buffer is, in the order of :func:`lift_fast.ops.lift_forward.plan.build_plan`."""
 
     def weights(self) -> list[Any]:
         """Weights and buffers in that order; None for those that a layer lacks."""
@@ -86,28 +85,6 @@ class Layers(NamedTuple):
         return [norm.eps for norm in self.norms]
 
 
-class _Snapshot(NamedTuple):
-    """What would differ had a network's graph been edited since."""
-
-    children: list[dict[str, Any]]
-    """Of every module that has some, the network's own first."""
-    members: list[tuple[Any, ...]]
-    """What ``children`` held."""
-    modules: list[Any]
-    types: list[type]
-    """Of ``modules``."""
-    attributes: list[dict[str, Any]]
-    """Of ``modules``."""
-    hooks: list[dict[int, Any]]
-    """Of ``modules``: the hooks around their forward."""
-    settings: list[tuple[Callable[[Any], tuple[Any, ...]], list[dict[str, Any]], list[tuple[Any, ...]]]]
-    """How the settings of convolutions and pool are read, where, and what they were."""
-    unbiased: list[dict[str, Any]]
-    """Parameters of the convolutions whose bias the plan has no place for."""
-    own: tuple[Any, Any]
-    """``patch_size`` and ``use_image``."""
-
-
 class LayerFinder:
     """Finds the layers of one LiFT, and remembers them: to look again at each forward pass takes 4 us instead of 40.
 
@@ -115,7 +92,7 @@ class LayerFinder:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[_Snapshot, Layers] | None = None
+        self._known: tuple[Unchanged, tuple[Any, Any], Layers] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerFinder, ()
@@ -127,75 +104,43 @@ class LayerFinder:
     def __call__(self, lift: Any) -> Layers | None:
         """The layers of ``lift``, None where its graph is not the published one."""
         if torch.compiler.is_compiling():
-            try:
-                return _published(_parts(lift), lift.patch_size)
-            except AttributeError:
-                return None
+            return _find(lift)
+        # The network itself is no part of it, which would hold itself.
+        roots, own = list(lift._modules.values()), (lift.patch_size, lift.use_image)
         known = self._known
-        if known is not None and _is_unchanged(known[0], lift):
-            return known[1]
-        try:
-            parts = _parts(lift)
-        except AttributeError:
-            return None
+        if known is not None and known[1] == own and known[0].still(roots):
+            return known[2]
         # First what later looks are compared with: an edit by another thread in between is seen then.
-        snapshot = _snapshot(lift, parts)
         try:
-            layers = _published(_parts(lift), lift.patch_size)
-        except AttributeError:
+            seen = _look(lift)
+        except (AttributeError, KeyError):
             return None
-        if layers is None or not _is_unchanged(snapshot, lift):
+        layers = _find(lift)
+        if layers is None or not seen.still(roots):
             return None
-        self._known = snapshot, layers
+        self._known = seen, own, layers
         return layers
 
 
-def _snapshot(lift: Any, parts: _Parts) -> _Snapshot:
-    children = [module._modules for module in lift.modules() if module._modules]
-    members = [tuple(entries.values()) for entries in children]
-    # Not the network itself, which would hold itself.
-    modules = [module for module in lift.modules() if module is not lift]
-    settings: list[Any] = []
-    readers: tuple[tuple[type, Any], ...] = (
-        (nn.Conv2d, _settings),
-        (nn.ConvTranspose2d, _up_settings),
-        (nn.MaxPool2d, _pool_settings),
-    )
-    for kind, read in readers:
-        found = [module.__dict__ for module in modules if isinstance(module, kind)]
-        settings.append((read, found, [read(entries) for entries in found]))
-    return _Snapshot(
-        children=children,
-        members=members,
-        modules=modules,
-        types=[type(module) for module in modules],
-        attributes=[module.__dict__ for module in modules],
-        hooks=[hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)],
-        settings=settings,
-        unbiased=[module._parameters for module in parts.double[::3]],
-        own=(lift.patch_size, lift.use_image),
-    )
+def _find(lift: Any) -> Layers | None:
+    try:
+        return _published(_parts(lift), lift.patch_size)
+    except AttributeError:
+        return None
 
 
-def _is_unchanged(seen: _Snapshot, lift: Any) -> bool:
-    """Whether nothing was edited, and nothing hooked: hooks may make weights, or change what a layer gives."""
-    if not (
-        lift._modules is seen.children[0]
-        and [*map(tuple, map(dict.values, seen.children))] == seen.members
-        and [*map(type, seen.modules)] == seen.types
-        # Of an instance alone, as tools that hook into modules set it.
-        and not any(map(contains, seen.attributes, repeat("forward")))
-        and not any(seen.hooks)
-        and not _has_any_global_hook()
-        and (lift.patch_size, lift.use_image) == seen.own
-    ):
-        return False
-    # Loops, since each element of a generator costs as much as a call.
-    for read, entries, values in seen.settings:
-        if [*map(read, entries)] != values:
-            return False
-    first, second = seen.unbiased
-    return first.get("bias", first) is None and second.get("bias", second) is None
+def _look(lift: Any) -> Unchanged:
+    """What later looks at the network are compared with."""
+    double = _parts(lift).double
+    roots = list(lift._modules.values())
+    modules = [module for root in roots for module in root.modules()]
+    kinds = ((nn.Conv2d, _settings), (nn.ConvTranspose2d, _up_settings), (nn.MaxPool2d, _pool_settings))
+    settings: list[Any] = [
+        (read, [module.__dict__ for module in modules if isinstance(module, kind)]) for kind, read in kinds
+    ]
+    # The plan has no place for the bias of these convolutions.
+    settings.append((itemgetter("bias"), [conv._parameters for conv in double[::3]]))
+    return Unchanged(roots, settings)
 
 
 class _Parts(NamedTuple):

@@ -20,12 +20,13 @@ from torch.autograd import forward_ad
 from . import memory
 from .checks import FLOATS, check_dense, check_flag, check_whole
 from .layers import LayerFinder, Up, conv_block
-from .ops.lift_forward import lift_forward
-from .ops.plan_cache import forget_plan
-from .plan import Architecture, span_basis
+from .lift_state import read_into
+from .ops.lift_forward.cache import forget_plan
+from .ops.lift_forward.op import lift_forward
+from .ops.lift_forward.plan import Architecture, span_basis
 from .precision import autocasts, without_autocast
 
-# Weights, epsilons and architecture: what the plan is made from, see lift_fast.plan.build_plan.
+# Weights, epsilons and architecture: what the plan is made from, see lift_fast.ops.lift_forward.plan.build_plan.
 _Network = tuple[list[Tensor], list[float], Architecture]
 _NONE = type(None)
 # Networks of which one layer has weights of some hundred megabytes; what is larger is a mistake.
@@ -43,10 +44,10 @@ class LiFT(
     """Lightweight Feature Transform: ``[B, T, C]`` backbone tokens to ``[B, 4T, C]`` tokens on the doubled grid.
 
     In evaluation mode without gradients the forward pass runs a folded, composed plan of the same function
-    (:mod:`lift_fast.plan`), built once from the weights and rebuilt when one of them changes; set ``fused = False``
-    to force the plain graph. Training, and evaluation with gradients, always run the plain graph. Changes of a weight
-    through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or :func:`lift_fast.clear_plans`
-    after them.
+    (:mod:`lift_fast.ops.lift_forward`), built once from the weights and rebuilt when one of them changes; set
+    ``fused = False`` to force the plain graph. Training, and evaluation with gradients, always run the plain graph.
+    Changes of a weight through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or
+    :func:`lift_fast.clear_plans` after them.
     A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
     ``forward``) or hooked runs the plain graph as it stands; so does one under the transforms of ``torch.func``.
     A new module has PyTorch's default dtype and device, as every ``nn.Module``; what :func:`lift_fast.load_lift`
@@ -238,9 +239,6 @@ class LiFT(
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        # Not at the top: it imports this module.
-        from .checkpoints import read_into
-
         read_into(model, model_file, os.path.join(os.path.dirname(model_file), "config.json"))
         return model.to(map_location).eval()
 
@@ -307,7 +305,7 @@ class LiFT(
         return weights, layers.epsilons(), architecture(layers.image_blocks, self.patch_size)
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
-        """Weights and buffers in the order of :func:`lift_fast.plan.build_plan`, and each BatchNorm's epsilon.
+        """Weights and buffers in the order of the plan, and each BatchNorm's epsilon.
 
         Nothing where the graph is not the published one.
         """

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ._files import require_regular_file
+from ._text import listed, named, said
 from .defaults import plain_defaults
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What weights in files may be; all of them become float32."""
 
-_SHOWN = 5
-_LONGEST = 120
 _CHUNK = 1 << 20
 
 
@@ -64,10 +63,10 @@ def plain_tensor(value: object, source: str | os.PathLike[str], name: object) ->
         ValueError: for anything else; names ``source`` and the entry, and says what it is.
     """
     if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
-        raise ValueError(f"{source}: entry {quoted(name)} is {described(value)}; expected a tensor")
+        raise ValueError(f"{source}: entry {named(name)} is {described(value)}; expected a tensor")
     trouble = _trouble(value)
     if trouble is not None:
-        raise ValueError(f"{source}: entry {quoted(name)} is {trouble}; expected a dense tensor")
+        raise ValueError(f"{source}: entry {named(name)} is {trouble}; expected a dense tensor")
     return value.detach().resolve_conj().resolve_neg()
 
 
@@ -80,12 +79,12 @@ def weight_tensor(value: object, source: str | os.PathLike[str], name: object) -
     tensor = plain_tensor(value, source, name)
     if tensor.dtype not in WEIGHT_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        raise ValueError(f"{source}: entry {quoted(name)} is {tensor.dtype}; expected floating point ({known})")
+        raise ValueError(f"{source}: entry {named(name)} is {tensor.dtype}; expected floating point ({known})")
     finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
     if not bool(finite.all()):
         bad = tensor.numel() - int(finite.sum())
         raise ValueError(
-            f"{source}: {bad} of {tensor.numel()} values of {quoted(name)} are not finite (NaN or infinite in float32)"
+            f"{source}: {bad} of {tensor.numel()} values of {named(name)} are not finite (NaN or infinite in float32)"
         )
     return tensor
 
@@ -105,7 +104,7 @@ def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         if name in state and state[name].shape != tensor.shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return "; ".join(f"{len(entries)} {kind} ({shown(entries)})" for kind, entries in kinds if entries)
+    return "; ".join(f"{len(entries)} {kind} ({listed(entries)})" for kind, entries in kinds if entries)
 
 
 def described(value: object) -> str:
@@ -114,28 +113,9 @@ def described(value: object) -> str:
         if type(value) in (Tensor, nn.Parameter):
             return f"a tensor of shape {list(value.shape)[:8]}"
     elif isinstance(value, Mapping):
-        return f"a dictionary of {len(value)} entries ({shown(value)})" if value else "an empty dictionary"
+        return f"a dictionary of {len(value)} entries ({listed(value)})" if value else "an empty dictionary"
     name = type(value).__name__
     return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
-
-
-def shown(entries: Iterable[object]) -> str:
-    """The first few names, and how many more there are: of bounded length whatever the file holds."""
-    found = list(entries)
-    more = f", ... {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(_short(entry) for entry in found[:_SHOWN]) + more
-
-
-def quoted(name: object) -> str:
-    """One name in quotes, of bounded length."""
-    return repr(name) if isinstance(name, str) and len(name) <= _LONGEST else f"'{_short(name)}'"
-
-
-def _short(name: object) -> str:
-    if not isinstance(name, str):
-        return f"({type(name).__name__})"
-    text = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}... ({len(name)} characters)"
-    return text if text.isprintable() else repr(text)
 
 
 def _read(path: Path) -> Any:
@@ -161,7 +141,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise ValueError(f"its record {_short(record.filename)} is compressed, which torch.save never does")
+                raise ValueError(f"its record {listed([record.filename])} is compressed, which torch.save never does")
             # Left out on request (torch.serialization.set_crc32_options).
             if record.CRC == 0:
                 continue
@@ -171,7 +151,7 @@ def _check_archive(path: Path) -> None:
                 while chunk := stream.read(_CHUNK):
                     checksum = zlib.crc32(chunk, checksum)
             if checksum != expected:
-                raise ValueError(f"its record {_short(record.filename)} is damaged, the checksum differs")
+                raise ValueError(f"its record {listed([record.filename])} is damaged, the checksum differs")
 
 
 def _reason(error: Exception) -> str:
@@ -179,8 +159,8 @@ def _reason(error: Exception) -> str:
     unsupported = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) (?:GLOBAL )?([\w.]+)", text)
     if isinstance(error, pickle.UnpicklingError) and unsupported is not None:
         return (
-            f"holds Python objects beside tensors ({_short(unsupported[1])}), which are not loaded because they could "
-            "run code; save its state dict alone"
+            f"holds Python objects beside tensors ({listed([unsupported[1]])}), which are not loaded because they "
+            "could run code; save its state dict alone"
         )
     # The unpickler puts its own words after advice that is not ours to give.
     words = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
@@ -188,9 +168,7 @@ def _reason(error: Exception) -> str:
     if not line or isinstance(error, LookupError) or "weights_only" in line:
         # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
         line = "its content is of another kind" if isinstance(error, (LookupError, pickle.UnpicklingError)) else ""
-        line = line or type(error).__name__
-    line = line if len(line) <= 2 * _LONGEST else f"{line[: 2 * _LONGEST]}..."
-    line = line if line.isprintable() else repr(line)
+    line = said(line) if line else type(error).__name__
     return f"is no readable checkpoint ({line}); expected a PyTorch or .safetensors file"
 
 

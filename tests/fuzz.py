@@ -31,11 +31,14 @@ from torch.nn import functional as F
 import lift_fast
 from lift_fast import LiFT, cosine_loss, dense_match, nearest, propagate_labels
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.nearest import beyond_range
-from lift_fast.plan import build_plan
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward.plan import build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.op import nearest_by
+from lift_fast.ops.nearest.plain import beyond_range, full_matmul_precision
 from lift_fast.testing import randomize
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 33)
@@ -401,7 +404,7 @@ def run_nearest(draw: Draw, how: str) -> None:
         if not expect_fits or (not normalize and "huge" in regimes) or dtype == torch.float64:
             return
         arguments = (options["k"], options["mutual"], options["ratio"], flat, normalize)
-        result = nearest_gpu.nearest_gpu(*(draw.laid(t).detach().resolve_neg() for t in given), *arguments)
+        result = nearest_by(nearest_gpu.search, *(draw.laid(t).detach().resolve_neg() for t in given), *arguments)
     else:
         given = draw.laid(query), draw.laid(key)
         with draw.setting():
@@ -452,16 +455,15 @@ def run_dense(draw: Draw, how: str) -> None:
         results = []
         for b in range(batch):
             first, second = (
-                dense_op._picture(cells[b].float(), size, name, True)
-                for cells, size in zip((query, key), sizes, strict=True)
+                dense_op.stretch(cells[b].float(), size, name) for cells, size in zip((query, key), sizes, strict=True)
             )
             if not dense_match_gpu.fits(first, second)[0]:
                 return
             at = None if points is None else points[b].floor().long()
             if at is not None and not len(at):
                 return
-            with dense_op.full_matmul_precision():
-                similarity, index = dense_match_gpu.match_gpu(first, second, at, name == "pixel", "triton")
+            with full_matmul_precision():
+                similarity, index = dense_match_gpu.match(first, second, at, name == "pixel", "triton")
             xy = torch.stack([index % sizes[1][1], index.div(sizes[1][1], rounding_mode="floor")], -1)
             xy[index < 0] = -1
             results.append((similarity, xy, index >= 0))

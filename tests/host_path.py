@@ -18,21 +18,30 @@ DEVICE = stand_in.install(NATIVE)
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lift_fast import LiFT, memory, tuning  # noqa: E402
-from lift_fast.kernels import cosine_loss, head, launch, propagate_labels, tiles, upsample  # noqa: E402
-from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
-from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
-from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
-from lift_fast.ops import (  # noqa: E402
-    dense_match,
-    dense_match_cuda,
-    dense_match_gpu,
-    gpu_plan,
-    lift_forward,
-    nearest_gpu,
-    plan_cache,
+from lift_fast import LiFT, memory  # noqa: E402
+from lift_fast.kernels import (  # noqa: E402
+    cosine_loss,
+    launch,
+    nearest_float32,
+    nearest_rows,
+    propagate_labels,
+    tiles,
 )
-from lift_fast.plan import build_plan  # noqa: E402
+from lift_fast.kernels import dense_match as dense_match_kernel  # noqa: E402
+from lift_fast.kernels import lift_forward_head as head  # noqa: E402
+from lift_fast.kernels import lift_forward_image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_upsample as upsample  # noqa: E402
+from lift_fast.kernels import nearest as nearest_kernel  # noqa: E402
+from lift_fast.ops.dense_match import cuda as dense_match_cuda  # noqa: E402
+from lift_fast.ops.dense_match import gpu as dense_match_gpu  # noqa: E402
+from lift_fast.ops.dense_match import op as dense_match  # noqa: E402
+from lift_fast.ops.lift_forward import cache as plan_cache  # noqa: E402
+from lift_fast.ops.lift_forward import gpu as gpu_plan  # noqa: E402
+from lift_fast.ops.lift_forward import op as lift_forward  # noqa: E402
+from lift_fast.ops.lift_forward import tiles as tile_table  # noqa: E402
+from lift_fast.ops.lift_forward.plan import build_plan  # noqa: E402
+from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
+from lift_fast.ops.nearest.op import nearest_by  # noqa: E402
 
 # Few descriptors, too, are searched in blocks.
 nearest_gpu._SMALL = 1
@@ -51,18 +60,18 @@ def inputs(batch=1, side=64, channels=32, patch=16, dtype=HALF):
 def nearest(n, m, dtype, **options):
     settings = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, "fast": False} | options
     query, key = torch.randn(1, n, 32).to(dtype), torch.randn(1, m, 32).to(dtype)
-    return lambda: nearest_gpu.nearest_gpu(query, key, *settings.values())
+    return lambda: nearest_by(nearest_gpu.search, query, key, *settings.values())
 
 
 def matching(backend):
-    picture = dense_match._picture(torch.randn(8, 5, 6), (40, 48), "grid", True)
+    picture = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
     points = torch.zeros(3, 2, dtype=torch.int64)
 
     def run():
         for at in (None, points):
-            dense_match_gpu.match_gpu(picture, picture, at, False, backend)
+            dense_match_gpu.match(picture, picture, at, False, backend)
         if backend == "cuda":
-            axes = dense_match_gpu._axes(picture)
+            axes = picture.strips()
             index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
             dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, index, valid)
 
@@ -118,7 +127,8 @@ def launchers():
 
 def kernels():
     """Names of all kernels, Triton's and those of the native core that launchers call."""
-    modules = (cosine_loss, dense_match_kernel, head, nearest_kernel, propagate_labels, triton_encoder, upsample)
+    modules = (cosine_loss, dense_match_kernel, head, nearest_rows, nearest_kernel, nearest_float32, propagate_labels)
+    modules += (triton_encoder, upsample)
     names = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     return [*names, "image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual"]
 
@@ -286,7 +296,7 @@ def count(call):
 @torch.no_grad()
 def passes():
     """The module's forward pass with sizes met before."""
-    tuning.forget()
+    tile_table.forget()
     lift, (imgs, x) = network(), inputs()
     out = {}
 
@@ -332,7 +342,7 @@ def passes():
     (entry,) = plan_cache._entries.values()
     (plan,) = entry.prepared.values()
     out["passes after new tiles"] = [len(plan.passes)]
-    tuning.forget()
+    tile_table.forget()
     forward()
     out["passes after new tiles"].append(len(plan.passes))
     wide = inputs(side=128)

@@ -340,6 +340,18 @@ def test_cached_positions_follow_an_inner_model_that_was_moved_alone() -> None:
     assert backbone(imgs.double()).dtype == torch.float64
 
 
+def test_device_and_dtype_follow_the_weights_that_see_the_image() -> None:
+    backbone = FrozenViT(small_vit())
+    assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
+    backbone.to(torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    # Moved behind the wrapper's back, and with a projection whose weight is computed.
+    backbone.model.to("meta", torch.float16)
+    assert (backbone.device, backbone.dtype) == (torch.device("meta"), torch.float16)
+    nn.utils.parametrizations.weight_norm(backbone.model.patch_embed.proj)
+    assert (backbone.device, backbone.dtype) == (torch.device("meta"), torch.float16)
+
+
 def test_position_cache_is_bounded_and_dropped_by_to() -> None:
     backbone = FrozenViT(small_vit(), position_rule="dino")
     for n in range(1, 20):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lift_fast
-from lift_fast import _env, _native
-from lift_fast.kernels import can_run as triton_can_run
+from lift_fast import _env, _native, devices
 
 PARTS = ["pytorch", "cpu native", "triton", "cuda native"]
 needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_run()[1])
@@ -67,7 +66,7 @@ NATIVE_PARTS = {
     "map_": "dense_match",
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
-    "lift_decoder": "LiFT decoder",
+    "lift_forward": "LiFT decoder",
     "bit_matrix": "bit matrix",
 }
 
@@ -191,6 +190,23 @@ def test_import_is_light():
     assert not cuda
 
 
+def test_subpackages_are_there_without_an_import_of_their_own():
+    code = """
+        import json, sys
+        import lift_fast
+        names = ("backbones", "evaluation", "show", "training")
+        early = [name for name in names if f"lift_fast.{name}" in sys.modules]
+        print(json.dumps([early, [name in dir(lift_fast) for name in names], [
+            getattr(lift_fast, name).__name__ for name in names
+        ], callable(lift_fast.training.train), callable(lift_fast.show.draw_sheet)]))
+    """
+    early, listed, names, *callables = python(code)
+    assert early == []
+    assert all(listed)
+    assert names == ["lift_fast.backbones", "lift_fast.evaluation", "lift_fast.show", "lift_fast.training"]
+    assert all(callables)
+
+
 def test_lazy_names_are_listed_and_importable():
     assert set(lift_fast.__all__) <= set(dir(lift_fast))
     for name in lift_fast.__all__:
@@ -201,7 +217,7 @@ def test_lazy_names_are_listed_and_importable():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_reasons_without_cuda():
-    runs, reason = triton_can_run()
+    runs, reason = devices.triton_runs()
     assert not runs
     assert "no CUDA device" in reason or "cannot be imported" in reason
     assert not lift_fast.backends()["cuda native"].runs
@@ -209,7 +225,7 @@ def test_reasons_without_cuda():
 
 def test_reason_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    runs, reason = triton_can_run()
+    runs, reason = devices.triton_runs()
     assert not runs
     assert reason.startswith("Triton cannot be imported: ")
 

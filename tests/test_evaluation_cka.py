@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lift_fast.evaluation import cka_run
 from lift_fast.evaluation.charts import Series, _dashes, line_chart
 from lift_fast.evaluation.cka import (
     StreamingCKA,
@@ -23,13 +22,7 @@ from lift_fast.evaluation.cka import (
 from lift_fast.evaluation.methods import Features
 from lift_fast.evaluation.results import load_json
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def textbook(x, y):
@@ -188,7 +181,7 @@ def test_constant_pictures_are_left_out_of_the_mean(tmp_path, photographs):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(cka_run, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("lift_fast.evaluation.cka.run._SAVE_SECONDS", 0.0)
     broken = tmp_path / "0 broken.png"
     broken.write_bytes(b"no picture")
     out, partial = tmp_path / "cka.json", tmp_path / "cka.partial.pt"
@@ -215,7 +208,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monk
         run(out=out)
     assert partial.is_file()
     assert not out.exists()
-    with pytest.raises(ValueError, match=r"cka\.partial\.pt holds results with other grid;"):
+    with pytest.raises(ValueError, match=r"cka\.partial\.pt was made with other settings \(grid\);"):
         run(out=out, grid=4)
     limit = 0
     content = run(out=out, record={"date": "then"})
@@ -229,11 +222,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monk
     # Complete: nothing is computed again, and nothing is overwritten by other options.
     assert run(out=out, record={"date": "now"}) == load_json(out)
     assert not seen
-    with pytest.raises(ValueError, match="results with other reference;"):
+    with pytest.raises(ValueError, match=r"made with other settings \(reference\);"):
         run(out=out, reference=48)
     out.unlink()
     partial.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"partial\.pt cannot be gone on with .* delete it"):
+    with pytest.raises(ValueError, match=r"partial\.pt cannot be resumed .* delete it"):
         run(out=out)
     with pytest.raises(ValueError, match="each size once"):
         run(sizes=(16, 16))

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from evaluation_data import PALETTE, save_mask, write_davis, write_list, write_sequence
 from PIL import Image
 
 from lift_fast.evaluation.davis import (
@@ -22,67 +23,12 @@ from lift_fast.evaluation.davis import (
     score_sequence,
 )
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.davis.propagation import cell_labels, enlarge_covered, hard_mask, normalize_channels
+from lift_fast.evaluation.davis.protocol import cell_labels, enlarge_covered, hard_mask, normalize_channels
 from lift_fast.evaluation.methods import Features
 
-# A palette that nothing else has.
-PALETTE = [(7 * i + channel * 50) % 256 for i in range(256) for channel in range(3)]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def shapes(seed, frames=6, size=(60, 96), objects=2):
-    """Pictures [T, H, W, 3] and masks [T, H, W]: discs and boxes that move over noise and cover each other."""
-    random = np.random.default_rng(seed)
-    height, width = size
-    y, x = np.mgrid[:height, :width]
-    ground = random.integers(0, 90, (height // 6 + 1, width // 6 + 1, 3)).repeat(6, 0).repeat(6, 1)[:height, :width]
-    colours = random.integers(100, 246, (objects, 3))
-    at = random.uniform(0.25, 0.75, (objects, 2)) * size
-    speed = random.uniform(-0.06, 0.06, (objects, 2)) * size
-    extent = random.uniform(0.12, 0.25, objects) * min(size)
-    pictures = np.empty((frames, height, width, 3), dtype=np.uint8)
-    masks = np.zeros((frames, height, width), dtype=np.uint8)
-    for t in range(frames):
-        pictures[t] = ground
-        for number in range(objects):
-            dy, dx = y - at[number, 0] - t * speed[number, 0], x - at[number, 1] - t * speed[number, 1]
-            far = np.hypot(dy, dx) if number % 2 == 0 else np.maximum(abs(dy), abs(dx))
-            inside = far < extent[number]
-            pictures[t][inside] = colours[number]
-            masks[t][inside] = number + 1
-        pictures[t] += random.integers(0, 10, pictures[t].shape).astype(np.uint8)
-    # The first annotation tells how many objects there are, also where one is covered.
-    masks[0, 0, :objects] = np.arange(1, objects + 1)
-    return pictures, masks
-
-
-def save_mask(path, mask, palette=PALETTE):
-    image = Image.fromarray(mask)
-    image.putpalette(palette)
-    image.save(path)
-
-
-def write_sequence(root, name, pictures, masks):
-    for folder in ("JPEGImages", "Annotations"):
-        (root / folder / "480p" / name).mkdir(parents=True)
-    for t, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-        Image.fromarray(picture).save(root / "JPEGImages/480p" / name / f"{t:05d}.jpg", quality=95)
-        save_mask(root / "Annotations/480p" / name / f"{t:05d}.png", mask)
-
-
-def write_list(root, names):
-    (root / "ImageSets/2017").mkdir(parents=True, exist_ok=True)
-    (root / "ImageSets/2017/val.txt").write_text("".join(f"{name}\n" for name in names))
-
-
-def write_davis(root, seed=0, sequences=2, **options):
-    names = [f"shape-{i}" for i in range(sequences)]
-    for i, name in enumerate(names):
-        write_sequence(root, name, *shapes(1000 * seed + i, objects=1 + (seed + i) % 3, **options))
-    write_list(root, names)
-    return root
 
 
 def patch_features(seed, patch=8, channels=24, dtype=torch.float32):
@@ -466,7 +412,7 @@ def test_masks_of_other_settings_are_not_mixed(tmp_path):
     dataset = Davis(write_davis(tmp_path / "davis"))
     folder = tmp_path / "out"
     run(dataset, folder, record={"size": 128, "features": "a"})
-    with pytest.raises(DavisError, match=r"out holds masks that were made with other settings \(features\)"):
+    with pytest.raises(DavisError, match=r"out was made with other settings \(features\)"):
         run(dataset, folder, record={"size": 128, "features": "b"})
     done = run(dataset, folder, names=["shape-1"], record={"size": 128, "features": "b"}, overwrite=True)
     assert done.computed == [("shape-1", "patches")]

@@ -3,20 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_data import make_spair, make_voc, sizes_and_boxes, voc_object, write_davis
 from PIL import Image
-from test_evaluation_davis import write_davis
-from test_evaluation_discovery import make_voc, sizes_and_boxes, voc_object
-from test_evaluation_spair import make_spair
 from test_evaluation_tokencut import planted
 from timm.models.vision_transformer import VisionTransformer
 
 from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation import cka, discovery, spair, warp_run
+from lift_fast.evaluation import cka, discovery, spair, warp
 from lift_fast.evaluation.bit_graph import BitGraph
-from lift_fast.evaluation.boxes import read_voc
 from lift_fast.evaluation.cost import method_cost, published_count
 from lift_fast.evaluation.davis import Davis, Job, Network, PropagationOptions, predict_dataset, score_folder
+from lift_fast.evaluation.discovery.dataset import read_voc
 from lift_fast.evaluation.methods import Batch, build_methods
 from lift_fast.evaluation.tokencut import second_eigenvector, similarity_graph, tokencut
 from lift_fast.testing import randomize
@@ -164,7 +162,7 @@ def test_warp(networks, tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     methods = build_methods(["backbone", "lift"], backbone, lift)
     paths = sorted(tmp_path.iterdir())
-    assert same(lambda: warp_run.evaluate(methods, backbone, paths, tmp_path, sizes=[48]))["scores"]
+    assert same(lambda: warp.evaluate(methods, backbone, paths, tmp_path, sizes=[48]))["scores"]
 
 
 def test_discovery(networks, tmp_path):

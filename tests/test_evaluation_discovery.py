@@ -3,16 +3,15 @@
 import json
 import random
 from types import SimpleNamespace
-from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_data import make_coco, make_voc, paint, sizes_and_boxes, voc_object
 from PIL import Image
 from test_evaluation_tokencut import published
 
-from lift_fast.evaluation.boxes import read_coco, read_voc
 from lift_fast.evaluation.discovery import (
     Prediction,
     corloc,
@@ -23,29 +22,15 @@ from lift_fast.evaluation.discovery import (
     judge,
     overlaps,
     prepare,
-    read_as_stored,
 )
+from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
+from lift_fast.images import read_image
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def paint(path, size, box, seed):
-    """A picture of (width, height) with a bright red box on noisy blue."""
-    random_ = np.random.default_rng(seed)
-    pixels = random_.integers(0, 30, (size[1], size[0], 3)) + np.array([0, 0, 200])
-    x0, y0, x1, y1 = box
-    pixels[y0:y1, x0:x1] = random_.integers(0, 30, (y1 - y0, x1 - x0, 3)) + np.array([220, 0, 0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def whole(pictures, maps):
@@ -62,55 +47,9 @@ def nothing(batch):
     return whole(batch.imgs, torch.ones(1, 2, 3, 3))
 
 
-def voc_object(box, name="cat", **flags):
-    """An object as VOC writes it: pixels from 1, both ends included; ``box`` is continuous."""
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, box[2], box[3]), strict=True)
-    marks = "".join(f"<{flag}>{value}</{flag}>" for flag, value in flags.items())
-    inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
-    # Parts have boxes too, which are no objects.
-    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-    return f"<object><name>{escape(name)}</name>{marks}<bndbox>{inner}</bndbox>{part}</object>"
-
-
-def make_voc(root, pictures, year=2007):
-    """VOCdevkit in its original layout; ``pictures``: name -> (size, painted box, list of objects' XML)."""
-    base = root / "VOCdevkit" / f"VOC{year}"
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (base / folder).mkdir(parents=True)
-    for seed, (name, (size, box, objects)) in enumerate(pictures.items()):
-        paint(base / "JPEGImages" / f"{name}.jpg", size, box, seed)
-        (base / "Annotations" / f"{name}.xml").write_text(
-            f"<annotation><folder>VOC{year}</folder><filename>{name}.jpg</filename><size><width>{size[0]}</width>"
-            f"<height>{size[1]}</height><depth>3</depth></size>{''.join(objects)}</annotation>"
-        )
-    (base / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{name}\n" for name in pictures))
-    return base
-
-
-def make_coco(root, pictures, images="train2014"):
-    """COCO in its original layout; ``pictures``: id -> (size, painted box, [(bbox, iscrowd)])."""
-    names, entries, annotations = [], [], []
-    for number, (size, box, things) in pictures.items():
-        name = f"COCO_train2014_{number:012d}.jpg"
-        paint(root / images / name, size, box, number)
-        names.append(name)
-        entries.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
-        for bbox, crowd in things:
-            annotations.append(
-                {"id": len(annotations), "image_id": number, "bbox": bbox, "iscrowd": crowd, "category_id": 1}
-            )
-    (root / "annotations").mkdir()
-    content = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}
-    (root / "annotations" / "instances_train2014.json").write_text(json.dumps(content))
-    (root / "coco_20k_filenames.txt").write_text("\n".join(names) + "\n")
-    return root
-
-
 def whereabouts():
     """What the protocol asks of a backbone."""
-    projection = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(patch_embed=SimpleNamespace(proj=projection))
-    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, model=model)
+    return SimpleNamespace(patch_size=8, mean=MEAN, std=STD, device="cpu", dtype=torch.float32)
 
 
 def find(image, features=colours, resolution=None):
@@ -123,15 +62,6 @@ def run(data, **options):
     found = [Prediction(**{**entry, "box": tuple(entry["box"])}) for entry in content["predictions"]["colours"]]
     assert content["summary"]["colours"] == corloc(found)
     return found, content["skipped"]
-
-
-def sizes_and_boxes(seed, count):
-    """Sizes that are no multiples of the patch, and boxes of whole patches inside them, smaller than half."""
-    pick = random.Random(seed)
-    for _ in range(count):
-        w, h = pick.randint(70, 120), pick.randint(70, 120)
-        x0, y0 = 8 * pick.randint(0, 3), 8 * pick.randint(0, 3)
-        yield (w, h), (x0, y0, x0 + 8 * pick.randint(2, 4), y0 + 8 * pick.randint(2, 4))
 
 
 def pixels_of(box):
@@ -273,7 +203,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.txt"):
         read_voc(tmp_path / "voc", 2007, split="val")
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no pictures"):
+    with pytest.raises(ValueError, match="lists no picture"):
         read_voc(tmp_path / "voc", 2007)
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     with pytest.raises(ValueError, match="leads out"):
@@ -289,7 +219,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_coco(coco)
     source.unlink()
-    with pytest.raises(FileNotFoundError, match="no annotations"):
+    with pytest.raises(FileNotFoundError, match="no annotation file"):
         read_coco(coco)
     (coco / "coco_20k_filenames.txt").write_text("cat.jpg\n")
     with pytest.raises(ValueError, match="no picture id"):
@@ -319,7 +249,7 @@ def test_pictures_are_taken_as_stored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_as_stored(tmp_path / "a.jpg").size == (30, 20)
+    assert read_image(tmp_path / "a.jpg", upright=False).size == (30, 20)
 
 
 @pytest.mark.parametrize("resolution", [None, 64, 72])
@@ -378,14 +308,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     # Nothing is left to compute; a picture that has gone meanwhile is not missed.
     data.samples[0].path.unlink()
     assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
-    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was written with other settings \(seed\); give"):
+    with pytest.raises(ValueError, match=r"run\.colours\.jsonl was made with other settings \(seed\); give"):
         run(data, out=out, record={"seed": 1})
     journal.write_text(journal.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match="line 6"):
         run(data, out=out)
     for first in ("", "nonsense\n", "[1]\n", '{"settings": 3}\n'):
         journal.write_text(first)
-        with pytest.raises(ValueError, match="or is no journal of this command; give another --out, or delete it"):
+        with pytest.raises(ValueError, match="no settings in its first line; give another file, or delete it"):
             run(data, out=out)
 
 
@@ -393,7 +323,7 @@ def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {"a": ((90, 70), box, [voc_object((8, 8, 40, 40))])})
     sample = read_voc(tmp_path, 2007).samples[0]
-    image = read_as_stored(sample.path)
+    image = read_image(sample.path, upright=False)
     found = find(image)
     sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
     assert (sheet == (220, 40, 40)).all(2).sum() > 300

@@ -16,12 +16,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from evaluation_data import make_coco, make_spair, make_voc, sizes_and_boxes, tiny_backbone, voc_object, write_davis
 from PIL import Image
-from test_evaluation_davis import write_davis
-from test_evaluation_discovery import make_coco, make_voc, sizes_and_boxes, voc_object
-from test_evaluation_spair import make_spair, tiny_backbone
 
-from lift_fast.cli import eval_davis, eval_discovery, eval_spair, main
+from lift_fast.cli import eval_options, main
 from lift_fast.evaluation.methods import build_methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -350,11 +348,10 @@ def stand_ins():
 @pytest.fixture
 def small(monkeypatch):
     made = stand_ins()
-    for command in (eval_spair, eval_davis, eval_discovery):
-        monkeypatch.setattr(command, "build", lambda arguments: made)
-        monkeypatch.setattr(command, "record", lambda *_: dict.fromkeys(
-            ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed", "image_branch"), 0
-        ) | {"weights": {}})  # fmt: skip
+    names = ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed", "image_branch")
+    record = {**dict.fromkeys(names, 0), "weights": {}}
+    monkeypatch.setattr(eval_options, "build", lambda arguments: made)
+    monkeypatch.setattr(eval_options, "record", lambda *_: record)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_evaluation_spair import published_lift, tiny_backbone
+from evaluation_data import published_lift, tiny_backbone
 from timm.models.vision_transformer import VisionTransformer
 
 from lift_fast import LiFT

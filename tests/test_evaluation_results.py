@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 
 from lift_fast.evaluation.results import (
-    Column,
     Estimate,
-    Table,
     bootstrap,
-    check_same,
-    escape_latex,
     load_json,
     provenance,
     save_json,
     sha256,
 )
+from lift_fast.evaluation.tables import Column, Table, escape_latex
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
@@ -65,16 +62,6 @@ def test_json_round_trip(tmp_path):
         load_json(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="is a folder"):
         load_json(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"options": None}, {"record": 3}, {"scores": [1]}])
-def test_results_of_another_form_are_not_gone_on_with(change):
-    now = {"protocol": "x", "options": {"a": 1}, "record": {}, "scores": {}}
-    check_same("r.json", now, now)
-    with pytest.raises(ValueError, match=rf"r\.json cannot be gone on with: it holds no {next(iter(change))}"):
-        check_same("r.json", {**now, **change}, now)
-    with pytest.raises(ValueError, match="results with other a;"):
-        check_same("r.json", {**now, "options": {"a": 2}}, now)
 
 
 def test_provenance_hashes_files(tmp_path):

@@ -11,119 +11,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_data import SHAPES, make_spair, published_lift, tiny_backbone
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
-from lift_fast.evaluation import cost, results, spair
+from lift_fast.evaluation import cost, spair
 from lift_fast.evaluation.methods import Features, build_methods
+from lift_fast.evaluation.runs import read_run
 from lift_fast.testing import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--layer", "0", "--method", "backbone", "bilinear"]
-SHAPES = [(90, 61), (53, 80), (70, 70), (101, 33), (64, 47)]
-"""(width, height) of a category's pictures."""
 ALPHAS = (0.3, 0.1, 0.05)
-
-
-def picture(size, random):
-    layers = [
-        np.asarray(
-            Image.fromarray(random.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC),
-            dtype=np.float64,
-        )
-        for n in (4, 9, 24)
-    ]
-    return Image.fromarray(np.clip(sum(layers) / len(layers), 0, 255).astype(np.uint8))
-
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def make_spair(root, seed=0, categories=("cat", "pottedplant"), pairs=7, colon=":"):
-    """A small data set in the original layout; key points on borders, and one a little outside, are among them."""
-    random = np.random.default_rng(seed)
-    lines, number = [], 0
-    for category in categories:
-        parts = {}
-        for index, (width, height) in enumerate(SHAPES):
-            name = f"2008_{index:06d}"
-            (root / "JPEGImages" / category).mkdir(parents=True, exist_ok=True)
-            picture((width, height), random).save(root / "JPEGImages" / category / f"{name}.jpg")
-            places = np.rint(random.uniform(0, 1, (6, 2)) * (width, height)).astype(int).tolist()
-            places[0], places[1] = [width, height], [0, -2]
-            parts[name] = {str(n): place if n != 2 or index else None for n, place in enumerate(places)}
-            left, right = sorted(random.choice(width, 2, replace=False).tolist())
-            top, bottom = sorted(random.choice(height, 2, replace=False).tolist())
-            write_json(
-                root / "ImageAnnotation" / category / f"{name}.json",
-                {
-                    "filename": f"{name}.jpg",
-                    "image_width": width,
-                    "image_height": height,
-                    "category": category,
-                    "bndbox": [left, top, right, bottom],
-                    "kps": parts[name],
-                },
-            )
-        for _ in range(pairs):
-            first, second = random.choice(len(SHAPES), 2, replace=False)
-            source, target = f"2008_{first:06d}", f"2008_{second:06d}"
-            both = [n for n in map(str, range(6)) if parts[source][n] and parts[target][n]]
-            common = sorted(random.choice(both, random.integers(1, len(both) + 1), replace=False).tolist())
-            number += 1
-            line = f"{number:06d}-{source}-{target}:{category}"
-            lines.append(line)
-            write_json(
-                root / "PairAnnotation" / "test" / f"{line.replace(':', colon)}.json",
-                {
-                    "filename": line,
-                    "src_imname": f"{source}.jpg",
-                    "trg_imname": f"{target}.jpg",
-                    "src_imsize": [*SHAPES[first], 3],
-                    "trg_imsize": [*SHAPES[second], 3],
-                    "src_bndbox": annotation(root, category, source)["bndbox"],
-                    "trg_bndbox": annotation(root, category, target)["bndbox"],
-                    "category": category,
-                    "src_pose": "Left",
-                    "trg_pose": "Right",
-                    "src_kps": [parts[source][n] for n in common],
-                    "trg_kps": [parts[target][n] for n in common],
-                    "kps_ids": common,
-                    "pair_id": number,
-                    "mirror": 0,
-                    "viewpoint_variation": number % 3,
-                    "scale_variation": (number + 1) % 3,
-                    "truncation": number % 4,
-                    "occlusion": (number + 2) % 4,
-                },
-            )
-    for layout, count in (("large", len(lines)), ("small", len(lines) // 2)):
-        (root / "Layout" / layout).mkdir(parents=True, exist_ok=True)
-        (root / "Layout" / layout / "test.txt").write_text("\n".join(lines[:count]) + "\n")
-    return root
-
-
-def annotation(root, category, name):
-    return json.loads((root / "ImageAnnotation" / category / f"{name}.json").read_text())
 
 
 @pytest.fixture
 def root(tmp_path):
     return make_spair(tmp_path / "SPair-71k")
-
-
-def tiny_backbone(seed=0):
-    torch.manual_seed(seed)
-    model = VisionTransformer(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, num_classes=0)
-    # Untrained descriptors are all alike: in float32 rounding would choose among them.
-    return FrozenViT(model, head_order="interleaved").double()
 
 
 # The protocol of the LiFT paper and of the data set's authors, line by line, without anything of the package but the
@@ -143,20 +51,6 @@ def plain_square(path, size):
     offset = int((size - new) / 2)
     canvas[:, offset : offset + new] = np.asarray(image.resize((new, size), Image.Resampling.LANCZOS))
     return canvas, size / height, offset, 0
-
-
-def published_lift(lift, imgs, tokens):
-    """LiFT as its authors run it: the picture whole, or two pixels off each side where the grids disagree."""
-
-    def encode(seen):
-        fine = lift.scale_adapter(lift.image_convs_1(seen))
-        return fine, lift.image_convs_2(fine)
-
-    fine, coarse = encode(imgs)
-    if coarse.shape[2] != tokens.shape[2]:
-        fine, coarse = encode(imgs[:, :, 2:-2, 2:-2])
-    up = lift.up1.up(torch.cat([tokens, coarse], dim=1))
-    return lift.outc(lift.up1.conv_1(torch.cat([up, fine], dim=1)))
 
 
 def plain_spair(root, describe, size, alphas):
@@ -381,8 +275,8 @@ def without(field):
 
 MALFORMED = {
     "missing": (Path.unlink, "no annotation at"),
-    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "cannot be read as JSON"),
-    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "cannot be read as JSON"),
+    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is no JSON file"),
+    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is no JSON file"),
     "list": (lambda path: path.write_text("[1]"), "holds a list"),
     "no box": (without("trg_bndbox"), "no 'trg_bndbox'"),
     "box": (change(trg_bndbox=[5, 5, 5, 5]), "trg_bndbox is"),
@@ -423,7 +317,7 @@ def test_disagreement_with_the_pictures_annotation_is_a_remark(root):
     found = spair.SPair(root).select()
     assert not found.skipped
     assert "key points differ from those of" in found.remarks[f"PairAnnotation/test/{victim.name}"]
-    assert "cannot be read as JSON" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
+    assert "is no JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
     assert len(found.remarks) == 2
 
 
@@ -444,7 +338,7 @@ def test_pairs_of_no_category_are_named_and_lost_folders_make_an_empty_one(root,
 LAYOUT = {
     "nothing": (lambda root: shutil.rmtree(root), "no folder .*PairAnnotation"),
     "no pictures": (lambda root: shutil.rmtree(root / "JPEGImages"), "no folder .*JPEGImages"),
-    "empty list": (lambda root: (root / "Layout/large/test.txt").write_text("\n"), "holds no pair"),
+    "empty list": (lambda root: (root / "Layout/large/test.txt").write_text("\n"), "lists no pair"),
     "path in list": (lambda root: (root / "Layout/large/test.txt").write_text("../x:cat\n"), "expected the name of an"),
     "binary list": (lambda root: (root / "Layout/large/test.txt").write_bytes(b"\xff\xfe"), "cannot be read"),
 }
@@ -480,8 +374,8 @@ def test_command(root, tmp_path, capsys):
     assert "**PCK@0.01 per image, 64 pixels**" in captured.out
     assert "| method | cat | pottedplant | mean |" in captured.out
     # The cost protocol reads the same figures.
-    scores = cost.accuracies([results.load_json(out)], "PCK@0.1 per image")
-    assert scores["bilinear", 64][0] == content["summary"]["sizes"]["64"]["bilinear"]["PCK@0.1 per image"]
+    scores = cost.accuracies([read_run(out)], "PCK@0.1 per image")
+    assert scores["bilinear", 64].value == content["summary"]["sizes"]["64"]["bilinear"]["PCK@0.1 per image"]
 
     assert run(*options, "--table", tmp_path / "r.tex", "--json") == 0
     assert r"\begin{tabular}{lrrrrrr}" in (tmp_path / "r.tex").read_text()
@@ -489,7 +383,7 @@ def test_command(root, tmp_path, capsys):
     assert printed["summary"] == content["summary"]
     assert "scores" not in printed
     assert run(*options, "--occlusion", "1") == 2
-    assert "holds results with other occlusion" in capsys.readouterr().err
+    assert "made with other settings (occlusion)" in capsys.readouterr().err
 
 
 def test_a_category_with_fewer_pairs_than_wanted_is_said(root, tmp_path, capsys):
@@ -576,7 +470,7 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     (root / "JPEGImages" / "tvmonitor").rmdir()
     capsys.readouterr()
     assert run(*options) == 2
-    assert "holds results with other categories" in capsys.readouterr().err
+    assert "made with other settings (categories)" in capsys.readouterr().err
     (root / "JPEGImages" / "tvmonitor").mkdir()
     assert run(*options) == 1
     assert list(load(out)["skipped"]) == ["tvmonitor"]

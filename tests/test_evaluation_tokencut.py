@@ -15,13 +15,7 @@ EPS = 1e-5
 SOLVERS = ("lanczos", "dense")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(h, w, seed, channels=24, noise=0.35):

@@ -10,39 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_data import textured, tiny_backbone
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lift_fast import LiFT, ViTLiFTExtractor, load_lift, save_lift
 from lift_fast.backbones import FrozenViT
 from lift_fast.cli import main
-from lift_fast.evaluation import warp, warp_run, warp_sheet
+from lift_fast.evaluation import warp
 from lift_fast.evaluation.methods import Batch, build_methods
 from lift_fast.testing import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--layer", "0"]
-
-
-def tiny_backbone(seed=0, **options):
-    torch.manual_seed(seed)
-    model = VisionTransformer(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, num_classes=0)
-    return FrozenViT(model, head_order="interleaved", **options)
-
-
-def textured(size, seed):
-    """A photograph's kind of texture: noise at several scales."""
-    random = np.random.default_rng(seed)
-    layers = [
-        np.asarray(
-            Image.fromarray(random.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC),
-            dtype=np.float64,
-        )
-        for n in (4, 9, 24)
-    ]
-    return Image.fromarray(np.clip(sum(layers) / len(layers), 0, 255).astype(np.uint8))
 
 
 @pytest.fixture
@@ -121,8 +102,7 @@ def plain_pck(extractor, lift_iter, view, size, alphas):
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_are_those_of_the_plain_protocol(seed):
     size, protocol = 64, warp.WarpProtocol(points=17, alphas=(0.3, 0.1, 0.05))
-    # Untrained descriptors are all alike: in float32 rounding would choose among them.
-    backbone = tiny_backbone(seed).double()
+    backbone = tiny_backbone(seed)
     lift = randomize(LiFT(24, 16), seed).eval().double()
     methods = build_methods(["backbone", "lift", "lift-2"], backbone, lift)
     views = [warp.make_view(textured((90, 70), 10 * seed + i), f"{i}", size, seed, protocol) for i in range(2)]
@@ -153,7 +133,7 @@ def test_an_oracle_finds_every_point_and_constants_are_at_chance(monkeypatch):
     ramp = np.linspace(0, 1, 200)
     scene = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200)), np.zeros((200, 200))], -1)
     view = warp.make_view(Image.fromarray((255 * scene).astype(np.uint8)), "ramp", size, 5, protocol)
-    methods = build_methods([f"oracle={__name__}:Where", "backbone"], tiny_backbone())
+    methods = build_methods([f"oracle={__name__}:Where", "backbone"], tiny_backbone(dtype=torch.float32))
     normalise = warp.normaliser((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"), torch.float32)
     scores = warp.evaluate_batch(methods, [view], size, normalise, protocol)
     assert scores["oracle"][0].pck[1] == 1
@@ -176,7 +156,7 @@ def test_views_depend_on_name_and_seed_alone():
 
 
 def test_backbone_runs_once_for_all_methods(monkeypatch):
-    backbone = tiny_backbone()
+    backbone = tiny_backbone(dtype=torch.float32)
     calls = []
     forward = FrozenViT.forward
     monkeypatch.setattr(FrozenViT, "forward", lambda self, imgs: calls.append(imgs.shape) or forward(self, imgs))
@@ -211,7 +191,7 @@ WRONG = {
 def test_wrong_methods_are_refused(case):
     names, message = WRONG[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        build_methods(names, tiny_backbone())
+        build_methods(names, tiny_backbone(dtype=torch.float32))
 
 
 class Strange(nn.Module):
@@ -220,7 +200,7 @@ class Strange(nn.Module):
 
 
 def test_heads_must_be_interleaved_and_modules_must_return_maps():
-    backbone = tiny_backbone()
+    backbone = tiny_backbone(dtype=torch.float32)
     with pytest.raises(ValueError, match="head_order='interleaved'"):
         build_methods(["backbone"], FrozenViT(backbone.model))
     (method,) = build_methods([f"x={__name__}:Strange"], backbone)
@@ -268,7 +248,7 @@ def test_command(folder, tmp_path, capsys):
     assert r"\begin{tabular}{l" in latex.read_text()
     capsys.readouterr()
     assert run("eval", "warp", "--root", folder, *TINY, "--random-lift", *methods, *options, "--points", "12") == 2
-    assert "holds results with other points" in capsys.readouterr().err
+    assert "made with other settings (points)" in capsys.readouterr().err
 
 
 def test_command_takes_the_held_out_and_names_bad_files(folder, tmp_path, capsys):
@@ -305,32 +285,32 @@ def test_sheet_shows_right_and_wrong_matches():
     right, wrong = np.rint(view.truth).astype(np.int64), np.zeros_like(view.points)
     sheets = {}
     for name, found in {"right": right, "wrong": wrong}.items():
-        sheets[name] = warp_sheet.draw_sheet([warp_sheet.Pair("ramp", view, {name: found})], 0.05, points=4)
+        sheets[name] = warp.draw_sheet([warp.Pair("ramp", view, {name: found})], 0.05, points=4)
     assert sheets["right"].size == sheets["wrong"].size
-    assert coloured(sheets["right"], warp_sheet.RIGHT) > 500
-    assert coloured(sheets["right"], warp_sheet.WRONG) == 0
-    assert coloured(sheets["wrong"], warp_sheet.WRONG) > 500
-    assert coloured(sheets["wrong"], warp_sheet.RIGHT) == 0
+    assert coloured(sheets["right"], warp.RIGHT) > 500
+    assert coloured(sheets["right"], warp.WRONG) == 0
+    assert coloured(sheets["wrong"], warp.WRONG) > 500
+    assert coloured(sheets["wrong"], warp.RIGHT) == 0
     # Methods stand beside each other, photographs below.
-    pair = warp_sheet.Pair("ramp", view, {"right": right, "wrong": wrong})
-    both = warp_sheet.draw_sheet([pair, pair], 0.05, points=4)
+    pair = warp.Pair("ramp", view, {"right": right, "wrong": wrong})
+    both = warp.draw_sheet([pair, pair], 0.05, points=4)
     assert both.width > 1.9 * sheets["right"].width
     assert both.height > 1.7 * sheets["right"].height
-    assert coloured(both, warp_sheet.RIGHT) > 2 * 400
-    assert coloured(both, warp_sheet.WRONG) > 2 * 400
+    assert coloured(both, warp.RIGHT) > 2 * 400
+    assert coloured(both, warp.WRONG) > 2 * 400
     for pairs, points in (([], 4), ([pair], 0)):
         with pytest.raises(ValueError, match="at least one pair and one point"):
-            warp_sheet.draw_sheet(pairs, 0.05, points)
+            warp.draw_sheet(pairs, 0.05, points)
 
 
 def test_sheet_matches_are_those_that_are_scored(folder):
     size, protocol = 64, warp.WarpProtocol(points=21)
-    backbone = tiny_backbone()
+    backbone = tiny_backbone(dtype=torch.float32)
     methods = build_methods(["backbone", f"same={__name__}:Same"], backbone)
     normalise = warp.normaliser(backbone.mean, backbone.std, torch.device("cpu"), torch.float32)
     (folder / "b.png").write_bytes(b"no picture")
     paths = sorted(folder.rglob("*.png"))
-    pairs = list(warp_sheet.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
+    pairs = list(warp.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
     assert [pair.name for pair in pairs] == ["a.png", "c.png", "deep/b.png"]
     for pair in pairs:
         assert (pair.matches["same"] == 0).all()
@@ -342,7 +322,7 @@ def test_sheet_matches_are_those_that_are_scored(folder):
 
 @pytest.mark.parametrize(("total", "count", "chosen"), [(9, 3, [1, 4, 7]), (2, 4, [0, 1]), (5, 5, [0, 1, 2, 3, 4])])
 def test_sheet_spreads_its_photographs(total, count, chosen):
-    assert warp_sheet.choose(list(range(total)), count) == chosen
+    assert warp.choose(list(range(total)), count) == chosen
 
 
 def test_command_draws_a_sheet(folder, tmp_path, capsys):
@@ -388,7 +368,7 @@ def test_usage_errors(case, folder, capsys):
 
 def test_no_image_checkpoint_is_read_as_such(tmp_path):
     save_lift(LiFT(24, 16, use_image=False), tmp_path / "x.pth")
-    (method,) = build_methods([f"x={tmp_path / 'x.pth'}"], tiny_backbone())
+    (method,) = build_methods([f"x={tmp_path / 'x.pth'}"], tiny_backbone(dtype=torch.float32))
     assert not load_lift(tmp_path / "x.pth", patch_size=16).use_image
     assert method(Batch(torch.randn(1, 3, 32, 32))).map.shape == (1, 13, 4, 4)
 
@@ -404,7 +384,7 @@ def test_summary_pairs_photographs_and_leaves_out_skipped_ones():
     }
     options = {"alphas": [0.1], "seeds": 1, "sizes": [32], "methods": ["a", "b"], "photographs": ["x", "y", "z"]}
     content = {"options": {**options, "reference": "a"}, "scores": scores, "skipped": {"z": "broken"}}
-    summary = warp_run.summarise(content)
+    summary = warp.summarise(content)
     assert summary["photographs"] == 2
     entry = summary["sizes"]["32"]["b"]
     assert entry["PCK@0.1"][0] == pytest.approx(40)

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from lift_fast import LiFT, memory
-from lift_fast.ops import gpu_pass, gpu_plan
-from lift_fast.plan import build_plan
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import gpu_pass
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize
 
 triton = pytest.importorskip("triton")
-from lift_fast.kernels import head, image_encoder, launch, upsample  # noqa: E402
+from lift_fast.kernels import launch  # noqa: E402
+from lift_fast.kernels import lift_forward_head as head  # noqa: E402
+from lift_fast.kernels import lift_forward_image_encoder as image_encoder  # noqa: E402
+from lift_fast.kernels import lift_forward_upsample as upsample  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)

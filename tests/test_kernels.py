@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lift_fast import LiFT, tuning
-from lift_fast.ops import gpu_plan, image_encoder, image_encoder_cuda, lift_forward
-from lift_fast.plan import build_plan
+from lift_fast import LiFT, devices, tuning
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import op as lift_forward
+from lift_fast.ops.lift_forward import plain
+from lift_fast.ops.lift_forward import tiles as tile_table
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize, relative_error
 
 triton = pytest.importorskip("triton")
-from lift_fast.kernels import can_run, launch, tiles  # noqa: E402
-from lift_fast.kernels import image_encoder as triton_encoder  # noqa: E402
+from lift_fast.kernels import launch, tiles  # noqa: E402
+from lift_fast.ops.lift_forward import gpu_weights  # noqa: E402
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -99,14 +102,14 @@ def test_forward_equals_the_plain_module(case, dtype):
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 2), (5, 1)])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_image_encoder(encoder, grid, patch, dtype):
-    if encoder == "cuda" and not image_encoder_cuda.can_run(DEVICE)[0]:
-        pytest.skip(image_encoder_cuda.can_run(DEVICE)[1])
+    if encoder == "cuda" and not devices.cuda_runs(DEVICE)[0]:
+        pytest.skip(devices.cuda_runs(DEVICE)[1])
     network = Network(8, patch, *grid, 2, {})
-    reason = triton_encoder.unsupported(network.plan, DEVICE, dtype)
+    reason = gpu_weights.encoder_unsupported(network.plan, DEVICE, dtype)
     if encoder == "triton" and reason:
         pytest.skip(reason)
-    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
-    f, g = image_encoder.encode_image(plain, network.imgs.double())
+    exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    f, g = plain.encode_image(exact, network.imgs.double())
     imgs, _ = network.inputs(dtype)
     # A crop arrives as a view of a larger picture; what lies beyond the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
@@ -199,13 +202,13 @@ def test_nan_reaches_its_neighbourhood_and_no_further(shape, channels, normalize
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_spoilt_pixel_spoils_what_it_spoils_in_the_plain_module(patch, width, value):
     network = Network(8, patch, 3, 4, 2, {"image_channels": width})
-    reason = triton_encoder.unsupported(network.plan, DEVICE, torch.float32)
+    reason = gpu_weights.encoder_unsupported(network.plan, DEVICE, torch.float32)
     if reason:
         pytest.skip(reason)
     imgs, _ = network.inputs(torch.float32)
     imgs[1, 2, 3, 5] = value
-    plain = image_encoder.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
-    expected = image_encoder.encode_image(plain, imgs.cpu().double())
+    exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
+    expected = plain.encode_image(exact, imgs.cpu().double())
     with torch.no_grad():
         ours = gpu_plan.encode_image(network.prepare(torch.float32, "triton"), imgs)
     for actual, wanted in zip(ours, expected, strict=True):
@@ -375,7 +378,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize("runs", [False, True])
 def test_float32_with_pooling_leaves_the_triton_encoder_aside_on_a_gpu(runs, monkeypatch):
     """It gave wrong results on a GPU: PyTorch's convolutions take over where the CUDA kernel does not serve."""
-    monkeypatch.setattr(image_encoder_cuda, "can_run", lambda device: (runs, "as if"))
+    monkeypatch.setattr(devices, "cuda_runs", lambda device: (runs, "as if"))
     pooled, unpooled = (Network(8, patch, 1, 1, 1, {}).plan for patch in (16, 8))
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
@@ -449,24 +452,24 @@ def test_candidates_fit(channels, itemsize, capability):
 @pytest.mark.parametrize("number", [[], [1], [2]])
 def test_files_hold_tiles_with_and_without_merged_accumulators(number, monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
     tile = [64, 64, 3, 64, 8, 2, *number]
-    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
-    tuning.forget()
+    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
+    tile_table.forget()
 
 
 def test_tiles_of_the_kernels_as_they_were_are_passed_over(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning.forget()
-    default = tuning.tile_for(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.forget()
+    default = tile_table.tile_for(work, DEVICE)
     other = default._replace(rows=16, stages=2)
-    tuning.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == default
-    tuning.forget()
+    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == default
+    tile_table.forget()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -480,23 +483,23 @@ def test_a_tile_fits_the_widest_features_that_are_served(capability, itemsize):
 
 def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning.forget()
-    before = tuning.tile_for(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.forget()
+    before = tile_table.tile_for(work, DEVICE)
     other = before._replace(rows=16, stages=2)
     assert other != before
-    path = tuning.cache_file(DEVICE)
-    tuning._store(path, {work.key(): other})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == other
+    path = tile_table.cache_file(DEVICE)
+    tile_table.store(path, {work.key(): other})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == other
     # Work of about the same size shares it, larger work does not.
-    assert tuning.tile_for(work._replace(positions=2500), DEVICE) == other
-    assert tuning.tile_for(work._replace(positions=300_000), DEVICE) != other
-    tuning._store(path, {"head other": before})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE) == other
+    assert tile_table.tile_for(work._replace(positions=2500), DEVICE) == other
+    assert tile_table.tile_for(work._replace(positions=300_000), DEVICE) != other
+    tile_table.store(path, {"head other": before})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE) == other
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    tuning.forget()
+    tile_table.forget()
 
 
 @pytest.mark.parametrize(
@@ -513,28 +516,28 @@ def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
 )
 def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    tuning.forget()
-    path = tuning.cache_file(DEVICE)
+    tile_table.forget()
+    path = tile_table.cache_file(DEVICE)
     path.write_text(content)
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
     with pytest.warns(UserWarning, match=r"tiles-.*\.json cannot be read"):
-        assert tuning.tile_for(work, DEVICE).columns == 64
-    tuning.forget()
+        assert tile_table.tile_for(work, DEVICE).columns == 64
+    tile_table.forget()
 
 
 def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
     monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tuning._store(tuning.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
-    tuning.forget()
-    assert tuning.tile_for(work, DEVICE).rows <= 128
-    tuning.forget()
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
+    tile_table.store(tile_table.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
+    tile_table.forget()
+    assert tile_table.tile_for(work, DEVICE).rows <= 128
+    tile_table.forget()
 
 
 def test_the_fastest_sound_tile_is_chosen(monkeypatch):
-    work = tuning.Work("head", 3000, 192, 192, (3,), torch.float32)
-    tuning.forget()
-    first, others = tuning.tile_for(work, DEVICE), tuning._candidates(work, DEVICE)
+    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.float32)
+    tile_table.forget()
+    first, others = tile_table.tile_for(work, DEVICE), tile_table.candidates(work, DEVICE)
     wrong, broken, best = [tile for tile in others if tile != first][:3]
     right = torch.randn(50)
     running = []
@@ -551,7 +554,7 @@ def test_the_fastest_sound_tile_is_chosen(monkeypatch):
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     assert tuning._fastest(work, DEVICE, run, quiet=True) == best
-    tuning.forget()
+    tile_table.forget()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
@@ -562,8 +565,8 @@ def test_tune_says_what_it_needs():
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
-    assert can_run() == (False, "switched off by LIFT_FAST_DISABLE_TRITON=1")
-    assert gpu_plan.can_run(DEVICE, torch.bfloat16)[0] is False
+    assert devices.triton_runs() == (False, "switched off by LIFT_FAST_DISABLE_TRITON=1")
+    assert devices.kernels_run(DEVICE, torch.bfloat16)[0] is False
 
 
 def test_operator_falls_back_without_the_kernels(monkeypatch):
@@ -601,13 +604,13 @@ class TestOnAGpu:
     # One strip and less, several blocks in a row and in a column, and enough of them to fill a device.
     @pytest.mark.parametrize("case", [(1, 1, 2), (7, 29, 1), (31, 37, 3), (28, 28, 8)])
     def test_native_image_encoder(self, case, patch, dtype):
-        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if not runs:
             pytest.skip(reason)
         network = Network(8, patch, *case, {})
         imgs, _ = network.inputs(dtype)
-        plain = image_encoder.prepare_encoder(network.plan, DEVICE, torch.float64)
-        expected = [part.permute(0, 2, 3, 1).cpu() for part in image_encoder.encode_image(plain, imgs.double())]
+        exact = plain.prepare_encoder(network.plan, DEVICE, torch.float64)
+        expected = [part.permute(0, 2, 3, 1).cpu() for part in plain.encode_image(exact, imgs.double())]
         plan = network.prepare(dtype, "cuda")
         out = gpu_plan.encode_image(plan, imgs)
         stream = torch.cuda.Stream()
@@ -626,7 +629,7 @@ class TestOnAGpu:
             assert torch.equal(out[position], captured[position])
 
     def test_native_image_encoder_without_pictures(self):
-        runs, reason = image_encoder_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if not runs:
             pytest.skip(reason)
         plan = Network(8, 16, 1, 1, 1, {}).prepare(torch.bfloat16, "cuda")
@@ -637,7 +640,7 @@ class TestOnAGpu:
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_native_image_encoder_on_another_device(self):
         other = torch.device("cuda", 1)
-        runs, reason = image_encoder_cuda.can_run(other)
+        runs, reason = devices.cuda_runs(other)
         if not runs:
             pytest.skip(reason)
         network = Network(8, 16, 3, 2, 1, {})
@@ -669,9 +672,9 @@ class TestOnAGpu:
 
     def test_tune(self, monkeypatch, tmp_path):
         monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-        tuning.forget()
+        tile_table.forget()
         network = Network(32, 8, 4, 4, 1, {})
         chosen = tuning.tune(network.lift.to(DEVICE), (1, 3, 32, 32), torch.bfloat16, quiet=True)
         assert len(chosen) == 2
-        assert tuning.cache_file(DEVICE).is_file()
-        tuning.forget()
+        assert tile_table.cache_file(DEVICE).is_file()
+        tile_table.forget()

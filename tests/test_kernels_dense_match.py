@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast import dense_match
-from lift_fast.ops import dense_match as op
-from lift_fast.ops import dense_match_cuda, dense_match_gpu
+from lift_fast import dense_match, devices
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op
+from lift_fast.ops.dense_match.bilinear import StretchedMap
+from lift_fast.ops.nearest.plain import full_matmul_precision
 
 pytest.importorskip("triton")
 from lift_fast.kernels import dense_match as kernel
@@ -34,13 +36,13 @@ def maps(channels, query_grid, key_grid):
 
 def run(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     query, key = (
-        op._picture(cells.to(DEVICE), size, normalize, True, scaled=normalize == "pixel")
+        op.stretch(cells.to(DEVICE), size, normalize, scaled=normalize == "pixel")
         for cells, size in ((query_map, query_size), (key_map, key_size))
     )
     assert dense_match_gpu.fits(query, key)[0]
     at = None if points is None else points.to(DEVICE)
-    with op.full_matmul_precision():
-        return [part.cpu() for part in dense_match_gpu.match_gpu(query, key, at, normalize == "pixel", "triton")]
+    with full_matmul_precision():
+        return [part.cpu() for part in dense_match_gpu.match(query, key, at, normalize == "pixel", "triton")]
 
 
 def table(query_map, key_map, query_size, key_size, normalize):
@@ -177,8 +179,8 @@ def test_cosines_of_every_magnitude(scale):
 def test_bands_cover_every_strip_once():
     for rows in (4, 5, 9, 30, 1000):
         for grid, size in (((5, 7), (13, 40)), ((9, 3), (4, 2)), ((1, 6), (7, 7))):
-            picture = op.Picture(torch.zeros(grid[0] * grid[1], 1), grid, size)
-            y, x = dense_match_gpu._axes(picture)
+            picture = StretchedMap(torch.zeros(grid[0] * grid[1], 1), grid, size)
+            y, x = picture.strips()
             seen = torch.zeros(y.count, x.count, dtype=torch.int32)
             for band, bottom, right in dense_match_gpu._bands(picture, rows):
                 seen[slice(*band.strips_y), slice(*band.strips_x)] += 1
@@ -190,7 +192,7 @@ def test_bands_cover_every_strip_once():
 
 
 def test_what_it_leaves_to_others():
-    picture = op.Picture(torch.zeros(6, 2), (2, 3), (5, 5))
+    picture = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
     assert "float64" in dense_match_gpu.fits(picture._replace(tokens=picture.tokens.double()), picture)[1]
     assert "2^31" in dense_match_gpu.fits(picture, picture._replace(size=(1 << 16, 1 << 15)))[1]
     assert "not on a CUDA device" in dense_match_gpu.can_run(picture, picture)[1]
@@ -221,7 +223,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("normalize", ["grid", "pixel"])
     @pytest.mark.parametrize("backend", ["cuda", "triton"])
     def test_operator(self, backend, normalize):
-        runs, reason = dense_match_cuda.can_run(DEVICE)
+        runs, reason = devices.cuda_runs(DEVICE)
         if backend == "cuda" and not runs:
             pytest.skip(reason)
         query_map, key_map = (part[None].to(DEVICE) for part in maps(64, (28, 28), (28, 28)))
@@ -252,7 +254,7 @@ class TestOnAGpu:
 
     def test_on_another_device(self):
         other = torch.device("cuda", torch.cuda.device_count() - 1)
-        runs, reason = dense_match_cuda.can_run(other)
+        runs, reason = devices.cuda_runs(other)
         if torch.cuda.device_count() < 2 or not runs:
             pytest.skip(f"needs two CUDA devices and the native core: {reason}")
         query_map, key_map = (part[None].to(other) for part in maps(8, (5, 6), (7, 4)))

@@ -2,17 +2,20 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
 
 from lift_fast import nearest
-from lift_fast.ops import nearest as op
-from lift_fast.ops import nearest_gpu
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest import plain
+from lift_fast.ops.nearest.op import nearest_by
 
 pytest.importorskip("triton")
-from lift_fast.kernels import launch, tiles
+from lift_fast.kernels import launch, nearest_rows, tiles
 from lift_fast.kernels import nearest as kernel
+from lift_fast.kernels import nearest_float32 as float32
 from lift_fast.kernels import nearest_groups as groups
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -42,10 +45,11 @@ def sets(n, m, channels, dtype=torch.float32, batch=1):
     return torch.randn(batch, n, channels).to(dtype), torch.randn(batch, m, channels).to(dtype)
 
 
-def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, **launch):
+def run(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, stream=None):
+    search = partial(nearest_gpu.search, stream=stream)
     arguments = (query.to(DEVICE), key.to(DEVICE), k, mutual, ratio, window, normalize)
     assert nearest_gpu.fits(arguments[0], arguments[1], k, window)[0]
-    return [part.cpu() for part in nearest_gpu.nearest_gpu(*arguments, fast=fast, **launch)]
+    return [part.cpu() for part in nearest_by(search, *arguments, fast=fast)]
 
 
 def similarities(query, key, window=None, normalize=True):
@@ -53,18 +57,18 @@ def similarities(query, key, window=None, normalize=True):
     table = []
     for queries, keys in zip(query.double(), key.double(), strict=True):
         if normalize:
-            queries, keys = op.unit_rows(queries), op.unit_rows(keys)
+            queries, keys = plain.unit_rows(queries), plain.unit_rows(keys)
         one = queries @ keys.T
         one.masked_fill_(~torch.isfinite(one), -torch.inf)
         if window is not None:
-            one.masked_fill_(op._outside(window, 0, 0, one), -torch.inf)
+            one.masked_fill_(plain.outside(window, 0, 0, one), -torch.inf)
         table.append(one)
     return torch.stack(table)
 
 
-def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, **launch):
+def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, stream=None):
     """Where rounding may decide, any choice within ``tie`` of the best is right."""
-    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, **launch)
+    similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, stream)
     table = similarities(query, key, window, normalize)
     finite = torch.isfinite(table)
     scale = max(1.0, float(table[finite].abs().max())) if finite.any() else 1.0
@@ -143,12 +147,12 @@ def test_window_of_several_patches():
 
 
 @numeric
-@pytest.mark.parametrize("most_blocks", [kernel.MOST_BLOCKS, 0])
+@pytest.mark.parametrize("most_blocks", [float32.MOST_BLOCKS, 0])
 @pytest.mark.parametrize("options", [{"mutual": True}, {"ratio": 0.97}, {"k": 3}], ids=str)
 def test_float32_search_in_float16(options, most_blocks, monkeypatch):
     """With and without the queries that are searched again in float32."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
-    monkeypatch.setattr(kernel, "MOST_BLOCKS", most_blocks)
+    monkeypatch.setattr(float32, "MOST_BLOCKS", most_blocks)
     monkeypatch.setattr(nearest_gpu, "_BOUNDS_BUDGET", 1 << 10)
     query, key = sets(11, 140, 24)
     # Float16 cannot tell these apart.
@@ -198,7 +202,7 @@ def tensor_core_sum(products, block, bits):
 @pytest.mark.parametrize("channels", [16, 384, 1024])
 def test_bound_of_sums_on_tensor_cores(channels, block):
     """Against what cuts off most: no bit kept below float32's own."""
-    bound = kernel.sum_error(channels)
+    bound = float32.sum_error(channels)
     # One large product, and small ones just below the last bit of the sum.
     worst = torch.full((channels,), 2.0**-11.5 * (1 - 2.0**-10)).half()
     worst[0] = 1
@@ -233,7 +237,7 @@ def test_mutual_by_halves_of_a_tile(monkeypatch):
 def test_few_queries_that_float16_leaves_open_are_searched_by_many_blocks(k, monkeypatch):
     """Two flat queries among others: their one tile's keys are cut into parts."""
     monkeypatch.setattr(nearest_gpu, "_SMALL", 0)
-    monkeypatch.setattr(kernel, "MOST_BLOCKS", 6)
+    monkeypatch.setattr(float32, "MOST_BLOCKS", 6)
     counts = []
     search = kernel.search
 
@@ -345,10 +349,10 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     assert not nearest_gpu.fits(query[:, :0], key, 1, None)[0]
     assert not nearest_gpu.fits(query[..., :0], key[..., :0], 1, None)[0]
     assert not nearest_gpu.fits(query, key, 1, [1, 1, 3, 1, 1 << 20])[0]
-    assert "not on a CUDA device" in nearest_gpu.can_run(query, key, 1, None)[1]
+    assert "CUDA devices, not on" in nearest_gpu.can_run(query, key, 1, None)[1]
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
     result = nearest(query.to(DEVICE), key.to(DEVICE))
-    assert torch.equal(result.index.cpu(), op.nearest_plain(query, key, 1, False, None, None, True)[1])
+    assert torch.equal(result.index.cpu(), nearest_by(plain.search, query, key, 1, False, None, None, True)[1])
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
@@ -405,7 +409,7 @@ def test_resolving_groups_of_tiles_whose_parts_have_their_own_classes():
     query, key = sets(19, 700, 40, torch.float16, batch=2)
     key[0, [9, 130, 650]] = key[0, 77].clone()
     query[0, 3] = key[0, 77]
-    rows, keys = (kernel.prepare(part.to(DEVICE), True, torch.float16) for part in (query, key))
+    rows, keys = (nearest_rows.prepare(part.to(DEVICE), True, torch.float16) for part in (query, key))
     table = torch.full((2, 19, 768), -torch.inf)
     table[:, :, :700] = similarities(query, key)
     # Tiles, parts of 64, members, classes.

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as prune_module
 
 from lift_fast import LiFT, clear_plans
-from lift_fast.ops import plan_cache
-from lift_fast.ops.lift_forward import lift_forward
-from lift_fast.plan import build_plan, compose_upsample, weight_names
+from lift_fast.ops.lift_forward import cache as plan_cache
+from lift_fast.ops.lift_forward.op import lift_forward
+from lift_fast.ops.lift_forward.plan import build_plan, compose_upsample, weight_names
 from lift_fast.testing import AWKWARD_GRIDS, randomize, relative_error
 
 # (C, patch, H, W, options): both patch sizes, patch 14, both published widths, odd and one-token grids, variants.
@@ -67,7 +67,7 @@ def test_plan_equals_the_plain_module(channels, patch, height, width, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_that_the_processor_lacks_is_rounded_once(dtype, monkeypatch):
-    monkeypatch.setattr("lift_fast.ops.lift_forward.cpu_computes", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("lift_fast.ops.lift_forward.op.cpu_computes", lambda dtype: dtype == torch.float32)
     lift = network(8, 8, seed=3).to(dtype)
     imgs, x = (t.to(dtype) for t in inputs(8, 24, 16, 8))
     with torch.no_grad():
@@ -702,7 +702,7 @@ def test_export():
 
 
 def test_a_pytorch_that_does_not_say_who_watches_goes_through_the_dispatcher(monkeypatch):
-    module = sys.modules["lift_fast.ops.lift_forward"]
+    module = sys.modules["lift_fast.ops.lift_forward.op"]
     calls, packet = [], torch.ops.lift_fast.lift_forward
     real = packet.default
     monkeypatch.setattr(packet, "default", lambda *given: calls.append(1) or real(*given))

@@ -15,7 +15,9 @@ import torch
 import lift_fast
 from lift_fast import _native, memory, testing
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match, nearest, window_nearest
+from lift_fast.ops.dense_match import bilinear
+from lift_fast.ops.dense_match import cpu as dense_match_cpu
+from lift_fast.ops.nearest import cpu as nearest_cpu
 from lift_fast.testing import poisoned_outputs, unwritten
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,11 +129,11 @@ def native():
 
 
 def run_nearest():
-    return nearest._nearest_native(torch.randn(1, 3, 4), torch.randn(1, 5, 4), 1, False, None, True, False)[:2]
+    return nearest_cpu.search(torch.randn(1, 3, 4), torch.randn(1, 5, 4), 1, False, None, True)[:2]
 
 
 def run_window():
-    return window_nearest.search(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
+    return nearest_cpu.search_windows(torch.randn(1, 6, 4), torch.randn(1, 6, 4), 2, [1, 2, 3, 2, 3], True)
 
 
 def run_loss():
@@ -139,8 +141,8 @@ def run_loss():
 
 
 def run_dense(points=None):
-    picture = dense_match.Picture(torch.randn(6, 4), (2, 3), (5, 7))
-    return dense_match.match_native(picture, picture, points, False)
+    stretched = bilinear.StretchedMap(torch.randn(6, 4), (2, 3), (5, 7))
+    return dense_match_cpu.match(stretched, stretched, points, False)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def run_preparation(module):
 
 
 def run_search(module):
-    rows = module.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
+    from lift_fast.kernels import nearest_rows
+
+    rows = nearest_rows.prepare(torch.randn(1, 6, 4, device=DEVICE), True, None)
     found = module.search(rows, rows, 1, module.default_tile(4, 4, 1, False, False, (9, 0)))
     return [found.values, found.indices]
 
@@ -175,8 +179,8 @@ def run_search(module):
     ("name", "kernels", "run"),
     [
         ("propagate_labels", ["propagate_labels_kernel"], run_propagation),
-        ("nearest", ["prepare_kernel"], run_preparation),
-        ("nearest", ["prepare_kernel", "search_kernel"], run_search),
+        ("nearest_rows", ["prepare_kernel"], run_preparation),
+        ("nearest", ["search_kernel"], run_search),
     ],
 )
 def test_what_a_triton_kernel_leaves_out_shows(name, kernels, run, monkeypatch):
@@ -313,15 +317,15 @@ ELSEWHERE = {
     ("lift_fast/testing.py", "randomize"): "PyTorch fills it, in tests",
     ("lift_fast/testing.py", "place"): "what stands behind the door in tests",
     ("lift_fast/ops/cosine_loss.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
-    ("lift_fast/ops/dense_match.py", "_fake_dense_match"): "a fake",
-    ("lift_fast/ops/lift_forward.py", "_fake_lift_forward"): "a fake",
-    ("lift_fast/ops/nearest.py", "_fake_nearest"): "a fake",
+    ("lift_fast/ops/dense_match/op.py", "_fake_dense_match"): "a fake",
+    ("lift_fast/ops/lift_forward/op.py", "_fake_lift_forward"): "a fake",
+    ("lift_fast/ops/nearest/op.py", "_fake_nearest"): "a fake",
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
     ("lift_fast/witnesses.py", "expired"): "allocates nothing: asks whether tensors are still there",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
     ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",
-    ("lift_fast/evaluation/warp.py", "_draw_points"): "NumPy, holds no element",
+    ("lift_fast/evaluation/warp/protocol.py", "_draw_points"): "NumPy, holds no element",
 }
 UNINITIALISED = re.compile(r"(new_)?empty(_\w+)?|resize_(as_)?|(Untyped|Typed)Storage")
 INITIALISED = re.compile(r"(new_)?(zeros|ones|full)")
@@ -369,7 +373,7 @@ def test_everything_that_a_kernel_writes_comes_through_the_door():
     used, strays = set(), []
     for path in files:
         name = path.relative_to(ROOT).as_posix()
-        launches = name.startswith("kernels/") or path.stem.endswith(("_gpu", "_cuda"))
+        launches = name.startswith("kernels/") or path.stem.rpartition("_")[2] in ("gpu", "cuda")
         for function, line in allocations(path.read_text(encoding="utf-8"), launches):
             used.add((name, function))
             if (name, function) not in ELSEWHERE:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import _native, memory
-from lift_fast.ops import dense_match as op
-from lift_fast.ops.nearest import unit_rows
+from lift_fast.ops.dense_match import bilinear, cpu, op
+from lift_fast.ops.nearest.plain import unit_rows
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
@@ -22,15 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def picture(tokens, grid, size):
-    return op.Picture(tokens, grid, size)
+    return bilinear.StretchedMap(tokens, grid, size)
 
 
 def exact(query, key, points, per_pixel):
     """Similarities of every pair in float64, [P, H * W], and the scale on which a product of float32 numbers rounds."""
-    at = op.pixel_grid(query.size, 0, query.pixels, torch.device("cpu")) if points is None else points
-    every = op.pixel_grid(key.size, 0, key.pixels, torch.device("cpu"))
-    a = op.sample_bilinear(query.tokens.double(), query.grid, query.size, at)
-    b = op.sample_bilinear(key.tokens.double(), key.grid, key.size, every)
+    at = bilinear.pixel_grid(query.size, 0, query.pixels, torch.device("cpu")) if points is None else points
+    every = bilinear.pixel_grid(key.size, 0, key.pixels, torch.device("cpu"))
+    a = bilinear.sample_bilinear(query.tokens.double(), query.grid, query.size, at)
+    b = bilinear.sample_bilinear(key.tokens.double(), key.grid, key.size, every)
     if per_pixel:
         a, b = unit_rows(a), unit_rows(b)
     table = a @ b.T
@@ -82,7 +82,7 @@ def map_products(descriptors, cells, normalize, isa):
 
 
 def check(query, key, points, per_pixel, limit=2e-6):
-    similarity, index = op.match_native(query, key, points, per_pixel)
+    similarity, index = cpu.match(query, key, points, per_pixel)
     table, scale = exact(query, key, points, per_pixel)
     best = table.amax(1)
     lost = best == -torch.inf
@@ -118,7 +118,7 @@ def test_equals_brute_force(isa, grids, sizes, channels, seed):
         query, key = random_pictures(generator, grids, sizes, channels)
         check(query, key, None, False)
         # Few points take the other way through: similarities of their own descriptors.
-        few = op.pixel_grid(query.size, 0, min(3, query.pixels), torch.device("cpu")).flip(0)
+        few = bilinear.pixel_grid(query.size, 0, min(3, query.pixels), torch.device("cpu")).flip(0)
         check(query, key, few, False)
 
 
@@ -136,26 +136,26 @@ def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
 def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     query, key = random_pictures(torch.Generator().manual_seed(2), ((9, 11), (12, 7)), ((50, 60), (70, 40)), 8)
-    expected = op.match_native(query, key, None, False)
+    expected = cpu.match(query, key, None, False)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            for ours, theirs in zip(op.match_native(query, key, None, False), expected, strict=True):
+            for ours, theirs in zip(cpu.match(query, key, None, False), expected, strict=True):
                 assert torch.equal(ours, theirs)
     finally:
         torch.set_num_threads(threads)
     # In portions of points, which the rows of query cells do not follow.
-    monkeypatch.setattr(op, "_MOST_POINTS", 777)
-    similarity, index = op.match_native(query, key, None, False)
+    monkeypatch.setattr(cpu, "_MOST_POINTS", 777)
+    similarity, index = cpu.match(query, key, None, False)
     torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-5)
     assert float((index != expected[1]).float().mean()) < 1e-2
     monkeypatch.undo()
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     # One or two rows of query cells at a time; products of another shape may round in another way.
     for budget in (1, 4 * 84 * 11 * 3):
-        monkeypatch.setattr(op, "_TABLE_BUDGET", budget)
-        similarity, index = op.match_native(query, key, None, False)
+        monkeypatch.setattr(cpu, "_TABLE_BUDGET", budget)
+        similarity, index = cpu.match(query, key, None, False)
         torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-5)
         assert float((index != expected[1]).float().mean()) < 1e-2
 
@@ -166,14 +166,14 @@ def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
     ones, more = torch.ones(35, 1), torch.ones(12, 1)
     query, key = picture(more, (3, 4), (20, 30)), picture(ones, (5, 7), (40, 30))
     for points in (None, torch.tensor([[29, 19], [0, 0]])):
-        similarity, index = op.match_native(query, key, points, False)
+        similarity, index = cpu.match(query, key, points, False)
         assert bool((index == 0).all())
         assert bool((similarity == 1).all())
     # A plateau inside: the first pixel beyond the centre of cell (1, 1).
     cells = torch.zeros(4, 4)
     cells[1:3, 1:3] = 1
     query, key = picture(torch.ones(1, 1), (1, 1), (1, 1)), picture(cells.view(16, 1), (4, 4), (16, 16))
-    assert op.match_native(query, key, None, False)[1].tolist() == [6 * 16 + 6]
+    assert cpu.match(query, key, None, False)[1].tolist() == [6 * 16 + 6]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -185,7 +185,7 @@ def test_cells_that_are_not_finite_take_no_part(poison, per_pixel, isa, monkeypa
     query.tokens[7, 2] = key.tokens[20, 1] = poison
     check(query, key, None, per_pixel, 1e-4 if per_pixel else 2e-6)
     key.tokens[:] = poison
-    similarity, index = op.match_native(query, key, None, per_pixel)
+    similarity, index = cpu.match(query, key, None, per_pixel)
     assert bool((index == -1).all())
     assert bool((similarity == -torch.inf).all())
 
@@ -280,27 +280,27 @@ def test_map_sample(grid, size, normalize, unnormalized):
     for c in (1, 6, 33):
         for scale in (1e-14, 1.0, 1e25):
             cells = torch.randn(grid[0] * grid[1], c) * scale
-            at = op.pixel_grid(size, 0, size[0] * size[1], torch.device("cpu"))
+            at = bilinear.pixel_grid(size, 0, size[0] * size[1], torch.device("cpu"))
             at = at[torch.randperm(len(at))]
             exact = unit_rows(cells.double()) if unnormalized else cells.double()
-            expected = op.sample_bilinear(exact, grid, size, at)
+            expected = bilinear.sample_bilinear(exact, grid, size, at)
             # Interpolation rounds on the scale of the longest cell; normalising magnifies that where cells cancel.
             limit = torch.full((len(at), 1), 4e-7 * float(exact.norm(dim=1).max()), dtype=torch.float64)
             if normalize:
                 limit /= expected.norm(dim=1, keepdim=True).clamp_min(1e-12)
                 expected = unit_rows(expected)
             for there in laid_out(cells):
-                ours = map_sample(op.Picture(there, grid, size, unnormalized), at, normalize)
+                ours = map_sample(bilinear.StretchedMap(there, grid, size, unnormalized), at, normalize)
                 assert bool(((ours.double() - expected).abs() <= limit).all()), (c, scale, there.stride())
 
 
 def test_map_sample_of_cells_that_are_not_finite():
     cells = torch.randn(12, 4)
     cells[5, 2], cells[11, 0] = torch.nan, torch.inf
-    at = op.pixel_grid((9, 8), 0, 72, torch.device("cpu"))
+    at = bilinear.pixel_grid((9, 8), 0, 72, torch.device("cpu"))
     for unnormalized in (True, False):
-        ours = map_sample(op.Picture(cells, (3, 4), (9, 8), unnormalized), at, False)
-        plain = op.sample_bilinear(unit_rows(cells) if unnormalized else cells, (3, 4), (9, 8), at)
+        ours = map_sample(bilinear.StretchedMap(cells, (3, 4), (9, 8), unnormalized), at, False)
+        plain = bilinear.sample_bilinear(unit_rows(cells) if unnormalized else cells, (3, 4), (9, 8), at)
         assert torch.equal(ours.isfinite().all(1), plain.isfinite().all(1))
 
 
@@ -407,18 +407,19 @@ def test_map_products_refuses_bad_arguments(changes, message):
 @pytest.mark.parametrize("table_bytes", [0, 3 * 4 * 63, 1 << 20])
 def test_points_in_portions_and_in_every_layout(table_bytes, isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
-    monkeypatch.setattr(op, "_TABLE_BUDGET", table_bytes)
+    monkeypatch.setattr(cpu, "_TABLE_BUDGET", table_bytes)
     sizes = (41, 30), (23, 37)
     tokens = torch.randn(56, 19), torch.randn(63, 19)
     points = torch.stack([torch.randint(30, (11,)), torch.randint(41, (11,))], dim=1)
     for unnormalized in (True, False):
         query, key = (
-            op.Picture(t, g, s, unnormalized) for t, g, s in zip(tokens, ((8, 7), (7, 9)), sizes, strict=True)
+            bilinear.StretchedMap(t, g, s, unnormalized)
+            for t, g, s in zip(tokens, ((8, 7), (7, 9)), sizes, strict=True)
         )
         sound = [p._replace(tokens=unit_rows(p.tokens) if unnormalized else p.tokens) for p in (query, key)]
         table, scale = exact(*sound, points, False)
         for query_tokens, key_tokens in zip(laid_out(tokens[0]), laid_out(tokens[1]), strict=True):
-            similarity, index = op.match_native(
+            similarity, index = cpu.match(
                 query._replace(tokens=query_tokens), key._replace(tokens=key_tokens), points.flip(0), False
             )
             # Pixels beyond the outermost cells tie, so the index is judged by what it leads to.
@@ -452,7 +453,7 @@ def test_points_refuse_bad_arguments(changes, message):
         torch.empty(2),
         torch.empty(2).long(),
     )
-    axis = op.cut_strips(2, 4).arguments()
+    axis = bilinear.cut_strips(2, 4, torch.device("cpu")).arguments()
     arguments = {
         "points": points.data_ptr(),
         "count": 2,

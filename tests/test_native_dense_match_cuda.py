@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast import _native
-from lift_fast.ops import dense_match as op
-from lift_fast.ops import dense_match_cuda, dense_match_gpu
+from lift_fast import _native, devices
+from lift_fast.ops.dense_match import cuda as dense_match_cuda
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op
+from lift_fast.ops.dense_match.bilinear import StretchedMap, scales_of
 
 numeric = pytest.mark.numeric("dense_match (CUDA C++)")
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +69,7 @@ def picture(y, x, scale):
 
 
 class Emulation:
-    """Has the functions of the native core that ``lift_fast.ops.dense_match_cuda`` calls."""
+    """Has the functions of the native core that ``lift_fast.ops.dense_match.cuda`` calls."""
 
     def __init__(self, program):
         self.process = subprocess.Popen(
@@ -131,7 +133,7 @@ def emulation(program, monkeypatch):
     """``lift_fast.ops.dense_match`` on the CPU as on a GPU; what it allocates is full of NaN."""
     served = Emulation(program)
     monkeypatch.setattr(_native, "require", lambda: served)
-    monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+    monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
     monkeypatch.setattr(dense_match_cuda, "_where", lambda device: (0, 0))
     yield served
     served.close()
@@ -318,17 +320,17 @@ def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
 @pytest.mark.parametrize("normalize", ["pixel", "none"])
 def test_zeros_of_either_sign_are_equal(normalize, emulation):
     """As a zero vector's products are; wherever the first of them lies among the lanes."""
-    picture = op.Picture(torch.randn(40, 3), (5, 8), (23, 41))
-    axes = dense_match_gpu._axes(picture)
-    scales = dense_match_gpu._scales(picture.inverse_norms() if normalize == "pixel" else None, axes)
+    picture = StretchedMap(torch.randn(40, 3), (5, 8), (23, 41))
+    axes = picture.strips()
+    scales = scales_of(picture.inverse_norms() if normalize == "pixel" else None, axes)
     table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
     dense_match_cuda.match(table, axes, scales, similarity, index)
     assert index.tolist() == [0] * 6
     assert similarity.tolist() == [0.0] * 6
-    query = op.Picture(torch.zeros(4, 3), (2, 2), (3, 2))
+    query = StretchedMap(torch.zeros(4, 3), (2, 2), (3, 2))
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
-    query_axes = dense_match_gpu._axes(query)
+    query_axes = query.strips()
     whole = dense_match_gpu.Band((0, query_axes[0].count), (0, query_axes[1].count), 0, 0, 2)
     dense_match_cuda.match(table[:4], axes, scales, similarity, index, query_axes, whole)
     assert index.tolist() == [0] * 6
@@ -398,9 +400,9 @@ def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulat
     check(query_map, key_map, *sizes, normalize)
     check(query_map, key_map, *sizes, normalize, points)
     assert emulation.calls == [b"g", b"m"] * 2 + [b"p"] * 4
-    query = op.Picture(torch.zeros(12, 2), (3, 4), (9, 12))
-    assert [axis.count for axis in dense_match_gpu._axes(query)] == [5, 7]
-    assert [axis.count for axis in dense_match_gpu._axes(query, True)] == [3, 4]
+    query = StretchedMap(torch.zeros(12, 2), (3, 4), (9, 12))
+    assert [axis.count for axis in query.strips()] == [5, 7]
+    assert [axis.count for axis in query.strips(True)] == [3, 4]
     query_map[1, 1, 2] = key_map[0, 2, 1] = torch.nan
     check(query_map, key_map, *sizes, normalize)
     check(query_map, key_map, *sizes, normalize, points)
@@ -431,13 +433,13 @@ def test_magnitudes(scale, normalize, emulation):
 @numeric
 def test_what_overflows_takes_no_part(emulation):
     """A table that no maps make: between similarities of either sign the slope is infinite."""
-    picture = op.Picture(torch.zeros(6, 3), (2, 3), (5, 7))
+    picture = StretchedMap(torch.zeros(6, 3), (2, 3), (5, 7))
     table = torch.full((1, 6), 3e38)
     table[0, 2] = -3e38
     similarity, index = torch.empty(1), torch.empty(1, dtype=torch.int64)
-    dense_match_cuda.match(table, dense_match_gpu._axes(picture), None, similarity, index)
+    dense_match_cuda.match(table, picture.strips(), None, similarity, index)
     assert (float(similarity), int(index)) == (float(torch.tensor(3e38)), 0)
-    dense_match_cuda.match(table * 2, dense_match_gpu._axes(picture), None, similarity, index)
+    dense_match_cuda.match(table * 2, picture.strips(), None, similarity, index)
     assert (float(similarity), int(index)) == (-torch.inf, -1)
 
 
@@ -572,8 +574,8 @@ def test_without_a_device_it_says_so(kind):
 
 
 def test_tensors_that_do_not_fit_are_refused():
-    key = op.Picture(torch.zeros(6, 2), (2, 3), (5, 7))
-    axes = dense_match_gpu._axes(key)
+    key = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 7))
+    axes = key.strips()
     good = torch.zeros(4, 6), axes, None, torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     for position, wrong, message in (
         (0, torch.zeros(4, 5), r"table must be \[4, 6\] torch\.float32 on cpu, got \[4, 5\]"),
@@ -599,7 +601,7 @@ class TestChoice:
     """Which kernel serves a call."""
 
     def test_the_native_one_comes_first(self, monkeypatch):
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
         assert dense_match_gpu.select(CPU) == "cuda"
         for wish in ("cuda", "triton"):
             assert dense_match_gpu.select(CPU, wish) == wish
@@ -608,7 +610,7 @@ class TestChoice:
             dense_match_gpu.select(CPU, "triton")
 
     def test_where_it_cannot_run_triton_does(self, monkeypatch):
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
         assert dense_match_gpu.select(CPU) == "triton"
         with pytest.raises(RuntimeError, match="cuda kernel cannot run: no such luck"):
             dense_match_gpu.select(CPU, "cuda")
@@ -620,14 +622,14 @@ class TestChoice:
     def test_switched_off(self, monkeypatch):
         monkeypatch.setenv("LIFT_FAST_DISABLE_CUDA", "1")
         reason = "switched off by LIFT_FAST_DISABLE_CUDA=1"
-        assert dense_match_cuda.can_run(torch.device("cuda", 0)) == (False, reason)
+        assert devices.cuda_runs(torch.device("cuda", 0)) == (False, reason)
         assert dense_match_gpu.select(CPU) == "triton"
 
     def test_the_mutual_check_is_the_native_ones(self, monkeypatch):
-        picture = op.Picture(torch.zeros(6, 2), (2, 3), (5, 5))
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (True, "as if"))
+        picture = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
         assert dense_match_gpu.checks_mutual(picture, picture, None)
         assert not dense_match_gpu.checks_mutual(picture, picture, None, "triton")
         assert not dense_match_gpu.checks_mutual(picture, picture, torch.zeros(3, 2, dtype=torch.int64))
-        monkeypatch.setattr(dense_match_cuda, "can_run", lambda device: (False, "no such luck"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
         assert not dense_match_gpu.checks_mutual(picture, picture, None)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import lift_fast
-from lift_fast import LiFT, _native
-from lift_fast.ops import gpu_plan, image_encoder_cuda
-from lift_fast.plan import build_plan
+from lift_fast import LiFT, _native, devices
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda
+from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize
 
 numeric = pytest.mark.numeric("image_encoder (CUDA C++)")
@@ -347,7 +348,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def runs(self, monkeypatch):
         pytest.importorskip("triton")
-        monkeypatch.setattr(image_encoder_cuda, "can_run", lambda device: (True, "as if"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
     def encoder(self, dtype=torch.bfloat16, wish=None, patch=16, **options):
@@ -362,7 +363,6 @@ class TestChoice:
 
     def test_full_precision_stays_with_triton(self, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        assert not gpu_plan.may_use_cuda(torch.device("cpu"), torch.float32)
         assert self.encoder(torch.float32) == "triton"
         assert self.encoder(torch.bfloat16) == "cuda"
         with pytest.raises(RuntimeError, match="full precision"):
@@ -378,7 +378,7 @@ class TestChoice:
             self.encoder(wish="cuda", extra_image_blocks=1)
 
     def test_where_it_cannot_run_triton_does(self, monkeypatch):
-        monkeypatch.setattr(image_encoder_cuda, "can_run", lambda device: (False, "no such luck"))
+        monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
         assert self.encoder() == "triton"
         with pytest.raises(RuntimeError, match="no such luck"):
             self.encoder(wish="cuda")
@@ -387,8 +387,8 @@ class TestChoice:
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("LIFT_FAST_DISABLE_CUDA", "1")
     reason = "switched off by LIFT_FAST_DISABLE_CUDA=1"
-    assert image_encoder_cuda.can_run(torch.device("cuda", 0)) == (False, reason)
+    assert devices.cuda_runs(torch.device("cuda", 0)) == (False, reason)
     if _native.can_run()[0]:
         assert lift_fast.backends()["cuda native"].detail == reason
     monkeypatch.setenv("LIFT_FAST_DISABLE_CUDA", "0")
-    assert image_encoder_cuda.can_run(torch.device("cpu"))[0] is False
+    assert devices.cuda_runs(torch.device("cpu"))[0] is False

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import Window, nearest
-from lift_fast.ops import nearest as op
+from lift_fast.ops.nearest import plain
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.testing import AWKWARD_COUNTS
 
 TIE = 1e-6
@@ -142,9 +143,9 @@ def test_sizes_and_dtypes(shape, dtype):
 def test_tiles_of_the_plain_version_change_nothing(monkeypatch):
     query, key = torch.randn(1, 90, 8), torch.randn(1, 70, 8)
     key[0, 50:] = key[0, :20]
-    whole = op.nearest_plain(query, key, 5, True, 0.9, None, True)
-    monkeypatch.setattr(op, "PRODUCT_BUDGET", 4 * 70 * 7)
-    tiled = op.nearest_plain(query, key, 5, True, 0.9, None, True)
+    whole = nearest_by(plain.search, query, key, 5, True, 0.9, None, True)
+    monkeypatch.setattr(plain, "PRODUCT_BUDGET", 4 * 70 * 7)
+    tiled = nearest_by(plain.search, query, key, 5, True, 0.9, None, True)
     torch.testing.assert_close(tiled[0], whole[0])
     assert torch.equal(tiled[2], whole[2])
 
@@ -152,7 +153,7 @@ def test_tiles_of_the_plain_version_change_nothing(monkeypatch):
 def test_native_and_plain_agree():
     query, key = torch.randn(2, 203, 48), torch.randn(2, 117, 48)
     ours = nearest(query, key, mutual=True, ratio=0.9)
-    similarity, index, valid = op.nearest_plain(query, key, 1, True, 0.9, None, True)
+    similarity, index, valid = nearest_by(plain.search, query, key, 1, True, 0.9, None, True)
     torch.testing.assert_close(ours.similarity, similarity, rtol=0, atol=1e-6)
     disagree = ours.index != index
     assert (similarity[disagree] - ours.similarity[disagree]).abs().le(TIE).all()

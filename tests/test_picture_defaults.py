@@ -19,7 +19,7 @@ from lift_fast.backbones import load_backbone
 from lift_fast.evaluation.methods import build_methods
 from lift_fast.images import as_image, preprocess
 from lift_fast.training import TrainingSettings, train
-from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader
+from lift_fast.training.data import GlobalBatches, Pictures, build_loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULTS = ["bfloat16", "float64", "meta"]

@@ -19,7 +19,7 @@ from lift_fast._files import require_regular_file
 from lift_fast._text import one_line, quoted
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
-from lift_fast.training.pictures import GlobalBatches, Pictures, build_loader, fit_square
+from lift_fast.training.data import GlobalBatches, Pictures, build_loader, fit_square
 
 NETWORK = ["--model", "vit_tiny_patch16_224", "--random-weights", "--quiet"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,6 +200,8 @@ def test_what_is_no_regular_file_is_refused_unopened(kind, tmp_path, monkeypatch
             images.read_image(path)
         with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a weight file"):
             require_regular_file(path, "weight file")
+        with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a checkpoint file"):
+            lift_fast.load_lift(path, patch_size=16)
         if kind != "folder":
             with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}"):
                 images.list_images(path)
@@ -222,6 +224,14 @@ def test_names_of_no_file(name, tmp_path, monkeypatch):
         images.read_image(name)
     assert "picture" in str(refused.value)
     assert str(refused.value).isprintable()
+    with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint file") as refused:
+        lift_fast.load_lift(name, patch_size=16)
+    assert ("File name too long" in str(refused.value)) == name.startswith("x")
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+        lift_fast.load_lift(tmp_path / "lift.pth", patch_size=16)
 
 
 STRANGE = ["a\nb.png", "\x1b[31mred\x1b[0m.png", "\u202egnp.exe.png", os.fsdecode(b"latin\xe9.png"), "tab\t.png"]
@@ -350,6 +360,24 @@ def test_exotic_options_of_match_images(case, extractor):
 def test_a_step_beyond_the_picture_is_its_middle(extractor):
     found = lift_fast.match_images(photograph(), photograph(), extractor=extractor, size=64, step=2**63)
     assert found.xy_a.shape == (1, 1, 2)
+
+
+def test_numpys_integers_are_whole_numbers():
+    plain = lift_fast.ViTLiFTExtractor(demonstration.BACKBONE, device="cpu", silent=True, random_lift=True, seed=1)
+    options = {"stride": 16, "layer": -1, "seed": 1}
+    numbers = {name: np.int64(value) for name, value in options.items()}
+    same = lift_fast.ViTLiFTExtractor(demonstration.BACKBONE, device="cpu", silent=True, random_lift=True, **numbers)
+    assert (type(same.stride), same.stride, type(same.layer), same.layer) == (int, plain.stride, int, plain.layer)
+    matches = [
+        lift_fast.match_images(photograph(), photograph(), extractor=each, size=one(64), step=one(8), lift_iter=one(1))
+        for each, one in ((plain, int), (same, np.int32))
+    ]
+    assert torch.equal(matches[0].xy_b, matches[1].xy_b)
+    batch, _ = same.preprocess(photograph(), np.int64(64))
+    for each in (same.matching_map, same.extract_descriptors_iterative_lift):
+        assert torch.equal(each(batch, lift_iter=np.int64(2)), each(batch, lift_iter=2))
+    with pytest.raises(ValueError, match=r"lift_iter must be an integer >= 0, got array"):
+        same.matching_map(batch, lift_iter=np.array([1, 2]))
 
 
 BUILD = {

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_fast import Window, _native, nearest
-from lift_fast.ops import window_nearest as op
-from lift_fast.ops.nearest import nearest_plain
+from lift_fast.ops.nearest import cpu as op
+from lift_fast.ops.nearest import plain
+from lift_fast.ops.nearest.op import nearest_by
 
 if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
@@ -51,7 +52,7 @@ def exact(query, key, window, normalize):
 
 def check(query, key, k, window, normalize):
     """Every match, its rank, and that nothing better was left out; rounding decides nothing that it may not."""
-    similarity, index = op.search(query, key, k, window, normalize)
+    similarity, index = op.search_windows(query, key, k, window, normalize)
     assert similarity.shape == index.shape == (*query.shape[:2], k)
     for b in range(query.shape[0]):
         table, bound = exact(query[b], key[b], window, normalize)
@@ -136,8 +137,8 @@ def test_small_integers_equal_the_plain_version(
     window = [radius, *query_grid, *key_grid]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIFT_FAST_CPU_ISA", isa)
-        ours = op.nearest_in_window(query, key, k, mutual, ratio, window, False)
-    expected = nearest_plain(query, key, k, mutual, ratio, window, False)
+        ours = nearest_by(op.search, query, key, k, mutual, ratio, window, False)
+    expected = nearest_by(plain.search, query, key, k, mutual, ratio, window, False)
     for one, other in zip(ours, expected, strict=True):
         assert one.is_contiguous()
         assert torch.equal(one, other)
@@ -193,11 +194,11 @@ def test_overflowing_products_take_no_part(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     query = torch.full((1, 3, 2), 1e30)
     key = torch.tensor([1e30, -1e30, 1.0])[None, :, None].expand(1, 3, 2)
-    similarity, index = op.search(query, key, 2, [3, 1, 3, 1, 3], False)
+    similarity, index = op.search_windows(query, key, 2, [3, 1, 3, 1, 3], False)
     assert index.tolist() == [[[2, -1]] * 3]
     assert bool((similarity[..., 0] == 2e30).all())
     # As cosines they are sound.
-    similarity, index = op.search(query, key, 3, [3, 1, 3, 1, 3], True)
+    similarity, index = op.search_windows(query, key, 3, [3, 1, 3, 1, 3], True)
     assert index.tolist() == [[[0, 2, 1]] * 3]
 
 
@@ -210,14 +211,14 @@ def test_equal_keys_go_to_the_lowest_index(isa, channels, normalize, monkeypatch
     row = torch.randn(1, 1, channels, generator=generator)
     query = row.expand(1, 60, channels)
     # All keys of both frames are the same: the first ones of the window, in order.
-    similarity, index = op.search(query, row.expand(1, 120, channels), 6, [1, 3, 20, 3, 20], normalize)
+    similarity, index = op.search_windows(query, row.expand(1, 120, channels), 6, [1, 3, 20, 3, 20], normalize)
     near = in_window([1, 3, 20, 3, 20], 60, 120)
     for i in range(60):
         assert index[0, i].tolist() == near[i].nonzero()[:6, 0].tolist()
     assert bool((similarity == similarity[..., :1]).all())
     # Two frames of the same picture: each match comes twice, the earlier frame first.
     frame = torch.randn(1, 60, channels, generator=generator)
-    index = op.search(frame, frame.repeat(1, 2, 1), 8, [2, 3, 20, 3, 20], normalize)[1]
+    index = op.search_windows(frame, frame.repeat(1, 2, 1), 8, [2, 3, 20, 3, 20], normalize)[1]
     assert bool((index[..., 0::2] + 60 == index[..., 1::2]).all())
     assert index[0, :, 0].tolist() == list(range(60)) or not normalize
 
@@ -227,10 +228,10 @@ def test_zero_vectors_have_similarity_zero(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     key = -torch.ones(1, 12, 4)
     key[0, 5] = 0
-    similarity, index = op.search(torch.ones(1, 12, 4), key, 1, [12, 3, 4, 3, 4], True)
+    similarity, index = op.search_windows(torch.ones(1, 12, 4), key, 1, [12, 3, 4, 3, 4], True)
     assert bool((index == 5).all())
     assert bool((similarity == 0).all())
-    similarity, index = op.search(torch.zeros(1, 12, 4), key, 1, [0, 3, 4, 3, 4], True)
+    similarity, index = op.search_windows(torch.zeros(1, 12, 4), key, 1, [0, 3, 4, 3, 4], True)
     assert index.flatten().tolist() == list(range(12))
     assert bool((similarity == 0).all())
 
@@ -245,13 +246,13 @@ def test_the_result_does_not_depend_on_threads(isa, monkeypatch):
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append((*op.search(query, key, 5, window, True), op.search_back(query, key, window, True)))
+            results.append((*op.search_windows(query, key, 5, window, True), op.search_back(query, key, window, True)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
     # Nor on what else is in the batch.
-    alone = op.search(query[1:], key[1:], 5, window, True)
+    alone = op.search_windows(query[1:], key[1:], 5, window, True)
     assert torch.equal(alone[0], results[0][0][1:])
     assert torch.equal(alone[1], results[0][1][1:])
 
@@ -261,7 +262,7 @@ def test_instruction_sets_agree(monkeypatch):
     found = []
     for isa in ISAS:
         monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
-        found.append(op.search(query, key, 5, [3, 6, 23, 7, 31], True)[0])
+        found.append(op.search_windows(query, key, 5, [3, 6, 23, 7, 31], True)[0])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=2 * 69 * 2.0**-24)
 
@@ -270,8 +271,8 @@ def test_instruction_sets_agree(monkeypatch):
 def test_the_user_function_takes_this_way(dtype, monkeypatch):
     query, key, _ = random_case(8, (4, 9), (4, 9), 2, 1, 16)
     query, key = query.to(dtype).expand(3, -1, -1), key.to(dtype)
-    expected = op.nearest_in_window(query, key.expand(3, -1, -1), 3, True, 0.9, [2, 4, 9, 4, 9], True)
-    monkeypatch.setattr("lift_fast.ops.nearest.nearest_plain", None)
+    expected = nearest_by(op.search, query, key.expand(3, -1, -1), 3, True, 0.9, [2, 4, 9, 4, 9], True)
+    monkeypatch.setattr(plain, "search", None)
     ours = nearest(query, key, k=3, mutual=True, ratio=0.9, window=Window(2, (4, 9)))
     assert all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True))
 

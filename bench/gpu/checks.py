@@ -17,9 +17,9 @@ from .state import State
 SANITIZED = """
 import torch
 from bench.gpu import smoke
-from lift_fast.ops import dense_match_cuda, image_encoder_cuda
+from lift_fast import devices
 cuda = torch.device("cuda")
-assert image_encoder_cuda.can_run(cuda)[0] and dense_match_cuda.can_run(cuda)[0]
+assert devices.cuda_runs(cuda)[0]
 for dtype in (torch.bfloat16, torch.float32):
     for case in ((16, 5, 9, 1), (8, 3, 7, 2)):
         for cut in ("walk", "stream", "spread"):

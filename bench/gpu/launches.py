@@ -7,33 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lift_fast import LiFT, tuning
+from lift_fast import LiFT
 from lift_fast.kernels import (
     cosine_loss,
     dense_match,
-    head,
-    image_encoder,
     launch,
     nearest,
+    nearest_float32,
     nearest_groups,
     nearest_pingpong,
+    nearest_rows,
     propagate_labels,
-    upsample,
 )
+from lift_fast.kernels import lift_forward_head as head
+from lift_fast.kernels import lift_forward_image_encoder as image_encoder
+from lift_fast.kernels import lift_forward_upsample as upsample
 from lift_fast.kernels.tiles import Tile
-from lift_fast.ops import dense_match as dense_match_op
-from lift_fast.ops import dense_match_gpu, gpu_plan, nearest_gpu
-from lift_fast.plan import Plan, build_plan
+from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.dense_match import op as dense_match_op
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import tiles as tile_table
+from lift_fast.ops.lift_forward.plan import Plan, build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest.op import depth_of, nearest_by
 
 # (kernel, args, options) as the launcher gives them.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 CPU = torch.device("cpu")
+_NEAREST = [(nearest_rows, "prepare_kernel")]
+_NEAREST += [(nearest, name) for name in ("search_kernel", "finish_kernel", "mutual_kernel")]
+_NEAREST += [(nearest_float32, name) for name in ("blocks_kernel", "rescore_kernel")]
 _GROUPS = [(nearest_groups, "groups_kernel"), (nearest_groups, "resolve_kernel"), (nearest_pingpong, "pingpong_kernel")]
 _STAGES = [(upsample, "upsample_kernel"), (upsample, "upsample_wide_kernel")]
 _STAGES += [(head, "head_kernel"), (head, "head_wide_kernel")]
@@ -60,14 +69,14 @@ def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[lis
     for recorder in recorders:
         setattr(recorder.module, recorder.name, recorder)
     launch.capability = lambda device: divmod(capability, 10)
-    tuning.forget()
+    tile_table.forget()
     try:
         yield recorders
     finally:
         for recorder in recorders:
             setattr(recorder.module, recorder.name, recorder.kernel)
         launch.capability = real
-        tuning.forget()
+        tile_table.forget()
 
 
 @cache
@@ -126,14 +135,13 @@ def nearest_search(
 ) -> list[Launch]:
     """One call of ``nearest``, by the search of groups that ``feed`` serves if given; each kernel once for each set of
     options."""
-    names = ["prepare_kernel", "search_kernel", "finish_kernel", "mutual_kernel", "blocks_kernel", "rescore_kernel"]
     stream = None
     if feed:
-        depth = k if ratio is None else 2
-        stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth, mutual, feed)
+        stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth_of(k, ratio), mutual, feed)
     query, key = (_empty(1, count, channels, dtype=dtype) for count in (n, m))
-    with recording(capability, *((nearest, name) for name in names), *_GROUPS) as recorders:
-        nearest_gpu.nearest_gpu(query, key, k, mutual, ratio, window, normalize, fast, stream)
+    with recording(capability, *_NEAREST, *_GROUPS) as recorders:
+        search = partial(nearest_gpu.search, stream=stream)
+        nearest_by(search, query, key, k, mutual, ratio, window, normalize, fast)
     found: dict[Any, Launch] = {}
     for recorder in recorders:
         for call in recorder.calls:
@@ -150,10 +158,10 @@ def dense_search(
     dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
     """Every pixel (``points`` None) or some points of one picture, matched to itself."""
-    picture = dense_match_op._picture(torch.randn(8, *grid, dtype=dtype), tuple(size), normalize, True)
+    picture = dense_match_op.stretch(torch.randn(8, *grid, dtype=dtype), (size[0], size[1]), normalize)
     at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
     with recording(capability, (dense_match, "match_kernel")) as recorders:
-        dense_match_gpu.match_gpu(picture, picture, at, normalize == "pixel")
+        dense_match_gpu.match(picture, picture, at, normalize == "pixel")
     return recorders[0].calls[:1]
 
 
@@ -209,10 +217,10 @@ def lift_tiles(
         x, g = _empty(batch, h, h, channels, dtype=dtype), _empty(batch, h, h, 32, dtype=dtype)
         f = _empty(batch, 2 * h, 2 * h, 32, dtype=dtype)
         u = _empty(batch, 2 * h, 2 * h, channels // 2, dtype=dtype)
-        for tile in tuning._candidates(gpu_plan.upsample_work(plan, x), CPU):
+        for tile in tile_table.candidates(gpu_plan.upsample_work(plan, x), CPU):
             if only in (None, tile):
                 gpu_plan.upsample(plan, x, f, g, tile)
-        for tile in tuning._candidates(gpu_plan.head_work(plan, u), CPU):
+        for tile in tile_table.candidates(gpu_plan.head_work(plan, u), CPU):
             if only in (None, tile):
                 gpu_plan.head(plan, u, normalize, tile)
     return [call for recorder in recorders for call in recorder.calls]
@@ -220,10 +228,11 @@ def lift_tiles(
 
 def nearest_tiles(n: int, m: int, channels: int, dtype: torch.dtype, capability: int) -> list[Launch]:
     """The search for one best key with every tile worth measuring, in one direction and in both."""
-    with recording(capability, (nearest, "search_kernel"), (nearest, "prepare_kernel")) as recorders:
+    with recording(capability, (nearest, "search_kernel"), (nearest_rows, "prepare_kernel")) as recorders:
         for tile in nearest.candidates(channels, divmod(capability, 10)):
             query, key = (
-                nearest.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, tile.depth) for count in (n, m)
+                nearest_rows.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, tile.depth)
+                for count in (n, m)
             )
             for both in (False, True):
                 nearest.search(query, key, 1, tile, mutual=both)
@@ -235,10 +244,10 @@ def nearest_streams(n: int, m: int, channels: int, dtype: torch.dtype, capabilit
     found = []
     for both in (False, True):
         streams = nearest_groups.candidates(channels, divmod(capability, 10), both)
-        with recording(capability, *_GROUPS, (nearest, "prepare_kernel")) as recorders:
+        with recording(capability, *_GROUPS, (nearest_rows, "prepare_kernel")) as recorders:
             for stream in streams.values():
                 query, key = (
-                    nearest.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, stream.tile.depth)
+                    nearest_rows.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, stream.tile.depth)
                     for count in (n, m)
                 )
                 nearest_groups.search(query, key, 1, stream, both)

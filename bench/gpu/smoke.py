@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lift_fast
-from lift_fast import LiFT
+from lift_fast import LiFT, devices
 from lift_fast.ops import cosine_loss as loss_op
-from lift_fast.ops import dense_match as dense_op
-from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder, image_encoder_cuda, nearest_gpu
 from lift_fast.ops import propagate_labels as propagate_op
-from lift_fast.ops.nearest import nearest_plain
-from lift_fast.plan import build_plan
+from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.lift_forward import gpu as gpu_plan
+from lift_fast.ops.lift_forward import image_encoder_cuda, plain
+from lift_fast.ops.lift_forward.plan import build_plan
+from lift_fast.ops.nearest import gpu as nearest_gpu
+from lift_fast.ops.nearest import plain as nearest_plain
+from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.testing import poisoned_outputs, randomize, relative_error
 
 from .context import Context, Job, Row, Skip
@@ -163,7 +166,7 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
 
 def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
     if kind == "CUDA":
-        _needs_cuda(image_encoder_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     reasons = []
     for number, case in enumerate(TINY_ENCODERS if context.rehearse else ENCODERS):
         reason = _triton_leaves_out(case, dtype, context.device) if kind == "Triton" else None
@@ -179,10 +182,10 @@ def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "wa
 
 def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the package would not run the Triton image encoder for a case."""
-    from lift_fast.kernels.image_encoder import unsupported
+    from lift_fast.ops.lift_forward.gpu_weights import encoder_unsupported
 
     lift = LiFT(8, case[0])
-    return unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
+    return encoder_unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
 
 
 def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
@@ -206,15 +209,15 @@ def encoder_error(
 ) -> float:
     """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last.
 
-    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.image_encoder_cuda.encode_image` takes it.
+    ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.lift_forward.image_encoder_cuda.encode_image` takes it.
     """
     patch, h, w, batch = case
     torch.manual_seed(seed)
     lift = randomize(LiFT(8, patch), seed).eval()
     plan = build_plan(*lift._plan_sources(), lift.architecture)
     imgs = torch.randn(batch, 3, patch * h, patch * w).to(device, dtype)
-    exact = image_encoder.prepare_encoder(plan, device, torch.float64)
-    expected = [part.permute(0, 2, 3, 1) for part in image_encoder.encode_image(exact, imgs.double())]
+    exact = plain.prepare_encoder(plan, device, torch.float64)
+    expected = [part.permute(0, 2, 3, 1) for part in plain.encode_image(exact, imgs.double())]
     # What lies beside a crop must not be read.
     frame = imgs.new_full((batch, 3, patch * h + 3, patch * w + 5), torch.nan)
     crop = frame[:, :, 1:-2, 2:-3].copy_(imgs)
@@ -265,9 +268,9 @@ def nearest_error(
     arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
     query, key = (torch.randn(1, count, channels, device=device).to(dtype) for count in (n, m))
     with poisoned_outputs():
-        call = partial(nearest_gpu.nearest_gpu, query, key, **arguments)
+        call = partial(nearest_by, nearest_gpu.search, query, key, **arguments)
         similarity, index, valid = _launched_directly(call, device)
-    exact, _, accepted = nearest_plain(query.double(), key.double(), **arguments)
+    exact, _, accepted = nearest_by(nearest_plain.search, query.double(), key.double(), **arguments)
     there = torch.isfinite(exact)
     if not torch.equal(index >= 0, there) or float((valid != accepted).double().mean()) > 1e-2:
         return float("inf")
@@ -283,7 +286,7 @@ def nearest_error(
 @torch.no_grad()
 def _run_dense(backend: str, context: Context) -> Iterator[Row]:
     if backend == "cuda":
-        _needs_cuda(dense_match_cuda.can_run(context.device), context)
+        _needs_cuda(devices.cuda_runs(context.device), context)
     torch.manual_seed(context.seed)
     for maps in TINY_MAPS if context.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):
@@ -342,7 +345,7 @@ def propagation_error(
     exact = propagate_op.propagate_labels_plain(query.double(), key.double(), labels.double(), window, k, 0.1, True)
     # Where the k-th and the next key are equal within rounding, either may be averaged.
     off = (ours.double() - exact).abs().amax(-1)
-    deeper = nearest_plain(query.double(), key.double(), k + 1, False, None, window, True)[0]
+    deeper = nearest_plain.search(query.double(), key.double(), k + 1, False, window, True)[0]
     clear = deeper[..., k - 1] - deeper[..., k] > SIMILARITY_LIMIT
     # Missing matches leave a difference of NaN (-inf - -inf): nothing to confuse.
     return float(off[clear | ~deeper[..., k].isfinite()].nan_to_num(torch.inf).max())

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import figures, smoke
+from . import smoke, workloads
 from .launches import OPERATORS, Launch
 
 
@@ -49,16 +49,16 @@ def works() -> list[Callable[[int], list[Launch]]]:
     forward, search = partial(partial, OPERATORS["lift_forward"]), partial(partial, OPERATORS["nearest"])
     dense, loss = partial(partial, OPERATORS["dense_match"]), partial(partial, OPERATORS["cosine_loss"])
     found = []
-    for _, batch, side, patch, channels in (figures.ONE, figures.MANY, figures.LARGE, *figures.FURTHER):
+    for _, batch, side, patch, channels in (workloads.ONE, workloads.MANY, workloads.LARGE, *workloads.FURTHER):
         found.append(forward(channels=channels, patch=patch, batch=batch, side=side, dtype=torch.bfloat16))
-    large = {"n": figures.DESCRIPTORS, "m": figures.DESCRIPTORS, "channels": figures.CHANNELS}
+    large = {"n": workloads.DESCRIPTORS, "m": workloads.DESCRIPTORS, "channels": workloads.CHANNELS}
     for options in ({}, {"mutual": True}, {"ratio": 0.9}, {"k": 5}):
         found.append(search(**large, dtype=torch.bfloat16, **options))
     for options in ({}, {"mutual": True}, {"fast": True}):
         found.append(search(**large, dtype=torch.float32, **options))
-    window = [12, *4 * [figures.GRID]]
-    cells = figures.GRID**2
-    found.append(search(n=cells, m=7 * cells, channels=figures.CHANNELS, dtype=torch.bfloat16, k=5, window=window))
+    window = [12, *4 * [workloads.GRID]]
+    cells = workloads.GRID**2
+    found.append(search(n=cells, m=7 * cells, channels=workloads.CHANNELS, dtype=torch.bfloat16, k=5, window=window))
     for dtype in smoke.DTYPES:
         for channels, patch, h, w, batch in smoke.NETWORKS:
             side = (patch * h, patch * w)
@@ -69,22 +69,24 @@ def works() -> list[Callable[[int], list[Launch]]]:
         for patch, h, w, batch in smoke.ENCODERS:
             side = (patch * h, patch * w)
             found.append(forward(channels=8, patch=patch, batch=batch, side=side, dtype=dtype))
-        batch, channels, *sides = figures.LOSS_SHAPE
+        batch, channels, *sides = workloads.LOSS_SHAPE
         found.append(loss(shape=(batch, channels, sides[0] * sides[1]), dtype=dtype))
         for batch, channels, h, w in smoke.LOSSES:
             for tokens in (False, True):
                 found.append(loss(shape=(batch, channels, h * w), dtype=dtype, tokens=tokens))
     for dtype in (torch.float32, torch.bfloat16):
         found.append(forward(channels=384, patch=16, batch=2, side=(80, 112), dtype=dtype))
-        found.append(forward(channels=192, patch=16, batch=2, side=figures.SIDE, dtype=dtype))
+        found.append(forward(channels=192, patch=16, batch=2, side=workloads.SIDE, dtype=dtype))
     for normalize in ("grid", "pixel"):
-        for points in (None, figures.POINTS):
-            found.append(dense(grid=2 * [figures.GRID], size=2 * [figures.SIDE], normalize=normalize, points=points))
+        for points in (None, workloads.POINTS):
+            found.append(
+                dense(grid=2 * [workloads.GRID], size=2 * [workloads.SIDE], normalize=normalize, points=points)
+            )
             for grid, _, size, _ in smoke.MAPS:
                 found.append(dense(grid=grid, size=size, normalize=normalize, points=points))
-    grids = [*smoke.PROPAGATIONS, ((figures.GRID, figures.GRID), 8, figures.CHANNELS, 4, 5, 12)]
+    grids = [*smoke.PROPAGATIONS, ((workloads.GRID, workloads.GRID), 8, workloads.CHANNELS, 4, 5, 12)]
     for grid, frames, channels, objects, k, radius in grids:
-        batch = 1 if grid[0] == figures.GRID else 2
+        batch = 1 if grid[0] == workloads.GRID else 2
         shape = {"channels": channels, "grid": grid, "frames": frames, "batch": batch, "k": k, "objects": objects}
         found.append(partial(OPERATORS["propagate_labels"], **shape, dtype=torch.float32, radius=radius))
     return found
@@ -93,10 +95,10 @@ def works() -> list[Callable[[int], list[Launch]]]:
 def tiles_of_works() -> list[Callable[[int], list[Launch]]]:
     """What the figures of tiles and streams launch: three times as much to compile as all the rest."""
     found = []
-    for _, batch, side, patch, channels in (figures.ONE, figures.MANY):
+    for _, batch, side, patch, channels in (workloads.ONE, workloads.MANY):
         tiles = {"channels": channels, "patch": patch, "batch": batch, "side": side, "dtype": torch.bfloat16}
         found.append(partial(OPERATORS["lift_tiles"], **tiles))
-    large = {"n": figures.DESCRIPTORS, "m": figures.DESCRIPTORS, "channels": figures.CHANNELS}
+    large = {"n": workloads.DESCRIPTORS, "m": workloads.DESCRIPTORS, "channels": workloads.CHANNELS}
     for kind in ("nearest_streams", "nearest_tiles"):
         found.append(partial(OPERATORS[kind], **large, dtype=torch.bfloat16))
     return found

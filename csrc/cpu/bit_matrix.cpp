@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 
 namespace lift_fast {
@@ -88,11 +89,7 @@ void bit_matrix_multiply(const std::uint64_t* bits, std::int64_t n, const double
   call.out = out;
   // Where one thread needs a millisecond, a second one costs more in waiting for it than it saves.
   call.threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + n / 64 * n / kThreadWords));
-#if defined(__x86_64__)
-  if (isa == CpuIsa::avx512) return bit_multiply_kernel_avx512(call);
-#endif
-  (void)isa;
-  bit_multiply_kernel_baseline(call);
+  Kernels<BitMultiplyKernel>::of(isa).run(call);
 }
 
 }  // namespace lift_fast

@@ -27,8 +27,8 @@ struct BitMultiplyCall {
 void bit_matrix_multiply(const std::uint64_t* bits, std::int64_t n, const double* vector, double* out, int threads,
                          CpuIsa isa);
 
-// One per translation unit. AVX2 has nothing that would serve better than the baseline.
-void bit_multiply_kernel_baseline(const BitMultiplyCall& call);
-void bit_multiply_kernel_avx512(const BitMultiplyCall& call);
+struct BitMultiplyKernel {
+  void (*run)(const BitMultiplyCall& call);
+};
 
 }  // namespace lift_fast

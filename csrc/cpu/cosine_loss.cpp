@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 
 namespace lift_fast {
@@ -59,13 +60,7 @@ void cosine_loss_run(const CosineLossCall& call, CpuIsa isa) {
   work.scratch_words = (words + 31) / 16 * 16;
   const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
   work.scratch = scratch.get();
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512: cosine_loss_kernel_avx512(call, work); return;
-    case CpuIsa::avx2: cosine_loss_kernel_avx2(call, work); return;
-#endif
-    default: cosine_loss_kernel_baseline(call, work); return;
-  }
+  Kernels<CosineLossKernel>::of(isa).run(call, work);
 }
 
 }  // namespace lift_fast

@@ -31,15 +31,15 @@ struct CosineLossCall {
 // Throws std::invalid_argument for sizes or addresses that do not fit, std::bad_alloc.
 void cosine_loss_run(const CosineLossCall& call, CpuIsa isa);
 
-// One per translation unit. `scratch` holds `scratch_words` floats for each thread.
+// `scratch` holds `scratch_words` floats for each thread.
 struct CosineLossWork {
   float* scratch;
   std::int64_t scratch_words;
   std::int64_t positions;  // that a kernel takes at one time where they lie side by side
   bool stream;             // write the gradient past the caches
 };
-void cosine_loss_kernel_baseline(const CosineLossCall& call, const CosineLossWork& work);
-void cosine_loss_kernel_avx2(const CosineLossCall& call, const CosineLossWork& work);
-void cosine_loss_kernel_avx512(const CosineLossCall& call, const CosineLossWork& work);
+struct CosineLossKernel {
+  void (*run)(const CosineLossCall& call, const CosineLossWork& work);
+};
 
 }  // namespace lift_fast

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 
 namespace lift_fast {
@@ -56,6 +57,18 @@ struct JoinedAxis {
     axis.first = first.data();
   }
 };
+
+DenseMatchScratch layout(const DenseMatchCall& call) {
+  const std::int64_t patches = call.y.strips * call.strips_padded;
+  DenseMatchScratch at{};
+  at.rows = (call.y.cells * call.x.cells + 16 + 15) / 16 * 16;
+  at.bounds = at.rows + call.y.cells * call.strips_padded;
+  at.weights = at.bounds + patches;
+  at.best = at.weights + 3 * dense_match_block;
+  at.index = at.best + dense_match_block;
+  at.end = at.index + dense_match_block;
+  return at;
+}
 
 }  // namespace
 
@@ -148,16 +161,10 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   call.row_best = row_best.data();
 
   if (call.groups < call.threads) call.threads = static_cast<int>(call.groups);
-  call.scratch_words = DenseMatchScratch(call).end;
-  const Memory<float> scratch = allocate<float>(call.scratch_words * call.threads);
+  call.layout = layout(call);
+  const Memory<float> scratch = allocate<float>(call.layout.end * call.threads);
   call.scratch = scratch.get();
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512: dense_match_kernel_avx512(call); return;
-    case CpuIsa::avx2: dense_match_kernel_avx2(call); return;
-#endif
-    default: dense_match_kernel_baseline(call); return;
-  }
+  Kernels<DenseMatchKernel>::of(isa).run(call);
 }
 
 }  // namespace lift_fast

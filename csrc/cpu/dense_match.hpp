@@ -21,6 +21,11 @@ struct DenseMatchAxis {
   const float* weight;        // [pixels] share of the far cell
 };
 
+// Where a thread's working memory holds what, in 4-byte words; multiples of 16.
+struct DenseMatchScratch {
+  std::int64_t upper, rows, bounds, weights, best, index, end;
+};
+
 struct DenseMatchCall {
   const float* table;  // [rows, y.cells * x.cells] similarities of query cells to key cells
   std::int64_t rows;
@@ -35,7 +40,7 @@ struct DenseMatchCall {
   int threads;
   Stop* stop;  // or null
   // Set by dense_match_run.
-  std::int64_t strips_padded, width_padded, scratch_words;
+  std::int64_t strips_padded, width_padded;
   const float* strip_weights;  // [x.strips, width_padded], NaN beyond the strip
   const float* padded_scale;   // scale, readable one vector beyond its end
   const float* scale_high;     // [y.strips, strips_padded]
@@ -44,7 +49,8 @@ struct DenseMatchCall {
   const std::int32_t* y_strip;  // [y.cells] a strip that begins or ends at the cell, or -1
   const std::int32_t* x_strip;
   std::int32_t* row_best;  // [rows] most similar key cell
-  float* scratch;  // one stretch for each thread
+  DenseMatchScratch layout;
+  float* scratch;  // layout.end words for each thread
 };
 
 constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
@@ -53,26 +59,8 @@ constexpr std::int64_t dense_match_block = 64;  // points of a group that are ma
 // anything.
 void dense_match_run(DenseMatchCall call, CpuIsa isa);
 
-// One per translation unit.
-void dense_match_kernel_baseline(const DenseMatchCall& call);
-void dense_match_kernel_avx2(const DenseMatchCall& call);
-void dense_match_kernel_avx512(const DenseMatchCall& call);
-
-// One thread's working memory in 4-byte words, shared between its sizing and its use; multiples of 16.
-struct DenseMatchScratch {
-  std::int64_t upper, rows, bounds, weights, best, index, end;
-  explicit DenseMatchScratch(const DenseMatchCall& call) {
-    const auto align = [](std::int64_t words) { return (words + 15) / 16 * 16; };
-    constexpr std::int64_t block = dense_match_block;
-    const std::int64_t patches = call.y.strips * call.strips_padded;
-    upper = 0;
-    rows = upper + align(call.y.cells * call.x.cells + 16);
-    bounds = rows + call.y.cells * call.strips_padded;
-    weights = bounds + patches;
-    best = weights + 3 * block;
-    index = best + block;
-    end = index + block;
-  }
+struct DenseMatchKernel {
+  void (*run)(const DenseMatchCall& call);
 };
 
 }  // namespace lift_fast

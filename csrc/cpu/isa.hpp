@@ -1,16 +1,22 @@
-// Which instruction sets this CPU can run. The kernels of each set are compiled in their own translation unit.
+// Which instruction sets this CPU can run.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
+#include <vector>
 
 namespace lift_fast {
 
-enum class CpuIsa : std::int32_t { baseline = 0, avx2 = 1, avx512 = 2 };
+// The later, the better. The last two, of short numbers, serve operators that have a kernel for them.
+enum class CpuIsa : std::int32_t { baseline, avx2, avx512, avx512_int16, avx512_bf16 };
+// What a kernel multiplies.
+enum class Numbers : std::int32_t { float32, int16, bfloat16 };
 
 const char* cpu_isa_name(CpuIsa isa);
-bool cpu_has(CpuIsa isa);
-// "auto" is the best one; throws std::invalid_argument for an unknown name or a set that this CPU lacks.
-CpuIsa cpu_isa(const std::string& name);
+// Of baseline, avx2, avx512 and `more` those that this CPU can run, best first.
+std::vector<CpuIsa> cpu_isas(std::initializer_list<CpuIsa> more = {});
+// "auto" is the best of them. Throws std::invalid_argument for the name of any other.
+CpuIsa cpu_isa(const std::string& name, std::initializer_list<CpuIsa> more = {});
 
 }  // namespace lift_fast

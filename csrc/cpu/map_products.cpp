@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 #include "threads.hpp"
 
@@ -14,15 +15,6 @@ namespace {
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("map_products: ") + what);
-}
-
-MapProductsTiling tiling(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa == CpuIsa::avx512) return map_products_tiling_avx512();
-  if (isa == CpuIsa::avx2) return map_products_tiling_avx2();
-#endif
-  (void)isa;
-  return map_products_tiling_baseline();
 }
 
 struct Neighbours {
@@ -131,7 +123,7 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
   require(channel >= 1 && cell >= 1 && channel < limit && cell < limit, "strides must be positive");
   const bool rows = channel == 1 && cell >= call.c, columns = cell == 1 && channel >= call.cells;
   require(rows || columns || call.c == 1, "one stride must be 1, the other no smaller than the rows");
-  const MapProductsTiling cut = tiling(isa);
+  const MapProductsKernel& kernel = Kernels<MapProductsKernel>::of(isa);
   Memory<float> gathered;
   if (call.c == 1 && cell != 1) {
     gathered = allocate<float>(call.cells);
@@ -140,7 +132,7 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
     inner.cell_stride = 1;
   }
   MapProductsWork work{};
-  work.padded_channels = (call.c + cut.lanes - 1) / cut.lanes * cut.lanes;
+  work.padded_channels = (call.c + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
   const Memory<float> padded = allocate<float>(call.count * work.padded_channels);
   for (std::int64_t p = 0; p < call.count; ++p) {
     float* row = padded.get() + p * work.padded_channels;
@@ -148,16 +140,10 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
     std::memset(row + call.c, 0, static_cast<std::size_t>(work.padded_channels - call.c) * 4);
   }
   work.padded = padded.get();
-  work.scratch_words = (call.c * cut.cells + 15) / 16 * 16;
+  work.scratch_words = (call.c * kernel.cells + 15) / 16 * 16;
   const Memory<float> scratch = allocate<float>(work.scratch_words * call.threads);
   work.scratch = scratch.get();
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512: map_products_kernel_avx512(inner, work); return;
-    case CpuIsa::avx2: map_products_kernel_avx2(inner, work); return;
-#endif
-    default: map_products_kernel_baseline(inner, work); return;
-  }
+  kernel.run(inner, work);
 }
 
 }  // namespace lift_fast

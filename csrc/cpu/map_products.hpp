@@ -39,23 +39,17 @@ void map_sample_run(const MapSampleCall& call);
 // Throws std::invalid_argument for sizes, strides or addresses that do not fit, std::bad_alloc.
 void map_products_run(const MapProductsCall& call, CpuIsa isa);
 
-// One per translation unit. `scratch` holds scratch_words floats for each thread, `padded` the descriptors with rows of
-// padded_channels.
+// `scratch` holds scratch_words floats for each thread, `padded` the descriptors with rows of padded_channels.
 struct MapProductsWork {
   const float* padded;
   std::int64_t padded_channels;
   float* scratch;
   std::int64_t scratch_words;
 };
-// Cells that a kernel takes at one time, and lanes to which it pads channels.
-struct MapProductsTiling {
+// Cells that it takes at one time, and lanes to which it pads channels.
+struct MapProductsKernel {
   std::int64_t cells, lanes;
+  void (*run)(const MapProductsCall& call, const MapProductsWork& work);
 };
-MapProductsTiling map_products_tiling_baseline();
-MapProductsTiling map_products_tiling_avx2();
-MapProductsTiling map_products_tiling_avx512();
-void map_products_kernel_baseline(const MapProductsCall& call, const MapProductsWork& work);
-void map_products_kernel_avx2(const MapProductsCall& call, const MapProductsWork& work);
-void map_products_kernel_avx512(const MapProductsCall& call, const MapProductsWork& work);
 
 }  // namespace lift_fast

@@ -3,6 +3,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 
 namespace lift_fast {
@@ -12,60 +13,39 @@ namespace {
 constexpr std::int64_t kTaskPanels = 16;
 constexpr std::int64_t kGroupBytes = std::int64_t{16} << 20;
 
-NearestTiling tiling(NearestIsa isa) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case NearestIsa::avx512_bf16: return nearest_tiling_avx512_bf16();
-    case NearestIsa::avx512_int16: return nearest_tiling_avx512_int16();
-    case NearestIsa::avx512: return nearest_tiling_avx512();
-    case NearestIsa::avx2_int16: return nearest_tiling_avx2_int16();
-    case NearestIsa::avx2: return nearest_tiling_avx2();
-#endif
-    default: return nearest_tiling_baseline();
-  }
-}
+using NearestKernels = Kernels<NearestKernel, CpuIsa::avx512_int16, CpuIsa::avx512_bf16>;
 
-bool supported(NearestIsa isa) {
-#if defined(__x86_64__)
-  switch (isa) {
-    case NearestIsa::avx512_bf16: return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
-    case NearestIsa::avx512_int16: return cpu_has(CpuIsa::avx512) && __builtin_cpu_supports("avx512vnni");
-    case NearestIsa::avx512: return cpu_has(CpuIsa::avx512);
-    case NearestIsa::avx2_int16:
-    case NearestIsa::avx2: return cpu_has(CpuIsa::avx2);
-    case NearestIsa::baseline: break;
-  }
-#endif
-  return isa == NearestIsa::baseline;
+NearestScratch layout(std::int64_t task_rows, std::int64_t words, std::int64_t k) {
+  NearestScratch at{};
+  at.room = 4 * k + 60;
+  const auto take = [&at](std::int64_t count) {
+    const std::int64_t start = at.end;
+    at.end += (4 * count + 63) / 64 * 64;
+    return start;
+  };
+  at.packed = take(task_rows * words);
+  at.thresholds = take(task_rows);
+  at.factors = take(task_rows);
+  at.shifts = take(task_rows);
+  at.bounds = take(task_rows);
+  at.steps = take(task_rows);
+  at.counts = take(task_rows * 3);
+  at.top = take(task_rows * k);
+  at.place = take(task_rows * k);
+  at.found = take(task_rows * at.room);
+  at.key = take(task_rows * at.room);
+  at.best = take(task_rows * k);
+  at.where = take(task_rows * k);
+  return at;
 }
 
 }  // namespace
 
-const char* nearest_isa_name(NearestIsa isa) {
-  switch (isa) {
-    case NearestIsa::avx512_bf16: return "avx512_bf16";
-    case NearestIsa::avx512_int16: return "avx512_int16";
-    case NearestIsa::avx512: return "avx512";
-    case NearestIsa::avx2_int16: return "avx2_int16";
-    case NearestIsa::avx2: return "avx2";
-    case NearestIsa::baseline: break;
-  }
-  return "baseline";
-}
+CpuIsa nearest_isa(const std::string& name) { return NearestKernels::isa(name); }
 
-NearestIsa nearest_isa(const std::string& name) {
-  for (NearestIsa isa : {NearestIsa::avx512_bf16, NearestIsa::avx512_int16, NearestIsa::avx512, NearestIsa::avx2_int16,
-                         NearestIsa::avx2, NearestIsa::baseline}) {
-    if (name == "auto" ? supported(isa) : name == nearest_isa_name(isa)) {
-      if (!supported(isa)) throw std::invalid_argument("this CPU cannot run " + name + "; use isa=\"auto\"");
-      return isa;
-    }
-  }
-  throw std::invalid_argument("isa must be auto, avx512_bf16, avx512_int16, avx512, avx2_int16, avx2 or "
-                              "baseline, got " + name);
-}
+Numbers nearest_search(CpuIsa isa) { return NearestKernels::of(isa).search; }
 
-void nearest_run(NearestCall call, NearestIsa isa) {
+void nearest_run(NearestCall call, CpuIsa isa) {
   if (call.batch < 0 || call.n < 0 || call.m < 0 || call.c < 0) {
     throw std::invalid_argument("nearest: sizes must not be negative");
   }
@@ -91,11 +71,11 @@ void nearest_run(NearestCall call, NearestIsa isa) {
   }
   if (queries == 0) return;
 
-  const NearestTiling cut = tiling(isa);
-  const std::int64_t panels = (call.n + cut.query_rows - 1) / cut.query_rows;
-  const std::int64_t words = (call.c + cut.channels_per_word - 1) / cut.channels_per_word;
+  const NearestKernel& kernel = NearestKernels::of(isa);
+  const std::int64_t panels = (call.n + kernel.query_rows - 1) / kernel.query_rows;
+  const std::int64_t words = (call.c + kernel.channels_per_word - 1) / kernel.channels_per_word;
   NearestWork work{};
-  work.padded_keys = (call.m + cut.key_rows - 1) / cut.key_rows * cut.key_rows;
+  work.padded_keys = (call.m + kernel.key_rows - 1) / kernel.key_rows * kernel.key_rows;
   if (panels < call.threads) call.threads = static_cast<int>(panels);
   // Few panels: smaller tasks, so that every thread has some.
   for (work.task_panels = 1; work.task_panels < kTaskPanels && 8 * work.task_panels * call.threads <= panels;) {
@@ -107,9 +87,9 @@ void nearest_run(NearestCall call, NearestIsa isa) {
     while (groups() * work.padded_keys * 4 > kGroupBytes && groups() > 4 * call.threads) work.group_panels *= 2;
   }
 
-  const NearestScratch scratch(work.task_panels * cut.query_rows, words, call.k);
+  work.layout = layout(work.task_panels * kernel.query_rows, words, call.k);
   const auto packed = allocate<float>(work.padded_keys * words);
-  const auto each = allocate<char>(scratch.end * call.threads);
+  const auto each = allocate<char>(work.layout.end * call.threads);
   const auto query_norms = allocate<double>(call.n), key_norms = allocate<double>(call.m);
   const auto centres = allocate<float>(2 * call.c), of_keys = allocate<float>(2 * work.padded_keys);
   work.packed_keys = packed.get();
@@ -120,7 +100,6 @@ void nearest_run(NearestCall call, NearestIsa isa) {
   work.query_norms = query_norms.get();
   work.key_norms = key_norms.get();
   work.scratch = each.get();
-  work.scratch_bytes = scratch.end;
   Memory<float> group_best, wanted;
   Memory<std::int64_t> key_back;
   if (call.back != nullptr) {
@@ -131,16 +110,7 @@ void nearest_run(NearestCall call, NearestIsa isa) {
     work.wanted = wanted.get();
     work.key_back = key_back.get();
   }
-  switch (isa) {
-#if defined(__x86_64__)
-    case NearestIsa::avx512_bf16: nearest_kernel_avx512_bf16(call, work); return;
-    case NearestIsa::avx512_int16: nearest_kernel_avx512_int16(call, work); return;
-    case NearestIsa::avx512: nearest_kernel_avx512(call, work); return;
-    case NearestIsa::avx2_int16: nearest_kernel_avx2_int16(call, work); return;
-    case NearestIsa::avx2: nearest_kernel_avx2(call, work); return;
-#endif
-    default: nearest_kernel_baseline(call, work); return;
-  }
+  kernel.run(call, work);
 }
 
 }  // namespace lift_fast

@@ -31,17 +31,15 @@ struct NearestCall {
   Stop* stop;           // or null
 };
 
-enum class NearestIsa : std::int32_t { baseline, avx2, avx2_int16, avx512, avx512_int16, avx512_bf16 };
-
-const char* nearest_isa_name(NearestIsa isa);
 // The kernel for a CPU's instruction set: "auto" searches in the shortest numbers that the CPU multiplies faster than
-// float32, a set's own name in float32.
-// Throws std::invalid_argument for an unknown name or a set that this CPU lacks.
-NearestIsa nearest_isa(const std::string& name);
+// float32. Throws std::invalid_argument for an unknown name or a set that this CPU lacks.
+CpuIsa nearest_isa(const std::string& name);
+// What a set's kernel searches in.
+Numbers nearest_search(CpuIsa isa);
 
 // Working memory: a copy of one batch's keys in the search's type, and at most 16 MiB for the reverse direction.
 // Throws std::invalid_argument for sizes out of range, std::bad_alloc. Where it is stopped the outputs hold anything.
-void nearest_run(NearestCall call, NearestIsa isa);
+void nearest_run(NearestCall call, CpuIsa isa);
 
 // A query row's running matches.
 struct NearestCandidates {
@@ -53,28 +51,10 @@ struct NearestCandidates {
   std::int32_t* where;  // [k] their keys
 };
 
-// Working memory, shared between its sizing and its use. Byte offsets, multiples of 64.
+// Where a thread's working memory holds what; byte offsets, multiples of 64.
 struct NearestScratch {
   std::int64_t room;  // candidates of one query before they are judged
   std::int64_t packed, thresholds, factors, shifts, bounds, steps, counts, top, place, found, key, best, where, end;
-  NearestScratch(std::int64_t task_rows, std::int64_t words, std::int64_t k) {
-    const auto align = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
-    room = 4 * k + 60;
-    packed = 0;
-    thresholds = packed + align(task_rows * words * 4);
-    factors = thresholds + align(task_rows * 4);
-    shifts = factors + align(task_rows * 4);
-    bounds = shifts + align(task_rows * 4);
-    steps = bounds + align(task_rows * 4);
-    counts = steps + align(task_rows * 4);
-    top = counts + align(task_rows * 12);
-    place = top + align(task_rows * k * 4);
-    found = place + align(task_rows * k * 4);
-    key = found + align(task_rows * room * 4);
-    best = key + align(task_rows * room * 4);
-    where = best + align(task_rows * k * 4);
-    end = where + align(task_rows * k * 4);
-  }
 };
 
 // What nearest_run prepares for a kernel beside the call.
@@ -92,29 +72,17 @@ struct NearestWork {
   float* group_best;          // [groups, padded_keys] or null
   float* wanted;              // [m]: similarity of the best query that chose the key so far; with back
   std::int64_t* key_back;     // [m], with back
-  char* scratch;
-  std::int64_t scratch_bytes;  // of each thread
+  NearestScratch layout;
+  char* scratch;              // layout.end bytes for each thread
 };
 
-// How a kernel cuts the work up; the sizes of its working memory follow from it.
-struct NearestTiling {
+// How it cuts the work up, from which the sizes of its working memory follow, and what it searches in.
+struct NearestKernel {
   std::int64_t query_rows;  // queries of a micro-kernel
   std::int64_t key_rows;    // keys of a micro-kernel
   std::int64_t channels_per_word;
+  Numbers search;
+  void (*run)(const NearestCall& call, const NearestWork& work);
 };
-
-// One per translation unit.
-NearestTiling nearest_tiling_baseline();
-NearestTiling nearest_tiling_avx2();
-NearestTiling nearest_tiling_avx2_int16();
-NearestTiling nearest_tiling_avx512();
-NearestTiling nearest_tiling_avx512_int16();
-NearestTiling nearest_tiling_avx512_bf16();
-void nearest_kernel_baseline(const NearestCall& call, const NearestWork& work);
-void nearest_kernel_avx2(const NearestCall& call, const NearestWork& work);
-void nearest_kernel_avx2_int16(const NearestCall& call, const NearestWork& work);
-void nearest_kernel_avx512(const NearestCall& call, const NearestWork& work);
-void nearest_kernel_avx512_int16(const NearestCall& call, const NearestWork& work);
-void nearest_kernel_avx512_bf16(const NearestCall& call, const NearestWork& work);
 
 }  // namespace lift_fast

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "dispatch.hpp"
 #include "memory.hpp"
 
 namespace lift_fast {
@@ -43,15 +44,6 @@ void within_reach(std::int64_t queries, std::int64_t keys, std::int64_t reach, s
     low.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(first, 0, keys)));
     high.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(last, -1, keys - 1)));
   }
-}
-
-WindowNearestTiling tiling(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa == CpuIsa::avx512) return window_nearest_tiling_avx512();
-  if (isa == CpuIsa::avx2) return window_nearest_tiling_avx2();
-#endif
-  (void)isa;
-  return window_nearest_tiling_baseline();
 }
 
 }  // namespace
@@ -101,15 +93,15 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
     call.section_end[s] = ends[window_nearest_sections - call.sections + s];
   }
 
-  const WindowNearestTiling cut = tiling(isa);
+  const WindowNearestKernel& kernel = Kernels<WindowNearestKernel>::of(isa);
   const std::int64_t packed = call.c + call.sections - 1;
   // A vector may start at the last cell. An odd number of cache lines, so that channels do not fall on the same sets.
-  call.row_stride = ((call.key_w + cut.lanes - 1 + 15) / 16 | 1) * 16;
+  call.row_stride = ((call.key_w + kernel.lanes - 1 + 15) / 16 | 1) * 16;
   const std::int64_t frame = keys == 0 ? 0 : product({call.key_h, packed, call.row_stride});
   call.stage_frames =
       std::clamp<std::int64_t>(kStageBytes / (4 * frame + 1), 1, std::max<std::int64_t>(call.key_frames, 1));
   const std::int64_t tiles =
-      call.query_frames * call.query_h * ((call.query_w + cut.queries - 1) / cut.queries), tile = packed * cut.queries;
+      call.query_frames * call.query_h * ((call.query_w + kernel.queries - 1) / kernel.queries), tile = packed * kernel.queries;
   if (tiles < call.threads) call.threads = static_cast<int>(tiles);
   // Few tiles: smaller tasks, so that every thread has some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));
@@ -119,13 +111,7 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
       call.pack_queries_once ? product({tiles, tile}) : product({call.threads, call.tiles_per_task, tile}));
   call.packed_keys = packed_keys.get();
   call.packed_queries = packed_queries.get();
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512: window_nearest_kernel_avx512(call); return;
-    case CpuIsa::avx2: window_nearest_kernel_avx2(call); return;
-#endif
-    default: window_nearest_kernel_baseline(call); return;
-  }
+  kernel.run(call);
 }
 
 }  // namespace lift_fast

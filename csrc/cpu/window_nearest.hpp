@@ -40,23 +40,15 @@ struct WindowNearestCall {
   float* packed_queries;        // [tiles, c + sections - 1, query tile], or of each thread [tiles_per_task, ...]
 };
 
-// How an instruction set's kernel cuts the work up.
-struct WindowNearestTiling {
-  std::int64_t queries;  // neighbouring queries of one grid row
+struct WindowNearestKernel {
+  std::int64_t queries;  // neighbouring queries of one grid row that it takes together
   std::int64_t lanes;    // keys of a vector
+  void (*run)(const WindowNearestCall& call);
 };
 
 // Working memory: a bounded number of packed key grids (at least one), and queries up to 8 MiB or 256 KiB for each
 // thread (at least one tile).
 // Throws std::invalid_argument for sizes out of range, std::bad_alloc.
 void window_nearest_run(WindowNearestCall call, CpuIsa isa);
-
-// One per translation unit.
-WindowNearestTiling window_nearest_tiling_baseline();
-WindowNearestTiling window_nearest_tiling_avx2();
-WindowNearestTiling window_nearest_tiling_avx512();
-void window_nearest_kernel_baseline(const WindowNearestCall& call);
-void window_nearest_kernel_avx2(const WindowNearestCall& call);
-void window_nearest_kernel_avx512(const WindowNearestCall& call);
 
 }  // namespace lift_fast

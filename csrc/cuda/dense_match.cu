@@ -1,4 +1,5 @@
-#include "dense_match.cuh"
+#include "dense_match_mutual.cuh"
+#include "dense_match_search.cuh"
 #include "launch.hpp"
 
 namespace lift_fast {

@@ -25,7 +25,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tensor_files import described, misfits, plain_tensor, quoted, read_tensor_file, shown, uncompiled, weight_tensor
+from .._text import listed, named, said
+from ..tensor_files import described, misfits, plain_tensor, read_tensor_file, uncompiled, weight_tensor
 
 _ANCHOR = "patch_embed.proj.weight"
 _CONTAINERS = ("teacher", "student", "state_dict", "model")
@@ -70,7 +71,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     outer, tensors = _unwrap(path, read_tensor_file(path), key)
     keys = [k for k in tensors if k == _ANCHOR or k.endswith("." + _ANCHOR)]
     if not keys:
-        raise ValueError(f"{path} holds no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {shown(tensors)}")
+        raise ValueError(
+            f"{path} holds no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {listed(tensors)}"
+        )
     prefix = min((k[: -len(_ANCHOR)] for k in keys), key=_rank)
     layout = _layout(outer, prefix, tensors)
     state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -100,9 +103,8 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, name: str = "the model"
     try:
         state = _timm_names(model, checkpoint.state)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {reason} ({describe(checkpoint.state)})"
+            f"{path} does not fit {type(model).__name__}: {said(error)} ({describe(checkpoint.state)})"
         ) from error
     state = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(_HEADS)}
@@ -114,7 +116,7 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, name: str = "the model"
         )
     mixed = [k for k, v in own.items() if state[k].is_floating_point() != v.is_floating_point()]
     if mixed:
-        raise ValueError(f"{path} does not fit the model; entries of another kind of number: {shown(mixed)}")
+        raise ValueError(f"{path} does not fit the model; entries of another kind of number: {listed(mixed)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -205,7 +207,7 @@ def _unchunked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
         found = _CHUNKED.match(name)
         own = name if found is None else f"blocks.{found[1]}.{name[found.end() :]}"
         if own in plain:
-            raise ValueError(f"{path}: entry {quoted(own)} is there twice, in two chunks of blocks")
+            raise ValueError(f"{path}: entry {named(own)} is there twice, in two chunks of blocks")
         plain[own] = value
     return plain
 
@@ -213,7 +215,7 @@ def _unchunked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _unwrap(path: Path, content: Mapping[Any, Any], key: str | None) -> tuple[str | None, dict[str, Tensor]]:
     nested = [k for k, v in content.items() if isinstance(v, Mapping)]
     if key is not None and key not in nested:
-        raise ValueError(f"{path} has no entry {key!r} holding a state dict; it has {shown(nested)}")
+        raise ValueError(f"{path} has no entry {key!r} holding a state dict; it has {listed(nested)}")
     outer = key if key is not None else next((k for k in _CONTAINERS if k in nested), None)
     inner = content if outer is None else content[outer]
     tensors: dict[str, Tensor] = {}
@@ -223,10 +225,10 @@ def _unwrap(path: Path, content: Mapping[Any, Any], key: str | None) -> tuple[st
         if not isinstance(name, str):
             raise ValueError(f"{path}: the name of a tensor is {described(name)}; expected text such as {_ANCHOR}")
         if uncompiled(name) in tensors:
-            raise ValueError(f"{path}: entry {quoted(uncompiled(name))} is there twice, as {quoted(name)} too")
+            raise ValueError(f"{path}: entry {named(uncompiled(name))} is there twice, as {named(name)} too")
         tensors[uncompiled(name)] = value
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; its entries are {shown(inner)}")
+        raise ValueError(f"{path} holds no tensors; its entries are {listed(inner)}")
     return outer, tensors
 
 

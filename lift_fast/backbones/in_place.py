@@ -7,6 +7,7 @@ pass. On a GPU PyTorch's caching allocator does that already.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import memory
-from .untouched import Unchanged, is_timms, is_untouched
+from ..untouched import Unchanged, is_timms, is_untouched
 
 
 class StandardBlocks:
@@ -48,7 +49,12 @@ class StandardBlocks:
         self._known = None
         if not all(map(_is_standard, blocks)):
             return False
-        self._known = Unchanged(blocks, [pair for block in blocks for pair in _settings(block)])
+        every: list[Any] = blocks
+        settings = [
+            (itemgetter("fused_attn", "num_heads"), [block.attn.__dict__ for block in every]),
+            (itemgetter("approximate"), [block.mlp.act.__dict__ for block in every]),
+        ]
+        self._known = Unchanged(blocks, settings)
         return True
 
 
@@ -86,11 +92,6 @@ def _linear(layer: Any, x: Tensor, buffer: Tensor) -> Tensor:
 
 def _scaled(scale: Any, x: Tensor) -> Tensor:
     return x if isinstance(scale, nn.Identity) else x.mul_(scale.gamma)
-
-
-def _settings(block: Any) -> list[tuple[Any, str]]:
-    """Attributes that decide what a standard block computes."""
-    return [(block.attn, "fused_attn"), (block.attn, "num_heads"), (block.mlp.act, "approximate")]
 
 
 def _is_standard(block: Any) -> bool:

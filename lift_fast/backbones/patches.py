@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..untouched import is_timms, is_untouched
 from .position import Grid
-from .untouched import is_timms, is_untouched
 
 
 def weight_of(embed: Any) -> Tensor:

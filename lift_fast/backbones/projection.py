@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .untouched import is_timms, is_untouched
+from ..untouched import is_timms, is_untouched
 
 FACETS = ("key", "query", "value", "token", "final")
 HEAD_ORDERS = ("concatenated", "interleaved")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._text import said
 from ..defaults import plain_defaults
 from ..demonstration import BACKBONE as DEMONSTRATION
 from ..demonstration import backbone_file
@@ -215,8 +216,9 @@ def _load_pretrained(spec: Backbone, file: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return _create(spec, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the cached weights {file} cannot be loaded, delete them and try again: {reason}") from error
+        raise ValueError(
+            f"the cached weights {file} cannot be loaded, delete them and try again: {said(error)}"
+        ) from error
 
 
 def _from_file(name: str, spec: Backbone, checkpoint: Checkpoint) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATS, check_dense
+from .._text import shown
+from ..checks import FLOATS, as_whole, check_dense
 from ..defaults import plain_defaults
 from ..images import check_cells
 from ..precision import autocasts, without_autocast
@@ -71,7 +72,7 @@ class FrozenViT(nn.Module):
 
     Attributes:
         patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
-        mean, std, name, random_weights; ``model`` is the wrapped copy.
+        mean, std, name, random_weights; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the weights.
 
     Raises:
         ValueError: for a model that is no supported ViT, or an argument out of range.
@@ -115,9 +116,10 @@ class FrozenViT(nn.Module):
         self.patch_size = patch
         self.depth = len(vit.blocks)
         self.layer = self._resolve_layer(layer)
-        self.stride = patch if stride is None else stride
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or not 1 <= self.stride <= patch:
-            raise ValueError(f"stride must be an integer from 1 to the patch size {patch}, got {stride!r}")
+        apart = patch if stride is None else as_whole(stride)
+        if apart is None or not 1 <= apart <= patch:
+            raise ValueError(f"stride must be an integer from 1 to the patch size {patch}, got {shown(stride)}")
+        self.stride = apart
         self._projection: FacetProjection | None = None
         self.embed_dim = int(vit.embed_dim)
         if facet not in ("token", "final"):
@@ -126,6 +128,16 @@ class FrozenViT(nn.Module):
         self._standard = StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the patch projection is now, and pictures must be."""
+        return patches.weight_of(self.model.patch_embed).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the patch projection's weights, and of the pictures outside autocast."""
+        return patches.weight_of(self.model.patch_embed).dtype
 
     def grid(self, height: int, width: int) -> Grid:
         """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""
@@ -281,12 +293,13 @@ class FrozenViT(nn.Module):
     def _resolve_layer(self, layer: int | None) -> int:
         if layer is None:
             return self.depth - 1
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -self.depth <= layer < self.depth:
+        whole = as_whole(layer)
+        if whole is None or not -self.depth <= whole < self.depth:
             raise ValueError(
                 f"layer must be an integer from {-self.depth} to {self.depth - 1} for {self.name} with "
-                f"{self.depth} blocks, got {layer!r}"
+                f"{self.depth} blocks, got {shown(layer)}"
             )
-        return layer % self.depth
+        return whole % self.depth
 
     def _check(self, imgs: Tensor) -> Grid:
         if not isinstance(imgs, Tensor):

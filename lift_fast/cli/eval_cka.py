@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
-from .options import positive, remarks
+from .options import positive
 
 _DESCRIPTION = """Scale invariance: linear CKA between a method's features of a picture at each size and its features at
 the reference size, both read at the same lattice of positions; averaged over pictures, with 95 % confidence
@@ -26,36 +25,28 @@ def add_parser(protocols: Any) -> None:
     parser = protocols.add_parser("cka", help="scale invariance of features", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of pictures")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[56, 112, 224, 448], metavar="S", help="S x S pixels (%(default)s)"
-    )
+    common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
     parser.add_argument("--reference", type=positive, default=448, metavar="S", help="to compare with (%(default)s)")
     parser.add_argument("--grid", type=positive, default=28, metavar="N", help="N x N positions (%(default)s)")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="the curves as a picture")
-    add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
+    common.add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The protocol. Returns the exit status."""
-    from tqdm import tqdm
-
-    from lift_fast._files import atomic_path
     from lift_fast.evaluation import cka
     from lift_fast.images import list_images
 
-    check_outputs(arguments, "chart")
+    common.check_outputs(arguments, "chart")
     with as_usage_error():
         paths = list_images(arguments.root)[: arguments.limit]
-    backbone, methods = build(arguments)
+    backbone, methods = common.build(arguments)
     for size in (*arguments.sizes, arguments.reference):
         if size < backbone.patch_size:
             raise UsageError(f"--sizes {size}: smaller than a patch of {backbone.patch_size} pixels")
-    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
-        print(remark, file=sys.stderr)
-    weight = backbone.model.patch_embed.proj.weight
-    hidden = True if arguments.quiet else None
-    with tqdm(total=len(paths), unit="picture", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+    common.say_remarks(arguments)
+    with common.progress(arguments, len(paths), "picture") as update:
         content = cka.scale_invariance(
             [(method.name, method) for method in methods],
             paths,
@@ -64,15 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
             grid=arguments.grid,
             mean=backbone.mean,
             std=backbone.std,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=backbone.device,
+            dtype=backbone.dtype,
             root=arguments.root,
             out=arguments.out,
-            record=record(arguments, backbone, methods),
-            progress=bar.update,
+            record=common.record(arguments, backbone, methods),
+            progress=update,
         )
     if arguments.chart is not None:
-        with as_usage_error(), atomic_path(arguments.chart) as temporary:
-            cka.draw_curves(content).save(temporary)
-    show(arguments, content, [cka.table(content)])
-    return 1 if content["skipped"] else 0
+        with as_usage_error():
+            common.save_image(arguments.chart, cka.draw_curves(content))
+    return common.show(arguments, content, [cka.table(content)])

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
-from .options import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lift_fast.evaluation.methods import Method
+    from lift_fast.evaluation.runs import Run
 
 _DESCRIPTION = """Cost of one picture of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
 graph computes), and GFLOPs as the LiFT paper counts them (4.34 for DINO S/16 at 224 pixels). With --results, files of
@@ -31,9 +31,7 @@ def add_parser(protocols: Any) -> None:
     parser = protocols.add_parser(
         "cost", help="parameters, FLOPs, milliseconds", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[56, 112, 224, 448], metavar="S", help="S x S pixels (%(default)s)"
-    )
+    common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
     parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one picture")
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="JSON", help="results by size of other protocols"
@@ -41,44 +39,43 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--metric", default="PCK@0.1", help="figure of --results (%(default)s)")
     parser.add_argument("--published", action="store_true", help="draw over the paper's count instead of FLOPs")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="metric against cost; needs --results")
-    add_method_options(parser, ("backbone", "bilinear", "lift", "double-size"), batches=False)
+    common.add_method_options(parser, ("backbone", "bilinear", "lift", "double-size"), batches=False)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The protocol. Returns the exit status."""
     import torch
-    from tqdm import tqdm
 
-    from lift_fast._files import atomic_path
     from lift_fast.evaluation import cost
     from lift_fast.evaluation.results import save_json
 
-    check_outputs(arguments, "chart")
+    common.check_outputs(arguments, "chart")
     if arguments.chart is not None and not arguments.results:
         raise UsageError("--chart draws --metric against cost; give the files of other protocols with --results")
     with as_usage_error():
         scores = {}
         if arguments.results:
             scores = cost.accuracies(_results(arguments.results, arguments.model), arguments.metric)
-    backbone, methods = build(arguments)
-    weight = backbone.model.patch_embed.proj.weight
+    backbone, methods = common.build(arguments)
     pairs = [(method, size) for size in arguments.sizes for method in methods]
     costs = []
-    with tqdm(pairs, unit="cost", disable=True if arguments.quiet else None, file=sys.stderr) as bar, as_usage_error():
-        for method, size in bar:
+    with common.progress(arguments, len(pairs), "cost") as update:
+        for method, size in pairs:
             milliseconds = None
             if arguments.measure:
-                picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
-                milliseconds = cost.measure(partial(_once, method, picture), weight.device)
+                picture = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+                milliseconds = cost.measure(partial(_once, method, picture), backbone.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
+            update(1)
     content = cost.as_content(costs)
-    content["record"] = record(arguments, backbone, methods)
+    content["record"] = common.record(arguments, backbone, methods)
     tables = [cost.table(costs)]
     if scores:
         content["metric"] = arguments.metric
         for entry in content["costs"]:
-            entry["score"] = scores.get((entry["method"], entry["size"]))
+            score = scores.get((entry["method"], entry["size"]))
+            entry["score"] = score and score.as_list()
         known = {name for name, _ in scores}
         missing = [method.name for method in methods if method.name not in known]
         if missing and not (arguments.quiet or arguments.json):
@@ -87,28 +84,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         save_json(arguments.out, content)
     if arguments.chart is not None:
-        with as_usage_error(), atomic_path(arguments.chart) as temporary:
-            cost.draw_curve(costs, scores, arguments.metric, arguments.published).save(temporary)
-    show(arguments, content, tables)
-    return 0
+        with as_usage_error():
+            common.save_image(arguments.chart, cost.draw_curve(costs, scores, arguments.metric, arguments.published))
+    return common.show(arguments, content, tables)
 
 
-def _results(paths: list[Path], model: str) -> list[dict[str, Any]]:
+def _results(paths: list[Path], model: str) -> list[Run]:
     """Results of the backbone whose costs are counted."""
-    from lift_fast.evaluation.results import load_json
+    from lift_fast.evaluation.runs import read_run
 
-    contents = []
-    for path in paths:
-        content = load_json(path)
-        record = content.get("record")
-        measured = record.get("model", model) if isinstance(record, dict) else model
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        measured = run.networks.get("model", model)
         if measured != model:
             # One's figures over the other's costs would make a chart of nothing.
             raise UsageError(
-                f"{path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
+                f"{run.path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
             )
-        contents.append(content)
-    return contents
+    return runs
 
 
 def _once(method: Method, picture: Tensor) -> None:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lift_fast.evaluation.rules import PLACEMENTS, PROTOCOLS
+
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_folder, check_outputs, record, show
-from .options import positive, remarks, whole
+from .options import positive, whole
 
 if TYPE_CHECKING:
     from lift_fast.backbones import FrozenViT
@@ -57,22 +59,22 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
     parser.add_argument("--csv", action="store_true", help="beside the masks, the published evaluation's two CSV files")
     numbers = parser.add_argument_group("protocol")
-    numbers.add_argument(
+    common.add_rule(
+        numbers,
         "--protocol",
-        choices=("lift", "dino"),
-        default="lift",
-        help="the LiFT paper's: S x S pixels, the facet key; or that of DINO's own table: shorter side S, longer one "
-        "cut to a multiple of 64, the last block's tokens after the final norm (%(default)s)",
+        PROTOCOLS,
+        "the LiFT paper's: S x S pixels, the facet key; or that of DINO's own table: shorter side S, longer one "
+        "cut to a multiple of 64, the last block's tokens after the final norm",
     )
     numbers.add_argument(
         "--size", type=positive, metavar="S", help="frames are resized to S, see --protocol (448; 480 for dino)"
     )
-    numbers.add_argument(
+    common.add_rule(
+        numbers,
         "--placement",
-        choices=("stretch", "cover"),
-        default="stretch",
-        help="lay each map over the whole frame and enlarge its labels by the patch size, as published, or over the "
-        "pixels that it covers (%(default)s)",
+        PLACEMENTS,
+        "lay each map over the whole frame and enlarge its labels by the patch size, as published, or over the "
+        "pixels that it covers",
     )
     numbers.add_argument("--queue", type=whole, default=7, metavar="N", help="last frames as context (%(default)s)")
     numbers.add_argument(
@@ -80,7 +82,7 @@ def add_parser(protocols: Any) -> None:
     )
     numbers.add_argument("--topk", type=positive, default=5, metavar="K", help="keys to average (%(default)s)")
     numbers.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of their weights (%(default)s)")
-    add_method_options(
+    common.add_method_options(
         parser, _METHODS, by_protocol=("backbone with --protocol dino", "final, tokens after the final norm, with dino")
     )
     parser.set_defaults(run=run)
@@ -90,12 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Predict and score. Returns the exit status."""
     import torch
 
-    from lift_fast.evaluation.davis import Davis, report
+    from lift_fast.evaluation.davis import Davis, summary
     from lift_fast.evaluation.results import save_json
 
-    check_outputs(arguments)
+    common.check_outputs(arguments)
     if not arguments.score:
-        check_folder("masks", arguments.masks)
+        common.check_folder("masks", arguments.masks)
     _by_protocol(arguments)
     with as_usage_error():
         dataset = Davis(
@@ -118,11 +120,10 @@ def run(arguments: argparse.Namespace) -> int:
         folders = _labelled(arguments.score)
         about: dict[str, Any] = {}
     else:
-        backbone, methods = build(arguments)
-        for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
-            print(remark, file=sys.stderr)
+        backbone, methods = common.build(arguments)
+        common.say_remarks(arguments)
         folders = {method.name: arguments.masks / method.name for method in methods}
-        about = record(arguments, backbone, methods)
+        about = common.record(arguments, backbone, methods)
         options.update(_numbers(arguments))
         skipped = _predict(arguments, dataset, names, backbone, methods, about)
     if arguments.predict_only:
@@ -132,11 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     scores = _score(arguments, dataset, [name for name in names if name not in skipped], folders, skipped)
-    content = report.content(scores, skipped, options, about)
+    content = summary.content(scores, skipped, options, about)
     if arguments.out is not None:
         save_json(arguments.out, content)
-    show(arguments, content, report.tables(content))
-    return 1 if skipped else 0
+    return common.show(arguments, content, summary.tables(content))
 
 
 def _predict(
@@ -148,15 +148,12 @@ def _predict(
     record: dict[str, Any],
 ) -> dict[str, str]:
     """Masks of all methods; what had to be left out, and why."""
-    from tqdm import tqdm
-
     from lift_fast.evaluation.davis import Job, Network, PropagationOptions, frames, predict_dataset
 
-    weight = backbone.model.patch_embed.proj.weight
     normalisation = (backbone.mean, backbone.std)
     if arguments.protocol == "dino":
         normalisation = (frames.DINO_MEAN, frames.DINO_STD)
-    network = Network(methods, *normalisation, backbone.patch_size, weight.device, weight.dtype)
+    network = Network(methods, *normalisation, backbone.patch_size, backbone.device, backbone.dtype)
     with as_usage_error():
         options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
     # Machines and versions may change while a run goes on, networks and numbers may not.
@@ -174,11 +171,9 @@ def _predict(
         }
         jobs.append(Job(method.name, method, arguments.masks / method.name, settings))
     total = sum(len(list((dataset.frames_folder / name).glob("*.jpg"))) for name in names)
-    # Shown where somebody watches, unless switched off.
-    hidden = True if arguments.quiet else None
-    with tqdm(total=total, unit="frame", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+    with common.progress(arguments, total, "frame") as update:
         done = predict_dataset(
-            dataset, jobs, network, options, names=names, overwrite=arguments.overwrite, progress=bar.update
+            dataset, jobs, network, options, names=names, overwrite=arguments.overwrite, progress=update
         )
     if done.kept and not arguments.quiet:
         print(
@@ -198,16 +193,14 @@ def _score(
 ) -> dict[str, list[SequenceScores]]:
     """Scores by method. What could not be scored joins ``skipped``, and is left out for every method."""
     import torch
-    from tqdm import tqdm
 
     from lift_fast.evaluation.davis import score_folder, write_csv
 
-    hidden = True if arguments.quiet else None
     scores = {}
-    with tqdm(total=len(names) * len(folders), unit="sequence", disable=hidden, file=sys.stderr) as bar:
+    with common.progress(arguments, len(names) * len(folders), "sequence") as update:
         for method, folder in folders.items():
             scores[method], problems = score_folder(
-                dataset, folder, names, threads=torch.get_num_threads(), progress=bar.update
+                dataset, folder, names, threads=torch.get_num_threads(), progress=update
             )
             for name, problem in problems.items():
                 skipped.setdefault(name, problem)

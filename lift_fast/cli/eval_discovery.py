@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from lift_fast.evaluation.rules import RULES
+
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_folder, check_outputs, record, show
-from .options import positive, remarks
+from .options import positive
 
 _DESCRIPTION = """CorLoc: the share of pictures in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
 Data sets in their original layouts: VOCdevkit/VOC2007 or VOC2012 (trainval), or COCO with annotations/
@@ -39,19 +40,19 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument(
         "--resolution", type=positive, metavar="S", help="resize pictures to S x S (their own size, as published)"
     )
-    parser.add_argument(
+    common.add_rule(
+        parser,
         "--rule",
-        choices=("published", "exact"),
-        default="published",
-        help="with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, "
-        "as published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels (%(default)s)",
+        RULES,
+        "with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, "
+        "as published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="folder for sheets: boxes, eigenvector, foreground"
     )
     parser.add_argument("--picture-count", type=positive, default=20, metavar="N", help="sheets a method (%(default)s)")
-    add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
+    common.add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
     parser.set_defaults(run=run)
 
 
@@ -59,16 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
     """The protocol. Returns the exit status."""
     import re
 
-    from tqdm import tqdm
-
-    from lift_fast._files import atomic_path
     from lift_fast.evaluation import discovery
-    from lift_fast.evaluation.boxes import read_coco, read_voc
+    from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
     from lift_fast.evaluation.tokencut import TAU
 
-    check_outputs(arguments)
+    common.check_outputs(arguments)
     if arguments.pictures is not None:
-        check_folder("pictures", arguments.pictures)
+        common.check_folder("pictures", arguments.pictures)
     voc = arguments.dataset in _YEARS
     for option in ("list", "annotations") if voc else ("no_hard",):
         if getattr(arguments, option):
@@ -86,9 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         data.samples = data.samples[: arguments.limit]
         if arguments.pictures is not None:
             arguments.pictures.mkdir(parents=True, exist_ok=True)
-    backbone, methods = build(arguments)
-    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
-        print(remark, file=sys.stderr)
+    backbone, methods = common.build(arguments)
+    common.say_remarks(arguments)
     drawn = dict.fromkeys((method.name for method in methods), 0)
 
     def draw(name: str, sample: Any, image: Any, found: Any, prediction: Any) -> None:
@@ -96,11 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
             return
         drawn[name] += 1
         stem = re.sub(r"[^\w.-]", "_", f"{Path(sample.name).stem}_{name}")
-        with atomic_path(arguments.pictures / f"{stem}.png") as temporary:
-            discovery.draw_discovery(sample, image, found, prediction).save(temporary)
+        common.save_image(
+            arguments.pictures / f"{stem}.png", discovery.draw_discovery(sample, image, found, prediction)
+        )
 
-    hidden = True if arguments.quiet else None
-    with tqdm(total=len(data.samples), unit="picture", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+    with common.progress(arguments, len(data.samples), "picture") as update:
         content = discovery.evaluate(
             [(method.name, method) for method in methods],
             backbone,
@@ -109,9 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
             resolution=arguments.resolution,
             rule=arguments.rule,
             out=arguments.out,
-            record=record(arguments, backbone, methods),
+            record=common.record(arguments, backbone, methods),
             show=draw,
-            progress=bar.update,
+            progress=update,
         )
-    show(arguments, {k: v for k, v in content.items() if k != "predictions"}, [discovery.table(content)])
-    return 1 if content["skipped"] else 0
+    return common.show(arguments, {k: v for k, v in content.items() if k != "predictions"}, [discovery.table(content)])

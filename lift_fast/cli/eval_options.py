@@ -6,20 +6,24 @@ import argparse
 import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lift_fast.demonstration import BACKBONE, LIFT
+from lift_fast.evaluation.rules import IMAGE_BRANCHES
 
 from .errors import UsageError, as_usage_error, check_output
-from .options import add_model_options, add_output_options, positive, takes_demonstration_lift
+from .options import add_model_options, add_output_options, positive, remarks, takes_demonstration_lift
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from PIL import Image
 
     from lift_fast.backbones import FrozenViT
     from lift_fast.evaluation.methods import Method
-    from lift_fast.evaluation.results import Table
+    from lift_fast.evaluation.tables import Table
 
 METHODS = (
     "backbone, bilinear, lift, lift-N (applied N times), random-lift, double-size, stride-S, LABEL=FILE (another LiFT "
@@ -53,14 +57,33 @@ def add_method_options(
         add_model_options(parser, sizes=False, facet=None, facet_help=f"(key; {by_protocol[1]})")
     else:
         add_model_options(parser, sizes=False)
-    parser.add_argument(
+    add_rule(
+        parser,
         "--image-branch",
-        choices=("published", "aligned"),
-        default="published",
-        help="where pictures are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
-        "pixel 2 on at 56 pixels and patch 16), or the pixels that the tokens saw (%(default)s)",
+        IMAGE_BRANCHES,
+        "where pictures are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
+        "pixel 2 on at 56 pixels and patch 16), or the pixels that the tokens saw",
     )
     add_output_options(parser)
+
+
+def add_rule(group: argparse._ActionsContainer, option: str, rules: Sequence[str], about: str) -> None:
+    """An option that takes one of the rules of :mod:`lift_fast.evaluation.rules`, the first if it is not given."""
+    group.add_argument(option, choices=rules, default=rules[0], help=f"{about} (%(default)s)")
+
+
+def add_sizes(parser: argparse.ArgumentParser, default: Sequence[int], about: str = "") -> None:
+    """``--sizes``: pixels S of S x S."""
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=list(default), metavar="S", help=f"{about}(%(default)s)"
+    )
+
+
+def add_alphas(parser: argparse.ArgumentParser) -> None:
+    """``--alphas``: the thresholds of PCK."""
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.1, 0.05, 0.01], metavar="A", help="of PCK (%(default)s)"
+    )
 
 
 def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
@@ -119,6 +142,34 @@ def _require_lift(arguments: argparse.Namespace) -> None:
     raise UsageError(f"{wanted[0]} needs a LiFT{why}; give --lift FILE or --random-lift, or leave the method out")
 
 
+def say_remarks(arguments: argparse.Namespace) -> None:
+    """What somebody who looks at the results should know, on standard error unless that is switched off."""
+    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
+        print(remark, file=sys.stderr)
+
+
+@contextmanager
+def progress(arguments: argparse.Namespace, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
+    """A bar, shown where somebody watches and not switched off; what is inside calls its update.
+
+    Raises:
+        UsageError: for errors of the input inside.
+    """
+    from tqdm import tqdm
+
+    hidden = True if arguments.quiet else None
+    with tqdm(total=total, unit=unit, disable=hidden, file=sys.stderr) as bar, as_usage_error():
+        yield bar.update
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """Write a chart or a sheet as a whole or not at all."""
+    from lift_fast._files import atomic_path
+
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
 def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
     """What the results depend on, as they store it."""
     from lift_fast import demonstration
@@ -143,8 +194,8 @@ def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence
     }
 
 
-def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Print the figures and write the tables."""
+def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequence[Table]) -> int:
+    """Print the figures and write the tables. Returns the exit status: 1 where something had to be left out."""
     from lift_fast._files import atomic_path
     from lift_fast.evaluation.results import as_json
 
@@ -160,6 +211,7 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
         print("\n".join(table.markdown() for table in tables))
     for name, reason in content["skipped"].items():
         print(f"skipped: {name}: {reason}", file=sys.stderr)
+    return 1 if content["skipped"] else 0
 
 
 def check_outputs(arguments: argparse.Namespace, *more: str) -> None:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import check_outputs
 
 _DESCRIPTION = """Put results of any protocol side by side, one table for each protocol and data set, and beside them
 published numbers with their source. Below each table stands what the runs do not share: weights, options, versions,
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lift_fast.evaluation.results import as_json, save_json
     from lift_fast.evaluation.runs import read_run
 
-    check_outputs(arguments, "latex", "chart")
+    common.check_outputs(arguments, "latex", "chart")
     with as_usage_error():
         runs = [read_run(path, name) for name, path in map(_named, arguments.runs)]
         published = None if arguments.published == "none" else load_published(arguments.published or SHIPPED)
@@ -56,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         metric = arguments.metrics[0] if arguments.metrics else None
         chart = report.draw(found, metric, arguments.against) if arguments.chart is not None else None
         if chart is not None:
-            with atomic_path(arguments.chart) as temporary:
-                chart.save(temporary, format="PNG")
+            common.save_image(arguments.chart, chart)
         content = found.as_content()
         if arguments.out is not None:
             save_json(arguments.out, content)

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lift_fast.evaluation.rules import DRAWS, PLACEMENTS
+
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
-from .options import positive, remarks
+from .options import positive
 
 _DESCRIPTION = """SPair-71k: each key point of a source picture is matched to all S x S pixels of a target picture with
 another object of the category. PCK@alpha, the share of right matches, per category and mean, in both usual averages:
@@ -28,18 +30,10 @@ def add_parser(protocols: Any) -> None:
         "spair", help="semantic correspondence on SPair-71k", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of SPair-71k (original form)")
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[56, 112, 224, 448], metavar="S", help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--alphas", type=float, nargs="+", default=[0.1, 0.05, 0.01], metavar="A", help="of PCK (%(default)s)"
-    )
-    parser.add_argument(
-        "--placement",
-        choices=("stretch", "cover"),
-        default="stretch",
-        help="lay each map over the whole square, as published, or over the pixels that it covers (%(default)s)",
-    )
+    common.add_sizes(parser, (56, 112, 224, 448))
+    common.add_alphas(parser)
+    about = "lay each map over the whole square, as published, or over the pixels that it covers"
+    common.add_rule(parser, "--placement", PLACEMENTS, about)
     parser.add_argument("--per-category", action="store_true", help="tables by category too")
     parser.add_argument(
         "--cache",
@@ -53,13 +47,8 @@ def add_parser(protocols: Any) -> None:
     pairs.add_argument("--layout", choices=("large", "small"), help="list of pairs (large, if it is there)")
     pairs.add_argument("--categories", nargs="+", metavar="NAME", help="only these")
     pairs.add_argument("--pairs-per-category", type=positive, metavar="N", help="draw N pairs of each (all)")
-    pairs.add_argument(
-        "--draw",
-        choices=("distinct", "published"),
-        default="distinct",
-        help="no pair twice, or as the published evaluation draws: with replacement, by NumPy's global generator "
-        "(%(default)s)",
-    )
+    about = "no pair twice, or as the published evaluation draws: with replacement, by NumPy's global generator"
+    common.add_rule(pairs, "--draw", DRAWS, about)
     pairs.add_argument("--seeds", type=positive, default=1, metavar="N", help="such draws (%(default)s)")
     for name, grades in (
         ("viewpoint-variation", "0 easy, 1 medium, 2 hard"),
@@ -68,37 +57,33 @@ def add_parser(protocols: Any) -> None:
         ("occlusion", "0 none, 1 source, 2 target, 3 both"),
     ):
         pairs.add_argument(f"--{name}", type=int, nargs="+", metavar="K", help=f"only pairs with {grades}")
-    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    common.add_method_options(parser, ("backbone", "bilinear", "lift"))
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The protocol. Returns the exit status."""
-    from tqdm import tqdm
-
     from lift_fast.evaluation import spair
 
-    check_outputs(arguments)
+    common.check_outputs(arguments)
     if arguments.seeds > 1 and arguments.pairs_per_category is None:
         raise UsageError("--seeds draws pairs anew, but all are taken; give --pairs-per-category N")
     if arguments.draw != "distinct" and arguments.pairs_per_category is None:
         raise UsageError("--draw says how pairs are drawn, but all are taken; give --pairs-per-category N")
-    hidden = True if arguments.quiet else None
     names = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
     chosen = {name: getattr(arguments, name) for name in names}
     filters = spair.Filters(**{name: None if k is None else tuple(k) for name, k in chosen.items()})
     with as_usage_error():
         protocol = spair.Protocol(tuple(arguments.alphas), arguments.placement)
         dataset = spair.SPair(arguments.root, arguments.split, arguments.layout)
-        with tqdm(unit="annotation", disable=hidden, file=sys.stderr) as bar:
-            selection = dataset.select(arguments.categories, filters, bar.update)
+        with common.progress(arguments, None, "annotation") as update:
+            selection = dataset.select(arguments.categories, filters, update)
     if not selection.pairs:
         for name, reason in selection.skipped.items():
             print(f"skipped: {name}: {reason}", file=sys.stderr)
         raise UsageError(f"{arguments.root}: no pair is left to evaluate")
-    backbone, methods = build(arguments)
-    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
-        print(remark, file=sys.stderr)
+    backbone, methods = common.build(arguments)
+    common.say_remarks(arguments)
     count = arguments.pairs_per_category or 0
     few = {name: len(pairs) for name, pairs in selection.pairs.items() if len(pairs) < count}
     if few and arguments.draw == "distinct" and not (arguments.quiet or arguments.json):
@@ -110,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds, arguments.draw)
     total = sum(map(len, wanted.values())) * len(arguments.sizes)
-    with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
+    with common.progress(arguments, total, "pair") as update:
         content = spair.evaluate(
             methods,
             backbone,
@@ -125,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             cache_bytes=arguments.cache << 20,
             out=arguments.out,
-            record=record(arguments, backbone, methods),
-            progress=bar.update,
+            record=common.record(arguments, backbone, methods),
+            progress=update,
         )
-    show(arguments, content, spair.tables(content, arguments.per_category))
+    status = common.show(arguments, content, spair.tables(content, arguments.per_category))
     if content["remarks"] and not arguments.quiet:
         first = next(iter(content["remarks"].values()))
         print(f"{len(content['remarks'])} remarks on annotations that were used, the first: {first}", file=sys.stderr)
-    return 1 if content["skipped"] else 0
+    return status

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import eval_options as common
 from .errors import UsageError, as_usage_error
-from .eval_options import add_method_options, build, check_outputs, record, show
 from .options import positive, remarks
 
 if TYPE_CHECKING:
@@ -42,11 +42,9 @@ def add_parser(protocols: Any) -> None:
         help="only the fraction that lift-fast train --holdout left out; without a number every tenth",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N photographs by name")
-    parser.add_argument("--sizes", type=positive, nargs="+", default=[112, 224, 448], metavar="S", help="(%(default)s)")
+    common.add_sizes(parser, (112, 224, 448))
     parser.add_argument("--points", type=positive, default=100, metavar="N", help="in each photograph (%(default)s)")
-    parser.add_argument(
-        "--alphas", type=float, nargs="+", default=[0.1, 0.05, 0.01], metavar="A", help="of PCK (%(default)s)"
-    )
+    common.add_alphas(parser)
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="warps of each (%(default)s)")
     parser.add_argument("--no-photometric", action="store_true", help="leave the second view's colours as they are")
     parser.add_argument("--reference", metavar="M", help="method to compare with (bilinear, if it is among them)")
@@ -56,20 +54,18 @@ def add_parser(protocols: Any) -> None:
     parser.add_argument(
         "--sheet-count", type=positive, default=4, metavar="N", help="photographs on the sheet (%(default)s)"
     )
-    add_method_options(parser, ("backbone", "bilinear", "lift"))
+    common.add_method_options(parser, ("backbone", "bilinear", "lift"))
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The warp protocol. Returns the exit status."""
-    from tqdm import tqdm
-
-    from lift_fast.evaluation import warp_run
+    from lift_fast.evaluation import warp
     from lift_fast.evaluation.warp import WarpProtocol, picture_name
     from lift_fast.images import list_images
     from lift_fast.training import split
 
-    check_outputs(arguments, "sheet")
+    common.check_outputs(arguments, "sheet")
     if arguments.sheet is not None and arguments.sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet must end in .png, got {arguments.sheet}")
     with as_usage_error():
@@ -81,17 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not paths:
             raise UsageError(f"no photographs of {arguments.root} are held out; leave out --held-out")
         protocol = WarpProtocol(arguments.points, tuple(arguments.alphas), not arguments.no_photometric)
-    backbone, methods = build(arguments)
-    for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
-        print(remark, file=sys.stderr)
+    backbone, methods = common.build(arguments)
+    common.say_remarks(arguments)
     reference = arguments.reference
     if reference is None and "bilinear" in arguments.method:
         reference = "bilinear"
     total = len(paths) * len(arguments.sizes) * arguments.seeds
-    # Shown where somebody watches, unless switched off.
-    hidden = True if arguments.quiet else None
-    with tqdm(total=total, unit="pair", disable=hidden, file=sys.stderr) as bar, as_usage_error():
-        content = warp_run.evaluate(
+    with common.progress(arguments, total, "pair") as update:
+        content = warp.evaluate(
             methods,
             backbone,
             paths,
@@ -102,14 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
             reference=reference,
             batch_size=arguments.batch_size,
             out=arguments.out,
-            record=record(arguments, backbone, methods),
-            progress=bar.update,
+            record=common.record(arguments, backbone, methods),
+            progress=update,
         )
     if arguments.sheet is not None:
         readable = [path for path in paths if picture_name(path, root) not in content["skipped"]]
         _draw_sheet(arguments, methods, backbone, readable, root, protocol)
-    show(arguments, content, warp_run.tables(content))
-    return 1 if content["skipped"] else 0
+    return common.show(arguments, content, warp.tables(content))
 
 
 def _draw_sheet(
@@ -120,19 +112,16 @@ def _draw_sheet(
     root: Path,
     protocol: WarpProtocol,
 ) -> None:
-    from lift_fast._files import atomic_path
-    from lift_fast.evaluation import warp_sheet
+    from lift_fast.evaluation import warp
     from lift_fast.evaluation.warp import normaliser
 
-    weight = backbone.model.patch_embed.proj.weight
-    normalise = normaliser(backbone.mean, backbone.std, weight.device, weight.dtype)
-    size, chosen = max(arguments.sizes), warp_sheet.choose(paths, arguments.sheet_count)
-    pairs = list(warp_sheet.match_pairs(methods, chosen, root, size, normalise, protocol))
+    normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
+    size, chosen = max(arguments.sizes), warp.choose(paths, arguments.sheet_count)
+    pairs = list(warp.match_pairs(methods, chosen, root, size, normalise, protocol))
     if not pairs:
         print(f"--sheet {arguments.sheet}: there is no photograph to draw", file=sys.stderr)
         return
     caption = "; ".join([f"{arguments.model}, {size} x {size} pixels", *remarks(arguments)])
     # The middle threshold: the widest hides what the narrowest asks too much for.
     alpha = sorted(protocol.alphas)[len(protocol.alphas) // 2]
-    with atomic_path(arguments.sheet) as temporary:
-        warp_sheet.draw_sheet(pairs, alpha, caption=caption).save(temporary, format="PNG")
+    common.save_image(arguments.sheet, warp.draw_sheet(pairs, alpha, caption=caption))

@@ -104,15 +104,12 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     settings = _settings(arguments)
     if not arguments.overwrite:
         # Every process looks at all of them, so that none has written by the time that another one refuses.
-        for target in jobs.values():
+        for source, target in jobs.items():
             if target.is_file():
-                _agree(target, settings)
+                _check_kept(source, target, settings)
     # Shared out before looking at what is there: meanwhile other processes write.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
-    for source, target in jobs.items():
-        if source not in waiting:
-            _check_source(source, target)
     skipped = len(jobs) - len(waiting)
     if skipped and not quiet and world.size == 1:
         print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
@@ -161,10 +158,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _agree(target: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on beside a file of other settings, or one that this command did not write.
+def _check_kept(source: Path, target: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on beside a file of other settings or of another picture, or one that this command did not write.
 
-    Of the file only the settings are read, not the descriptors.
+    Which picture's result has which name depends on what lies beside it. The descriptors are not read.
     """
     import numpy as np
 
@@ -172,6 +169,8 @@ def _agree(target: Path, settings: dict[str, Any]) -> None:
     try:
         with np.load(target) as data:
             there = dict(json.loads(str(data["settings"])))
+            # Files of earlier versions do not say whose they are.
+            origin = (str(data["source"]), int(data["source_bytes"])) if "source_bytes" in data else None
     except OSError as error:
         raise UsageError(f"{quoted(target)} cannot be read: {one_line(error)}; {way_out}") from error
     except Exception as error:
@@ -182,6 +181,14 @@ def _agree(target: Path, settings: dict[str, Any]) -> None:
     if differing:
         names = ", ".join(name.replace("_", "-") for name in differing)
         raise UsageError(f"{quoted(target)} was made with other settings ({names}); {way_out}")
+    if origin is None or not source.is_file() or origin == (source.name, now := source.stat().st_size):
+        return
+    name, length = origin
+    was = quoted(name) if name != source.name else f"another {quoted(name)} ({length} bytes, now {now})"
+    raise UsageError(
+        f"{quoted(target)} holds the descriptors of {was}, not those of {quoted(source)}; {way_out} to compute all of "
+        "them again"
+    )
 
 
 def _same(name: str, one: Any, other: Any) -> bool:
@@ -221,29 +228,6 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
             for target in taken:
                 refuse_input("out", target, [entry])
     return jobs
-
-
-def _check_source(source: Path, target: Path) -> None:
-    """Refuse to take the result of another picture for that of ``source``: which picture's result has which name
-    depends on what lies beside it. Files of earlier versions do not say whose they are."""
-    import numpy as np
-
-    try:
-        with np.load(target) as data:
-            name, length = str(data["source"]), int(data["source_bytes"])
-        now = source.stat().st_size
-    except Exception:
-        return
-    if name != source.name:
-        was = quoted(name)
-    elif length != now:
-        was = f"another {quoted(name)} ({length} bytes, now {now})"
-    else:
-        return
-    raise UsageError(
-        f"{quoted(target)} holds the descriptors of {was}, not those of {quoted(source)}; give another --out, or "
-        "--overwrite to compute all of them again"
-    )
 
 
 def _batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +26,38 @@ def shortened(reason: object) -> str:
     return text if len(text) <= _REASON else f"{text[:_REASON]}..."
 
 
-def list_lines(path: Path) -> list[str]:
-    """Lines of a list of names, without spaces around them and without empty ones.
+def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", first_word: bool = False) -> list[str]:
+    """Names from a list, one a line, without spaces around them, empty lines and doubles.
+
+    Args:
+        path: the list.
+        kind: what it lists, in the singular.
+        expected: what each line should hold, for the message.
+        forbidden: characters that no name has.
+        first_word: of each line alone.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is no text, or has more than 64 MiB.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no text, lists nothing, has more than 64 MiB, or holds a name that leads elsewhere, does
+            not print or is no file's; names the list.
     """
-    size = path.stat().st_size
-    if size > _LONGEST_LIST:
-        raise ValueError(f"it has {size} bytes; a list of names has no more than {_LONGEST_LIST}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def check_names(path: Path, names: Iterable[str], expected: str, forbidden: str = "/\\") -> None:
-    """Refuse names that lead elsewhere, do not print, or are no file's.
-
-    Raises:
-        ValueError: naming the list and the first such name.
-    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no list of {kind}s at {path}")
+    try:
+        size = path.stat().st_size
+        if size > _LONGEST_LIST:
+            raise ValueError(f"it has {size} bytes; a list of names has no more than {_LONGEST_LIST}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    stripped = (line.strip() for line in lines)
+    names = list(dict.fromkeys(line.split()[0] if first_word else line for line in stripped if line))
+    if not names:
+        raise ValueError(f"{path} lists no {kind}")
     for name in names:
         if not is_name(name, forbidden):
             raise ValueError(f"{path}: expected {expected} in each line, got {brief(name)}")
+    return names
 
 
 def is_name(name: object, forbidden: str = "/\\") -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lift_fast import _env, _native, memory
+from lift_fast import _env, _native, devices, memory
 
 
 class BitGraph:
@@ -33,7 +33,7 @@ class BitGraph:
             raise ValueError(f"a graph needs at least one node, got {count}")
         self.count = count
         self.degree = torch.zeros(count, dtype=torch.int64, device="cpu")
-        use_native = _native.can_run()[0] if native is None else native
+        use_native = devices.native_runs()[0] if native is None else native
         self._core = _native.require() if use_native else None
         self._words = (count + 63) // 64
         self._filled = 0

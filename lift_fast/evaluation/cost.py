@@ -22,7 +22,9 @@ from lift_fast.backbones.vit import shared_copy
 from lift_fast.lift import LiFT
 
 from .charts import Series, line_chart
-from .results import Column, Estimate, Table
+from .results import Estimate
+from .runs import Run
+from .tables import Column, Table
 
 # Of layers with an affine part, as the published count has it.
 _NORM_OPERATIONS = 4
@@ -172,8 +174,7 @@ def flop_counter() -> Iterator[FlopCounterMode]:
 
 
 def _picture(backbone: FrozenViT, height: int, width: int) -> Tensor:
-    weight = backbone.model.patch_embed.proj.weight
-    return torch.empty(1, 3, height, width, dtype=weight.dtype, device=weight.device)
+    return torch.empty(1, 3, height, width, dtype=backbone.dtype, device=backbone.device)
 
 
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
@@ -186,9 +187,8 @@ def _backbone_flops(backbone: FrozenViT, size: int) -> int:
 
 def _published_lift(backbone: FrozenViT) -> LiFT:
     """An untrained LiFT beside the backbone, whatever PyTorch's defaults are."""
-    weight = backbone.model.patch_embed.proj.weight
-    with weight.device:
-        return LiFT(backbone.embed_dim, backbone.patch_size).to(weight.dtype)
+    with backbone.device:
+        return LiFT(backbone.embed_dim, backbone.patch_size).to(backbone.dtype)
 
 
 def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:
@@ -268,61 +268,43 @@ def table(costs: Sequence[Cost]) -> Table:
     return Table("Cost of one picture", columns, rows)
 
 
-def accuracies(contents: Iterable[dict[str, Any]], metric: str) -> dict[tuple[str, int], tuple[float, float, float]]:
-    """Value, low and high of a metric by method and size, from results whose summary is by size and method.
+def accuracies(runs: Iterable[Run], metric: str) -> dict[tuple[str, int], Estimate]:
+    """A metric by method and size.
 
     Args:
-        contents: results of ``lift-fast eval warp``, ``spair`` or another protocol with ``summary["sizes"]``.
+        runs: results of protocols that have figures by size, see :func:`lift_fast.evaluation.runs.read_run`.
         metric: e.g. ``PCK@0.1``.
 
     Raises:
-        ValueError: if no result has the metric (says which there are), or one is not of that form.
+        ValueError: if no result has the metric; says which there are.
     """
-    found: dict[tuple[str, int], tuple[float, float, float]] = {}
-    known: set[str] = set()
-    for content in contents:
-        for (method, size), entry in _by_method_and_size(content).items():
-            known.update(name for name, value in entry.items() if isinstance(value, (list, float, int)))
-            value = entry.get(metric)
-            values = value if isinstance(value, list) else [value, None, None]
-            if values[0] is not None:
-                low, high = (math.nan if v is None else float(v) for v in values[1:])
-                found[method, size] = float(values[0]), low, high
+    figures = [figure for run in runs for figure in run.figures if figure.size is not None]
+    found = {}
+    for figure in figures:
+        if figure.metric == metric and figure.size is not None:
+            value = figure.value
+            known = value if isinstance(value, Estimate) else Estimate(value, math.nan, math.nan)
+            found[figure.method, figure.size] = known
     if not found:
-        raise ValueError(f"no result has {metric!r}; there are {', '.join(sorted(known)) or 'no figures by size'}")
+        there = ", ".join(sorted({figure.metric for figure in figures}))
+        raise ValueError(f"no result has {metric!r}; there are {there or 'no figures by size'}")
     return found
 
 
-def _by_method_and_size(content: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The entries of ``summary["sizes"]``; none for protocols that have no such."""
-    try:
-        sizes = content.get("summary", {}).get("sizes", {})
-        found = {(method, int(size)): entry for size, methods in sizes.items() for method, entry in methods.items()}
-        lists = [value for entry in found.values() for value in entry.values() if isinstance(value, list)]
-        if not all(len(value) == 3 and all(isinstance(v, (int, float, type(None))) for v in value) for value in lists):
-            raise ValueError("a figure is a number or [value, low, high]")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the summary of a result ({content.get('protocol')}) is not in the form of results by size and method "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return found
-
-
-def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], tuple[float, float, float]], metric: str) -> Table:
+def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], metric: str) -> Table:
     """A metric beside the cost that it takes, cheapest first."""
     rows: list[tuple[str, list[Any]]] = []
     for cost in sorted(costs, key=lambda cost: cost.gflops):
         if (cost.method, cost.size) in scores:
-            score = Estimate(*scores[cost.method, cost.size])
-            rows.append((f"{cost.method}, {cost.size}", [cost.gflops, cost.published_gflops, score]))
+            cells = [cost.gflops, cost.published_gflops, scores[cost.method, cost.size]]
+            rows.append((f"{cost.method}, {cost.size}", cells))
     columns = [Column("GFLOPs", "", 2), Column("GFLOPs as published", "", 2), Column(metric)]
     return Table(f"{metric} against cost", columns, rows)
 
 
 def draw_curve(
     costs: Sequence[Cost],
-    scores: dict[tuple[str, int], tuple[float, float, float]],
+    scores: dict[tuple[str, int], Estimate],
     metric: str,
     published: bool = False,
 ) -> Image.Image:
@@ -340,7 +322,7 @@ def draw_curve(
         values = [scores[c.method, c.size] for c in known]
         if known:
             spent = [c.published_gflops if published else c.gflops for c in known]
-            points = [(x, value) for x, (value, _, _) in zip(spent, values, strict=True)]
-            series.append(Series(method, points, [(low, high) for _, low, high in values]))
+            points = [(x, one.value) for x, one in zip(spent, values, strict=True)]
+            series.append(Series(method, points, [(one.low, one.high) for one in values]))
     x = "GFLOPs as published" if published else "GFLOPs"
     return line_chart(series, title=f"{metric} against cost", x=x, y=metric, log_x=True)

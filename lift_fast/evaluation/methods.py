@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.rules import IMAGE_BRANCHES, check_rule
 from lift_fast.extractor import Rectangle, ViTLiFTExtractor
 
-IMAGE_BRANCHES = ("published", "aligned")
 NAMES = ("backbone", "bilinear", "lift", "lift-N", "random-lift", "double-size", "stride-S", "LABEL=FILE", "LABEL=m:f")
 
 
@@ -102,8 +102,7 @@ def build_methods(
         raise ValueError(
             f"the backbone's heads are {backbone.head_order}; LiFT weights are trained on head_order='interleaved'"
         )
-    if image_branch not in IMAGE_BRANCHES:
-        raise ValueError(f"image_branch must be {' or '.join(IMAGE_BRANCHES)}, got {image_branch!r}")
+    check_rule("image_branch", image_branch, IMAGE_BRANCHES)
     builder = _Builder(backbone, lift, seed, image_branch)
     methods = [builder.build(name) for name in names]
     labels = [method.name for method in methods]
@@ -183,8 +182,6 @@ class _Builder:
         return Method(name, compute)
 
     def _extractor(self, **lift: Any) -> ViTLiFTExtractor:
-        device = self.backbone.model.patch_embed.proj.weight.device
-        dtype = self.backbone.model.patch_embed.proj.weight.dtype
         return ViTLiFTExtractor(
             model=self.backbone,
             channel=None,
@@ -192,8 +189,8 @@ class _Builder:
             stride=None,
             layer=None,
             facet=self.backbone.facet,
-            device=device,
-            dtype=dtype,
+            device=self.backbone.device,
+            dtype=self.backbone.dtype,
             silent=True,
             **lift,
         )
@@ -219,8 +216,7 @@ class _Builder:
         return self._lifted(label, self._extractor(lift_path=source), 1, source)
 
     def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:
-        weight = self.backbone.model.patch_embed.proj.weight
-        network = network.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        network = network.to(self.backbone.device, self.backbone.dtype).eval().requires_grad_(False)
 
         def compute(batch: Batch) -> Features:
             tokens = batch.tokens(self.backbone)

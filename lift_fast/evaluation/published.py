@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import METRIC_PROTOCOLS, metric_of
+from .results import read_json
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("published.json")
@@ -82,14 +82,7 @@ def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a folder, no JSON, or breaks the schema; says which entry and why.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file of published numbers at {path}") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; expected a JSON file of published numbers") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+    content = read_json(path, "file of published numbers")
     try:
         return _published(content)
     except (ValueError, OverflowError) as error:

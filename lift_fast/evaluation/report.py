@@ -13,8 +13,9 @@ from PIL import Image
 from .charts import Series, line_chart
 from .metrics import METRICS, metric_of
 from .published import Entry, Published
-from .results import Column, Estimate, Table, escape_latex
+from .results import Estimate
 from .runs import Difference, Run, differences
+from .tables import Column, Table, escape_latex
 
 _TITLES = {
     "warp": "Matching under known warps",

@@ -33,6 +33,14 @@ class Estimate:
         """``[value, low, high]``, as JSON holds it."""
         return [self.value, self.low, self.high]
 
+    @classmethod
+    def of(cls, entry: Sequence[float | None] | None) -> Estimate | None:
+        """The other way round; None without a value."""
+        if entry is None or entry[0] is None:
+            return None
+        value, low, high = (math.nan if part is None else part for part in entry)
+        return cls(value, low, high)
+
 
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
     """Mean of each column with a 95 % percentile bootstrap interval over the rows.
@@ -103,6 +111,27 @@ def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(as_json(content)) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        what: it is, for the message, such as "file of results".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {what} at {path}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; expected a {what}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from error
+
+
 def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict[str, Any]:
     """Read a result.
 
@@ -114,51 +143,13 @@ def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict
         FileNotFoundError: if there is no such file.
         ValueError: if it is a folder, holds no result, or one of another protocol.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file of results at {path}") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; expected a file that lift-fast eval wrote with --out") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+    content = read_json(path, "file of results")
     found = content.get("protocol") if isinstance(content, dict) else None
     if found is None or (protocol is not None and found != protocol):
         wanted = f"results of {protocol}" if protocol else "results of an evaluation"
         raise ValueError(f"{path} holds no {wanted}" + (f", but of {found}" if found else ""))
     result: dict[str, Any] = content
     return result
-
-
-def check_same(path: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with results that were made with other options, or depend on something else but the date.
-
-    Args:
-        path: of the file, for the message.
-        before: its content.
-        now: the content that a new run begins with; both have ``"options"`` and ``"record"``.
-
-    Raises:
-        ValueError: naming what differs, or what ``before`` lacks of the objects that ``now`` holds.
-    """
-    lacking = [name for name in now if isinstance(now[name], dict) and not isinstance(before.get(name), dict)]
-    if lacking:
-        raise ValueError(
-            f"{path} cannot be gone on with: it holds no {', '.join(lacking)} as such results have them; give another "
-            "file, or delete it to begin anew"
-        )
-
-    def relevant(content: dict[str, Any]) -> dict[str, Any]:
-        record = {name: value for name, value in content["record"].items() if name != "date"}
-        plain: dict[str, Any] = as_json({**content["options"], **record})
-        return plain
-
-    old, new = relevant(before), relevant(now)
-    other = [name for name in new if old.get(name) != new[name]] + [name for name in old if name not in new]
-    if other:
-        raise ValueError(
-            f"{path} holds results with other {', '.join(other)}; give another file, or delete it to begin anew"
-        )
 
 
 def as_json(value: Any) -> Any:
@@ -172,106 +163,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a :class:`Table`."""
-
-    title: str
-    best: str = "high"
-    """``"high"`` or ``"low"``: which value is printed in bold; ``""`` for none."""
-    digits: int = 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """Figures by method; a cell is an :class:`Estimate`, a number, or None for what was not measured."""
-
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[tuple[str, Sequence[Estimate | float | None]]]
-    sets: Sequence[int | None] | None = None
-    """For each row the set of rows among which the best is printed in bold; None for a row that does not compete.
-    Without it all rows are one set."""
-
-    def markdown(self) -> str:
-        """As GitHub shows it: best values bold, intervals in brackets."""
-        lines = [
-            f"**{self.title}**",
-            "",
-            "| method | " + " | ".join(_bars(column.title) for column in self.columns) + " |",
-            "| --- |" + " ---: |" * len(self.columns),
-        ]
-        lines += ["| " + " | ".join([_bars(cells[0]), *cells[1:]]) + " |" for cells in self._cells("**{}**")]
-        return "\n".join(lines) + "\n"
-
-    def latex(self) -> str:
-        """A ``tabular`` for ``booktabs``."""
-        head = " & ".join(["method", *(escape_latex(column.title) for column in self.columns)])
-        lines = [
-            "% " + self.title.replace("\n", " "),
-            r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
-            r"\toprule",
-            head + r" \\",
-            r"\midrule",
-            *(" & ".join([_first_cell(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _cells(self, bold: str) -> list[list[str]]:
-        sets = [0] * len(self.rows) if self.sets is None else self.sets
-        numbers: dict[tuple[int | None, int], list[float]] = {}
-        for (_, row), group in zip(self.rows, sets, strict=True):
-            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
-                number = _number(cell)
-                if number is not None:
-                    numbers.setdefault((group, index), []).append(round(number, column.digits))
-        best: dict[tuple[int | None, int], float] = {}
-        for (group, index), known in numbers.items():
-            pick = {"high": max, "low": min}.get(self.columns[index].best)
-            if group is not None and pick is not None and len(known) > 1:
-                best[group, index] = pick(known)
-        result = []
-        for (name, row), group in zip(self.rows, sets, strict=True):
-            cells = [name]
-            for index, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
-                number = _number(cell)
-                if number is None:
-                    cells.append("")
-                    continue
-                text = f"{number:.{column.digits}f}"
-                if best.get((group, index)) == round(number, column.digits):
-                    text = bold.format(text)
-                if isinstance(cell, Estimate) and math.isfinite(cell.low):
-                    text += f" [{cell.low:.{column.digits}f}, {cell.high:.{column.digits}f}]"
-                cells.append(text)
-            result.append(cells)
-        return result
-
-
-def _number(cell: Estimate | float | None) -> float | None:
-    value = cell.value if isinstance(cell, Estimate) else cell
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _bars(text: str) -> str:
-    """Text that stays in one cell of a Markdown table."""
-    return " ".join(text.splitlines()).replace("|", r"\|")
-
-
-def _first_cell(text: str) -> str:
-    """Text that begins a row: what begins with these would be taken for an argument of the row before."""
-    escaped = escape_latex(text)
-    return "{}" + escaped if escaped.startswith(("[", "(", "*")) else escaped
-
-
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX.update({character: "\\" + character for character in "&%$#_{}"})
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it literally."""
-    return "".join(_LATEX.get(character, character) for character in text)

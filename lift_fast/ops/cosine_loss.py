@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _env, _native, memory
-from ..kernels import can_run as triton_can_run
+from .. import _env, _native, devices, memory
 from . import library
 
 library.define(
@@ -197,16 +196,11 @@ def cosine_loss_native(
 
 
 def _fits_native(prediction: Tensor) -> bool:
-    return prediction.device.type == "cpu" and prediction.dtype in _NATIVE_TYPES and _native.can_run()[0]
+    return prediction.device.type == "cpu" and prediction.dtype in _NATIVE_TYPES and devices.native_runs()[0]
 
 
 def _fits_triton(prediction: Tensor) -> bool:
-    return (
-        prediction.device.type == "cuda"
-        and prediction.dtype in _NATIVE_TYPES
-        and prediction.numel() > 0
-        and triton_can_run(prediction.device)[0]
-    )
+    return prediction.numel() > 0 and devices.kernels_run(prediction.device, prediction.dtype)[0]
 
 
 def cosine_loss_triton(

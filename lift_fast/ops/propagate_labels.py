@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import can_run as triton_can_run
-from . import library, window_nearest
-from .nearest import beyond_range, nearest_plain, unit_rows, within_range
+from .. import devices
+from . import library
+from .nearest import cpu, plain
 
 library.define(
     "propagate_labels(Tensor query, Tensor key, Tensor labels, int[] window, int k, float temperature, bool normalize)"
@@ -55,7 +55,7 @@ def propagate_labels_plain(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
     """The plain PyTorch implementation: reference and fallback, from the masked affinity in tiles."""
-    similarity, index, _ = nearest_plain(query, key, k, False, None, window, normalize)
+    similarity, index, _ = plain.search(query, key, k, False, window, normalize)
     return average_labels(similarity, index, labels.to(similarity.dtype), temperature)
 
 
@@ -63,7 +63,7 @@ def _rows(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """``rows [B, N, C]`` as the Triton kernel takes them, and [B, N]: 0, or NaN for a row that takes no part."""
     rows = rows.float()
     if normalize:
-        rows = unit_rows(rows)
+        rows = plain.unit_rows(rows)
     finite = rows.isfinite().all(-1)
     part = torch.zeros_like(finite, dtype=torch.float32).masked_fill_(~finite, torch.nan)
     return rows.where(finite[..., None], 0).contiguous(), part
@@ -85,7 +85,7 @@ def propagate_labels_triton(
 
 
 def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
-    if query.device.type != "cuda" or query.dtype == torch.float64 or not triton_can_run(query.device)[0]:
+    if not devices.kernels_run(query.device, query.dtype)[0]:
         return False
     from ..kernels.propagate_labels import MOST_MATCHES
 
@@ -97,14 +97,14 @@ def _propagate_labels(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
     query, key, labels = map(library.resolved, (query, key, labels))
-    if not normalize and beyond_range(query, key):
-        queries, keys, exponent = within_range(query, key)
+    if not normalize and plain.beyond_range(query, key):
+        queries, keys, exponent = plain.within_range(query, key)
         # Similarities and temperature in one unit. One below the smallest number leaves only the best match.
         temperature *= 2.0 ** -max(-1000, min(1000, exponent))
         out = propagate_labels_plain(queries, keys, labels, window, k, temperature, False)
         return out.to(torch.promote_types(query.dtype, torch.float32))
-    if window_nearest.can_run(query, k, window)[0]:
-        similarity, index = window_nearest.search(query, key, k, window, normalize)
+    if cpu.can_run(query, k, window)[0]:
+        similarity, index = cpu.search_windows(query, key, k, window, normalize)
         return average_labels(similarity, index, labels.float(), temperature)
     if _fits_triton(query, key, k):
         return propagate_labels_triton(query, key, labels, window, k, temperature, normalize)

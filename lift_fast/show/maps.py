@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from lift_fast.backbones import FrozenViT
+from lift_fast.drawing import Pixels
 from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor
-from lift_fast.pictures import Pixels
+from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor, whole_patches
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,12 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
     try:
         wanted = resized_size(image.size, size)
         check_size(wanted, image.size)
-        wide, tall = (max(patch, round(side / patch) * patch) for side in wanted)
+        wide, tall = (whole_patches(side, patch, patch) for side in wanted)
         resized = resize(image, (tall, wide))
         backbone.check_size(tall, wide)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    weight = backbone.model.patch_embed.proj.weight
-    batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(weight.device, weight.dtype))
+    batch = Batch(to_tensor(resized, backbone.mean, backbone.std).to(backbone.device, backbone.dtype))
     features = {}
     for method in methods:
         found = method(batch)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lift_fast.pictures import SCALE
+from lift_fast.drawing import SCALE
 
 from .maps import Shown
 

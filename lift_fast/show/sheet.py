@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lift_fast.drawing import confidence_colours, place_cells
 from lift_fast.evaluation.tokencut import tokencut
 from lift_fast.matching import dense_match
-from lift_fast.pictures import confidence_colours, place_cells
 
 from .maps import Shown, pca_colours, similarity_map
 

@@ -62,8 +62,7 @@ class FrozenFeatures:
     """
 
     def __init__(self, backbone: FrozenViT, compiled: bool = False, target: str = "double-size") -> None:
-        weight = backbone.model.patch_embed.proj.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = backbone.dtype, backbone.device
         self.run = torch.compile(backbone, dynamic=False) if compiled else backbone
         self.mean = torch.tensor(backbone.mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(backbone.std, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lift_fast._text import shown
+from lift_fast.checks import as_whole, check_whole
+
 LOSSES = ("cosine", "l1", "l2")
 TARGETS = ("double-size", "half-stride")
 FITS = ("squash", "crop")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-_FACETS = ("key", "query", "value", "token")
+FACETS = ("key", "query", "value", "token")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class TrainingSettings:
             ("target", TARGETS),
             ("fit", FITS),
             ("precision", PRECISIONS),
-            ("facet", _FACETS),
+            ("facet", FACETS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
@@ -123,11 +127,11 @@ class TrainingSettings:
             value, optional = getattr(self, name), self._default(name) is None
             if optional and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-            most = {"workers": most_workers(), "seed": 2**63 - 1}.get(name)
-            if most is not None and value > most:
-                raise ValueError(f"{name} must be at most {most}, got {value!r}")
+            most = {"workers": most_workers(), "seed": 2**63 - 1}.get(name, math.inf)
+            # An int of Python's, as the saved state must hold.
+            object.__setattr__(self, name, check_whole(name, value, least, most))
+        # Whether there is such a block is for the backbone to say.
+        object.__setattr__(self, "layer", layer if (layer := as_whole(self.layer)) is not None else self.layer)
         # Written so that NaN fails too.
         if not 0 <= self.jitter <= 0.5:
             raise ValueError(f"jitter must lie in 0 to 0.5, got {self.jitter!r}")
@@ -160,18 +164,12 @@ _FREE = frozenset(
 # Which states of earlier versions lack.
 _LATER = frozenset({"picture_sizes"})
 _MEANING = {"picture_sizes": " (other files under the same names)"}
-_LONGEST = 120
 
 
 def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Where a continued run would differ from the saved one: ``"name: saved ..., now ..."``."""
     return [
-        f"{name}{_MEANING.get(name, '')}: saved {_text(saved.get(name))}, now {_text(now[name])}"
+        f"{name}{_MEANING.get(name, '')}: saved {shown(saved.get(name))}, now {shown(now[name])}"
         for name in now
         if name not in _FREE and saved.get(name) != now[name] and not (name in _LATER and name not in saved)
     ]
-
-
-def _text(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -9,7 +9,8 @@
 #include <vector>
 
 #define LIFT_FAST_EMULATED_DEVICE
-#include "cuda/dense_match.cuh"
+#include "cuda/dense_match_mutual.cuh"
+#include "cuda/dense_match_search.cuh"
 
 using namespace lift_fast;
 

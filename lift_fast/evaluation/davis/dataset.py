@@ -13,7 +13,7 @@ from PIL import Image
 
 from lift_fast._files import atomic_path, natural_key
 from lift_fast._text import one_line
-from lift_fast.evaluation.annotations import check_names, list_lines
+from lift_fast.evaluation.annotations import read_names
 
 Mask = npt.NDArray[np.uint8]
 
@@ -82,7 +82,11 @@ class Davis:
                     f"no folder {folder}; expected the layout of DAVIS 2017, {resolution}: JPEGImages, Annotations "
                     "and ImageSets below the root"
                 )
-        self.names = _read_list(self.list_path)
+        try:
+            # Names become folders of results.
+            self.names = tuple(read_names(self.list_path, "sequence", "the name of a folder"))
+        except (OSError, ValueError) as error:
+            raise DavisError(str(error)) from error
 
     @cached_property
     def palette(self) -> list[int]:
@@ -110,23 +114,6 @@ class Davis:
         if not frames:
             raise DavisError(f"{name}: no *.jpg in {folder}")
         return Video(name, frames, self.annotations_folder / name, self.binary_masks)
-
-
-def _read_list(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise DavisError(f"no list of sequences at {path}")
-    try:
-        names = tuple(dict.fromkeys(list_lines(path)))
-    except (OSError, ValueError) as error:
-        raise DavisError(f"{path} cannot be read: {error}") from error
-    if not names:
-        raise DavisError(f"{path} lists no sequence")
-    try:
-        # Names become folders of results.
-        check_names(path, names, "the name of a folder")
-    except ValueError as error:
-        raise DavisError(str(error)) from error
-    return names
 
 
 def read_mask(path: Path, binary: bool = False) -> Mask:

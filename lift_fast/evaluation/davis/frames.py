@@ -16,7 +16,6 @@ from lift_fast import images
 
 from .dataset import DavisError
 
-PROTOCOLS = ("lift", "dino")
 SIZES = {"lift": 448, "dino": 480}
 """S by default."""
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lift_fast._files import atomic_path
+from lift_fast.evaluation.results import as_json
+from lift_fast.evaluation.resume import differing, made_otherwise
 
 from .dataset import Davis, DavisError, Mask, Video, first_annotation, write_mask
-from .propagation import FeatureMaps, Network, PropagationOptions, predict
+from .protocol import FeatureMaps, Network, PropagationOptions, predict
 
 # Says how the masks beside it were made.
 RECORD = "predictions.json"
@@ -126,7 +128,7 @@ def _complete(folder: Path, frames: Sequence[Path]) -> bool:
 def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
     """Masks of different settings, or masks that somebody else wrote, never stand side by side with ours."""
     folder, path = job.folder, job.folder / RECORD
-    record = json.loads(json.dumps(job.record))
+    record = as_json(job.record)
     there = [name for name in dataset.names if (folder / name).exists()]
     if there and not path.exists():
         raise DavisError(
@@ -143,12 +145,9 @@ def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
             ) from error
     if there and old != record:
         if not overwrite:
-            keys = {**old, **record} if isinstance(old, dict) else record
-            differing = [key for key in keys if not isinstance(old, dict) or old.get(key) != record.get(key)]
-            raise DavisError(
-                f"{folder} holds masks that were made with other settings ({', '.join(differing)}); choose another "
-                "folder (--masks DIR), or compute them again (--overwrite)"
-            )
+            names = differing(old, record) if isinstance(old, dict) else [*record]
+            remedy = "choose another folder (--masks DIR), or compute them again (--overwrite)"
+            raise DavisError(made_otherwise(f"what lies in {folder}", names, remedy))
         for name in there:
             shutil.rmtree(folder / name)
     with atomic_path(path) as temporary:

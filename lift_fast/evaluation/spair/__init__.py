@@ -2,7 +2,8 @@
 
 from .dataset import Filters, Pair, Selection, SPair, SPairError
 from .protocol import Frame, Protocol, fit, is_right, match_points, square
-from .run import draw_pairs, drawn, evaluate, summarise, tables
+from .run import draw_pairs, drawn, evaluate
+from .summary import summarise, tables
 
 __all__ = [
     "Filters",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lift_fast.evaluation.annotations import brief, check_names, is_name, list_lines, shortened
+from lift_fast.evaluation.annotations import brief, is_name, read_names, shortened
+from lift_fast.evaluation.results import read_json
 
 Array = npt.NDArray[np.float64]
 
@@ -126,9 +126,12 @@ class SPair:
         if layout is None and not path.is_file():
             self.layout, names = None, sorted(file.stem for file in self.annotations.glob("*.json"))
         else:
-            self.layout, names = chosen, _read_list(path)
+            try:
+                self.layout, names = chosen, read_names(path, "pair", "the name of an annotation")
+            except (OSError, ValueError) as error:
+                raise SPairError(str(error)) from error
         if not names:
-            raise SPairError(f"{path if self.layout else self.annotations} holds no pair")
+            raise SPairError(f"{self.annotations} holds no pair")
         self.categories = tuple(sorted({*_folders(self.pictures), *_folders(self.root / "ImageAnnotation")}))
         if not self.categories:
             raise SPairError(f"{self.pictures} holds no folder; expected one for each category")
@@ -285,27 +288,11 @@ def _folders(path: Path) -> list[str]:
     return [folder.name for folder in path.glob("[!.]*") if folder.is_dir()]
 
 
-def _read_list(path: Path) -> list[str]:
-    if not path.is_file():
-        raise SPairError(f"no list of pairs at {path}")
-    try:
-        names = list_lines(path)
-    except (OSError, ValueError) as error:
-        raise SPairError(f"{path} cannot be read: {error}") from error
-    try:
-        check_names(path, names, "the name of an annotation")
-    except ValueError as error:
-        raise SPairError(str(error)) from error
-    return names
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SPairError(f"no annotation at {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SPairError(f"{path} cannot be read as JSON: {error}") from error
+        content = read_json(path, "annotation")
+    except (OSError, ValueError) as error:
+        raise SPairError(str(error)) from error
     if not isinstance(content, dict):
         raise SPairError(f"{path} holds a {type(content).__name__}; expected an object with the fields of SPair-71k")
     return content

@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 
 from lift_fast.evaluation.methods import Features
+from lift_fast.evaluation.rules import PLACEMENTS, check_rule
 from lift_fast.images import check_size
 from lift_fast.matching import dense_match
 
 from .dataset import Array
 
 ALPHAS = (0.1, 0.05, 0.01)
-PLACEMENTS = ("stretch", "cover")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Protocol:
             raise ValueError(f"alphas must lie in 0 to 1, got {self.alphas}")
         if len(set(self.alphas)) < len(self.alphas):
             raise ValueError(f"each alpha once, got {self.alphas}")
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement must be {' or '.join(PLACEMENTS)}, got {self.placement!r}")
+        check_rule("placement", self.placement, PLACEMENTS)
 
 
 class Frame(NamedTuple):

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lift_fast.backbones import FrozenViT
-from lift_fast.evaluation import results
-from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.evaluation.results import Column, Table
-from lift_fast.images import read_image, to_tensor
+from lift_fast.evaluation.methods import Features, Method
+from lift_fast.evaluation.resume import Journal, new_result
+from lift_fast.evaluation.rules import DRAWS, check_rule, check_sizes
+from lift_fast.images import read_image
 
 from .dataset import Filters, Pair, Selection, SPair
-from .protocol import Protocol, fit, is_right, match_points, square
+from .features import CACHE_BYTES, ImageFeatures, size_of
+from .protocol import Protocol, fit, is_right, match_points
+from .summary import summarise
 
 PROTOCOL = "spair"
-DRAWS = ("distinct", "published")
-CACHE_BYTES = 1 << 30
 # Of the maps that are matched in one call.
 _STACKED_BYTES = 32 << 20
 
@@ -105,9 +102,9 @@ def evaluate(
         batch_size: pictures that go through the backbone at one time.
         cache_bytes: descriptors that are kept; where a category's pictures need more, it is done in parts.
         out: file for the result, written after each category too; one that is there and was made with the same
-            ``record`` and options is gone on with.
+            ``record`` and options is resumed.
         record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
-            must be the same when going on.
+            must be the same to resume.
         progress: called with the number of pairs that have been done.
 
     Returns:
@@ -121,15 +118,10 @@ def evaluate(
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
     protocol = protocol or Protocol()
-    if seeds < 1 or not sizes or min(sizes) < backbone.patch_size or len(set(sizes)) < len(sizes):
-        raise ValueError(
-            f"expected at least one seed and different sizes of at least a patch ({backbone.patch_size} pixels), got "
-            f"{seeds} seeds and sizes {', '.join(map(str, sizes))}"
-        )
+    check_sizes(sizes, seeds, backbone.patch_size)
     if seeds > 1 and pairs_per_category is None:
         raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
-    if draw not in DRAWS:
-        raise ValueError(f"draw must be {' or '.join(DRAWS)}, got {draw!r}")
+    check_rule("draw", draw, DRAWS)
     options = {
         "methods": [method.name for method in methods],
         "split": dataset.split,
@@ -143,160 +135,104 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "placement": protocol.placement,
     }
-    run = _Run(out, options, record or {}, selection, dataset)
+    begun = new_result(
+        PROTOCOL,
+        options,
+        record,
+        draws=None,
+        skipped=dict(selection.skipped),
+        left_out={},
+        remarks=dict(selection.remarks),
+    )
+    journal = Journal(out, begun, seconds=0)
+    left_out = _LeftOut(dataset, journal.content)
+    _resume(journal, selection, left_out)
     if pairs_per_category is not None:
-        run.content["draws"] = [
+        journal.content["draws"] = [
             {category: [pair.name for pair in pairs] for category, pairs in by_category.items()}
             for by_category in draws(selection, pairs_per_category, seeds, draw)
         ]
     # A pair's score is the same in every draw.
     wanted = drawn(selection, pairs_per_category, seeds, draw)
     for size in sizes:
+        by_method = {method.name: journal.part(size, method.name) for method in methods}
         for category, pairs in wanted.items():
-            if run.has(size, category, pairs):
+            names = {pair.name for pair in pairs} - left_out.pairs.keys()
+            if all(category in found and names <= found[category].keys() for found in by_method.values()):
                 progress(len(pairs))
                 continue
-            pictures = _Pictures(methods, backbone, size, batch_size, cache_bytes)
+            pictures = ImageFeatures(methods, backbone, size, batch_size, cache_bytes)
             with torch.inference_mode():
-                run.add(size, category, _score(pictures, pairs, protocol, run, progress))
-    return run.finish()
+                scores = _score(pictures, pairs, protocol, left_out, progress)
+            for method, found in by_method.items():
+                found[category] = scores[method]
+            journal.save()
+    summary = summarise(journal.content)
+    for category in selection.categories:
+        if not summary["pairs"].get(category):
+            left_out.reasons.setdefault(category, "empty category: no usable pair left")
+    return journal.finish(complete=True, summary={**summary, "skipped": len(left_out.reasons)})
 
 
-class _Run:
-    """What has been measured so far, in memory and on disk."""
+class _LeftOut:
+    """Pairs that cannot be used, and what is wrong with the files because of which."""
 
-    def __init__(
-        self, out: Path | None, options: dict[str, Any], record: dict[str, Any], selection: Selection, dataset: SPair
-    ) -> None:
-        self.out, self.dataset = out, dataset
-        self.content: dict[str, Any] = {
-            "protocol": PROTOCOL,
-            "complete": False,
-            "options": options,
-            "record": record,
-            "scores": {},
-            "draws": None,
-            "skipped": dict(selection.skipped),
-            "left_out": {},
-            "remarks": dict(selection.remarks),
-        }
-        if out is not None and out.exists():
-            before = results.load_json(out, PROTOCOL)
-            results.check_same(out, before, self.content)
-            # Annotations may have been spoilt or repaired since, and so may pictures.
-            known = {pair.name for pairs in selection.pairs.values() for pair in pairs}
-            for size, by_method in before["scores"].items():
-                for method, by_category in by_method.items():
-                    for category, scores in by_category.items():
-                        sound = {name: row for name, row in scores.items() if name in known}
-                        self._scores(size, method)[category] = sound
-            again = [pair for pairs in selection.pairs.values() for pair in pairs if pair.name in before["left_out"]]
-            for pair in again:
-                _check_pictures(pair, self)
+    def __init__(self, dataset: SPair, content: dict[str, Any]) -> None:
+        self.dataset = dataset
+        self.pairs: dict[str, str] = content["left_out"]
+        self.reasons: dict[str, str] = content["skipped"]
 
-    def has(self, size: int, category: str, pairs: Sequence[Pair]) -> bool:
-        wanted = {pair.name for pair in pairs} - set(self.content["left_out"])
-        done = [self._scores(size, method).get(category) for method in self.content["options"]["methods"]]
-        return all(one is not None and wanted <= set(one) for one in done)
-
-    def leave_out(self, pair: Pair, path: Path, reason: str) -> None:
-        name = self.dataset.below(path)
-        self.content["skipped"].setdefault(name, reason)
-        self.content["left_out"][pair.name] = name
-
-    def add(self, size: int, category: str, scores: dict[str, dict[str, list[int]]]) -> None:
-        for method, by_pair in scores.items():
-            self._scores(size, method)[category] = by_pair
-        if self.out is not None:
-            results.save_json(self.out, self.content)
-
-    def finish(self) -> dict[str, Any]:
-        self.content["complete"] = True
-        self.content["summary"] = summarise(self.content)
-        for category in self.content["options"]["categories"]:
-            if not self.content["summary"]["pairs"].get(category):
-                self.content["skipped"].setdefault(category, "empty category: no usable pair left")
-        self.content["summary"]["skipped"] = len(self.content["skipped"])
-        if self.out is not None:
-            results.save_json(self.out, self.content)
-        return self.content
-
-    def _scores(self, size: int | str, method: str) -> dict[str, dict[str, list[int]]]:
-        found: dict[str, dict[str, list[int]]] = self.content["scores"].setdefault(str(size), {}).setdefault(method, {})
-        return found
+    def check(self, pair: Pair, look: Callable[[Path], tuple[int, int] | str]) -> bool:
+        """Whether a pair can be used; ``look`` gives (width, height) of an image, or says what is wrong with it."""
+        for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
+            size = look(path)
+            where, reason = path, size
+            if not isinstance(size, str):
+                if said in (None, size):
+                    continue
+                there = f"{size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
+                where, reason = pair.annotation, f"{pair.annotation}: {path.name} is {there}"
+            name = self.dataset.below(where)
+            self.reasons.setdefault(name, reason)
+            self.pairs[pair.name] = name
+            return False
+        return True
 
 
-@dataclass
-class _Pictures:
-    """Descriptors of the pictures of one category at one size."""
-
-    methods: Sequence[Method]
-    backbone: FrozenViT
-    side: int
-    batch_size: int
-    budget: int
-    sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """(width, height) of each picture that could be read."""
-    problems: dict[Path, str] = field(default_factory=dict)
-    features: dict[Path, dict[str, Features]] = field(default_factory=dict)
-
-    def load(self, paths: Iterable[Path]) -> None:
-        """Compute what is missing of ``paths``, without regard to the budget."""
-        missing = [path for path in paths if path not in self.features and path not in self.problems]
-        with ThreadPoolExecutor(torch.get_num_threads()) as readers:
-            for start in range(0, len(missing), self.batch_size):
-                group = missing[start : start + self.batch_size]
-                tensors: dict[Path, Tensor] = {}
-                for path, found in zip(group, readers.map(self._read, group), strict=True):
-                    if isinstance(found, str):
-                        self.problems[path] = found
-                    else:
-                        self.sizes[path], tensors[path] = found
-                if tensors:
-                    self._compute(tensors)
-
-    def keep(self, paths: Iterable[Path]) -> None:
-        """Forget all others."""
-        wanted = set(paths)
-        self.features = {path: found for path, found in self.features.items() if path in wanted}
-
-    def capacity(self) -> int:
-        """How many pictures' descriptors fit the budget; needs one that has been loaded."""
-        if not self.features:
-            return 2
-        each = next(iter(self.features.values()))
-        return max(2, self.budget // sum(_bytes(features) for features in each.values()))
-
-    def _read(self, path: Path) -> tuple[tuple[int, int], Tensor] | str:
-        try:
-            image = read_image(path)
-            return image.size, to_tensor(square(image, self.side), self.backbone.mean, self.backbone.std)
-        except (OSError, ValueError) as error:
-            return str(error)
-
-    def _compute(self, tensors: dict[Path, Tensor]) -> None:
-        weight = self.backbone.model.patch_embed.proj.weight
-        batch = Batch(torch.cat(list(tensors.values())).to(weight.device, weight.dtype))
-        for path in tensors:
-            self.features[path] = {}
-        for method in self.methods:
-            found = method(batch)
-            for path, one in zip(tensors, found.map, strict=True):
-                # A copy: a view would keep the whole batch when others of it are forgotten.
-                self.features[path][method.name] = Features(one.contiguous().clone(), found.covered)
+def _resume(journal: Journal, selection: Selection, left_out: _LeftOut) -> None:
+    """Take over what was scored before, and look again at what was left out."""
+    if journal.before is None:
+        return
+    # Annotations may have been spoilt or repaired since, and so may images.
+    pairs = {pair.name: pair for pairs in selection.pairs.values() for pair in pairs}
+    for size, by_method in journal.before["scores"].items():
+        for method, by_category in by_method.items():
+            for category, scores in by_category.items():
+                sound = {name: row for name, row in scores.items() if name in pairs}
+                journal.part(size, method)[category] = sound
+    for name, pair in pairs.items():
+        if name in journal.before["left_out"]:
+            left_out.check(pair, _size)
 
 
-def _bytes(features: Features) -> int:
-    return features.map.numel() * features.map.element_size()
+def _size(path: Path) -> tuple[int, int] | str:
+    try:
+        return read_image(path).size
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _score(
-    pictures: _Pictures, pairs: Sequence[Pair], protocol: Protocol, run: _Run, progress: Callable[[int], object]
+    pictures: ImageFeatures,
+    pairs: Sequence[Pair],
+    protocol: Protocol,
+    left_out: _LeftOut,
+    progress: Callable[[int], object],
 ) -> dict[str, dict[str, list[int]]]:
     """Counts by method and pair."""
     scores: dict[str, dict[str, list[int]]] = {method.name: {} for method in pictures.methods}
     for part in _parts(pictures, pairs):
-        sound = [pair for pair in part if _usable(pair, pictures, run)]
+        sound = [pair for pair in part if left_out.check(pair, pictures.look)]
         progress(len(part) - len(sound))
         for method in pictures.methods:
             for group in _groups(sound, pictures, method.name):
@@ -306,7 +242,7 @@ def _score(
     return {method: dict(sorted(by_pair.items())) for method, by_pair in scores.items()}
 
 
-def _parts(pictures: _Pictures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+def _parts(pictures: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     """The pairs in such an order, and so many at a time, that their pictures' descriptors fit the budget."""
     paths = sorted({path for pair in pairs for path in (pair.source, pair.target)})
     for start in range(0, len(paths), pictures.batch_size):
@@ -328,37 +264,7 @@ def _parts(pictures: _Pictures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield part
 
 
-def _usable(pair: Pair, pictures: _Pictures, run: _Run) -> bool:
-    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
-        if path in pictures.problems:
-            run.leave_out(pair, path, pictures.problems[path])
-            return False
-        if (reason := _other_size(pair, path, said, pictures.sizes[path])) is not None:
-            run.leave_out(pair, pair.annotation, reason)
-            return False
-    return True
-
-
-def _check_pictures(pair: Pair, run: _Run) -> None:
-    """Leave a pair out if its pictures cannot be used."""
-    for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
-        try:
-            size = read_image(path).size
-        except (OSError, ValueError) as error:
-            run.leave_out(pair, path, str(error))
-            return
-        if (reason := _other_size(pair, path, said, size)) is not None:
-            run.leave_out(pair, pair.annotation, reason)
-            return
-
-
-def _other_size(pair: Pair, path: Path, said: tuple[int, int] | None, size: tuple[int, int]) -> str | None:
-    if said in (None, size):
-        return None
-    return f"{pair.annotation}: {path.name} is {size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
-
-
-def _groups(pairs: Sequence[Pair], pictures: _Pictures, method: str) -> Iterator[list[Pair]]:
+def _groups(pairs: Sequence[Pair], pictures: ImageFeatures, method: str) -> Iterator[list[Pair]]:
     """Pairs whose maps agree in shape, with similar numbers of points, as many as fit one call."""
     by_shape: dict[Any, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: (len(pair.source_points), pair.name)):
@@ -366,13 +272,15 @@ def _groups(pairs: Sequence[Pair], pictures: _Pictures, method: str) -> Iterator
         key = (source.map.shape, target.map.shape, source.covered, target.covered)
         by_shape.setdefault(key, []).append(pair)
     for group in by_shape.values():
-        each = 2 * _bytes(pictures.features[group[0].source][method])
+        each = 2 * size_of(pictures.features[group[0].source][method])
         count = max(1, _STACKED_BYTES // each)
         for start in range(0, len(group), count):
             yield group[start : start + count]
 
 
-def _score_group(pairs: Sequence[Pair], pictures: _Pictures, method: str, protocol: Protocol) -> dict[str, list[int]]:
+def _score_group(
+    pairs: Sequence[Pair], pictures: ImageFeatures, method: str, protocol: Protocol
+) -> dict[str, list[int]]:
     """Counts by pair: key points, right ones at each alpha by ``<``, right ones by ``<=``."""
     sides = []
     for paths in ([pair.source for pair in pairs], [pair.target for pair in pairs]):
@@ -386,107 +294,3 @@ def _score_group(pairs: Sequence[Pair], pictures: _Pictures, method: str, protoc
         below, at_most = is_right(found, target.place(pair.target_points), pair.box, target.scale, protocol.alphas)
         counts[pair.name] = [len(found), *map(int, below.sum(0)), *map(int, at_most.sum(0))]
     return counts
-
-
-def titles(alphas: Sequence[float]) -> list[str]:
-    """Names of the figures: by key points with ``<``, then by pairs of pictures with ``<=``."""
-    names = [f"PCK@{alpha:g}" for alpha in alphas]
-    return names + [f"{name} per image" for name in names]
-
-
-def summarise(content: dict[str, Any]) -> dict[str, Any]:
-    """Averages in percent.
-
-    ``PCK@alpha`` is the LiFT paper's: by ``<``, over all key points of a category, then the mean over categories.
-    ``PCK@alpha per image`` is the data set authors': by ``<=``, over the key points of each pair, then the mean over a
-    category's pairs, or over all pairs. Means over seeds of those.
-
-    Returns:
-        ``"sizes"``: size -> method -> figures, ``"seed_std"`` (their standard deviation over seeds, None for one
-        seed) and ``"categories"``: category -> figures; ``"pairs"`` and ``"points"``: how many of each category went
-        in, over all seeds; ``"left_out"``: how many pairs could not be used; ``"skipped"``: how many files and
-        categories are named as the reason.
-    """
-    options = content["options"]
-    count, names = len(options["alphas"]), titles(options["alphas"])
-    sizes: dict[str, Any] = {}
-    pairs: dict[str, int] = {}
-    points: dict[str, int] = {}
-    for size in map(str, options["sizes"]):
-        sizes[size] = {}
-        for method in options["methods"]:
-            by_seed, by_category = [], []
-            pairs, points = {}, {}
-            scores = content["scores"].get(size, {}).get(method, {})
-            for draw in content["draws"] or [scores]:
-                tables = {}
-                for category in options["categories"]:
-                    taken = [name for name in draw.get(category, ()) if name not in content["left_out"]]
-                    rows = [scores[category][name] for name in taken]
-                    pairs[category] = pairs.get(category, 0) + len(rows)
-                    points[category] = points.get(category, 0) + sum(row[0] for row in rows)
-                    if rows:
-                        tables[category] = np.array(rows, dtype=np.float64)
-                if tables:
-                    figures, each = _averages(tables, count)
-                    by_seed.append(figures)
-                    by_category.append(each)
-            if not by_seed:
-                continue
-            entry: dict[str, Any] = dict(zip(names, map(float, np.mean(by_seed, 0)), strict=True))
-            spread = np.std(by_seed, 0, ddof=1) if len(by_seed) > 1 else None
-            entry["seed_std"] = None if spread is None else dict(zip(names, map(float, spread), strict=True))
-            entry["categories"] = {
-                category: dict(
-                    zip(names, map(float, np.mean([e[category] for e in by_category if category in e], 0)), strict=True)
-                )
-                for category in options["categories"]
-                if any(category in each for each in by_category)
-            }
-            sizes[size][method] = entry
-    return {
-        "pairs": pairs,
-        "points": points,
-        "left_out": len(content["left_out"]),
-        "skipped": len(content["skipped"]),
-        "sizes": sizes,
-    }
-
-
-def _averages(tables: dict[str, Any], count: int) -> tuple[Any, dict[str, Any]]:
-    """Figures of one seed in percent, over all and by category; rows are points, ``<`` counts, ``<=`` counts."""
-    each = {}
-    for category, table in tables.items():
-        per_point = table[:, 1 : 1 + count].sum(0) / table[:, 0].sum()
-        per_image = (table[:, 1 + count :] / table[:, :1]).mean(0)
-        each[category] = 100 * np.concatenate([per_point, per_image])
-    per_point = np.mean([figures[:count] for figures in each.values()], 0)
-    everything = np.concatenate(list(tables.values()))
-    per_image = 100 * (everything[:, 1 + count :] / everything[:, :1]).mean(0)
-    return np.concatenate([per_point, per_image]), each
-
-
-def tables(content: dict[str, Any], per_category: bool = False) -> list[Table]:
-    """One table for each size; with ``per_category`` also one for each size and figure, by category."""
-    options, summary = content["options"], content["summary"]
-    names = titles(options["alphas"])
-    pairs, points = sum(summary["pairs"].values()), sum(summary["points"].values())
-    count = sum(1 for number in summary["pairs"].values() if number)
-    categories = "1 category" if count == 1 else f"{count} categories"
-    about = f"SPair-71k {options['split']}, {categories}, {pairs} pairs, {points} key points"
-    if options["seeds"] > 1:
-        about += f", {options['seeds']} draws"
-    found = []
-    for size, entries in summary["sizes"].items():
-        rows = [(method, [entry[name] for name in names]) for method, entry in entries.items()]
-        found.append(Table(f"{about}, {size} pixels", [Column(name) for name in names], rows))
-    for size, entries in summary["sizes"].items() if per_category else ():
-        shown = [category for category in options["categories"] if summary["pairs"].get(category)]
-        for name in names:
-            rows = [
-                (method, [*(entry["categories"][category][name] for category in shown), entry[name]])
-                for method, entry in entries.items()
-            ]
-            columns = [Column(category) for category in (*shown, "mean")]
-            found.append(Table(f"{name}, {size} pixels", columns, rows))
-    return found

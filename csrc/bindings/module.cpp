@@ -1,0 +1,79 @@
+// lift_fast._C: plain functions on addresses and sizes. Python checks every argument before an address leaves it.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.hpp"
+#if LIFT_FAST_CUDA
+#include "cuda/probe.hpp"
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace lift_fast {
+
+void bind_bit_matrix(py::module_& m);
+void bind_cosine_loss(py::module_& m);
+void bind_dense_match(py::module_& m);
+void bind_dense_match_cuda(py::module_& m);
+void bind_image_encoder(py::module_& m);
+void bind_lift_forward(py::module_& m);
+void bind_nearest(py::module_& m);
+void bind_window_nearest(py::module_& m);
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda_architectures"] = LIFT_FAST_CUDA_ARCHITECTURES;
+#if LIFT_FAST_CUDA
+  info["cuda_runtime"] = cuda_runtime_version();
+#else
+  info["cuda_runtime"] = py::none();
+#endif
+  return info;
+}
+
+py::list isas() {
+  py::list names;
+  for (const CpuIsa isa : cpu_isas()) names.append(cpu_isa_name(isa));
+  return names;
+}
+
+py::tuple cuda_probe(int device) {
+#if LIFT_FAST_CUDA
+  py::gil_scoped_release release;
+  const CudaProbe result = probe_cuda(device);
+  py::gil_scoped_acquire acquire;
+  return py::make_tuple(result.works, result.reason);
+#else
+  (void)device;
+  return py::make_tuple(false, "built without CUDA: " LIFT_FAST_CUDA_REASON);
+#endif
+}
+
+}  // namespace
+}  // namespace lift_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of lift_fast";
+  m.def("build_info", &lift_fast::build_info, "What this binary was built from and for.");
+  m.def("cpu_isas", &lift_fast::isas, "Instruction sets that this CPU can run the kernels with, best first.");
+  m.def("cuda_probe", &lift_fast::cuda_probe, py::arg("device"),
+        "(works, reason): whether this binary's kernels run on a CUDA device.");
+  lift_fast::bind_bit_matrix(m);
+  lift_fast::bind_cosine_loss(m);
+  lift_fast::bind_dense_match(m);
+  lift_fast::bind_dense_match_cuda(m);
+  lift_fast::bind_image_encoder(m);
+  lift_fast::bind_lift_forward(m);
+  lift_fast::bind_nearest(m);
+  lift_fast::bind_window_nearest(m);
+}

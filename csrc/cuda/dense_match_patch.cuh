@@ -1,0 +1,92 @@
+// What a search and its mutual check do with a patch: its corners, the bilinear function between them, its pixels.
+#pragma once
+
+#include "dense_match_parameters.cuh"
+
+namespace lift_fast {
+
+// Larger than every pixel's number.
+constexpr int kNoPixel = 0x7fffffff;
+constexpr int kNoSeed = -0x7fffffff - 1;
+// A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+constexpr float kMatchSlack = 16 * 1.1920929e-7f;
+constexpr float kMatchLargest = 3.4028235e38f;
+
+__device__ __forceinline__ bool runs(const MatchWhen& when) {
+  return when.flag == nullptr || (*when.flag != 0) == when.wanted;
+}
+__device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
+__device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
+// Zero, or NaN if the value is not finite.
+__device__ __forceinline__ float unsound(float value) { return value - value; }
+// An integer that is ordered as the number is, with one zero; and the number of such an integer.
+__device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+__device__ __forceinline__ int rank_of(float value) { return ordered(as_int(value + 0.0f)); }
+__device__ __forceinline__ float ranked(int rank) { return as_float(ordered(rank)); }
+
+// A bilinear function of the shares (right, down) from its values at the four corners; exact where they are equal, and
+// the same wherever it is computed.
+struct Bilinear {
+  float near, right, down, both;
+  __device__ __forceinline__ Bilinear(float top_left, float top_right, float low_left, float low_right)
+      : near(top_left),
+        right(top_right - top_left),
+        down(low_left - top_left),
+        both((low_right - low_left) - (top_right - top_left)) {}
+  __device__ __forceinline__ float operator()(float share_x, float share_y) const {
+    return multiply_add(multiply_add(both, share_y, right), share_x, multiply_add(down, share_y, near));
+  }
+};
+
+// The better of two matches, the lower pixel among equals; what overflows takes no part.
+__device__ __forceinline__ void improve(float value, int pixel, float& best, int& index) {
+  const bool better = (value > best || (value == best && pixel < index)) && magnitude(value) <= kMatchLargest;
+  best = better ? value : best;
+  index = better ? pixel : index;
+}
+
+// A patch's four cells.
+struct Corners {
+  int top_left, top_right, low_left, low_right;
+  __device__ __forceinline__ Corners(const AxisParams& y, const AxisParams& x, int strip_y, int strip_x) {
+    const int top = y.low[strip_y] * x.cells, low = y.high[strip_y] * x.cells;
+    const int left = x.low[strip_x], right = x.high[strip_x];
+    top_left = top + left;
+    top_right = top + right;
+    low_left = low + left;
+    low_right = low + right;
+  }
+};
+
+// What a bound becomes by the patch's scales, rounding allowed for; `slack` without scales.
+template <bool kScale>
+__device__ __forceinline__ float scaled_bound(const PictureParams& p, int patch, float bound, float slack) {
+  if constexpr (!kScale) return bound + slack;
+  const float high = p.scale_high[patch];
+  return multiply_add(slack, high, bound * (bound > 0.0f ? high : p.scale_low[patch]));
+}
+
+// Calls visit(value, pixel) for the pixels of a patch that may be its largest, until that returns false.
+template <bool kScale, class Visit>
+__device__ __forceinline__ void each_pixel(const PictureParams& p, int strip_y, int strip_x, const Bilinear& patch,
+                                           Visit visit) {
+  const int first_y = p.y.first[strip_y], end_y = p.y.first[strip_y + 1];
+  const int first_x = p.x.first[strip_x], end_x = p.x.first[strip_x + 1];
+  if constexpr (kScale) {
+    for (int y = first_y; y < end_y; ++y) {
+      const float share_y = p.y.weight[y];
+      for (int x = first_x; x < end_x; ++x) {
+        const int pixel = y * p.x.pixels + x;
+        if (!visit(patch(p.x.weight[x], share_y) * p.scale[pixel], pixel)) return;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int y = i < 2 ? first_y : end_y - 1, x = i % 2 == 0 ? first_x : end_x - 1;
+      if (!visit(patch(p.x.weight[x], p.y.weight[y]), y * p.x.pixels + x)) return;
+    }
+  }
+}
+
+}  // namespace lift_fast

@@ -1,0 +1,107 @@
+"""What may run on which device, and the reason where it may not: every automatic choice asks here.
+
+The environment's switches may change at any time, a device does not: of each one it is asked once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import _env, _native
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class DeviceError(ValueError, RuntimeError):
+    """A device was asked for that this machine does not have."""
+
+
+def resolve(wish: str | torch.device | None, local_rank: int | None = None) -> torch.device:
+    """The device to compute on: the one that was asked for; for None a GPU where there is one, else the CPU.
+
+    Args:
+        wish: such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        local_rank: of the process among those of this machine: which GPU ``"cuda"`` is. None leaves it without number,
+            which is PyTorch's current one.
+
+    Raises:
+        ValueError: for what is no device; DeviceError for one that is not there.
+    """
+    there = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if there else "cpu") if wish is None else wish)
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"device {wish!r} does not exist: device must be cpu, cuda, cuda:1, ... or None for what is there"
+        ) from None
+    if device.type != "cuda":
+        return device
+    if not there:
+        raise DeviceError(
+            f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "
+            "to take what is there"
+        )
+    if device.index is None and local_rank is not None:
+        device = torch.device("cuda", local_rank)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device={str(device)!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices, from "
+            "cuda:0 on"
+        )
+    return device
+
+
+def native_runs() -> tuple[bool, str]:
+    """Whether the native core serves tensors on the CPU, and the reason if not."""
+    return _native.can_run()
+
+
+def kernels_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the Triton kernels serve tensors of ``dtype`` on ``device``, and the reason if not."""
+    if device.type != "cuda":
+        return False, f"the tensors are on {device}, not on a CUDA device"
+    if dtype not in KERNEL_DTYPES:
+        return False, f"the kernels compute in {', '.join(map(str, KERNEL_DTYPES))}, not in {dtype}"
+    return triton_runs(device)
+
+
+def triton_runs(device: torch.device | None = None) -> tuple[bool, str]:
+    """Whether Triton kernels run on a CUDA device (the current one), and the reason if not. May initialise CUDA."""
+    if _env.triton_disabled():
+        return False, "switched off by LIFT_FAST_DISABLE_TRITON=1"
+    return _ask_triton(device) if device is not None and device.index is not None else _ask_triton.__wrapped__(device)
+
+
+@cache
+def _ask_triton(device: torch.device | None) -> tuple[bool, str]:
+    # Imported only here: Triton is optional and slow to load.
+    try:
+        import triton
+    except ImportError as error:
+        return False, f"Triton cannot be imported: {error}"
+    if not torch.cuda.is_available():
+        return False, f"Triton {triton.__version__} is installed, but PyTorch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return False, f"needs compute capability 8.0 or later, the device has {capability[0]}.{capability[1]}"
+    return True, f"Triton {triton.__version__}"
+
+
+def cuda_runs(device: torch.device) -> tuple[bool, str]:
+    """Whether the native core's CUDA kernels run on a device, and the reason if not. Initialises CUDA."""
+    if _env.cuda_disabled():
+        return False, "switched off by LIFT_FAST_DISABLE_CUDA=1"
+    runs, reason = native_runs()
+    if not runs:
+        return False, reason
+    if device.type != "cuda":
+        return False, f"needs a CUDA device, got {device}"
+    return _ask_core(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _ask_core(index: int) -> tuple[bool, str]:
+    works, reason = _native.require().cuda_probe(index)
+    return works, reason

@@ -1,0 +1,84 @@
+"""Results of DAVIS as JSON holds them, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lift_fast.evaluation.tables import Column, Table
+
+from .scores import MEASURES, SequenceScores, mean_measures
+
+PROTOCOL = "davis"
+
+
+def content(
+    scores: Mapping[str, Sequence[SequenceScores]],
+    skipped: Mapping[str, str],
+    options: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything of a run.
+
+    Args:
+        scores: by method.
+        skipped: what could not be predicted or scored, and why.
+        options: of the protocol.
+        record: what the results depend on.
+
+    Returns:
+        ``"protocol", "complete", "options", "record", "skipped"``; ``"scores"``: method -> sequence -> ``"frames"``,
+        ``"J"`` and ``"F"`` ``[objects][frames]`` and ``"objects"``, the measures of each, all from 0 to 1; and
+        ``"summary"``: method -> measures in percent, means over all objects, with the number of ``"sequences"`` and
+        ``"objects"`` that went in.
+    """
+    return {
+        "protocol": PROTOCOL,
+        "complete": not skipped,
+        "options": dict(options),
+        "record": dict(record),
+        "scores": {
+            method: {
+                one.name: {
+                    "frames": list(one.frames),
+                    "J": one.j.tolist(),
+                    "F": one.f.tolist(),
+                    "objects": one.objects(),
+                }
+                for one in sequences
+            }
+            for method, sequences in scores.items()
+        },
+        "skipped": dict(skipped),
+        "summary": {method: _summary(sequences) for method, sequences in scores.items()},
+    }
+
+
+def _summary(sequences: Sequence[SequenceScores]) -> dict[str, Any]:
+    objects = [one for sequence in sequences for one in sequence.objects()]
+    means = mean_measures(objects) if objects else dict.fromkeys(MEASURES)
+    return {
+        **{name: None if value is None else 100 * value for name, value in means.items()},
+        "sequences": len(sequences),
+        "objects": len(objects),
+    }
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """One table of all methods, in percent; none where nothing could be scored."""
+    summary = result["summary"]
+    columns = [Column(name, "low" if name.endswith("Decay") else "high") for name in MEASURES]
+    counts = {(entry["sequences"], entry["objects"]) for entry in summary.values()}
+    options = result["options"]
+    if not any(objects for _, objects in counts):
+        return []
+    heading = f"DAVIS {options['year']}, {options['subset']}"
+    if options["binary_masks"]:
+        heading += ", binary masks"
+    if options.get("protocol") == "dino":
+        heading += ", DINO's protocol"
+    if len(counts) == 1:
+        sequences, objects = counts.pop()
+        heading += f": {objects} objects in {sequences} sequences"
+    rows = [(method, [entry[name] for name in MEASURES]) for method, entry in summary.items()]
+    return [Table(heading, columns, rows)]

@@ -1,0 +1,39 @@
+"""Rules between which the protocols let one choose, where published evaluations differ; the first is the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+IMAGE_BRANCHES = ("published", "aligned")
+"""What LiFT's image branch sees, see :func:`lift_fast.evaluation.methods.build_methods`."""
+PLACEMENTS = ("stretch", "cover")
+"""Where a map lies: over the whole image, or over the pixels that its cells see."""
+DRAWS = ("distinct", "published")
+"""How pairs of SPair-71k are drawn, see :func:`lift_fast.evaluation.spair.evaluate`."""
+RULES = ("published", "exact")
+"""How images are resized and boxes compared, see :func:`lift_fast.evaluation.discovery.prepare`."""
+PROTOCOLS = ("lift", "dino")
+"""Whose evaluation on DAVIS, see :class:`lift_fast.evaluation.davis.PropagationOptions`."""
+
+
+def check_rule(name: str, value: object, rules: Sequence[str]) -> None:
+    """Refuse what is none of ``rules``.
+
+    Raises:
+        ValueError: names what came.
+    """
+    if value not in rules:
+        raise ValueError(f"{name} must be {' or '.join(rules)}, got {value!r}")
+
+
+def check_sizes(sizes: Sequence[int], seeds: int, patch_size: int) -> None:
+    """Refuse sizes S of S x S that are none, equal or smaller than a patch, and fewer than one seed.
+
+    Raises:
+        ValueError: names what came.
+    """
+    if seeds < 1 or not sizes or min(sizes) < patch_size or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"expected at least one seed and different sizes of at least a patch ({patch_size} pixels), got {seeds} "
+            f"seeds and sizes {', '.join(map(str, sizes))}"
+        )

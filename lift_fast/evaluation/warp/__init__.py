@@ -1,0 +1,55 @@
+"""Matching under known warps: protocol, runs, sheets."""
+
+from .protocol import (
+    ALPHAS,
+    MARGIN,
+    Score,
+    View,
+    WarpProtocol,
+    change_colours,
+    evaluate_batch,
+    homography_through,
+    make_view,
+    matches,
+    name_seed,
+    normaliser,
+    picture_name,
+    project,
+    random_homography,
+    read_views,
+    render,
+    score,
+)
+from .run import evaluate
+from .sheet import RIGHT, WRONG, Pair, choose, draw_sheet, match_pairs
+from .summary import summarise, tables
+
+__all__ = [
+    "ALPHAS",
+    "MARGIN",
+    "RIGHT",
+    "WRONG",
+    "Pair",
+    "Score",
+    "View",
+    "WarpProtocol",
+    "change_colours",
+    "choose",
+    "draw_sheet",
+    "evaluate",
+    "evaluate_batch",
+    "homography_through",
+    "make_view",
+    "match_pairs",
+    "matches",
+    "name_seed",
+    "normaliser",
+    "picture_name",
+    "project",
+    "random_homography",
+    "read_views",
+    "render",
+    "score",
+    "summarise",
+    "tables",
+]

@@ -1,0 +1,101 @@
+"""Running the warp protocol over a folder: progress, resumption, the summary and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lift_fast.backbones import FrozenViT
+from lift_fast.evaluation.methods import Method
+from lift_fast.evaluation.resume import Journal, new_result
+from lift_fast.evaluation.rules import check_sizes
+
+from .protocol import WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
+from .summary import summarise
+
+PROTOCOL = "warp"
+
+
+def evaluate(
+    methods: Sequence[Method],
+    backbone: FrozenViT,
+    paths: Sequence[Path],
+    root: Path,
+    *,
+    sizes: Sequence[int] = (112, 224, 448),
+    seeds: int = 1,
+    protocol: WarpProtocol | None = None,
+    reference: str | None = None,
+    batch_size: int = 8,
+    out: Path | None = None,
+    record: dict[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """Evaluate methods on photographs.
+
+    Args:
+        methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
+        backbone: says how pictures are normalised and where it runs.
+        paths: photographs; ``root`` is the folder that their names are relative to.
+        sizes: pixels S of the square views.
+        seeds: warps of each photograph; 0 to ``seeds - 1``.
+        protocol: options; None takes the defaults.
+        reference: method that the others are compared with photograph by photograph; None for no comparison.
+        batch_size: pairs of views at one time.
+        out: file for the result, written every few seconds too; one that is there and was made with the same
+            ``record`` and options is resumed.
+        record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
+            must be the same to resume.
+        progress: called with the number of pairs that have been done.
+
+    Returns:
+        The result as JSON holds it: ``"protocol", "complete", "options", "record", "scores"`` (seed, size, method,
+        photograph -> shares at each alpha, mean and median error), ``"skipped"`` and ``"summary"``.
+
+    Raises:
+        ValueError: for sizes, seeds or a reference that do not fit, or an ``out`` of other options.
+        FileNotFoundError: if the folder of ``out`` does not exist.
+    """
+    protocol = protocol or WarpProtocol()
+    names = [method.name for method in methods]
+    if reference is not None and reference not in names:
+        raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
+    check_sizes(sizes, seeds, backbone.patch_size)
+    options = {
+        "methods": names,
+        "sizes": list(sizes),
+        "seeds": seeds,
+        "points": protocol.points,
+        "alphas": list(protocol.alphas),
+        "photometric": protocol.photometric,
+        "reference": reference,
+        "photographs": [picture_name(path, root) for path in paths],
+    }
+    journal = Journal(out, new_result(PROTOCOL, options, record, skipped={}))
+    if journal.before is not None:
+        journal.content.update({name: journal.before[name] for name in ("scores", "skipped")})
+    skipped = journal.content["skipped"]
+    normalise = normaliser(backbone.mean, backbone.std, backbone.device, backbone.dtype)
+    for seed in range(seeds):
+        for size in sizes:
+            found = {name: journal.part(seed, size, name) for name in names}
+            done = {*skipped, *set.intersection(*(set(scores) for scores in found.values()))}
+            todo = [path for path in paths if picture_name(path, root) not in done]
+            progress(len(paths) - len(todo))
+            views = read_views(todo, root, size, seed, protocol)
+            while group := list(islice(views, batch_size)):
+                skipped.update({name: view for name, view in group if isinstance(view, str)})
+                sound = {name: view for name, view in group if not isinstance(view, str)}
+                if sound:
+                    with torch.inference_mode():
+                        scores = evaluate_batch(methods, list(sound.values()), size, normalise, protocol)
+                    for method, values in scores.items():
+                        rows = [[*one.pck, one.error, one.median] for one in values]
+                        found[method].update(zip(sound, rows, strict=True))
+                    journal.save()
+                progress(len(group))
+    return journal.finish(complete=True, summary=summarise(journal.content))

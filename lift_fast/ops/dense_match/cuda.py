@@ -1,0 +1,183 @@
+"""``dense_match``'s search and its mutual check as the native core's CUDA kernels, on tables of cell similarities."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _native, memory
+from ...kernels import launch
+from ...kernels.strips import Band, Scales, Strips
+
+# Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
+# of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
+MOST_MUTUAL_GROUP, MOST_MUTUAL_CELLS, _CANDIDATE_WORDS = 4096, 24000, 8
+
+
+class When(NamedTuple):
+    """Of two launches the one that runs, decided on the device: the one that wants what the flag says."""
+
+    flag: Tensor
+    """[] int32"""
+    wanted: bool
+    """whether the launch runs where the flag is not zero, or where it is"""
+
+
+def _axis(strips: Strips) -> tuple[int, ...]:
+    return (*strips.arguments(), strips.longest)
+
+
+def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
+    if scales is None:
+        return 0, 0, 0, 0
+    return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr(), scales.rows.data_ptr()
+
+
+def _condition(when: When | None) -> tuple[int, bool]:
+    return (0, True) if when is None else (when.flag.data_ptr(), when.wanted)
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """Number of a tensor's device, and the device's current stream."""
+    device = launch.device_of(tensor)
+    return device, launch.current_stream(device)
+
+
+def _check(device: torch.device, **tensors: tuple[Tensor, tuple[int, ...], torch.dtype]) -> None:
+    for name, (tensor, shape, dtype) in tensors.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name} must be {list(shape)} {dtype} on {device}, got {list(tensor.shape)} {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _check_picture(device: torch.device, name: str, axes: tuple[Strips, Strips], scales: Scales | None) -> None:
+    for axis, letter in zip(axes, "yx", strict=True):
+        _check(
+            device,
+            **{
+                f"{name} {letter} low": (axis.low, (axis.count,), torch.int32),
+                f"{name} {letter} high": (axis.high, (axis.count,), torch.int32),
+                f"{name} {letter} first": (axis.first, (axis.count + 1,), torch.int32),
+                f"{name} {letter} weight": (axis.weight, (axis.pixels,), torch.float32),
+            },
+        )
+    if scales is not None:
+        y, x = axes
+        _check(
+            device,
+            **{
+                f"{name} scale": (scales.pixel, (y.pixels * x.pixels,), torch.float32),
+                f"{name} scale, high": (scales.high, (y.count * x.count,), torch.float32),
+                f"{name} scale, low": (scales.low, (y.count * x.count,), torch.float32),
+                f"{name} scale, rows": (scales.rows, (y.pixels * x.count,), torch.float32),
+            },
+        )
+
+
+def _check_when(device: torch.device, when: When | None) -> None:
+    if when is not None:
+        _check(device, flag=(when.flag, (), torch.int32))
+
+
+def match(
+    table: Tensor,
+    key: tuple[Strips, Strips],
+    scales: Scales | None,
+    similarity: Tensor,
+    index: Tensor,
+    query: tuple[Strips, Strips] | None = None,
+    band: Band | None = None,
+    when: When | None = None,
+) -> None:
+    """Write the best key pixel of each query pixel, -1 and -inf where there is none.
+
+    Args:
+        table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: a row for each point, or for each
+            cell of the query's ``band``.
+        key: the key picture's strips along y and x.
+        scales: of the key's pixels, or None for ones.
+        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query picture, of which the pixels of
+            ``band`` are written.
+        query, band: None for points.
+        when: the launch may do nothing.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit.
+        RuntimeError: if the native core has no CUDA part, or CUDA fails.
+    """
+    y, x = key
+    device, rows = table.device, table.shape[0]
+    count = rows if query is None else query[0].pixels * query[1].pixels
+    _check_picture(device, "key", key, scales)
+    _check(
+        device,
+        table=(table, (rows, y.cells * x.cells), torch.float32),
+        similarity=(similarity, (count,), torch.float32),
+        index=(index, (count,), torch.int64),
+    )
+    pictures = (table.data_ptr(), rows, _axis(y), _axis(x), _factors(scales))
+    _check_when(device, when)
+    results = (similarity.data_ptr(), index.data_ptr())
+    if query is None or band is None:
+        _native.require().dense_match_points(*pictures, *results, _condition(when), *_where(table))
+        return
+    _check_picture(device, "query", query, None)
+    cut = (*band.strips_y, *band.strips_x, band.top, band.left, band.width)
+    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, _condition(when), *_where(table))
+
+
+def mutual(
+    table: Tensor,
+    query: tuple[Strips, Strips],
+    scales: Scales | None,
+    key: tuple[Strips, Strips],
+    index: Tensor,
+    valid: Tensor,
+    when: When | None = None,
+) -> None:
+    """Write whether the best query pixel of each query pixel's match is that pixel.
+
+    Args:
+        table: ``[query cells, key cells]`` float32 contiguous similarities.
+        query, key: the pictures' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells,
+            and ``MOST_MUTUAL_CELLS`` key cells.
+        scales: of the query's pixels, or None for ones.
+        index: ``[H * W]`` int64, the match of each query pixel, of :func:`match` on the same similarities.
+        valid: ``[H * W]`` bool.
+        when: the launch may do nothing.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit.
+        RuntimeError: if the native core has no CUDA part, or CUDA fails.
+    """
+    device = table.device
+    for name, axes in (("query", query), ("key", key)):
+        _check_picture(device, name, axes, scales if name == "query" else None)
+    key_cells, query_cells = (axes[0].cells * axes[1].cells for axes in (key, query))
+    _check(
+        device,
+        table=(table, (query_cells, key_cells), torch.float32),
+        index=(index, (query[0].pixels * query[1].pixels,), torch.int64),
+        valid=(valid, (query[0].pixels * query[1].pixels,), torch.bool),
+    )
+    _check_when(device, when)
+    most = 4 * query[0].count * query[1].count if scales is None else index.shape[0]
+    scratch = memory.zeros(_CANDIDATE_WORDS * (most + 1), dtype=torch.int32, device=device)
+    _native.require().dense_match_mutual(
+        table.data_ptr(),
+        *map(_axis, query),
+        _factors(scales),
+        *map(_axis, key),
+        index.data_ptr(),
+        valid.data_ptr(),
+        scratch.data_ptr(),
+        scratch.shape[0],
+        _condition(when),
+        *_where(table),
+    )

@@ -1,0 +1,223 @@
+"""The operator ``dense_match``: maps made ready, a search chosen, large key images in parts, and matches both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..nearest.plain import full_matmul_precision, unit_rows
+from . import cpu, gpu, plain
+from .bilinear import StretchedMap, index_of, points_of, power_of_two, whole_pixels
+
+library.define(
+    "dense_match(Tensor query_map, Tensor key_map, int[] query_size, int[] key_size, Tensor? points, str normalize,"
+    " bool mutual) -> (Tensor, Tensor, Tensor)"
+)
+
+# Key pixels that are searched together where the search, or its scales, needs numbers for each; and where it does not,
+# pixels that 32 bits still number.
+_MOST_SCALED, _MOST_PIXELS = 1 << 24, 1 << 30
+# Powers of two: norms of cells in float32 whose products, and theirs with scales, stay clear of the ends of its range.
+_LEAST_NORM, _MOST_NORM = -40, 60
+# Of each dtype, to which power of two the largest number of a map is brought, so that products stay clear of both ends;
+# and the largest factor for that.
+_RAISED = {torch.float32: (40, 127), torch.float64: (450, 1000)}
+
+
+def _ordinary(rows: Tensor) -> bool:
+    """Whether products of these float32 cells, as they come, neither leave its range nor vanish."""
+    # The faster one of each layout.
+    norm = torch.linalg.vector_norm(rows, dim=1) if rows.is_contiguous() else (rows * rows).sum(1).sqrt_()
+    strange = (norm < 2.0**_LEAST_NORM) | (norm > 2.0**_MOST_NORM)
+    if not bool(strange.any()):
+        return True
+    rest = rows[strange]
+    # Zero is zero, and what is not finite takes no part.
+    return not bool((torch.isfinite(rest).all(1) & (rest != 0).any(1)).any())
+
+
+def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens times a power of two that keeps their products in range, which changes no digit; its exponent []."""
+    top, most = _RAISED[tokens.dtype]
+    exponent = torch.frexp(tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax())[1]
+    shift = (top - exponent).clamp_(max=most)
+    return tokens * power_of_two(shift).to(tokens.dtype), shift
+
+
+def stretch(
+    cells: Tensor, size: tuple[int, int], normalize: str, native: bool = False, scaled: bool = False
+) -> StretchedMap:
+    """Prepare one map ``[C, h, w]``, float32 or float64.
+
+    Args:
+        cells: the map.
+        size: (H, W) pixels.
+        normalize: "grid" divides the cells by their norms.
+        native: as the native core takes it, which normalises for itself.
+        scaled: see :func:`_in_range`.
+    """
+    grid = (cells.shape[1], cells.shape[2])
+    tokens = cells.flatten(1).t()
+    if native:
+        # As it lies.
+        return StretchedMap(tokens, grid, size, unnormalized=normalize == "grid")
+    if normalize == "grid":
+        return StretchedMap(unit_rows(tokens).contiguous(), grid, size)
+    if not scaled:
+        return StretchedMap(tokens.contiguous(), grid, size)
+    tokens, exponent = _in_range(tokens.contiguous())
+    return StretchedMap(tokens, grid, size, exponent=exponent)
+
+
+def _stretched(
+    maps: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    normalize: str,
+    exhaustive: bool,
+    backend: str | None,
+) -> tuple[StretchedMap, StretchedMap]:
+    """Prepare the query's and the key's map ``[C, h, w]``."""
+    asked = backend is None and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
+    native = asked and not exhaustive and cpu.can_run(maps[0])[0]
+    query, key = (stretch(*each, normalize, native, not asked) for each in zip(maps, sizes, strict=True))
+    if normalize == "grid" or not asked or (_ordinary(query.tokens) and _ordinary(key.tokens)):
+        return query, key
+    # On the CPU, which may be asked, in float64: that has room for every product of float32.
+    return _stretched([cells.double() for cells in maps], sizes, normalize, exhaustive, backend)
+
+
+def _choose(
+    query: StretchedMap, key: StretchedMap, exhaustive: bool, backend: str | None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The search of a backend, called as :func:`.plain.match`."""
+    if backend is not None:
+        return partial(gpu.match, backend=backend)
+    if exhaustive:
+        return partial(plain.match, exhaustive=True)
+    if cpu.can_run(query.tokens)[0]:
+        return cpu.match
+    return gpu.match if gpu.can_run(query, key)[0] else plain.match
+
+
+def _match(
+    query: StretchedMap,
+    key: StretchedMap,
+    points: Tensor | None,
+    per_pixel: bool,
+    exhaustive: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Match ``points [P, 2]`` (None: all pixels) of one image; returns similarity [P], pixel index [P] or -1."""
+    # As many rows of key pixels at one time as can be numbered, or held where the search needs something for each.
+    height, width = key.size
+    step = max(1, _MOST_PIXELS // width)
+    search = _choose(query, key._replace(part=(0, min(step, height))), exhaustive, backend)
+    if per_pixel or exhaustive or search is plain.match:
+        step = max(1, _MOST_SCALED // width)
+    if step >= height:
+        return search(query, key, points, per_pixel)
+    similarity, index = [], []
+    for begin in range(0, height, step):
+        part = key._replace(part=(begin, min(begin + step, height)))
+        values, found = search(query, part, points, per_pixel)
+        similarity.append(values)
+        index.append(torch.where(found < 0, found, found + begin * width))
+    # ``max`` promises the first of equal values: the lowest pixel.
+    best, which = torch.stack(similarity).max(0)
+    return best, torch.stack(index).gather(0, which[None])[0]
+
+
+def _match_mutual(
+    query: StretchedMap,
+    key: StretchedMap,
+    points: Tensor | None,
+    per_pixel: bool,
+    exhaustive: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_match`, and whether each match's own best query pixel is the one that it came from ``[P]``."""
+    on_gpu = backend is not None or (not exhaustive and gpu.can_run(query, key)[0])
+    if on_gpu and gpu.checks_mutual(query, key, points, backend):
+        return gpu.match_mutual(query, key, points, per_pixel)
+    values, index = _match(query, key, points, per_pixel, exhaustive, backend)
+    there = points_of(index.clamp_min(0), key.size)
+    _, back = _match(key, query, there, per_pixel, exhaustive, backend)
+    start = torch.arange(query.pixels, device=index.device) if points is None else index_of(points, query.size)
+    return values, index, (index >= 0) & (back == start)
+
+
+def dense_match(
+    query_map: Tensor,
+    key_map: Tensor,
+    query_size: list[int],
+    key_size: list[int],
+    points: Tensor | None,
+    normalize: str,
+    mutual: bool,
+    exhaustive: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as :func:`lift_fast.dense_match`.
+
+    Args:
+        exhaustive: look at every key pixel (reference and baseline).
+        backend: "cuda" or "triton" for that kernel on the GPU and no other; None for the best there is.
+
+    Raises:
+        ValueError: for points outside the query image.
+        RuntimeError: if the kernel that was asked for by name cannot run; says why.
+    """
+    query_map, key_map = library.resolved(query_map), library.resolved(key_map)
+    dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
+    query_hw, key_hw = (query_size[0], query_size[1]), (key_size[0], key_size[1])
+    if points is not None:
+        points = whole_pixels(library.resolved(points), query_hw)
+    per_pixel = normalize == "pixel"
+    similarity, indices, valid = [], [], []
+    with full_matmul_precision():
+        for b in range(query_map.shape[0]):
+            maps = query_map[b].to(dtype), key_map[b].to(dtype)
+            query, key = _stretched(maps, (query_hw, key_hw), normalize, exhaustive, backend)
+            at = None if points is None else points[b]
+            if mutual:
+                values, index, good = _match_mutual(query, key, at, per_pixel, exhaustive, backend)
+            else:
+                values, index = _match(query, key, at, per_pixel, exhaustive, backend)
+                good = index >= 0
+            if not per_pixel and query.exponent is not None and key.exponent is not None:
+                # In two steps, of which neither need leave the range for the result to stay in it.
+                whole = -(query.exponent + key.exponent)
+                half = whole // 2
+                values = values.double() * power_of_two(half) * power_of_two(whole - half)
+            similarity.append(values.to(dtype))
+            indices.append(index)
+            valid.append(good)
+    index = torch.stack(indices)
+    xy = points_of(index, key_hw).masked_fill_((index < 0)[..., None], -1)
+    return torch.stack(similarity), xy, torch.stack(valid)
+
+
+def _fake_dense_match(
+    query_map: Tensor,
+    key_map: Tensor,
+    query_size: list[int],
+    key_size: list[int],
+    points: Tensor | None,
+    normalize: str,
+    mutual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = query_map.shape[0]
+    count = query_size[0] * query_size[1] if points is None else points.shape[1]
+    dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
+    return (
+        query_map.new_empty((batch, count), dtype=dtype),
+        query_map.new_empty((batch, count, 2), dtype=torch.int64),
+        query_map.new_empty((batch, count), dtype=torch.bool),
+    )
+
+
+library.implement("dense_match", dense_match, fake=_fake_dense_match)

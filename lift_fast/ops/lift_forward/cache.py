@@ -1,0 +1,94 @@
+"""One plan per set of weights, found again by the weights themselves and never used once one of them changed.
+
+The plan lives here and not in the module, so the operator is a pure function of its inputs: compiled and exported
+graphs see the raw weights, and moving, copying or pickling a module needs no care.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...witnesses import Witnesses
+from .plan import Architecture, Plan, build_plan
+
+_CAPACITY = 32
+
+
+class _Entry:
+    def __init__(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> None:
+        self.witnesses = Witnesses(weights)
+        self.epsilons = list(epsilons)
+        self.architecture = architecture
+        self.plan = build_plan(weights, epsilons, architecture)
+        self.prepared: dict[Hashable, Any] = {}
+
+    def fits(self, weights: Sequence[Tensor], epsilons: Sequence[float], architecture: Architecture) -> bool:
+        return (
+            architecture == self.architecture and list(epsilons) == self.epsilons and self.witnesses.recognise(weights)
+        )
+
+
+_entries: OrderedDict[tuple[torch.device, int], _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _key(weights: Sequence[Tensor]) -> tuple[torch.device, int]:
+    # outc.weight stands for its network. The storage's identity, unlike its address, exists for fake tensors too.
+    return weights[-2].device, weights[-2].untyped_storage()._cdata
+
+
+def prepared_plan(
+    weights: Sequence[Tensor],
+    epsilons: Sequence[float],
+    architecture: Architecture,
+    basis: bool,
+    variant: Hashable,
+    prepare: Callable[[Plan], Any],
+) -> Any:
+    """What ``prepare`` makes of the plan of these weights, kept under the name ``variant`` while they stay unchanged.
+
+    With ``basis`` of the plan in its basis, see :meth:`.plan.Plan.in_basis`.
+
+    Raises:
+        ValueError: from :func:`.plan.build_plan`, if the weights are not sound.
+    """
+    key = _key(weights)
+    entry = _entries.get(key)
+    if entry is None or not entry.fits(weights, epsilons, architecture):
+        # Preparing inside inference mode would make tensors that later calls outside of it cannot all use.
+        with torch.inference_mode(False), torch.no_grad():
+            entry = _Entry(weights, epsilons, architecture)
+        with _lock:
+            _entries[key] = entry
+            _entries.move_to_end(key)
+            for old in [name for name, other in _entries.items() if other.witnesses.expired()]:
+                del _entries[old]
+            while len(_entries) > _CAPACITY:
+                _entries.popitem(last=False)
+    name = (variant, basis)
+    ready = entry.prepared.get(name)
+    if ready is None:
+        with torch.inference_mode(False), torch.no_grad():
+            ready = entry.prepared[name] = prepare(entry.plan.in_basis() if basis else entry.plan)
+    return ready
+
+
+def clear_plans() -> None:
+    """Forget every inference plan; the next forward pass in evaluation mode builds its plan anew.
+
+    Needed only after weights were changed in ways PyTorch does not count: through ``.data``, NumPy or a raw pointer.
+    """
+    with _lock:
+        _entries.clear()
+
+
+def forget_plan(weights: Sequence[Tensor]) -> None:
+    """Forget the plan of one network."""
+    with _lock:
+        _entries.pop(_key(weights), None)

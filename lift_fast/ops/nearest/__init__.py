@@ -1,0 +1,1 @@
+"""``nearest``: ``op`` registers the operator and decides, ``plain``, ``cpu`` and ``gpu`` search."""

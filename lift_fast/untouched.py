@@ -1,0 +1,95 @@
+"""Whether a module computes what its class says, so that the same arithmetic may stand for a call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _registry
+from torch.utils.module_tracker import ModuleTracker
+
+# PyTorch's own dictionaries of the hooks that run in every module's call.
+_EVERYWHERE: tuple[dict[int, Any], ...] = (
+    _registry._global_forward_hooks,
+    _registry._global_forward_pre_hooks,
+    _registry._global_backward_hooks,
+    _registry._global_backward_pre_hooks,
+)
+
+
+def is_untouched(*modules: Any) -> bool:
+    """Whether nothing but ``forward`` of its class runs when one of ``modules`` is called: no ``forward`` of the
+    instance, no hooks or pre-hooks of its own, none that PyTorch runs in every call."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return all(_only_watches(hook) for hooks in _EVERYWHERE for hook in hooks.values())
+
+
+def _only_watches(hook: Any) -> bool:
+    """Whether this is the hook by which PyTorch's counters of operations learn the module's name: to call other
+    operations for its sake would count others than run without it."""
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
+
+
+def is_timms(module: nn.Module) -> bool:
+    """Whether ``forward`` of the module's class is timm's, and was not put there by somebody else."""
+    return type(module).forward.__module__.startswith("timm.")
+
+
+class Unchanged:
+    """What would differ had somebody edited or hooked one of these modules since; backward hooks are not looked at.
+
+    To look again costs a fifth of what it costs to look: :class:`lift_fast.LiFT` and the backbones do before each
+    forward pass.
+
+    Args:
+        roots: the modules, with all that is in them.
+        settings: (reader, dictionaries): what the reader finds in the modules' dictionaries decides what they compute.
+    """
+
+    def __init__(self, roots: list[Any], settings: Sequence[tuple[Callable[[Any], Any], list[Any]]]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._roots = roots
+        self._children = [module._modules for module in modules if module._modules]
+        self._members = self._now()
+        self._modules = modules
+        self._types = [type(module) for module in modules]
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = [kind.forward for kind in self._classes]
+        self._attributes = [module.__dict__ for module in modules]
+        # A forward of its own is one more.
+        self._sizes = [len(entries) for entries in self._attributes]
+        hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks: list[dict[int, Any]] = [*hooks, *_EVERYWHERE]
+        self._settings = [(read, entries, [*map(read, entries)]) for read, entries in settings]
+
+    def _now(self) -> list[tuple[Any, ...]]:
+        return [*map(tuple, map(dict.values, self._children))]
+
+    def still(self, roots: list[Any]) -> bool:
+        """Whether ``roots`` are the same modules, none of them edited since, none hooked."""
+        if not (
+            roots == self._roots
+            and not any(self._hooks)
+            and self._now() == self._members
+            and [*map(type, self._modules)] == self._types
+            and [*map(len, self._attributes)] == self._sizes
+            and [kind.forward for kind in self._classes] == self._forwards
+        ):
+            return False
+        # A loop, since each element of a generator costs as much as a call.
+        for read, entries, values in self._settings:
+            try:
+                if [*map(read, entries)] != values:
+                    return False
+            except KeyError:
+                return False
+        return True
