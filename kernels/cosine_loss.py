@@ -39,6 +39,26 @@ def _store(base, outer, channel, position, channels, inner, channel_stride, inne
 
 
 @triton.jit
+def _sums(
+    prediction, target, at_x, at_y, position, channels, inner, prediction_channel, prediction_inner, target_channel,
+    target_inner, factor_x, factor_y, FIRST: tl.constexpr, POSITIONS: tl.constexpr
+):  # fmt: skip
+    """Dot product and squared norms ``[POSITIONS]`` of vectors times factors, read in portions of channels."""
+    product = tl.zeros([POSITIONS], tl.float32)
+    own = tl.zeros([POSITIONS], tl.float32)
+    other = tl.zeros([POSITIONS], tl.float32)
+    for start in range(0, channels, FIRST):
+        c = start + tl.arange(0, FIRST)
+        x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
+        y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
+        x, y = x.to(tl.float32) * factor_x, y.to(tl.float32) * factor_y
+        product += tl.sum(x * y, 0)
+        own += tl.sum(x * x, 0)
+        other += tl.sum(y * y, 0)
+    return product, own, other
+
+
+@triton.jit
 def cosine_loss_kernel(
     prediction, target, gradient, loss, upstream, channels, inner,
     prediction_outer, prediction_channel, prediction_inner,
@@ -54,17 +74,10 @@ def cosine_loss_kernel(
     at_x, at_y, at_g = outer * prediction_outer, outer * target_outer, outer * gradient_outer
     channel = tl.arange(0, FIRST)
     if LOOP:
-        product = tl.zeros([POSITIONS], tl.float32)
-        own = tl.zeros([POSITIONS], tl.float32)
-        other = tl.zeros([POSITIONS], tl.float32)
-        for start in range(0, channels, FIRST):
-            c = start + channel
-            x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
-            y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
-            x, y = x.to(tl.float32), y.to(tl.float32)
-            product += tl.sum(x * y, 0)
-            own += tl.sum(x * x, 0)
-            other += tl.sum(y * y, 0)
+        product, own, other = _sums(
+            prediction, target, at_x, at_y, position, channels, inner, prediction_channel, prediction_inner,
+            target_channel, target_inner, 1.0, 1.0, FIRST, POSITIONS
+        )  # fmt: skip
     else:
         x = _load(prediction, at_x, channel, position, channels, inner, prediction_channel, prediction_inner, 0.0)
         y = _load(target, at_y, channel, position, channels, inner, target_channel, target_inner, 0.0)
@@ -88,17 +101,10 @@ def cosine_loss_kernel(
             u, v = u * smaller_x[None, :], v * smaller_y[None, :]
     if tl.min(smaller_x * smaller_y, 0) < 1.0:
         if LOOP:
-            product = tl.zeros([POSITIONS], tl.float32)
-            own = tl.zeros([POSITIONS], tl.float32)
-            other = tl.zeros([POSITIONS], tl.float32)
-            for start in range(0, channels, FIRST):
-                c = start + channel
-                x = _load(prediction, at_x, c, position, channels, inner, prediction_channel, prediction_inner, 0.0)
-                y = _load(target, at_y, c, position, channels, inner, target_channel, target_inner, 0.0)
-                x, y = x.to(tl.float32) * smaller_x[None, :], y.to(tl.float32) * smaller_y[None, :]
-                product += tl.sum(x * y, 0)
-                own += tl.sum(x * x, 0)
-                other += tl.sum(y * y, 0)
+            product, own, other = _sums(
+                prediction, target, at_x, at_y, position, channels, inner, prediction_channel, prediction_inner,
+                target_channel, target_inner, smaller_x[None, :], smaller_y[None, :], FIRST, POSITIONS
+            )  # fmt: skip
         else:
             product, own, other = tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0)
             if REST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -46,6 +47,37 @@ def as_whole(value: object) -> int | None:
         return None
 
 
+def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse what are no two dense floating-point tensors of one dtype on one device.
+
+    Raises:
+        TypeError, ValueError: names both.
+    """
+    check_dense(name, tensor)
+    check_dense(other_name, other)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} and {other_name} must have one dtype, got {tensor.dtype} and {other.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}")
+
+
+def check_sets(*sets: tuple[str, Tensor]) -> tuple[torch.Size, list[Tensor]]:
+    """The common leading dimensions of ``[..., n, C]`` each, and each as ``[B, n, C]``, without its graph.
+
+    Raises:
+        ValueError: for leading dimensions that do not broadcast; names what came.
+    """
+    try:
+        leading = torch.broadcast_shapes(*(tensor.shape[:-2] for _, tensor in sets))
+    except RuntimeError:
+        *most, last = (f"{name} {list(tensor.shape)}" for name, tensor in sets)
+        raise ValueError(f"leading dimensions of {', '.join(most)} and {last} do not broadcast") from None
+    batch = math.prod(leading)
+    return leading, [
+        tensor.detach().expand(*leading, *tensor.shape[-2:]).reshape(batch, *tensor.shape[-2:]) for _, tensor in sets
+    ]
+
+
 def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
     """``value`` as an int (a ``SymInt`` of a compiled graph stays one) from ``least`` to ``most``.
 
@@ -74,6 +106,28 @@ def check_size(name: str, size: Any, most: int = _MOST_SIDE) -> list[int]:
         # Whatever an object says that does not come in two.
         raise ValueError(f"{name} must be (H, W), two whole numbers, got {shown(size)}") from None
     return [check_whole(f"{name}[0]", height, 1, most), check_whole(f"{name}[1]", width, 1, most)]
+
+
+def check_window(names: tuple[str, str, str], radius: Any, grid: Any, key_grid: Any, n: int, m: int) -> list[int]:
+    """A window as the operators take it: ``[radius, query_h, query_w, key_h, key_w]``.
+
+    Args:
+        names: of the radius and both grids, for messages.
+        radius: cells of the key grid, >= 0; more than the grid is no more than all of it.
+        grid, key_grid: (h, w); ``key_grid`` None for the same.
+        n, m: queries and keys.
+
+    Raises:
+        ValueError: for a radius or grids that do not fit.
+    """
+    radius = check_whole(names[0], radius, 0, math.inf)
+    query_hw = check_size(names[1], grid)
+    key_hw = query_hw if key_grid is None else check_size(names[2], key_grid)
+    if query_hw[0] * query_hw[1] != n:
+        raise ValueError(f"{names[1]} {tuple(query_hw)} does not hold the {n} queries")
+    if m % (key_hw[0] * key_hw[1]):
+        raise ValueError(f"{names[2]} {tuple(key_hw)} does not divide the {m} keys into whole grids")
+    return [min(radius, max(key_hw)), *query_hw, *key_hw]
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -1,4 +1,5 @@
-"""Triton's interpreter, mended where it counts or rounds wrongly: tests and the GPU report's rehearsal run in it.
+"""Triton's interpreter, mended where it counts or rounds wrongly or wastes time: tests and the GPU report's rehearsal
+run in it.
 
 Two things in Triton 3.6 to 3.9 keep it from proving a kernel:
 
@@ -12,6 +13,7 @@ install. What follows wraps Triton's own methods, so that a release that has men
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -124,3 +126,31 @@ def _mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+    _hasten(interpreter, tl)
+
+
+def _hasten(interpreter: Any, tl: Any) -> None:
+    """Leave out what takes three fifths of the time and changes nothing."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        # Whether integers overflow is computed for every sum and product; without ``debug`` the answer is dropped.
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    # A dictionary of all types is made at each call, and one of all members of the language at each call of a function.
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+
+    def get_np_dtype(dtype: Any) -> np.dtype:
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return np.dtype(np.uint64) if isinstance(element, tl.pointer_type) else of_scalar(element)
+
+    @functools.cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name in dir(package) if tl.core.is_builtin(getattr(package, name, None))]
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._get_np_dtype, interpreter._patch_builtin = get_np_dtype, patch_builtin

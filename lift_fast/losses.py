@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ._text import shown
-from .checks import check_dense
+from .checks import check_dense, check_whole
 from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
 
 __all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]
@@ -142,10 +140,4 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
     count = prediction.dim()
     if count == 0:
         raise ValueError("prediction and target are scalars; expected at least one dimension, that of the descriptors")
-    if (
-        isinstance(dim, (bool, Tensor))
-        or not isinstance(dim, SupportsIndex)
-        or not -count <= operator.index(dim) < count
-    ):
-        raise ValueError(f"dim must be an integer from {-count} to {count - 1} ({count} dimensions), got {shown(dim)}")
-    return operator.index(dim) % count
+    return check_whole("dim", dim, -count, count - 1) % count

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._text import shown
-from .checks import FLOATS, check_dense, check_flag, check_size, check_whole
+from .checks import FLOATS, check_dense, check_flag, check_pair, check_sets, check_size, check_whole, check_window
 from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
@@ -111,12 +110,7 @@ def nearest(
         if not normalize:
             raise ValueError("ratio compares distances of unit vectors: it needs normalize=True")
     n, m = query.shape[-2], key.shape[-2]
-    try:
-        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    except RuntimeError:
-        raise ValueError(
-            f"leading dimensions of query {_shape(query)} and key {_shape(key)} do not broadcast"
-        ) from None
+    leading, (queries, keys) = check_sets(("query", query), ("key", key))
     flat_window = None
     if window is not None:
         try:
@@ -127,12 +121,10 @@ def nearest(
                 f"window must be (radius, query grid[, key grid]) with (h, w) for a grid, got {shown(window)}"
             ) from None
         names = ("window.radius", "window.query_grid", "window.key_grid")
-        check_whole(names[0], radius, 0, math.inf)
         flat_window = check_window(names, radius, grid, key_grid, n, m)
-    channels = query.shape[-1]
     similarity, index, valid = torch.ops.lift_fast.nearest(
-        query.detach().expand(*leading, n, channels).reshape(math.prod(leading), n, channels),
-        key.detach().expand(*leading, m, channels).reshape(math.prod(leading), m, channels),
+        queries,
+        keys,
         k,
         mutual,
         None if ratio is None else float(ratio),
@@ -215,47 +207,6 @@ def dense_match(
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
-
-
-def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse what are no two dense floating-point tensors of one dtype on one device.
-
-    Raises:
-        TypeError, ValueError: names both.
-    """
-    check_dense(name, tensor)
-    check_dense(other_name, other)
-    if tensor.dtype != other.dtype:
-        raise TypeError(f"{name} and {other_name} must have one dtype, got {tensor.dtype} and {other.dtype}")
-    if tensor.device != other.device:
-        raise ValueError(f"{name} and {other_name} must be on one device, got {tensor.device} and {other.device}")
-
-
-def check_window(
-    names: tuple[str, str, str], radius: int | None, grid: Any, key_grid: Any, n: int, m: int
-) -> list[int]:
-    """A window as the operators take it: ``[radius, query_h, query_w, key_h, key_w]``.
-
-    Args:
-        names: of the radius and both grids, for messages.
-        radius: None for no limit.
-        grid, key_grid: (h, w); ``key_grid`` None for the same.
-        n, m: queries and keys.
-
-    Raises:
-        ValueError: for a radius or grids that do not fit.
-    """
-    query_hw = check_size(names[1], grid)
-    key_hw = query_hw if key_grid is None else check_size(names[2], key_grid)
-    if query_hw[0] * query_hw[1] != n:
-        raise ValueError(f"{names[1]} {tuple(query_hw)} does not hold the {n} queries")
-    if m % (key_hw[0] * key_hw[1]):
-        raise ValueError(f"{names[2]} {tuple(key_hw)} does not divide the {m} keys into whole grids")
-    reach = max(key_hw)
-    if radius is not None:
-        # More than the grid is no more than all of it.
-        reach = min(check_whole(names[0], radius, 0, math.inf), reach)
-    return [reach, *query_hw, *key_hw]
 
 
 def _check_points(points: Tensor, query_map: Tensor) -> None:

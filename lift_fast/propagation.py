@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ._text import shown
-from .checks import check_dense, check_flag, check_whole
-from .matching import check_pair, check_window
+from .checks import check_dense, check_flag, check_pair, check_sets, check_whole, check_window
 from .ops import propagate_labels as _propagate_labels_op  # noqa: F401  registers torch.ops.lift_fast.propagate_labels
 
 _LARGEST = sys.float_info.max
@@ -89,24 +88,13 @@ def propagate_labels(
         )
     if labels.shape[-2] != key.shape[-2]:
         raise ValueError(f"labels must have one row for each of the {key.shape[-2]} keys, got {list(labels.shape)}")
-    try:
-        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], labels.shape[:-2])
-    except RuntimeError:
-        raise ValueError(
-            f"leading dimensions of query {list(query.shape)}, key {list(key.shape)} and labels {list(labels.shape)} "
-            "do not broadcast"
-        ) from None
+    leading, batches = check_sets(("query", query), ("key", key), ("labels", labels))
     # More than there are keys is no more than all of them.
     k = min(check_whole("k", k, 1, math.inf), max(1, key.shape[-2]))
     normalize = check_flag("normalize", normalize)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature <= _LARGEST:
         raise ValueError(f"temperature must be a positive number, got {shown(temperature)}")
+    radius = sys.maxsize if radius is None else radius
     window = check_window(("radius", "grid", "key_grid"), radius, grid, key_grid, query.shape[-2], key.shape[-2])
-
-    def batch_of(tensor: Tensor) -> Tensor:
-        return tensor.detach().expand(*leading, *tensor.shape[-2:]).reshape(math.prod(leading), *tensor.shape[-2:])
-
-    out: Tensor = torch.ops.lift_fast.propagate_labels(
-        batch_of(query), batch_of(key), batch_of(labels), window, k, float(temperature), normalize
-    )
+    out: Tensor = torch.ops.lift_fast.propagate_labels(*batches, window, k, float(temperature), normalize)
     return out.view(*leading, *out.shape[-2:])

@@ -39,6 +39,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.dist = "worksteal"
     if option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # Tests that ask for several threads do not keep the others' cores busy while those wait.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(autouse=True)

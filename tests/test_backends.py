@@ -253,4 +253,4 @@ def test_import_time():
         print(json.dumps(time.perf_counter() - start))
     """
     # The goal is 0.3 s; shared machines are noisy.
-    assert min(python(code) for _ in range(3)) <= 0.5
+    assert any(python(code) <= 0.5 for _ in range(3))

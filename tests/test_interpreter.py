@@ -1,5 +1,6 @@
 """bfloat16 in the mended interpreter against PyTorch's on the CPU: computed in float32, rounded to nearest even."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -247,3 +248,21 @@ def test_too_late():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stderr.strip().endswith("set TRITON_INTERPRET=1, or call lift_fast.interpreter.enable() first")
+
+
+def test_types_are_stored_as_triton_stores_them():
+    interpreter_of_triton = importlib.import_module("triton.runtime.interpreter")
+    stored = interpreter_of_triton._get_np_dtype
+    for dtype, expected in (
+        (tl.int1, np.bool_),
+        (tl.bfloat16, np.uint16),
+        (tl.float8e5, np.uint8),
+        (tl.int64, np.int64),
+        (tl.pointer_type(tl.float32), np.uint64),
+    ):
+        assert stored(dtype) == stored(tl.block_type(dtype, [4, 2])) == np.dtype(expected)
+
+
+def test_nothing_is_computed_only_to_be_dropped():
+    options = importlib.import_module("triton.runtime.interpreter").interpreter_builder.options
+    assert options.sanitize_overflow == options.debug

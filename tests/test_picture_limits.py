@@ -200,6 +200,8 @@ def test_what_is_no_regular_file_is_refused_unopened(kind, tmp_path, monkeypatch
             images.read_image(path)
         with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a weight file"):
             require_regular_file(path, "weight file")
+        with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a checkpoint file"):
+            lift_fast.load_lift(path, patch_size=16)
         if kind != "folder":
             with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}"):
                 images.list_images(path)
@@ -222,6 +224,14 @@ def test_names_of_no_file(name, tmp_path, monkeypatch):
         images.read_image(name)
     assert "picture" in str(refused.value)
     assert str(refused.value).isprintable()
+    with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint file") as refused:
+        lift_fast.load_lift(name, patch_size=16)
+    assert ("File name too long" in str(refused.value)) == name.startswith("x")
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+        lift_fast.load_lift(tmp_path / "lift.pth", patch_size=16)
 
 
 STRANGE = ["a\nb.png", "\x1b[31mred\x1b[0m.png", "\u202egnp.exe.png", os.fsdecode(b"latin\xe9.png"), "tab\t.png"]

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import types
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import training_runs
 from PIL import Image
 from torch import nn
+from training_runs import write_images
 
 from lift_fast import LiFT, ViTLiFTExtractor, load_backbone
 from lift_fast.images import to_tensor
@@ -30,37 +33,14 @@ from lift_fast.training.step import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Two blocks of a small backbone; a quarter of 64 pixels is one patch.
-TINY = {
-    "model": "vit_tiny_patch16_224",
-    "random_weights": True,
-    "layer": 1,
-    "image_size": 64,
-    "batch_size": 4,
-    "workers": 0,
-    "device": "cpu",
-    "precision": "float32",
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """21 smooth pictures of different shapes, in nested folders."""
-    root = tmp_path_factory.mktemp("pictures")
-    (root / "deep").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(21):
-        small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-        size = int(random.integers(60, 100)), int(random.integers(60, 100))
-        suffix = "jpg" if number % 2 else "png"
-        small.resize(size, Image.Resampling.BICUBIC).save(
-            root / ("deep" if number % 3 else "") / f"{number:02d}.{suffix}"
-        )
-    return root
+    """21 pictures."""
+    return write_images(tmp_path_factory.mktemp("pictures"), 21, nested=True)
 
 
-def settings(folder, out, **changes):
-    return TrainingSettings(data=folder, out=out, **{**TINY, "epochs": 2, **changes})
+settings = partial(training_runs.settings, epochs=2)
 
 
 def log(out):

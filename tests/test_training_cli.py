@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from training_runs import write_images
 
 from lift_fast.cli import main
 from lift_fast.training import stopping
@@ -30,12 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for number in range(17):
-        small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-        small.resize((70, 80), Image.Resampling.BICUBIC).save(root / f"{number:02d}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("pictures"), 17)
 
 
 def run(*arguments):

@@ -10,29 +10,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import training_runs
 from PIL import Image
 
 from lift_fast import LiFT, locks
-from lift_fast.training import TrainingSettings, train
+from lift_fast.training import train
 from lift_fast.training.schema import check_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = {
-    "model": "vit_tiny_patch16_224",
-    "random_weights": True,
-    "layer": 1,
-    "image_size": 64,
-    "batch_size": 4,
-    "workers": 0,
-    "device": "cpu",
-    "precision": "float32",
-    "use_image": False,
-}
 STEPS = 7
 
 
@@ -46,8 +37,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def settings(folder, out, **changes):
-    return TrainingSettings(data=folder, out=out, **{**TINY, "max_steps": STEPS, **changes})
+settings = partial(training_runs.settings, use_image=False, max_steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +187,7 @@ def test_a_scaler_that_left_steps_out(saved, tmp_path):
         content["scaler"] = {**scaler.state_dict(), "scale": 3.0, "_growth_tracker": 5, **changes}
         for entry in content["optimizer"]["state"].values():
             entry["step"] -= 2
-        check_state(content, tmp_path / "last.pth", lift, optimizer, scaler, 5)
+        check_state(content, tmp_path / "last.pth", optimizer, scaler, 5)
 
     check()
     for name, value in (("scale", 0.0), ("scale", float("nan")), ("_growth_tracker", -1), ("growth_factor", 1.5)):
@@ -300,7 +290,17 @@ def test_a_folder_belongs_to_one_training(options, folder, tmp_path):
 
 def test_a_training_that_is_killed_leaves_its_folder_free(folder, tmp_path):
     command = [
-        *(sys.executable, "-m", "lift_fast", "train", folder, "--out", tmp_path, "--model", TINY["model"]),
+        *(
+            sys.executable,
+            "-m",
+            "lift_fast",
+            "train",
+            folder,
+            "--out",
+            tmp_path,
+            "--model",
+            training_runs.TINY["model"],
+        ),
         *("--random-weights", "--layer", "1", "--size", "64", "--batch-size", "4", "--device", "cpu", "--no-image"),
         *("--precision", "float32", "--threads", "1", "--quiet", "--workers", "2"),
     ]

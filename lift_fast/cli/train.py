@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lift_fast._text import one_line, quoted
+from lift_fast.training.settings import FACETS, FITS, LOSSES, PRECISIONS, TARGETS, TrainingSettings
 
 from .errors import UsageError, as_usage_error
 from .options import add_output_options, add_pixel_limit, positive, threads, whole
@@ -37,11 +39,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--weights", type=Path, metavar="FILE", help="local checkpoint of the backbone")
     group.add_argument("--checkpoint-key", metavar="KEY", help="entry of the checkpoint that holds the weights")
     group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
-    group.add_argument("--facet", default="key", choices=("key", "query", "value", "token"), help="(%(default)s)")
+    group.add_argument("--facet", default="key", choices=FACETS, help="(%(default)s)")
     group.add_argument("--layer", type=int, metavar="N", help="block of the backbone, may be negative (the last)")
 
     group = parser.add_argument_group("network")
-    group.add_argument("--no-image", action="store_true", help='the "no image" ablation')
+    group.add_argument("--no-image", action="store_false", dest="use_image", help='the "no image" ablation')
     group.add_argument("--image-channels", type=positive, default=32, metavar="N", help="image encoder (%(default)s)")
     group.add_argument(
         "--extra-image-blocks", type=whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
@@ -50,6 +52,7 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--size",
+        dest="image_size",
         type=positive,
         default=448,
         metavar="S",
@@ -58,7 +61,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--fit",
         default="squash",
-        choices=("squash", "crop"),
+        choices=FITS,
         help="both sides to S, as published, or the shorter side and the centre (%(default)s)",
     )
     group.add_argument("--jitter", type=float, default=0.2, metavar="X", help="colour jitter, 0 for none (%(default)s)")
@@ -66,6 +69,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
     group.add_argument(
         "--holdout",
+        dest="held_out",
         type=float,
         nargs="?",
         const=0.1,
@@ -76,11 +80,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--workers", type=whole, metavar="N", help="processes that read pictures, for each process")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--loss", default="cosine", choices=("cosine", "l1", "l2"), help="(%(default)s)")
+    group.add_argument("--loss", default="cosine", choices=LOSSES, help="(%(default)s)")
     group.add_argument(
         "--target",
         default="double-size",
-        choices=("double-size", "half-stride"),
+        choices=TARGETS,
         help="predict features of the picture at twice the size, as published, or of the same picture with patches "
         "half a patch apart, for backbones that get worse on enlarged pictures (%(default)s)",
     )
@@ -92,9 +96,13 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
     group.add_argument("--max-steps", type=positive, metavar="N", help="end after N steps")
-    group.add_argument("--lr", type=float, default=1e-3, metavar="X", help="learning rate of Adam (%(default)s)")
+    group.add_argument(
+        "--lr", dest="learning_rate", type=float, default=1e-3, metavar="X", help="learning rate of Adam (%(default)s)"
+    )
     group.add_argument("--seed", type=whole, default=0, metavar="N", help="(%(default)s)")
-    group.add_argument("--save-every", type=positive, metavar="N", help="save after every N steps too")
+    group.add_argument(
+        "--save-every", dest="save_every_steps", type=positive, metavar="N", help="save after every N steps too"
+    )
     group.add_argument("--save-every-epochs", type=positive, default=1, metavar="N", help="(%(default)s)")
 
     group = parser.add_argument_group("machine")
@@ -102,7 +110,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=PRECISIONS,
         help="compute in; auto is bfloat16 where the hardware has it (%(default)s)",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile, worth its minutes in long runs on a GPU")
@@ -118,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from lift_fast.distributed import leads
-    from lift_fast.training import Interrupted, NotSaved, TrainingSettings, train
+    from lift_fast.training import Interrupted, NotSaved, train
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -127,37 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     with as_usage_error():
         try:
             settings = TrainingSettings(
-                data=arguments.data,
-                out=arguments.out,
-                model=arguments.model,
-                weights=arguments.weights,
-                checkpoint_key=arguments.checkpoint_key,
-                random_weights=arguments.random_weights,
-                facet=arguments.facet,
-                layer=arguments.layer,
-                loss=arguments.loss,
-                target=arguments.target,
-                use_image=not arguments.no_image,
-                image_channels=arguments.image_channels,
-                extra_image_blocks=arguments.extra_image_blocks,
-                image_size=arguments.size,
-                fit=arguments.fit,
-                jitter=arguments.jitter,
-                batch_size=arguments.batch_size,
-                epochs=arguments.epochs,
-                max_steps=arguments.max_steps,
-                learning_rate=arguments.lr,
-                seed=arguments.seed,
-                limit=arguments.limit,
-                held_out=arguments.holdout,
-                workers=arguments.workers,
-                device=arguments.device,
-                precision=arguments.precision,
-                compile=arguments.compile,
-                sync_batchnorm=arguments.sync_batchnorm,
-                save_every_steps=arguments.save_every,
-                save_every_epochs=arguments.save_every_epochs,
-                tensorboard=arguments.tensorboard,
+                **{each.name: getattr(arguments, each.name) for each in fields(TrainingSettings)}
             )
             figures = train(settings, resume=arguments.resume, overwrite=arguments.overwrite, quiet=arguments.quiet)
         except FileExistsError as error:

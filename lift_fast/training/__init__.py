@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .split import split
 
 if TYPE_CHECKING:
-    from .loop import Interrupted, train
+    from .lift import train
+    from .loop import Interrupted
     from .settings import TrainingSettings
     from .state import NotSaved
 
@@ -23,7 +24,7 @@ _HOME = {
     "Interrupted": ".loop",
     "NotSaved": ".state",
     "TrainingSettings": ".settings",
-    "train": ".loop",
+    "train": ".lift",
 }
 
 

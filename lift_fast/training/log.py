@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lift_fast._files import atomic_path
 
 LOG_FILE = "log.csv"
-COLUMNS = ("step", "epoch", "loss", "loss_full", "loss_half", "images_per_second", "unreadable")
 
 
 class Log:
-    """Appends a row for each step to ``log.csv``; with ``resumed_step``, rows after it are dropped first.
+    """Appends a row for each step to ``log.csv``: ``step, epoch, loss``, a column ``loss_...`` for each of its
+    ``terms``, ``images_per_second, unreadable``. With ``resumed_step``, rows after it are dropped first.
 
     Raises:
         ValueError: as :func:`tensorboard_writer`.
     """
 
-    def __init__(self, folder: Path, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, terms: Sequence[str], resumed_step: int, tensorboard: bool) -> None:
+        self.terms = terms
+        columns = ("step", "epoch", "loss", *(f"loss_{term}" for term in terms), "images_per_second", "unreadable")
         self._events: Any = None
         self.path = folder / LOG_FILE
         rows: list[list[str]] = []
@@ -29,11 +32,11 @@ class Log:
             # nothing is quoted; csv's reader would give up at bytes that are no text.
             for line in self.path.read_text(encoding="ascii", errors="replace").splitlines():
                 row = line.split(",")
-                if len(row) == len(COLUMNS) and line.isascii() and row[0].isdecimal() and len(row[0]) < 19:
+                if len(row) == len(columns) and line.isascii() and row[0].isdecimal() and len(row[0]) < 19:
                     rows.append(row)
         with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow(columns)
             writer.writerows(row for row in rows if int(row[0]) <= resumed_step)
         if tensorboard:
             # Steps from here on replace those that an earlier run has left in this folder.
@@ -41,14 +44,14 @@ class Log:
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 
-    def write(self, rows: list[tuple[int, int, float, float, float, float, int]]) -> None:
-        """Rows as :data:`COLUMNS`; they are in the file when this returns."""
-        for step, epoch, loss, full, half, speed, unreadable in rows:
-            self._writer.writerow(
-                (step, epoch, f"{loss:.9g}", f"{full:.9g}", f"{half:.9g}", f"{speed:.4g}", unreadable)
-            )
+    def write(self, rows: list[tuple[int, int, float, Sequence[float], float, int]]) -> None:
+        """Rows of (step, epoch, loss, its terms, images per second, unreadable); in the file when this returns."""
+        for step, epoch, loss, terms, speed, unreadable in rows:
+            losses = [f"{value:.9g}" for value in (loss, *terms)]
+            self._writer.writerow((step, epoch, *losses, f"{speed:.4g}", unreadable))
             if self._events is not None:
-                for name, value in (("loss", loss), ("loss/full", full), ("loss/half", half), ("images/s", speed)):
+                names = ("loss", *(f"loss/{term}" for term in self.terms), "images/s")
+                for name, value in zip(names, (loss, *terms, speed), strict=True):
                     self._events.add_scalar(name, value, step)
         self._file.flush()
 

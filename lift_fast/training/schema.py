@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 from lift_fast._text import listed, named
-from lift_fast.lift import LiFT
-from lift_fast.lift_state import fit_lift, lift_state_dict
 from lift_fast.tensor_files import described, plain_tensor, weight_tensor
 
 FORMAT = 1
-_PARTS = ("lift", "optimizer", "scaler", "progress", "random", "description")
+_PARTS = ("optimizer", "scaler", "progress", "random", "description")
 # What depends on the machine and not on the run.
 _FREE_OPTIONS = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MOST_RANDOM_BYTES = 1 << 16
 
 
-def check_parts(content: Mapping[Any, Any], path: Path) -> None:
-    """The format, the parts, and a description of plain values; the other parts are checked against the run.
+def check_parts(content: Mapping[Any, Any], path: Path, part: str) -> None:
+    """The format, the parts (``part`` is the network), and a description of plain values; the others are checked
+    against the run.
 
     Raises:
         ValueError: naming the file and the entry.
@@ -36,12 +35,13 @@ def check_parts(content: Mapping[Any, Any], path: Path) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number != FORMAT:
         found = named(str(number)) if _is_plain(number) else described(number)
         raise ValueError(f"{path} is no training state of this version (format {found}, expected {FORMAT})")
-    missing = [name for name in _PARTS if name not in content]
-    unknown = [name for name in content if name not in _PARTS and name != "format"]
+    parts = (part, *_PARTS)
+    missing = [name for name in parts if name not in content]
+    unknown = [name for name in content if name not in parts and name != "format"]
     for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
             raise ValueError(f"{path} is no whole training state: {listed(names)} {what}")
-    for name in _PARTS:
+    for name in parts:
         _mapping(content[name], path, name)
     for name, value in content["description"].items():
         if not isinstance(name, str) or not _is_plain(value):
@@ -51,21 +51,15 @@ def check_parts(content: Mapping[Any, Any], path: Path) -> None:
 def check_state(
     content: dict[str, Any],
     path: Path,
-    lift: LiFT,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batches: int,
 ) -> None:
-    """Everything but the description, against the run that goes on: its network, optimiser and batches per epoch.
-
-    Names in ``content["lift"]`` become the published ones.
+    """Everything but network and description, against the run that goes on: its optimiser and batches per epoch.
 
     Raises:
         ValueError: naming the file and the entry.
     """
-    source = f"{path}, lift"
-    content["lift"] = lift_state_dict(content["lift"], source)
-    fit_lift(content["lift"], lift, source)
     _check_progress(content["progress"], path, batches)
     _check_scaler(content["scaler"], path, scaler)
     _check_optimizer(content["optimizer"], path, optimizer, content["progress"]["step"], scaler.is_enabled())

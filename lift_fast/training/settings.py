@@ -16,7 +16,7 @@ LOSSES = ("cosine", "l1", "l2")
 TARGETS = ("double-size", "half-stride")
 FITS = ("squash", "crop")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-_FACETS = ("key", "query", "value", "token")
+FACETS = ("key", "query", "value", "token")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TrainingSettings:
             ("target", TARGETS),
             ("fit", FITS),
             ("precision", PRECISIONS),
-            ("facet", _FACETS),
+            ("facet", FACETS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")

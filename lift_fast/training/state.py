@@ -16,14 +16,12 @@ import torch
 
 from lift_fast._files import atomic_path
 from lift_fast.backbones import FrozenViT
-from lift_fast.checkpoints import save_lift
-from lift_fast.lift import LiFT
-from lift_fast.lift_state import plain_name
 from lift_fast.tensor_files import read_tensor_file
 
 from .schema import FORMAT, check_parts, numpy_state
+from .trainer import Trainer
 
-LIFT_FILE, STATE_FILE, UNREADABLE_FILE = "lift.pth", "last.pth", "unreadable.txt"
+STATE_FILE, UNREADABLE_FILE = "last.pth", "unreadable.txt"
 
 
 class NotSaved(Exception):
@@ -60,29 +58,23 @@ class Progress:
     """What was said of each file that could not be read, and how often it was met."""
 
 
-def save(
-    folder: Path,
-    lift: LiFT,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    description: dict[str, Any],
-) -> None:
-    """Write ``lift.pth`` (published format), ``last.pth`` and, if need be, ``unreadable.txt``, each atomically.
+def save(trainer: Trainer, progress: Progress) -> None:
+    """Write the trainer's own files, ``last.pth`` and, if need be, ``unreadable.txt``, each atomically.
 
     Raises:
         OSError: if one cannot be written.
     """
+    folder = trainer.schedule.out
     state = {
         "format": FORMAT,
-        "lift": {plain_name(name): value for name, value in lift.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
+        trainer.part: trainer.state(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
         "progress": vars(progress),
         "random": _random_state(),
-        "description": description,
+        "description": trainer.description,
     }
-    save_lift(lift, folder / LIFT_FILE)
+    trainer.save(folder)
     if progress.unreadable:
         with atomic_path(folder / UNREADABLE_FILE) as temporary:
             temporary.write_text("".join(f"{message}\n" for message in sorted(progress.unreadable)), errors="replace")
@@ -94,8 +86,8 @@ def save(
         temporary.write_bytes(content.getbuffer())
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """What :func:`save` wrote to ``folder``; None if there is nothing.
+def load(folder: Path, part: str) -> dict[str, Any] | None:
+    """What :func:`save` wrote to ``folder``, with the network in its entry ``part``; None if there is nothing.
 
     Raises:
         ValueError: for a file that is no training state, or lacks a part of one.
@@ -104,15 +96,12 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_tensor_file(path)
-    check_parts(content, path)
+    check_parts(content, path, part)
     return content
 
 
-def restore(
-    state: dict[str, Any], lift: LiFT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Progress:
-    """Put a loaded state back that :func:`lift_fast.training.schema.check_state` has found sound."""
-    lift.load_state_dict(state["lift"])
+def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Progress:
+    """Put a loaded state back that :func:`lift_fast.training.schema.check_state` found sound, the network apart."""
     # The options are the run's settings, which are the same as those of the saved run.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
@@ -158,9 +147,9 @@ def weights_digest(backbone: FrozenViT) -> str:
     return digest.hexdigest()[:16]
 
 
-def remove(folder: Path) -> None:
-    """What an earlier run has left in ``folder``."""
-    for name in (STATE_FILE, LIFT_FILE, UNREADABLE_FILE):
+def remove(folder: Path, files: Iterable[str]) -> None:
+    """What an earlier run has left in ``folder``, its trainer's ``files`` and the rest."""
+    for name in (STATE_FILE, *files, UNREADABLE_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
