@@ -13,9 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lift_fast.backbones import FrozenViT
 from lift_fast.evaluation import cost, warp
-from lift_fast.evaluation.davis import SequenceScores
+from lift_fast.evaluation.davis import Network, PropagationOptions, SequenceScores, predict
 from lift_fast.evaluation.davis import summary as davis_summary
 from lift_fast.evaluation.discovery import Prediction, corloc
+from lift_fast.evaluation.methods import Features
 
 
 def textured(size, seed):
@@ -192,6 +193,8 @@ def sizes_and_boxes(seed, count):
         yield (w, h), (x0, y0, x0 + 8 * pick.randint(2, 4), y0 + 8 * pick.randint(2, 4))
 
 
+OPTIONS = PropagationOptions(size=128, queue=3, radius=4, topk=5, batch_size=4)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 # A palette that nothing else has.
 PALETTE = [(7 * i + channel * 50) % 256 for i in range(256) for channel in range(3)]
 
@@ -404,3 +407,31 @@ def number(**changes):
 def numbers(*entries, **changes):
     source = {"paper": "A paper", "place": "Table 7", "read_from": "its PDF", "quoted": False}
     return {"format": 1, "sources": {"here": source}, "entries": list(entries), **changes}
+
+
+def patch_features(seed, patch=8, channels=24, dtype=torch.float32):
+    """A small stand-in for a backbone: each patch through one random layer. [B, 3, S, S] -> [B, C, S/8, S/8]."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(channels, 3, patch, patch, generator=generator) / patch
+
+    def features(pictures):
+        return torch.nn.functional.conv2d(pictures, weight, stride=patch).tanh().to(dtype)
+
+    return features
+
+
+def network_of(*features):
+    """Functions of pictures as the methods of a run."""
+
+    def method(function):
+        def compute(batch):
+            assert batch.imgs.shape[2] == batch.imgs.shape[3]
+            return Features(function(batch.imgs), (0, 0, *batch.imgs.shape[2:]))
+
+        return compute
+
+    return Network([method(function) for function in features], MEAN, STD, patch_size=8)
+
+
+def masks_of(video, mask, features, options):
+    return [found for (found,) in predict(video.frames, mask, network_of(features), options)]

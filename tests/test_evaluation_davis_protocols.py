@@ -5,9 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_data import save_mask, shapes, tiny_backbone, write_davis, write_list, write_sequence
+from evaluation_data import (
+    MEAN,
+    OPTIONS,
+    STD,
+    network_of,
+    patch_features,
+    save_mask,
+    shapes,
+    tiny_backbone,
+    write_davis,
+    write_list,
+    write_sequence,
+)
 from PIL import Image
-from test_evaluation_davis import MEAN, OPTIONS, STD, command, network_of, patch_features, slow_predict
+from test_evaluation_davis import slow_predict
+from test_evaluation_davis_runs import command
 
 from lift_fast import LiFT
 from lift_fast.backbones import FrozenViT

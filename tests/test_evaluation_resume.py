@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_data import make_spair, save_mask, write_davis
+from evaluation_data import OPTIONS, make_spair, network_of, patch_features, save_mask, write_davis
 from PIL import Image
-from test_evaluation_davis import OPTIONS, network_of, patch_features
 
 from lift_fast.evaluation import cka, discovery, spair, warp
 from lift_fast.evaluation.davis import Davis, Job, predict_dataset

@@ -144,17 +144,7 @@ def _entry(where: str, item: Any, sources: dict[str, Source]) -> Entry:
     unknown = [name for name in names if name not in sources]
     if unknown:
         raise ValueError(f"{where}: there is no source {unknown[0]!r}; there are {', '.join(sources) or 'none'}")
-    return Entry(
-        item["protocol"],
-        item.get("dataset"),
-        item["label"],
-        item["method"],
-        item["backbone"],
-        item["metric"],
-        size,
-        float(value),
-        tuple(names),
-    )
+    return Entry(**{"dataset": None, **item, "value": float(value), "sources": tuple(names)})
 
 
 def _check_keys(where: str, item: Any, needed: Iterable[str], more: Iterable[str] = ()) -> None:

@@ -65,6 +65,7 @@ def evaluate(
     if reference is not None and reference not in names:
         raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
     check_sizes(sizes, seeds, backbone.patch_size)
+    named = [(path, picture_name(path, root)) for path in paths]
     options = {
         "methods": names,
         "sizes": list(sizes),
@@ -73,7 +74,7 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "photometric": protocol.photometric,
         "reference": reference,
-        "photographs": [picture_name(path, root) for path in paths],
+        "photographs": [name for _, name in named],
     }
     journal = Journal(out, new_result(PROTOCOL, options, record, skipped={}))
     if journal.before is not None:
@@ -83,8 +84,11 @@ def evaluate(
     for seed in range(seeds):
         for size in sizes:
             found = {name: journal.part(seed, size, name) for name in names}
-            done = {*skipped, *set.intersection(*(set(scores) for scores in found.values()))}
-            todo = [path for path in paths if picture_name(path, root) not in done]
+            todo = [
+                path
+                for path, name in named
+                if name not in skipped and not all(name in scores for scores in found.values())
+            ]
             progress(len(paths) - len(todo))
             views = read_views(todo, root, size, seed, protocol)
             while group := list(islice(views, batch_size)):
