@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .checks import check_dense, check_whole, shown
-from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
+from .ops.cosine_loss.op import CosineLossFunction
+from .ops.cosine_loss.plain import cosine_loss_plain
 
 __all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]
 

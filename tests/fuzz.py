@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 import lift_fast
 from lift_fast import LiFT, cosine_loss, dense_match, nearest, propagate_labels
-from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_gpu, gpu_plan
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.cosine_loss import gpu as loss_gpu
 from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.ops.nearest.op import nearest_by
 from lift_fast.ops.nearest.plain import beyond_range
@@ -507,7 +507,7 @@ def run_loss(draw: Draw, how: str) -> None:
         if dtype == torch.float64 or not prediction.numel():
             return
         given = draw.laid(prediction).detach().resolve_neg(), draw.laid(target).detach().resolve_neg()
-        loss, found = loss_op.cosine_loss_triton(*given, dim, reduction, gradient, upstream if gradient else None)
+        loss, found = loss_gpu.loss_and_gradient(*given, dim, reduction, gradient, upstream if gradient else None)
     else:
         given = draw.laid(prediction).detach().requires_grad_(gradient), draw.laid(target).detach()
         with draw.setting():

@@ -14,8 +14,8 @@ import torch
 
 import lift_fast
 from lift_fast import _native, memory, testing
-from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match
+from lift_fast.ops.cosine_loss import cpu as loss_cpu
 from lift_fast.ops.nearest import cpu as nearest_cpu
 from lift_fast.testing import poisoned_outputs, unwritten
 
@@ -136,7 +136,7 @@ def run_window():
 
 
 def run_loss():
-    return loss_op.cosine_loss_native(torch.randn(2, 3, 4), torch.randn(2, 3, 4), 1, "none", True)
+    return loss_cpu.loss_and_gradient(torch.randn(2, 3, 4), torch.randn(2, 3, 4), 1, "none", True)
 
 
 def run_dense(points=None):
@@ -315,7 +315,7 @@ ELSEWHERE = {
     ("lift_fast/memory.py", ""): "the door",
     ("lift_fast/testing.py", "randomize"): "PyTorch fills it, in tests",
     ("lift_fast/testing.py", "place"): "what stands behind the door in tests",
-    ("lift_fast/ops/cosine_loss.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
+    ("lift_fast/ops/cosine_loss/op.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
     ("lift_fast/ops/dense_match.py", "_fake_dense_match"): "a fake",
     ("lift_fast/ops/lift_forward.py", "_fake_lift_forward"): "a fake",
     ("lift_fast/ops/nearest/op.py", "_fake_nearest"): "a fake",

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import lift_fast
 from lift_fast import LiFT
-from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import dense_match as dense_op
 from lift_fast.ops import dense_match_cuda, gpu_plan, image_encoder, image_encoder_cuda
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.cosine_loss import gpu as loss_gpu
+from lift_fast.ops.cosine_loss import plain as loss_plain
 from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.ops.nearest import plain as nearest_plain
 from lift_fast.ops.nearest.op import nearest_by
@@ -247,9 +248,9 @@ def loss_error(shape: Case, dtype: torch.dtype, layout: torch.memory_format, dev
     """Relative error of the loss and its gradient."""
     x, y = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(2))
     with poisoned_outputs():
-        loss, gradient = _launched_directly(lambda: loss_op.cosine_loss_triton(x, y, 1, "sum", True), device)
+        loss, gradient = _launched_directly(lambda: loss_gpu.loss_and_gradient(x, y, 1, "sum", True), device)
     assert gradient is not None
-    wanted, slope = loss_op.gradient_plain(x.double(), y.double(), 1, "sum")
+    wanted, slope = loss_plain.loss_and_gradient(x.double(), y.double(), 1, "sum", True)
     return max(relative_error(loss, wanted), relative_error(gradient, slope))
 
 
