@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from ._text import shown
 from .checks import check_dense, check_whole
-from .ops.cosine_loss import CosineLossFunction, cosine_loss_plain
+from .ops.cosine_loss.op import CosineLossFunction
+from .ops.cosine_loss.plain import cosine_loss_plain
 
 __all__ = ["LOSSES", "CosineLoss", "cosine_loss", "cosine_loss_plain", "feature_loss"]
 

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 import lift_fast
 from lift_fast import LiFT, cosine_loss, dense_match, nearest, propagate_labels
-from lift_fast.ops import cosine_loss as loss_op
 from lift_fast.ops import propagate_labels as propagate_op
+from lift_fast.ops.cosine_loss import gpu as loss_gpu
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op as dense_op
 from lift_fast.ops.lift_forward import gpu as gpu_plan
@@ -507,7 +507,7 @@ def run_loss(draw: Draw, how: str) -> None:
         if dtype == torch.float64 or not prediction.numel():
             return
         given = draw.laid(prediction).detach().resolve_neg(), draw.laid(target).detach().resolve_neg()
-        loss, found = loss_op.cosine_loss_triton(*given, dim, reduction, gradient, upstream if gradient else None)
+        loss, found = loss_gpu.loss_and_gradient(*given, dim, reduction, gradient, upstream if gradient else None)
     else:
         given = draw.laid(prediction).detach().requires_grad_(gradient), draw.laid(target).detach()
         with draw.setting():

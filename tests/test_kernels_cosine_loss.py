@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from lift_fast.ops import cosine_loss as op
+from lift_fast.ops.cosine_loss import gpu, plain
 
 triton = pytest.importorskip("triton")
 
@@ -41,9 +41,9 @@ def gradient_error(gradient, expected, prediction, dim, reduction):
 
 
 def check(prediction, target, dim, reduction="mean"):
-    loss, gradient = op.cosine_loss_triton(prediction.to(DEVICE), target.to(DEVICE), dim, reduction, True)
-    alone, none = op.cosine_loss_triton(prediction.to(DEVICE), target.to(DEVICE), dim, reduction, False)
-    wanted, slope = op.gradient_plain(prediction.double(), target.double(), dim, reduction)
+    loss, gradient = gpu.loss_and_gradient(prediction.to(DEVICE), target.to(DEVICE), dim, reduction, True)
+    alone, none = gpu.loss_and_gradient(prediction.to(DEVICE), target.to(DEVICE), dim, reduction, False)
+    wanted, slope = plain.loss_and_gradient(prediction.double(), target.double(), dim, reduction, True)
     # Sums of up to 2050 products in float32, pairwise: a few units in the last place.
     assert (loss.cpu().double() - wanted).abs().max() <= 2e-6 * max(1, wanted.numel() if reduction == "sum" else 1)
     assert torch.equal(alone, loss)
@@ -54,12 +54,12 @@ def check(prediction, target, dim, reduction="mean"):
         assert gradient_error(gradient.cpu(), slope, prediction, dim, reduction) <= EPS[prediction.dtype]
     if reduction == "none":
         above = torch.randn(loss.shape)
-        _, gradient = op.cosine_loss_triton(*(t.to(DEVICE) for t in (prediction, target)), dim, "none", True, above)
+        _, gradient = gpu.loss_and_gradient(*(t.to(DEVICE) for t in (prediction, target)), dim, "none", True, above)
         wanted = slope * above.double().unsqueeze(dim)
         assert gradient_error(gradient.cpu(), wanted, prediction, dim, "none") <= 4 * EPS[prediction.dtype]
     else:
         above = torch.tensor(float(wanted.numel() or 1) * math.prod(prediction.shape) / prediction.shape[dim])
-        _, gradient = op.cosine_loss_triton(*(t.to(DEVICE) for t in (prediction, target)), dim, reduction, True, above)
+        _, gradient = gpu.loss_and_gradient(*(t.to(DEVICE) for t in (prediction, target)), dim, reduction, True, above)
         scaled = gradient.cpu().double() / above
         assert gradient_error(scaled, slope, prediction, dim, reduction) <= EPS[prediction.dtype]
 
@@ -85,7 +85,7 @@ def test_zero_vectors_and_infinities():
     x[0, :, 0] = y[1, :, 3] = 0
     check(x, y, 1, "none")
     x[0, 2, 1], y[1, 1, 1] = torch.nan, torch.inf
-    loss, _ = op.cosine_loss_triton(x.to(DEVICE), y.to(DEVICE), 1, "none", True)
+    loss, _ = gpu.loss_and_gradient(x.to(DEVICE), y.to(DEVICE), 1, "none", True)
     spoilt = torch.zeros(2, 4, dtype=torch.bool)
     spoilt[0, 1] = spoilt[1, 1] = True
     assert torch.equal(~loss.cpu().isfinite(), spoilt)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from brute_force import in_window, unit
 
 from lift_fast import nearest
 from lift_fast.ops.nearest import gpu as nearest_gpu
@@ -38,6 +39,11 @@ pytestmark = [
 ]
 
 
+def needs_feed(stream):
+    if stream.feed == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+
+
 def sets(n, m, channels, dtype=torch.float32, batch=1):
     seed = int(torch.randint(1 << 30, ()))
     torch.manual_seed(seed)
@@ -57,11 +63,11 @@ def similarities(query, key, window=None, normalize=True):
     table = []
     for queries, keys in zip(query.double(), key.double(), strict=True):
         if normalize:
-            queries, keys = plain.unit_rows(queries), plain.unit_rows(keys)
+            queries, keys = unit(queries), unit(keys)
         one = queries @ keys.T
         one.masked_fill_(~torch.isfinite(one), -torch.inf)
         if window is not None:
-            one.masked_fill_(plain.outside(window, 0, 0, one), -torch.inf)
+            one[~in_window(window, *one.shape)] = -torch.inf
         table.append(one)
     return torch.stack(table)
 
@@ -370,13 +376,7 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     ids=str,
 )
 def test_streams_against_brute_force(n, m, channels, options, dtype, stream):
-    if (
-        stream is not None
-        and stream.feed == "tma"
-        and DEVICE.type == "cuda"
-        and torch.cuda.get_device_capability() < (9, 0)
-    ):
-        pytest.skip("needs a tensor memory accelerator")
+    needs_feed(stream)
     check(*sets(n, m, channels, dtype, batch=2), **options, stream=stream)
 
 
@@ -384,8 +384,7 @@ def test_streams_against_brute_force(n, m, channels, options, dtype, stream):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", [{"mutual": True}, {"mutual": True, "ratio": 0.98}, {"k": 2}], ids=str)
 def test_equal_keys_in_groups_classes_tiles_and_splits(options, splits, stream, monkeypatch):
-    if stream.feed == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a tensor memory accelerator")
+    needs_feed(stream)
     monkeypatch.setattr(groups, "_splits", lambda *_: splits)
     query, key = sets(45, 450, 24, torch.float16)
     # In the group of key 5, its class, another class, and other tiles.
@@ -449,8 +448,7 @@ def test_streams_fit(capability, channels):
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 def test_streams_leave_out_what_is_not_finite(stream):
-    if stream.feed == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a tensor memory accelerator")
+    needs_feed(stream)
     query, key = sets(20, 70, 16, torch.float16)
     key[0, 64:] = torch.nan
     key[0, ::3, 2] = -torch.inf

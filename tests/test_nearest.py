@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from brute_force import in_window, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,34 +16,15 @@ from lift_fast.testing import AWKWARD_COUNTS
 TIE = 1e-6
 
 
-def unit(rows):
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def allowed(window, n, m):
-    """[n, m] bool: which pairs lie in each other's neighbourhood, by cell centres."""
-    if window is None:
-        return torch.ones(n, m, dtype=torch.bool)
-    radius, (qh, qw), key_grid = Window(*window)
-    kh, kw = key_grid or (qh, qw)
-    mask = torch.zeros(n, m, dtype=torch.bool)
-    for i in range(n):
-        for j in range(m):
-            cell = j % (kh * kw)
-            # Centre of the query's cell, measured in cells of the key grid; fractions of small integers stay exact
-            # enough in float64 for the comparison below.
-            dy = (cell // kw + 0.5) - (i // qw + 0.5) * kh / qh
-            dx = (cell % kw + 0.5) - (i % qw + 0.5) * kw / qw
-            mask[i, j] = max(abs(dy), abs(dx)) <= radius + 1e-9
-    return mask
-
-
 def similarities(query, key, normalize=True, window=None):
     query, key = query.double(), key.double()
     if normalize:
         query, key = unit(query), unit(key)
     table = query @ key.T
-    return table.masked_fill(~torch.isfinite(table) | ~allowed(window, *table.shape), -torch.inf)
+    if window is not None:
+        radius, query_grid, key_grid = Window(*window)
+        table[~in_window((radius, *query_grid, *(key_grid or query_grid)), *table.shape)] = -torch.inf
+    return table.masked_fill(~torch.isfinite(table), -torch.inf)
 
 
 def check(query, key, **options):
@@ -243,9 +225,11 @@ def test_layouts_do_not_matter():
 
 def test_empty_sets():
     assert nearest(torch.randn(0, 3), torch.randn(4, 3)).index.shape == (0, 1)
-    result = nearest(torch.randn(2, 3), torch.randn(0, 3), k=2, mutual=True)
-    assert (result.index == -1).all()
-    assert not result.valid.any()
+    for dtype, window in ((torch.float32, None), (torch.float32, (1, (1, 2))), (torch.float64, None)):
+        sets = torch.randn(2, 3, dtype=dtype), torch.randn(0, 3, dtype=dtype)
+        result = nearest(*sets, k=2, mutual=True, window=window)
+        assert (result.index == -1).all()
+        assert not result.valid.any()
     assert nearest(torch.randn(0, 5, 3), torch.randn(0, 4, 3)).valid.shape == (0, 5)
 
 

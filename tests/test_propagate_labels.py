@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from brute_force import in_window, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,20 +12,11 @@ from lift_fast import propagate_labels
 from lift_fast.ops import propagate_labels as op
 
 
-def in_window(radius, grid, key_grid, m):
-    """[N, M] bool: distance of cell centres, measured in cells of the key grid."""
-    (qh, qw), (kh, kw) = grid, key_grid
-    query, key = torch.arange(qh * qw), torch.arange(m) % (kh * kw)
-    dy = (key // kw + 0.5)[None].double() - (query // qw + 0.5)[:, None].double() * (kh / qh)
-    dx = (key % kw + 0.5)[None].double() - (query % qw + 0.5)[:, None].double() * (kw / qw)
-    return torch.maximum(dy.abs(), dx.abs()) <= radius + 1e-9
-
-
 def literal(query, key, labels, mask, k, temperature, normalize=True):
     """[N, L] by the dense affinity in float64; whose matches rounding cannot exchange; the similarities' error."""
     query, key = query.double(), key.double()
     if normalize:
-        query, key = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) for rows in (query, key))
+        query, key = unit(query), unit(key)
     similarity = query @ key.T
     part = mask & similarity.isfinite()
     similarity = similarity.masked_fill(~part, -torch.inf)
@@ -55,7 +47,7 @@ def check(query, key, labels, grid, key_grid, radius, k, temperature, normalize=
     out = propagate_labels(query, key, labels, temperature=temperature, **options)
     assert out.shape == (*query.shape[:-1], labels.shape[-1])
     assert out.dtype == torch.float32
-    mask = in_window(radius, grid, key_grid or grid, key.shape[-2])
+    mask = in_window((radius, *grid, *(key_grid or grid)), math.prod(grid), key.shape[-2])
     judged = []
     for b in range(query.shape[0]):
         expected, certain, error = literal(query[b], key[b], labels[b], mask, k, temperature, normalize)
@@ -125,7 +117,7 @@ def test_native_and_plain_agree():
 def test_float64_stays_float64():
     query, key, labels = (torch.randn(1, *shape, dtype=torch.float64) for shape in ((12, 5), (24, 5), (24, 3)))
     out = propagate_labels(query, key, labels, grid=(3, 4), radius=1)
-    expected, _, _ = literal(query[0], key[0], labels[0], in_window(1, (3, 4), (3, 4), 24), 5, 0.1)
+    expected, _, _ = literal(query[0], key[0], labels[0], in_window((1, 3, 4, 3, 4), 12, 24), 5, 0.1)
     torch.testing.assert_close(out[0], expected, rtol=1e-11, atol=1e-11)
 
 
@@ -148,7 +140,7 @@ def test_queries_without_keys_get_zeros():
     # With radius 0 only the centre of a cell of equal size, or of an odd fraction of it, lies within a coarser cell's.
     query, key, labels = torch.randn(1, 36, 4), torch.randn(1, 4, 4), torch.ones(1, 4, 2)
     out = propagate_labels(query, key, labels, grid=(6, 6), key_grid=(2, 2), radius=0)
-    mask = in_window(0, (6, 6), (2, 2), 4).any(1)
+    mask = in_window((0, 6, 6, 2, 2), 36, 4).any(1)
     assert 0 < int(mask.sum()) < 36
     assert torch.equal(out, mask.float()[None, :, None].expand(1, 36, 2))
     query[0, 3, 1], key[0, 2, 0] = math.nan, math.inf

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brute_force import in_window, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,20 +20,6 @@ if not _native.can_run()[0]:
 native = _native.require()
 ISAS = native.cpu_isas()
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def in_window(window, n, m):
-    """[n, m] bool: distance of cell centres, measured in cells of the key grid."""
-    radius, qh, qw, kh, kw = window
-    query, key = torch.arange(n) % (qh * qw), torch.arange(m) % (kh * kw)
-    # Fractions of small integers stay exact enough in float64 for the comparison below.
-    dy = (key // kw + 0.5)[None].double() - (query // qw + 0.5)[:, None].double() * (kh / qh)
-    dx = (key % kw + 0.5)[None].double() - (query % qw + 0.5)[:, None].double() * (kw / qw)
-    return torch.maximum(dy.abs(), dx.abs()) <= radius + 1e-9
-
-
-def unit(rows):
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def exact(query, key, window, normalize):

@@ -80,7 +80,7 @@ def search(
                     tile = queries[row_slice] @ keys[column_slice].t()
                     tile.masked_fill_(~torch.isfinite(tile), -torch.inf)
                     if window is not None:
-                        tile.masked_fill_(outside(window, row, column, tile), -torch.inf)
+                        tile.masked_fill_(_outside(window, row, column, tile), -torch.inf)
                     _merge(similarity[b], index[b], row_slice, tile, column)
                     if mutual:
                         value, position = tile.max(0)
@@ -138,7 +138,7 @@ def reach(window: list[int]) -> tuple[int, int]:
     return 2 * radius * query_h, 2 * radius * query_w
 
 
-def outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
+def _outside(window: list[int], row: int, column: int, tile: Tensor) -> Tensor:
     """Which pairs of a tile lie further apart on the grid than the window's radius."""
     _, query_h, query_w, key_h, key_w = window
     query = torch.arange(row, row + tile.shape[0], device=tile.device)[:, None]
