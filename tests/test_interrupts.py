@@ -156,7 +156,8 @@ def test_an_ignored_signal_stays_ignored():
 CALLS = {
     "nearest": "rows = torch.randn(60_000, 64); call = lambda: lift_fast.nearest(rows, rows)",
     "nearest both ways": "rows = torch.randn(60_000, 64); call = lambda: lift_fast.nearest(rows, rows, mutual=True)",
-    "nearest of many batches": "rows = torch.randn(600, 64).repeat(8000, 1, 1); call = lambda: lift_fast.nearest(rows, rows, k=8)",
+    "nearest of many batches": "rows = torch.randn(600, 64).repeat(8000, 1, 1);"
+    "call = lambda: lift_fast.nearest(rows, rows, k=8)",
     "dense_match": "maps = torch.randn(2, 1, 64, 150, 150);"
     "call = lambda: lift_fast.dense_match(*maps, (1500, 1500), (1500, 1500))",
     "dense_match of points": "maps = torch.randn(2, 1, 64, 300, 300); points = torch.randint(1500, (1, 40_000, 2));"
