@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 _CPU_ISAS = ("auto", "avx512", "avx2", "baseline")
@@ -37,40 +38,19 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def native_disabled() -> bool:
-    """LIFT_FAST_DISABLE_NATIVE.
+def _on(name: str) -> bool:
+    """Whether a switch is on.
 
     Raises:
         ValueError: for another value than 0 or 1.
     """
-    return _choice("LIFT_FAST_DISABLE_NATIVE", ("0", "1")) == "1"
+    return _choice(name, ("0", "1")) == "1"
 
 
-def triton_disabled() -> bool:
-    """LIFT_FAST_DISABLE_TRITON.
-
-    Raises:
-        ValueError: for another value than 0 or 1.
-    """
-    return _choice("LIFT_FAST_DISABLE_TRITON", ("0", "1")) == "1"
-
-
-def cuda_disabled() -> bool:
-    """LIFT_FAST_DISABLE_CUDA.
-
-    Raises:
-        ValueError: for another value than 0 or 1.
-    """
-    return _choice("LIFT_FAST_DISABLE_CUDA", ("0", "1")) == "1"
-
-
-def direct_launch_disabled() -> bool:
-    """LIFT_FAST_DISABLE_DIRECT_LAUNCH.
-
-    Raises:
-        ValueError: for another value than 0 or 1.
-    """
-    return _choice("LIFT_FAST_DISABLE_DIRECT_LAUNCH", ("0", "1")) == "1"
+native_disabled = partial(_on, "LIFT_FAST_DISABLE_NATIVE")
+triton_disabled = partial(_on, "LIFT_FAST_DISABLE_TRITON")
+cuda_disabled = partial(_on, "LIFT_FAST_DISABLE_CUDA")
+direct_launch_disabled = partial(_on, "LIFT_FAST_DISABLE_DIRECT_LAUNCH")
 
 
 def cache_folder() -> Path:
@@ -86,7 +66,7 @@ def check() -> None:
         ValueError: names the variable and what it may be.
     """
     for name in _SWITCHES:
-        _choice(name, ("0", "1"))
+        _on(name)
     cpu_isa()
 
 

@@ -68,8 +68,7 @@ def _cpu_native() -> Part:
     threads = (
         f"{torch.get_num_threads()} threads" if module.build_info()["openmp"] else "one thread, built without OpenMP"
     )
-    numbers = {"bf16": "bfloat16", "int16": "16-bit integers"}
-    search = numbers.get(module.nearest_isa(wish).rpartition("_")[2], "float32")
+    search = module.nearest_search(wish).replace("int16", "16-bit integers")
     return Part(
         "cpu native",
         True,

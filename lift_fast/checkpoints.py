@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import devices
 from ._files import atomic_path
 from .defaults import plain_defaults
 from .demonstration import lift_file
@@ -55,10 +56,8 @@ def load_lift(
             another dtype or not finite; names the file and the entry. For a device that does not exist.
     """
     try:
-        device = torch.device(map_location)
-        # PyTorch knows names of devices that this machine lacks.
-        torch.zeros(1, device=device)
-    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+        device = devices.resolve("" if map_location is None else map_location)
+    except ValueError as error:
         raise ValueError(
             f"map_location must be a device of this machine such as 'cpu' or 'cuda', got {map_location!r}"
         ) from error

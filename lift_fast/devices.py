@@ -29,16 +29,18 @@ def resolve(wish: str | torch.device | None, local_rank: int | None = None) -> t
     Raises:
         ValueError: for what is no device; DeviceError for one that is not there.
     """
-    there = torch.cuda.is_available()
     try:
-        device = torch.device(("cuda" if there else "cpu") if wish is None else wish)
-    except (TypeError, RuntimeError):
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wish is None else wish)
+        if device.type not in ("cpu", "cuda", "meta"):
+            # PyTorch knows names of devices that this machine lacks.
+            torch.zeros(1, device=device)
+    except (TypeError, RuntimeError, AssertionError, ImportError):
         raise ValueError(
             f"device {wish!r} does not exist: device must be cpu, cuda, cuda:1, ... or None for what is there"
         ) from None
     if device.type != "cuda":
         return device
-    if not there:
+    if not torch.cuda.is_available():
         raise DeviceError(
             f"device={str(device)!r} was asked for, but PyTorch sees no CUDA device; pass device='cpu', or device=None "
             "to take what is there"

@@ -158,12 +158,6 @@ class _Parts(NamedTuple):
         return [*self.outer, *self.first, *self.second, *self.double, *self.pool]
 
 
-def _has_bias(double: list[Any]) -> bool:
-    """Whether a convolution of the double convolution has a bias, which the plan has no place for."""
-    own, other = double[0]._parameters, double[3]._parameters
-    return own.get("bias", double) is not None or other.get("bias", double) is not None
-
-
 def _published(parts: _Parts, patch_size: int) -> Layers | None:
     """The layers where they are those of the published graph."""
     (_, _, up, out), first, second, double, pool = parts
@@ -171,7 +165,9 @@ def _published(parts: _Parts, patch_size: int) -> Layers | None:
     expected: list[Any] = [Up, DoubleConv, nn.ConvTranspose2d, nn.Conv2d, *_BLOCK * (blocks + 3 if blocks else 2)]
     if blocks:
         expected.append(nn.Identity if patch_size == 8 else nn.MaxPool2d)
-    if len(modules) != len(expected) or not all(map(_computes_as, modules, expected)) or _has_bias(double):
+    if len(modules) != len(expected) or not all(map(_computes_as, modules, expected)):
+        return None
+    if any(conv.bias is not None for conv in double[::3]):
         return None
     convs = [*first[::3], *second[::3], up, double[0], double[3], out]
     # The first two blocks halve the grid each, further ones keep it; the second encoder halves it once more.

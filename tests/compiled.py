@@ -69,6 +69,14 @@ def program(
     return artifact(name, [version(command), *ingredients], make)
 
 
+def emulation(name: str) -> Path:
+    """A program of tests/native/ that runs CUDA kernels on the CPU, with the sanitizers where the compiler has them."""
+    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += sanitizers if understands(sanitizers) else []
+    return program(name, [ROOT / "tests" / "native" / f"{name}.cpp"], flags)
+
+
 def understands(flags: Sequence[str], compiler: str = "g++") -> bool:
     """Whether a program compiled with ``flags`` links and runs: sanitizers need libraries that may be absent."""
     return _understands(tuple(flags), tool(compiler))

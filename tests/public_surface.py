@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import lift_fast
 from lift_fast import _env
-from lift_fast.cli import build_parser
-from lift_fast.training import schema
+from lift_fast.cli import build_parser, main
 
 PACKAGES = (
     "lift_fast",
@@ -37,7 +41,6 @@ DOCUMENTED = (
     ("lift_fast.evaluation.davis", "frames"),
     ("lift_fast.evaluation.tokencut", "tokencut"),
     ("lift_fast.images", "set_max_pixels"),
-    ("lift_fast.kernels", "can_run"),
     ("lift_fast.testing", "poisoned_outputs"),
     ("lift_fast.training.step", "TrainingStep"),
 )
@@ -60,7 +63,7 @@ def surface() -> dict[str, Any]:
         "commands": _commands(build_parser(), "lift-fast"),
         "environment": sorted(_env.VARIABLES),
         "parts": list(lift_fast.backends().as_dict()),
-        "last.pth": {"format": schema.FORMAT, "parts": list(schema._PARTS)},
+        "results": _results(),
     }
 
 
@@ -126,8 +129,8 @@ def _commands(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
                 found.update(_commands(below, f"{name} {word}"))
             continue
         found[name][", ".join(action.option_strings) or action.dest] = {
-            "dest": action.dest,
-            "default": _plain(action.default),
+            # A flag's is the program's own affair.
+            "default": None if action.nargs == 0 else _plain(action.default),
             "choices": None if action.choices is None else [_plain(choice) for choice in action.choices],
             "nargs": action.nargs,
             "required": action.required,
@@ -141,6 +144,59 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else type(value).__name__
+
+
+def _results() -> dict[str, Any]:
+    """Entries of what commands print and write, from runs on two tiny images."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root, out = Path(folder, "images"), Path(folder, "out")
+        root.mkdir()
+        out.mkdir()
+        for number, name in enumerate(("a.png", "b.png")):
+            pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name)
+        a, b = root / "a.png", root / "b.png"
+        tiny = ["--model", "vit_tiny_patch16_224", "--random-weights", "--device", "cpu"]
+        once = ["--size", "64", "--batch-size", "2", "--max-steps", "1"]
+        for command in (
+            ["info"],
+            ["match", a, b, "--out", out / "match.png", *tiny, "--random-lift", "--size", "64"],
+            ["extract", root, "--out", out / "extract", *tiny, "--random-lift", "--size", "64"],
+            ["train", root, "--out", out / "train", *tiny, *once],
+            ["eval", "cka", "--root", root, "--sizes", "32", "--reference", "64", *tiny, "--method", "backbone"],
+            ["eval", "cost", *tiny, "--method", "backbone", "--sizes", "64"],
+        ):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+                status = main(
+                    [str(word) for word in [*command, "--json", *(["--quiet"] if "--out" in command else [])]]
+                )
+            name = " ".join(str(word) for word in command[: 2 if command[0] == "eval" else 1])
+            content = json.loads(printed.getvalue()) if status == 0 else f"exit status {status}"
+            # What a machine has is no entry of ours.
+            found[name] = sorted(content) if name == "info" else _shape(content)
+        for path in sorted(out.rglob("*")):
+            name = path.relative_to(out).as_posix()
+            if path.suffix == ".npz":
+                with np.load(path) as content:
+                    found[name] = {key: [str(value.dtype), value.ndim] for key, value in content.items()}
+            elif path.name == "last.pth":
+                found[name] = _shape(torch.load(path, weights_only=True))
+            elif path.suffix == ".csv":
+                found[name] = path.read_text().splitlines()[0]
+            elif path.is_file():
+                found[name] = "a file"
+    return found
+
+
+def _shape(value: Any) -> Any:
+    """Names and types of what is in a value, not the numbers; of a list its first entry."""
+    if isinstance(value, dict):
+        return {str(name): _shape(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shape(part) for part in value[:1]]
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
 
 
 def lines(value: Any, depth: int = 3) -> str:

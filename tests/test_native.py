@@ -2,15 +2,14 @@
 
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
+import native_build
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ if not _native.can_run()[0]:
     pytest.skip(_native.can_run()[1], allow_module_level=True)
 
 native = _native.require()
-KERNELS = ("avx512_bf16", "avx512_int16", "avx512", "avx2_int16", "avx2", "baseline")
+KERNELS = ("avx512_bf16", "avx512_int16", "avx512", "avx2", "baseline")
 
 
 def runs(isa):
@@ -174,7 +173,7 @@ def test_without_rescoring_the_error_is_that_of_the_search(isa):
     result = match(query, key, rescore=False, isa=isa)
     table = table_of(query[0], key[0], True)
     error = (result.similarity[0].double() - table.gather(1, result.index[0])).abs().max()
-    limit = {"bf16": 2**-7, "int16": 1e-4}.get(isa.rpartition("_")[2], 1e-6)
+    limit = {"bfloat16": 2**-7, "int16": 1e-4, "float32": 1e-6}[native.nearest_search(isa)]
     assert float(error) <= limit
     assert float((table.amax(1) - table.gather(1, result.index[0])[:, 0]).max()) <= 2 * limit
 
@@ -409,61 +408,15 @@ def test_one_openmp_runtime():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_address_and_undefined_behaviour_sanitizers(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    sanitize = ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    command = ["g++", *sanitize, str(probe), "-o", str(tmp_path / "probe")]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("g++ has no sanitizer libraries")
-    sources = {"csrc/cpu/isa.cpp": [], "csrc/cpu/nearest.cpp": [], "csrc/cpu/nearest_baseline.cpp": []}
-    if platform.machine() in ("x86_64", "AMD64"):
-        avx2 = ["-mavx2", "-mfma", "-mf16c"]
-        sources["csrc/cpu/nearest_avx2.cpp"] = avx2
-        sources["csrc/cpu/nearest_avx2_int16.cpp"] = avx2
-        avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *avx2]
-        sources["csrc/cpu/nearest_avx512.cpp"] = avx512
-        sources["csrc/cpu/nearest_avx512_int16.cpp"] = [*avx512, "-mavx512vnni"]
-        sources["csrc/cpu/nearest_avx512_bf16.cpp"] = [*avx512, "-mavx512bf16"]
-    sources["tests/native/nearest_sanitize.cpp"] = []
-    objects = []
-    for source, flags in sources.items():
-        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
-        command = ["g++", "-std=c++17", "-O1", "-g", *sanitize, *flags, f"-I{root / 'csrc'}", "-c", str(root / source)]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *sanitize, *objects, "-o", str(tmp_path / "run")], check=True)
-    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "baseline ok" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="that kernel is not built here")
-def test_the_kernel_for_avx512_vnni_on_any_processor(tmp_path):
+def test_the_kernel_for_avx512_vnni_on_any_processor():
     """Its very source, with a header that says in plain C++ what its instructions do."""
-    root = Path(__file__).resolve().parents[1]
-    flags = ["-std=c++17", "-O2", "-fopenmp", "-Wno-psabi", f"-I{root / 'csrc'}"]
-    avx2 = ["-mavx2", "-mfma", "-mf16c"]
-    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *avx2]
-    sources = {
-        "csrc/cpu/isa.cpp": [],
-        "csrc/cpu/nearest.cpp": [],
-        "csrc/cpu/nearest_baseline.cpp": [],
-        "csrc/cpu/nearest_avx2.cpp": avx2,
-        "csrc/cpu/nearest_avx2_int16.cpp": avx2,
-        "csrc/cpu/nearest_avx512.cpp": avx512,
-        "csrc/cpu/nearest_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
-        "csrc/cpu/nearest_avx512_int16.cpp": [f"-I{root / 'tests' / 'native' / 'emulated_avx512'}"],
-        "tests/native/nearest_emulate.cpp": [],
-    }
-    objects = []
-    for source, more in sources.items():
-        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
-        subprocess.run(["g++", *flags, *more, "-c", str(root / source), "-o", objects[-1]], check=True)
-    subprocess.run(["g++", "-fopenmp", *objects, "-o", str(tmp_path / "run")], check=True)
-    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "matches ok" in done.stdout
+    emulated = ["-DLIFT_FAST_ISA=avx512_int16", f"-I{native_build.NATIVE / 'emulated_avx512'}"]
+    units = [
+        (source, name, emulated if name == "nearest_kernel_avx512_int16" else flags)
+        for source, name, flags in native_build.core("nearest")
+    ]
+    assert emulated in [flags for _, _, flags in units]
+    units += native_build.own("nearest_emulate")
+    program = native_build.program("nearest-emulate", units, ["-O2", "-fopenmp", "-Wno-psabi"])
+    assert "matches ok" in native_build.run([str(program)])

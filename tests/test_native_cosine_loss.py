@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -96,40 +94,3 @@ BAD = {
 def test_calls_that_cannot_be_are_refused(case):
     with pytest.raises(ValueError, match=r"cosine_loss|sse9"):
         call(**BAD[case])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, tmp_path):
-    """Exactly sized heap blocks under AddressSanitizer and UBSan; several threads under ThreadSanitizer."""
-    # libgomp is not instrumented: its barriers look like races, so the team is made of one thread's worth of calls.
-    openmp = [] if sanitizer == "thread" else ["-fopenmp"]
-    flags = [
-        *openmp,
-        f"-fsanitize={sanitizer}",
-        "-g",
-        "-O1",
-        "-std=c++17",
-        f"-I{ROOT / 'csrc'}",
-        "-Wno-unknown-pragmas",
-    ]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip("g++ has no such sanitizer libraries")
-    sources = ["cpu/isa.cpp", "cpu/cosine_loss.cpp", "cpu/cosine_loss_baseline.cpp"]
-    extra = {}
-    if "avx2" in ISAS:
-        avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-        extra = {"cpu/cosine_loss_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "cpu/cosine_loss_avx512.cpp": avx512}
-    objects = []
-    main = ROOT / "tests" / "native" / "cosine_loss_sanitize.cpp"
-    for source in [*(ROOT / "csrc" / name for name in [*sources, *extra]), main]:
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        isa = extra.get(f"cpu/{source.name}", [])
-        subprocess.run(["g++", *flags, *isa, "-c", str(source), "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *flags, *objects, "-pthread", "-o", str(tmp_path / "run")], check=True)
-    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "baseline ok" in done.stdout

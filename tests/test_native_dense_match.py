@@ -1,7 +1,5 @@
 """The native core's dense matcher against the exhaustive plain version, on every instruction set that this CPU has."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -473,43 +471,3 @@ def test_points_refuse_bad_arguments(changes, message):
     native.dense_match_points_f32(**arguments)
     with pytest.raises(ValueError, match=message):
         native.dense_match_points_f32(**{**arguments, **changes})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, tmp_path):
-    """Exactly sized heap blocks under AddressSanitizer and UBSan; several threads under ThreadSanitizer."""
-    # libgomp is not instrumented: its barriers look like races, so the team is made of one thread's worth of calls.
-    openmp = [] if sanitizer == "thread" else ["-fopenmp"]
-    flags = [
-        *openmp,
-        f"-fsanitize={sanitizer}",
-        "-g",
-        "-O1",
-        "-std=c++17",
-        f"-I{ROOT / 'csrc'}",
-        "-Wno-unknown-pragmas",
-    ]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip("g++ has no such sanitizer libraries")
-    sources = ["cpu/isa.cpp", "cpu/dense_match.cpp", "cpu/dense_match_points.cpp", "cpu/dense_match_baseline.cpp"]
-    sources += ["cpu/map_products.cpp", "cpu/map_products_baseline.cpp"]
-    extra = {}
-    if "avx2" in ISAS:
-        extra = {"cpu/dense_match_avx2.cpp": ["-mavx2", "-mfma"]}
-        extra["cpu/dense_match_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
-        for isa in ("avx2", "avx512"):
-            extra[f"cpu/map_products_{isa}.cpp"] = extra[f"cpu/dense_match_{isa}.cpp"]
-    objects = []
-    main = ROOT / "tests" / "native" / "dense_match_sanitize.cpp"
-    for source in [*(ROOT / "csrc" / name for name in [*sources, *extra]), main]:
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        isa = extra.get(f"cpu/{source.name}", [])
-        subprocess.run(["g++", *flags, *isa, "-c", str(source), "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *flags, *objects, "-pthread", "-o", str(tmp_path / "run")], check=True)
-    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "baseline ok" in done.stdout

@@ -1,11 +1,10 @@
 """``dense_match``'s CUDA kernels without a GPU: their own source, run on the CPU, against every pixel in float64."""
 
 import ctypes
-import shutil
 import struct
 import subprocess
-from pathlib import Path
 
+import compiled
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,29 +16,9 @@ from lift_fast.ops.dense_match import op
 from lift_fast.ops.dense_match.bilinear import StretchedMap, scales_of
 
 numeric = pytest.mark.numeric("dense_match (CUDA C++)")
-ROOT = Path(__file__).resolve().parents[1]
 TIE = 1e-6
 PROTOCOLS = ["grid", "pixel", "none"]
 CPU = torch.device("cpu")
-
-
-def build(folder):
-    """The program, with the sanitizers where the compiler has them."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'native'}"]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    if subprocess.run(["g++", *sanitizers, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
-        sanitizers = []
-    source = ROOT / "tests" / "native" / "dense_match_emulate.cpp"
-    done = subprocess.run(
-        ["g++", *flags, *sanitizers, str(source), "-o", str(folder / "run")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
 
 
 def raw(address, size):
@@ -124,8 +103,8 @@ class Emulation:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulation"))
+def program():
+    return compiled.emulation("dense_match_emulate")
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from lift_fast.ops.lift_forward.plan import build_plan
 from lift_fast.testing import randomize
 
 numeric = pytest.mark.numeric("image_encoder (CUDA C++)")
-ROOT = Path(__file__).resolve().parents[1]
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 CUTS = ["walk", "stream", "spread"]
 # Relative to the largest value: what a stored value and a few roundings that fell the other way make of it.
@@ -124,11 +123,7 @@ def raw(tensor):
 
 @pytest.fixture(scope="module")
 def emulation():
-    """The program, built with the sanitizers where the compiler has them."""
-    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += sanitizers if compiled.understands(sanitizers) else []
-    return compiled.program("image_encoder_emulate", [ROOT / "tests" / "native" / "image_encoder_emulate.cpp"], flags)
+    return compiled.emulation("image_encoder_emulate")
 
 
 def run_cases(program, folder, cases):

@@ -1,10 +1,5 @@
 """The native decoder against its formulas in float64, on every instruction set that this CPU has."""
 
-import platform
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -189,7 +184,7 @@ def test_refuses_bad_arguments():
     inputs = random_inputs(channels, (1, 2, 2), "float32")
     with pytest.raises(ValueError, match="threads"):
         decode(packed, *inputs, threads=0)
-    with pytest.raises(ValueError, match="isa 'sse9'"):
+    with pytest.raises(ValueError, match="got 'sse9'"):
         decode(packed, *inputs, isa="sse9")
     with pytest.raises(ValueError, match="dtype must be"):
         native.lift_forward_packed_size(48, 24, 8, 8, "float16")
@@ -206,27 +201,3 @@ def test_refuses_bad_arguments():
     addresses = [weight.data_ptr() for weight in weights]
     with pytest.raises(ValueError, match="bytes"):
         native.lift_forward_pack(*addresses, *sizes(channels), "float32", packed.data_ptr(), packed.numel() - 1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
-def test_address_and_undefined_behaviour_sanitizers(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
-    sources = {
-        "csrc/cpu/isa.cpp": [],
-        "csrc/cpu/lift_forward.cpp": [],
-        "csrc/cpu/lift_forward_baseline.cpp": [],
-        "csrc/cpu/lift_forward_avx2.cpp": ["-mavx2", "-mfma"],
-        "csrc/cpu/lift_forward_avx512.cpp": avx512,
-        "csrc/cpu/lift_forward_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
-        "tests/native/lift_forward_sanitize.cpp": [],
-    }
-    sanitize = ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    objects = []
-    for source, flags in sources.items():
-        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
-        command = ["g++", "-std=c++17", "-O1", *sanitize, *flags, f"-I{root / 'csrc'}", "-c", str(root / source)]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *sanitize, *objects, "-o", str(tmp_path / "run")], check=True)
-    subprocess.run([str(tmp_path / "run")], check=True)

@@ -261,3 +261,59 @@ class TestCompilersAtOnce:
         (first / "memory" / "memory.limit_in_bytes").write_text(f"{3 << 30}\n")
         (first / "memory" / "memory.usage_in_bytes").write_text(f"{4 << 30}\n")
         assert setup_module.free_memory(tmp_path) == 0
+
+
+def test_kernels_are_compiled_for_each_instruction_set(setup_module):
+    names = [name for _, name, _ in setup_module.cpu_units(x86=True)]
+    assert len(set(names)) == len(names)
+    kernels = [path.stem for path in ROOT.glob("csrc/cpu/*_kernel.cpp")]
+    assert {f"{kernel}_{isa}" for kernel in kernels for isa in ("baseline", "avx2", "avx512")} <= set(names)
+    more = {"nearest_kernel_avx512_int16", "nearest_kernel_avx512_bf16", "lift_forward_kernel_avx512_bf16"}
+    assert more <= set(names)
+    # No other processor knows these flags.
+    elsewhere = {name: flags for _, name, flags in setup_module.cpu_units(x86=False)}
+    assert {name for name in elsewhere if "_kernel" in name} == {f"{kernel}_baseline" for kernel in kernels}
+    assert not any(flag.startswith("-m") for flags in elsewhere.values() for flag in flags)
+    assert {"isa", "nearest"} <= set(elsewhere)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_only_what_is_out_of_date_is_compiled(setup_module, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    header, other, source = folder / "used.hpp", folder / "other.hpp", folder / "source.cpp"
+    header.write_text("#define VALUE 1\n")
+    other.write_text("")
+    source.write_text('#include "used.hpp"\nint value() { return VALUE; }\n')
+    target = folder / "source.o"
+
+    def compiles(*flags):
+        before = target.stat().st_mtime_ns if target.exists() else 0
+        setup_module.BuildNative.compile(target, ["g++", *flags, "-c", str(source)])
+        return target.stat().st_mtime_ns != before
+
+    def touch(path):
+        later = target.stat().st_mtime + 1
+        os.utime(path, (later, later))
+
+    assert compiles()
+    assert not compiles()
+    touch(other)
+    assert not compiles()
+    touch(header)
+    assert compiles()
+    # The header lies in the future of what was just made.
+    os.utime(header, (1, 1))
+    assert not compiles()
+    assert compiles("-O1")
+    assert not compiles("-O1")
+    source.write_text("broken")
+    touch(source)
+    with pytest.raises(RuntimeError, match="broken"):
+        compiles("-O1")
+    source.write_text("int value() { return 2; }\n")
+    os.utime(source, (1, 1))
+    # What a failed compilation left is not taken for the object.
+    assert compiles("-O1")
+    header.unlink()
+    assert not compiles("-O1")

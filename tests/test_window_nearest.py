@@ -1,8 +1,6 @@
 """The native core's windowed nearest neighbours against float64 brute force, on every instruction set of this CPU."""
 
 import math
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -355,40 +353,3 @@ def test_nothing_to_do():
     call(query_frames=0, query=0)
     call(key_frames=0, key=0)
     call(c=0, query=0, key=0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, tmp_path):
-    """Exactly sized heap blocks under AddressSanitizer and UBSan; several threads under ThreadSanitizer."""
-    # libgomp is not instrumented: its barriers look like races, so the team is made of one thread's worth of calls.
-    openmp = [] if sanitizer == "thread" else ["-fopenmp"]
-    flags = [
-        *openmp,
-        f"-fsanitize={sanitizer}",
-        "-g",
-        "-O1",
-        "-std=c++17",
-        f"-I{ROOT / 'csrc'}",
-        "-Wno-unknown-pragmas",
-    ]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    if subprocess.run(["g++", *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip("g++ has no such sanitizer libraries")
-    sources = ["cpu/isa.cpp", "cpu/window_nearest.cpp", "cpu/window_nearest_baseline.cpp"]
-    extra = {}
-    if "avx2" in ISAS:
-        avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
-        extra = {"cpu/window_nearest_avx2.cpp": ["-mavx2", "-mfma"], "cpu/window_nearest_avx512.cpp": avx512}
-    objects = []
-    main = ROOT / "tests" / "native" / "window_nearest_sanitize.cpp"
-    for source in [*(ROOT / "csrc" / name for name in [*sources, *extra]), main]:
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        isa = extra.get(f"cpu/{source.name}", [])
-        subprocess.run(["g++", *flags, *isa, "-c", str(source), "-o", objects[-1]], check=True)
-    subprocess.run(["g++", *flags, *objects, "-pthread", "-o", str(tmp_path / "run")], check=True)
-    done = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "baseline ok" in done.stdout

@@ -57,8 +57,8 @@ void bind_nearest(py::module_& m) {
         "similarity -inf. Without rescore, similarities and order are those of the search.");
   m.def("nearest_isa", &isa_in_use, py::arg("isa") = "auto",
         "Which kernel nearest_f32 runs for a name.");
-  m.def("nearest_search", &search, py::arg("isa") = "auto", "What that kernel's search multiplies: \"float32\", "
-        "\"int16\" or \"bfloat16\".");
+  m.def("nearest_search", &search, py::arg("isa") = "auto",
+        "What its search multiplies: \"float32\", \"int16\" or \"bfloat16\".");
   m.attr("most_neighbours") = kMostNeighbours;
 }
 

@@ -33,10 +33,7 @@ void match_groups_run(const GroupMatchCall& call, int device, void* stream) {
   check_groups(call);
   const DeviceGuard guard(device, kName);
   const MatchLaunch cut = group_launch(call, kernels().on(device).shared_block);
-  const auto kernel = call.key.scale != nullptr
-                          ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
-                          : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
-  launch(kernel, group_params(call, cut), cut, stream);
+  launch(groups_kernel(call, cut), group_params(call, cut), cut, stream);
 }
 
 void match_points_run(const PointMatchCall& call, int device, void* stream) {

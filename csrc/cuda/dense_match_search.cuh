@@ -318,6 +318,12 @@ __global__ void __launch_bounds__(32 * kMatchMaxWarps, 3)
   GroupMatcher<kScale, kStaged>(params, shared).match();
 }
 
+inline auto* groups_kernel(const GroupMatchCall& call, const MatchLaunch& cut) {
+  return call.key.scale != nullptr
+             ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
+             : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
+}
+
 // One block for a point: its threads share the patches.
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LIFT_FAST_GRID_CONSTANT PointParams p) {

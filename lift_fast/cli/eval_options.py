@@ -94,6 +94,7 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
     """
     import torch
 
+    from lift_fast import devices
     from lift_fast.backbones import load_backbone
     from lift_fast.evaluation.methods import build_methods
     from lift_fast.lift import LiFT
@@ -104,22 +105,17 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
         arguments.lift = LIFT
     _require_lift(arguments)
     with as_usage_error():
-        wish = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            backbone = load_backbone(
-                arguments.model,
-                weights=arguments.weights,
-                random_weights=arguments.random_weights,
-                facet=arguments.facet,
-                layer=arguments.layer,
-                stride=arguments.stride,
-                head_order="interleaved",
-                seed=arguments.seed,
-            ).to(wish, getattr(torch, arguments.dtype))
-        except (RuntimeError, AssertionError) as error:
-            if arguments.device is None or isinstance(error, UsageError):
-                raise
-            raise UsageError(f"--device {arguments.device}: {error}") from error
+        device = devices.resolve(arguments.device)
+        backbone = load_backbone(
+            arguments.model,
+            weights=arguments.weights,
+            random_weights=arguments.random_weights,
+            facet=arguments.facet,
+            layer=arguments.layer,
+            stride=arguments.stride,
+            head_order="interleaved",
+            seed=arguments.seed,
+        ).to(device, getattr(torch, arguments.dtype))
         lift: Any = arguments.lift
         # Commands that draw have no published placement to follow.
         image_branch = getattr(arguments, "image_branch", "aligned")

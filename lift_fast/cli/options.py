@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lift_fast import _env, demonstration
 from lift_fast._text import quoted
+from lift_fast.training.settings import FACETS
 
 from .errors import UsageError, as_usage_error
 
@@ -62,9 +63,6 @@ def load_size(text: str) -> int | tuple[int, int]:
     return (positive(height), positive(width)) if cross else positive(text)
 
 
-_FACETS = ("key", "query", "value", "token")
-
-
 def add_model_options(
     parser: argparse.ArgumentParser,
     sizes: bool = True,
@@ -99,7 +97,7 @@ def add_model_options(
         group.add_argument(
             "--iterations", type=positive, default=1, metavar="N", help="apply LiFT N times (%(default)s)"
         )
-    choices = _FACETS if facet else (*_FACETS, "final")
+    choices = FACETS if facet else (*FACETS, "final")
     group.add_argument("--facet", default=facet, choices=choices, help=facet_help)
     group.add_argument("--layer", type=int, help="block of the backbone, may be negative (the last)")
     group.add_argument("--stride", type=positive, help="pixels between patches (the patch size)")
@@ -165,28 +163,22 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
     if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
         raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
     with as_usage_error():
-        try:
-            return ViTLiFTExtractor(
-                arguments.model,
-                arguments.lift,
-                channel=None,
-                patch=None,
-                stride=arguments.stride,
-                layer=arguments.layer,
-                facet=arguments.facet,
-                device=arguments.device,
-                silent=True,
-                random_lift=arguments.random_lift,
-                weights=arguments.weights,
-                random_weights=arguments.random_weights,
-                seed=arguments.seed,
-                dtype=getattr(torch, arguments.dtype),
-            )
-        except RuntimeError as error:
-            # A device that this machine does not have.
-            if arguments.device is not None and type(error) is RuntimeError:
-                raise UsageError(f"--device {arguments.device}: {error}") from error
-            raise
+        return ViTLiFTExtractor(
+            arguments.model,
+            arguments.lift,
+            channel=None,
+            patch=None,
+            stride=arguments.stride,
+            layer=arguments.layer,
+            facet=arguments.facet,
+            device=arguments.device,
+            silent=True,
+            random_lift=arguments.random_lift,
+            weights=arguments.weights,
+            random_weights=arguments.random_weights,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype),
+        )
 
 
 def takes_demonstration_lift(arguments: argparse.Namespace) -> bool:

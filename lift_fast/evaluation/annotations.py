@@ -1,29 +1,14 @@
-"""What readers of annotations share: names from lists, and values in messages, whatever a file holds."""
+"""What readers of annotations share: names from lists, whatever a file holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lift_fast._text import one_line
+from lift_fast._text import shown
 
 # Of every usual file system.
 _LONGEST_NAME = 255
-_SHOWN, _REASON = 80, 300
 _LONGEST_LIST = 1 << 26
-
-
-def brief(value: Any) -> str:
-    """``repr`` of a value for a message, printable and cut to 80 characters."""
-    # Of a text of megabytes only the beginning is looked at; numbers have no more than some hundred digits.
-    text = one_line(repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list)) else value))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def shortened(reason: object) -> str:
-    """Somebody else's message, printable and cut to 300 characters."""
-    text = one_line(str(reason)[: 2 * _REASON])
-    return text if len(text) <= _REASON else f"{text[:_REASON]}..."
 
 
 def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", first_word: bool = False) -> list[str]:
@@ -56,7 +41,7 @@ def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", fir
         raise ValueError(f"{path} lists no {kind}")
     for name in names:
         if not is_name(name, forbidden):
-            raise ValueError(f"{path}: expected {expected} in each line, got {brief(name)}")
+            raise ValueError(f"{path}: expected {expected} in each line, got {shown(name)}")
     return names
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lift_fast import devices
 from lift_fast.backbones import FrozenViT, load_backbone
-from lift_fast.checkpoints import fit_lift, lift_state_dict, plain_name, save_lift
+from lift_fast.checkpoints import save_lift
 from lift_fast.distributed import World
 from lift_fast.images import check_size, list_images
 from lift_fast.lift import LiFT
+from lift_fast.lift_state import fit_lift, lift_state_dict, plain_name
 
 from . import loop
 from .data import GlobalBatches, Pictures, Sample, build_loader, default_workers

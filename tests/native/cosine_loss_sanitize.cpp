@@ -1,16 +1,8 @@
-// Runs the cosine loss on exactly sized heap blocks, so that a sanitizer sees every byte read or written outside, and
-// from several threads at once.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <thread>
-#include <vector>
-
+// Several layouts, every bit pattern.
 #include "cpu/cosine_loss.hpp"
+#include "sanitize.hpp"
 
-using namespace lift_fast;
-
+namespace lift_fast {
 namespace {
 
 // Elements from the first to the last one that a layout names.
@@ -54,7 +46,9 @@ void run(CpuIsa isa, CosineLossType type, std::int64_t outer, std::int64_t c, st
   }
 }
 
-void all(CpuIsa isa) {
+}  // namespace
+
+void sanitize(CpuIsa isa) {
   for (CosineLossType type : {CosineLossType::float32, CosineLossType::bfloat16, CosineLossType::float16}) {
     for (std::int64_t outer : {0, 1, 3}) {
       for (std::int64_t c : {0, 1, 7, 33, 64}) {
@@ -68,14 +62,4 @@ void all(CpuIsa isa) {
   for (int layouts : {0, 1, 4, 9, 10}) run(isa, CosineLossType::float32, 2, 97, 5501, layouts);
 }
 
-}  // namespace
-
-int main() {
-  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
-    if (!cpu_has(isa)) continue;
-    std::vector<std::thread> threads;
-    for (int i = 0; i < 2; ++i) threads.emplace_back(all, isa);
-    for (std::thread& thread : threads) thread.join();
-    std::printf("%s ok\n", cpu_isa_name(isa));
-  }
-}
+}  // namespace lift_fast

@@ -3,10 +3,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #define LIFT_FAST_EMULATED_DEVICE
 #include "cuda/dense_match_mutual.cuh"
@@ -16,15 +12,12 @@ using namespace lift_fast;
 
 namespace {
 
-void read(void* to, std::size_t size) {
+void read(void* to, std::int64_t bytes) {
+  const auto size = static_cast<std::size_t>(bytes);
   if (size != 0 && std::fread(to, 1, size, stdin) != size) {
     std::fprintf(stderr, "a call ends early\n");
     std::exit(2);
   }
-}
-
-void write(const void* from, std::size_t size) {
-  if (size != 0 && std::fwrite(from, 1, size, stdout) != size) std::exit(3);
 }
 
 std::int64_t number() {
@@ -33,25 +26,12 @@ std::int64_t number() {
   return value;
 }
 
-// An array on the emulated device.
-class Bytes {
- public:
-  // Full of NaN.
-  explicit Bytes(std::int64_t size) : size_(static_cast<std::size_t>(size)), data_(std::malloc(size_)) {
-    std::memset(data_, 0xff, size_);
+struct Bytes : emulated::Array {
+  Bytes() : Array(number()) { read(as<void>(), bytes()); }
+  void reply() const {
+    const auto size = static_cast<std::size_t>(bytes());
+    if (size != 0 && std::fwrite(as<void>(), 1, size, stdout) != size) std::exit(3);
   }
-  Bytes() : Bytes(number()) { read(data_, size_); }
-  ~Bytes() { std::free(data_); }
-  Bytes(const Bytes&) = delete;
-  template <class T>
-  T* as() const {
-    return size_ == 0 ? nullptr : static_cast<T*>(data_);
-  }
-  void reply() const { write(data_, size_); }
-
- private:
-  std::size_t size_;
-  void* data_;
 };
 
 struct Axis {
@@ -83,11 +63,8 @@ struct Settings {
 };
 
 void run(const Settings& settings, const MatchLaunch& cut, const std::function<void()>& kernel) {
-  for (std::int64_t block = 0; block < cut.blocks; ++block) {
-    emulated::run_block(static_cast<int>(block), cut.warps, static_cast<std::size_t>(cut.shared),
-                        emulated::Copies::early, static_cast<emulated::Order>(settings.order),
-                        static_cast<unsigned>(settings.seed + block), kernel);
-  }
+  const auto order = static_cast<emulated::Order>(settings.order);
+  emulated::run_blocks(cut.blocks, cut.warps, cut.shared, {emulated::Copies::early, order, settings.seed}, kernel);
 }
 
 void groups(const Settings& settings) {
@@ -112,10 +89,7 @@ void groups(const Settings& settings) {
   check_groups(call);
   const MatchLaunch cut = group_launch(call, settings.shared_block);
   const GroupParams params = group_params(call, cut);
-  const auto kernel = call.key.scale != nullptr
-                          ? (cut.staged ? match_groups_kernel<true, true> : match_groups_kernel<true, false>)
-                          : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
-  run(settings, cut, [&] { kernel(params); });
+  run(settings, cut, [&] { groups_kernel(call, cut)(params); });
   similarity.reply();
   index.reply();
 }
@@ -153,7 +127,7 @@ void mutual(const Settings& settings) {
   call.index = index.as<const std::int64_t>();
   call.valid = valid.as<bool>();
   const std::int64_t words = number();
-  const Bytes scratch(4 * words);
+  const emulated::Array scratch(4 * words);
   std::memset(scratch.as<void>(), 0, static_cast<std::size_t>(4 * words));
   call.scratch = scratch.as<std::int32_t>();
   call.scratch_words = words;

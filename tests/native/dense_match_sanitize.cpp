@@ -1,16 +1,8 @@
-// Runs the dense matcher on exactly sized heap blocks, so that a sanitizer sees every byte read or written outside, and
-// from several threads at once.
-#include <cmath>
-#include <cstdio>
-#include <memory>
-#include <thread>
-#include <vector>
-
 #include "cpu/dense_match.hpp"
 #include "cpu/map_products.hpp"
+#include "sanitize.hpp"
 
-using namespace lift_fast;
-
+namespace lift_fast {
 namespace {
 
 template <class T>
@@ -120,7 +112,9 @@ void sample(int count, int c, int h, int w, int height, int width, bool rows) {
   map_sample_run(call);
 }
 
-void all(CpuIsa isa) {
+}  // namespace
+
+void sanitize(CpuIsa isa) {
   for (bool rows : {false, true}) {
     sample(1, 5, 1, 1, 3, 4, rows);
     sample(40, 7, 3, 5, 20, 31, rows);
@@ -147,14 +141,4 @@ void all(CpuIsa isa) {
   }
 }
 
-}  // namespace
-
-int main() {
-  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
-    if (!cpu_has(isa)) continue;
-    std::vector<std::thread> threads;
-    for (int i = 0; i < 2; ++i) threads.emplace_back(all, isa);
-    for (std::thread& thread : threads) thread.join();
-    std::printf("%s ok\n", cpu_isa_name(isa));
-  }
-}
+}  // namespace lift_fast

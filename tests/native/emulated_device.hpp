@@ -206,6 +206,41 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
   std::free(shared);
 }
 
+struct Settings {
+  Copies copies;
+  Order order;
+  std::int64_t seed;
+};
+
+// Runs a kernel's blocks one after the other.
+inline void run_blocks(std::int64_t blocks, int warps, std::int64_t shared_bytes, const Settings& settings,
+                       const std::function<void()>& kernel) {
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    run_block(static_cast<int>(block), warps, static_cast<std::size_t>(shared_bytes), settings.copies, settings.order,
+              static_cast<unsigned>(settings.seed + block), kernel);
+  }
+}
+
+// An array of the device: a heap block of its exact size, full of NaN.
+class Array {
+ public:
+  explicit Array(std::int64_t bytes) : bytes_(bytes), data_(std::malloc(static_cast<std::size_t>(bytes))) {
+    std::memset(data_, 0xff, static_cast<std::size_t>(bytes));
+  }
+  ~Array() { std::free(data_); }
+  Array(const Array&) = delete;
+  std::int64_t bytes() const { return bytes_; }
+  // Null where it is empty.
+  template <class T>
+  T* as() const {
+    return bytes_ == 0 ? nullptr : static_cast<T*>(data_);
+  }
+
+ private:
+  std::int64_t bytes_;
+  void* data_;
+};
+
 inline float bf16(std::uint32_t bits) {
   const std::uint32_t wide = (bits & 0xffffu) << 16;
   float value;

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
-#include <vector>
 
 #define LIFT_FAST_EMULATED_DEVICE
 #include "cuda/image_encoder.cuh"
@@ -21,17 +20,6 @@ struct Case {
   std::int64_t strips, rows;  // 0: as the launcher would choose on a device of these properties
   std::int64_t multiprocessors, shared_block, shared_multiprocessor;
   std::int64_t late_copies, order, seed;
-};
-
-struct Bytes {
-  explicit Bytes(std::int64_t size) : size(size), data(static_cast<unsigned char*>(std::malloc(static_cast<std::size_t>(size)))) {
-    std::memset(data, 0xff, static_cast<std::size_t>(size));
-  }
-  ~Bytes() { std::free(data); }
-  Bytes(const Bytes&) = delete;
-  void read(std::istream& file) { file.read(reinterpret_cast<char*>(data), size); }
-  std::int64_t size;
-  unsigned char* data;
 };
 
 template <class T>
@@ -58,13 +46,9 @@ void run(const Case& c, const ImageEncoderCall& call) {
                          : image_encoder_kernel<T, false, EncoderCut::spread>;
     }
   }();
-  const auto blocks = static_cast<int>(c.batch * tiling.column_blocks * tiling.row_blocks);
-  for (int block = 0; block < blocks; ++block) {
-    emulated::run_block(block, tiling.warps, static_cast<std::size_t>(tiling.shared),
-                        c.late_copies ? emulated::Copies::late : emulated::Copies::early,
-                        static_cast<emulated::Order>(c.order), static_cast<unsigned>(c.seed + block),
-                        [&] { kernel(params); });
-  }
+  const auto copies = c.late_copies ? emulated::Copies::late : emulated::Copies::early;
+  emulated::run_blocks(c.batch * tiling.column_blocks * tiling.row_blocks, tiling.warps, tiling.shared,
+                       {copies, static_cast<emulated::Order>(c.order), c.seed}, [&] { kernel(params); });
 }
 
 void run_file(const std::string& path) {
@@ -73,23 +57,21 @@ void run_file(const std::string& path) {
   file.read(reinterpret_cast<char*>(&c), sizeof c);
   const auto type = static_cast<EncoderType>(c.type);
   const int item = encoder_itemsize(type);
-  Bytes imgs(c.picture_bytes), packed(kEncoderWeights * item), bias(3 * 32 * 4);
-  imgs.read(file);
-  packed.read(file);
-  bias.read(file);
+  const emulated::Array imgs(c.picture_bytes), packed(kEncoderWeights * item), bias(3 * 32 * 4);
+  for (const emulated::Array* array : {&imgs, &packed, &bias}) file.read(array->as<char>(), array->bytes());
   if (!file) {
     std::fprintf(stderr, "%s ends early\n", path.c_str());
     std::exit(2);
   }
   const std::int64_t cells = c.batch * c.h * c.w;
-  Bytes f(4 * cells * 32 * item), g(cells * 32 * item);
+  const emulated::Array f(4 * cells * 32 * item), g(cells * 32 * item);
   ImageEncoderCall call{};
-  call.imgs = imgs.data;
+  call.imgs = imgs.as<void>();
   for (int i = 0; i < 4; ++i) call.stride[i] = c.stride[i];
-  call.packed = packed.data;
-  call.bias = reinterpret_cast<const float*>(bias.data);
-  call.f = f.data;
-  call.g = g.data;
+  call.packed = packed.as<void>();
+  call.bias = bias.as<const float>();
+  call.f = f.as<void>();
+  call.g = g.as<void>();
   call.batch = c.batch;
   call.h = c.h;
   call.w = c.w;
@@ -109,8 +91,7 @@ void run_file(const std::string& path) {
       break;
   }
   std::ofstream out(path + ".out", std::ios::binary);
-  out.write(reinterpret_cast<const char*>(f.data), f.size);
-  out.write(reinterpret_cast<const char*>(g.data), g.size);
+  for (const emulated::Array* array : {&f, &g}) out.write(array->as<char>(), array->bytes());
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Result {
   std::unique_ptr<std::int64_t[]> index, back;
 };
 
-Result run(NearestIsa isa, const float* query, const float* key, std::int64_t n, std::int64_t m, std::int64_t c,
+Result run(CpuIsa isa, const float* query, const float* key, std::int64_t n, std::int64_t m, std::int64_t c,
            std::int64_t k, bool normalize) {
   Result result{std::unique_ptr<float[]>(new float[n * k]), std::unique_ptr<std::int64_t[]>(new std::int64_t[n * k]),
                 std::unique_ptr<std::int64_t[]>(new std::int64_t[n])};
@@ -60,8 +60,8 @@ int main() {
           fill(key.get(), m);
           const std::int64_t k = m < 5 ? m : 5;
           const bool normalize = (n + m) % 2 == 0;
-          const Result ours = run(NearestIsa::avx512_int16, query.get(), key.get(), n, m, c, k, normalize);
-          const Result other = run(NearestIsa::baseline, query.get(), key.get(), n, m, c, k, normalize);
+          const Result ours = run(CpuIsa::avx512_int16, query.get(), key.get(), n, m, c, k, normalize);
+          const Result other = run(CpuIsa::baseline, query.get(), key.get(), n, m, c, k, normalize);
           double scale = 0;
           for (std::int64_t i = 0; i < n * k; ++i) scale = std::fmax(scale, std::fabs(other.similarity[i]));
           for (std::int64_t i = 0; i < n * k; ++i) {

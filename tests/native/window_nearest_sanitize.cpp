@@ -1,32 +1,13 @@
-// Runs the windowed matcher on exactly sized heap blocks, so that a sanitizer sees every byte read or written outside,
-// and from several threads at once.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <thread>
-#include <vector>
-
 #include "cpu/window_nearest.hpp"
+#include "sanitize.hpp"
 
-using namespace lift_fast;
-
+namespace lift_fast {
 namespace {
 
 struct Grid {
   std::int64_t frames, h, w;
   std::int64_t cells() const { return frames * h * w; }
 };
-
-std::unique_ptr<float[]> rows(std::int64_t count) {
-  std::unique_ptr<float[]> values(new float[count]);
-  for (std::int64_t i = 0; i < count; ++i) {
-    // Now and then what takes no part, and values whose product overflows.
-    const std::int64_t kind = i % 211;
-    values[i] = kind == 5 ? NAN : kind == 71 ? INFINITY : kind == 131 ? 3e38f : 0.01f * static_cast<float>(i % 37 - 18);
-  }
-  return values;
-}
 
 void run(CpuIsa isa, Grid query, Grid key, std::int64_t c, std::int64_t k, std::int64_t radius) {
   const std::int64_t batch = 1 + (query.w + key.w) % 2, matches = batch * query.cells() * k;
@@ -57,7 +38,9 @@ void run(CpuIsa isa, Grid query, Grid key, std::int64_t c, std::int64_t k, std::
   }
 }
 
-void all(CpuIsa isa) {
+}  // namespace
+
+void sanitize(CpuIsa isa) {
   const Grid grids[] = {{1, 1, 1}, {2, 1, 9}, {1, 7, 1}, {3, 3, 5}, {1, 4, 33}, {2, 5, 16}, {0, 2, 3}};
   for (const Grid& query : grids) {
     for (const Grid& key : grids) {
@@ -70,14 +53,4 @@ void all(CpuIsa isa) {
   }
 }
 
-}  // namespace
-
-int main() {
-  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
-    if (!cpu_has(isa)) continue;
-    std::vector<std::thread> threads;
-    for (int i = 0; i < 2; ++i) threads.emplace_back(all, isa);
-    for (std::thread& thread : threads) thread.join();
-    std::printf("%s ok\n", cpu_isa_name(isa));
-  }
-}
+}  // namespace lift_fast

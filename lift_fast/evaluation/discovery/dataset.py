@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lift_fast.evaluation.annotations import brief, is_name, read_names
+from lift_fast._text import shown
+from lift_fast.evaluation.annotations import is_name, read_names
 from lift_fast.evaluation.results import read_json
 
 Box = tuple[float, float, float, float]
@@ -184,7 +185,7 @@ def _number(text: str | None, path: Path, number: int) -> float:
     except ValueError:
         value = math.nan
     if not abs(value) <= _FARTHEST:
-        raise ValueError(f"{path}, object {number}: expected a number in its bndbox, got {brief(text)}")
+        raise ValueError(f"{path}, object {number}: expected a number in its bndbox, got {shown(text)}")
     return value
 
 
@@ -198,7 +199,7 @@ def _coco_id(name: str, source: Path) -> int:
     digits = Path(name).name.split("_")[-1].split(".")[0]
     if not digits.isascii() or not digits.isdigit():
         raise ValueError(
-            f"{source}: {brief(name)} ends in no picture id; expected e.g. COCO_train2014_000000000009.jpg"
+            f"{source}: {shown(name)} ends in no picture id; expected e.g. COCO_train2014_000000000009.jpg"
         )
     return int(digits)
 
@@ -220,12 +221,12 @@ def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBo
             continue
         files[number] = Path(file_name).name
         if not is_name(files[number]):
-            boxes.problems[number] = f"{source}, picture {number}: file_name is {brief(file_name)}"
+            boxes.problems[number] = f"{source}, picture {number}: file_name is {shown(file_name)}"
     for thing in _entries(content, "annotations", source):
         number = thing.get("image_id")
         if not isinstance(number, int) or number not in wanted or thing.get("iscrowd") == 1:
             continue
-        where = f"{source}, annotation {brief(thing.get('id'))}"
+        where = f"{source}, annotation {shown(thing.get('id'))}"
         try:
             boxes.found.setdefault(number, []).append(_coco_box(thing.get("bbox"), where))
         except ValueError as error:
@@ -244,10 +245,10 @@ def _coco_box(bbox: Any, where: str) -> Box:
     numbers: list[Any] = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None]
     # Compared before anything is computed: integers of JSON have no bound. NaN fails too.
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= _FARTHEST for v in numbers):
-        raise ValueError(f"{where}: bbox must be four numbers, got {brief(bbox)}")
+        raise ValueError(f"{where}: bbox must be four numbers, got {shown(bbox)}")
     x, y, width, height = numbers
     x0, y0, x1, y1 = (float(round(v)) for v in (x, y, x + width, y + height))
     if width <= 0 or height <= 0:
-        raise ValueError(f"{where}: the bbox {brief(bbox)} is empty")
+        raise ValueError(f"{where}: the bbox {shown(bbox)} is empty")
     # Thinner than a pixel: rounding empties it, and nothing overlaps it by half; the published code keeps it too.
     return x0, y0, x1, y1

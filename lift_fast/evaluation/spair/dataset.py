@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lift_fast.evaluation.annotations import brief, is_name, read_names, shortened
+from lift_fast._text import said, shown
+from lift_fast.evaluation.annotations import is_name, read_names
 from lift_fast.evaluation.results import read_json
 
 Array = npt.NDArray[np.float64]
@@ -154,7 +155,7 @@ class SPair:
             return self._pair(name, category, path, content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise SPairError(f"{path}: malformed annotation: {shortened(reason)}") from error
+            raise SPairError(f"{path}: malformed annotation: {said(reason)}") from error
 
     def select(
         self,
@@ -223,7 +224,7 @@ class SPair:
 
     def _pair(self, name: str, category: str, path: Path, content: dict[str, Any]) -> Pair:
         if content.get("category", category) != category:
-            raise ValueError(f"category is {brief(content['category'])}, the file's name says {category!r}")
+            raise ValueError(f"category is {shown(content['category'])}, the file's name says {category!r}")
         if content.get("mirror", 0) != 0:
             raise ValueError("the pair is mirrored; the protocol has no such pairs")
         source, target = (_points(content, key) for key in ("src_kps", "trg_kps"))
@@ -231,7 +232,7 @@ class SPair:
             raise ValueError(f"{len(source)} source and {len(target)} target key points; expected as many")
         box = np.asarray(content["trg_bndbox"], dtype=np.float64)
         if box.shape != (4,) or not np.isfinite(box).all() or max(box[2] - box[0], box[3] - box[1]) <= 0:
-            raise ValueError(f"trg_bndbox is {brief(content['trg_bndbox'])}; expected left, top, right, bottom")
+            raise ValueError(f"trg_bndbox is {shown(content['trg_bndbox'])}; expected left, top, right, bottom")
         grades = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
         parts = tuple(str(part) for part in content.get("kps_ids") or ())
         left, top, right, bottom = (float(value) for value in box)
@@ -308,7 +309,7 @@ def _points(content: dict[str, Any], key: str) -> Array:
 def _file_name(content: dict[str, Any], key: str) -> str:
     name: Any = content[key]
     if not is_name(name):
-        raise ValueError(f"{key} is {brief(name)}; expected the name of a file")
+        raise ValueError(f"{key} is {shown(name)}; expected the name of a file")
     return name
 
 
@@ -317,5 +318,5 @@ def _picture_size(content: dict[str, Any], key: str) -> tuple[int, int] | None:
         return None
     width, height = (int(value) for value in content[key][:2])
     if width < 1 or height < 1:
-        raise ValueError(f"{key} is {brief(content[key])}; expected width, height, channels")
+        raise ValueError(f"{key} is {shown(content[key])}; expected width, height, channels")
     return width, height

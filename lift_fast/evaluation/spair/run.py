@@ -186,10 +186,12 @@ class _LeftOut:
         """Whether a pair can be used; ``look`` gives (width, height) of an image, or says what is wrong with it."""
         for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
             size = look(path)
-            where, reason = path, size
-            if not isinstance(size, str):
-                if said in (None, size):
-                    continue
+            where = path
+            if isinstance(size, str):
+                reason = size
+            elif said in (None, size):
+                continue
+            else:
                 there = f"{size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
                 where, reason = pair.annotation, f"{pair.annotation}: {path.name} is {there}"
             name = self.dataset.below(where)

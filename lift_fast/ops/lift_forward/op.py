@@ -94,16 +94,9 @@ def _undisturbed(imgs: Tensor, x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _lift_forward(
-    imgs: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    epsilons: list[float],
-    image_blocks: int,
-    pool: bool,
-    basis: bool = False,
-    normalize: bool = False,
+    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: list[float], image_blocks: int, pool: bool, *flags: bool
 ) -> Tensor:
-    return _compute(imgs, x, weights, epsilons, Architecture(image_blocks, pool), basis, normalize)
+    return _compute(imgs, x, weights, epsilons, Architecture(image_blocks, pool), *flags)
 
 
 def _compute(
@@ -112,8 +105,8 @@ def _compute(
     weights: Sequence[Tensor],
     epsilons: Sequence[float],
     architecture: Architecture,
-    basis: bool,
-    normalize: bool,
+    basis: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     device = x.device
     if imgs.is_neg() or x.is_neg():

@@ -1,4 +1,4 @@
-// The AVX-512 instructions of nearest_avx512_int16.cpp in plain C++, so that its very source runs on any CPU. Compiled
+// The AVX-512 instructions of nearest for avx512_int16 in plain C++, so that its very source runs on any CPU. Compiled
 // instead of the compiler's own header; semantics as in Intel's manual.
 #pragma once
 
@@ -39,4 +39,18 @@ static inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {
   __mmask16 mask = 0;
   for (int i = 0; i < 16; ++i) mask = static_cast<__mmask16>(mask | (a[i] > b[i]) << i);
   return mask;
+}
+static inline __mmask16 _mm512_movepi32_mask(__m512i value) {
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) mask = static_cast<__mmask16>(mask | (value[i] < 0) << i);
+  return mask;
+}
+// What the kernel's vectors offer to other operators.
+static inline void _mm512_stream_ps(float* to, __m512 value) { std::memcpy(to, &value, sizeof value); }
+static inline void _mm_sfence() {}
+#define _mm512_setr_epi32(...) (__m512i{__VA_ARGS__})
+static inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i from, __m512 b) {
+  __m512 mixed;
+  for (int i = 0; i < 16; ++i) mixed[i] = (from[i] & 16 ? b : a)[from[i] & 15];
+  return mixed;
 }

@@ -1,0 +1,56 @@
+"""The native core's objects: each operator under sanitizers, and no code shared between instruction sets."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+
+import native_build
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# Sources of csrc/cpu/, the operator first; whether several calls at one time are of interest beside their threads.
+OPERATORS = {
+    ("bit_matrix",): False,
+    ("cosine_loss",): True,
+    ("dense_match", "map_products"): True,
+    ("lift_forward",): True,
+    ("nearest",): False,
+    ("window_nearest",): True,
+}
+CASES = [pytest.param("address", sources, id=f"address-{sources[0]}") for sources in OPERATORS]
+CASES += [pytest.param("thread", sources, id=f"thread-{sources[0]}") for sources, calls in OPERATORS.items() if calls]
+SANITIZERS = {
+    "address": ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    # libgomp is not instrumented: its barriers look like races, so each thread of the program works alone.
+    "thread": ["-fsanitize=thread", "-Wno-unknown-pragmas"],
+}
+
+
+@pytest.mark.parametrize(("sanitizer", "sources"), CASES)
+def test_sanitizers(sanitizer, sources):
+    """Exactly sized heap blocks under AddressSanitizer and UBSan; two threads at once under ThreadSanitizer."""
+    operator = sources[0]
+    more = ",".join(f"CpuIsa::{isa}" for isa in native_build.setup().MORE_ISAS.get(f"{operator}_kernel", ()))
+    main = (native_build.NATIVE / "sanitize.cpp", "sanitize", [f"-DLIFT_FAST_MORE_ISAS={more}"])
+    units = [*native_build.core(*sources), main, *native_build.own(f"{operator}_sanitize")]
+    program = native_build.program(f"{sanitizer}-{operator}", units, ["-O1", "-g1", *SANITIZERS[sanitizer]])
+    assert "baseline ok" in native_build.run([str(program)])
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or shutil.which("g++") is None, reason="needs g++ and nm")
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF symbols")
+def test_no_function_is_shared_between_instruction_sets(tmp_path):
+    """Of an inline function in several objects the linker keeps one, perhaps that of a newer CPU's instructions."""
+    # Without optimisation nothing is inlined, and all that could be shared is there.
+    units = [unit for unit in native_build.core() if unit[0].stem.endswith("_kernel")]
+    assert units
+    for made in native_build.objects(units, ["-O0", "-fopenmp"], tmp_path):
+        symbols = re.findall(r" ([A-Za-z]) (.*)", native_build.run(["nm", "--demangle", "--defined-only", str(made)]))
+        shared = [name for kind, name in symbols if kind in "uVW" and not name.startswith("DW.ref.")]
+        public = [name for kind, name in symbols if kind in "TDRBG"]
+        assert not shared, (made.name, shared)
+        assert len(public) == 1, (made.name, public)
+        assert public[0].startswith("lift_fast::Compiled<"), (made.name, public)
