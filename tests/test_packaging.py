@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -266,7 +268,7 @@ class TestCompilersAtOnce:
 def test_kernels_are_compiled_for_each_instruction_set(setup_module):
     names = [name for _, name, _ in setup_module.cpu_units(x86=True)]
     assert len(set(names)) == len(names)
-    kernels = [path.stem for path in ROOT.glob("csrc/cpu/*_kernel.cpp")]
+    kernels = [path.stem for path in packages.ROOT.glob("csrc/cpu/*_kernel.cpp")]
     assert {f"{kernel}_{isa}" for kernel in kernels for isa in ("baseline", "avx2", "avx512")} <= set(names)
     more = {"nearest_kernel_avx512_int16", "nearest_kernel_avx512_bf16", "lift_forward_kernel_avx512_bf16"}
     assert more <= set(names)
