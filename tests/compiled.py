@@ -1,6 +1,6 @@
 """What tests compile: once for all workers of a run, and not again until a source, a flag or the compiler changes.
 
-    program = compiled.program("nearest-address", sources, ["-fsanitize=address"], {sources[0]: ["-mavx2"]})
+    program = compiled.program("dense_match_emulate", sources, ["-fsanitize=address"])
     subprocess.run([program])
 
 What is made lies in build/tests; ``rm -r build/tests`` makes all of it anew.
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -40,33 +40,26 @@ def run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-def program(
-    name: str,
-    sources: Iterable[Path],
-    flags: Sequence[str] = (),
-    extra: Mapping[Path, Sequence[str]] | None = None,
-    compiler: str = "g++",
-) -> Path:
-    """Compile each source with ``flags`` and its own ``extra`` ones, and link them with ``flags``.
+def program(name: str, sources: Iterable[Path], flags: Sequence[str] = (), compiler: str = "g++") -> Path:
+    """Compile and link the sources with ``flags``.
 
     csrc/ and tests/native/ are searched for headers. A warning is an error only where ``flags`` say so.
     """
-    command, sources, extra = tool(compiler), list(sources), extra or {}
+    command, sources = tool(compiler), list(sources)
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'native'}"]
 
     def make(target: Path) -> None:
         def compile_one(source: Path) -> Path:
             # Sources of different folders may share a name.
             result = target.parent / f"{sources.index(source)}-{source.stem}.o"
-            run([command, *flags, *includes, *extra.get(source, ()), "-c", source, "-o", result])
+            run([command, *flags, *includes, "-c", source, "-o", result])
             return result
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, sources))
         run([command, *flags, *objects, "-o", target])
 
-    ingredients = [*sources, *flags, *((source, *own) for source, own in extra.items())]
-    return artifact(name, [version(command), *ingredients], make)
+    return artifact(name, [version(command), *sources, *flags], make)
 
 
 def emulation(name: str) -> Path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -168,10 +172,6 @@ CALLS = {
 LIBRARY = """
 import sys, time, threading, torch, lift_fast
 torch.set_num_threads({threads})
-# PyTorch imports much at the first call of some functions, and does not recover from an interruption of that.
-small = torch.randn(4, 8)
-lift_fast.nearest(small, small, mutual=True)
-lift_fast.propagate_labels(small, small, small, grid=(2, 2))
 {call}
 print("working", flush=True)
 try:
@@ -184,19 +184,88 @@ except KeyboardInterrupt:
 """
 
 
+# Has everything imported, and forks for each line: a program, and the files that it writes to.
+NURSERY = """
+import json, os, sys, traceback, torch, lift_fast
+# One thread: there is none beside it to be lost in a fork.
+torch.set_num_threads(1)
+# PyTorch imports much at the first call of some functions, and does not recover from an interruption of that.
+small = torch.randn(4, 8)
+lift_fast.nearest(small, small, mutual=True)
+lift_fast.propagate_labels(small, small, small, grid=(2, 2))
+for line in sys.stdin:
+    code, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        os.dup2(os.open(out, os.O_WRONLY), 1)
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Programs of one process that has imported PyTorch and this package."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", NURSERY]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def interrupted(self, code: str) -> tuple[float, int, str, str]:
+        """When SIGINT was sent to a program that said "working" half a second before; its status and outputs."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            os.mkfifo(out)
+            self.process.stdin.write(json.dumps([code, str(out), str(err)]) + "\n")
+            self.process.stdin.flush()
+            child = int(self.process.stdout.readline())
+            watchdog = threading.Timer(120, os.kill, (child, signal.SIGKILL))
+            watchdog.start()
+            with out.open() as said:
+                assert said.readline() == "working\n"
+                time.sleep(0.5)
+                begun = time.time()
+                os.kill(child, signal.SIGINT)
+                rest = said.read()
+            status = int(self.process.stdout.readline())
+            watchdog.cancel()
+            return begun, status, rest, err.read_text()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    found = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield found
+    found.close()
+
+
 @pytest.mark.skipif(not _native.can_run()[0], reason="the native core asks; PyTorch does not")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_native_core_lets_python_raise(name, threads):
+def test_the_native_core_lets_python_raise(name, threads, nursery):
     """In a program of somebody else's the call ends, and the next one is as right as ever."""
-    process = start("-c", LIBRARY.format(call=CALLS[name], threads=threads))
-    assert process.stdout.readline() == "working\n"
-    time.sleep(0.5)
-    begun = time.time()
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=120)
+    begun, status, out, said = nursery.interrupted(LIBRARY.format(call=CALLS[name], threads=threads))
     ended, last = out.splitlines()
-    assert (process.returncode, last, said) == (0, "sound", "")
+    assert (status, last, said) == (0, "sound", "")
     assert float(ended) - begun < SECONDS
 
 

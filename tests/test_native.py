@@ -9,6 +9,7 @@ import time
 from itertools import product
 from types import SimpleNamespace
 
+import compiled
 import native_build
 import pytest
 import torch
@@ -419,4 +420,4 @@ def test_the_kernel_for_avx512_vnni_on_any_processor():
     assert emulated in [flags for _, _, flags in units]
     units += native_build.own("nearest_emulate")
     program = native_build.program("nearest-emulate", units, ["-O2", "-fopenmp", "-Wno-psabi"])
-    assert "matches ok" in native_build.run([str(program)])
+    assert "matches ok" in compiled.run([program])

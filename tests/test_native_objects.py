@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 
+import compiled
 import native_build
 import pytest
 
@@ -37,7 +38,7 @@ def test_sanitizers(sanitizer, sources):
     main = (native_build.NATIVE / "sanitize.cpp", "sanitize", [f"-DLIFT_FAST_MORE_ISAS={more}"])
     units = [*native_build.core(*sources), main, *native_build.own(f"{operator}_sanitize")]
     program = native_build.program(f"{sanitizer}-{operator}", units, ["-O1", "-g1", *SANITIZERS[sanitizer]])
-    assert "baseline ok" in native_build.run([str(program)])
+    assert "baseline ok" in compiled.run([program])
 
 
 @pytest.mark.skipif(shutil.which("nm") is None or shutil.which("g++") is None, reason="needs g++ and nm")
@@ -48,7 +49,7 @@ def test_no_function_is_shared_between_instruction_sets(tmp_path):
     units = [unit for unit in native_build.core() if unit[0].stem.endswith("_kernel")]
     assert units
     for made in native_build.objects(units, ["-O0", "-fopenmp"], tmp_path):
-        symbols = re.findall(r" ([A-Za-z]) (.*)", native_build.run(["nm", "--demangle", "--defined-only", str(made)]))
+        symbols = re.findall(r" ([A-Za-z]) (.*)", compiled.run(["nm", "--demangle", "--defined-only", made]))
         shared = [name for kind, name in symbols if kind in "uVW" and not name.startswith("DW.ref.")]
         public = [name for kind, name in symbols if kind in "TDRBG"]
         assert not shared, (made.name, shared)
