@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._text import shown
+from .checks import as_whole
 from .lift import LiFT
 from .witnesses import Witnesses
 
@@ -87,9 +89,9 @@ def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | 
         raise TypeError(f"extractor must be an nn.Module such as ViTLiFTExtractor, got {type(extractor).__name__}")
     if isinstance(extractor, LiFT):
         raise TypeError("a LiFT alone takes pictures and features; capture a ViTLiFTExtractor(..., lift=...) instead")
-    sizes = list(shape)
-    if len(sizes) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or sizes[1] != 3:
-        raise ValueError(f"shape must be (B, 3, H, W), got {tuple(sizes)}")
+    sizes = [as_whole(side) or 0 for side in shape]
+    if len(sizes) != 4 or min(sizes) < 1 or sizes[1] != 3:
+        raise ValueError(f"shape must be (B, 3, H, W), got {shown(tuple(shape))}")
     weight = next(extractor.parameters(), None)
     if weight is None or weight.device.type != "cuda":
         where = "has no weights" if weight is None else f"is on {weight.device}"

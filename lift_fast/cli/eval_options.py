@@ -186,7 +186,7 @@ def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence
         "dtype": arguments.dtype,
         "seed": arguments.seed,
         "image_branch": arguments.image_branch,
-        **provenance(str(next(backbone.parameters()).device), files),
+        **provenance(str(backbone.device), files),
     }
 
 
