@@ -20,7 +20,7 @@ def smooth_maps(device):
 
 
 def lifted_maps(device):
-    """What LiFT gives of two pictures: wide maps ``[1, 384, 56, 56]``, and the same ones in the basis of their span."""
+    """What LiFT gives of two images: wide maps ``[1, 384, 56, 56]``, and the same ones in the basis of their span."""
     hidden = torch.cat(smooth_maps(device))[:, :192].relu()
     weight, bias = torch.randn(384, 192, device=device) / 14, torch.randn(384, device=device) / 4
     basis, _ = span_basis(weight, bias)

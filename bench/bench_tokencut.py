@@ -1,4 +1,4 @@
-"""TokenCut of one picture against the published pipeline: dense affinity, dense generalised eigensolver."""
+"""TokenCut of one image against the published pipeline: dense affinity, dense generalised eigensolver."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def test_training_step(benchmark, compare, device, batch, size, dtype):
     place = torch.device(device)
     if dtype == "bfloat16" and resolve_precision("auto", place) != torch.bfloat16:
         pytest.skip("this device does not compute in bfloat16")
-    # A quarter of the picture must be whole patches; a quarter of 224 pixels is not.
+    # A quarter of the image must be whole patches; a quarter of 224 pixels is not.
     benchmark.group = f"Training step of ViT-S/16, {device}, B{batch} {size}, {dtype} against float32"
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     ours, plain = build_ours("dino_vits16", place, getattr(torch, dtype)), build_plain("dino_vits16", place)

@@ -12,7 +12,7 @@ matching reads them so. A second term of the same kind keeps the output tokens o
 
 Stage 1 compares points with points on small views, stage 2 also on large ones, stage 3 compares points with every cell
 of the other views. Stage 4, the longest, goes on so on views of all sizes, with position embeddings of random parts of
-larger grids and views that were enlarged, so that tokens mean the same in a picture of any size.
+larger grids and views that were enlarged, so that tokens mean the same in an image of any size.
 
 A tenth of the photographs is held out, the same tenth that ``lift-fast train`` and ``lift-fast eval warp`` hold out.
 The result is no substitute for DINO: it saw a few hundred photographs, and knows textures and parts, not objects.
@@ -63,7 +63,7 @@ class Stage:
     cells: bool = False
     """Compare points with the cells of the other views, instead of with one another."""
     crops: bool = False
-    """Tokens of large pictures as those of crops: parts of larger grids, enlarged views, large views not zoomed in."""
+    """Tokens of large images as those of crops: parts of larger grids, enlarged views, large views not zoomed in."""
 
 
 _SMALL = ((8, 14), (10, 12), (12, 12), (12, 12), (14, 14), (12, 18), (7, 14))
@@ -80,7 +80,7 @@ STAGES = {
 def load_photographs(paths: list[Path]) -> list[Tensor]:
     """``[3, H, W]`` uint8 each, shorter side at most SHORTER_SIDE pixels; unreadable files are named and left out."""
     photographs = []
-    for path in tqdm(paths, desc="reading", unit="picture", leave=False):
+    for path in tqdm(paths, desc="reading", unit="image", leave=False):
         try:
             image = read_image(path)
         except (ValueError, OSError) as error:
@@ -189,7 +189,7 @@ def make_batch(
         here = torch.from_numpy(random.uniform(-0.97, 0.97, (stage.points, 2))).float()
         there = project(torch.from_numpy(np.linalg.inv(homographies[1]) @ homographies[0]).float(), here)
         for k in range(2):
-            # Small pictures are enlarged before they are matched: features must not live on fine detail alone.
+            # Small images are enlarged before they are matched: features must not live on fine detail alone.
             coarse = stage.crops and sides[k] >= 20 * PATCH and random.random() < 0.4
             view = change_colours(render(photograph, homographies[k], sides[k] // (1 + coarse)), random)
             if coarse:
@@ -203,7 +203,7 @@ def make_batch(
 def with_position(model: nn.Module, patches: Tensor, random: np.random.Generator | None) -> Tensor:
     """Tokens with position embeddings: of the whole grid, or half the time of a random part of a larger one.
 
-    A picture twice the size is more tokens, closer together; its tokens should mean what a crop's do.
+    An image twice the size is more tokens, closer together; its tokens should mean what a crop's do.
     """
     side = patches.shape[1]
     if random is None or random.random() < 0.4:

@@ -1,6 +1,6 @@
-"""``dense_match`` on the GPU: all query pixels between the same four cells search the key picture together.
+"""``dense_match`` on the GPU: all query pixels between the same four cells search the key image together.
 
-Similarities of pixels are bilinear in both pictures' cells, so those of the four query cells to a patch's four corners
+Similarities of pixels are bilinear in both images' cells, so those of the four query cells to a patch's four corners
 bound every pixel of the group against every pixel of the patch. A program visits patches by descending bound until no
 pixel can gain; what it reads is a table of cell similarities, which the caller multiplies out.
 """
@@ -243,7 +243,7 @@ def match_kernel(
                 scale_low, CHUNK, POINTS
             )  # fmt: skip
         most = tl.max(bound, axis=0)
-        # Each visit takes a patch away, so this ends on flat pictures, too; an equal bound may hold a lower pixel.
+        # Each visit takes a patch away, so this ends on flat images, too; an equal bound may hold a lower pixel.
         while (most > -_INFINITY) & (most + slack >= tl.min(best, axis=0)):
             at = tl.min(tl.where(bound == most, lanes, CHUNK), axis=0)
             best, index = _visit(
@@ -270,9 +270,9 @@ def match(
     Args:
         table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: a row for each point, or for each
             cell of the query's ``band``.
-        key: the key picture's strips along y and x.
+        key: the key image's strips along y and x.
         scales: of the key's pixels, or None for ones.
-        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query picture, of which the pixels of
+        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query image, of which the pixels of
             ``band`` are written.
         query, band: None for points.
     """

@@ -27,7 +27,7 @@ def _project(
     return acc + tl.load(out_bias + at)[None, :]
 
 
-# One compilation for every size of picture and batch.
+# One compilation for every size of image and batch.
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def head_wide_kernel(
     u,

@@ -1,6 +1,6 @@
-"""LiFT's image encoders on the GPU: f from the picture, and g from f.
+"""LiFT's image encoders on the GPU: f from the image, and g from f.
 
-The first kernel makes f from the picture: for each convolution window of the second convolution it computes the first
+The first kernel makes f from the image: for each convolution window of the second convolution it computes the first
 convolution anew instead of keeping its map, 2.25 times the products for none of the memory.
 """
 
@@ -151,7 +151,7 @@ def encode_image(imgs: Tensor, weights: EncoderWeights) -> tuple[Tensor, Tensor]
     """Image encoders.
 
     Args:
-        imgs: ``[B, 3, s*h, s*w]`` pictures of any strides, s = 16 with pool, else 8.
+        imgs: ``[B, 3, s*h, s*w]`` images of any strides, s = 16 with pool, else 8.
         weights: in the dtype of ``imgs``.
 
     Returns:

@@ -12,9 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def cells_seen(top, left, height, width, exists, SIDE: tl.constexpr):
-    """Bit ``SIDE * dy + dx`` for each cell (dy, dx) of a window that lies in the picture; 0 where ``exists`` is false.
+    """Bit ``SIDE * dy + dx`` for each cell (dy, dx) of a window that lies in the image; 0 where ``exists`` is false.
 
-    One register a position, where rows and columns to compare with the picture's would take two in every step.
+    One register a position, where rows and columns to compare with the image's would take two in every step.
     """
     ONE_ROW: tl.constexpr = (1 << SIDE) - 1
     ONE_COLUMN: tl.constexpr = ((1 << (SIDE * SIDE)) - 1) // ((1 << SIDE) - 1)

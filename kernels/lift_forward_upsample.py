@@ -144,7 +144,7 @@ def upsample_kernel(
 
     y = 2 * row + phase_row
     z = 2 * column + phase_column
-    # 0 the first row (column) of the fine grid, 2 the last, 1 between; a picture of one cell has both.
+    # 0 the first row (column) of the fine grid, 2 the last, 1 between; an image of one cell has both.
     row_class = tl.where(y == 0, 0, tl.where(y == 2 * height - 1, 2, 1))
     column_class = tl.where(z == 0, 0, tl.where(z == 2 * width - 1, 2, 1))
     position_class = row_class * 3 + column_class

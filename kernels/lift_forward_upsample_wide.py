@@ -12,7 +12,7 @@ from .lift_forward_activation import operand, relu
 from .lift_forward_implicit_gemm import accumulate, cells_seen, load_window, zeros
 
 
-# One compilation for every size of picture and batch.
+# One compilation for every size of image and batch.
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def upsample_wide_kernel(
     x,
@@ -54,7 +54,7 @@ def upsample_wide_kernel(
     row = (first + own) // width % height
     y = 2 * row + phase_row
     z = 2 * column + phase_column
-    # 0 the first row (column) of the fine grid, 2 the last, 1 between; a picture of one cell has both.
+    # 0 the first row (column) of the fine grid, 2 the last, 1 between; an image of one cell has both.
     row_class = tl.where(y == 0, 0, tl.where(y == 2 * height - 1, 2, 1))
     column_class = tl.where(z == 0, 0, tl.where(z == 2 * width - 1, 2, 1))
     # The bias is a product, too: looked up for every position and channel it would need more registers than there are.

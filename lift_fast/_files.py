@@ -31,7 +31,7 @@ def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
 
     Args:
         path: the file, or a link to it.
-        what: it should be, for the message, such as "picture".
+        what: it should be, for the message, such as "image".
 
     Raises:
         FileNotFoundError: if there is nothing.

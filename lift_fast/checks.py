@@ -15,7 +15,7 @@ from ._text import shown
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Sizes, strides and counts reach the native core and PyTorch in 64 bits; what is larger is no count of anything.
 _MOST = 2**62
-# Of a grid or a picture: products of two sides, and twice those, stay within 64 bits.
+# Of a grid or an image: products of two sides, and twice those, stay within 64 bits.
 _MOST_SIDE = 2**30
 
 

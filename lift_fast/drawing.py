@@ -52,7 +52,7 @@ class MatchView:
 
 
 def position_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
-    """Colours ``[..., 3]`` of the positions ``xy [..., 2]`` (x, y) in a picture of ``size`` (height, width)."""
+    """Colours ``[..., 3]`` of the positions ``xy [..., 2]`` (x, y) in an image of ``size`` (height, width)."""
     x = np.clip(xy[..., :1] / max(1, size[1] - 1), 0, 1)
     y = np.clip(xy[..., 1:] / max(1, size[0] - 1), 0, 1)
     top = _CORNERS[0, 0] * (1 - x) + _CORNERS[0, 1] * x
@@ -71,12 +71,12 @@ def confidence_colours(value: npt.NDArray[np.floating]) -> Pixels:
 
 
 def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, float, float, float]) -> Image.Image:
-    """Cells ``[h, w, 3]`` as blocks where they lie on a picture of ``size`` (width, height), grey where there are none.
+    """Cells ``[h, w, 3]`` as blocks where they lie on an image of ``size`` (width, height), grey where there are none.
 
     Args:
         cells: colours.
         size: of the result.
-        covered: (top, left, height, width) over which the cells lie side by side, as fractions of the picture.
+        covered: (top, left, height, width) over which the cells lie side by side, as fractions of the image.
     """
     top, left, height, width = (share * size[1 - i % 2] for i, share in enumerate(covered))
     sheet = Image.new("RGB", size, (128, 128, 128))
@@ -250,7 +250,7 @@ def draw_match_line(
     radius: int = 5,
     width: int = 2,
 ) -> None:
-    """A line with dots of ``radius`` at its ends (x, y); a dark rim keeps it visible on any picture."""
+    """A line with dots of ``radius`` at its ends (x, y); a dark rim keeps it visible on any image."""
     draw.line((start, end), fill=_INK, width=width + 2)
     draw.line((start, end), fill=colour, width=width)
     for x, y in (start, end):
@@ -274,7 +274,7 @@ def _chequered_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
 
 
 def _tint(picture: Pixels, colours: Pixels) -> Pixels:
-    """Colours over the grey picture, so that both position and content stay visible."""
+    """Colours over the grey image, so that both position and content stay visible."""
     grey = picture.mean(axis=2, keepdims=True)
     tinted: Pixels = np.rint(0.65 * colours + 0.35 * grey).astype(np.uint8)
     return tinted
@@ -289,7 +289,7 @@ def _hatch(image: Image.Image, mask: npt.NDArray[np.bool_]) -> Image.Image:
 
 
 def _enlarge(cells: npt.NDArray[Any], size: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Nearest-neighbour enlargement of a grid ``[rows, columns, ...]`` to a picture's size."""
+    """Nearest-neighbour enlargement of a grid ``[rows, columns, ...]`` to an image's size."""
     rows = np.arange(size[0]) * cells.shape[0] // size[0]
     columns = np.arange(size[1]) * cells.shape[1] // size[1]
     return cells[rows[:, None], columns]

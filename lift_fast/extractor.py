@@ -37,7 +37,7 @@ _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _De
 
 
 class ViTLiFTExtractor(nn.Module):
-    """Dense descriptors of pictures: ViT tokens, doubled in resolution by LiFT if ``lift_path`` or ``lift`` is given.
+    """Dense descriptors of images: ViT tokens, doubled in resolution by LiFT if ``lift_path`` or ``lift`` is given.
 
     ``channel``, ``patch``, ``stride`` and ``layer`` describe the backbone. Left out or None they are read from it, so
     that ``ViTLiFTExtractor("dino_vits16")`` has patch and stride 16 (the published class would run it with stride 8);
@@ -173,31 +173,31 @@ class ViTLiFTExtractor(nn.Module):
     def preprocess(
         self, image_path: str | os.PathLike[str] | Image.Image, load_size: LoadSize = None
     ) -> tuple[Tensor, Image.Image]:
-        """Read, resize and normalise a picture.
+        """Read, resize and normalise an image.
 
         Args:
-            image_path: file, or a Pillow picture.
-            load_size: pixels of the shorter side, ``(height, width)``, or None for the picture's own size.
+            image_path: file, or a Pillow image.
+            load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
 
         Returns:
             ``([1, 3, H, W] float32 on the CPU, the resized RGB picture)``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`, and ValueError as
-                :func:`lift_fast.images.resize` and for Pillow pictures that have no pixels or cannot be made RGB.
+                :func:`lift_fast.images.resize` and for Pillow images that have no pixels or cannot be made RGB.
         """
         image = image_path if isinstance(image_path, Image.Image) else images.read_image(image_path)
         image = images.resize(images.to_rgb(image), load_size)
         if image is image_path:
-            # A picture of its own, whatever happens to the one that came.
+            # An image of its own, whatever happens to the one that came.
             image = image.copy()
         return images.to_tensor(image, self.mean, self.std), image
 
     def check_size(self, height: int, width: int, lift_iter: int = 1) -> tuple[int, int]:
-        """Grid ``(h, w)`` of the descriptors of a picture of ``height x width`` pixels after ``lift_iter`` LiFTs.
+        """Grid ``(h, w)`` of the descriptors of an image of ``height x width`` pixels after ``lift_iter`` LiFTs.
 
         Raises:
-            ValueError: where the picture is smaller than a patch, or the grid has more cells than
+            ValueError: where the image is smaller than a patch, or the grid has more cells than
                 :func:`lift_fast.images.max_pixels` allows.
         """
         lift_iter = check_lift_iter(lift_iter)
@@ -214,7 +214,7 @@ class ViTLiFTExtractor(nn.Module):
         return self.extract_descriptors(batch)
 
     def extract_descriptors(self, batch: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` normalised pictures to ``[B, T, C]`` descriptors, row-major on :meth:`grid`.
+        """``[B, 3, H, W]`` normalised images to ``[B, T, C]`` descriptors, row-major on :meth:`grid`.
 
         The batch is moved to the extractor's device and dtype. With LiFT ``T`` is four times the backbone's.
 
@@ -236,10 +236,10 @@ class ViTLiFTExtractor(nn.Module):
     def extract_descriptors_iterative_lift(
         self, batch: Tensor, lift_iter: int = 1, return_inter: bool = False
     ) -> Tensor | dict[str, Tensor]:
-        """Apply LiFT ``lift_iter`` times, each time to its own output with the picture enlarged 2x (bilinear).
+        """Apply LiFT ``lift_iter`` times, each time to its own output with the image enlarged 2x (bilinear).
 
         Args:
-            batch: ``[B, 3, H, W]`` normalised pictures.
+            batch: ``[B, 3, H, W]`` normalised images.
             lift_iter: number of applications; step n returns ``4**n`` times the backbone's tokens. 0 is the backbone
                 alone. Without LiFT it has no effect.
             return_inter: return every stage.
@@ -265,7 +265,7 @@ class ViTLiFTExtractor(nn.Module):
         matches as with :meth:`descriptor_map`, up to rounding, at half the memory.
 
         Args:
-            batch: ``[B, 3, H, W]`` normalised pictures.
+            batch: ``[B, 3, H, W]`` normalised images.
             lift_iter: number of applications; 0 is the backbone alone. Without LiFT it has no effect.
 
         Returns:
@@ -285,15 +285,15 @@ class ViTLiFTExtractor(nn.Module):
         return out
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Grid ``(h, w)`` of :meth:`extract_descriptors` for pictures of ``height x width`` pixels."""
+        """Grid ``(h, w)`` of :meth:`extract_descriptors` for images of ``height x width`` pixels."""
         h, w = self.backbone.grid(height, width)
         return (h, w) if self.lift is None else (2 * h, 2 * w)
 
     def covered(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Pixels over which the grid's cells lie side by side: ``(top, left, height, width)``.
 
-        The whole picture where its sides are whole patches; with a stride below the patch size a border of half their
-        difference stays outside. Maps are stretched over these pixels, not over the picture.
+        The whole image where its sides are whole patches; with a stride below the patch size a border of half their
+        difference stays outside. Maps are stretched over these pixels, not over the image.
         """
         h, w = self.backbone.grid(height, width)
         start = (self.patch - self.stride) // 2
@@ -337,7 +337,7 @@ class ViTLiFTExtractor(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (h << lift_iter, w << lift_iter))
 
     def _seen_by_steps(self, batch: Tensor, lift_iter: int) -> Iterator[Tensor]:
-        """The picture that each application of LiFT sees; nothing without LiFT."""
+        """The image that each application of LiFT sees; nothing without LiFT."""
         if self.lift is None or lift_iter == 0:
             return
         seen = self._seen_by_lift(batch, self.backbone.grid(*batch.shape[-2:]), whole_patches=lift_iter > 1)

@@ -14,7 +14,7 @@ from .witnesses import Witnesses
 
 
 class CapturedExtractor:
-    """An extractor recorded as one CUDA graph for pictures of one shape; made by :func:`capture`."""
+    """An extractor recorded as one CUDA graph for images of one shape; made by :func:`capture`."""
 
     def __init__(self, extractor: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.shape = tuple(int(size) for size in shape)
@@ -39,14 +39,14 @@ class CapturedExtractor:
         """Run the graph.
 
         Args:
-            batch: ``[B, 3, H, W]`` normalised pictures of the captured shape, any floating dtype and device.
+            batch: ``[B, 3, H, W]`` normalised images of the captured shape, any floating dtype and device.
             clone: return a tensor of its own; otherwise the next call overwrites what this one returned.
 
         Returns:
             ``[B, T, C]`` descriptors. The host does not wait for them.
 
         Raises:
-            ValueError: for another shape, or pictures that are not floating point.
+            ValueError: for another shape, or images that are not floating point.
             RuntimeError: if LiFT's weights have changed since the capture.
         """
         if not isinstance(batch, Tensor) or tuple(batch.shape) != self.shape:
@@ -75,10 +75,10 @@ def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | 
     weights are folded into the graph: after a change a call says so.
 
     Args:
-        extractor: a :class:`lift_fast.ViTLiFTExtractor`, or another module from one batch of pictures to one tensor,
+        extractor: a :class:`lift_fast.ViTLiFTExtractor`, or another module from one batch of images to one tensor,
             on a CUDA device.
-        shape: ``(B, 3, H, W)`` of the pictures.
-        dtype: of the pictures inside the graph; None takes that of the module's weights.
+        shape: ``(B, 3, H, W)`` of the images.
+        dtype: of the images inside the graph; None takes that of the module's weights.
 
     Raises:
         TypeError: if ``extractor`` is no module.
@@ -88,7 +88,7 @@ def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | 
     if not isinstance(extractor, nn.Module):
         raise TypeError(f"extractor must be an nn.Module such as ViTLiFTExtractor, got {type(extractor).__name__}")
     if isinstance(extractor, LiFT):
-        raise TypeError("a LiFT alone takes pictures and features; capture a ViTLiFTExtractor(..., lift=...) instead")
+        raise TypeError("a LiFT alone takes images and features; capture a ViTLiFTExtractor(..., lift=...) instead")
     sizes = [as_whole(side) or 0 for side in shape]
     if len(sizes) != 4 or min(sizes) < 1 or sizes[1] != 3:
         raise ValueError(f"shape must be (B, 3, H, W), got {shown(tuple(shape))}")

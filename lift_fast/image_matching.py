@@ -1,4 +1,4 @@
-"""``match_images``: two pictures in, matches in their own pixels out."""
+"""``match_images``: two images in, matches in their own pixels out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImageMatches:
     """Result of :func:`match_images`; tensors are on the extractor's device.
 
     Leading dimensions ``[...]`` are ``[H, W]``, the dense layout, or ``[P]`` where points were given. Positions are
-    (x, y) in the pixels of the pictures as they came in, upright, with integers at pixel centres. The pairs that hold
+    (x, y) in the pixels of the images as they came in, upright, with integers at pixel centres. The pairs that hold
     are ``xy_a[valid], xy_b[valid]``.
     """
 
@@ -54,7 +54,7 @@ class ImageMatches:
     """A as it was loaded for the backbone."""
     picture_b: Image.Image
     covered_a: Rectangle
-    """(top, left, height, width) of the loaded picture over which the descriptors spread; the dense layout's pixels."""
+    """(top, left, height, width) of the loaded image over which the descriptors spread; the dense layout's pixels."""
     covered_b: Rectangle
     grid_a: tuple[int, int]
     """(h, w) cells of A's descriptor map."""
@@ -65,11 +65,11 @@ class ImageMatches:
     """Of each of :data:`STAGES`, where ``timing`` was asked for."""
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything but the pictures as arrays: what ``lift-fast match`` writes to its .npz file.
+        """Everything but the images as arrays: what ``lift-fast match`` writes to its .npz file.
 
         ``xy_a, xy_b, similarity, distance, confidence, valid``, ``size_a, size_b``, ``covered_a, covered_b``,
         ``grid_a, grid_b`` and ``random_weights`` as above; ``loaded_size_a, loaded_size_b``: (height, width) of the
-        pictures as they were loaded.
+        images as they were loaded.
         """
         tensors = ("xy_a", "xy_b", "similarity", "distance", "confidence", "valid")
         arrays = {name: getattr(self, name).cpu().numpy() for name in tensors}
@@ -127,30 +127,30 @@ def match_images(
     lift_iter: int = 1,
     timing: bool = False,
 ) -> ImageMatches:
-    """Match the pixels of picture A to those of picture B: decode, backbone, LiFT, exact dense matching.
+    """Match the pixels of image A to those of image B: decode, backbone, LiFT, exact dense matching.
 
-    The pictures are loaded at ``size``, rounded to whole patches, so that each cell of a descriptor map stands for
-    its pixels exactly; positions are carried back to the pictures' own pixels. Matching is
+    The images are loaded at ``size``, rounded to whole patches, so that each cell of a descriptor map stands for
+    its pixels exactly; positions are carried back to the images' own pixels. Matching is
     :func:`lift_fast.dense_match` both ways.
 
     **Distance.** The match of a pixel p of A is q in B, the match of q is p' in A: ``distance`` is the length of
-    p' - p, x and y measured in cells of A's descriptor map (h x w cells over the loaded picture).
+    p' - p, x and y measured in cells of A's descriptor map (h x w cells over the loaded image).
 
     **Confidence** is ``min(max(similarity, 0), 1) * 2 ** -distance``: it halves with each cell by which the way back
     misses. It orders the matches of one pair; it is no probability, is not calibrated, and does not compare between
     backbones or with other ``normalize``.
 
     Args:
-        a, b: files (EXIF orientation honoured), Pillow pictures, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
+        a, b: files (EXIF orientation honoured), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
             or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and LiFT, if any; None takes the demonstration pair that ships with the package
             (:mod:`lift_fast.demonstration`), on CUDA where it is available, and keeps it for further calls.
-        size: pixels of the shorter side, (height, width), or None for the pictures' own size.
+        size: pixels of the shorter side, (height, width), or None for the images' own size.
         mutual: ``valid`` only where ``distance <= 1``, the way back ends within a cell. (``mutual`` of
             :func:`lift_fast.dense_match` is ``distance == 0``; on dense layouts few pixels pass that, since matches
             gather at the centres of cells.)
         points: ``[P, 2]`` (x, y) in pixels of A as it came in, 0 <= x < W and 0 <= y < H; each is moved to the nearest
-            pixel centre of the loaded picture. None for all pixels of the loaded picture: the dense layout.
+            pixel centre of the loaded image. None for all pixels of the loaded image: the dense layout.
         step: without points, every step-th pixel of each row and column.
         normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
         lift_iter: applications of LiFT; 0 leaves it out.
@@ -161,8 +161,8 @@ def match_images(
 
     Raises:
         FileNotFoundError: for a missing file.
-        TypeError: for pictures or an extractor of another type.
-        ValueError: for pictures that cannot be read or are smaller than a patch, for more pixels or cells than
+        TypeError: for images or an extractor of another type.
+        ValueError: for images that cannot be read or are smaller than a patch, for more pixels or cells than
             :func:`lift_fast.images.max_pixels` allows, and options out of range.
     """
     if normalize not in ("grid", "pixel"):
@@ -204,7 +204,7 @@ def match_images(
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
         ys, xs = (
-            # A step beyond the picture is no more than its side.
+            # A step beyond the image is no more than its side.
             torch.arange((n - 1) % step // 2, n, min(step, n), dtype=torch.int64, device=maps[0].device)
             for n in (height, width)
         )
@@ -247,7 +247,7 @@ def match_images(
 def _descriptor_maps(
     extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock
 ) -> list[Tensor]:
-    """Two maps ``[1, c, h, w]``; pictures of one size go through the networks together."""
+    """Two maps ``[1, c, h, w]``; images of one size go through the networks together."""
     together = batches[0].shape == batches[1].shape
     with torch.no_grad():
         inputs = [torch.cat(list(batches))] if together else batches

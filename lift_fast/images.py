@@ -1,4 +1,4 @@
-"""Read pictures from disk and bring them into the form that backbones expect."""
+"""Read images from disk and bring them into the form that backbones expect."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _DEFAULT_PIXELS = 1 << 25
 _most_pixels = _DEFAULT_PIXELS
 # Files are often larger than what is made of them: 16384 x 8192, a whole sphere in 16K, by default.
 _FILE = 4
-# A token for each 8 x 8 pixels: what the smallest usual patch makes of the largest picture.
+# A token for each 8 x 8 pixels: what the smallest usual patch makes of the largest image.
 _PIXELS_OF_A_TOKEN = 64
 _STRIP_PIXELS = 1 << 22
 _ORIENTATION = 0x0112
 
 
 def max_pixels() -> int:
-    """Most pixels of a picture as it is loaded for a backbone, 2^25 (8192 x 4096) unless :func:`set_max_pixels`.
+    """Most pixels of an image as it is loaded for a backbone, 2^25 (8192 x 4096) unless :func:`set_max_pixels`.
 
     The one limit that the others follow from: a file may hold four times as many pixels, and a map (the tokens of a
     backbone, LiFT's cells) one cell for each 64.
@@ -77,10 +77,10 @@ def pixel_limit(count: int | None) -> Iterator[None]:
 
 
 def check_size(size: tuple[int, int], came: tuple[int, int] | None = None) -> None:
-    """Refuse a picture that would be loaded at ``size`` (width, height).
+    """Refuse an image that would be loaded at ``size`` (width, height).
 
     Args:
-        size: of the picture as it would be loaded.
+        size: of the image as it would be loaded.
         came: as it came, where that is another size.
 
     Raises:
@@ -88,7 +88,7 @@ def check_size(size: tuple[int, int], came: tuple[int, int] | None = None) -> No
     """
     width, height = size
     if width * height > _most_pixels:
-        origin = "" if came is None or came == size else f"a picture of {came[0]} x {came[1]} pixels "
+        origin = "" if came is None or came == size else f"an image of {came[0]} x {came[1]} pixels "
         raise ValueError(
             f"{origin}would be loaded at {width} x {height}, more than the {_most_pixels} pixels that are allowed; "
             "give a smaller size, crop it, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels)"
@@ -96,7 +96,7 @@ def check_size(size: tuple[int, int], came: tuple[int, int] | None = None) -> No
 
 
 def check_cells(height: int, width: int, what: str) -> None:
-    """Refuse a map of ``height x width`` cells for one picture, called ``what``.
+    """Refuse a map of ``height x width`` cells for one image, called ``what``.
 
     Raises:
         ValueError: for more cells than one for each 64 of :func:`max_pixels`.
@@ -104,7 +104,7 @@ def check_cells(height: int, width: int, what: str) -> None:
     most = max(1, _most_pixels // _PIXELS_OF_A_TOKEN)
     if height * width > most:
         raise ValueError(
-            f"{what} {width} x {height}, more than the {most} that are allowed for a picture; give a smaller size or a "
+            f"{what} {width} x {height}, more than the {most} that are allowed for an image; give a smaller size or a "
             "larger stride, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels: a cell for each 64)"
         )
 
@@ -112,8 +112,8 @@ def check_cells(height: int, width: int, what: str) -> None:
 def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upright: bool = True) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
-    Transparent pixels are laid on white. 16-bit pictures are scaled to 8 bits,
-    floating point pictures must lie in 0 to 1. Of several frames the first is taken.
+    Transparent pixels are laid on white. 16-bit images are scaled to 8 bits,
+    floating point images must lie in 0 to 1. Of several frames the first is taken.
 
     Args:
         path: the file.
@@ -124,13 +124,13 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
     Raises:
         FileNotFoundError: if there is no such file.
         TypeError: if ``path`` is no path.
-        ValueError: naming the file, if it is no picture, is truncated, is no regular file (a pipe or device is never
+        ValueError: naming the file, if it is no image, is truncated, is no regular file (a pipe or device is never
             opened), or has more than four times :func:`max_pixels` pixels, or more than Pillow's limit.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
     path = Path(path)
-    require_regular_file(path, "picture")
+    require_regular_file(path, "image")
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -149,14 +149,14 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
             "(--max-pixels N, lift_fast.images.set_max_pixels)"
         ) from error
     except Exception as error:
-        raise ValueError(f"{quoted(path)} cannot be read as a picture: {said(error)}") from error
+        raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
 
 
-def as_image(picture: Picture, name: str = "picture") -> Image.Image:
-    """A picture in any usual form as 8-bit RGB, upright.
+def as_image(picture: Picture, name: str = "image") -> Image.Image:
+    """An image in any usual form as 8-bit RGB, upright.
 
     Args:
-        picture: file (:func:`read_image`); Pillow picture (its EXIF orientation is applied); NumPy array ``[H, W, 3]``,
+        image: file (:func:`read_image`); Pillow image (its EXIF orientation is applied); NumPy array ``[H, W, 3]``,
             ``[H, W, 1]`` or ``[H, W]``, or tensor ``[3, H, W]``, ``[1, H, W]`` or ``[H, W]`` on any device. Arrays and
             tensors are RGB or grey, uint8, or floating point from 0 to 1 (rounded to 8 bits).
         name: of the argument, for errors.
@@ -164,7 +164,7 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
     Raises:
         FileNotFoundError: if there is no such file.
         TypeError: for anything else.
-        ValueError: for a file or Pillow picture that cannot be read, for other shapes, dtypes or values, and for a
+        ValueError: for a file or Pillow image that cannot be read, for other shapes, dtypes or values, and for a
             tensor that is sparse, nested, quantized or on the meta device.
     """
     if isinstance(picture, (str, os.PathLike)):
@@ -172,10 +172,10 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
     if isinstance(picture, Image.Image):
         try:
             image = to_rgb(_upright(picture))
-            # A picture of its own, whatever happens to the one that came.
+            # An image of its own, whatever happens to the one that came.
             return image.copy() if image is picture else image
         except Exception as error:
-            raise ValueError(f"{name} cannot be read as a picture: {said(error)}") from error
+            raise ValueError(f"{name} cannot be read as an image: {said(error)}") from error
     if isinstance(picture, Tensor):
         layout = "[3, H, W], [1, H, W] or [H, W]"
         if picture.layout is not torch.strided or picture.is_nested or picture.is_quantized or picture.is_meta:
@@ -195,7 +195,7 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
         # Written so that NaN fails too.
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"{name}: floating point pictures must lie in 0 to 1, got {low:g} to {high:g}; do not normalise them "
+                f"{name}: floating point images must lie in 0 to 1, got {low:g} to {high:g}; do not normalise them "
                 "before, and divide 0 to 255 by 255"
             )
         array = np.rint(array * 255).astype(np.uint8)
@@ -207,25 +207,25 @@ def as_image(picture: Picture, name: str = "picture") -> Image.Image:
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
-    """Pictures in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file is returned as it is.
+    """Images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file is returned as it is.
 
     Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped. Links to folders are followed,
-    unless they lead back to a folder that they lie in. A pipe, socket or device with the name of a picture is listed,
+    unless they lead back to a folder that they lie in. A pipe, socket or device with the name of an image is listed,
     for :func:`read_image` to refuse it by name.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
-        ValueError: if the folder holds no picture, or ``path`` is neither folder nor regular file.
+        ValueError: if the folder holds no image, or ``path`` is neither folder nor regular file.
     """
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"no file or folder at {quoted(path)}")
     if not path.is_dir():
-        require_regular_file(path, "picture")
+        require_regular_file(path, "image")
         return [path]
     found = _pictures_below(path, frozenset())
     if not found:
-        raise ValueError(f"no pictures in {quoted(path)} (suffixes {', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"no images in {quoted(path)} (suffixes {', '.join(sorted(SUFFIXES))})")
     return sorted(found, key=natural_key)
 
 
@@ -266,13 +266,13 @@ def resize(
     """Resize with antialiasing, by Lanczos unless told otherwise.
 
     Args:
-        image: picture of any mode that Pillow can filter.
+        image: image of any mode that Pillow can filter.
         load_size: an integer is the length of the shorter side, the other follows (rounded down, as torchvision's
             ``Resize``); ``(height, width)`` exactly; None keeps the size.
         resample: Pillow's filter.
 
     Raises:
-        ValueError: for a size that is not positive, or not one of these forms, a picture without pixels, and a result
+        ValueError: for a size that is not positive, or not one of these forms, an image without pixels, and a result
             of more pixels than :func:`max_pixels` or without any.
     """
     new = resized_size(image.size, load_size)
@@ -281,14 +281,14 @@ def resize(
 
 
 def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
-    """The ``(width, height)`` that :func:`resize` gives a picture of ``size`` (width, height).
+    """The ``(width, height)`` that :func:`resize` gives an image of ``size`` (width, height).
 
     Raises:
         ValueError: as :func:`resize`, but for the limit.
     """
     width, height = size
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width} x {height} pixels holds nothing; give one with pixels")
+        raise ValueError(f"an image of {width} x {height} pixels holds nothing; give one with pixels")
     if load_size is None:
         return size
     if isinstance(load_size, (tuple, list)):
@@ -310,8 +310,8 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
     Raises:
-        TypeError: if ``image`` is no Pillow picture.
-        ValueError: for ``mean`` and ``std`` that are not three finite numbers each, ``std`` above 0; for a picture that
+        TypeError: if ``image`` is no Pillow image.
+        ValueError: for ``mean`` and ``std`` that are not three finite numbers each, ``std`` above 0; for an image that
             has no pixels or cannot be made RGB.
     """
     if not isinstance(image, Image.Image):
@@ -346,7 +346,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as :func:`read_image` makes it: transparency laid on white, more than 8 bits scaled.
 
     Raises:
-        ValueError: for a picture without pixels, of a mode that Pillow cannot convert, or with values out of range.
+        ValueError: for an image without pixels, of a mode that Pillow cannot convert, or with values out of range.
     """
     if 0 in image.size:
         raise ValueError(f"it holds nothing, {image.width} x {image.height} pixels")
@@ -358,7 +358,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not numbers and not veiled:
             return image.convert("RGB")
         whole = Image.new("RGB", image.size)
-        # In strips: at eight bytes and more for a pixel, copies of a large picture would take gigabytes.
+        # In strips: at eight bytes and more for a pixel, copies of a large image would take gigabytes.
         rows = max(1, _STRIP_PIXELS // image.width)
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(image.height, top + rows)))
@@ -376,12 +376,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_numbers(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit integer (Pillow's form of some 16-bit files) and floating point grey pictures."""
+    """16-bit, 32-bit integer (Pillow's form of some 16-bit files) and floating point grey images."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ValueError(
-                f"floating point pictures must lie in 0 to 1, got {values.min():g} to {values.max():g} (NaN included)"
+                f"floating point images must lie in 0 to 1, got {values.min():g} to {values.max():g} (NaN included)"
             )
         scaled = values * 255
     else:
@@ -392,7 +392,7 @@ def _from_numbers(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """With the EXIF orientation applied; the picture itself where there is none, which Pillow would copy."""
+    """With the EXIF orientation applied; the image itself where there is none, which Pillow would copy."""
     if image.getexif().get(_ORIENTATION) not in range(2, 9):
         return image
     return ImageOps.exif_transpose(image)

@@ -112,7 +112,7 @@ class LiFT(
         """Upsample backbone features by two.
 
         Args:
-            imgs: ``[B, 3, H, W]`` normalised pictures, floating point. When H or W is no multiple of the patch size
+            imgs: ``[B, 3, H, W]`` normalised images, floating point. When H or W is no multiple of the patch size
                 the image branch sees what the tokens saw: the whole patches from the top left corner.
             x: ``[B, T, C]`` tokens without class token if ``pre_shape`` (row-major, ``T = (H // p) * (W // p)``),
                 else ``[B, C, H // p, W // p]``; dtype and device of ``imgs``.
@@ -196,7 +196,7 @@ class LiFT(
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             imgs, x = imgs.to(dtype), x.to(dtype)
-        # The no-image network reads nothing of the pictures: hand over an empty tensor instead of a resized picture.
+        # The no-image network reads nothing of the images: hand over an empty tensor instead of a resized image.
         aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
         x_map = x.view(x.shape[0], h, w, self.in_channels) if self.pre_shape else x.permute(0, 2, 3, 1)
         weights, epsilons, architecture = network
@@ -328,7 +328,7 @@ class LiFT(
         if imgs.dtype not in FLOATS or x.dtype not in FLOATS:
             raise ValueError(
                 f"imgs and x must be float32, bfloat16, float16 or float64, got {imgs.dtype} and {x.dtype}; "
-                "normalise the pictures first (ViTLiFTExtractor.preprocess does)"
+                "normalise the images first (ViTLiFTExtractor.preprocess does)"
             )
         batch, _, height, width = size
         h, w = height // p, width // p
@@ -344,7 +344,7 @@ class LiFT(
                 f"{h} x {w} tokens without class token) and in_channels={channels}, got {list(x.shape)}"
             )
         if batch == 0:
-            raise ValueError("LiFT got an empty batch (B = 0); pass at least one picture")
+            raise ValueError("LiFT got an empty batch (B = 0); pass at least one image")
         weight = next(self.parameters()) if network is None else network[0][-2]
         device, dtype = x.device, x.dtype
         if imgs.device != device or device != weight.device:

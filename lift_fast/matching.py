@@ -1,4 +1,4 @@
-"""Exact matching of descriptors: ``nearest`` between two sets, ``dense_match`` between two pictures."""
+"""Exact matching of descriptors: ``nearest`` between two sets, ``dense_match`` between two images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.li
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Matches that may be asked for of however few keys.
 _MOST_MATCHES = 1 << 16
-# Pixels along one side of a picture, and pixels of a query picture all of which are matched.
+# Pixels along one side of an image, and pixels of a query image all of which are matched.
 _MOST_SIDE, _MOST_QUERIES = 1 << 20, 1 << 31
 
 
@@ -48,7 +48,7 @@ class DenseMatches(NamedTuple):
     similarity: Tensor
     """[B, P] float32 (float64 for float64 input); -inf where there is no match."""
     xy: Tensor
-    """[B, P, 2] int64 (x, y) pixels of the key picture; (-1, -1) where there is no match."""
+    """[B, P, 2] int64 (x, y) pixels of the key image; (-1, -1) where there is no match."""
     valid: Tensor
     """[B, P] bool: a match exists and, with ``mutual``, leads back to the query pixel."""
 
@@ -145,7 +145,7 @@ def dense_match(
     normalize: str | None = "grid",
     mutual: bool = False,
 ) -> DenseMatches:
-    """Match pixels of the query picture to all pixels of the key picture, both given as coarse descriptor maps.
+    """Match pixels of the query image to all pixels of the key image, both given as coarse descriptor maps.
 
     The descriptor of a pixel is the bilinear interpolation (align_corners=False) of its map; the match of a query
     pixel is the key pixel with the largest dot product, the lowest row-major one among equals. Exact for every size.
@@ -160,9 +160,9 @@ def dense_match(
 
     Args:
         query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
-        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Larger key pictures than 2^30 pixels, with
+        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Larger key images than 2^30 pixels, with
             ``"pixel"`` than 2^24, are searched in parts.
-        points: ``[B, P, 2]`` (x, y) pixels of the query picture, rounded down to whole pixels; None for every pixel
+        points: ``[B, P, 2]`` (x, y) pixels of the query image, rounded down to whole pixels; None for every pixel
             in row-major order (``P = H * W``), of fewer than 2^31.
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
             ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are. Divisors are
@@ -174,7 +174,7 @@ def dense_match(
 
     Raises:
         TypeError: for inputs that are no tensors or of another dtype.
-        ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the picture.
+        ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the image.
     """
     check_pair("query_map", query_map, "key_map", key_map)
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):

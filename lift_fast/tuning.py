@@ -20,14 +20,14 @@ from .testing import relative_error
 def tune(
     lift: LiFT, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, *, quiet: bool = False
 ) -> dict[str, Tile]:
-    """Measure the tiles of LiFT's GPU kernels for pictures of one shape, and keep the fastest on disk.
+    """Measure the tiles of LiFT's GPU kernels for images of one shape, and keep the fastest on disk.
 
-    Takes about a minute, nearly all of it compilation. Results count for every picture with about as many pixels, on
+    Takes about a minute, nearly all of it compilation. Results count for every image with about as many pixels, on
     every device of the same model. A tile that does not run, or whose result differs from the default's, is left out.
 
     Args:
         lift: the network, on a CUDA device.
-        shape: ``(B, 3, H, W)`` of the pictures.
+        shape: ``(B, 3, H, W)`` of the images.
         dtype: in which to compute: bfloat16, float16 or float32.
         quiet: print nothing.
 

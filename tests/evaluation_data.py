@@ -33,7 +33,7 @@ def textured(size, seed):
 
 
 SHAPES = [(90, 61), (53, 80), (70, 70), (101, 33), (64, 47)]
-"""(width, height) of a category's pictures."""
+"""(width, height) of a category's images."""
 
 
 def write_json(path, content):
@@ -117,7 +117,7 @@ def tiny_backbone(seed=0, dtype=torch.float64, **options):
 
 
 def published_lift(lift, imgs, tokens):
-    """LiFT as its authors run it: the picture whole, or two pixels off each side where the grids disagree."""
+    """LiFT as its authors run it: the image whole, or two pixels off each side where the grids disagree."""
 
     def encode(seen):
         fine = lift.scale_adapter(lift.image_convs_1(seen))
@@ -131,7 +131,7 @@ def published_lift(lift, imgs, tokens):
 
 
 def paint(path, size, box, seed):
-    """A picture of (width, height) with a bright red box on noisy blue."""
+    """An image of (width, height) with a bright red box on noisy blue."""
     random_ = np.random.default_rng(seed)
     pixels = random_.integers(0, 30, (size[1], size[0], 3)) + np.array([0, 0, 200])
     x0, y0, x1, y1 = box
@@ -200,7 +200,7 @@ PALETTE = [(7 * i + channel * 50) % 256 for i in range(256) for channel in range
 
 
 def shapes(seed, frames=6, size=(60, 96), objects=2):
-    """Pictures [T, H, W, 3] and masks [T, H, W]: discs and boxes that move over noise and cover each other."""
+    """Images [T, H, W, 3] and masks [T, H, W]: discs and boxes that move over noise and cover each other."""
     random = np.random.default_rng(seed)
     height, width = size
     y, x = np.mgrid[:height, :width]
@@ -421,7 +421,7 @@ def patch_features(seed, patch=8, channels=24, dtype=torch.float32):
 
 
 def network_of(*features):
-    """Functions of pictures as the methods of a run."""
+    """Functions of images as the methods of a run."""
 
     def method(function):
         def compute(batch):

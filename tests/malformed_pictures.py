@@ -1,4 +1,4 @@
-"""Malformed pictures by the hundred: valid files, changed at random, with what each must come to.
+"""Malformed images by the hundred: valid files, changed at random, with what each must come to.
 
 ``python tests/malformed_pictures.py 500`` reads, matches and extracts so many and prints the figures.
 """
@@ -136,7 +136,7 @@ def metadata(random: random.Random, content: bytes) -> bytes:
 
 
 def bomb(random: random.Random, content: bytes) -> bytes:
-    """A small file that is a large picture indeed, below and above what is allowed."""
+    """A small file that is a large image indeed, below and above what is allowed."""
     side = random.choice([9000, 11_000, 12_000, 20_000])
     colour, channels = random.choice([(0, 1), (2, 3), (6, 4), (4, 2)])
     row = zlib.compressobj(1)
@@ -245,7 +245,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 
 def check(folder: Path, seeds: range, match: bool = True) -> Counter[str]:
-    """Read, match and extract the malformed pictures of ``seeds``, written to the new folder ``folder``.
+    """Read, match and extract the malformed images of ``seeds``, written to the new folder ``folder``.
 
     Raises:
         AssertionError: at the first that is taken otherwise than it should.

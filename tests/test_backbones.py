@@ -138,7 +138,7 @@ def test_normalisation_of_official_names() -> None:
 
 
 def dino_positions(pos_embed: Tensor, height: int, width: int, patch: int, stride: int) -> Tensor:
-    """DINO's rule for a picture in pixels, written out on its own: class position first."""
+    """DINO's rule for an image in pixels, written out on its own: class position first."""
     count = pos_embed.shape[1] - 1
     side = math.sqrt(count)
     rows, columns = 1 + (height - patch) // stride, 1 + (width - patch) // stride
@@ -435,7 +435,7 @@ def test_mocov3_small_has_twelve_heads_and_selfpatch_no_class_token() -> None:
         ("picture.jpg", TypeError, "str"),
     ],
 )
-def test_bad_pictures(imgs: object, error: type[Exception], message: str) -> None:
+def test_bad_images(imgs: object, error: type[Exception], message: str) -> None:
     backbone = FrozenViT(small_vit())
     with pytest.raises(error, match=message):
         backbone(imgs)  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def test_without_mutual_every_match_is_valid(pictures, tmp_path, capsys):
     assert figures["valid"] == figures["points"]
 
 
-def test_a_picture_matches_itself(pictures, tmp_path):
+def test_an_image_matches_itself(pictures, tmp_path):
     out = tmp_path / "same.png"
     assert run("match", pictures[0], pictures[0], "--out", out, *TINY, "--normalize", "pixel", "--quiet") == 0
     with np.load(out.with_suffix(".npz")) as data:
@@ -143,15 +143,15 @@ def test_match_says_what_it_does(pictures, tmp_path, capsys):
     assert captured.err == captured.out == ""
 
 
-def test_text_instead_of_a_picture_is_named(pictures, tmp_path, capsys):
-    (tmp_path / "notes.jpg").write_text("no picture")
+def test_text_instead_of_an_image_is_named(pictures, tmp_path, capsys):
+    (tmp_path / "notes.jpg").write_text("no image")
     assert run("match", tmp_path / "notes.jpg", pictures[1], "--out", tmp_path / "m.png", *TINY) == 2
-    assert "notes.jpg cannot be read as a picture" in capsys.readouterr().err
+    assert "notes.jpg cannot be read as an image" in capsys.readouterr().err
     assert not (tmp_path / "m.png").exists()
 
 
 BAD = {
-    "missing picture": (["match", "nowhere.jpg", "b.jpg", *TINY], "no picture at nowhere.jpg"),
+    "missing image": (["match", "nowhere.jpg", "b.jpg", *TINY], "no image at nowhere.jpg"),
     "suffix": (["match", "{a}", "{b}", "--out", "m.jpg", *TINY], "--out must end in .png, got m.jpg"),
     "folder": (["match", "{a}", "{b}", "--out", "no/m.png", *TINY], "the folder no does not exist"),
     "model": (["match", "{a}", "{b}", "--model", "resnet50", "--random-weights"], "resnet50"),
@@ -212,7 +212,7 @@ def test_offline_without_weights_names_file_and_options(pictures, tmp_path, caps
     assert not (tmp_path / "m.png").exists()
 
 
-def test_corrupt_picture_is_named(pictures, tmp_path, capsys):
+def test_corrupt_image_is_named(pictures, tmp_path, capsys):
     pictures[1].write_bytes(pictures[1].read_bytes()[:200])
     assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY) == 2
     assert "coffee.png" in capsys.readouterr().err
@@ -289,8 +289,8 @@ def test_extract_in_batches_equals_one_by_one(pictures, tmp_path):
             np.testing.assert_allclose(one["descriptors"], two["descriptors"], atol=1e-4)
 
 
-def test_extract_skips_and_names_corrupt_pictures(pictures, tmp_path, capsys):
-    (pictures[0].parent / "broken.jpg").write_bytes(b"no picture")
+def test_extract_skips_and_names_corrupt_images(pictures, tmp_path, capsys):
+    (pictures[0].parent / "broken.jpg").write_bytes(b"no image")
     assert run("extract", pictures[0].parent, "--out", tmp_path / "out", *TINY, "--json") == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err
@@ -299,7 +299,7 @@ def test_extract_skips_and_names_corrupt_pictures(pictures, tmp_path, capsys):
     assert len(figures["failed"]) == 1
 
 
-def test_extract_never_lets_two_pictures_share_a_file(pictures, tmp_path):
+def test_extract_never_lets_two_images_share_a_file(pictures, tmp_path):
     Image.open(pictures[0]).save(pictures[0].with_suffix(".png"))
     assert (
         run("extract", *[pictures[0], pictures[0].with_suffix(".png")], "--out", tmp_path / "out", *TINY, "--quiet")
@@ -348,7 +348,7 @@ def test_bugs_keep_their_traceback(pictures, tmp_path, monkeypatch):
         run("match", *pictures, "--out", Path(tmp_path) / "m.png", *TINY)
 
 
-def test_extract_takes_no_result_for_another_pictures(pictures, tmp_path, capsys):
+def test_extract_takes_no_result_for_another_images(pictures, tmp_path, capsys):
     folder, out = tmp_path / "folder", tmp_path / "out"
     folder.mkdir()
     Image.open(pictures[1]).save(folder / "b.png")
@@ -379,7 +379,7 @@ def test_extract_takes_no_result_for_another_pictures(pictures, tmp_path, capsys
     ("command", "out"),
     [("match", "a.png"), ("match", "link.png"), ("match", "numbers.png"), ("show", "a.png"), ("show", "link.png")],
 )
-def test_pictures_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, capsys):
+def test_images_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.open(pictures[0]).save("a.png")
     os.link("a.png", "link.png")
@@ -392,7 +392,7 @@ def test_pictures_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, 
     assert [Path(name).read_bytes() for name in ("a.png", "numbers.npz")] == before
 
 
-def test_extract_writes_over_no_picture(pictures, tmp_path, capsys):
+def test_extract_writes_over_no_image(pictures, tmp_path, capsys):
     Image.open(pictures[0]).save(tmp_path / "b.npz", format="PNG")
     assert run("extract", tmp_path / "b.npz", "--out", tmp_path, *TINY, "--overwrite") == 2
     assert "is an input" in capsys.readouterr().err

@@ -92,6 +92,6 @@ def test_the_image_encoder_runs_on_tensor_cores(source, cubins):
         # twice as many.
         products = 216 if source == "image_encoder" else 32 + 8 + 72
         assert text.count(f"HMMA.{kind} ") >= products * (2 if "Tf32" in name else 1), name
-        # What lies outside the picture is not read: copies of it are switched off, not only of length zero.
+        # What lies outside the image is not read: copies of it are switched off, not only of length zero.
         copies = re.findall(r"LDGSTS\.E\.BYPASS\.128 (.*?);", text)
         assert any(re.search(r", !?P\d", copy) for copy in copies), name

@@ -19,7 +19,7 @@ def interpolate(maps, size):
 
 
 def brute_force(query_map, key_map, query_size, key_size, normalize):
-    """Similarities of one picture pair and how far each may be off in float32: both [Hq * Wq, Hk * Wk]."""
+    """Similarities of one image pair and how far each may be off in float32: both [Hq * Wq, Hk * Wk]."""
 
     def descriptors(maps, size):
         maps = maps.double()
@@ -134,7 +134,7 @@ def test_points_are_rounded_down_and_equal_the_full_result():
     assert dense_match(query_map, key_map, (17, 31), (20, 9), points=points[:, :0]).xy.shape == (2, 0, 2)
 
 
-def test_a_picture_matches_itself():
+def test_an_image_matches_itself():
     maps = torch.randn(1, 32, 9, 12)
     result = dense_match(maps, maps, (36, 48), (36, 48), normalize="pixel")
     where = torch.stack(torch.meshgrid(torch.arange(36), torch.arange(48), indexing="ij")[::-1], -1).view(-1, 2)
@@ -228,7 +228,7 @@ BAD_CALLS = {
         "inf",
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.full((1, 1, 2), math.inf)),
     ),
-    "point beyond every picture": (
+    "point beyond every image": (
         ValueError,
         str(2**62),
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), points=torch.full((1, 1, 2), 2**62)),

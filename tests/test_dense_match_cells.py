@@ -225,7 +225,7 @@ def test_a_cell_of_another_magnitude(dtype, large, normalize, native, monkeypatc
 
 
 def similarity_at(query_map, key_map, query_size, key_size, points, pixels):
-    """``[P, N]`` in float64 of single pixels, (x, y) in both pictures."""
+    """``[P, N]`` in float64 of single pixels, (x, y) in both images."""
 
     def rows(cells, size, at):
         cells = cells.double() / cells.double().norm(dim=0)
@@ -241,7 +241,7 @@ def similarity_at(query_map, key_map, query_size, key_size, points, pixels):
 @pytest.mark.parametrize("native", ["plain", "native"])
 @pytest.mark.parametrize("normalize", ["grid", "pixel", None])
 @pytest.mark.parametrize("most", [1, 3 * 23, 4 * 23 + 1])
-def test_key_pictures_in_parts(most, normalize, native, monkeypatch):
+def test_key_images_in_parts(most, normalize, native, monkeypatch):
     """Rows of pixels that are searched one after the other; ties and NaN across their borders."""
     monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
     generator = torch.Generator().manual_seed(8)
@@ -280,7 +280,7 @@ def test_more_pixels_than_32_bits_number(normalize):
     chosen = similarity_at(small, large, *sizes, points, result.xy[0]).diagonal()
     torch.testing.assert_close(result.similarity[0].double(), table.amax(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(chosen, table.amax(1), rtol=0, atol=1e-6)
-    # From there to here: a picture of so many query pixels, with the match back among them.
+    # From there to here: an image of so many query pixels, with the match back among them.
     far = torch.tensor([[0, 0], [side - 1, side - 1], [15000, 40000]])
     result = dense_match(large[None], small[None], *sizes[::-1], points=far[None], normalize=normalize, mutual=True)
     here = torch.cartesian_prod(torch.arange(20), torch.arange(20))

@@ -66,7 +66,7 @@ def test_long_captions_wrap():
     assert draw_matches(make_view(caption="word " * 200)).height > draw_matches(make_view()).height + 40
 
 
-def test_identity_warp_shows_the_picture_itself():
+def test_identity_warp_shows_the_image_itself():
     view = make_view(size_a=(64, 64), size_b=(64, 64), grid=(64, 64))
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:32] = (255, 0, 0)

@@ -140,7 +140,7 @@ def test_curves(photographs, tmp_path):
     smooth, random = content["curves"]["patches"], content["curves"]["noise"]
     assert smooth["64"]["cka"] == pytest.approx([1, 1, 1], abs=1e-12)
     assert smooth["64"]["pooled"] == pytest.approx(1)
-    # Smooth pictures keep their colours when they shrink; noise that is drawn anew keeps nothing.
+    # Smooth images keep their colours when they shrink; noise that is drawn anew keeps nothing.
     assert 1 > smooth["32"]["cka"][0] > smooth["16"]["cka"][0] > 0.3
     assert smooth["32"]["cka"][0] > random["32"]["cka"][0]
     assert smooth["16"]["cka"][1] <= smooth["16"]["cka"][0] <= smooth["16"]["cka"][2]
@@ -167,7 +167,7 @@ def test_curves(photographs, tmp_path):
         assert (np.asarray(chart) == colour).all(2).sum() > 100
 
 
-def test_constant_pictures_are_left_out_of_the_mean(tmp_path, photographs):
+def test_constant_images_are_left_out_of_the_mean(tmp_path, photographs):
     grey = tmp_path / "grey.png"
     Image.new("RGB", (30, 30), (90, 90, 90)).save(grey)
     options = {"sizes": (16,), "reference": 32, "grid": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -183,7 +183,7 @@ def test_constant_pictures_are_left_out_of_the_mean(tmp_path, photographs):
 def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr("lift_fast.evaluation.cka.run._SAVE_SECONDS", 0.0)
     broken = tmp_path / "0 broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     out, partial = tmp_path / "cka.json", tmp_path / "cka.partial.pt"
     seen = []
 
@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monk
 
     limit = 0
     expected = run()
-    # Three maps of each picture; the third picture breaks off in the middle.
+    # Three maps of each image; the third image breaks off in the middle.
     limit = 3 * 2 + 2
     with pytest.raises(KeyboardInterrupt):
         run(out=out)
@@ -275,7 +275,7 @@ def test_command(photographs, tmp_path, capsys):
     options = ["eval", "cka", "--root", str(folder), "--quiet", "--device", "cpu", "--grid", "5"]
     model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift"]
     files = ["--out", str(tmp_path / "cka.json"), "--chart", str(tmp_path / "cka.png")]
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     assert main([*options, *model, *files, "--json", "--sizes", "32", "48", "--reference", "64"]) == 1
     shown = capsys.readouterr()
     figures = json.loads(shown.out)

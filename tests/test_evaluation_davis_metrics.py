@@ -128,7 +128,7 @@ def test_masks_that_are_empty_or_full():
     some[2, 2] = True
     assert jaccard(nothing, nothing) == boundary_f(nothing, nothing) == 1.0
     assert jaccard(some, nothing) == boundary_f(some, nothing) == boundary_f(nothing, some) == 0.0
-    # A mask without an edge inside the picture has no boundary.
+    # A mask without an edge inside the image has no boundary.
     assert boundary_f(everything, everything) == boundary_f(everything, nothing) == 1.0
     assert boundary_f(everything, some) == 0.0
     assert jaccard(everything, nothing) == 0.0

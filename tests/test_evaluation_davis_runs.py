@@ -194,9 +194,9 @@ BAD_SEQUENCES = {
     no_frames: r"shape-0: no \*\.jpg in .*JPEGImages.480p.shape-0",
     no_first_mask: r"no mask at .*Annotations.480p.shape-0.00000\.png",
     no_object: r"00000\.png holds no object",
-    colour_mask: r"00000\.png is a picture of mode RGB; expected an indexed PNG",
+    colour_mask: r"00000\.png is an image of mode RGB; expected an indexed PNG",
     other_size: r"00000\.jpg has 96 x 60 pixels, the mask of the first frame 96 x 61",
-    broken_frame: r"00003\.jpg cannot be read as a picture",
+    broken_frame: r"00003\.jpg cannot be read as an image",
     broken_mask: r"00000\.png cannot be read as a mask",
 }
 

@@ -203,7 +203,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.txt"):
         read_voc(tmp_path / "voc", 2007, split="val")
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no picture"):
+    with pytest.raises(ValueError, match="lists no image"):
         read_voc(tmp_path / "voc", 2007)
     (base / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     with pytest.raises(ValueError, match="leads out"):
@@ -222,11 +222,11 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="no annotation file"):
         read_coco(coco)
     (coco / "coco_20k_filenames.txt").write_text("cat.jpg\n")
-    with pytest.raises(ValueError, match="no picture id"):
+    with pytest.raises(ValueError, match="no image id"):
         read_coco(coco)
 
 
-def test_pictures_that_do_not_decode_are_left_out_and_counted(tmp_path):
+def test_images_that_do_not_decode_are_left_out_and_counted(tmp_path):
     box = (8, 8, 32, 40)
     base = make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in ("a", "b", "c", "d")})
     (base / "JPEGImages" / "b.jpg").unlink()
@@ -240,11 +240,11 @@ def test_pictures_that_do_not_decode_are_left_out_and_counted(tmp_path):
         assert file in skipped[name]
     assert corloc([])["corloc"] is None
     (base / "JPEGImages" / "a.jpg").unlink()
-    with pytest.raises(ValueError, match="no picture of VOC2007"):
+    with pytest.raises(ValueError, match="no image of VOC2007"):
         run(read_voc(tmp_path, 2007))
 
 
-def test_pictures_are_taken_as_stored(tmp_path):
+def test_images_are_taken_as_stored(tmp_path):
     # Annotations speak of the stored pixels, whatever way up the camera was held.
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -253,7 +253,7 @@ def test_pictures_are_taken_as_stored(tmp_path):
 
 
 @pytest.mark.parametrize("resolution", [None, 64, 72])
-def test_boxes_come_back_in_the_pictures_pixels(tmp_path, resolution):
+def test_boxes_come_back_in_the_images_pixels(tmp_path, resolution):
     paint(tmp_path / "a.png", (128, 64), (32, 16, 64, 48), 0)
     found = find(Image.open(tmp_path / "a.png").convert("RGB"), resolution=resolution)
     assert found.box == pytest.approx((32, 16, 64, 48), abs=0 if resolution is None else 20)
@@ -305,7 +305,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert again == expected
     assert seen == ["c", "d"]
     assert json.loads(out.read_text())["summary"]["colours"]["corloc"] == 100
-    # Nothing is left to compute; a picture that has gone meanwhile is not missed.
+    # Nothing is left to compute; an image that has gone meanwhile is not missed.
     data.samples[0].path.unlink()
     assert run(data, out=out, show=stop, record={"date": "now"})[0] == expected
     with pytest.raises(ValueError, match=r"run\.colours\.jsonl was made with other settings \(seed\); give"):
@@ -319,7 +319,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
             run(data, out=out)
 
 
-def test_sheet_shows_picture_eigenvector_and_boxes(tmp_path):
+def test_sheet_shows_image_eigenvector_and_boxes(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {"a": ((90, 70), box, [voc_object((8, 8, 40, 40))])})
     sample = read_voc(tmp_path, 2007).samples[0]
@@ -375,7 +375,7 @@ def test_command(tmp_path, capsys):
 
 
 def published_square(path, boxes, side):
-    """The LiFT paper's evaluation of one picture at S x S, step by step: its box there, and whether it counts."""
+    """The LiFT paper's evaluation of one image at S x S, step by step: its box there, and whether it counts."""
     image = Image.open(path).convert("RGB")
     pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64) / 255
     tensor = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)[None].float()
@@ -396,7 +396,7 @@ def published_square(path, boxes, side):
 
 
 @pytest.mark.parametrize("side", [56, 60, 64])
-def test_resized_pictures_are_judged_as_published(tmp_path, side):
+def test_resized_images_are_judged_as_published(tmp_path, side):
     pictures = {}
     for number, (size, box) in enumerate(sizes_and_boxes(side, 12)):
         # True boxes shifted and shrunk, so that some count and some do not.
@@ -439,7 +439,7 @@ def test_an_unknown_rule_is_named():
         prepare(Image.new("RGB", (20, 20)), whereabouts(), 16, "mine")
 
 
-def test_features_that_are_not_finite_leave_a_picture_out_for_all_methods(tmp_path):
+def test_features_that_are_not_finite_leave_an_image_out_for_all_methods(tmp_path):
     box = (8, 8, 32, 40)
     make_voc(tmp_path, {name: ((80, 64), box, [voc_object(box)]) for name in "abc"})
     count = 0
@@ -454,7 +454,7 @@ def test_features_that_are_not_finite_leave_a_picture_out_for_all_methods(tmp_pa
     methods = [("colours", colours), ("broken", broken)]
     content = evaluate(methods, whereabouts(), read_voc(tmp_path, 2007), tau=0.2, out=out)
     assert content["skipped"] == {
-        "b": "broken: features hold NaN or infinity; a picture or weights that are not finite make them"
+        "b": "broken: features hold NaN or infinity; an image or weights that are not finite make them"
     }
     for name in ("colours", "broken"):
         assert [entry["name"] for entry in content["predictions"][name]] == ["a", "c"]

@@ -28,7 +28,7 @@ def rows():
 def test_there_is_a_row_for_each_difference():
     found = [what for what, _ in rows()]
     assert len(found) == len(set(found)) > 20
-    for word in ("size of pictures", "pairs", "epochs", "partial batch", "EXIF", "16-bit", "plateaus", "56 pixels"):
+    for word in ("size of images", "pairs", "epochs", "partial batch", "EXIF", "16-bit", "plateaus", "56 pixels"):
         assert any(word in what for what in found), word
 
 

@@ -357,5 +357,5 @@ def small(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_malformed_annotations_give_a_line(kind, small):
     statuses, _ = campaign(kind, [*range(COUNT), *FOUND.get(kind, ())])
-    # The key points of pictures are compared with those of pairs, which are what counts.
+    # The key points of images are compared with those of pairs, which are what counts.
     assert bool(any(statuses)) == (kind != "spair-picture")

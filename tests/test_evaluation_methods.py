@@ -1,4 +1,4 @@
-"""Where LiFT's image branch stands in evaluations of pictures that are no whole patches."""
+"""Where LiFT's image branch stands in evaluations of images that are no whole patches."""
 
 import pytest
 import torch

@@ -208,10 +208,10 @@ def test_differences_in_networks_and_versions_are_listed(saved):
     assert "two: dino_vits16, RANDOM WEIGHTS, its figures mean nothing, pairs: 1800, left out: 0" in text
 
 
-def test_masks_of_unknown_origin_and_skipped_pictures_are_said(saved):
+def test_masks_of_unknown_origin_and_skipped_images_are_said(saved):
     text = report.build([saved("masks", davis_result(None)), saved("found", discovery_result())]).markdown()
     assert "masks: masks or figures without a record of the networks behind them, sequences: 1, objects: 2" in text
-    assert "found: dino_vits16, pictures: 8, 1 skipped" in text
+    assert "found: dino_vits16, images: 8, 1 skipped" in text
 
 
 def test_copies_are_recognised(saved):
@@ -391,7 +391,7 @@ def test_data_sets_are_known_by_what_published_numbers_call_them(tmp_path, saved
             assert (name == f"voc{year % 100:02}") is not no_hard
 
 
-def test_pictures_without_a_determined_cut_are_counted(saved):
+def test_images_without_a_determined_cut_are_counted(saved):
     content = discovery_result()
     content["summary"]["lift"]["degenerate"] = 7
     group = one_group(saved("a", content))

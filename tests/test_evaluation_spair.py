@@ -130,7 +130,7 @@ def test_figures_are_those_of_the_plain_protocol(seed, tmp_path):
     assert len(set(means.values())) > 2
 
 
-def test_features_are_computed_once_for_a_picture_and_a_small_cache_changes_nothing(root, monkeypatch):
+def test_features_are_computed_once_for_an_image_and_a_small_cache_changes_nothing(root, monkeypatch):
     backbone = tiny_backbone()
     seen = []
     forward = FrozenViT.forward
@@ -309,7 +309,7 @@ def test_malformed_annotations_are_named_and_left_out(case, root):
     assert [len(known) for known in found.pairs.values()] == [6, 7]
 
 
-def test_disagreement_with_the_pictures_annotation_is_a_remark(root):
+def test_disagreement_with_the_images_annotation_is_a_remark(root):
     victim = sorted((root / "PairAnnotation" / "test").glob("*:cat.json"))[0]
     points = json.loads(victim.read_text())["src_kps"]
     change(src_kps=[[x + 5, y] for x, y in points])(victim)
@@ -337,7 +337,7 @@ def test_pairs_of_no_category_are_named_and_lost_folders_make_an_empty_one(root,
 
 LAYOUT = {
     "nothing": (lambda root: shutil.rmtree(root), "no folder .*PairAnnotation"),
-    "no pictures": (lambda root: shutil.rmtree(root / "JPEGImages"), "no folder .*JPEGImages"),
+    "no images": (lambda root: shutil.rmtree(root / "JPEGImages"), "no folder .*JPEGImages"),
     "empty list": (lambda root: (root / "Layout/large/test.txt").write_text("\n"), "lists no pair"),
     "path in list": (lambda root: (root / "Layout/large/test.txt").write_text("../x:cat\n"), "expected the name of an"),
     "binary list": (lambda root: (root / "Layout/large/test.txt").write_bytes(b"\xff\xfe"), "cannot be read"),
@@ -434,7 +434,7 @@ def test_an_interrupted_run_goes_on_after_its_last_category(root, tmp_path, monk
     assert set(entry["seed_std"]) == set(entry["categories"]["cat"])
 
 
-def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, tmp_path, capsys, monkeypatch):
+def test_bad_images_are_named_counted_and_taken_once_they_are_repaired(root, tmp_path, capsys, monkeypatch):
     (root / "JPEGImages" / "tvmonitor").mkdir()
     broken = root / "JPEGImages" / "cat" / "2008_000001.jpg"
     missing = root / "JPEGImages" / "pottedplant" / "2008_000000.jpg"
@@ -481,7 +481,7 @@ def test_bad_pictures_are_named_counted_and_taken_once_they_are_repaired(root, t
     assert sum(load(out)["summary"]["pairs"].values()) == 13
 
 
-def test_a_picture_of_another_size_than_annotated_is_left_out(root, tmp_path):
+def test_an_image_of_another_size_than_annotated_is_left_out(root, tmp_path):
     victim = sorted((root / "PairAnnotation" / "test").glob("*:cat.json"))[0]
     change(trg_imsize=[7, 9, 3])(victim)
     out = tmp_path / "r.json"
@@ -493,7 +493,7 @@ def test_a_picture_of_another_size_than_annotated_is_left_out(root, tmp_path):
     assert list(load(out)["left_out"]) == [victim.stem]
 
 
-def test_a_category_without_a_usable_picture_is_empty(root, tmp_path):
+def test_a_category_without_a_usable_image_is_empty(root, tmp_path):
     for path in (root / "JPEGImages" / "cat").iterdir():
         path.write_bytes(b"")
     out = tmp_path / "r.json"

@@ -221,9 +221,9 @@ def test_box_in_pixels():
     result = tokencut(features.view(-1, 2), (4, 6))
     assert result.cells == (2, 3, 4, 6)
     assert result.box((64, 96)) == (48, 32, 96, 64)
-    # Padded at the right and the bottom: the box ends with the picture.
+    # Padded at the right and the bottom: the box ends with the image.
     assert result.box((60, 90), (0, 0, 64, 96)) == (48, 32, 90, 60)
-    # Cells that begin inside the picture, as those of overlapping patches do.
+    # Cells that begin inside the image, as those of overlapping patches do.
     assert result.box((64, 96), (4, 6, 40, 60)) == (36, 24, 66, 44)
 
 

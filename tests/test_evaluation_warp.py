@@ -252,7 +252,7 @@ def test_command(folder, tmp_path, capsys):
 
 
 def test_command_takes_the_held_out_and_names_bad_files(folder, tmp_path, capsys):
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"no image")
     status = run(
         "eval", "warp", "--root", folder, "--held-out", "0.5", *TINY, "--method", "bilinear", "--sizes", "32",
         "--points", "5", "--json", "--quiet",
@@ -308,7 +308,7 @@ def test_sheet_matches_are_those_that_are_scored(folder):
     backbone = tiny_backbone(dtype=torch.float32)
     methods = build_methods(["backbone", f"same={__name__}:Same"], backbone)
     normalise = warp.normaliser(backbone.mean, backbone.std, torch.device("cpu"), torch.float32)
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"no image")
     paths = sorted(folder.rglob("*.png"))
     pairs = list(warp.match_pairs(methods, paths, folder, size, normalise, protocol, seed=3))
     assert [pair.name for pair in pairs] == ["a.png", "c.png", "deep/b.png"]
@@ -326,7 +326,7 @@ def test_sheet_spreads_its_photographs(total, count, chosen):
 
 
 def test_command_draws_a_sheet(folder, tmp_path, capsys):
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"no image")
     sheet, table = tmp_path / "sheet.png", tmp_path / "r.md"
     options = ["--sizes", "32", "64", "--points", "9", "--quiet", "--table", table, "--sheet", sheet]
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "2") == 1
@@ -338,7 +338,7 @@ def test_command_draws_a_sheet(folder, tmp_path, capsys):
     assert sheet.read_bytes() != drawn
     # Nothing to draw is said, and no reason to lose the figures.
     for path in folder.rglob("*.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     sheet.unlink()
     capsys.readouterr()
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options) == 1

@@ -214,7 +214,7 @@ def test_lift_sees_what_overlapping_patches_stand_for(stride: int) -> None:
     assert made.grid(40, 32) == (2 * h, 2 * w)
     assert made.extract_descriptors_iterative_lift(imgs, 2).shape == (1, 16 * h * w, 48)
     assert seen[0].shape == (1, 3, 8 * h, 8 * w)
-    # A ramp stays a ramp: cell i of the enlarged picture is centred on the centre of patch i.
+    # A ramp stays a ramp: cell i of the enlarged image is centred on the centre of patch i.
     ramp = torch.arange(40.0).view(1, 1, 40, 1).expand(1, 3, 40, 32).contiguous()
     seen.clear()
     made(ramp)

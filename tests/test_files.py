@@ -158,25 +158,25 @@ def test_only_regular_files_are_regular(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for name in ("file", "link"):
-        require_regular_file(str(tmp_path / name), "picture")
+        require_regular_file(str(tmp_path / name), "image")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for path, error, words in (
-            (tmp_path, ValueError, "is a folder; expected a picture"),
-            (tmp_path / "pipe", ValueError, "is a named pipe; expected a picture"),
-            ("/dev/null", ValueError, "/dev/null is a device; expected a picture"),
-            (tmp_path / "socket", ValueError, "is a socket; expected a picture"),
-            (tmp_path / "dangling", FileNotFoundError, "no picture at .*dangling"),
-            (tmp_path / "file" / "below", FileNotFoundError, "no picture at"),
-            (tmp_path / "circle", ValueError, "circle names no picture: Too many levels"),
+            (tmp_path, ValueError, "is a folder; expected an image"),
+            (tmp_path / "pipe", ValueError, "is a named pipe; expected an image"),
+            ("/dev/null", ValueError, "/dev/null is a device; expected an image"),
+            (tmp_path / "socket", ValueError, "is a socket; expected an image"),
+            (tmp_path / "dangling", FileNotFoundError, "no image at .*dangling"),
+            (tmp_path / "file" / "below", FileNotFoundError, "no image at"),
+            (tmp_path / "circle", ValueError, "circle names no image: Too many levels"),
             (tmp_path / ("x" * 300), ValueError, "File name too long"),
             ("a\0b", ValueError, "null"),
         ):
             with pytest.raises(error, match=words):
-                require_regular_file(path, "picture")
+                require_regular_file(path, "image")
 
 
 def test_files_are_counted_as_people_count():
@@ -201,7 +201,7 @@ def test_files_are_counted_as_people_count():
     assert sorted(padded[70:] + padded[:70], key=natural_key) == padded
 
 
-def test_folders_of_pictures_are_in_that_order(tmp_path):
+def test_folders_of_images_are_in_that_order(tmp_path):
     for number in (1, 2, 10, 11):
         (tmp_path / f"frame{number}.png").touch()
     assert [path.name for path in list_images(tmp_path)] == [f"frame{n}.png" for n in (1, 2, 10, 11)]

@@ -24,7 +24,7 @@ def test_bad_shapes(shape):
 def test_what_cannot_be_captured():
     with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         capture(lambda x: x, (1, 3, 32, 32))
-    with pytest.raises(TypeError, match="a LiFT alone takes pictures and features"):
+    with pytest.raises(TypeError, match="a LiFT alone takes images and features"):
         capture(LiFT(16, 8), (1, 3, 32, 32))
     with pytest.raises(RuntimeError, match=r"the extractor is on cpu; move it with \.cuda\(\)"):
         capture(torch.nn.Conv2d(3, 3, 1), (1, 3, 32, 32))

@@ -1,4 +1,4 @@
-"""match_images: every form of picture, positions in the pictures' own pixels, and the arithmetic of its result."""
+"""match_images: every form of image, positions in the images' own pixels, and the arithmetic of its result."""
 
 import argparse
 
@@ -34,7 +34,7 @@ def photograph(height, width, top=40, left=90):
 
 
 def loaded(positions, size, picture):
-    """Positions in the picture as it came in, as pixels of the loaded one."""
+    """Positions in the image as it came in, as pixels of the loaded one."""
     scale = torch.tensor([picture.width / size[1], picture.height / size[0]])
     return (positions + 0.5) * scale - 0.5
 
@@ -74,7 +74,7 @@ def test_result_is_dense_match_both_ways():
 
 
 @pytest.mark.parametrize("stride", [None, 4])
-def test_positions_are_the_pictures_own_pixels(stride):
+def test_positions_are_the_images_own_pixels(stride):
     # B is what lies 16 pixels further right and 8 further down, at twice the size.
     a = photograph(72, 96)
     b = np.asarray(Image.fromarray(photograph(72, 96, 48, 106)).resize((192, 144), Image.Resampling.BICUBIC))
@@ -128,7 +128,7 @@ def test_step_thins_out_the_dense_layout():
     assert (thin.xy_b == dense.xy_b[0::3, 0::3]).all(-1).float().mean() > 0.95
 
 
-def test_every_form_of_picture_gives_the_same(tmp_path):
+def test_every_form_of_image_gives_the_same(tmp_path):
     a, b, made = photograph(40, 48), photograph(40, 48, 60), extractor()
     Image.fromarray(a).save(tmp_path / "a.png")
     channels_first = torch.from_numpy(a).permute(2, 0, 1)
@@ -249,7 +249,7 @@ def test_default_extractor_is_the_command_lines_and_is_kept(monkeypatch):
 GOOD = np.zeros((16, 16, 3), np.uint8)
 BAD = {
     "missing": ({"a": "nowhere.jpg"}, FileNotFoundError, "nowhere.jpg"),
-    "no picture": ({"a": __file__}, ValueError, r"test_image_matching\.py cannot be read"),
+    "no image": ({"a": __file__}, ValueError, r"test_image_matching\.py cannot be read"),
     "type": ({"b": [[1]]}, TypeError, "b must be a path.*got list"),
     "array shape": ({"a": np.zeros((3, 16, 16), np.uint8)}, ValueError, r"a must be \[H, W, 3\].*got \[3, 16, 16\]"),
     "tensor shape": ({"b": torch.zeros(16, 16, 3)}, ValueError, r"b must be \[3, H, W\].*got \[16, 16, 3\]"),
@@ -279,8 +279,8 @@ def test_bad_input_is_named(case):
         match_images(**{"a": GOOD, "b": GOOD, "extractor": extractor(), **options})
 
 
-def test_truncated_pillow_picture_is_named(tmp_path):
+def test_truncated_pillow_image_is_named(tmp_path):
     Image.fromarray(photograph(64, 64)).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
-    with Image.open(tmp_path / "a.jpg") as image, pytest.raises(ValueError, match="b cannot be read as a picture"):
+    with Image.open(tmp_path / "a.jpg") as image, pytest.raises(ValueError, match="b cannot be read as an image"):
         match_images(GOOD, image, extractor=extractor())

@@ -1,4 +1,4 @@
-"""Reading and preparing pictures: modes, orientation, sizes, and files that are none."""
+"""Reading and preparing images: modes, orientation, sizes, and files that are none."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(image), np.rot90(gradient(), -1))
 
 
-def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(gradient()).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
     for name in ("cut.jpg", "text.jpg", "empty.jpg"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as a picture"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
         read_image(tmp_path / "nowhere.jpg")
@@ -98,7 +98,7 @@ def test_list_images(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert list_images(tmp_path) == [tmp_path / "a.jpg", tmp_path / "b" / "z.PNG"]
     assert list_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match="no images in"):
         list_images(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list_images(tmp_path / "nowhere")

@@ -111,7 +111,7 @@ def test_image_encoder(encoder, grid, patch, dtype):
     exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = plain.encode_image(exact, network.imgs.double())
     imgs, _ = network.inputs(dtype)
-    # A crop arrives as a view of a larger picture; what lies beyond the view must not be read.
+    # A crop arrives as a view of a larger image; what lies beyond the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
     for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
@@ -236,7 +236,7 @@ def test_an_infinite_channel_does_not_meet_the_padding_of_the_weights(channels):
 
 @numeric
 @pytest.mark.slow
-def test_pictures_may_be_spread_beyond_the_range_of_int32():
+def test_images_may_be_spread_beyond_the_range_of_int32():
     network = Network(8, 8, 1, 1, 1, {})
     imgs, _ = network.inputs(torch.float16)
     step = (1 << 31) // 7 + 8
@@ -628,7 +628,7 @@ class TestOnAGpu:
             assert torch.equal(out[position], again[position])
             assert torch.equal(out[position], captured[position])
 
-    def test_native_image_encoder_without_pictures(self):
+    def test_native_image_encoder_without_images(self):
         runs, reason = devices.cuda_runs(DEVICE)
         if not runs:
             pytest.skip(reason)

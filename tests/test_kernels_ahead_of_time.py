@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 KERNELS = ["fine_kernel", "coarse_kernel", "upsample_kernel", "head_kernel"]
-# One picture and a batch, both published widths, every dtype, the normalised head; one program compiles them all.
+# One image and a batch, both published widths, every dtype, the normalised head; one program compiles them all.
 CASES = [
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 80},
     {"channels": 384, "patch": 16, "batch": 64, "side": 448, "dtype": "bfloat16", "capability": 80},
@@ -45,7 +45,7 @@ WIDE = [
     )
 ]
 WIDE = [{**case, "capability": capability, "normalize": True} for case in WIDE for capability in (90, 100)]
-# One direction, both, a list, a window, and the searches of float32; sets as large as matching pictures needs them.
+# One direction, both, a list, a window, and the searches of float32; sets as large as matching images needs them.
 LARGE = {"operator": "nearest", "n": 50176, "m": 50176, "channels": 384}
 WINDOW = {"operator": "nearest", "n": 3136, "m": 7 * 3136, "channels": 384, "window": [12, 56, 56, 56, 56], "k": 5}
 DENSE = {"operator": "dense_match", "grid": [56, 56], "size": [448, 448], "dtype": "float32"}
@@ -186,7 +186,7 @@ def test_wide_accumulators_run_on_tensor_cores(wide):
 
 
 def test_wide_accumulators_compile_once_for_all_sizes():
-    """Of pictures and batches: nothing of theirs is compiled in, not even that it is 1."""
+    """Of images and batches: nothing of theirs is compiled in, not even that it is 1."""
     case = {"channels": 384, "patch": 16, "dtype": "bfloat16", "capability": 90, "tile": SMALL_TILE}
     compiled = compile_all([{**case, "batch": batch, "side": side} for batch, side in ((1, 16), (64, 448))])
     for kernel in ("upsample_wide_kernel", "head_wide_kernel"):

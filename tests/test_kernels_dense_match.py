@@ -124,7 +124,7 @@ def test_many_points_are_looked_up():
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands_and_chunks(normalize, monkeypatch):
-    """Tables of part of the query picture, and key pictures of more patches than a program holds at one time."""
+    """Tables of part of the query image, and key images of more patches than a program holds at one time."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
     query_map, key_map = maps(3, (3, 2), (5, 4))
@@ -135,7 +135,7 @@ def test_bands_and_chunks(normalize, monkeypatch):
 
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
-def test_flat_pictures_go_to_the_first_pixel(normalize):
+def test_flat_images_go_to_the_first_pixel(normalize):
     query_map, key_map = maps(4, (2, 2), (3, 2))
     # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)

@@ -135,7 +135,7 @@ def test_fifty_sizes_equal_the_network_written_line_by_line(fused):
         imgs, x = inputs(patch, height, width, 12)
         seen = imgs.double()
         if patch == 16 and height % 16 <= 4 and width % 16 <= 4:
-            # The published module itself runs at these, on the whole picture.
+            # The published module itself runs at these, on the whole image.
             uncropped += 1
         else:
             seen = seen[:, :, : patch * h, : patch * w]
@@ -186,7 +186,7 @@ def test_evaluation_with_gradients_runs_the_plain_graph():
         torch.testing.assert_close(out.detach(), lift(imgs, x), rtol=1e-4, atol=1e-5)
 
 
-def test_no_image_variant_is_smaller_and_ignores_the_picture():
+def test_no_image_variant_is_smaller_and_ignores_the_image():
     lift = randomize(LiFT(8, 16, use_image=False), seed=5).eval()
     assert not any(name.startswith("image") for name in lift.state_dict())
     assert lift.state_dict()["up1.up.weight"].shape == (8, 4, 2, 2)

@@ -124,7 +124,7 @@ def test_equals_brute_force(isa, grids, sizes, channels, seed):
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
-    # Strips of more and of fewer pixels than a vector, and pictures smaller than their map.
+    # Strips of more and of fewer pixels than a vector, and images smaller than their map.
     for sizes in (((61, 50), (70, 83)), ((40, 40), (17, 400)), ((33, 21), (9, 7))):
         query, key = random_pictures(torch.Generator().manual_seed(1), ((16, 24), (20, 19)), sizes, 16)
         check(query, key, None, per_pixel, 2e-5 if per_pixel else 2e-6)
@@ -308,8 +308,8 @@ def test_map_sample_of_cells_that_are_not_finite():
         ({"count": -1}, "negative"),
         ({"grid": (0, 2)}, "sides"),
         ({"size": (4, 0)}, "sides"),
-        ({"size": (3, 4)}, "inside the picture"),
-        ({"size": (4, 3)}, "inside the picture"),
+        ({"size": (3, 4)}, "inside the image"),
+        ({"size": (4, 3)}, "inside the image"),
         ({"map": 0}, "null"),
         ({"points": 0}, "null"),
         ({"cell_stride": -1}, "strides"),
@@ -433,7 +433,7 @@ def test_points_in_portions_and_in_every_layout(table_bytes, isa, monkeypatch):
         ({"c": 2**31}, "channels"),
         ({"points": 0}, "null"),
         ({"index": 0}, "null"),
-        ({"size": (3, 4)}, "inside the picture"),
+        ({"size": (3, 4)}, "inside the image"),
         ({"key": (0, 1, 3, (2, 2), True)}, "null"),
         ({"key": (1, 1, 3, (2, 3), True)}, "axes"),
         ({"key": (1, 1, 3, (0, 2), True)}, "cells"),

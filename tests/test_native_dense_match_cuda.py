@@ -267,7 +267,7 @@ def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands(normalize, emulation, monkeypatch):
-    """Tables of part of the query picture; then there is none for the mutual check, and a second search makes it."""
+    """Tables of part of the query image; then there is none for the mutual check, and a second search makes it."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
@@ -284,7 +284,7 @@ def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
 
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
-def test_flat_pictures_go_to_the_first_pixel(normalize, emulation):
+def test_flat_images_go_to_the_first_pixel(normalize, emulation):
     query_map, key_map = maps(4, (2, 2), (3, 2))
     # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)
@@ -337,7 +337,7 @@ def test_a_plateau_begins_at_its_first_pixel(emulation):
 
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
-def test_a_picture_matches_itself(normalize, emulation):
+def test_an_image_matches_itself(normalize, emulation):
     cells = F.normalize(torch.randn(16, 3, 4), dim=0)
     similarity, index, valid = run(cells, cells, (12, 16), (12, 16), "pixel")
     inner = torch.zeros(12, 16, dtype=torch.bool)
@@ -513,11 +513,11 @@ def test_bad_arguments_are_refused(kind, changes, message):
         ("groups", {"key_scale": (0, ADDRESS, ADDRESS, ADDRESS)}, "key scale is null"),
         ("groups", {"key_scale": (ADDRESS, ADDRESS, ADDRESS, 0)}, "key scale_rows is null"),
         ("groups", {"band": (1, 2)}, "expected a band .* got a tuple of 2"),
-        ("groups", {"band": (0, 4, 0, 3, 0, 0, 3)}, r"strips \[0, 4\) x \[0, 3\) are not in the query picture"),
-        ("groups", {"band": (2, 2, 0, 3, 0, 0, 3)}, "are not in the query picture"),
-        ("groups", {"band": (0, 3, -1, 3, 0, 0, 3)}, "are not in the query picture"),
-        ("groups", {"band": (0, 3, 0, 3, 0, 1, 3)}, "the band's cells are not in the query picture"),
-        ("groups", {"band": (0, 3, 0, 3, 3, 0, 3)}, "the band's cells are not in the query picture"),
+        ("groups", {"band": (0, 4, 0, 3, 0, 0, 3)}, r"strips \[0, 4\) x \[0, 3\) are not in the query image"),
+        ("groups", {"band": (2, 2, 0, 3, 0, 0, 3)}, "are not in the query image"),
+        ("groups", {"band": (0, 3, -1, 3, 0, 0, 3)}, "are not in the query image"),
+        ("groups", {"band": (0, 3, 0, 3, 0, 1, 3)}, "the band's cells are not in the query image"),
+        ("groups", {"band": (0, 3, 0, 3, 3, 0, 3)}, "the band's cells are not in the query image"),
         ("groups", {"band": (0, 3, 0, 3, 1, 0, 3)}, "a table of 9 rows does not hold rows of 3 cells"),
         ("groups", {"rows": 8}, "a table of 8 rows does not hold"),
         ("groups", {"similarity": 0}, "similarity is null"),

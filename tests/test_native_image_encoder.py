@@ -51,7 +51,7 @@ def rounded_reference(plan, imgs, dtype):
 
 
 def in_frame(imgs, layout):
-    """The storage that a picture tensor of some layout lives in, where it starts in it, and its strides."""
+    """The storage that an image tensor of some layout lives in, where it starts in it, and its strides."""
     if layout == "contiguous":
         return imgs.contiguous().flatten(), 0, imgs.contiguous().stride()
     if layout == "channels_last":
@@ -59,7 +59,7 @@ def in_frame(imgs, layout):
         return last.permute(0, 2, 3, 1).flatten(), 0, last.stride()
     if layout == "expanded":
         return imgs[:1].contiguous().flatten(), 0, (0, *imgs[:1].contiguous().stride()[1:])
-    # A crop of a larger picture; in "aligned crop" its rows can still be copied 16 bytes at a time.
+    # A crop of a larger image; in "aligned crop" its rows can still be copied 16 bytes at a time.
     top, left, right = (1, 2, 3) if layout == "crop" else (1, 8, 16)
     frame = imgs.new_full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + left + right), torch.nan)
     view = frame[:, :, top : top + imgs.shape[2], left : left + imgs.shape[3]]
@@ -137,7 +137,7 @@ def run_cases(program, folder, cases):
         case.check(Path(f"{file}.out").read_bytes())
 
 
-# Odd, prime and rectangular grids, one cell, two pictures.
+# Odd, prime and rectangular grids, one cell, two images.
 GRIDS = [((1, 1), 2), ((1, 3), 1), ((3, 2), 2), ((5, 1), 1), ((2, 7), 1)]
 
 
@@ -163,7 +163,7 @@ def test_any_strides(dtype, emulation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [8, 16])
 def test_any_cut_into_blocks(patch, emulation, tmp_path):
-    """Blocks that begin inside the picture, in rows and columns, of one warp and of several."""
+    """Blocks that begin inside the image, in rows and columns, of one warp and of several."""
     sizes = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 5)]
     cases = [Case(torch.bfloat16, patch, (4, 9), 1, blocks=size) for size in sizes]
     cases += [Case(torch.float32, patch, (2, 7), 1, blocks=size) for size in sizes[1:3]]
@@ -293,7 +293,7 @@ def call(**changes):
         ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
         ({"cut": "thin"}, "cut must be walk, stream or spread, got thin"),
         ({"strides": (1, 2, 3)}, "4 strides, got 3"),
-        ({"batch": -1}, "must not be negative, got -1 pictures"),
+        ({"batch": -1}, "must not be negative, got -1 images"),
         ({"h": -1}, "must not be negative"),
         ({"w": -5}, "must not be negative"),
         ({"h": (1 << 24) + 1}, "too large"),

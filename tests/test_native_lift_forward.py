@@ -116,8 +116,8 @@ def test_result_does_not_depend_on_threads_or_batch(dtype, isa):
     assert torch.equal(alone, expected[1:2])
 
 
-def test_many_blocks_and_groups_of_pictures():
-    # u of these pictures exceeds what one group may hold, and their tiles several blocks.
+def test_many_blocks_and_groups_of_images():
+    # u of these images exceeds what one group may hold, and their tiles several blocks.
     channels = (256, 4, 4)
     weights = random_weights(channels)
     inputs = random_inputs(channels, (13, 33, 31), "float32")

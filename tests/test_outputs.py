@@ -116,7 +116,7 @@ def test_a_disk_that_fills_in_the_end(case, where, here, capsys, monkeypatch):
 
 
 def test_extract_keeps_a_folder_out_of_its_way(here, capsys):
-    """It once counted as the picture's descriptors, there already."""
+    """It once counted as the image's descriptors, there already."""
     (here / "a.npz").mkdir()
     assert main(["extract", "a.png", "--out", "out", *NETWORK]) == 2
     assert "cannot write out/a.npz: Is a directory" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Whatever PyTorch's default dtype and device: pictures, matches, sheets, propagation and training stay the same."""
+"""Whatever PyTorch's default dtype and device: images, matches, sheets, propagation and training stay the same."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ def test_propagation(name):
 def folder(tmp_path: Path, photographs) -> Path:
     for number in range(4):
         photographs[number % 2].rotate(90 * number).save(tmp_path / f"{number}.png")
-    (tmp_path / "broken.png").write_text("not a picture")
+    (tmp_path / "broken.png").write_text("not an image")
     return tmp_path
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_pictures(name, workers, folder):
+def test_training_images(name, workers, folder):
     def batches():
         pictures = Pictures(sorted(folder.glob("*.png")), 32, "crop", 0.2, 0)
         loader = build_loader(pictures, GlobalBatches(5, 5, 0), workers, pin=False)

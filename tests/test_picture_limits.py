@@ -1,4 +1,4 @@
-"""What no picture may ask for: pixels and cells without end, files that are no files, arguments of any kind."""
+"""What no image may ask for: pixels and cells without end, files that are no files, arguments of any kind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def extractor() -> lift_fast.ViTLiFTExtractor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sound pictures among those that ask for too much, or are none."""
+    """Sound images among those that ask for too much, or are none."""
     photograph().save(tmp_path / "a.png")
     photograph().rotate(90, expand=True).save(tmp_path / "z.png")
     Image.new("RGB", (1, 100_000)).save(tmp_path / "strip.png")
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 # Sizes
 
 
-def test_the_largest_pictures_in_use_are_within_the_default_limit():
+def test_the_largest_images_in_use_are_within_the_default_limit():
     for size in ((4096, 4096), (8192, 4096), (20_000, 1000)):
         images.check_size(size)
     for patch in (8, 14, 16):
@@ -71,7 +71,7 @@ def test_a_strip_is_refused_before_it_is_resized(extractor):
     methods: list = []
     with pytest.raises(ValueError, match=f"name: .*{message}"):
         show.load("name", strip, 64, extractor.backbone, methods)
-    # At a size of its own choice it is a picture like others.
+    # At a size of its own choice it is an image like others.
     assert extractor.preprocess(strip, (64, 64))[0].shape == (1, 3, 64, 64)
 
 
@@ -130,7 +130,7 @@ def test_match_refuses_in_one_line(folder, capsys):
     assert run("match", folder / "a.png", folder / "strip.png", "--out", folder / "m.png", "--size", 64, *NETWORK) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"{folder / 'strip.png'}: a picture of 1 x 100000 pixels would be loaded at 64 x 6400000" in said
+    assert f"{folder / 'strip.png'}: an image of 1 x 100000 pixels would be loaded at 64 x 6400000" in said
     options = ["--size", 64, *NETWORK, "--max-pixels", 10**9]
     assert run("match", folder / "a.png", folder / "z.png", "--out", folder / "m.png", *options) == 0
     assert images.max_pixels() == 1 << 25
@@ -144,28 +144,28 @@ def test_extract_names_what_it_skips_and_goes_on(folder, capsys):
     figures = json.loads(captured.out)
     assert figures["written"] == 3
     strip, pipe = sorted(figures["failed"], reverse=True)
-    assert "strip.png: a picture of 1 x 100000 pixels" in strip
-    assert pipe.endswith("pipe.png is a named pipe; expected a picture")
+    assert "strip.png: an image of 1 x 100000 pixels" in strip
+    assert pipe.endswith("pipe.png is a named pipe; expected an image")
     assert sorted(path.name for path in out.iterdir()) == ["a.npz", "low.npz", "z.npz"]
     # In its own size it is lower than a patch.
     assert run("extract", folder, "--out", out, "--size", "15x64", *NETWORK[:-1], "--overwrite") == 1
     said = capsys.readouterr().err
     assert said.count("smaller than one patch") == 4
     assert "wrote 0 files" in said
-    assert "5 of 5 pictures were skipped" in said
+    assert "5 of 5 images were skipped" in said
 
 
 def test_training_takes_others_and_counts(folder, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"strip\.png: a picture of 1 x 100000 pixels"):
+    with pytest.raises(ValueError, match=r"strip\.png: an image of 1 x 100000 pixels"):
         fit_square(folder / "strip.png", 512, "crop")
     with pytest.raises(ValueError, match="would be loaded at 100000 x 100000"):
         fit_square(folder / "a.png", 100_000, "squash")
     train = ["train", folder, "--out", tmp_path / "run", "--size", 64, "--batch-size", 4, "--epochs", 1, "--workers", 1]
     assert run(*train, "--fit", "crop", *NETWORK[:-1], "--layer", 1, "--device", "cpu", "--precision", "float32") == 0
     said = capsys.readouterr().err
-    assert "strip.png: a picture of 1 x 100000 pixels would be loaded at 64 x 6400000, more than the 33554432" in said
+    assert "strip.png: an image of 1 x 100000 pixels would be loaded at 64 x 6400000, more than the 33554432" in said
     assert "pipe.png is a named pipe" in said
-    assert "others took the place of 2 pictures that could not be used" in said
+    assert "others took the place of 2 images that could not be used" in said
     too_large = ["train", folder, "--out", tmp_path / "no", "--size", 1 << 20, *NETWORK]
     assert run(*too_large, "--batch-size", 2) == 2
     assert "would be loaded at 1048576 x 1048576" in capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_what_is_no_regular_file_is_refused_unopened(kind, tmp_path, monkeypatch
     with socket.socket(socket.AF_UNIX) as server:
         if kind == "socket":
             server.bind("a.png")
-        with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a picture"):
+        with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected an image"):
             images.read_image(path)
         with pytest.raises(ValueError, match=rf"a\.png is a (named )?{kind}; expected a weight file"):
             require_regular_file(path, "weight file")
@@ -210,7 +210,7 @@ def test_what_is_no_regular_file_is_refused_unopened(kind, tmp_path, monkeypatch
         for command in (["match", path, "b.png"], ["match", "b.png", path], ["show", path], ["show", "b.png", path]):
             assert run(*command, *NETWORK) == 2
             said = capsys.readouterr().err
-            assert f"a.png is a {'named ' if kind == 'pipe' else ''}{kind}; expected a picture" in said
+            assert f"a.png is a {'named ' if kind == 'pipe' else ''}{kind}; expected an image" in said
             assert said.count("\n") == 1
     assert time.perf_counter() - begun < 20
 
@@ -222,7 +222,7 @@ def test_names_of_no_file(name, tmp_path, monkeypatch):
     Path("file.png").touch()
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         images.read_image(name)
-    assert "picture" in str(refused.value)
+    assert "image" in str(refused.value)
     assert str(refused.value).isprintable()
     with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint file") as refused:
         lift_fast.load_lift(name, patch_size=16)
@@ -245,7 +245,7 @@ def test_strange_names_are_quoted_wherever_they_are_said(name, tmp_path, capsys,
         os.rename("good.png", name)
     except (OSError, UnicodeError):
         pytest.skip("this file system takes no such name")
-    (tmp_path / f"bad {name}").write_text("no picture")
+    (tmp_path / f"bad {name}").write_text("no image")
     assert quoted(name) == repr(name)
     out = name.removesuffix(".png") + "m.png"
     assert run("match", name, name, "--out", out, "--size", 32, *NETWORK[:-1]) == 0
@@ -287,7 +287,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("case", [*PICTURES, *ARRAYS])
-def test_exotic_pictures(case, extractor):
+def test_exotic_images(case, extractor):
     make, kind, message = {**PICTURES, **ARRAYS}[case]
     with pytest.raises(kind, match=message):
         lift_fast.match_images(make(), photograph(), extractor=extractor, size=32)
@@ -328,7 +328,7 @@ def test_views_with_the_negative_bit():
 
 OPTIONS = {
     "size bool": ({"size": True}, ValueError, "load_size must be"),
-    "size large": ({"size": 2**62}, ValueError, "a: a picture of 90 x 70 pixels would be loaded at"),
+    "size large": ({"size": 2**62}, ValueError, "a: an image of 90 x 70 pixels would be loaded at"),
     "size huge": ({"size": (2**70, 5)}, ValueError, "would be loaded at"),
     "size text": ({"size": "448"}, ValueError, "load_size must be"),
     "lift_iter": ({"lift_iter": 2**63}, ValueError, "lift_iter=9223372036854775808"),
@@ -357,7 +357,7 @@ def test_exotic_options_of_match_images(case, extractor):
         lift_fast.match_images(photograph(), photograph(), **{"extractor": extractor, "size": 64, **options})
 
 
-def test_a_step_beyond_the_picture_is_its_middle(extractor):
+def test_a_step_beyond_the_image_is_its_middle(extractor):
     found = lift_fast.match_images(photograph(), photograph(), extractor=extractor, size=64, step=2**63)
     assert found.xy_a.shape == (1, 1, 2)
 
@@ -422,7 +422,7 @@ def test_exotic_mean_and_std(mean, std):
         images.to_tensor(np.zeros((2, 2, 3)), (0.5,) * 3, (0.5,) * 3)
 
 
-def test_a_picture_that_comes_is_not_the_one_that_goes(extractor):
+def test_an_image_that_comes_is_not_the_one_that_goes(extractor):
     came = photograph(64, 64)
     for went in (images.as_image(came), extractor.preprocess(came)[1], extractor.preprocess(came, 64)[1]):
         assert went is not came

@@ -81,7 +81,7 @@ def test_principal_components_are_those_of_the_singular_value_decomposition(chan
         assert np.abs(ours - expected).max() <= 0.5 + 1e-6
 
 
-def test_a_constant_picture_has_no_components():
+def test_a_constant_image_has_no_components():
     for picture in pca_colours([torch.ones(8, 3, 4), torch.ones(8, 1, 1)]):
         assert set(picture.ravel()) == {128}
 
@@ -110,7 +110,7 @@ def pair():
     return first, second
 
 
-def test_pictures_are_read_upright_in_whole_patches(pair):
+def test_images_are_read_upright_in_whole_patches(pair):
     first, second = pair
     assert (first.size, second.size) == ((96, 144), (128, 80))
     assert first.features["lift"].map.shape[2:] == (12, 18)
@@ -123,7 +123,7 @@ def test_sheet_has_a_panel_for_each_method(pair, views):
     one, two = (draw_sheet(pair[:n], [(100.5, 80.5)], views, caption="c") for n in (1, 2))
     assert one.width == two.width == 14 + 5 * 314
     assert two.height > one.height
-    # Every panel holds a picture: more than one colour in each.
+    # Every panel holds an image: more than one colour in each.
     pixels = np.asarray(one)[60:]
     for column in range(5):
         part = pixels[:, 14 + column * 314 : 14 + column * 314 + 300].reshape(-1, 3)
@@ -321,6 +321,6 @@ def test_points_are_whole_pixels(text):
         main(["show", str(CAT), f"--point={text}"])
 
 
-def test_missing_picture_is_named(tmp_path, capsys):
+def test_missing_image_is_named(tmp_path, capsys):
     assert main(["show", str(tmp_path / "none.jpg")]) == 2
-    assert "no picture at" in capsys.readouterr().err
+    assert "no image at" in capsys.readouterr().err

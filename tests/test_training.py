@@ -1,4 +1,4 @@
-"""Training: the objective against the published one, resuming, order and jitter of pictures, what is refused."""
+"""Training: the objective against the published one, resuming, order and jitter of images, what is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """21 pictures."""
+    """21 images."""
     return write_images(tmp_path_factory.mktemp("pictures"), 21, nested=True)
 
 
@@ -127,7 +127,7 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
         ({"loss": "l1"}, "loss: saved 'cosine', now 'l1'"),
         ({"target": "half-stride"}, "target: saved 'double-size', now 'half-stride'"),
         ({"batch_size": 5}, "batch_size: saved 4, now 5"),
-        ({"limit": 20}, "pictures: saved"),
+        ({"limit": 20}, "images: saved"),
         ({"learning_rate": 0.1, "seed": 1}, "learning_rate: saved 0.001, now 0.1; seed: saved 0, now 1"),
     ):
         with pytest.raises(ValueError, match="resume with the same options") as error:
@@ -211,13 +211,13 @@ def test_a_broken_state_is_refused(folder, tmp_path, content):
         train(settings(folder, tmp_path), resume=True, quiet=True)
 
 
-def test_unreadable_pictures_are_replaced_and_named(folder, tmp_path):
+def test_unreadable_images_are_replaced_and_named(folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
         whole = path.read_bytes()
         (data / f"{number}.jpg").write_bytes(whole if number != 2 else whole[: len(whole) // 2])
-    (data / "no.png").write_bytes(b"no picture")
+    (data / "no.png").write_bytes(b"no image")
     figures = train(settings(data, tmp_path / "out", workers=2, batch_size=11), quiet=True)
     # One batch of all eleven files in each epoch.
     assert figures["steps"] == 2
@@ -231,10 +231,10 @@ def test_unreadable_pictures_are_replaced_and_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_unreadable_pictures_is_an_error(tmp_path, workers):
+def test_nothing_but_unreadable_images_is_an_error(tmp_path, workers):
     for number in range(5):
-        (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"^more than 50 pictures in a row cannot be read, the last: ") as error:
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^more than 50 images in a row cannot be read, the last: ") as error:
         train(settings(tmp_path, tmp_path / "out", workers=workers), quiet=True)
     assert "Traceback" not in str(error.value)
     # The error still holds the frames of the training; its processes must not outlive it.
@@ -269,8 +269,8 @@ def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, mon
     ("changes", "message"),
     [
         ({"image_size": 72}, r"multiple of four patches \(64 pixels\).*got 72; take 64"),
-        ({"batch_size": 64}, "21 pictures to train on are fewer than one batch of 64"),
-        ({"batch_size": 20, "held_out": 0.1}, r"19 pictures to train on \(2 are held out\)"),
+        ({"batch_size": 64}, "21 images to train on are fewer than one batch of 64"),
+        ({"batch_size": 20, "held_out": 0.1}, r"19 images to train on \(2 are held out\)"),
         ({"model": "dino_vits17"}, "unknown backbone"),
         ({"device": "warp"}, "device 'warp' does not exist"),
         ({"precision": "float16"}, "float16 is for GPUs"),
@@ -301,7 +301,7 @@ def test_settings_out_of_range(changes):
 def test_missing_folder_and_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         train(settings(tmp_path / "none", tmp_path / "out"), quiet=True)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         train(settings(tmp_path, tmp_path / "out"), quiet=True)
 
 
@@ -400,7 +400,7 @@ def test_trained_features_are_those_that_the_extractor_feeds(folder):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch8_224"])
-def test_half_stride_targets_are_those_of_a_padded_picture(name):
+def test_half_stride_targets_are_those_of_a_padded_image(name):
     backbone = load_backbone(name, random_weights=True, layer=1, head_order="interleaved").double()
     side = 4 * 2 * backbone.patch_size
     pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
@@ -411,7 +411,7 @@ def test_half_stride_targets_are_those_of_a_padded_picture(name):
     imgs = ((pixels.float() / 255 - features.mean) / features.std).double()
     stride = backbone.patch_size // 2
     for step, target in ((2, views.half_target), (4, views.quarter_target)):
-        # Patches on twice the grid: the first begins a quarter of a patch before the picture.
+        # Patches on twice the grid: the first begins a quarter of a patch before the image.
         pad = (stride // 2, stride - stride // 2)
         wide = np.pad(imgs[:, :, ::step, ::step].numpy(), ((0, 0), (0, 0), pad, pad), mode="reflect")
         expected = load_strided(name, stride, backbone)(torch.from_numpy(wide))
@@ -432,7 +432,7 @@ def test_half_stride_needs_an_even_patch():
         FrozenFeatures(backbone, target="half-stride")
 
 
-def test_pictures_do_not_depend_on_who_reads_them(folder):
+def test_images_do_not_depend_on_who_reads_them(folder):
     paths = sorted(folder.rglob("*.*"))
     pictures = Pictures(paths, 32, "squash", 0.2, seed=5)
 
@@ -445,7 +445,7 @@ def test_pictures_do_not_depend_on_who_reads_them(folder):
     assert len(alone) == 5
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(alone[3:], late, strict=True))
-    # Another epoch, another jitter; no jitter, the picture itself.
+    # Another epoch, another jitter; no jitter, the image itself.
     assert not torch.equal(pictures[(0, 3)].pixels, pictures[(1, 3)].pixels)
     still = Pictures(paths, 32, "squash", 0.0, seed=5)[(0, 3)].pixels
     assert np.array_equal(still.permute(1, 2, 0), np.array(fit_square(paths[3], 32, "squash")))

@@ -86,12 +86,12 @@ def test_remarks_go_to_standard_error(folder, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for path in folder.iterdir():
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "data" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "bad.png").write_bytes(b"no image")
     assert run("train", tmp_path / "data", "--out", tmp_path / "o", *TINY[:-6], "--batch-size", 18, "--epochs", 1,
                "--device", "cpu") == 0  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out == ""
-    for part in ("18 pictures, 0 held out", "(random weights)", "epoch 1: mean loss", "bad.png", "after 1 steps"):
+    for part in ("18 images, 0 held out", "(random weights)", "epoch 1: mean loss", "bad.png", "after 1 steps"):
         assert part in captured.err, part
 
 
@@ -128,12 +128,12 @@ def test_the_smallest_batches_that_train(folder, tmp_path, extra):
     assert run("train", folder, "--out", tmp_path / "out", *options) == 0
 
 
-def test_the_folder_of_pictures_receives_no_results(folder, tmp_path, capsys):
+def test_the_folder_of_images_receives_no_results(folder, tmp_path, capsys):
     before = sorted(folder.iterdir())
     (tmp_path / "link").symlink_to(folder)
     for out in (folder, tmp_path / "link"):
         assert run("train", folder, "--out", out, *TINY) == 2
-        assert "is the folder of the pictures" in capsys.readouterr().err
+        assert "is the folder of the images" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 
 
@@ -262,7 +262,7 @@ def test_two_processes_with_synchronised_batchnorm_train_as_one(folder, tmp_path
     # One process prints.
     figures = json.loads(out)
     assert (figures["processes"], figures["steps"], figures["images"]) == (2, 8, 32)
-    assert err.count("17 pictures, 0 held out") == 1
+    assert err.count("17 images, 0 held out") == 1
     assert "FutureWarning" not in err
     two, one = np.array(losses(tmp_path / "two")), np.array(losses(tmp_path / "one"))
     assert np.array_equal(two[:, 0], one[:, 0])
@@ -321,12 +321,12 @@ def test_extract_shares_a_folder_among_processes(folder, tmp_path):
     data.mkdir()
     for path in sorted(folder.iterdir())[:5]:
         (data / path.name).write_bytes(path.read_bytes())
-    (data / "bad.png").write_bytes(b"no picture")
+    (data / "bad.png").write_bytes(b"no image")
     common = ("extract", data, *TINY[:-8], "--size", 64, "--device", "cpu", "--threads", 1, "--json")
     process = start(*common, "--out", tmp_path / "two", processes=2)
     assert run(*common, "--out", tmp_path / "one", "--quiet") == 1
     status, out, err = finish(process)
-    # The picture that cannot be read, whichever process met it.
+    # The image that cannot be read, whichever process met it.
     assert status == 1
     figures = json.loads(out)
     assert (figures["written"], figures["kept"], len(figures["failed"])) == (5, 0, 1)

@@ -29,7 +29,7 @@ STEPS = 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """20 pictures, five batches in an epoch."""
+    """20 images, five batches in an epoch."""
     root = tmp_path_factory.mktemp("pictures")
     values = np.random.default_rng(0)
     for number in range(20):
@@ -203,7 +203,7 @@ def copied(folder, target):
     return target
 
 
-def test_other_pictures_under_the_same_names_are_noticed(folder, saved, tmp_path, capsys):
+def test_other_images_under_the_same_names_are_noticed(folder, saved, tmp_path, capsys):
     content = state_of(saved)
     torch.save(content, tmp_path / "last.pth")
     data = copied(folder, tmp_path / "data")
@@ -315,7 +315,7 @@ def test_a_training_that_is_killed_leaves_its_folder_free(folder, tmp_path):
     assert second.returncode == 2
     assert second.stderr.startswith(f"lift-fast train: another training (process {process.pid} on ")
     assert second.stderr.count("\n") == 1
-    # Alone: the processes that read pictures live on for a while, and must not hold the lock.
+    # Alone: the processes that read images live on for a while, and must not hold the lock.
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     step = state_of(tmp_path)["progress"]["step"]

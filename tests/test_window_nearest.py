@@ -201,7 +201,7 @@ def test_equal_keys_go_to_the_lowest_index(isa, channels, normalize, monkeypatch
     for i in range(60):
         assert index[0, i].tolist() == near[i].nonzero()[:6, 0].tolist()
     assert bool((similarity == similarity[..., :1]).all())
-    # Two frames of the same picture: each match comes twice, the earlier frame first.
+    # Two frames of the same image: each match comes twice, the earlier frame first.
     frame = torch.randn(1, 60, channels, generator=generator)
     index = op.search_windows(frame, frame.repeat(1, 2, 1), 8, [2, 3, 20, 3, 20], normalize)[1]
     assert bool((index[..., 0::2] + 60 == index[..., 1::2]).all())

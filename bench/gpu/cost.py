@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 def forward_cost(
     batch: int, h: int, w: int, channels: int, image: int = 32, pool: bool = True, itemsize: int = 2
 ) -> dict[str, Cost]:
-    """Stages of the composed forward pass for ``batch`` pictures of ``h x w`` cells: image encoder, upsample, head."""
+    """Stages of the composed forward pass for ``batch`` images of ``h x w`` cells: image encoder, upsample, head."""
     hidden, coarse, fine = channels // 2, batch * h * w, 4 * batch * h * w
     # Without pool the second convolution writes f itself; with it, a grid twice as fine.
     second = fine * (4 if pool else 1)

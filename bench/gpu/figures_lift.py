@@ -76,7 +76,7 @@ def forward(work: Work, context: Context) -> Iterator[Row]:
 
 @torch.no_grad()
 def tiles_of_lift(context: Context) -> Iterator[Row]:
-    """Every tile of both stages for one picture and for a batch: what the default should be."""
+    """Every tile of both stages for one image and for a batch: what the default should be."""
     for work in (TINY,) if context.rehearse else (ONE, MANY):
         network = Network(work, torch.bfloat16, context.device)
         plan, (imgs, x) = network.plan, network.inputs[0]

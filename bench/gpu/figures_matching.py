@@ -188,7 +188,7 @@ def streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
 
 @torch.no_grad()
 def pair(context: Context) -> Iterator[Row]:
-    """Two pictures in the device's memory to mutual matches of every pixel: the demonstration pair on photographs."""
+    """Two images in the device's memory to mutual matches of every pixel: the demonstration pair on photographs."""
     from lift_fast.demonstration import BACKBONE, LIFT
 
     size = 32 if context.rehearse else SIDE
@@ -206,7 +206,7 @@ def pair(context: Context) -> Iterator[Row]:
     # Random weights give features that hardly differ: the matcher's worst case.
     yield from _pair_rows("ViT-S/16 of random weights", module, batch, context, graph=False)
     maps = recorded(lambda: module.matching_map(batch), context.device)
-    yield timed("backbone and LiFT, ViT-S/16, 2 pictures of 448, graph", maps, context, memory=False)
+    yield timed("backbone and LiFT, ViT-S/16, 2 images of 448, graph", maps, context, memory=False)
 
 
 def _pair_rows(what: str, module: Any, batch: Tensor, context: Context, graph: bool = True) -> Iterator[Row]:

@@ -157,7 +157,7 @@ def dense_search(
     capability: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
-    """Every pixel (``points`` None) or some points of one picture, matched to itself."""
+    """Every pixel (``points`` None) or some points of one image, matched to itself."""
     picture = dense_match_op.stretch(torch.randn(8, *grid, dtype=dtype), (size[0], size[1]), normalize)
     at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
     with recording(capability, (dense_match, "match_kernel")) as recorders:

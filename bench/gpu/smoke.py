@@ -61,7 +61,7 @@ TINY_NEAREST: list[tuple[int, int, int, dict[str, Any]]] = [
 SIMILARITY_LIMIT = 5e-6
 # Of mutual checks: share of pixels whose verdict differs from float64's, which rounding alone may decide.
 MUTUAL_LIMIT = 1e-3
-# ((h, w) of both maps, (H, W) of both pictures)
+# ((h, w) of both maps, (H, W) of both images)
 MAPS = [
     ((14, 11), (13, 17), (97, 80), (101, 131)),
     ((1, 3), (2, 2), (5, 7), (6, 3)),
@@ -208,7 +208,7 @@ def encoder_error(
     layouts: int = 3,
     cut: str = "walk",
 ) -> float:
-    """The largest relative error of f and g against float64, over pictures as they are, cropped and channels last.
+    """The largest relative error of f and g against float64, over images as they are, cropped and channels last.
 
     ``cut``: of the CUDA encoder, as :func:`lift_fast.ops.lift_forward.image_encoder_cuda.encode_image` takes it.
     """
@@ -307,7 +307,7 @@ def dense_error(
     device: torch.device,
     backend: str,
 ) -> tuple[float, float, float]:
-    """The same for every pixel of a picture, the share of them whose mutual check differs, and the same for points."""
+    """The same for every pixel of an image, the share of them whose mutual check differs, and the same for points."""
     # Positive: norms that nearly cancel would magnify rounding.
     maps = [torch.randn(1, 24, *side, device=device).abs() for side in (grid, other)]
     sizes = list(size), list(other_size)

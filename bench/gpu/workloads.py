@@ -32,9 +32,9 @@ FURTHER: tuple[Work, ...] = (
 TINY: Work = ("B1 32", 1, 32, 16, 32)
 # Inputs take turns until together they are larger than any second-level cache.
 _ROTATED_BYTES = 256 << 20
-# Sets of this many descriptors: all pixels of a quarter of a 448-pixel picture; width of ViT-S.
+# Sets of this many descriptors: all pixels of a quarter of a 448-pixel image; width of ViT-S.
 DESCRIPTORS, CHANNELS = 50176, 384
-# Maps of cells and pictures of pixels.
+# Maps of cells and images of pixels.
 GRID, SIDE, POINTS = 56, 448, 30
 LOSS_SHAPE, TINY_LOSS = (256, 384, 28, 28), (2, 3, 4, 5)
 
@@ -71,7 +71,7 @@ class Network:
         return gpu_plan.run_gpu_plan(self.plan, imgs, self.tokens(x))
 
     def time(self, run: Callable[..., Any], inputs: list[Any]) -> float:
-        """One picture as a graph, a batch by events over rotated inputs."""
+        """One image as a graph, a batch by events over rotated inputs."""
         if self.batch == 1:
             return replay_milliseconds(run, inputs[0], self.device)
         return milliseconds(run, inputs, self.device)

@@ -134,14 +134,14 @@ void bind_dense_match(py::module_& m) {
   m.def("dense_match_points_f32", &match_points, py::arg("points"), py::arg("count"), py::arg("c"), py::arg("query"),
         py::arg("key"), py::arg("size"), py::arg("normalize"), py::arg("y"), py::arg("x"), py::arg("scale"),
         py::arg("similarity"), py::arg("index"), py::arg("table_bytes"), py::arg("threads"), py::arg("isa") = "auto",
-        "For points [count, 2] int64 (x, y) of a query picture of size (H, W) the key pixel as in dense_match_f32, each "
+        "For points [count, 2] int64 (x, y) of a query image of size (H, W) the key pixel as in dense_match_f32, each "
         "by its own descriptor, divided by its norm if asked for. Maps are (address, channel stride, cell stride, "
         "(h, w), whether cells are to be divided by their norm), [c, h, w] float32; one stride of the key's is 1. "
         "map_sample_f32 and map_products_f32 are its first two steps.");
   m.def("map_sample_f32", &map_sample, py::arg("points"), py::arg("map"), py::arg("channel_stride"),
         py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("grid"), py::arg("size"),
         py::arg("normalize_cells"), py::arg("normalize_result"), py::arg("descriptors"), py::arg("threads"),
-        "Bilinear interpolation of a map [c, h, w] of grid (h, w), stretched over a picture of size (H, W), at points "
+        "Bilinear interpolation of a map [c, h, w] of grid (h, w), stretched over an image of size (H, W), at points "
         "[count, 2] int64 (x, y): writes descriptors [count, c]. Addresses; float32 but for the points.");
   m.def("map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
         py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"),

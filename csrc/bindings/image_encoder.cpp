@@ -63,8 +63,8 @@ void bind_image_encoder(py::module_& m) {
         "LiFT's image encoders, 32 channels wide, on a CUDA device: f [batch, 2h, 2w, 32] and g [batch, h, w, 32], "
         "contiguous, from imgs [batch, 3, s h, s w] of any strides (in elements), s = 16 with pool, else 8. Addresses "
         "on the device of `dtype` elements (float32 is computed as TF32), bias [3, 32] float32; packed is what "
-        "lift_fast.ops.image_encoder_cuda.pack_encoder makes. cut: whether each warp walks down a strip of the picture "
-        "(\"walk\"), row by row in shorter code (\"stream\"), or makes one step of it (\"spread\", for few pictures). "
+        "lift_fast.ops.image_encoder_cuda.pack_encoder makes. cut: whether each warp walks down a strip of the image "
+        "(\"walk\"), row by row in shorter code (\"stream\"), or makes one step of it (\"spread\", for few images). "
         "Launches on `stream` and returns.");
 }
 

@@ -82,7 +82,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   require(call.y.pixels <= limit / call.x.pixels && call.y.cells <= limit / call.x.cells &&
               call.y.strips <= limit / (call.x.strips + 16),
-          "the key picture must have fewer than 2^31 pixels");
+          "the key image must have fewer than 2^31 pixels");
   require(call.table != nullptr && call.corners != nullptr && call.start != nullptr && call.weights != nullptr &&
               call.similarity != nullptr && call.index != nullptr,
           "table, corners, start, weights, similarity and index must not be null");

@@ -1,5 +1,5 @@
 // Dense matching from similarities of coarse cells: for each query pixel the key pixel whose bilinearly interpolated
-// similarity is largest, looking only at those patches of the key picture that can hold it.
+// similarity is largest, looking only at those patches of the key image that can hold it.
 //
 // A patch is the set of key pixels between the same four cells; no value inside passes its corners. Query pixels
 // between the same four query cells form a group, whose similarities to a key cell lie between those of the corners.
@@ -12,7 +12,7 @@
 
 namespace lift_fast {
 
-// How one axis of the key picture is cut: strips of pixels between two neighbouring cells, or at one alone.
+// How one axis of the key image is cut: strips of pixels between two neighbouring cells, or at one alone.
 struct DenseMatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;    // [strips] cell on the near side

@@ -17,12 +17,12 @@ struct DenseMatchMap {
 };
 
 struct DenseMatchPointsCall {
-  const std::int64_t* points;  // [count, 2], (x, y) pixels of the query picture
+  const std::int64_t* points;  // [count, 2], (x, y) pixels of the query image
   std::int64_t count, c;
   DenseMatchMap query, key;    // one of the key's strides is 1
-  std::int64_t height, width;  // of the query picture
+  std::int64_t height, width;  // of the query image
   bool normalize;              // divide each point's descriptor by max(its norm, 1e-12)
-  DenseMatchAxis y, x;         // of the key picture
+  DenseMatchAxis y, x;         // of the key image
   const float* scale;          // [y.pixels, x.pixels] factor of each key pixel, positive, or null
   float* similarity;           // [count]; -inf where there is no match
   std::int64_t* index;         // [count] row-major key pixel, the lowest of equals; -1 where there is no match
@@ -31,7 +31,7 @@ struct DenseMatchPointsCall {
   Stop* stop;                  // or null
 };
 
-// Throws std::invalid_argument for sizes, strides or addresses that do not fit and for points outside the picture,
+// Throws std::invalid_argument for sizes, strides or addresses that do not fit and for points outside the image,
 // std::bad_alloc.
 void dense_match_points_run(const DenseMatchPointsCall& call, CpuIsa isa);
 

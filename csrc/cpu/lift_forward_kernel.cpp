@@ -75,7 +75,7 @@ class Decoder {
     scratch_words_ = round_up(scratch_words_, kPageWords);
   }
 
-  // Pictures are taken together while their u stays within a last-level cache.
+  // Images are taken together while their u stays within a last-level cache.
   static constexpr std::int64_t kGroupBytes = std::int64_t{24} << 20;
   static constexpr std::int64_t kPageWords = 1024;
 
@@ -340,7 +340,7 @@ class Decoder {
     }
   }
 
-  // Row `row` of stage 2's pixel matrix in the output; null where the tile overhangs the picture.
+  // Row `row` of stage 2's pixel matrix in the output; null where the tile overhangs the image.
   T* y_at(std::int64_t first, std::int64_t row) const {
     const Tile tile = locate(first + row / kConvPixels, conv_rows_, conv_columns_);
     const int pixel = static_cast<int>(row % kConvPixels);
@@ -440,7 +440,7 @@ class Decoder {
   std::int64_t phase_rows_, phase_columns_;    // tiles of stage 1
   std::int64_t conv_rows_, conv_columns_;      // tiles of stage 2
   std::int64_t u_height_, u_width_, u_picture_;  // u with its frame of zeros
-  std::int64_t group_;                         // pictures whose u is held at a time
+  std::int64_t group_;                         // images whose u is held at a time
   std::int64_t phase_block_, conv_block_;      // tiles per block
   std::int64_t phase_parts_;                   // shares of a block's panels
   std::int64_t scratch_words_;                 // per thread

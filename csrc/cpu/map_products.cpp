@@ -78,11 +78,11 @@ void map_sample_run(const MapSampleCall& call) {
   constexpr std::int64_t limit = std::int64_t{1} << 31;
   require(call.count >= 0 && call.c >= 0, "sizes must not be negative");
   require(call.count < limit && call.c < limit, "at most 2^31 - 1 of each");
-  require(call.grid_h > 0 && call.grid_w > 0 && call.height > 0 && call.width > 0, "a map and a picture have sides");
+  require(call.grid_h > 0 && call.grid_w > 0 && call.height > 0 && call.width > 0, "a map and an image have sides");
   require(call.grid_h < limit / call.grid_w && call.height < limit && call.width < limit, "the map is too large");
   // Room for the products of sides in 64 bits.
   constexpr std::int64_t most = std::int64_t{1} << 60;
-  require(call.grid_h < most / call.height && call.grid_w < most / call.width, "map and picture are too large");
+  require(call.grid_h < most / call.height && call.grid_w < most / call.width, "map and image are too large");
   require(call.threads >= 1, "threads must be at least 1");
   if (call.count == 0 || call.c == 0) return;
   require(call.points != nullptr && call.map != nullptr && call.descriptors != nullptr,
@@ -91,7 +91,7 @@ void map_sample_run(const MapSampleCall& call) {
           "strides must not be negative");
   for (std::int64_t p = 0; p < call.count; ++p) {
     const std::int64_t x = call.points[2 * p], y = call.points[2 * p + 1];
-    require(x >= 0 && x < call.width && y >= 0 && y < call.height, "points must lie inside the picture");
+    require(x >= 0 && x < call.width && y >= 0 && y < call.height, "points must lie inside the image");
   }
   const int threads = call.threads < call.count ? call.threads : static_cast<int>(call.count);
   const Memory<float> rooms = allocate<float>(4 * call.c * threads);

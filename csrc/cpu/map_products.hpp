@@ -19,21 +19,21 @@ struct MapProductsCall {
   int threads;
 };
 
-// Descriptors of points of the picture over which a map is stretched, bilinearly interpolated (align_corners=False).
+// Descriptors of points of the image over which a map is stretched, bilinearly interpolated (align_corners=False).
 struct MapSampleCall {
   const std::int64_t* points;  // [count, 2], (x, y) pixels
   const float* map;            // [c, grid_h, grid_w]; strides of a channel and of a cell, cells row-major
   std::int64_t channel_stride, cell_stride;
   std::int64_t count, c;
   std::int64_t grid_h, grid_w;
-  std::int64_t height, width;  // of the picture
+  std::int64_t height, width;  // of the image
   bool normalize_cells;        // divide each cell by max(its norm, 1e-12) first
   bool normalize_result;       // and the descriptor by max(its own, 1e-12)
   float* descriptors;          // [count, c]
   int threads;
 };
 
-// Throws std::invalid_argument for sizes or addresses that do not fit and for points outside the picture.
+// Throws std::invalid_argument for sizes or addresses that do not fit and for points outside the image.
 void map_sample_run(const MapSampleCall& call);
 
 // Throws std::invalid_argument for sizes, strides or addresses that do not fit, std::bad_alloc.

@@ -1,14 +1,14 @@
 // Dense matching from similarities of coarse cells on a CUDA device: for each query pixel the key pixel whose bilinearly
 // interpolated similarity is largest, the lowest row-major one of equals, and whether it leads back.
 //
-// A patch is the set of a picture's pixels between the same four cells, a group the query pixels between the same four.
+// A patch is the set of an image's pixels between the same four cells, a group the query pixels between the same four.
 #pragma once
 
 #include <cstdint>
 
 namespace lift_fast {
 
-// How one axis of a picture is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays are on the device and
+// How one axis of an image is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays are on the device and
 // not checked there: ascending cells below `cells`, and strips that cover the pixels.
 struct MatchAxis {
   std::int64_t cells, pixels, strips;
@@ -28,7 +28,7 @@ struct MatchPicture {
   const float* scale_rows;  // [y.pixels, x.strips] the largest of each strip's pixels in each row
 };
 
-// The part of the query picture whose cells a table holds: strips [first, end), and cells from (top, left) on.
+// The part of the query image whose cells a table holds: strips [first, end), and cells from (top, left) on.
 struct MatchBand {
   std::int64_t first_y, end_y, first_x, end_x, top, left, width;
 };

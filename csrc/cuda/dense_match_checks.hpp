@@ -67,15 +67,15 @@ inline void check_groups(const GroupMatchCall& call) {
   if (band.first_y < 0 || band.end_y <= band.first_y || band.end_y > call.query_y.strips || band.first_x < 0 ||
       band.end_x <= band.first_x || band.end_x > call.query_x.strips) {
     refuse_match("the band's strips [" + std::to_string(band.first_y) + ", " + std::to_string(band.end_y) + ") x [" +
-                 std::to_string(band.first_x) + ", " + std::to_string(band.end_x) + ") are not in the query picture");
+                 std::to_string(band.first_x) + ", " + std::to_string(band.end_x) + ") are not in the query image");
   }
   if (band.top < 0 || band.left < 0 || band.width < 1 || band.left + band.width > call.query_x.cells ||
       band.top >= call.query_y.cells) {
-    refuse_match("the band's cells are not in the query picture");
+    refuse_match("the band's cells are not in the query image");
   }
   if (call.rows < band.width || call.rows % band.width != 0 || call.rows / band.width > call.query_y.cells - band.top) {
     refuse_match("a table of " + std::to_string(call.rows) + " rows does not hold rows of " +
-                 std::to_string(band.width) + " cells of the query picture");
+                 std::to_string(band.width) + " cells of the query image");
   }
   check_match_pointer(call.table, "table", 4);
   check_match_pointer(call.similarity, "similarity", 4);

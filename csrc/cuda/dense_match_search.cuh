@@ -1,6 +1,6 @@
-// Dense matching: blocks of threads search a picture for the pixels that are most similar to those of another.
+// Dense matching: blocks of threads search an image for the pixels that are most similar to those of another.
 //
-// Similarities of pixels are bilinear in both pictures' cells, so those of a group's four query cells to a patch's four
+// Similarities of pixels are bilinear in both images' cells, so those of a group's four query cells to a patch's four
 // corners bound every pixel of the group against every pixel of the patch. A block holds these bounds in shared memory,
 // and each of its warps visits those patches of its own strips whose bound passes the least of the best values that the
 // group's pixels have so far. To begin with, that bar is raised by the patches around the best key cell of each query

@@ -1,6 +1,6 @@
-// One pass over the picture: f and g of LiFT's image encoders, 32 channels wide, on the tensor cores.
+// One pass over the image: f and g of LiFT's image encoders, 32 channels wide, on the tensor cores.
 //
-// A block owns g rows and f columns of one picture. Each of its warps owns a strip, 16 columns of the second
+// A block owns g rows and f columns of one image. Each of its warps owns a strip, 16 columns of the second
 // convolution, and walks down it two rows of the second convolution (a step) at a time. What the first convolution
 // leaves in a lane's registers is just what the second one takes from that lane, so its map is never stored. f goes
 // through shared memory, where the third convolution finds its windows.
@@ -8,7 +8,7 @@
 // Two other cuts of the same work, which are chosen by name. Where rows stream, a step is a loop over its two rows of the
 // second convolution: each row of the first convolution goes at once into every sum that it is part of, so that nothing
 // is made twice and the code is a third as long. Where steps are spread, each warp makes a single one, those of a g row
-// side by side: the way from the picture to g is one step long, for few pictures on many multiprocessors.
+// side by side: the way from the image to g is one step long, for few images on many multiprocessors.
 //
 // Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: what the
 // tensor cores put into it as a result and take from it as an operand. f lies in shared memory in that order too.
@@ -72,7 +72,7 @@ class ImageEncoder {
   }
 
  private:
-  // Every warp down its strip, the next step's picture rows on their way.
+  // Every warp down its strip, the next step's image rows on their way.
   __device__ __forceinline__ void walk() {
     State above{};
     if (first_step > 0) stage(first_step - 1, 6, kLines);
@@ -86,7 +86,7 @@ class ImageEncoder {
     begin(above, first_step);
     for (int step = first_step; step < end_step; ++step) {
       wait_copies<0>();
-      // The step's picture rows are there; f rows of the step before too, and no one reads its picture rows any more.
+      // The step's image rows are there; f rows of the step before too, and no one reads its image rows any more.
       __syncthreads();
       if (step + 1 < end_step) stage(step + 1, 0, kLines);
       commit_copies();
@@ -116,7 +116,7 @@ class ImageEncoder {
     for (int done = own_step; done < end_step; ++done) finish(done);
   }
 
-  // The row of the first convolution above a warp's first step; zero above the picture, the second one's padding.
+  // The row of the first convolution above a warp's first step; zero above the image, the second one's padding.
   __device__ __forceinline__ void begin(FirstRow<T>& above, int step) {
     if (step > 0) {
       left_column(step - 1, true);
@@ -146,7 +146,7 @@ class ImageEncoder {
     }
   }
 
-  // Copies picture lines of a step into its buffer, from row `row` to before line `end`; line = 3 row + channel.
+  // Copies image lines of a step into its buffer, from row `row` to before line `end`; line = 3 row + channel.
   __device__ __forceinline__ void stage(int step, int row, int end) {
     const int left = strips_from * Layout::kScale - 8, right = left + 8 * Layout::chunks(strips);
     const auto height = static_cast<unsigned>(p.h * 2 * Layout::kScale);
@@ -208,7 +208,7 @@ class ImageEncoder {
   __device__ __forceinline__ int line(int i) const { return (i == 2 ? 8 : t + 4 * i) * Layout::pitch(strips); }
 
   // The first convolution of the column to the left of the strip, rows 1 to 4, into shared memory; row 4 `only_last`,
-  // whose picture rows alone are there then.
+  // whose image rows alone are there then.
   __device__ __forceinline__ void left_column(int step, bool only_last) {
     Chunks<T> c;
     load_chunks(c, step, only_last ? 4 : 1 + g % 4, 8 * strip);
@@ -526,7 +526,7 @@ class ImageEncoder {
     }
   }
 
-  // Where a step's picture lines begin. A line that two spread steps need is there once.
+  // Where a step's image lines begin. A line that two spread steps need is there once.
   __device__ __forceinline__ unsigned char* picture(int step) const {
     const int line = kSpread ? Layout::kLinesBefore + 24 * (step - first_step) : (step & 1) * kLines;
     return shared + Layout::picture(strips, steps()) + line * Layout::pitch(strips);

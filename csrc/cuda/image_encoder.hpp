@@ -1,4 +1,4 @@
-// LiFT's image encoders in one pass over the picture: f on the fine and g on the coarse grid.
+// LiFT's image encoders in one pass over the image: f on the fine and g on the coarse grid.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@ namespace lift_fast {
 
 enum class EncoderType { bfloat16, float16, tf32 };
 
-// How a block's warps share its work: each walks down a strip of the picture, two rows of the second convolution at a
+// How a block's warps share its work: each walks down a strip of the image, two rows of the second convolution at a
 // time or (stream) one after the other in shorter code; or (spread) each makes one step of such a walk.
 enum class EncoderCut { walk, stream, spread };
 
 struct ImageEncoderCall {
   const void* imgs;        // [batch, 3, s h, s w], s = 16 with pool, else 8; elements of `type`, of any strides
-  std::int64_t stride[4];  // in elements: picture, channel, row, column
+  std::int64_t stride[4];  // in elements: image, channel, row, column
   const void* packed;      // kEncoderWeights elements of `type`
   const float* bias;       // [3, 32]
   void* f;                 // [batch, 2h, 2w, 32]

@@ -11,7 +11,7 @@ namespace lift_fast {
 constexpr int kEncoderChannels = 32;
 constexpr int kEncoderMaxWarps = 8;
 constexpr int kStripPixels = 64;
-constexpr int kStepRows = 9;  // picture rows under a step's new rows of the first convolution; the first one twice
+constexpr int kStepRows = 9;  // image rows under a step's new rows of the first convolution; the first one twice
 constexpr int kBiases = 96;
 constexpr std::uint32_t kSameBytes = 0x3210;  // selects the bytes of its first word as they are
 constexpr int kLines = 3 * kStepRows;
@@ -58,23 +58,23 @@ inline EncoderParams encoder_params(const ImageEncoderCall& call, const EncoderT
 // Where everything lies in a block's shared memory, in bytes.
 template <class T, bool kPool, bool kSpread>
 struct EncoderLayout {
-  static constexpr int kScale = kPool ? 8 : 4;                 // picture columns per f column
+  static constexpr int kScale = kPool ? 8 : 4;                 // image columns per f column
   static constexpr int kStripColumns = kStripPixels / kScale;  // f columns of a strip
   static constexpr int kPerStep = kPool ? 1 : 2;               // f rows of a step
   static constexpr int kRing = kPool ? 4 : 5;                  // f rows of a step and of the windows behind it
   static constexpr int kChunk = 8 * T::kItem;                  // 8 pixels, or a lane's share of one position's channels
   static constexpr int kParts = kSpread ? 18 : 9;              // taps whose weights are here
-  static constexpr int kLinesBefore = 6;                       // picture lines before those of the first step
+  static constexpr int kLinesBefore = 6;                       // image lines before those of the first step
 
   __host__ __device__ static constexpr int warps(int strips, int steps) { return kSpread ? strips * steps : strips; }
   __host__ __device__ static constexpr int chunks(int strips) { return 1 + strips * kStripPixels / 8; }
-  // Distance of picture lines: 8 more than a multiple of 32 words, so that four lines lie in different banks.
+  // Distance of image lines: 8 more than a multiple of 32 words, so that four lines lie in different banks.
   __host__ __device__ static constexpr int pitch(int strips) {
     return chunks(strips) * kChunk + (T::kItem == 2 ? 16 : 0);
   }
   __host__ __device__ static constexpr int ring_row(int strips) { return strips * kStripColumns * 4 * kChunk; }
   __host__ __device__ static constexpr int ring_rows(int steps) { return kSpread ? kPerStep * steps : kRing; }
-  // All picture rows where steps are spread, else two steps' in turn.
+  // All image rows where steps are spread, else two steps' in turn.
   __host__ __device__ static constexpr int lines(int steps) {
     return kSpread ? kLinesBefore + 3 + 24 * steps : 2 * kLines;
   }

@@ -26,11 +26,11 @@ inline void check_encoder_call(const ImageEncoderCall& call) {
   const auto fail = [](const std::string& what) { throw std::invalid_argument("image_encoder: " + what); };
   constexpr std::int64_t kSide = std::int64_t{1} << 24, kElements = std::int64_t{1} << 58;
   if (call.batch < 0 || call.h < 0 || call.w < 0) {
-    fail("sizes must not be negative, got " + std::to_string(call.batch) + " pictures of " + std::to_string(call.h) +
+    fail("sizes must not be negative, got " + std::to_string(call.batch) + " images of " + std::to_string(call.h) +
          " x " + std::to_string(call.w) + " cells");
   }
   if (call.h > kSide || call.w > kSide || call.batch > std::numeric_limits<std::int32_t>::max()) {
-    fail("too large: " + std::to_string(call.batch) + " pictures of " + std::to_string(call.h) + " x " +
+    fail("too large: " + std::to_string(call.batch) + " images of " + std::to_string(call.h) + " x " +
          std::to_string(call.w) + " cells");
   }
   if (call.batch == 0 || call.h == 0 || call.w == 0) return;
@@ -142,7 +142,7 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
   }
   if (best.warps == 0) {
     throw std::invalid_argument("image_encoder: too large for one launch: " + std::to_string(call.batch) +
-                                " pictures of " + std::to_string(call.h) + " x " + std::to_string(call.w) + " cells");
+                                " images of " + std::to_string(call.h) + " x " + std::to_string(call.w) + " cells");
   }
   return best;
 }

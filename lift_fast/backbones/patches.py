@@ -20,7 +20,7 @@ def weight_of(embed: Any) -> Tensor:
 
 
 def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
-    """``[B, 3, H, W]`` pictures to ``[B, h * w, C]`` patch tokens on ``grid``.
+    """``[B, 3, H, W]`` images to ``[B, h * w, C]`` patch tokens on ``grid``.
 
     A patch embedding or a projection in it that is hooked, overridden or replaced is called as it is.
 
@@ -56,7 +56,7 @@ def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
 
 
 def _for(module: Any, size: tuple[int, ...], stride: int) -> Any:
-    """``module`` itself where it takes pictures of ``size`` at ``stride``, else a twin of it that does, with the same
+    """``module`` itself where it takes images of ``size`` at ``stride``, else a twin of it that does, with the same
     weights and hooks."""
     projection = getattr(module, "proj", None)
     strides = isinstance(projection, nn.Conv2d) and projection.stride != (stride, stride)

@@ -178,7 +178,7 @@ def _lookup(name: str) -> Backbone:
 
 
 def _create(spec: Backbone, **extra: Any) -> nn.Module:
-    """Without head; the grid may follow the picture, so that timm's own forward stays usable as the reference."""
+    """Without head; the grid may follow the image, so that timm's own forward stays usable as the reference."""
     import timm
 
     with plain_defaults():

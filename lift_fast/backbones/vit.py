@@ -46,7 +46,7 @@ class FrozenViT(nn.Module):
 
     Blocks after ``layer`` never run. For the facets query, key and value, block ``layer`` runs only its first LayerNorm
     and the C rows of its qkv projection on the patch tokens: no attention, output projection or MLP, no final norm.
-    Gradients with respect to the pictures are possible; the weights have none, and the module stays in evaluation mode
+    Gradients with respect to the images are possible; the weights have none, and the module stays in evaluation mode
     whatever ``train()`` its parents receive.
 
     The given model is not changed: the wrapper holds a copy of its modules that shares the weight storage. In-place
@@ -66,7 +66,7 @@ class FrozenViT(nn.Module):
             ``d * heads + head``, the order in which Amir et al. and published LiFT checkpoints see these facets.
         position_rule: ``"dino"`` or ``"timm"``, how absolute position embeddings reach another grid
             (:mod:`lift_fast.backbones.position`); None takes DINO's for DINO weights of timm, timm's otherwise.
-        mean, std: normalisation that pictures must have, three values each; None reads the model's ``pretrained_cfg``.
+        mean, std: normalisation that images must have, three values each; None reads the model's ``pretrained_cfg``.
         name: what error messages and ``repr`` call the model.
         random_weights: True if the weights are random, for callers that must say so.
 
@@ -131,24 +131,24 @@ class FrozenViT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the patch projection is now, and pictures must be."""
+        """Where the patch projection is now, and images must be."""
         return patches.weight_of(self.model.patch_embed).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the patch projection's weights, and of the pictures outside autocast."""
+        """Dtype of the patch projection's weights, and of the images outside autocast."""
         return patches.weight_of(self.model.patch_embed).dtype
 
     def grid(self, height: int, width: int) -> Grid:
-        """Token grid ``(h, w)`` of a picture of ``height x width`` pixels: ``1 + (H - p) // s``."""
+        """Token grid ``(h, w)`` of an image of ``height x width`` pixels: ``1 + (H - p) // s``."""
         p, s = self.patch_size, self.stride
         return 1 + (height - p) // s, 1 + (width - p) // s
 
     def check_size(self, height: int, width: int) -> Grid:
-        """:meth:`grid` of a picture that can be run.
+        """:meth:`grid` of an image that can be run.
 
         Raises:
-            ValueError: for a picture smaller than one patch, or of more tokens than :func:`lift_fast.images.max_pixels`
+            ValueError: for an image smaller than one patch, or of more tokens than :func:`lift_fast.images.max_pixels`
                 allows.
         """
         p = self.patch_size
@@ -178,7 +178,7 @@ class FrozenViT(nn.Module):
         )
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` normalised pictures to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
+        """``[B, 3, H, W]`` normalised images to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
 
         Pixels beyond the last whole patch (right and bottom) are not read. Any memory format; float32, bfloat16 or
         float16 as the weights, any of them under autocast. NaN pixels give NaN tokens.
@@ -309,7 +309,7 @@ class FrozenViT(nn.Module):
         if imgs.dim() != 4 or imgs.shape[1] != 3:
             raise ValueError(f"imgs must be [B, 3, H, W], got {list(imgs.shape)}")
         if imgs.shape[0] == 0:
-            raise ValueError("imgs is an empty batch (B = 0); pass at least one picture")
+            raise ValueError("imgs is an empty batch (B = 0); pass at least one image")
         grid = self.check_size(*imgs.shape[2:])
         if imgs.dtype not in FLOATS:
             raise ValueError(
@@ -361,7 +361,7 @@ def _check_model(model: nn.Module) -> int:
     if not isinstance(embed, PatchEmbed) or not isinstance(projection, nn.Conv2d):
         raise ValueError(f"patch embedding {type(embed).__name__} of {kind.__name__} cannot be read; {supported}")
     if projection.in_channels != 3:
-        raise ValueError(f"the model reads {projection.in_channels} channels; pictures have 3")
+        raise ValueError(f"the model reads {projection.in_channels} channels; images have 3")
     height, width = projection.kernel_size
     if height != width:
         raise ValueError(f"patches must be square, got {height} x {width} pixels")

@@ -1,4 +1,4 @@
-"""``lift-fast eval cka``: how little features change with the size of the picture."""
+"""``lift-fast eval cka``: how little features change with the size of the image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from . import eval_options as common
 from .errors import UsageError, as_usage_error
 from .options import positive
 
-_DESCRIPTION = """Scale invariance: linear CKA between a method's features of a picture at each size and its features at
-the reference size, both read at the same lattice of positions; averaged over pictures, with 95 % confidence
-intervals. Any folder of pictures will do. Pictures that do not decode are named and left out (exit status 1). An
+_DESCRIPTION = """Scale invariance: linear CKA between a method's features of an image at each size and its features at
+the reference size, both read at the same lattice of positions; averaged over images, with 95 % confidence
+intervals. Any folder of images will do. Images that do not decode are named and left out (exit status 1). An
 interrupted run goes on from --out."""
 _EXAMPLE = (
     "example: lift-fast eval cka --root photos/ --model dino_vits16 --lift lift_dino_vits16.pth --out cka.json "
@@ -23,12 +23,12 @@ _EXAMPLE = (
 def add_parser(protocols: Any) -> None:
     """Add the command to argparse's ``protocols``."""
     parser = protocols.add_parser("cka", help="scale invariance of features", description=_DESCRIPTION, epilog=_EXAMPLE)
-    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of pictures")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images by name")
     common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
     parser.add_argument("--reference", type=positive, default=448, metavar="S", help="to compare with (%(default)s)")
     parser.add_argument("--grid", type=positive, default=28, metavar="N", help="N x N positions (%(default)s)")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="the curves as a picture")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="the curves as an image")
     common.add_method_options(parser, ("backbone", "bilinear", "lift"), batches=False)
     parser.set_defaults(run=run)
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         if size < backbone.patch_size:
             raise UsageError(f"--sizes {size}: smaller than a patch of {backbone.patch_size} pixels")
     common.say_remarks(arguments)
-    with common.progress(arguments, len(paths), "picture") as update:
+    with common.progress(arguments, len(paths), "image") as update:
         content = cka.scale_invariance(
             [(method.name, method) for method in methods],
             paths,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lift_fast.evaluation.methods import Method
     from lift_fast.evaluation.runs import Run
 
-_DESCRIPTION = """Cost of one picture of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
+_DESCRIPTION = """Cost of one image of S x S pixels: parameters, FLOPs (2 x multiply-adds of what the method's plain
 graph computes), and GFLOPs as the LiFT paper counts them (4.34 for DINO S/16 at 224 pixels). With --results, files of
 other protocols, accuracy against cost is drawn into --chart."""
 _EXAMPLE = (
@@ -32,7 +32,7 @@ def add_parser(protocols: Any) -> None:
         "cost", help="parameters, FLOPs, milliseconds", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
-    parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one picture")
+    parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one image")
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="JSON", help="results by size of other protocols"
     )

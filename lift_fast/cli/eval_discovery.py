@@ -12,9 +12,9 @@ from . import eval_options as common
 from .errors import UsageError, as_usage_error
 from .options import positive
 
-_DESCRIPTION = """CorLoc: the share of pictures in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
+_DESCRIPTION = """CorLoc: the share of images in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
 Data sets in their original layouts: VOCdevkit/VOC2007 or VOC2012 (trainval), or COCO with annotations/
-instances_train2014.json, train2014/ and the published list coco_20k_filenames.txt. Pictures without a usable
+instances_train2014.json, train2014/ and the published list coco_20k_filenames.txt. Images without a usable
 annotation or that do not decode are named and left out (exit status 1). An interrupted run goes on from --out."""
 _EXAMPLE = (
     "example: lift-fast eval discovery --dataset voc07 --root data/ --model dino_vits16 --lift lift_dino_vits16.pth "
@@ -30,15 +30,13 @@ def add_parser(protocols: Any) -> None:
     )
     parser.add_argument("--dataset", required=True, choices=("voc07", "voc12", "coco20k"))
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--split", default="trainval", help="list of VOC's pictures (%(default)s)")
+    parser.add_argument("--split", default="trainval", help="list of VOC's images (%(default)s)")
     parser.add_argument("--no-hard", action="store_true", help="VOC: leave out difficult and truncated objects")
-    parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="COCO: list of pictures (ROOT/coco_20k_filenames.txt)"
-    )
+    parser.add_argument("--list", type=Path, metavar="FILE", help="COCO: list of images (ROOT/coco_20k_filenames.txt)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO: another annotation file")
     parser.add_argument("--tau", type=float, help="threshold of the cosine (0.2 for VOC, 0.3 for COCO20k)")
     parser.add_argument(
-        "--resolution", type=positive, metavar="S", help="resize pictures to S x S (their own size, as published)"
+        "--resolution", type=positive, metavar="S", help="resize images to S x S (their own size, as published)"
     )
     common.add_rule(
         parser,
@@ -47,7 +45,7 @@ def add_parser(protocols: Any) -> None:
         "with --resolution: bilinear, unpadded, the grid over the whole square, true boxes cut to whole pixels, "
         "as published; or Lanczos, padded, each cell where it lies, boxes in the file's pixels",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="folder for sheets: boxes, eigenvector, foreground"
     )
@@ -73,9 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             other = "coco20k" if voc else "VOC"
             raise UsageError(f"--{option.replace('_', '-')} belongs to {other}, not to {arguments.dataset}")
     if arguments.rule != "published" and arguments.resolution is None:
-        raise UsageError(
-            "--rule says how pictures of one size are judged, but they keep their own; give --resolution S"
-        )
+        raise UsageError("--rule says how images of one size are judged, but they keep their own; give --resolution S")
     with as_usage_error():
         if voc:
             data = read_voc(arguments.root, _YEARS[arguments.dataset], split=arguments.split, no_hard=arguments.no_hard)
@@ -97,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.pictures / f"{stem}.png", discovery.draw_discovery(sample, image, found, prediction)
         )
 
-    with common.progress(arguments, len(data.samples), "picture") as update:
+    with common.progress(arguments, len(data.samples), "image") as update:
         content = discovery.evaluate(
             [(method.name, method) for method in methods],
             backbone,

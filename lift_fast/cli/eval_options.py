@@ -50,9 +50,7 @@ def add_method_options(
     parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
     if batches:
-        parser.add_argument(
-            "--batch-size", type=positive, default=8, metavar="N", help="pictures at once (%(default)s)"
-        )
+        parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (%(default)s)")
     if by_protocol:
         add_model_options(parser, sizes=False, facet=None, facet_help=f"(key; {by_protocol[1]})")
     else:
@@ -61,7 +59,7 @@ def add_method_options(
         parser,
         "--image-branch",
         IMAGE_BRANCHES,
-        "where pictures are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
+        "where images are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
         "pixel 2 on at 56 pixels and patch 16), or the pixels that the tokens saw",
     )
     add_output_options(parser)

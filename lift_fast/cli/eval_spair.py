@@ -13,7 +13,7 @@ from . import eval_options as common
 from .errors import UsageError, as_usage_error
 from .options import positive
 
-_DESCRIPTION = """SPair-71k: each key point of a source picture is matched to all S x S pixels of a target picture with
+_DESCRIPTION = """SPair-71k: each key point of a source image is matched to all S x S pixels of a target image with
 another object of the category. PCK@alpha, the share of right matches, per category and mean, in both usual averages:
 "PCK@alpha" over key points with <, as in the LiFT paper, and "PCK@alpha per image" with <=, as by the data set's
 authors. A run that was interrupted goes on from --out after its last complete category. What cannot be read is named
@@ -40,7 +40,7 @@ def add_parser(protocols: Any) -> None:
         type=positive,
         default=1024,
         metavar="MIB",
-        help="memory for descriptors of a category's pictures (%(default)s)",
+        help="memory for descriptors of a category's images (%(default)s)",
     )
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--split", choices=("trn", "val", "test"), default="test", help="(%(default)s)")

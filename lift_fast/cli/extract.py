@@ -1,4 +1,4 @@
-"""``lift-fast extract``: dense descriptors of pictures, one .npz file each."""
+"""``lift-fast extract``: dense descriptors of images, one .npz file each."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
     from lift_fast.distributed import World
 
-# A picture, the file for its result, and height and width of the picture's file.
+# An image, the file for its result, and height and width of the image's file.
 _Member = tuple[Path, Path, tuple[int, int]]
 
-_DESCRIPTION = """Write the descriptors of pictures: one .npz file each with descriptors [h, w, C], image_size (height,
-width of the loaded picture), file_size (of the file), settings (JSON), source and source_bytes (name and length of the
-picture's file). The folder structure of INPUT is kept. A result is named after its picture, with .npz in place of the
-suffix or, where another picture has that name, behind it. Files that exist are kept unless --overwrite is given, so an
-interrupted run goes on where it stopped; if one was made with another model, LiFT or size, or of another picture,
-nothing is written (exit status 2). A picture that cannot be read is named and skipped (exit status 1). Under torchrun
-each process takes its share of the pictures: torchrun --nproc-per-node 8 -m lift_fast extract ..."""
+_DESCRIPTION = """Write the descriptors of images: one .npz file each with descriptors [h, w, C], image_size (height,
+width of the loaded image), file_size (of the file), settings (JSON), source and source_bytes (name and length of the
+image's file). The folder structure of INPUT is kept. A result is named after its image, with .npz in place of the
+suffix or, where another image has that name, behind it. Files that exist are kept unless --overwrite is given, so an
+interrupted run goes on where it stopped; if one was made with another model, LiFT or size, or of another image,
+nothing is written (exit status 2). An image that cannot be read is named and skipped (exit status 1). Under torchrun
+each process takes its share of the images: torchrun --nproc-per-node 8 -m lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
 # What descriptors depend on: stored with them, and compared before a run goes on.
@@ -64,13 +64,13 @@ _SETTINGS = (
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     parser = commands.add_parser(
-        "extract", help="descriptors of pictures or folders", description=_DESCRIPTION, epilog=_EXAMPLE
+        "extract", help="descriptors of images or folders", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="pictures or folders")
+    parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="images or folders")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing"
     )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="pictures at once (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at once (%(default)s)")
     parser.add_argument(
         "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
     )
@@ -81,13 +81,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Extract all pictures. Returns the exit status."""
+    """Extract all images. Returns the exit status."""
     import torch
 
     from lift_fast.distributed import join_world
 
     # The processes exchange nothing but their figures, at the end: one may be hours before another, whose share of the
-    # pictures has more that are not there yet. Of a process that dies torchrun knows.
+    # images has more that are not there yet. Of a process that dies torchrun knows.
     with join_world("cpu", timedelta(days=365)) as world:
         if world.size > 1 and torch.cuda.is_available():
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
             print(remark, file=sys.stderr)
         # Shown where somebody watches, unless switched off.
         hidden = True if quiet else None
-        with tqdm(total=len(waiting), unit="picture", disable=hidden, file=sys.stderr) as bar:
+        with tqdm(total=len(waiting), unit="image", disable=hidden, file=sys.stderr) as bar:
             for batch, members in _batches(extractor, waiting, arguments, failed, bar):
                 _extract(extractor, batch, members, arguments, json.dumps(settings))
                 bar.update(len(members))
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     elif not arguments.quiet:
         print(
             f"wrote {figures['written']} files to {quoted(arguments.out)} in {figures['seconds']} s"
-            + (f", {len(failed)} of {figures['written'] + len(failed)} pictures were skipped" if failed else ""),
+            + (f", {len(failed)} of {figures['written'] + len(failed)} images were skipped" if failed else ""),
             file=sys.stderr,
         )
     return 1 if failed else 0
@@ -159,9 +159,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_kept(source: Path, target: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on beside a file of other settings or of another picture, or one that this command did not write.
+    """Refuse to go on beside a file of other settings or of another image, or one that this command did not write.
 
-    Which picture's result has which name depends on what lies beside it. The descriptors are not read.
+    Which image's result has which name depends on what lies beside it. The descriptors are not read.
     """
     import numpy as np
 
@@ -199,7 +199,7 @@ def _same(name: str, one: Any, other: Any) -> bool:
 
 
 def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
-    """Each picture with the file for its result; results of different pictures never share a file."""
+    """Each image with the file for its result; results of different images never share a file."""
     from lift_fast.images import list_images
 
     jobs: dict[Path, Path] = {}
@@ -222,7 +222,7 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
                 )
             taken[target] = source
             jobs[source] = target
-    # Only a file that was named itself may be a picture under such a name.
+    # Only a file that was named itself may be an image under such a name.
     for entry in inputs:
         if entry.suffix.lower() == ".npz":
             for target in taken:
@@ -233,7 +233,7 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
 def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
 ) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
-    """Neighbouring pictures of one size, up to ``--batch-size``; pictures that cannot be read go to ``failed``."""
+    """Neighbouring images of one size, up to ``--batch-size``; images that cannot be read go to ``failed``."""
     from lift_fast.images import check_size, read_image, resized_size
 
     batch: list[torch.Tensor] = []

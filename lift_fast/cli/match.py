@@ -1,4 +1,4 @@
-"""``lift-fast match``: dense matches between two photographs, as a picture and as numbers."""
+"""``lift-fast match``: dense matches between two photographs, as an image and as numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lift_fast._text import quoted
 from .errors import UsageError, as_usage_error, check_output, writing
 from .options import add_model_options, add_output_options, build_extractor, describe, positive, remarks
 
-_DESCRIPTION = """Match every n-th pixel of picture A to the most similar pixel of picture B, draw the matches on one
+_DESCRIPTION = """Match every n-th pixel of image A to the most similar pixel of image B, draw the matches on one
 sheet, and write them to an .npz file beside it: xy_a and xy_b [rows, columns, 2], (x, y) in the files' own upright
 pixels, (-1, -1) for no match; similarity, distance (how many cells of A's descriptor map the way back from B misses
 by), confidence (similarity, halved with each cell of distance; no probability) and valid, each [rows, columns];
-size_a, size_b, loaded_size_a, loaded_size_b (height, width of the files and of the loaded pictures); covered_a,
+size_a, size_b, loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a,
 covered_b (top, left, height, width of the loaded pixels that were matched); grid_a, grid_b (cells of the descriptor
 maps) and random_weights."""
 _EXAMPLE = "example: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth"
@@ -28,8 +28,8 @@ _EXAMPLE = "example: lift-fast match left.jpg right.jpg --model dino_vits16 --li
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     parser = commands.add_parser("match", help="match two photographs", description=_DESCRIPTION, epilog=_EXAMPLE)
-    parser.add_argument("a", type=Path, metavar="A", help="first picture")
-    parser.add_argument("b", type=Path, metavar="B", help="second picture, searched for the pixels of A")
+    parser.add_argument("a", type=Path, metavar="A", help="first image")
+    parser.add_argument("b", type=Path, metavar="B", help="second image, searched for the pixels of A")
     parser.add_argument("--out", type=Path, default=Path("matches.png"), metavar="PNG", help="(%(default)s)")
     parser.add_argument("--step", type=positive, default=4, metavar="N", help="match every N-th pixel (%(default)s)")
     parser.add_argument(
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_output("out", path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
     with as_usage_error():
         for path in (arguments.a, arguments.b):
-            require_regular_file(path, "picture")
+            require_regular_file(path, "image")
 
     import numpy as np
 

@@ -70,7 +70,7 @@ def add_model_options(
     facet_help: str = "(%(default)s)",
     size_note: str = "",
 ) -> None:
-    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the pictures and LiFT's repetition.
+    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the images and LiFT's repetition.
 
     ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command. ``size_note``
     says what the command makes of ``--size``.
@@ -107,7 +107,7 @@ def add_model_options(
             type=load_size,
             default=448,
             metavar="S",
-            help=f"load pictures with this shorter side, or as HxW{size_note} (%(default)s)",
+            help=f"load images with this shorter side, or as HxW{size_note} (%(default)s)",
         )
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
@@ -122,7 +122,7 @@ def add_pixel_limit(group: argparse._ArgumentGroup) -> None:
         "--max-pixels",
         type=positive,
         metavar="N",
-        help="refuse pictures that would be loaded at more pixels, files of more than four times as many, and maps of "
+        help="refuse images that would be loaded at more pixels, files of more than four times as many, and maps of "
         "more than a cell for each 64 (33554432, which is 8192 x 4096)",
     )
 

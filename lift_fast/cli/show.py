@@ -1,4 +1,4 @@
-"""``lift-fast show``: what features see in one picture or two, as a sheet and as a page to explore."""
+"""``lift-fast show``: what features see in one image or two, as a sheet and as a page to explore."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .options import (
 
 _DESCRIPTION = """Show what features see. The sheet has a column for each method: similarity of every cell to chosen
 points of A (in A, and in B with the best match), the three strongest principal components as colours, and TokenCut's
-saliency with its box. The page (--html) is one file without server or network: moving over one picture shows
+saliency with its box. The page (--html) is one file without server or network: moving over one image shows
 similarity and best match in the other."""
 _EXAMPLE = "example: lift-fast show left.jpg right.jpg --point 320,200 --out show.png --html show.html"
 _VIEWS = ("similarity", "pca", "saliency")
@@ -34,8 +34,8 @@ _VIEWS = ("similarity", "pca", "saliency")
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     parser = commands.add_parser("show", help="what features see", description=_DESCRIPTION, epilog=_EXAMPLE)
-    parser.add_argument("a", type=Path, metavar="A", help="picture")
-    parser.add_argument("b", type=Path, metavar="B", nargs="?", help="second picture, searched for A's points")
+    parser.add_argument("a", type=Path, metavar="A", help="image")
+    parser.add_argument("b", type=Path, metavar="B", nargs="?", help="second image, searched for A's points")
     parser.add_argument("--out", type=Path, metavar="PNG", help="the sheet (show.png, unless --html is given)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the page")
     parser.add_argument(
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         type=load_size,
         default=224,
         metavar="S",
-        help="read pictures with this shorter side, or as HxW (%(default)s)",
+        help="read images with this shorter side, or as HxW (%(default)s)",
     )
     parser.add_argument("--tau", type=float, default=0.2, metavar="X", help="of TokenCut (%(default)s)")
     parser.add_argument(
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [path for path in (arguments.a, arguments.b) if path is not None]
     with as_usage_error():
         for path in paths:
-            require_regular_file(path, "picture")
+            require_regular_file(path, "image")
     if not -1 < arguments.tau < 1:
         raise UsageError(f"--tau {arguments.tau}: must lie between -1 and 1")
 

@@ -1,4 +1,4 @@
-"""``lift-fast train``: a LiFT for a frozen backbone from a folder of pictures."""
+"""``lift-fast train``: a LiFT for a frozen backbone from a folder of images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lift_fast.training.settings import FACETS, FITS, LOSSES, PRECISIONS, TARGET
 from .errors import UsageError, as_usage_error
 from .options import add_output_options, add_pixel_limit, positive, threads, whole
 
-_DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of a
-picture from those of the picture at half the size. DATA is a folder, searched with its subfolders. OUT receives
+_DESCRIPTION = """Train a LiFT for a frozen backbone, without labels: it learns to predict the backbone's features of an
+image from those of the image at half the size. DATA is a folder, searched with its subfolders. OUT receives
 lift.pth (weights in the published format, for --lift), last.pth (training state, for --resume) and log.csv (a row for
-each step). Pictures that cannot be read are replaced by others and named at the end. The defaults are the paper's.
+each step). Images that cannot be read are replaced by others and named at the end. The defaults are the paper's.
 Ctrl-C and SIGTERM save before they stop (exit status 130, 143). Under torchrun all processes train one LiFT: torchrun
 --nproc-per-node 8 -m lift_fast train ..."""
 _EXAMPLE = "example: lift-fast train photos/ --out runs/dino16 --model dino_vits16 --batch-size 64 --holdout"
@@ -27,9 +27,9 @@ _EXAMPLE = "example: lift-fast train photos/ --out runs/dino16 --model dino_vits
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     parser = commands.add_parser(
-        "train", help="train a LiFT on a folder of pictures", description=_DESCRIPTION, epilog=_EXAMPLE
+        "train", help="train a LiFT on a folder of images", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder of pictures")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pth, if it is there")
     parser.add_argument("--overwrite", action="store_true", help="begin anew although OUT holds a training")
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "--extra-image-blocks", type=whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
     )
 
-    group = parser.add_argument_group("pictures")
+    group = parser.add_argument_group("images")
     group.add_argument(
         "--size",
         dest="image_size",
@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--jitter", type=float, default=0.2, metavar="X", help="colour jitter, 0 for none (%(default)s)")
     add_pixel_limit(group)
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures by name")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N images by name")
     group.add_argument(
         "--holdout",
         dest="held_out",
@@ -75,9 +75,9 @@ def add_parser(commands: Any) -> None:
         const=0.1,
         default=0.0,
         metavar="X",
-        help="hold out a fraction of the pictures, evenly by name; without a number every tenth",
+        help="hold out a fraction of the images, evenly by name; without a number every tenth",
     )
-    group.add_argument("--workers", type=whole, metavar="N", help="processes that read pictures, for each process")
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that read images, for each process")
 
     group = parser.add_argument_group("training")
     group.add_argument("--loss", default="cosine", choices=LOSSES, help="(%(default)s)")
@@ -85,14 +85,14 @@ def add_parser(commands: Any) -> None:
         "--target",
         default="double-size",
         choices=TARGETS,
-        help="predict features of the picture at twice the size, as published, or of the same picture with patches "
-        "half a patch apart, for backbones that get worse on enlarged pictures (%(default)s)",
+        help="predict features of the image at twice the size, as published, or of the same image with patches "
+        "half a patch apart, for backbones that get worse on enlarged images (%(default)s)",
     )
     group.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
-        help="pictures in a step, over all processes (256; patch 8: 64)",
+        help="images in a step, over all processes (256; patch 8: 64)",
     )
     group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
     group.add_argument("--max-steps", type=positive, metavar="N", help="end after N steps")
@@ -155,9 +155,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(figures))
     elif not arguments.quiet and figures["steps"] > figures["resumed"]:
         speed = figures["images_per_second"]
-        rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for pictures"
+        rate = "" if speed is None else f", {speed:.3g} images/s, {figures['waiting']:.0%} of it waiting for images"
         skipped = len(figures["unreadable"])
-        others = f"; others took the place of {skipped} pictures that could not be used" if skipped else ""
+        others = f"; others took the place of {skipped} images that could not be used" if skipped else ""
         print(
             f"wrote {quoted(figures['lift'])} after {figures['steps']} steps, {figures['seconds']} s{rate}{others}",
             file=sys.stderr,

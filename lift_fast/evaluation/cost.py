@@ -32,7 +32,7 @@ _NORM_OPERATIONS = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method costs for one picture of S x S pixels."""
+    """What one method costs for one image of S x S pixels."""
 
     method: str
     size: int
@@ -55,7 +55,7 @@ def method_cost(
     network: nn.Module | None = None,
     milliseconds: float | None = None,
 ) -> Cost:
-    """Cost of a method for one picture.
+    """Cost of a method for one image.
 
     Nothing is computed: shapes alone run through the networks, so sizes and weights do not matter.
 
@@ -63,7 +63,7 @@ def method_cost(
         name: ``backbone``, ``bilinear``, ``double-size``, ``stride-S``, ``lift``, ``lift-N``, ``random-lift``, or with
             ``network`` any label.
         backbone: the frozen backbone.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         network: what comes after the backbone: a ``LiFT`` or any module with ``forward(imgs, x)``. None takes a LiFT of
             the published form for the methods that have one.
         milliseconds: goes into the result.
@@ -81,7 +81,7 @@ def method_cost(
         kind, number = match[1], int(match[2] or 1)
     pixels = 2 * size if kind == "double-size" else size
     if pixels < backbone.patch_size:
-        raise ValueError(f"pictures of {pixels} pixels are smaller than a patch of {backbone.patch_size}")
+        raise ValueError(f"images of {pixels} pixels are smaller than a patch of {backbone.patch_size}")
     if kind == "stride":
         backbone = backbone.strided(number)
     count = sum(p.numel() for p in backbone.model.parameters())
@@ -192,7 +192,7 @@ def _published_lift(backbone: FrozenViT) -> LiFT:
 
 
 def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:
-    """(height, width) of what ``network`` sees of a picture: a LiFT whole patches, one for each token."""
+    """(height, width) of what ``network`` sees of an image: a LiFT whole patches, one for each token."""
     if not isinstance(network, LiFT):
         return size, size
     h, w = backbone.grid(size, size)
@@ -265,7 +265,7 @@ def table(costs: Sequence[Cost]) -> Table:
             cost.published_gflops,
         ]
         rows.append((f"{cost.method}, {cost.size}", cells + ([cost.milliseconds] if timed else [])))
-    return Table("Cost of one picture", columns, rows)
+    return Table("Cost of one image", columns, rows)
 
 
 def accuracies(runs: Iterable[Run], metric: str) -> dict[tuple[str, int], Estimate]:

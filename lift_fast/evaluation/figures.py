@@ -23,7 +23,7 @@ class Figure:
     metric: str
     """As :mod:`lift_fast.evaluation.metrics` names it."""
     size: int | None
-    """Pixels S of S x S pictures; None for pictures in their own size, and where the result does not say."""
+    """Pixels S of S x S images; None for images in their own size, and where the result does not say."""
     value: Estimate | float
 
 
@@ -101,7 +101,7 @@ def _discovery(content: dict[str, Any]) -> Shape:
     size = options["resolution"]
     figures, counts = [], {}
     for method, entries in content["summary"].items():
-        counts["number of pictures"] = entries["pictures"]
+        counts["number of images"] = entries["pictures"]
         for metric, key in (("CorLoc", "corloc"), ("mean IoU", "mean_iou"), ("not determined", "degenerate")):
             if entries[key] is not None:
                 figures.append(Figure(method, metric, None if size is None else int(size), _number(entries[key])))
@@ -120,7 +120,7 @@ def _cka(content: dict[str, Any]) -> Shape:
                     figures.append(Figure(method, metric, int(size), value))
     measured = {key: content[key] for key in ("estimator", "reference", "grid")}
     measured["photographs"] = content.get("options", {}).get("photographs")
-    return Shape("", figures, {**measured, "number of pictures": content["pictures"]})
+    return Shape("", figures, {**measured, "number of images": content["pictures"]})
 
 
 def _cost(content: dict[str, Any]) -> Shape:

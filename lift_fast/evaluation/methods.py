@@ -1,11 +1,11 @@
-"""What evaluations compare: ways from a picture to a map of descriptors, all on top of one frozen backbone.
+"""What evaluations compare: ways from an image to a map of descriptors, all on top of one frozen backbone.
 
 =================  =====================================================================================
 ``backbone``       the backbone's own map
 ``bilinear``       that map enlarged 2x bilinearly, the baseline that needs no training
 ``lift``           LiFT's map, ``lift-N`` LiFT applied N times
 ``random-lift``    an untrained LiFT, the control
-``double-size``    the backbone on the picture enlarged 2x bilinearly
+``double-size``    the backbone on the image enlarged 2x bilinearly
 ``stride-S``       the backbone with patches S pixels apart
 ``LABEL=FILE``     another LiFT checkpoint under a label of its own, for example one without image
 ``LABEL=m:f``      any ``nn.Module`` with LiFT's ``forward(imgs, x)``: what calling f of the Python module m returns
@@ -36,7 +36,7 @@ NAMES = ("backbone", "bilinear", "lift", "lift-N", "random-lift", "double-size",
 
 
 class Features(NamedTuple):
-    """Descriptors of a batch of pictures."""
+    """Descriptors of a batch of images."""
 
     map: Tensor
     """``[B, C, h, w]``; LiFT's maps in the basis of their span (:meth:`lift_fast.LiFT.matching_map`)."""
@@ -45,10 +45,10 @@ class Features(NamedTuple):
 
 
 class Batch:
-    """Pictures of one size, with the backbone's tokens kept for every method that reads them."""
+    """Images of one size, with the backbone's tokens kept for every method that reads them."""
 
     def __init__(self, imgs: Tensor) -> None:
-        """``imgs``: ``[B, 3, H, W]`` normalised pictures, on the device and in the dtype of the backbone."""
+        """``imgs``: ``[B, 3, H, W]`` normalised images, on the device and in the dtype of the backbone."""
         self.imgs = imgs
         self._tokens: dict[FrozenViT, Tensor] = {}
 
@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Method:
-    """One way from pictures to descriptors."""
+    """One way from images to descriptors."""
 
     name: str
     compute: Callable[[Batch], Features]
@@ -90,7 +90,7 @@ def build_methods(
         backbone: with heads interleaved, on the device and in the dtype to compute in.
         lift: checkpoint or module behind ``lift`` and ``lift-N``.
         seed: of ``random-lift``.
-        image_branch: what LiFT's image branch sees where pictures are no whole patches: ``"published"``, as the
+        image_branch: what LiFT's image branch sees where images are no whole patches: ``"published"``, as the
             published evaluation (:func:`published_offset`), or ``"aligned"``, the pixels that the tokens saw.
 
     Raises:
@@ -113,10 +113,10 @@ def build_methods(
 
 
 def published_offset(height: int, width: int, patch_size: int) -> int:
-    """From which row and column on the published evaluation shows a picture to LiFT's image branch: 2 or 0.
+    """From which row and column on the published evaluation shows an image to LiFT's image branch: 2 or 0.
 
     Its strided convolutions drop up to 4 pixels that are no whole patch. Where more are left, so that they give a cell
-    too many, two pixels are taken off each side for the image branch alone; the tokens are those of the whole picture,
+    too many, two pixels are taken off each side for the image branch alone; the tokens are those of the whole image,
     from (0, 0) on. That works out for remainders of 5 to 8 pixels and patches of 16 (56 pixels among them), and of 4
     for patches of 8; with others the published code does not run, or, for 1 to 3 and patches of 8, reads less than the
     tokens saw.

@@ -39,7 +39,7 @@ METRICS = (
     Metric(("davis",), r"[JF]-Decay", "low", 1, lowest=-100.0, highest=100.0, shown=False),
     Metric(("discovery",), r"CorLoc", "high", 2, highest=100.0, title="CorLoc, %"),
     Metric(("discovery",), r"mean IoU", "high", 3, highest=1.0),
-    # Mostly whole pictures, which are right where objects are large: CorLoc cannot be read without their number.
+    # Mostly whole images, which are right where objects are large: CorLoc cannot be read without their number.
     Metric(("discovery",), r"not determined", "", 0),
     Metric(("cka",), r"CKA", "high", 3, highest=1.0),
     Metric(("cka",), r"pooled CKA", "high", 3, highest=1.0, shown=False),

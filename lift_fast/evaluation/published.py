@@ -28,7 +28,7 @@ class Source:
     place: str
     """Table, figure or section."""
     read_from: str
-    """The text or picture that the numbers were copied from."""
+    """The text or image that the numbers were copied from."""
     quoted: bool
     """True if that is somebody else's quotation of the paper."""
 
@@ -54,7 +54,7 @@ class Entry:
     """As ``--model`` names it, or a name of its own."""
     metric: str
     size: int | None
-    """Pixels S of S x S pictures; None for pictures in their own size."""
+    """Pixels S of S x S images; None for images in their own size."""
     value: float
     sources: tuple[str, ...]
     """Keys of :attr:`Published.sources`."""

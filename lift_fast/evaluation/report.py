@@ -23,7 +23,7 @@ _TITLES = {
     "davis": "DAVIS",
     "discovery": "Object discovery",
     "cka": "Scale invariance",
-    "cost": "Cost of one picture",
+    "cost": "Cost of one image",
 }
 _KINDS = {
     "measured": "Measured differently",
@@ -188,7 +188,7 @@ def _wanted(protocol: str, metric: str, metrics: Sequence[str] | None) -> bool:
 
 def _order(protocol: str, metrics: Sequence[str] | None) -> Any:
     """Sorting key of columns: metrics as they were asked for or as protocols list them, wide thresholds and small
-    pictures first."""
+    images first."""
     known = [metric for metric in METRICS if protocol in metric.protocols]
 
     def key(column: Key) -> tuple[Any, ...]:
@@ -338,7 +338,7 @@ def _json_cell(cell: Estimate | float | None) -> Any:
 
 
 def draw(report: Report, metric: str | None = None, against: str = "size") -> Image.Image:
-    """A chart of a metric against the pictures' size or against cost.
+    """A chart of a metric against the images' size or against cost.
 
     Args:
         report: runs of one protocol that has the metric by size; for cost also runs of the protocol ``cost``, with the

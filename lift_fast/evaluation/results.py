@@ -45,7 +45,7 @@ class Estimate:
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
     """Mean of each column with a 95 % percentile bootstrap interval over the rows.
 
-    Rows are what was drawn independently, the pictures: points of one picture fail together, so an interval over points
+    Rows are what was drawn independently, the images: points of one image fail together, so an interval over points
     would be too narrow. Columns are resampled together. Fewer than two rows give an interval of NaN.
 
     Args:

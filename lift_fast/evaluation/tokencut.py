@@ -1,4 +1,4 @@
-"""TokenCut: the foreground object of one picture from a normalised cut of its tokens' similarity graph.
+"""TokenCut: the foreground object of one image from a normalised cut of its tokens' similarity graph.
 
 The published procedure (Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized
 Cut", CVPR 2022) builds dense N x N matrices and hands them to a dense generalised eigensolver. The graph is binary, so
@@ -84,12 +84,12 @@ class TokenCut:
     def box(
         self, picture: tuple[int, int], covered: tuple[float, float, float, float] | None = None
     ) -> tuple[float, float, float, float]:
-        """The box in pixels: (x0, y0, x1, y1), continuous, so that a whole picture is (0, 0, width, height).
+        """The box in pixels: (x0, y0, x1, y1), continuous, so that a whole image is (0, 0, width, height).
 
         Args:
-            picture: (height, width) of the picture, to which the box is clipped.
+            image: (height, width) of the image, to which the box is clipped.
             covered: (top, left, height, width) of the pixels over which the cells lie side by side; None for the
-                picture's own. A cell is one patch of a plain backbone, half a patch after LiFT.
+                image's own. A cell is one patch of a plain backbone, half a patch after LiFT.
         """
         top, left, height, width = covered or (0, 0, *picture)
         rows, columns = self.eigenvector.shape
@@ -107,7 +107,7 @@ class TokenCut:
 
 
 def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: float = EPS) -> TokenCut:
-    """The salient object of one picture.
+    """The salient object of one image.
 
     Two tokens are joined with weight 1 if their cosine is above ``tau``, else with weight ``eps``. The second smallest
     eigenvector of (D - W) x = lambda D x is split at its mean; the foreground is the side of the entry that is largest
@@ -384,7 +384,7 @@ def _check(features: Tensor, grid: tuple[int, int], tau: float, eps: float) -> t
         )
     # Of the 8-bit formats PyTorch knows little beside how to convert them.
     if not bool(torch.isfinite(features.float() if features.element_size() == 1 else features).all()):
-        raise NotFiniteError("features hold NaN or infinity; a picture or weights that are not finite make them")
+        raise NotFiniteError("features hold NaN or infinity; an image or weights that are not finite make them")
     if not 0 < eps < 1:
         raise ValueError(f"eps must lie between 0 and 1, got {eps}")
     if not math.isfinite(tau):

@@ -1,4 +1,4 @@
-"""Pictures with their features by method, similarity to a point, principal components as colours."""
+"""Images with their features by method, similarity to a point, principal components as colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tens
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture and what each method makes of it."""
+    """An image and what each method makes of it."""
 
     name: str
     image: Image.Image
@@ -31,19 +31,19 @@ class Shown:
     """By method; maps ``[1, C, h, w]``."""
 
     def covered(self, method: str) -> tuple[float, float, float, float]:
-        """(top, left, height, width) over which a method's cells lie, as fractions of the picture."""
+        """(top, left, height, width) over which a method's cells lie, as fractions of the image."""
         top, left, height, width = self.features[method].covered
         return top / self.size[0], left / self.size[1], height / self.size[0], width / self.size[1]
 
 
 def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, methods: Sequence[Method]) -> Shown:
-    """Features of a picture by every method.
+    """Features of an image by every method.
 
     Args:
         name: what it is called on the sheet.
         image: RGB.
         size: its shorter side, or (height, width), in pixels; rounded to whole patches.
-        backbone: says what a patch is, how pictures are normalised, and where it runs.
+        backbone: says what a patch is, how images are normalised, and where it runs.
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
 
     Raises:
@@ -64,7 +64,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
     for method in methods:
         found = method(batch)
         if found.map.ndim != 4 or found.map.shape[0] != 1:
-            raise ValueError(f"{method.name} must give a map [1, C, h, w] for a picture, got {list(found.map.shape)}")
+            raise ValueError(f"{method.name} must give a map [1, C, h, w] for an image, got {list(found.map.shape)}")
         if not bool(torch.isfinite(found.map).all()):
             raise ValueError(f"{method.name}: its features of {name} are not finite")
         features[method.name] = Features(found.map.float(), found.covered)
@@ -72,7 +72,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
 
 
 def cell_position(features: Features, point: tuple[float, float]) -> tuple[float, float]:
-    """Where (x, y), in pixels of the picture as it was read, lies on the map: (x, y) in cells, cell centres whole.
+    """Where (x, y), in pixels of the image as it was read, lies on the map: (x, y) in cells, cell centres whole.
 
     Beyond the outermost centres it is theirs, as in bilinear interpolation with ``align_corners=False``.
     """
@@ -83,14 +83,14 @@ def cell_position(features: Features, point: tuple[float, float]) -> tuple[float
 
 
 def similarity_map(source: Features, target: Features, point: tuple[float, float]) -> npt.NDArray[np.float32]:
-    """Similarity of a point of one picture to every cell of a picture (the same one or another).
+    """Similarity of a point of one image to every cell of an image (the same one or another).
 
     Descriptors are normalised on their grid and interpolated bilinearly at the point, as SPair-71k is evaluated
     (``normalize="grid"`` of :func:`lift_fast.dense_match`): at a cell's centre this is the cosine.
 
     Args:
         source, target: of one method, maps ``[1, C, h, w]`` and ``[1, C, h', w']``.
-        point: (x, y) in pixels of the source picture as it was read; continuous, pixel centres at halves.
+        point: (x, y) in pixels of the source image as it was read; continuous, pixel centres at halves.
 
     Returns:
         ``[h', w']`` float32.
@@ -112,7 +112,7 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     """The three strongest principal components of descriptors as red, green and blue, one basis for all maps.
 
     Descriptors are normalised and centred; each component runs from its 1st to its 99th percentile. A component's sign
-    is the one that makes its third moment positive, so that a picture always gets the same colours.
+    is the one that makes its third moment positive, so that an image always gets the same colours.
 
     Args:
         maps: ``[C, h, w]`` each, of one method.
@@ -130,7 +130,7 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     projected = centred @ basis
     projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
     low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64, device="cpu"), dim=0)
-    # Components that are rounding alone would fill the picture with noise.
+    # Components that are rounding alone would fill the image with noise.
     real = values.flip(0)[:count] > 1e-9 * len(every)
     colours = torch.full((len(every), 3), 0.5, dtype=torch.float64, device="cpu")
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)

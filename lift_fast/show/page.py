@@ -1,4 +1,4 @@
-"""One HTML file in which moving over a picture shows what it matches in the other: no server, no network."""
+"""One HTML file in which moving over an image shows what it matches in the other: no server, no network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PageError(NamedTuple):
     """How far a page's similarities of one method are from those of the descriptors themselves."""
 
     mean: float
-    """Mean absolute difference over the sampled cells of the first picture and all cells of the last."""
+    """Mean absolute difference over the sampled cells of the first image and all cells of the last."""
     most: float
     """Largest."""
     same_best: float
@@ -40,14 +40,14 @@ def build_page(
 ) -> tuple[str, dict[str, PageError]]:
     """The page, and what its compression costs.
 
-    Descriptors are normalised on their grid and projected on the leading directions of both pictures' descriptors (not
+    Descriptors are normalised on their grid and projected on the leading directions of both images' descriptors (not
     centred, so that inner products stay similarities), then stored as 8-bit integers with a factor for each cell. Maps
     of more than 112 cells a side are averaged down to that first.
 
     Args:
-        pictures: one (which is then compared with itself) or two, with the same methods.
+        images: one (which is then compared with itself) or two, with the same methods.
         dimensions: directions to keep, at least 1; all if there are fewer.
-        caption, warning: shown above the pictures.
+        caption, warning: shown above the images.
 
     Returns:
         The HTML text, and the error of each method.

@@ -30,7 +30,7 @@ class _Row(NamedTuple):
     panels: list[Image.Image]
     notes: list[str]
     mark: Point | None
-    """On the picture itself."""
+    """On the image itself."""
 
 
 def draw_sheet(
@@ -41,20 +41,20 @@ def draw_sheet(
     caption: str = "",
     tau: float = 0.2,
 ) -> Image.Image:
-    """The sheet: a row for each picture and view (and point), the picture on the left, then a panel for each method.
+    """The sheet: a row for each image and view (and point), the image on the left, then a panel for each method.
 
     Cells are drawn as blocks, so that their size can be seen. Similarity has one colour range for all methods and
-    pictures of a point; its ends are printed. The cross in the second picture is the best match of all its pixels.
+    images of a point; its ends are printed. The cross in the second image is the best match of all its pixels.
 
     Args:
-        pictures: one, or two to look for the first one's points in the second; the same methods in both.
-        points: (x, y) in pixels of the first picture as it is stored; pixel centres at halves.
+        images: one, or two to look for the first one's points in the second; the same methods in both.
+        points: (x, y) in pixels of the first image as it is stored; pixel centres at halves.
         views: of :data:`VIEWS`.
         caption: first line.
         tau: of :func:`lift_fast.evaluation.tokencut.tokencut`.
 
     Raises:
-        ValueError: for an unknown view, or a point outside the first picture.
+        ValueError: for an unknown view, or a point outside the first image.
     """
     unknown = sorted(set(views) - set(VIEWS))
     if unknown:

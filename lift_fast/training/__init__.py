@@ -1,6 +1,6 @@
-"""Train a LiFT for a frozen backbone, without labels: a folder of pictures is all it needs.
+"""Train a LiFT for a frozen backbone, without labels: a folder of images is all it needs.
 
-:func:`train` with :class:`TrainingSettings` is what ``lift-fast train`` runs; :func:`split` says which pictures are
+:func:`train` with :class:`TrainingSettings` is what ``lift-fast train`` runs; :func:`split` says which images are
 held out. Importing this package imports neither PyTorch nor timm.
 """
 

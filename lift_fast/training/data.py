@@ -1,4 +1,4 @@
-"""Pictures for training: read, brought to size, jittered; in an order that depends on nothing but seed and epoch."""
+"""Images for training: read, brought to size, jittered; in an order that depends on nothing but seed and epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lift_fast._text import quoted
 from lift_fast.images import max_pixels, read_image, resize, set_max_pixels
 
-# Further pictures that are tried in the place of one that cannot be read.
+# Further images that are tried in the place of one that cannot be read.
 MOST_UNREADABLE = 50
 # Tell the streams of random numbers that derive from one seed apart.
 _ORDER, _JITTER, _INSTEAD = 0, 1, 2
@@ -30,18 +30,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Sample(NamedTuple):
-    """One picture."""
+    """One image."""
 
     pixels: Tensor
     """[3, S, S] uint8; [B, 3, S, S] in a batch. NHWC memory."""
     unreadable: list[str]
-    """What was said of files that could not be read and in whose place this picture stands."""
+    """What was said of files that could not be read and in whose place this image stands."""
     failed: bool = False
     """Too many files in a row could not be read; the pixels are black."""
 
 
 class Pictures(Dataset[Sample]):
-    """Square uint8 pictures by ``(epoch, index)``; the same whatever process reads them, and in whatever order.
+    """Square uint8 images by ``(epoch, index)``; the same whatever process reads them, and in whatever order.
 
     In place of a file that cannot be read another one is taken, drawn from (seed, epoch, index): batches keep their
     size, so that every process of a distributed run keeps step.
@@ -78,7 +78,7 @@ class Pictures(Dataset[Sample]):
 
 
 def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image:
-    """Read a picture as ``size x size`` pixels, 8-bit RGB.
+    """Read an image as ``size x size`` pixels, 8-bit RGB.
 
     ``"squash"`` resizes both sides, as the published training does; ``"crop"`` resizes the shorter side and cuts the
     centred square. Bilinear with antialiasing. A large JPEG file is decoded at a half, quarter or eighth of its size,
@@ -102,7 +102,7 @@ def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image
 def color_jitter(picture: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation times 1 - s to 1 + s, hue turned by -s to s of a circle, in random order.
 
-    What torchvision's ``ColorJitter(s, s, s, s)`` does to a Pillow picture.
+    What torchvision's ``ColorJitter(s, s, s, s)`` does to a Pillow image.
     """
     factors = random.uniform(1 - strength, 1 + strength, 3)
     turn = int(random.uniform(-strength, strength) * 255) % 256
@@ -120,7 +120,7 @@ def color_jitter(picture: Image.Image, strength: float, random: np.random.Genera
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
     """One process's share of each batch of a common permutation, from a given batch of a given epoch on.
 
-    The permutation depends on (seed, epoch) alone. Whole batches only: up to ``batch_size - 1`` pictures remain over,
+    The permutation depends on (seed, epoch) alone. Whole batches only: up to ``batch_size - 1`` images remain over,
     other ones in each epoch.
     """
 
@@ -146,7 +146,7 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
 
 
 def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: bool) -> DataLoader[Sample]:
-    """Batches of pictures, read ahead by processes that live as long as the loader."""
+    """Batches of images, read ahead by processes that live as long as the loader."""
     return _Loader(
         pictures,
         batch_sampler=batches,
@@ -209,7 +209,7 @@ def _start_worker(most_pixels: int, _: int) -> None:
 def _end_with_parent() -> None:
     """Have Linux end this process with the training process, also when that is killed and can end nothing itself.
 
-    A worker that waits to hand over pictures would otherwise wait for ever.
+    A worker that waits to hand over images would otherwise wait for ever.
     """
     if sys.platform != "linux":
         return

@@ -48,12 +48,12 @@ def train(
 
     Returns:
         Figures: ``steps``, ``epochs``, ``images``, ``pictures`` (to train on), ``held_out``, ``seconds``,
-        ``images_per_second``, ``waiting`` (share of the time spent waiting for pictures), ``epoch_losses``,
+        ``images_per_second``, ``waiting`` (share of the time spent waiting for images), ``epoch_losses``,
         ``unreadable`` (messages), ``parameters``, ``batch_size``, ``processes``, ``precision``, ``device``, ``lift``
         and ``resumed`` (the step at which this run began). The same in every process.
 
     Raises:
-        ValueError: for settings that do not fit each other, the pictures or the saved state, a saved state that is
+        ValueError: for settings that do not fit each other, the images or the saved state, a saved state that is
             damaged, or a folder to which another training writes; says what to do.
         FileNotFoundError: if there is no such folder or file.
         WeightsNotFoundError: as :func:`lift_fast.load_backbone`.
@@ -131,8 +131,8 @@ class LiftTrainer(Trainer):
     def announcement(self, total: int) -> str:
         backbone, note = self.backbone, " (random weights)" if self.backbone.random_weights else ""
         return (
-            f"{self.batches.count} pictures, {self.held_out} held out; {backbone.name}{note} {backbone.facet}s, "
-            f"{backbone.embed_dim} channels; {total} steps of {self.batch_size} pictures of {self.settings.image_size} "
+            f"{self.batches.count} images, {self.held_out} held out; {backbone.name}{note} {backbone.facet}s, "
+            f"{backbone.embed_dim} channels; {total} steps of {self.batch_size} images of {self.settings.image_size} "
             f"pixels in {self.precision} on {self.device}"
         )
 
@@ -158,7 +158,7 @@ class LiftTrainer(Trainer):
             )
         shared = 1 if settings.sync_batchnorm else self.world.size
         if self.batch_size == shared and settings.use_image and settings.image_size == 4 * patch:
-            # The halved picture is a quarter of the doubled one: a single patch.
+            # The halved image is a quarter of the doubled one: a single patch.
             raise ValueError(
                 f"batch_size {self.batch_size} with image_size {settings.image_size} leaves BatchNorm a single value "
                 f"for each channel; give a batch_size (--batch-size) of at least {2 * shared}, or an image_size "

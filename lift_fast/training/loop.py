@@ -148,7 +148,7 @@ class _Loop:
             self.progress.unreadable[message] = self.progress.unreadable.get(message, 0) + 1
         if sample.failed:
             raise ValueError(
-                f"more than {MOST_UNREADABLE} pictures in a row cannot be read, the last: {sample.unreadable[-1]}; "
+                f"more than {MOST_UNREADABLE} images in a row cannot be read, the last: {sample.unreadable[-1]}; "
                 f"check {self.schedule.data}"
             )
         terms = self.trainer.step(sample)
@@ -229,7 +229,7 @@ class _Loop:
     def _check(self) -> None:
         schedule, count, size = self.schedule, self.batches.count, self.batches.batch_size
         if schedule.out.exists() and schedule.out.samefile(schedule.data):
-            raise ValueError(f"out is the folder of the pictures, {quoted(schedule.out)}; give another out (--out)")
+            raise ValueError(f"out is the folder of the images, {quoted(schedule.out)}; give another out (--out)")
         if schedule.tensorboard:
             # Before an earlier training is overwritten.
             tensorboard_writer()
@@ -242,7 +242,7 @@ class _Loop:
             held_out = self.trainer.held_out
             held = f" ({held_out} are held out)" if held_out else ""
             raise ValueError(
-                f"{count} pictures to train on{held} are fewer than one batch of {size}; give a batch_size "
+                f"{count} images to train on{held} are fewer than one batch of {size}; give a batch_size "
                 f"(--batch-size) of {count} or less"
             )
 
@@ -275,7 +275,7 @@ class _Loop:
             )
         if saved["description"].get("picture_times", now.get("picture_times")) != now.get("picture_times"):
             self._remark(
-                f"the pictures in {self.schedule.data} have been written since, with the same names and sizes; if they "
+                f"the images in {self.schedule.data} have been written since, with the same names and sizes; if they "
                 "are other ones, begin anew in another folder (--out)"
             )
         weights = trainer.checked(saved[trainer.part], f"{file}, {trainer.part}")

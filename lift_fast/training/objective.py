@@ -1,4 +1,4 @@
-"""LiFT's objective: features of a picture at half and quarter size, lifted, against features on twice their grid."""
+"""LiFT's objective: features of an image at half and quarter size, lifted, against features on twice their grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lift_fast.losses import feature_loss
 
 
 class Views(NamedTuple):
-    """What the two LiFT passes of one step read: pictures and features at half and quarter size, and their targets."""
+    """What the two LiFT passes of one step read: images and features at half and quarter size, and their targets."""
 
     half: Tensor
     """[B, 3, S/2, S/2]"""
@@ -49,13 +49,13 @@ class Objective(nn.Module):
 
 
 class FrozenFeatures:
-    """Normalises pictures and runs the frozen backbone on them.
+    """Normalises images and runs the frozen backbone on them.
 
     Args:
         backbone: on the device and in the dtype in which it computes.
         compiled: run it through ``torch.compile``.
-        target: ``"double-size"``: features of the picture at twice the size, as published: F(I) and F(I_1/2);
-            ``"half-stride"``: features of the same picture with patches half a patch apart.
+        target: ``"double-size"``: features of the image at twice the size, as published: F(I) and F(I_1/2);
+            ``"half-stride"``: features of the same image with patches half a patch apart.
 
     Raises:
         ValueError: for ``"half-stride"`` with an odd patch size.
@@ -76,7 +76,7 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Views:
-        """``[B, 3, S, S]`` uint8 to everything that the objective reads, pictures in ``channels_last``."""
+        """``[B, 3, S, S]`` uint8 to everything that the objective reads, images in ``channels_last``."""
         pixels = pixels.to(self.device, non_blocking=True)
         # The operations of images.to_tensor, so that training sees the values that inference will see.
         full = ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)

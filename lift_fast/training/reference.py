@@ -28,7 +28,7 @@ class PlainObjective(nn.Module):
         self.loss = {"cosine": nn.CosineEmbeddingLoss, "l1": nn.L1Loss, "l2": nn.MSELoss}[loss]()
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` normalised pictures to the two terms ``[2]``."""
+        """``[B, 3, S, S]`` normalised images to the two terms ``[2]``."""
         half, quarter = imgs[:, :, ::2, ::2], imgs[:, :, ::4, ::4]
         with torch.no_grad():
             features, half_features, quarter_features = (self._features(x) for x in (imgs, half, quarter))
@@ -76,7 +76,7 @@ class PlainStep:
         )
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` uint8 pictures to the two terms of the loss before the step, ``[2]``."""
+        """``[B, 3, S, S]`` uint8 images to the two terms of the loss before the step, ``[2]``."""
         imgs = (pixels.float() / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
         with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
             losses: Tensor = self.objective(imgs)

@@ -28,7 +28,7 @@ class TrainingSettings:
     """
 
     data: Path
-    """Folder of pictures, searched with its subfolders."""
+    """Folder of images, searched with its subfolders."""
     out: Path
     """Folder for ``lift.pth``, ``last.pth`` and ``log.csv``; made if missing."""
     model: str = "dino_vits16"
@@ -46,9 +46,9 @@ class TrainingSettings:
     loss: str = "cosine"
     """``"cosine"``, ``"l1"`` or ``"l2"``."""
     target: str = "double-size"
-    """What LiFT predicts: ``"double-size"``, features of the picture at twice the size, as published;
-    ``"half-stride"``, features of the same picture with overlapping patches, half a patch apart: for backbones whose
-    features get worse, not better, when a picture is enlarged."""
+    """What LiFT predicts: ``"double-size"``, features of the image at twice the size, as published;
+    ``"half-stride"``, features of the same image with overlapping patches, half a patch apart: for backbones whose
+    features get worse, not better, when an image is enlarged."""
     use_image: bool = True
     """False trains the "no image" ablation."""
     image_channels: int = 32
@@ -56,28 +56,28 @@ class TrainingSettings:
     extra_image_blocks: int = 0
     """Further 3x3 convolution blocks in LiFT's image encoder."""
     image_size: int = 448
-    """Side of the square pictures in pixels, a multiple of four patches."""
+    """Side of the square images in pixels, a multiple of four patches."""
     fit: str = "squash"
     """``"squash"``: both sides to ``image_size``, as the published training does; ``"crop"``: the shorter side, then
     the centred square."""
     jitter: float = 0.2
     """Colour jitter of brightness, contrast, saturation and hue, 0 to 0.5; 0 switches it off."""
     batch_size: int | None = None
-    """Pictures in one optimiser step, over all processes together; None is 256, for patch 8 and below 64."""
+    """Images in one optimiser step, over all processes together; None is 256, for patch 8 and below 64."""
     epochs: int = 5
-    """Passes over the pictures. Each takes whole batches only; which pictures remain over changes by epoch."""
+    """Passes over the images. Each takes whole batches only; which images remain over changes by epoch."""
     max_steps: int | None = None
     """End after so many optimiser steps in all."""
     learning_rate: float = 1e-3
     """Of Adam; constant."""
     seed: int = 0
-    """Of LiFT's first weights, the order of the pictures and the colour jitter."""
+    """Of LiFT's first weights, the order of the images and the colour jitter."""
     limit: int | None = None
-    """Train on the first so many pictures, by sorted name."""
+    """Train on the first so many images, by sorted name."""
     held_out: float = 0.0
-    """Fraction of the pictures that are left out by :func:`split`, for an evaluation."""
+    """Fraction of the images that are left out by :func:`split`, for an evaluation."""
     workers: int | None = None
-    """Processes that read pictures, for each training process; 0 reads in the training process, None chooses. At most
+    """Processes that read images, for each training process; 0 reads in the training process, None chooses. At most
     :func:`most_workers`, as each takes half a gigabyte."""
     device: str | None = None
     """``"cpu"``, ``"cuda"``, ...; None is CUDA if there is one."""

@@ -1,4 +1,4 @@
-"""Which pictures are trained on and which are held out: one rule for training and evaluation."""
+"""Which images are trained on and which are held out: one rule for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 def split(
     paths: Iterable[str | os.PathLike[str]], held_out: float = 0.1, root: str | os.PathLike[str] | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Divide pictures into those to train on and those held out: every tenth by default, spread evenly by name.
+    """Divide images into those to train on and those held out: every tenth by default, spread evenly by name.
 
-    Depends on the names alone: paths are sorted by their POSIX form relative to ``root``, and picture i (from 0) is
+    Depends on the names alone: paths are sorted by their POSIX form relative to ``root``, and image i (from 0) is
     held out where ``(i + 1) * held_out`` reaches the next whole number (9, 19, 29, ... for a tenth).
 
     Args:
-        paths: pictures, in any order.
+        paths: images, in any order.
         held_out: fraction from 0 (nothing) to 1 (everything), taken as the nearest fraction with a denominator of at
             most 1000.
         root: folder that the names are relative to; None sorts the paths as they are.

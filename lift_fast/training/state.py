@@ -113,7 +113,7 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: tor
 
 
 def pictures_digests(paths: Sequence[Path], root: Path) -> dict[str, str]:
-    """Tell one list of pictures from another, wherever their folder lies, without reading them.
+    """Tell one list of images from another, wherever their folder lies, without reading them.
 
     ``pictures`` by their names, ``picture_sizes`` by names and bytes, ``picture_times`` by names and times of the last
     change, which a copy of the folder may change as well.

@@ -28,7 +28,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(features.device.type, enabled=features.dtype == torch.float16)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` uint8 pictures to the two terms of the loss before the step, ``[2]``."""
+        """``[B, 3, S, S]`` uint8 images to the two terms of the loss before the step, ``[2]``."""
         views = self.features(pixels)
         with autocast(self.features.device, self.features.dtype):
             losses: Tensor = self.objective(views)

@@ -13,7 +13,7 @@ using namespace lift_fast;
 
 namespace {
 
-// As tests/test_native_image_encoder.py writes it, before the picture's bytes, the packed weights and the biases.
+// As tests/test_native_image_encoder.py writes it, before the image's bytes, the packed weights and the biases.
 struct Case {
   std::int64_t type, pool, batch, h, w, stride[4], picture_bytes;
   std::int64_t cut;           // of EncoderCut

@@ -44,7 +44,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 class StreamingCKA:
-    """:func:`linear_cka` over positions that come in parts: of many pictures, in memory of C x C."""
+    """:func:`linear_cka` over positions that come in parts: of many images, in memory of C x C."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -119,12 +119,12 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
 
 
 def sample(features: Features, positions: Tensor, picture: tuple[int, int]) -> Tensor:
-    """Features at positions of the picture, bilinear between cells' centres, held constant beyond the outermost.
+    """Features at positions of the image, bilinear between cells' centres, held constant beyond the outermost.
 
     Args:
         features: a map ``[1, C, h, w]`` and the pixels that it covers.
-        positions: ``[h', w', 2]`` (x, y) as shares of the picture's width and height, 0 to 1.
-        picture: (height, width) of the picture that the map was made from.
+        positions: ``[h', w', 2]`` (x, y) as shares of the image's width and height, 0 to 1.
+        image: (height, width) of the image that the map was made from.
 
     Returns:
         ``[h' * w', C]`` float64.
@@ -138,6 +138,6 @@ def sample(features: Features, positions: Tensor, picture: tuple[int, int]) -> T
 
 
 def centres(rows: int, columns: int) -> Tensor:
-    """[rows, columns, 2] centres (x, y) of a grid of cells over a picture, as shares of its sides."""
+    """[rows, columns, 2] centres (x, y) of a grid of cells over an image, as shares of its sides."""
     y, x = ((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n for n in (rows, columns))
     return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)

@@ -1,4 +1,4 @@
-"""Linear CKA between features of the same picture at different input sizes: how little features change with scale."""
+"""Linear CKA between features of the same image at different input sizes: how little features change with scale."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ def scale_invariance(
 ) -> dict[str, Any]:
     """CKA of each method's features at each size with its own features at the reference size.
 
-    A picture is resized to S x S (Lanczos). Both maps are read, bilinearly, at the centres of one grid x grid lattice
-    over the picture: so the number of positions does not depend on the size or the method. CKA is taken over the
-    positions of one picture and averaged over pictures, with a bootstrap interval; beside it stands CKA over the
-    positions of all pictures together.
+    An image is resized to S x S (Lanczos). Both maps are read, bilinearly, at the centres of one grid x grid lattice
+    over the image: so the number of positions does not depend on the size or the method. CKA is taken over the
+    positions of one image and averaged over images, with a bootstrap interval; beside it stands CKA over the
+    positions of all images together.
 
     Args:
         methods: names and :class:`lift_fast.evaluation.methods.Method` or the like.
-        paths: pictures.
+        paths: images.
         sizes: S of the curve, in pixels.
         reference: S to compare with.
         grid: side of the lattice, at least 2.
         mean, std: of the normalisation.
         device, dtype: of what the methods take.
         seed: of the interval's resampling.
-        root: folder below which results name pictures; None names them as ``paths`` do.
+        root: folder below which results name images; None names them as ``paths`` do.
         out: file for the result; one that is there and was made with the same ``record`` and options is the result.
             An interrupted run goes on from ``OUT.partial.pt`` beside it.
         record: what the result depends on beside the options, stored with it.
-        progress: called with the number of pictures that have been done.
+        progress: called with the number of images that have been done.
 
     Returns:
-        ``curves``: method -> size -> ``cka`` (mean over pictures, low, high) and ``pooled``; ``pictures`` (how many);
-        ``scores``: method -> size -> picture -> CKA; ``skipped``: name -> reason of pictures that do not decode;
+        ``curves``: method -> size -> ``cka`` (mean over images, low, high) and ``pooled``; ``pictures`` (how many);
+        ``scores``: method -> size -> image -> CKA; ``skipped``: name -> reason of images that do not decode;
         ``options`` and ``record``.
 
     Raises:
-        ValueError: if no picture could be used, for a grid of fewer than 2 x 2 positions, a size given twice, or an
+        ValueError: if no image could be used, for a grid of fewer than 2 x 2 positions, a size given twice, or an
             ``out`` of other options.
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
@@ -120,7 +120,7 @@ def scale_invariance(
             journal.save()
         progress(1)
     if not rows:
-        raise ValueError(f"none of {len(paths)} pictures could be read: {next(iter(skipped.values()), 'none given')}")
+        raise ValueError(f"none of {len(paths)} images could be read: {next(iter(skipped.values()), 'none given')}")
     estimates = _means(list(rows.values()), seed)
     curves: dict[str, dict[str, Any]] = {name: {} for name, _ in methods}
     for (name, size), estimate in zip(pooled, estimates, strict=True):
@@ -184,12 +184,12 @@ def _write_partial(path: Path, content: dict[str, Any]) -> None:
 
 
 def _name(path: Path, root: Path | None) -> str:
-    """What results know a picture by."""
+    """What results know an image by."""
     return str(path) if root is None or path == root else path.relative_to(root).as_posix()
 
 
 def _means(scores: list[list[float]], seed: int) -> list[Estimate]:
-    """Mean of each column over the pictures where it is defined: the features of a plain picture can be constant."""
+    """Mean of each column over the images where it is defined: the features of a plain image can be constant."""
     columns = list(zip(*scores, strict=True))
     defined = [[value for value in column if math.isfinite(value)] for column in columns]
     if all(len(column) == len(scores) for column in defined):

@@ -30,7 +30,7 @@ def draw_curves(content: dict[str, Any]) -> Image.Image:
         )
     size, count = content["reference"], content["pictures"]
     return line_chart(
-        series, title=f"Linear CKA with the features at {size} x {size}, {count} pictures", x="input size", y="CKA"
+        series, title=f"Linear CKA with the features at {size} x {size}, {count} images", x="input size", y="CKA"
     )
 
 
@@ -44,5 +44,5 @@ def table(content: dict[str, Any]) -> Table:
     for name, curve in content["curves"].items():
         cells = [Estimate.of(curve[str(size)]["cka"]) for size in content["sizes"]]
         rows.append((name, cells))
-    title = f"Linear CKA with the features at {content['reference']} pixels, {content['pictures']} pictures"
+    title = f"Linear CKA with the features at {content['reference']} pixels, {content['pictures']} images"
     return Table(title, [Column(f"{size}", digits=3) for size in content["sizes"]], rows)

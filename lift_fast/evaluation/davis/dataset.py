@@ -97,7 +97,7 @@ class Davis:
                     with Image.open(path) as image:
                         palette = image.getpalette() if image.mode == "P" else None
                 except Exception:
-                    # No picture, or one that is too large: said where its objects are asked for.
+                    # No image, or one that is too large: said where its objects are asked for.
                     continue
                 if palette:
                     return palette
@@ -130,7 +130,7 @@ def read_mask(path: Path, binary: bool = False) -> Mask:
             # Before anything is decoded: a file of some kilobytes can hold gigabytes.
             if image.mode not in ("P", "L", "1"):
                 raise DavisError(
-                    f"{path} is a picture of mode {image.mode}; expected an indexed PNG whose values number the objects"
+                    f"{path} is an image of mode {image.mode}; expected an indexed PNG whose values number the objects"
                 )
             if image.width * image.height > _MOST_PIXELS:
                 raise DavisError(f"{path} says that it has {image.width} x {image.height} pixels; no video has so many")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Bools = npt.NDArray[np.bool_]
 
-# Share of the picture's diagonal by which boundaries may miss each other.
+# Share of the image's diagonal by which boundaries may miss each other.
 TOLERANCE = 0.008
 # A frame counts for recall above this.
 RECALL_THRESHOLD = 0.5
@@ -49,7 +49,7 @@ def boundary_f(
     """Boundary accuracy F of two masks ``[H, W]``: of precision and recall, the harmonic mean.
 
     Precision is the share of the segmentation's boundary pixels that have one of the annotation within a disk, recall
-    the same the other way round. The disk's radius is ``ceil(tolerance * diagonal)`` pixels of the picture, the disk
+    the same the other way round. The disk's radius is ``ceil(tolerance * diagonal)`` pixels of the image, the disk
     holds ``x^2 + y^2 <= radius^2``. Two empty boundaries give 1; one empty boundary gives 0.
 
     Args:
@@ -62,9 +62,9 @@ def boundary_f(
     annotation, segmentation = _pair(annotation, segmentation, void)
     radius = int(tolerance if tolerance >= 1 else math.ceil(tolerance * math.hypot(*annotation.shape)))
     rows, columns = _occupied(annotation | segmentation)
-    # No boundary lies farther than a pixel beyond the masks; the last row and column of the picture stay its last.
+    # No boundary lies farther than a pixel beyond the masks; the last row and column of the image stay its last.
     crop = (slice(max(rows[0] - 1, 0), rows[1] + 1), slice(max(columns[0] - 1, 0), columns[1] + 1))
-    # A crop that ends inside the picture ends in background, where the rule for the last row finds nothing either.
+    # A crop that ends inside the image ends in background, where the rule for the last row finds nothing either.
     truth, found = boundary(annotation[crop]), boundary(segmentation[crop])
     truth_count, found_count = int(np.count_nonzero(truth)), int(np.count_nonzero(found))
     if not truth_count or not found_count:
@@ -144,7 +144,7 @@ def _disk(radius: int, width: int) -> npt.NDArray[np.int64]:
 def _matched(pixels: Bools, others: Bools, radius: int) -> int:
     """How many of ``pixels`` have one of ``others`` within the disk.
 
-    The disk is stamped at each of the others, which are few beside the pixels of a picture.
+    The disk is stamped at each of the others, which are few beside the pixels of an image.
     """
     height, width = others.shape
     stride = width + 2 * radius

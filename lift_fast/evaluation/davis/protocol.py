@@ -36,13 +36,13 @@ Covered = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Network:
-    """What the pictures of a video go through.
+    """What the images of a video go through.
 
     Attributes:
         methods: give features; all see the same batches, in which they share what they have in common.
-        mean, std: that pictures are normalised with.
+        mean, std: that images are normalised with.
         patch_size: pixels of the backbone's patch, by which ``placement="stretch"`` enlarges labels.
-        device, dtype: of the pictures.
+        device, dtype: of the images.
     """
 
     methods: Sequence[FeatureMaps]
@@ -198,13 +198,13 @@ def normalize_channels(labels: Tensor) -> Tensor:
 def predict(frames: Sequence[Path], mask: Mask, network: Network, options: PropagationOptions) -> Iterator[list[Mask]]:
     """For each frame of a video, in order, the mask ``[H, W]`` by each method; those of the first are the given one.
 
-    Holds pictures and features of a batch of frames and the features of the context frames, whatever the video's
+    Holds images and features of a batch of frames and the features of the context frames, whatever the video's
     length.
 
     Args:
         frames: files of the video.
         mask: object numbers of the first frame.
-        network: pictures to features.
+        network: images to features.
         options: numbers of the protocol.
 
     Raises:

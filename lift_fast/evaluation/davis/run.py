@@ -64,7 +64,7 @@ def predict_dataset(
 
     Args:
         dataset: with at least the first annotation of each sequence.
-        jobs: methods that share the pictures and what they have in common of the features.
+        jobs: methods that share the images and what they have in common of the features.
         network: normalisation and device; its methods are not used.
         options: numbers of the protocol.
         names: of sequences; None for all of the data set's list.

@@ -1,6 +1,6 @@
-"""Data sets of pictures with ground-truth boxes, in their original layouts on disk: Pascal VOC and COCO.
+"""Data sets of images with ground-truth boxes, in their original layouts on disk: Pascal VOC and COCO.
 
-Boxes are (x0, y0, x1, y1) in continuous pixels: the whole picture is (0, 0, width, height).
+Boxes are (x0, y0, x1, y1) in continuous pixels: the whole image is (0, 0, width, height).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PUBLISHED_NAMES = {"VOC2007 trainval": "voc07", "VOC2012 trainval": "voc12", f"C
 """What published numbers call a data set, by :attr:`BoxDataSet.name`; subsets and other lists are none of these."""
 # Real annotation files have some kilobytes.
 _LARGEST_XML = 1 << 24
-# Pixels; no picture is larger, and sums and products of such coordinates stay what they are.
+# Pixels; no image is larger, and sums and products of such coordinates stay what they are.
 _FARTHEST = 1e9
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its objects."""
+    """An image and its objects."""
 
     name: str
     path: Path
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass
 class BoxDataSet:
-    """The pictures of a data set, in the order of its list.
+    """The images of a data set, in the order of its list.
 
     Attributes:
         samples: those with at least one box.
@@ -64,7 +64,7 @@ def read_voc(root: str | os.PathLike[str], year: int, *, split: str = "trainval"
         root: the folder of that year, ``VOCdevkit``, or the one that holds ``VOCdevkit``.
         year: 2007 or 2012 (any ``VOC<year>``).
         split: name of the list.
-        no_hard: leave out difficult and truncated objects, and pictures that have no others (the ``VOC_all`` setting).
+        no_hard: leave out difficult and truncated objects, and images that have no others (the ``VOC_all`` setting).
 
     Raises:
         FileNotFoundError: if the layout or the list is not there; says what was looked for.
@@ -98,17 +98,17 @@ def read_coco(
     annotations: str | os.PathLike[str] | None = None,
     names: str | os.PathLike[str] | None = None,
 ) -> BoxDataSet:
-    """A list of COCO pictures: COCO20k, a published random subset of train2014.
+    """A list of COCO images: COCO20k, a published random subset of train2014.
 
     Boxes of crowds do not count. The corners (x, y, x + w, y + h) are rounded to whole pixels, halves to even, as in
     the published evaluation.
 
     Args:
-        root: holds ``annotations/instances_train2014.json`` and the pictures in ``train2014/`` or
+        root: holds ``annotations/instances_train2014.json`` and the images in ``train2014/`` or
             ``images/train2014/``.
         annotations: another annotation file.
-        names: text file with a picture's file name in each line, of which the number after the last ``_`` is the
-            picture's id; None takes ``coco_20k_filenames.txt`` in ``root`` or its ``annotations``.
+        names: text file with an image's file name in each line, of which the number after the last ``_`` is the
+            image's id; None takes ``coco_20k_filenames.txt`` in ``root`` or its ``annotations``.
 
     Raises:
         FileNotFoundError: if a file or folder is not there; says where it was looked for.
@@ -120,19 +120,19 @@ def read_coco(
     list_file = next((path for path in listed if path.is_file()), None)
     if list_file is None:
         raise FileNotFoundError(
-            f"no list of pictures at {' or '.join(map(str, listed))}; take {COCO_LIST} from the repository of LOST or "
+            f"no list of images at {' or '.join(map(str, listed))}; take {COCO_LIST} from the repository of LOST or "
             "TokenCut, or give your own with --list"
         )
     folders = [root / "train2014", root / "images" / "train2014"]
     folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"no folder of pictures at {' or '.join(map(str, folders))}")
+        raise FileNotFoundError(f"no folder of images at {' or '.join(map(str, folders))}")
     wanted = {name: _coco_id(name, list_file) for name in _names(list_file)}
     files, boxes = _coco_boxes(source, set(wanted.values()))
     data = BoxDataSet(f"COCO {list_file.stem}")
     for name, number in wanted.items():
         if number not in files:
-            data.skipped.append((name, f"no picture with id {number} in {source}"))
+            data.skipped.append((name, f"no image with id {number} in {source}"))
         elif number in boxes.problems:
             data.skipped.append((name, boxes.problems[number]))
         elif not boxes.found.get(number):
@@ -144,7 +144,7 @@ def read_coco(
 
 def _names(path: Path) -> list[str]:
     """Names of a list file, the first word of each line."""
-    names = read_names(path, "picture", "the name of a picture", forbidden="\\", first_word=True)
+    names = read_names(path, "image", "the name of an image", forbidden="\\", first_word=True)
     outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
     if outside:
         raise ValueError(f"{path}: {outside[0]!r} leads out of the data set")
@@ -198,9 +198,7 @@ def _checked(box: Box, where: str) -> Box:
 def _coco_id(name: str, source: Path) -> int:
     digits = Path(name).name.split("_")[-1].split(".")[0]
     if not digits.isascii() or not digits.isdigit():
-        raise ValueError(
-            f"{source}: {shown(name)} ends in no picture id; expected e.g. COCO_train2014_000000000009.jpg"
-        )
+        raise ValueError(f"{source}: {shown(name)} ends in no image id; expected e.g. COCO_train2014_000000000009.jpg")
     return int(digits)
 
 
@@ -211,7 +209,7 @@ class _CocoBoxes:
 
 
 def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBoxes]:
-    """File names and boxes of the wanted pictures."""
+    """File names and boxes of the wanted images."""
     content = read_json(source, "annotation file")
     files: dict[int, str] = {}
     boxes = _CocoBoxes()
@@ -221,7 +219,7 @@ def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBo
             continue
         files[number] = Path(file_name).name
         if not is_name(files[number]):
-            boxes.problems[number] = f"{source}, picture {number}: file_name is {shown(file_name)}"
+            boxes.problems[number] = f"{source}, image {number}: file_name is {shown(file_name)}"
     for thing in _entries(content, "annotations", source):
         number = thing.get("image_id")
         if not isinstance(number, int) or number not in wanted or thing.get("iscrowd") == 1:

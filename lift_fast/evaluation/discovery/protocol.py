@@ -24,14 +24,14 @@ class Discovery:
 
     cut: TokenCut
     box: Box
-    """(x0, y0, x1, y1) in the picture's pixels."""
+    """(x0, y0, x1, y1) in the image's pixels."""
     covered: tuple[float, float, float, float]
-    """(top, left, height, width) over which the grid lies, padding included, as shares of the picture's sides."""
+    """(top, left, height, width) over which the grid lies, padding included, as shares of the image's sides."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The box of one picture, and how it fares."""
+    """The box of one image, and how it fares."""
 
     name: str
     box: Box
@@ -76,7 +76,7 @@ def _areas(a: Box, b: Box) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture as features take it."""
+    """An image as features take it."""
 
     batch: Batch
     size: tuple[int, int]
@@ -88,12 +88,12 @@ class Prepared:
 def prepare(
     image: Image.Image, backbone: FrozenViT, resolution: int | None = None, rule: str = "published"
 ) -> Prepared:
-    """A picture, normalised and then padded with zeros at the right and at the bottom to whole patches.
+    """An image, normalised and then padded with zeros at the right and at the bottom to whole patches.
 
     Args:
         image: RGB.
-        backbone: says what a patch is, how pictures are normalised, and where it runs.
-        resolution: None keeps the picture's own size (TokenCut's published evaluation); S resizes it to S x S.
+        backbone: says what a patch is, how images are normalised, and where it runs.
+        resolution: None keeps the image's own size (TokenCut's published evaluation); S resizes it to S x S.
         rule: of such resizing. ``published``, as in the LiFT paper's evaluation: bilinear and not padded, the grid
             stretched over the square. ``exact``: Lanczos and padded.
 
@@ -115,10 +115,10 @@ def prepare(
 def discover(
     image: Image.Image, prepared: Prepared, features: Callable[[Batch], Features], *, tau: float, eps: float = EPS
 ) -> Discovery:
-    """TokenCut's box in a picture, in the picture's pixels; padding is clipped off, a resized picture scaled back.
+    """TokenCut's box in an image, in the image's pixels; padding is clipped off, a resized image scaled back.
 
     Args:
-        image: the picture.
+        image: the image.
         prepared: of :func:`prepare`.
         features: what to cut: a :class:`lift_fast.evaluation.methods.Method` or the like.
         tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
@@ -131,7 +131,7 @@ def discover(
     if prepared.stretch:
         covered = (0, 0, *prepared.size)
     if maps.ndim != 4 or maps.shape[0] != 1:
-        raise ValueError(f"features must give a map [1, C, h, w] for a picture, got {list(maps.shape)}")
+        raise ValueError(f"features must give a map [1, C, h, w] for an image, got {list(maps.shape)}")
     cut = tokencut(maps[0].flatten(1).T, (maps.shape[2], maps.shape[3]), tau=tau, eps=eps)
     (width, height), (tall, wide) = image.size, prepared.size
     x0, y0, x1, y1 = cut.box((tall, wide), covered)
@@ -140,13 +140,13 @@ def discover(
 
 
 def judge(sample: Sample, box: Box, degenerate: bool, square: tuple[tuple[int, int], int] | None = None) -> Prediction:
-    """The prediction for a picture against its ground truth.
+    """The prediction for an image against its ground truth.
 
     Args:
-        sample: the picture.
-        box: in the picture's pixels.
+        sample: the image.
+        box: in the image's pixels.
         degenerate: of the cut.
-        square: the picture's (width, height) and S, to judge in the pixels of the picture at S x S as the LiFT paper's
+        square: the image's (width, height) and S, to judge in the pixels of the image at S x S as the LiFT paper's
             evaluation does: true boxes are scaled and cut to whole pixels (towards zero), and an IoU of just 0.5 is
             none, for a term against division by zero makes it smaller.
     """

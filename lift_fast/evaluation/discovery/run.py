@@ -1,4 +1,4 @@
-"""Unsupervised object discovery: one box for each picture by TokenCut, judged by CorLoc."""
+"""Unsupervised object discovery: one box for each image by TokenCut, judged by CorLoc."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def evaluate(
     Args:
         methods: names and :class:`lift_fast.evaluation.methods.Method` or the like, of one backbone.
         backbone: as :func:`prepare`.
-        data: pictures with boxes.
+        data: images with boxes.
         tau, eps: of TokenCut.
         resolution, rule: as :func:`prepare` and :func:`judge`.
         out: file for the result. Beside it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
-            picture, from which an interrupted run with the same settings goes on.
+            image, from which an interrupted run with the same settings goes on.
         record: what the result depends on beside these options; entries but ``"date"`` must be the same to go on.
         show: called with each method's name and result, unless it came from the journal.
-        progress: called with 1 after each picture.
+        progress: called with 1 after each image.
 
     Returns:
         The result as JSON holds it: ``"protocol"``, ``"options"``, ``"record"``, ``"summary"`` (method -> the figures
-        of :func:`corloc`), ``"skipped"`` (picture -> why: no annotation, no objects, not decoded, features that are
+        of :func:`corloc`), ``"skipped"`` (image -> why: no annotation, no objects, not decoded, features that are
         not finite; they are left out of all figures) and ``"predictions"``.
 
     Raises:
-        ValueError: if no picture is left, or the journals were written with other settings.
+        ValueError: if no image is left, or the journals were written with other settings.
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
     options = {
@@ -89,7 +89,7 @@ def evaluate(
                     if name not in known:
                         found[name] = discover(image, prepared, method, tau=tau, eps=eps)
                 except NotFiniteError as error:
-                    # Left out for all methods, or their figures would be of different pictures.
+                    # Left out for all methods, or their figures would be of different images.
                     skipped.setdefault(sample.name, f"{name}: {error}")
             if sample.name in skipped:
                 return
@@ -106,7 +106,7 @@ def evaluate(
         progress(1)
     if not any(predictions.values()):
         reason = next(iter(skipped.items()), ("", "the list is empty"))
-        raise ValueError(f"no picture of {data.name} can be used; the first: {reason[0]}: {reason[1]}")
+        raise ValueError(f"no image of {data.name} can be used; the first: {reason[0]}: {reason[1]}")
     content = {
         "protocol": "discovery",
         "options": options,

@@ -15,7 +15,7 @@ _PREDICTED, _TRUE, _INK = (220, 40, 40), (40, 200, 80), (25, 25, 25)
 
 
 def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, prediction: Prediction) -> Image.Image:
-    """One sheet: the picture with the predicted (red) and the true boxes (green), the eigenvector, the foreground."""
+    """One sheet: the image with the predicted (red) and the true boxes (green), the eigenvector, the foreground."""
     font = ImageFont.load_default(size=_TEXT)
     scale = min(_PANEL / image.width, _PANEL / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -25,7 +25,7 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
     stretched = (vector - vector.min()) / (spread if spread > 0 else 1.0)
     rows = cut.foreground.astype(np.uint8) * 90 + cut.component.astype(np.uint8) * 165
     panels = [
-        ("picture", image.resize(size, Image.Resampling.LANCZOS)),
+        ("image", image.resize(size, Image.Resampling.LANCZOS)),
         (
             f"eigenvector, {cut.eigenvector.shape[1]} x {cut.eigenvector.shape[0]}",
             place_cells(confidence_colours(stretched), size, discovery.covered),

@@ -11,7 +11,7 @@ from .protocol import Prediction
 
 
 def corloc(predictions: Iterable[Prediction]) -> dict[str, Any]:
-    """Figures over pictures: ``corloc`` (percent of pictures whose box is correct), ``pictures``, ``found``,
+    """Figures over images: ``corloc`` (percent of images whose box is correct), ``pictures``, ``found``,
     ``mean_iou`` (0 to 1) and ``degenerate`` (how many)."""
     all_of_them = list(predictions)
     count, found = len(all_of_them), sum(p.found for p in all_of_them)
@@ -33,5 +33,5 @@ def table(content: dict[str, Any]) -> Table:
     where = "own size" if options["resolution"] is None else f"{options['resolution']} pixels"
     if options["resolution"] is not None and options.get("rule") == "exact":
         where += ", exact rule"
-    title = f"{options['dataset']}, {counted} pictures at {where}, {len(content['skipped'])} left out"
+    title = f"{options['dataset']}, {counted} images at {where}, {len(content['skipped'])} left out"
     return Table(f"{title}, tau {options['tau']:g}", columns, rows)

@@ -1,4 +1,4 @@
-"""SPair-71k in its original layout: pairs of pictures with key points, and what is wrong with them."""
+"""SPair-71k in its original layout: pairs of images with key points, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 SPLITS = ("trn", "val", "test")
 LAYOUTS = ("large", "small")
-# How far, in pixels, a pair's key points may lie from those of its pictures' own annotations without a remark.
+# How far, in pixels, a pair's key points may lie from those of its images' own annotations without a remark.
 _TOLERANCE = 1.0
 
 
@@ -29,7 +29,7 @@ class SPairError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One annotated pair of pictures of a category."""
+    """One annotated pair of images of a category."""
 
     name: str
     """Of its annotation, ``number-source-target:category``."""
@@ -38,18 +38,18 @@ class Pair:
     source: Path
     target: Path
     source_points: Array
-    """[N, 2] (x, y) in pixels of the source picture."""
+    """[N, 2] (x, y) in pixels of the source image."""
     target_points: Array
-    """[N, 2] the same parts in the target picture."""
+    """[N, 2] the same parts in the target image."""
     box: tuple[float, float, float, float]
-    """Of the object in the target picture: left, top, right, bottom."""
+    """Of the object in the target image: left, top, right, bottom."""
     source_size: tuple[int, int] | None
-    """(width, height) that the annotation gives for the source picture."""
+    """(width, height) that the annotation gives for the source image."""
     target_size: tuple[int, int] | None
     difficulty: dict[str, int]
     """``viewpoint_variation``, ``scale_variation``, ``truncation`` and ``occlusion``, as far as annotated."""
     part_names: tuple[str, ...] = ()
-    """Names of the N key points in the pictures' own annotations; empty where the pair does not give them."""
+    """Names of the N key points in the images' own annotations; empty where the pair does not give them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Selection:
     skipped: dict[str, str] = field(default_factory=dict)
     """Annotation (its path below the root) or category -> what is wrong with it."""
     remarks: dict[str, str] = field(default_factory=dict)
-    """Annotations that are used but disagree with those of their pictures."""
+    """Annotations that are used but disagree with those of their images."""
 
 
 class SPair:
@@ -252,7 +252,7 @@ class SPair:
         )
 
     def _compare(self, category: str, pairs: Iterable[Pair]) -> dict[str, str]:
-        """Remarks on pairs whose key points are not those of their pictures' annotations."""
+        """Remarks on pairs whose key points are not those of their images' annotations."""
         folder = self.root / "ImageAnnotation" / category
         known: dict[Path, dict[str, Any] | None] = {}
         remarks = {}

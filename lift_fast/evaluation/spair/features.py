@@ -21,7 +21,7 @@ CACHE_BYTES = 1 << 30
 
 @dataclass
 class ImageFeatures:
-    """Descriptors of the pictures of one category at one size."""
+    """Descriptors of the images of one category at one size."""
 
     methods: Sequence[Method]
     backbone: FrozenViT
@@ -29,7 +29,7 @@ class ImageFeatures:
     batch_size: int
     budget: int
     sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """(width, height) of each picture that could be read."""
+    """(width, height) of each image that could be read."""
     problems: dict[Path, str] = field(default_factory=dict)
     features: dict[Path, dict[str, Features]] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class ImageFeatures:
         self.features = {path: found for path, found in self.features.items() if path in wanted}
 
     def capacity(self) -> int:
-        """How many pictures' descriptors fit the budget; needs one that has been loaded."""
+        """How many images' descriptors fit the budget; needs one that has been loaded."""
         if not self.features:
             return 2
         each = next(iter(self.features.values()))

@@ -1,6 +1,6 @@
 r"""PCK on SPair-71k, to the letter of the LiFT paper's evaluation and of the data set authors'.
 
-1. A picture of w x h pixels is resized by s = S / max(w, h) so that it fits a square of S x S (Lanczos; the shorter
+1. An image of w x h pixels is resized by s = S / max(w, h) so that it fits a square of S x S (Lanczos; the shorter
    side becomes round(S * short / long), halves to even) and laid centred on black, at an offset rounded down. Key
    points are multiplied by s and moved by the offset.
 2. Descriptors are normalised on their own grid, interpolated bilinearly to S x S (align_corners=False) and not
@@ -57,22 +57,22 @@ class Protocol:
 
 
 class Frame(NamedTuple):
-    """Where a picture lies in its square, in pixels of the square."""
+    """Where an image lies in its square, in pixels of the square."""
 
     scale: float
-    """Pixels of the square to one of the picture."""
+    """Pixels of the square to one of the image."""
     left: int
     top: int
     width: int
     height: int
 
     def place(self, points: Array) -> Array:
-        """Points ``[N, 2]`` (x, y) of the picture in the square."""
+        """Points ``[N, 2]`` (x, y) of the image in the square."""
         return points * self.scale + np.array([self.left, self.top], dtype=np.float64)
 
 
 def fit(size: tuple[int, int], side: int) -> Frame:
-    """How a picture of ``size`` (width, height) lies in a square of ``side`` pixels."""
+    """How an image of ``size`` (width, height) lies in a square of ``side`` pixels."""
     width, height = size
     if height <= width:
         new_width, new_height = side, max(1, round(side * height / width))
@@ -82,7 +82,7 @@ def fit(size: tuple[int, int], side: int) -> Frame:
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """An RGB picture in its square, on black."""
+    """An RGB image in its square, on black."""
     check_size((side, side))
     frame = fit(image.size, side)
     canvas = Image.new("RGB", (side, side))
@@ -127,8 +127,8 @@ def is_right(
 
     Args:
         matches, truth: ``[N, 2]`` (x, y) in the target's square.
-        box: left, top, right, bottom of the object in the target picture.
-        scale: of the target picture.
+        box: left, top, right, bottom of the object in the target image.
+        scale: of the target image.
         alphas: of PCK.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Running SPair-71k: category by category, features of a picture once for all of its pairs; summary and tables."""
+"""Running SPair-71k: category by category, features of an image once for all of its pairs; summary and tables."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def evaluate(
 
     Args:
         methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
-        backbone: says how pictures are normalised and where it runs.
+        backbone: says how images are normalised and where it runs.
         dataset: says what the results are of.
         selection: of :meth:`SPair.select`, made with ``filters``.
         sizes: pixels S of the squares.
@@ -99,8 +99,8 @@ def evaluate(
             is drawn.
         filters: recorded with the results.
         protocol: options; None takes the defaults.
-        batch_size: pictures that go through the backbone at one time.
-        cache_bytes: descriptors that are kept; where a category's pictures need more, it is done in parts.
+        batch_size: images that go through the backbone at one time.
+        cache_bytes: descriptors that are kept; where a category's images need more, it is done in parts.
         out: file for the result, written after each category too; one that is there and was made with the same
             ``record`` and options is resumed.
         record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
@@ -244,14 +244,14 @@ def _score(
 
 
 def _parts(pictures: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """The pairs in such an order, and so many at a time, that their pictures' descriptors fit the budget."""
+    """The pairs in such an order, and so many at a time, that their images' descriptors fit the budget."""
     paths = sorted({path for pair in pairs for path in (pair.source, pair.target)})
     for start in range(0, len(paths), pictures.batch_size):
         pictures.load(paths[start : start + pictures.batch_size])
         if pictures.features:
             break
     capacity = pictures.capacity()
-    # Two blocks of pictures are held at one time, so each block meets each other one.
+    # Two blocks of images are held at one time, so each block meets each other one.
     length = max(1, len(paths) if capacity >= len(paths) else capacity // 2)
     block = {path: index // length for index, path in enumerate(paths)}
     parts: dict[tuple[int, int], list[Pair]] = {}

@@ -11,7 +11,7 @@ from lift_fast.evaluation.tables import Column, Table
 
 
 def titles(alphas: Sequence[float]) -> list[str]:
-    """Names of the figures: by key points with ``<``, then by pairs of pictures with ``<=``."""
+    """Names of the figures: by key points with ``<``, then by pairs of images with ``<=``."""
     names = [f"PCK@{alpha:g}" for alpha in alphas]
     return names + [f"{name} per image" for name in names]
 

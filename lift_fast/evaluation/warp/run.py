@@ -39,7 +39,7 @@ def evaluate(
 
     Args:
         methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
-        backbone: says how pictures are normalised and where it runs.
+        backbone: says how images are normalised and where it runs.
         paths: photographs; ``root`` is the folder that their names are relative to.
         sizes: pixels S of the square views.
         seeds: warps of each photograph; 0 to ``seeds - 1``.

@@ -95,7 +95,7 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
     outside = ~((pixels >= 0) & (pixels < limit)).all(-1)
     if bool(outside.any()):
         raise ValueError(
-            f"points must lie inside the query picture of (H, W) = {tuple(size)}: 0 <= x < W and 0 <= y < H; "
+            f"points must lie inside the query image of (H, W) = {tuple(size)}: 0 <= x < W and 0 <= y < H; "
             f"{int(outside.sum())} of {outside.numel()} do not, the first is {points[outside][0].tolist()}"
         )
     return pixels.long()

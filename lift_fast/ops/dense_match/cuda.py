@@ -100,9 +100,9 @@ def match(
     Args:
         table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: a row for each point, or for each
             cell of the query's ``band``.
-        key: the key picture's strips along y and x.
+        key: the key image's strips along y and x.
         scales: of the key's pixels, or None for ones.
-        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query picture, of which the pixels of
+        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query image, of which the pixels of
             ``band`` are written.
         query, band: None for points.
         when: the launch may do nothing.
@@ -145,7 +145,7 @@ def mutual(
 
     Args:
         table: ``[query cells, key cells]`` float32 contiguous similarities.
-        query, key: the pictures' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells,
+        query, key: the images' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells,
             and ``MOST_MUTUAL_CELLS`` key cells.
         scales: of the query's pixels, or None for ones.
         index: ``[H * W]`` int64, the match of each query pixel, of :func:`match` on the same similarities.

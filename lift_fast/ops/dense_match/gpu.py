@@ -66,7 +66,7 @@ def fits(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
     if query.tokens.dtype != torch.float32:
         return False, f"the kernel computes in float32, not in {query.tokens.dtype}"
     if max(key.pixels, query.pixels) >= 2**31 - 1:
-        return False, f"pictures of less than 2^31 pixels, got {query.size} and {key.size}"
+        return False, f"images of less than 2^31 pixels, got {query.size} and {key.size}"
     if 4 * 4 * key.tokens.shape[0] > _TABLE_BUDGET:
         return False, f"maps of at most {_TABLE_BUDGET // 16} cells, got {key.grid}"
     return True, ""

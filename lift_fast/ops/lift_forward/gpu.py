@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...kernels.lift_forward_head import HeadWeights
     from ...kernels.lift_forward_upsample import UpsampleWeights
 
-# Detectors see pictures of many sizes.
+# Detectors see images of many sizes.
 _MOST_PASSES = 256
 
 

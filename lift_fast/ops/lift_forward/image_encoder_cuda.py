@@ -1,4 +1,4 @@
-"""LiFT's image encoders as the native core's CUDA kernel: f and g in one pass over the picture, on the tensor cores."""
+"""LiFT's image encoders as the native core's CUDA kernel: f and g in one pass over the image, on the tensor cores."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tu
     """Image encoders.
 
     Args:
-        imgs: ``[B, 3, s*h, s*w]`` pictures of any strides, s = 16 with pool, else 8.
+        imgs: ``[B, 3, s*h, s*w]`` images of any strides, s = 16 with pool, else 8.
         weights: of :func:`pack_encoder`, in the dtype and on the device of ``imgs``.
         cut: how the work is cut for the device: "walk", "stream" or "spread"; the results are alike.
 
@@ -138,7 +138,7 @@ def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tu
 
 
 def launcher(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> Callable[[Tensor, int, int, int], None]:
-    """``encode(imgs, f, g, stream)`` for pictures like these: addresses of f, g and a stream on the pictures' device.
+    """``encode(imgs, f, g, stream)`` for images like these: addresses of f, g and a stream on the images' device.
 
     :func:`encode_image` checks what this takes on trust.
     """

@@ -41,7 +41,7 @@ def lift_forward(
     """LiFT in evaluation mode.
 
     Args:
-        imgs: ``[B, 3, s*h, s*w]`` pictures aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
+        imgs: ``[B, 3, s*h, s*w]`` images aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
         x: ``[B, h, w, C]`` backbone features in the dtype in which to compute.
         weights, epsilons, architecture: the network, see :func:`.plan.build_plan`; any floating dtype.
         basis: give the descriptors in an orthonormal basis of their span, see :meth:`.plan.Plan.in_basis`.

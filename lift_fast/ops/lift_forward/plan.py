@@ -6,7 +6,7 @@ Two exact identities make it from the module's weights, both applied in float64:
 2. The 2x2 transposed convolution and the first 3x3 convolution are one linear map, because nothing non-linear stands
    between them and the concatenation with the image features splits the sum. Output pixel (2i + a, 2j + b) reads, for
    each of the four phases (a, b), a 2x2 window of the coarse grid. The transposed convolution's bias reaches the
-   output only through taps inside the picture, so its share differs on the border: nine position classes.
+   output only through taps inside the image, so its share differs on the border: nine position classes.
 
 Everything here is device-independent; :mod:`lift_fast.ops.lift_forward` executes it.
 """
@@ -87,7 +87,7 @@ class Plan:
 
         It depends on the position's class alone: 0 the first row (column) of the fine grid, 2 the last, 1 between.
         """
-        # (phase a, coarse rows p inside the picture) of each class.
+        # (phase a, coarse rows p inside the image) of each class.
         classes = ((0, slice(1, 2)), (0, slice(0, 2)), (1, slice(0, 1)))
         shares = [[self.phase[a, b, p, q, -1].sum((0, 1)) for b, q in classes] for a, p in classes]
         return torch.stack([torch.stack(row) for row in shares]) + self.bias
@@ -197,7 +197,7 @@ def compose_upsample(conv: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor
     Args:
         conv: ``[c, U, 3, 3]``, the 3x3 convolution's kernel on the upsampled channels.
         up_weight: ``[K, U, 2, 2]``, the transposed convolution's kernel.
-        up_bias: ``[U]``, carried as one more input channel that is 1 inside the picture and 0 in the padding.
+        up_bias: ``[U]``, carried as one more input channel that is 1 inside the image and 0 in the padding.
 
     Returns:
         ``phase [2, 2, 2, 2, K + 1, c]``, see :class:`Plan`.
