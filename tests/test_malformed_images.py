@@ -1,9 +1,9 @@
-"""A few malformed images; ``python tests/malformed_pictures.py 500`` tries many."""
+"""A few malformed images; ``python tests/malformed_images.py 500`` tries many."""
 
 from __future__ import annotations
 
 import pytest
-from malformed_pictures import check
+from malformed_images import check
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 

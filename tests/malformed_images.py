@@ -1,6 +1,6 @@
 """Malformed images by the hundred: valid files, changed at random, with what each must come to.
 
-``python tests/malformed_pictures.py 500`` reads, matches and extracts so many and prints the figures.
+``python tests/malformed_images.py 500`` reads, matches and extracts so many and prints the figures.
 """
 
 from __future__ import annotations
