@@ -1,3 +1,5 @@
+#include "cpu/cosine_loss.hpp"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +8,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/cosine_loss.hpp"
 #include "pointer.hpp"
 
 namespace py = pybind11;
@@ -53,8 +54,7 @@ void run(std::uintptr_t prediction, std::uintptr_t target, const std::string& dt
 void bind_cosine_loss(py::module_& m) {
   m.def("cosine_loss", &run, py::arg("prediction"), py::arg("target"), py::arg("dtype"), py::arg("shape"),
         py::arg("prediction_strides"), py::arg("target_strides"), py::arg("gradient_strides"), py::arg("weight"),
-        py::arg("loss"), py::arg("gradient"), py::arg("threads"), py::arg("isa") = "auto",
-        py::arg("upstream") = 0,
+        py::arg("loss"), py::arg("gradient"), py::arg("threads"), py::arg("isa") = "auto", py::arg("upstream") = 0,
         "1 - cosine of prediction and target [outer, c, inner] along c: writes loss [outer, inner] float32 and, where "
         "its address is not 0, weight times the gradient for prediction, in the inputs' dtype; times upstream [outer, "
         "inner] float32 too where that is given. Strides in elements.");

@@ -1,10 +1,11 @@
+#include "cpu/dense_match.hpp"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 #include <utility>
 
-#include "cpu/dense_match.hpp"
 #include "cpu/dense_match_points.hpp"
 #include "cpu/map_products.hpp"
 #include "interruptible.hpp"
@@ -46,10 +47,11 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
 
 // (address, channel stride, cell stride, (h, w), whether cells are to be normalised)
 DenseMatchMap map_of(const py::tuple& t) {
-  if (t.size() != 5) throw py::value_error("dense_match: a map is (address, channel stride, cell stride, (h, w), normalize)");
+  if (t.size() != 5)
+    throw py::value_error("dense_match: a map is (address, channel stride, cell stride, (h, w), normalize)");
   const auto grid = t[3].cast<std::pair<std::int64_t, std::int64_t>>();
-  return {pointer<const float>(t[0]), t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(),
-          grid.first, grid.second, t[4].cast<bool>()};
+  return {pointer<const float>(t[0]), t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(), grid.first, grid.second,
+          t[4].cast<bool>()};
 }
 
 void match_points(const py::handle& points, std::int64_t count, std::int64_t c, const py::tuple& query,
@@ -121,16 +123,17 @@ void map_sample(const py::handle& points, const py::handle& map, std::int64_t ch
 }  // namespace
 
 void bind_dense_match(py::module_& m) {
-  m.def("dense_match_f32", &run, py::arg("table"), py::arg("rows"), py::arg("groups"), py::arg("corners"),
-        py::arg("start"), py::arg("weights"), py::arg("y"), py::arg("x"), py::arg("scale"), py::arg("similarity"),
-        py::arg("index"), py::arg("threads"), py::arg("isa") = "auto",
-        "For each query pixel the key pixel of the largest bilinearly interpolated similarity, the lowest row-major one "
-        "of equals. Addresses of contiguous arrays: table [rows, y cells * x cells] float32, similarities of query to "
-        "key cells; corners [groups, 4] int32 rows of the table, start [groups + 1] int64, weights [points, 2] float32 "
-        "(x, y): query pixels grouped by the four cells around them; scale [y pixels, x pixels] float32, a positive "
-        "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
-        "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
-        "[points] int64; -inf and -1 where every value is NaN or infinite.");
+  m.def(
+      "dense_match_f32", &run, py::arg("table"), py::arg("rows"), py::arg("groups"), py::arg("corners"),
+      py::arg("start"), py::arg("weights"), py::arg("y"), py::arg("x"), py::arg("scale"), py::arg("similarity"),
+      py::arg("index"), py::arg("threads"), py::arg("isa") = "auto",
+      "For each query pixel the key pixel of the largest bilinearly interpolated similarity, the lowest row-major one "
+      "of equals. Addresses of contiguous arrays: table [rows, y cells * x cells] float32, similarities of query to "
+      "key cells; corners [groups, 4] int32 rows of the table, start [groups + 1] int64, weights [points, 2] float32 "
+      "(x, y): query pixels grouped by the four cells around them; scale [y pixels, x pixels] float32, a positive "
+      "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
+      "high [strips], first [strips + 1], float32 weight [pixels]. Writes similarity [points] float32 and index "
+      "[points] int64; -inf and -1 where every value is NaN or infinite.");
   m.def("dense_match_points_f32", &match_points, py::arg("points"), py::arg("count"), py::arg("c"), py::arg("query"),
         py::arg("key"), py::arg("size"), py::arg("normalize"), py::arg("y"), py::arg("x"), py::arg("scale"),
         py::arg("similarity"), py::arg("index"), py::arg("table_bytes"), py::arg("threads"), py::arg("isa") = "auto",
@@ -143,11 +146,12 @@ void bind_dense_match(py::module_& m) {
         py::arg("normalize_cells"), py::arg("normalize_result"), py::arg("descriptors"), py::arg("threads"),
         "Bilinear interpolation of a map [c, h, w] of grid (h, w), stretched over an image of size (H, W), at points "
         "[count, 2] int64 (x, y): writes descriptors [count, c]. Addresses; float32 but for the points.");
-  m.def("map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
-        py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"),
-        py::arg("table"), py::arg("threads"), py::arg("isa") = "auto",
-        "Products of descriptors [count, c] with the cells of a map [c, cells], one of whose strides is 1: writes table "
-        "[count, cells], divided by max(norm of the cell, 1e-12) if asked for. Addresses of float32 arrays.");
+  m.def(
+      "map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
+      py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"), py::arg("table"),
+      py::arg("threads"), py::arg("isa") = "auto",
+      "Products of descriptors [count, c] with the cells of a map [c, cells], one of whose strides is 1: writes table "
+      "[count, cells], divided by max(norm of the cell, 1e-12) if asked for. Addresses of float32 arrays.");
 }
 
 }  // namespace lift_fast

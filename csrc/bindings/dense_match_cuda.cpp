@@ -14,7 +14,8 @@ namespace {
 
 void expect(const py::tuple& t, std::size_t size, const char* form) {
   if (t.size() != size) {
-    throw py::value_error(std::string("dense_match: expected ") + form + ", got a tuple of " + std::to_string(t.size()));
+    throw py::value_error(std::string("dense_match: expected ") + form + ", got a tuple of " +
+                          std::to_string(t.size()));
   }
 }
 
@@ -27,8 +28,12 @@ MatchAxis axis(const py::tuple& t) {
 
 MatchPicture picture(const py::tuple& y, const py::tuple& x, const py::tuple& scale) {
   expect(scale, 4, "scales (pixel, high, low, rows)");
-  return {axis(y), axis(x), pointer<const float>(scale[0]), pointer<const float>(scale[1]),
-          pointer<const float>(scale[2]), pointer<const float>(scale[3])};
+  return {axis(y),
+          axis(x),
+          pointer<const float>(scale[0]),
+          pointer<const float>(scale[1]),
+          pointer<const float>(scale[2]),
+          pointer<const float>(scale[3])};
 }
 
 MatchWhen when_of(const py::tuple& t) {
@@ -59,8 +64,7 @@ constexpr auto match_mutual = &match_mutual_run;
 
 void groups(std::uintptr_t table, std::int64_t rows, const py::tuple& key_y, const py::tuple& key_x,
             const py::tuple& key_scale, const py::tuple& query_y, const py::tuple& query_x, const py::tuple& band,
-            std::uintptr_t similarity, std::uintptr_t index, const py::tuple& when, int device,
-            std::uintptr_t stream) {
+            std::uintptr_t similarity, std::uintptr_t index, const py::tuple& when, int device, std::uintptr_t stream) {
   GroupMatchCall call{};
   call.table = pointer<const float>(table);
   call.rows = rows;
@@ -113,28 +117,30 @@ void mutual(std::uintptr_t table, const py::tuple& query_y, const py::tuple& que
 }  // namespace
 
 void bind_dense_match_cuda(py::module_& m) {
-  m.def("dense_match_groups", &groups, py::arg("table"), py::arg("rows"), py::arg("key_y"), py::arg("key_x"),
-        py::arg("key_scale"), py::arg("query_y"), py::arg("query_x"), py::arg("band"), py::arg("similarity"),
-        py::arg("index"), py::arg("when"), py::arg("device"), py::arg("stream"),
-        "On a CUDA device, for each query pixel of a band the key pixel of the largest bilinearly interpolated "
-        "similarity, the lowest row-major one of equals. Addresses of contiguous arrays on the device: table [rows, "
-        "key cells] float32, similarities of the band's query cells; similarity float32 and index int64, both of every "
-        "query pixel, -inf and -1 where every value is NaN or infinite. An axis is (cells, pixels, strips, low, high, "
-        "first, weight, longest): int32 low and high [strips], first [strips + 1], float32 weight [pixels]; these "
-        "arrays are trusted. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range in "
-        "each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, width): query strips, and the table's "
-        "first cell and row length. when is (flag, wanted): the address of an int32 on the device, so that the launch does "
-        "something only where that is not zero, or is zero, as wanted says; (0, True) for always. Launches on `stream` "
-        "and returns.");
+  m.def(
+      "dense_match_groups", &groups, py::arg("table"), py::arg("rows"), py::arg("key_y"), py::arg("key_x"),
+      py::arg("key_scale"), py::arg("query_y"), py::arg("query_x"), py::arg("band"), py::arg("similarity"),
+      py::arg("index"), py::arg("when"), py::arg("device"), py::arg("stream"),
+      "On a CUDA device, for each query pixel of a band the key pixel of the largest bilinearly interpolated "
+      "similarity, the lowest row-major one of equals. Addresses of contiguous arrays on the device: table [rows, "
+      "key cells] float32, similarities of the band's query cells; similarity float32 and index int64, both of every "
+      "query pixel, -inf and -1 where every value is NaN or infinite. An axis is (cells, pixels, strips, low, high, "
+      "first, weight, longest): int32 low and high [strips], first [strips + 1], float32 weight [pixels]; these "
+      "arrays are trusted. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range in "
+      "each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, width): query strips, and the table's "
+      "first cell and row length. when is (flag, wanted): the address of an int32 on the device, so that the launch does "
+      "something only where that is not zero, or is zero, as wanted says; (0, True) for always. Launches on `stream` "
+      "and returns.");
   m.def("dense_match_points", &points, py::arg("table"), py::arg("points"), py::arg("key_y"), py::arg("key_x"),
-        py::arg("key_scale"), py::arg("similarity"), py::arg("index"), py::arg("when"), py::arg("device"), py::arg("stream"),
-        "The same for single points, each with its own row of table [points, key cells].");
-  m.def("dense_match_mutual", &mutual, py::arg("table"), py::arg("query_y"), py::arg("query_x"), py::arg("query_scale"),
-        py::arg("key_y"), py::arg("key_x"), py::arg("index"), py::arg("valid"), py::arg("scratch"),
-        py::arg("scratch_words"), py::arg("when"), py::arg("device"), py::arg("stream"),
-        "Whether the best query pixel of each query pixel's match is that pixel: table [query cells, key cells] float32, "
-        "index [query pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool. scratch: int32 "
-        "zeros, 8 for each query pixel, or for four in each patch where there are no scales, and 8 more.");
+        py::arg("key_scale"), py::arg("similarity"), py::arg("index"), py::arg("when"), py::arg("device"),
+        py::arg("stream"), "The same for single points, each with its own row of table [points, key cells].");
+  m.def(
+      "dense_match_mutual", &mutual, py::arg("table"), py::arg("query_y"), py::arg("query_x"), py::arg("query_scale"),
+      py::arg("key_y"), py::arg("key_x"), py::arg("index"), py::arg("valid"), py::arg("scratch"),
+      py::arg("scratch_words"), py::arg("when"), py::arg("device"), py::arg("stream"),
+      "Whether the best query pixel of each query pixel's match is that pixel: table [query cells, key cells] float32, "
+      "index [query pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool. scratch: int32 "
+      "zeros, 8 for each query pixel, or for four in each patch where there are no scales, and 8 more.");
   m.attr("most_mutual_group") = kMostMutualGroup;
   m.attr("most_mutual_cells") = kMostMutualCells;
 }

@@ -1,9 +1,10 @@
+#include "cpu/lift_forward.hpp"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 
-#include "cpu/lift_forward.hpp"
 #include "pointer.hpp"
 
 namespace py = pybind11;
@@ -23,9 +24,9 @@ void pack(std::uintptr_t phase, std::uintptr_t fine, std::uintptr_t edge_bias, s
           const std::string& isa) {
   const LiftForwardType type = lift_forward_type(dtype);
   const LiftForwardWeights weights{pointer<const double>(phase),     pointer<const double>(fine),
-                               pointer<const double>(edge_bias), pointer<const double>(conv),
-                               pointer<const double>(conv_bias), pointer<const double>(out),
-                               pointer<const double>(out_bias)};
+                                   pointer<const double>(edge_bias), pointer<const double>(conv),
+                                   pointer<const double>(conv_bias), pointer<const double>(out),
+                                   pointer<const double>(out_bias)};
   const CpuIsa target = lift_forward_isa(isa, type);
   py::gil_scoped_release release;
   lift_forward_pack(weights, {C, c, G, F}, type, target, pointer<void>(packed), packed_bytes);

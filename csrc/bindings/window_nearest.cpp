@@ -1,9 +1,10 @@
+#include "cpu/window_nearest.hpp"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 
-#include "cpu/window_nearest.hpp"
 #include "interruptible.hpp"
 #include "pointer.hpp"
 

@@ -57,7 +57,8 @@ struct Factors {
 
 // In float64: products of squared norms leave the range of float32.
 template <class Number>
-inline Factors factors(Number product, Number own, Number other, double weight, float* loss, double exact[2] = nullptr) {
+inline Factors factors(Number product, Number own, Number other, double weight, float* loss,
+                       double exact[2] = nullptr) {
   const double own_square = static_cast<double>(own) + kEpsilon, other_square = static_cast<double>(other) + kEpsilon;
   const double length = __builtin_sqrt(own_square) * __builtin_sqrt(other_square);
   const double cosine = static_cast<double>(product) / length;
@@ -111,13 +112,14 @@ inline void combine(const float* x, const float* y, const float* a, const float*
   const Vec one_a = Vec{} + *a, one_b = Vec{} + *b;
   // Writes past the caches must be aligned; single elements lead up to the first that is.
   constexpr std::uintptr_t line = sizeof(Vec);
-  const std::int64_t lead =
-      stream ? static_cast<std::int64_t>((line - reinterpret_cast<std::uintptr_t>(out) % line) % line / sizeof(float))
-             : 0;
+  const std::int64_t lead = stream ? static_cast<std::int64_t>((line - reinterpret_cast<std::uintptr_t>(out) % line) %
+                                                               line / sizeof(float))
+                                   : 0;
   for (; i < lead && i < count; ++i) out[i] = x[i] * a[kScalar ? 0 : i] + y[i] * b[kScalar ? 0 : i];
   if (stream) {
     for (; i + kLanes <= count; i += kLanes) {
-      Isa::stream(out + i, load(x + i) * (kScalar ? one_a : load(a + i)) + load(y + i) * (kScalar ? one_b : load(b + i)));
+      Isa::stream(out + i,
+                  load(x + i) * (kScalar ? one_a : load(a + i)) + load(y + i) * (kScalar ? one_b : load(b + i)));
     }
   }
   for (; i + kLanes <= count; i += kLanes) {

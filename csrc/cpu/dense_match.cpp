@@ -90,7 +90,8 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   for (std::int64_t g = 0; g < call.groups; ++g) {
     require(call.start[g] <= call.start[g + 1], "groups must ascend");
     for (int i = 0; i < 4; ++i) {
-      require(call.corners[4 * g + i] >= 0 && call.corners[4 * g + i] < call.rows, "a group names a row that does not exist");
+      require(call.corners[4 * g + i] >= 0 && call.corners[4 * g + i] < call.rows,
+              "a group names a row that does not exist");
     }
   }
 

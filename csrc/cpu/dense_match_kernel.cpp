@@ -237,7 +237,8 @@ class Matcher {
     IntVec index = load(index_ + point);
     for (const std::int32_t row : rows) {
       const Vec down = splat(y.weight[row]);
-      const Vec start = Isa::multiply_add(patch.down, down, patch.near), slope = Isa::multiply_add(patch.both, down, patch.right);
+      const Vec start = Isa::multiply_add(patch.down, down, patch.near),
+                slope = Isa::multiply_add(patch.both, down, patch.right);
       for (const std::int32_t column : columns) {
         const Vec value = Isa::multiply_add(slope, splat(x.weight[column]), start);
         const IntVec pixel = IntVec{} + static_cast<std::int32_t>(row * x.pixels + column);

@@ -27,8 +27,8 @@ void dense_match_points_run(const DenseMatchPointsCall& call, CpuIsa isa) {
   require(call.points != nullptr && call.similarity != nullptr && call.index != nullptr,
           "points, similarity and index must not be null");
   const std::int64_t cells = call.key.grid_h * call.key.grid_w;
-  const std::int64_t portion =
-      std::min(std::max<std::int64_t>(call.table_bytes / (4 * std::max(cells, call.c)), 1), call.count);
+  const std::int64_t portion = std::min(std::max<std::int64_t>(call.table_bytes / (4 * std::max(cells, call.c)), 1),
+                                        call.count);
   const Memory<float> descriptors = allocate<float>(portion * call.c), table = allocate<float>(portion * cells);
   // Each point is a group of its own, on its row of the table.
   const Memory<std::int32_t> corners = allocate<std::int32_t>(4 * portion);

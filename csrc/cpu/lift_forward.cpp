@@ -78,7 +78,8 @@ class Panel {
 // How much of tap 0 and tap 1 each point multiplies.
 constexpr double kPhaseFilter[4][2] = {{1, 0}, {.5, .5}, {.5, -.5}, {0, 1}};
 
-void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
+void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout,
+                 float* packed) {
   const std::int64_t depth = n.tokens + n.coarse;
   const int side = static_cast<int>(layout.phase_tile) + 1;
   const std::int64_t items = 4 * layout.hidden_panels;
@@ -123,13 +124,18 @@ void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, cons
   }
 }
 
-constexpr double kFilter4[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
-                                   {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
+constexpr double kFilter4[6][3] = {{1. / 4, 0, 0},
+                                   {-1. / 6, -1. / 6, -1. / 6},
+                                   {-1. / 6, 1. / 6, -1. / 6},
+                                   {1. / 24, 1. / 12, 1. / 6},
+                                   {1. / 24, -1. / 12, 1. / 6},
+                                   {0, 0, 1}};
 constexpr double kFilter2[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
-void pack_conv(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
+void pack_conv(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout,
+               float* packed) {
   const std::int64_t side = layout.conv_tile + 2;
-  const double(*filter)[3] = layout.conv_tile == 4 ? kFilter4 : kFilter2;
+  const double (*filter)[3] = layout.conv_tile == 4 ? kFilter4 : kFilter2;
 #pragma omp parallel for schedule(static)
   for (std::int64_t item = 0; item < layout.hidden_panels; ++item) {
     const std::int64_t first = item * layout.panel;
@@ -154,7 +160,8 @@ void pack_conv(const LiftForwardWeights& w, const LiftForwardChannels& n, const 
   }
 }
 
-void pack_out(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout, float* packed) {
+void pack_out(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout,
+              float* packed) {
   for (std::int64_t item = 0; item < layout.token_panels; ++item) {
     const std::int64_t first = item * layout.panel;
     const std::int64_t width = n.tokens - first < layout.panel ? n.tokens - first : layout.panel;
@@ -213,8 +220,7 @@ LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, CpuIsa isa) 
   const std::int64_t conv_points = (l.conv_tile + 2) * (l.conv_tile + 2);
   // What fine_needed leaves: in each dimension one sub-pixel has both taps, the other has one and so lacks one point.
   const std::int64_t fine_pairs = 2 * l.phase_tile + 1;
-  l.phase_panel_words =
-      (phase_points * l.coarse_side_blocks + fine_pairs * fine_pairs * l.fine_blocks) * block_words;
+  l.phase_panel_words = (phase_points * l.coarse_side_blocks + fine_pairs * fine_pairs * l.fine_blocks) * block_words;
   l.conv_panel_words = conv_points * l.hidden_blocks * block_words;
   l.out_panel_words = l.hidden_blocks * block_words;
   std::int64_t at = 0;
@@ -252,8 +258,8 @@ std::int64_t lift_forward_packed_size(const LiftForwardChannels& n, LiftForwardT
   return kHeaderBytes + lift_forward_layout(n, isa).end * static_cast<std::int64_t>(sizeof(float));
 }
 
-void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa, void* packed,
-                  std::int64_t packed_bytes) {
+void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa,
+                       void* packed, std::int64_t packed_bytes) {
   const Header header = header_for(n, type, isa);
   if (packed == nullptr || packed_bytes < header.bytes) {
     throw std::invalid_argument("lift_forward_pack: the packed buffer needs " + std::to_string(header.bytes) +
@@ -290,9 +296,9 @@ void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t pac
   const LiftForwardChannels& n = call.channels;
   const Header expected = header_for(n, call.type, isa);
   if (call.batch < 0 || call.height < 1 || call.width < 1) {
-    throw std::invalid_argument("lift_forward: batch must be >= 0 and h, w >= 1, got batch=" +
-                                std::to_string(call.batch) + ", h=" + std::to_string(call.height) +
-                                ", w=" + std::to_string(call.width));
+    throw std::invalid_argument(
+        "lift_forward: batch must be >= 0 and h, w >= 1, got batch=" + std::to_string(call.batch) +
+        ", h=" + std::to_string(call.height) + ", w=" + std::to_string(call.width));
   }
   const std::int64_t widest = 4 * (n.tokens + n.hidden + n.coarse + n.fine + 64) * 8;
   const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / widest;
@@ -311,8 +317,8 @@ void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t pac
   std::memcpy(&found, packed, sizeof found);
   if (std::memcmp(&found, &expected, sizeof found) != 0) {
     throw std::invalid_argument(
-        std::string("lift_forward: the buffer was not packed for this call (isa ") + cpu_isa_name(isa) + ", C=" +
-        std::to_string(n.tokens) + ", c=" + std::to_string(n.hidden) + ", G=" + std::to_string(n.coarse) +
+        std::string("lift_forward: the buffer was not packed for this call (isa ") + cpu_isa_name(isa) +
+        ", C=" + std::to_string(n.tokens) + ", c=" + std::to_string(n.hidden) + ", G=" + std::to_string(n.coarse) +
         ", F=" + std::to_string(n.fine) + "); pack it again for this isa, dtype and these sizes");
   }
   if (call.batch == 0) return;

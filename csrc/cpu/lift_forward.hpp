@@ -94,8 +94,8 @@ CpuIsa lift_forward_isa(const std::string& name, LiftForwardType type);
 LiftForwardType lift_forward_type(const std::string& name);
 
 std::int64_t lift_forward_packed_size(const LiftForwardChannels& channels, LiftForwardType type, CpuIsa isa);
-void lift_forward_pack(const LiftForwardWeights& weights, const LiftForwardChannels& channels, LiftForwardType type, CpuIsa isa,
-                  void* packed, std::int64_t packed_bytes);
+void lift_forward_pack(const LiftForwardWeights& weights, const LiftForwardChannels& channels, LiftForwardType type,
+                       CpuIsa isa, void* packed, std::int64_t packed_bytes);
 void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t packed_bytes, CpuIsa isa);
 
 struct LiftForwardKernel {

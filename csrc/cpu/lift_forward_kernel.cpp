@@ -47,12 +47,13 @@ class Decoder {
     u_height_ = conv_rows_ * kConvTile + 2;
     u_width_ = conv_columns_ * kConvTile + 2;
     u_picture_ = u_height_ * u_width_ * layout_.hidden_width;
-    group_ = larger<std::int64_t>(1, smaller<std::int64_t>(call.batch, kGroupBytes / (u_picture_ * std::int64_t{sizeof(float)})));
+    group_ = larger<std::int64_t>(
+        1, smaller<std::int64_t>(call.batch, kGroupBytes / (u_picture_ * std::int64_t{sizeof(float)})));
     for (int rows = 0; rows <= kRows; ++rows) kernels_[rows] = MicroTable<kRows>::get(rows);
 
     const std::int64_t phase_words = kPhasePoints * (layout_.phase_blocks * kWords + kPanel);
-    const std::int64_t conv_words =
-        kConvPoints * (layout_.hidden_blocks * kWords + kPanel) + kConvPixels * layout_.hidden_blocks * kWords;
+    const std::int64_t conv_words = kConvPoints * (layout_.hidden_blocks * kWords + kPanel) +
+                                    kConvPixels * layout_.hidden_blocks * kWords;
     const std::int64_t phase_tiles = group_ * phase_rows_ * phase_columns_;
     const std::int64_t phase_blocks = ceil_div(phase_tiles, most_tiles(phase_words));
     if (phase_blocks >= 4 * call_.threads) {
@@ -68,7 +69,7 @@ class Decoder {
     const std::int64_t conv_tiles = group_ * conv_rows_ * conv_columns_;
     conv_block_ = even_block(conv_tiles, ceil_div(conv_tiles, most_tiles(conv_words)), call_.threads);
     const std::int64_t items = larger<std::int64_t>(ceil_div(phase_tiles, phase_block_) * phase_parts_,
-                                        ceil_div(conv_tiles, conv_block_));
+                                                    ceil_div(conv_tiles, conv_block_));
     workers_ = static_cast<int>(smaller<std::int64_t>(call_.threads, items));
     const std::int64_t rows_words = kRows * kPanel;
     scratch_words_ = larger<std::int64_t>(phase_block_ * phase_words, conv_block_ * conv_words + rows_words);

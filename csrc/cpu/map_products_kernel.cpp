@@ -126,7 +126,8 @@ inline void pack_part(const float* cells, std::int64_t width, const MapProductsC
 }
 
 // Cells [first, first + kBlock), fewer at the end of the map.
-inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first, float* scratch) {
+inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first,
+                           float* scratch) {
   const std::int64_t width = smaller<std::int64_t>(kBlock, call.cells - first);
   float inverse[kBlock];
   const float* cells = call.map + first * call.cell_stride;

@@ -60,7 +60,8 @@ struct NearestScratch {
 // What nearest_run prepares for a kernel beside the call.
 struct NearestWork {
   std::int64_t task_panels;   // panels of queries that a thread keeps in its L2 cache
-  std::int64_t group_panels;  // panels of queries that share one maximum per key; divides or is a multiple of the former
+  std::int64_t
+      group_panels;  // panels of queries that share one maximum per key; divides or is a multiple of the former
   std::int64_t padded_keys;
   float* packed_keys;  // words of the search's type
   float* query_centre;        // [c]

@@ -450,7 +450,8 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
         const std::int64_t end = smaller(panels, first + piece);
         if (stopped(whole.stop)) {
           // What comes after reads these.
-          for (std::int64_t i = first * kQueries; i < smaller(end * kQueries, whole.n); ++i) call.index[i * whole.k] = -1;
+          for (std::int64_t i = first * kQueries; i < smaller(end * kQueries, whole.n); ++i)
+            call.index[i * whole.k] = -1;
           continue;
         }
         for (std::int64_t from = first; from < end; from += work.task_panels) {

@@ -98,10 +98,10 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   // A vector may start at the last cell. An odd number of cache lines, so that channels do not fall on the same sets.
   call.row_stride = ((call.key_w + kernel.lanes - 1 + 15) / 16 | 1) * 16;
   const std::int64_t frame = keys == 0 ? 0 : product({call.key_h, packed, call.row_stride});
-  call.stage_frames =
-      std::clamp<std::int64_t>(kStageBytes / (4 * frame + 1), 1, std::max<std::int64_t>(call.key_frames, 1));
-  const std::int64_t tiles =
-      call.query_frames * call.query_h * ((call.query_w + kernel.queries - 1) / kernel.queries), tile = packed * kernel.queries;
+  call.stage_frames = std::clamp<std::int64_t>(kStageBytes / (4 * frame + 1), 1,
+                                               std::max<std::int64_t>(call.key_frames, 1));
+  const std::int64_t tiles = call.query_frames * call.query_h * ((call.query_w + kernel.queries - 1) / kernel.queries),
+                     tile = packed * kernel.queries;
   if (tiles < call.threads) call.threads = static_cast<int>(tiles);
   // Few tiles: smaller tasks, so that every thread has some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));

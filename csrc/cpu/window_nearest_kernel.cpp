@@ -116,7 +116,7 @@ void pack(const float* rows, std::int64_t count, std::int64_t stride, const Wind
 // A tile of queries: those of row `row` (over all query grids) from column `column` on.
 struct Tile {
   std::int64_t row, column, count;
-  std::int32_t row_low, row_high;        // key rows of its windows
+  std::int32_t row_low, row_high;  // key rows of its windows
   std::int32_t column_low, column_high;  // union of its windows' key columns
 };
 
@@ -195,8 +195,7 @@ class WindowMatcher {
         const Vec worst = splat(q < t.count ? worst_of(t, q) : kInfinity);
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
-          const Vec most = Isa::multiply_add(Isa::broadcast(query_rest + q),
-                                                          load(key_rest + v * kLanes), sums[q][v]);
+          const Vec most = Isa::multiply_add(Isa::broadcast(query_rest + q), load(key_rest + v * kLanes), sums[q][v]);
           lost &= most <= worst;
         }
       }
@@ -286,7 +285,8 @@ void run_window_nearest(const WindowNearestCall& call) {
         for (std::int64_t task = 0; task < tasks; ++task) {
           if (stopped(call.stop)) continue;
           const std::int64_t begin = task * call.tiles_per_task, end = smaller(begin + call.tiles_per_task, tiles);
-          const float* packed_queries = call.pack_queries_once ? call.packed_queries + begin * packed_tile : own_queries;
+          const float* packed_queries = call.pack_queries_once ? call.packed_queries + begin * packed_tile
+                                                               : own_queries;
           std::int32_t low = static_cast<std::int32_t>(call.key_h), high = -1;
           for (std::int64_t i = begin; i < end; ++i) {
             const Tile t = matcher.tile(i);

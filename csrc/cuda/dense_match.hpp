@@ -12,17 +12,17 @@ namespace lift_fast {
 // not checked there: ascending cells below `cells`, and strips that cover the pixels.
 struct MatchAxis {
   std::int64_t cells, pixels, strips;
-  const std::int32_t* low;    // [strips] cell on the near side
-  const std::int32_t* high;   // [strips] cell on the far side; low itself where that has no weight
+  const std::int32_t* low;  // [strips] cell on the near side
+  const std::int32_t* high;  // [strips] cell on the far side; low itself where that has no weight
   const std::int32_t* first;  // [strips + 1] first pixel of each strip; the last is `pixels`
-  const float* weight;        // [pixels] share of the far cell
-  std::int64_t longest;       // pixels of the longest strip
+  const float* weight;  // [pixels] share of the far cell
+  std::int64_t longest;  // pixels of the longest strip
 };
 
 struct MatchPicture {
   MatchAxis y, x;
   // What similarities to each pixel are multiplied by, positive; all null for ones.
-  const float* scale;       // [y.pixels, x.pixels]
+  const float* scale;  // [y.pixels, x.pixels]
   const float* scale_high;  // [y.strips, x.strips] the largest of each patch
   const float* scale_low;
   const float* scale_rows;  // [y.pixels, x.strips] the largest of each strip's pixels in each row
@@ -46,7 +46,7 @@ struct GroupMatchCall {
   MatchPicture key;
   MatchAxis query_y, query_x;
   MatchBand band;
-  float* similarity;    // [query pixels]; -inf where there is no match
+  float* similarity;  // [query pixels]; -inf where there is no match
   std::int64_t* index;  // [query pixels] row-major key pixel; -1 where there is no match
   MatchWhen when;
 };
@@ -56,7 +56,7 @@ struct PointMatchCall {
   const float* table;  // [points, key cells]
   std::int64_t points;
   MatchPicture key;
-  float* similarity;    // [points]
+  float* similarity;  // [points]
   std::int64_t* index;  // [points]
   MatchWhen when;
 };
@@ -67,8 +67,8 @@ struct MutualMatchCall {
   MatchPicture query;  // with the scales of the query's pixels
   MatchAxis key_y, key_x;
   const std::int64_t* index;  // [query pixels] of a GroupMatchCall
-  bool* valid;                // [query pixels]
-  std::int32_t* scratch;      // match_scratch_words() of zeros
+  bool* valid;  // [query pixels]
+  std::int32_t* scratch;  // match_scratch_words() of zeros
   std::int64_t scratch_words;
   MatchWhen when;
 };

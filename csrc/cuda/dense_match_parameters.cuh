@@ -103,13 +103,18 @@ struct MutualParams {
 };
 
 inline AxisParams axis_params(const MatchAxis& axis) {
-  return {static_cast<int>(axis.cells), static_cast<int>(axis.pixels), static_cast<int>(axis.strips), axis.low,
-          axis.high, axis.first, axis.weight};
+  return {static_cast<int>(axis.cells),
+          static_cast<int>(axis.pixels),
+          static_cast<int>(axis.strips),
+          axis.low,
+          axis.high,
+          axis.first,
+          axis.weight};
 }
 
 inline PictureParams picture_params(const MatchPicture& picture) {
-  return {axis_params(picture.y), axis_params(picture.x), picture.scale, picture.scale_high, picture.scale_low,
-          picture.scale_rows};
+  return {axis_params(picture.y), axis_params(picture.x), picture.scale,
+          picture.scale_high,     picture.scale_low,      picture.scale_rows};
 }
 
 inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& launch) {

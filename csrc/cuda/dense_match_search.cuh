@@ -131,8 +131,8 @@ class GroupMatcher {
       const int owner = lowest_bit(ballot(seed[i] == best));
       if (lane_ == owner) {
         seeds_[warp_ * kSeeds + i] = best;
-        seed_cells_[warp_ * kSeeds + i] =
-            p_.aligned ? 4 * (slot / 4 * threads + thread) + slot % 4 : slot * threads + thread;
+        seed_cells_[warp_ * kSeeds + i] = p_.aligned ? 4 * (slot / 4 * threads + thread) + slot % 4
+                                                     : slot * threads + thread;
       }
     }
     const int largest = warp_max(as_int(most));
@@ -146,7 +146,8 @@ class GroupMatcher {
   // No value of the group in this patch is larger; NaN where the patch takes no part.
   __device__ __forceinline__ float bound_patch(int top, int low, int strip_y, int strip_x) const {
     const int left = p_.key.x.low[strip_x], right = p_.key.x.high[strip_x];
-    const float bound = max_nan(max_nan(upper(top + left), upper(top + right)), max_nan(upper(low + left), upper(low + right)));
+    const float bound = max_nan(max_nan(upper(top + left), upper(top + right)),
+                                max_nan(upper(low + left), upper(low + right)));
     return scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, bound, slack_);
   }
 

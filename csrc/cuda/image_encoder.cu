@@ -21,8 +21,7 @@ const EncoderTiling& tiling_of(const ImageEncoderCall& call, int device, const D
   if (device != latest.device || call.batch != last.batch || call.h != last.h || call.w != last.w ||
       call.pool != last.pool || call.type != last.type || call.cut != last.cut) {
     latest.device = -1;
-    latest.tiling =
-        encoder_tiling_of(call, {facts.multiprocessors, facts.shared_block, facts.shared_multiprocessor});
+    latest.tiling = encoder_tiling_of(call, {facts.multiprocessors, facts.shared_block, facts.shared_multiprocessor});
     latest.call = call;
     latest.device = device;
   }
@@ -44,12 +43,9 @@ void image_encoder_run(const ImageEncoderCall& call, int device, void* stream) {
   const EncoderTiling& tiling = tiling_of(call, device, facts);
   const auto queue = static_cast<cudaStream_t>(stream);
   switch (call.cut) {
-    case EncoderCut::walk:
-      return encoder_launch<EncoderCut::walk>(call, tiling, queue);
-    case EncoderCut::stream:
-      return stream_encoder_launch(call, tiling, queue);
-    case EncoderCut::spread:
-      return spread_encoder_launch(call, tiling, queue);
+    case EncoderCut::walk: return encoder_launch<EncoderCut::walk>(call, tiling, queue);
+    case EncoderCut::stream: return stream_encoder_launch(call, tiling, queue);
+    case EncoderCut::spread: return spread_encoder_launch(call, tiling, queue);
   }
 }
 

@@ -512,7 +512,8 @@ class ImageEncoder {
         if (column + 8 * half >= end) continue;
         float total[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] = sum[0][2 * half + i] + sum[1][2 * half + i] + sum[2][2 * half + i] + bias[i];
+        for (int i = 0; i < 2; ++i)
+          total[i] = sum[0][2 * half + i] + sum[1][2 * half + i] + sum[2][2 * half + i] + bias[i];
         std::uint32_t word[2];
         T::relu(word, total[0], total[1]);
         const std::int64_t cell = (std::int64_t{image} * p.h + row) * p.w + column + 8 * half;
@@ -552,7 +553,7 @@ class ImageEncoder {
   int image;
   int first_step, own_step, end_step;  // of the block; those before own_step only for g's windows
   int first_column, last_column;  // f columns of the block
-  int strips_from;                // f column at which its first strip begins
+  int strips_from;  // f column at which its first strip begins
   std::uint32_t first_weight[4][T::kWords];
 };
 

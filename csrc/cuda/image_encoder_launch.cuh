@@ -20,8 +20,7 @@ ReadyKernels& encoder_kernels() {
 
 template <class T, EncoderCut kCut>
 void encoder_launch_type(const ImageEncoderCall& call, const EncoderTiling& tiling, cudaStream_t stream) {
-  const auto kernel =
-      call.pool ? image_encoder_kernel<T, true, kCut> : image_encoder_kernel<T, false, kCut>;
+  const auto kernel = call.pool ? image_encoder_kernel<T, true, kCut> : image_encoder_kernel<T, false, kCut>;
   const auto blocks = static_cast<unsigned>(call.batch * tiling.column_blocks * tiling.row_blocks);
   kernel<<<blocks, 32 * tiling.warps, static_cast<std::size_t>(tiling.shared), stream>>>(encoder_params(call, tiling));
   succeed(cudaGetLastError(), kEncoderName, "the launch");
@@ -31,12 +30,9 @@ void encoder_launch_type(const ImageEncoderCall& call, const EncoderTiling& tili
 template <EncoderCut kCut>
 void encoder_launch(const ImageEncoderCall& call, const EncoderTiling& tiling, cudaStream_t stream) {
   switch (call.type) {
-    case EncoderType::bfloat16:
-      return encoder_launch_type<Bfloat16Operands, kCut>(call, tiling, stream);
-    case EncoderType::float16:
-      return encoder_launch_type<Float16Operands, kCut>(call, tiling, stream);
-    case EncoderType::tf32:
-      return encoder_launch_type<Tf32Operands, kCut>(call, tiling, stream);
+    case EncoderType::bfloat16: return encoder_launch_type<Bfloat16Operands, kCut>(call, tiling, stream);
+    case EncoderType::float16: return encoder_launch_type<Float16Operands, kCut>(call, tiling, stream);
+    case EncoderType::tf32: return encoder_launch_type<Tf32Operands, kCut>(call, tiling, stream);
   }
 }
 

@@ -62,9 +62,9 @@ struct EncoderLayout {
   static constexpr int kStripColumns = kStripPixels / kScale;  // f columns of a strip
   static constexpr int kPerStep = kPool ? 1 : 2;               // f rows of a step
   static constexpr int kRing = kPool ? 4 : 5;                  // f rows of a step and of the windows behind it
-  static constexpr int kChunk = 8 * T::kItem;                  // 8 pixels, or a lane's share of one position's channels
-  static constexpr int kParts = kSpread ? 18 : 9;              // taps whose weights are here
-  static constexpr int kLinesBefore = 6;                       // image lines before those of the first step
+  static constexpr int kChunk = 8 * T::kItem;  // 8 pixels, or a lane's share of one position's channels
+  static constexpr int kParts = kSpread ? 18 : 9;  // taps whose weights are here
+  static constexpr int kLinesBefore = 6;  // image lines before those of the first step
 
   __host__ __device__ static constexpr int warps(int strips, int steps) { return kSpread ? strips * steps : strips; }
   __host__ __device__ static constexpr int chunks(int strips) { return 1 + strips * kStripPixels / 8; }

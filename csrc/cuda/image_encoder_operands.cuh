@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_words(void* to, const std::uint32_t* from)
 template <class T>
 struct FirstRow {
   std::uint32_t even[2][T::kWords];  // columns 4g and 4g + 2: under the second convolution's columns 2g and 2g + 1
-  std::uint32_t odd[2][T::kWords];   // columns 4g + 1 and 4g + 3
+  std::uint32_t odd[2][T::kWords];  // columns 4g + 1 and 4g + 3
 };
 
 // Pixels 8i to 8i + 7 of three lines, and the last pixel before them.
@@ -85,7 +85,8 @@ struct Chunks {
 // the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1, and
 // lanes 2 and 3 hold ones, whose weights are the bias in three parts.
 template <class T>
-__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t, std::uint32_t same) {
+__device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t,
+                                       std::uint32_t same) {
   if constexpr (T::kItem == 2) {
     std::uint32_t left[3];
 #pragma unroll

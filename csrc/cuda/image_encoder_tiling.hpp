@@ -105,7 +105,8 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
   const auto consider = [&](EncoderTiling tiling) {
     tiling.shared = shared(tiling);
     const std::int64_t of_picture = tiling.column_blocks * tiling.row_blocks;
-    if (tiling.shared > device.shared_block || of_picture > std::numeric_limits<std::int32_t>::max() / call.batch) return;
+    if (tiling.shared > device.shared_block || of_picture > std::numeric_limits<std::int32_t>::max() / call.batch)
+      return;
     const std::int64_t here = (call.batch * of_picture + device.multiprocessors - 1) / device.multiprocessors;
     // CUDA keeps 1 KB of every block for itself.
     const std::int64_t fitting = device.shared_multiprocessor / (tiling.shared + 1024);

@@ -90,8 +90,8 @@ class ReadyKernels {
                    ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
     for (const void* kernel : kernels_) {
       if (kernel == nullptr) break;
-      succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, known.facts.shared_block), what_,
-              "shared memory");
+      succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, known.facts.shared_block),
+              what_, "shared memory");
     }
     known.ready.store(true, std::memory_order_release);
     return known.facts;

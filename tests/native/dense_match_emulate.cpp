@@ -38,8 +38,14 @@ struct Axis {
   std::int64_t cells = number(), pixels = number(), strips = number(), longest = number();
   Bytes low, high, first, weight;
   operator MatchAxis() const {
-    return {cells, pixels, strips, low.as<const std::int32_t>(), high.as<const std::int32_t>(),
-            first.as<const std::int32_t>(), weight.as<const float>(), longest};
+    return {cells,
+            pixels,
+            strips,
+            low.as<const std::int32_t>(),
+            high.as<const std::int32_t>(),
+            first.as<const std::int32_t>(),
+            weight.as<const float>(),
+            longest};
   }
 };
 

@@ -53,8 +53,10 @@ void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scale
   call.corners = corners.get();
   call.start = start.get();
   call.weights = weights.get();
-  call.y = {h, height, static_cast<std::int64_t>(y.low.size()), y_low.get(), y_high.get(), y_first.get(), y_weight.get()};
-  call.x = {w, width, static_cast<std::int64_t>(x.low.size()), x_low.get(), x_high.get(), x_first.get(), x_weight.get()};
+  call.y = {
+      h, height, static_cast<std::int64_t>(y.low.size()), y_low.get(), y_high.get(), y_first.get(), y_weight.get()};
+  call.x = {
+      w, width, static_cast<std::int64_t>(x.low.size()), x_low.get(), x_high.get(), x_first.get(), x_weight.get()};
   call.scale = scaled ? scale.get() : nullptr;
   call.similarity = similarity.get();
   call.index = index.get();
@@ -66,7 +68,8 @@ void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scale
 }
 
 void products(CpuIsa isa, int count, int c, int cells, bool rows, bool normalize) {
-  std::unique_ptr<float[]> descriptors(new float[count * c]), map(new float[c * cells]), table(new float[count * cells]);
+  std::unique_ptr<float[]> descriptors(new float[count * c]), map(new float[c * cells]),
+      table(new float[count * cells]);
   for (int i = 0; i < count * c; ++i) descriptors[i] = 0.1f * static_cast<float>(i % 19 - 9);
   for (int i = 0; i < c * cells; ++i) {
     const int kind = i % 301;

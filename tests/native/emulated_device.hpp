@@ -201,7 +201,8 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
         moved = b.warps[static_cast<std::size_t>(warp)].turn != turn;
       }
     }
-    if (left == before && b.barriers == barriers) fail("the block cannot go on: some lanes wait for lanes that do not come");
+    if (left == before && b.barriers == barriers)
+      fail("the block cannot go on: some lanes wait for lanes that do not come");
   }
   std::free(shared);
 }
@@ -366,8 +367,7 @@ inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0
 // The hardware ignores the lowest 13 bits.
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
                      const float (&c)[4]) {
-  emulated::product(4, d, a, b0, b1, c, 1,
-                    [](std::uint32_t w, int) { return emulated::as_float(w & 0xffffe000u); });
+  emulated::product(4, d, a, b0, b1, c, 1, [](std::uint32_t w, int) { return emulated::as_float(w & 0xffffe000u); });
 }
 
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : std::max(a, b); }

@@ -16,7 +16,7 @@ namespace {
 // As tests/test_native_image_encoder.py writes it, before the image's bytes, the packed weights and the biases.
 struct Case {
   std::int64_t type, pool, batch, h, w, stride[4], picture_bytes;
-  std::int64_t cut;           // of EncoderCut
+  std::int64_t cut;  // of EncoderCut
   std::int64_t strips, rows;  // 0: as the launcher would choose on a device of these properties
   std::int64_t multiprocessors, shared_block, shared_multiprocessor;
   std::int64_t late_copies, order, seed;
@@ -37,7 +37,8 @@ void run(const Case& c, const ImageEncoderCall& call) {
   const auto kernel = [&] {
     switch (call.cut) {
       case EncoderCut::walk:
-        return call.pool ? image_encoder_kernel<T, true, EncoderCut::walk> : image_encoder_kernel<T, false, EncoderCut::walk>;
+        return call.pool ? image_encoder_kernel<T, true, EncoderCut::walk>
+                         : image_encoder_kernel<T, false, EncoderCut::walk>;
       case EncoderCut::stream:
         return call.pool ? image_encoder_kernel<T, true, EncoderCut::stream>
                          : image_encoder_kernel<T, false, EncoderCut::stream>;
@@ -80,15 +81,9 @@ void run_file(const std::string& path) {
   call.cut = static_cast<EncoderCut>(c.cut);
   check_encoder_call(call);
   switch (type) {
-    case EncoderType::bfloat16:
-      run<Bfloat16Operands>(c, call);
-      break;
-    case EncoderType::float16:
-      run<Float16Operands>(c, call);
-      break;
-    case EncoderType::tf32:
-      run<Tf32Operands>(c, call);
-      break;
+    case EncoderType::bfloat16: run<Bfloat16Operands>(c, call); break;
+    case EncoderType::float16: run<Float16Operands>(c, call); break;
+    case EncoderType::tf32: run<Tf32Operands>(c, call); break;
   }
   std::ofstream out(path + ".out", std::ios::binary);
   for (const emulated::Array* array : {&f, &g}) out.write(array->as<char>(), array->bytes());

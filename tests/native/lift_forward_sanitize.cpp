@@ -19,8 +19,8 @@ void run(const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa, std::in
   const auto conv = weights(9 * c * c), conv_bias = weights(c), out = weights(c * n.tokens), bias = weights(n.tokens);
   const std::int64_t bytes = lift_forward_packed_size(n, type, isa);
   std::unique_ptr<char[]> packed(new char[bytes]);
-  lift_forward_pack({phase.get(), fine.get(), edge.get(), conv.get(), conv_bias.get(), out.get(), bias.get()}, n, type, isa,
-               packed.get(), bytes);
+  lift_forward_pack({phase.get(), fine.get(), edge.get(), conv.get(), conv_bias.get(), out.get(), bias.get()}, n, type,
+                    isa, packed.get(), bytes);
   std::vector<std::unique_ptr<char[]>> blocks;
   const auto block = [&](std::int64_t values) {
     blocks.emplace_back(new char[values * width]());

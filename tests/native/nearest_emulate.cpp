@@ -53,7 +53,8 @@ int main() {
           const auto fill = [&](float* rows, std::int64_t count) {
             for (std::int64_t i = 0; i < count; ++i) {
               const float length = kind == 2 ? std::pow(10.0f, static_cast<float>(i % 9) - 4.0f) : 1.0f;
-              for (std::int64_t j = 0; j < c; ++j) rows[i * c + j] = length * ((kind == 1) + normal(random) * (kind == 1 ? 0.1f : 1.0f));
+              for (std::int64_t j = 0; j < c; ++j)
+                rows[i * c + j] = length * ((kind == 1) + normal(random) * (kind == 1 ? 0.1f : 1.0f));
             }
           };
           fill(query.get(), n);

@@ -51,7 +51,9 @@ cudaError_t done(const char* name, const std::string& more = "", bool unsafe = f
   return last = failing == name ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-std::string stream_name(cudaStream_t stream) { return "stream=" + std::to_string(reinterpret_cast<std::uintptr_t>(stream)); }
+std::string stream_name(cudaStream_t stream) {
+  return "stream=" + std::to_string(reinterpret_cast<std::uintptr_t>(stream));
+}
 
 }  // namespace
 
@@ -62,7 +64,8 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, std::size_t, int, int) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   names()[host] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared, CUstream_st* stream) {
@@ -80,7 +83,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, std::size_t shared, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, std::size_t shared,
+                             cudaStream_t stream) {
   const std::pair<const void*, int> here(function, current);
   std::string more = "kernel=" + names()[function] + " blocks=" + std::to_string(grid.x) +
                      " threads=" + std::to_string(block.x) + " shared=" + std::to_string(shared) + " " +
@@ -127,7 +131,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) { return done("cudaStreamDest
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return done("cudaStreamSynchronize", stream_name(stream), true);
 }
-cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void*, std::size_t, std::size_t, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void*, std::size_t, std::size_t, cudaMemcpyKind,
+                                      cudaStream_t stream) {
   const int architecture = 900;
   std::memcpy(to, &architecture, sizeof architecture);
   return done("cudaMemcpyFromSymbolAsync", stream_name(stream), true);
@@ -161,8 +166,14 @@ T* somewhere(std::uintptr_t offset = 0) {
 void* stream(std::uintptr_t number) { return reinterpret_cast<void*>(number); }
 
 MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
-  return {cells, pixels, cells, somewhere<std::int32_t>(), somewhere<std::int32_t>(), somewhere<std::int32_t>(),
-          somewhere<float>(), 2 * pixels / cells};
+  return {cells,
+          pixels,
+          cells,
+          somewhere<std::int32_t>(),
+          somewhere<std::int32_t>(),
+          somewhere<std::int32_t>(),
+          somewhere<float>(),
+          2 * pixels / cells};
 }
 
 MatchPicture picture(bool scale) {

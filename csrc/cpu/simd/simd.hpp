@@ -35,9 +35,7 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 
 // The choice for vectors of 4, 8 and 16 lanes.
-constexpr int by_lanes(int four, int eight, int sixteen) {
-  return kLanes == 4 ? four : kLanes == 8 ? eight : sixteen;
-}
+constexpr int by_lanes(int four, int eight, int sixteen) { return kLanes == 4 ? four : kLanes == 8 ? eight : sixteen; }
 
 inline Vec load(const float* p) {
   Vec v;
