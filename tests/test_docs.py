@@ -96,7 +96,7 @@ def options(words: list[str]) -> list[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether the repository holds a path, from its root or from any folder; X and * stand for any name."""
+    """Whether a path exists, from the root or any folder of the repository; X and * stand for any name."""
     pattern = re.sub(r"(?<![A-Z])X(?![A-Z])", "*", name).rstrip("/")
     if name.split("/")[0] in FOLDERS:
         return any(ROOT.glob(pattern))
@@ -218,22 +218,15 @@ def test_variables_of_the_environment_are_read():
 
 
 def programs() -> set[str]:
-    """Programs that Python, the system or what pyproject.toml lists brings along."""
+    """Programs of the system, of Python and PyTorch, and of the packages that pyproject.toml lists."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    listed = re.findall(r'"([A-Za-z][\w.-]*)\s*(?:[><=~;]|")', text)
-    return {
-        "bash",
-        "git",
-        "pip",
-        "python",
-        "torchrun",
-        "xargs",
-        *listed,
-        *re.findall(r"^([\w-]+) = \"lift_fast", text, re.M),
-    }
+    listed = re.findall(r'"([\w-]+)[><=~]', text)
+    scripts = re.findall(r"^([\w-]+) = \"lift_fast", text, re.M)
+    return {"bash", "git", "pip", "python", "torchrun", "xargs", *listed, *scripts}
 
 
 def extras_exist(words: list[str]) -> None:
+    """Check that pyproject.toml has the extras of ``pip install '.[a,b]'``."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     for word in words:
         for extra in (re.match(r"\.\[(.*)\]", word) or ["", ""])[1].split(","):
@@ -243,9 +236,8 @@ def extras_exist(words: list[str]) -> None:
 @each_page
 def test_programs_exist(page):
     for words in blocks(page):
-        if "=" not in words[0] and not words[0].startswith("d("):
-            assert words[0] in programs(), words
-            extras_exist(words)
+        assert words[0] in programs(), words
+        extras_exist(words)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
