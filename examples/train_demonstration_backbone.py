@@ -1,21 +1,21 @@
-r"""Train the backbone of the demonstration pair from scratch on a folder of photographs, unlabelled, in four stages.
+r"""Train the backbone of the demonstration pair from scratch on a folder of unlabelled photographs, in four stages.
 
     python examples/train_demonstration_backbone.py PHOTOS --stage 1 --out 1.safetensors
     python examples/train_demonstration_backbone.py PHOTOS --stage 2 --start 1.safetensors --out 2.safetensors
     python examples/train_demonstration_backbone.py PHOTOS --stage 3 --start 2.safetensors --out 3.safetensors
     python examples/train_demonstration_backbone.py PHOTOS --stage 4 --start 3.safetensors --out demo_vitt16.safetensors
 
-Two random views of a photograph are cut by random homographies and changed in colour; points that show the same spot of
-the photograph must have similar keys in the last block, and keys dissimilar to those of other spots (InfoNCE over
-corresponding points, as in dense contrastive learning). Keys are read between cells by bilinear interpolation, because
-matching reads them so. A second term of the same kind keeps the output tokens of the last block useful.
+Two random views of a photograph are cut by random homographies and changed in colour. Points that show the same spot of
+the photograph must have similar keys in the last block and keys dissimilar to those of other spots (InfoNCE over
+corresponding points, as in dense contrastive learning). Keys are interpolated bilinearly between cells, as in matching.
+A second term of the same kind keeps the output tokens of the last block useful.
 
 Stage 1 compares points with points on small views, stage 2 also on large ones, stage 3 compares points with every cell
-of the other views. Stage 4, the longest, goes on so on views of all sizes, with position embeddings of random parts of
-larger grids and views that were enlarged, so that tokens mean the same in an image of any size.
+of the other views. Stage 4, the longest, continues this on views of all sizes, with position embeddings of random parts
+of larger grids and with enlarged views, so that tokens mean the same in images of any size.
 
-A tenth of the photographs is held out, the same tenth that ``lift-fast train`` and ``lift-fast eval warp`` hold out.
-The result is no substitute for DINO: it saw a few hundred photographs, and knows textures and parts, not objects.
+A tenth of the photographs is held out, the same tenth as in ``lift-fast train`` and ``lift-fast eval warp``.
+The result does not replace DINO: it saw a few hundred photographs and recognises textures and parts, not objects.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Stage:
     steps: int
     learning_rate: float
     sides: tuple[Sides, ...]
-    """Of the two views, in patches: keys should agree between sizes, since LiFT is trained across them."""
+    """Of the two views, in patches. Keys should agree between sizes, because LiFT is trained across sizes."""
     points: int
-    """In each photograph."""
+    """Points in each photograph."""
     cells: bool = False
-    """Compare points with the cells of the other views, instead of with one another."""
+    """Compare points with the cells of the other views instead of with points."""
     crops: bool = False
-    """Tokens of large images as those of crops: parts of larger grids, enlarged views, large views not zoomed in."""
+    """Make tokens of large images like those of crops: parts of larger grids, enlarged and wide large views."""
 
 
 _SMALL = ((8, 14), (10, 12), (12, 12), (12, 12), (14, 14), (12, 18), (7, 14))
@@ -78,7 +78,7 @@ STAGES = {
 
 
 def load_photographs(paths: list[Path]) -> list[Tensor]:
-    """``[3, H, W]`` uint8 each, shorter side at most SHORTER_SIDE pixels; unreadable files are named and left out."""
+    """``[3, H, W]`` uint8 each, shorter side at most SHORTER_SIDE pixels; unreadable files are reported and skipped."""
     photographs = []
     for path in tqdm(paths, desc="reading", unit="image", leave=False):
         try:
@@ -105,7 +105,7 @@ def random_view(height: int, width: int, focus: np.ndarray, nearest: float, rand
     perspective = np.eye(3)
     perspective[2, :2] = np.clip(random.normal(0, 0.08, 2), -0.2, 0.2)
     centre = focus + random.uniform(-0.4, 0.4, 2) * half
-    # Views may look over the photograph's edge, but not far.
+    # A view may reach a little beyond the edge of the photograph.
     reach = min(half, shorter / 2) * 0.9
     centre = np.clip(centre, reach, np.array([width, height]) - reach)
     move = np.eye(3)
@@ -123,7 +123,7 @@ def render(photograph: Tensor, homography: np.ndarray, side: int) -> Tensor:
     """``[3, side, side]`` in 0 to 1: the view that a homography cuts out, antialiased by sampling twice as densely."""
     height, width = photograph.shape[1:]
     matrix = torch.from_numpy(homography).float()
-    # Pixels of the photograph per pixel of the view, where it looks.
+    # Pixels of the photograph per pixel of the view, at its centre.
     step = float(torch.linalg.det(matrix[:2, :2].double()).abs().sqrt()) * 2 / side
     dense = 2 * side if step > 1.3 else side
     axis = (torch.arange(dense) + 0.5) * 2 / dense - 1
@@ -141,7 +141,7 @@ def render(photograph: Tensor, homography: np.ndarray, side: int) -> Tensor:
 
 
 def change_colours(view: Tensor, random: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation, hue (a turn in YIQ), now and then grey, blur or noise."""
+    """Brightness, contrast, saturation, hue (a rotation in YIQ), sometimes grey, blur or noise."""
     view = view * random.uniform(0.6, 1.4)
     view = (view - view.mean()) * random.uniform(0.6, 1.4) + view.mean()
     luma = torch.tensor([0.299, 0.587, 0.114])
@@ -169,9 +169,9 @@ def change_colours(view: Tensor, random: np.random.Generator) -> Tensor:
 def make_batch(
     photographs: list[Tensor], indices: np.ndarray, sides: Sides, stage: Stage, random: np.random.Generator
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Two batches of views, ``sides`` pixels a side, the points of each in its coordinates, and which are in both.
+    """Two batches of views of ``sides`` pixels, their points, and which points both views show.
 
-    Points are ``[B, P, 2]`` from -1 to 1, the last ``[B, P]``.
+    Points are ``[B, P, 2]`` in each view's coordinates from -1 to 1; the mask is ``[B, P]``.
     """
     views: list[list[Tensor]] = [[], []]
     points: list[list[Tensor]] = [[], []]
@@ -189,7 +189,7 @@ def make_batch(
         here = torch.from_numpy(random.uniform(-0.97, 0.97, (stage.points, 2))).float()
         there = project(torch.from_numpy(np.linalg.inv(homographies[1]) @ homographies[0]).float(), here)
         for k in range(2):
-            # Small images are enlarged before they are matched: features must not live on fine detail alone.
+            # Small images are enlarged before matching: features must not depend on fine detail alone.
             coarse = stage.crops and sides[k] >= 20 * PATCH and random.random() < 0.4
             view = change_colours(render(photograph, homographies[k], sides[k] // (1 + coarse)), random)
             if coarse:
@@ -201,9 +201,9 @@ def make_batch(
 
 
 def with_position(model: nn.Module, patches: Tensor, random: np.random.Generator | None) -> Tensor:
-    """Tokens with position embeddings: of the whole grid, or half the time of a random part of a larger one.
+    """Tokens with position embeddings of the whole grid or, in 60 % of calls, of a random part of a larger one.
 
-    An image twice the size is more tokens, closer together; its tokens should mean what a crop's do.
+    An image twice the size has more tokens, closer together; they should mean the same as those of a crop.
     """
     side = patches.shape[1]
     if random is None or random.random() < 0.4:
@@ -230,7 +230,7 @@ def keys_and_tokens(model: nn.Module, views: Tensor, random: np.random.Generator
 
 
 def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor, cells: bool) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE over the points that both views show; and how many are most similar to their partner."""
+    """Symmetric InfoNCE over the points that both views show, and the share most similar to their partner."""
     found = [
         F.normalize(F.grid_sample(m, p[:, None], align_corners=False)[:, :, 0].transpose(1, 2)[both], dim=1)
         for m, p in zip(maps, points, strict=True)
@@ -249,7 +249,7 @@ def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor, 
             owners, radius = torch.arange(batch).repeat_interleave(h * w), 1.5 * 2 / w
         else:
             others, there, owners, radius = found[other], here, owner, 0.5 * 2 / w
-        # What lies next to the partner shows nearly the same: neither positive nor negative.
+        # Neighbours of the partner show nearly the same, so they are neither positive nor negative.
         near = (here[:, None] - there).abs().amax(-1) < radius
         logits = (found[own] @ others.T / TEMPERATURE).masked_fill(near & (owner[:, None] == owners), -torch.inf)
         logits = torch.cat([partner, logits], dim=1)
@@ -261,11 +261,11 @@ def correspondence_loss(maps: list[Tensor], points: list[Tensor], both: Tensor, 
 def step_batch(
     photographs: list[Tensor], model: nn.Module, indices: np.ndarray, sides: Sides, stage: Stage, seed: list[int]
 ) -> tuple[Tensor, float]:
-    """Loss of keys and tokens, and the keys' share of points that find their partner."""
+    """Loss of keys and tokens, and the share of points whose keys find their partner."""
     random = np.random.default_rng(seed)
     views, points, both = make_batch(photographs, indices, (PATCH * sides[0], PATCH * sides[1]), stage, random)
     parts = random if stage.crops and model.training else None
-    # Where the processor does not compute in bfloat16, emulating it takes eight times as long as float32.
+    # On processors without bfloat16, emulating it takes eight times as long as float32.
     with autocast(CPU, resolve_precision("auto", CPU)):
         maps = [keys_and_tokens(model, v, parts) for v in views]
     losses = [correspondence_loss([m[facet] for m in maps], points, both, stage.cells) for facet in range(2)]
@@ -274,13 +274,13 @@ def step_batch(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("photographs", type=Path, help="folder, searched with its subfolders")
+    parser.add_argument("photographs", type=Path, help="folder of photographs, searched with its subfolders")
     parser.add_argument("--out", type=Path, required=True, help="weights, float16 safetensors")
-    parser.add_argument("--log", type=Path, help="CSV of the course of the training")
-    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--log", type=Path, help="CSV file for losses during training")
+    parser.add_argument("--start", type=Path, help="weights to start from")
     parser.add_argument("--stage", type=int, choices=tuple(STAGES), default=1)
-    parser.add_argument("--steps", type=int, help="other than the stage's")
-    parser.add_argument("--learning-rate", type=float, help="at its peak, other than the stage's")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of the stage's")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate, instead of the stage's")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import timm
 
     try:
-        # Before the first hundred steps, after which something is written.
+        # Fail now, not when the first file is written after a hundred steps.
         for path in filter(None, (arguments.out, arguments.log)):
             make_folder(path.parent)
         paths = list_images(arguments.photographs)
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             model.eval()
             with torch.inference_mode():
-                # The same views of the held-out photographs every time, at the size that the stage is about.
+                # Always the same views of the held-out photographs, at the size that the stage trains for.
                 side = (12, 12) if arguments.stage < 4 else (28, 28)
                 parts = np.array_split(np.arange(len(held_out)), max(1, len(held_out) // 8))[:4]
                 results = [step_batch(held_out, model, p, side, stage, [12345, i]) for i, p in enumerate(parts)]
