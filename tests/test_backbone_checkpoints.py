@@ -223,7 +223,7 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         (lambda s: {"layer1.conv.weight": torch.zeros(1)}, "no ViT backbone.*layer1.conv.weight"),
         (lambda s: {"epoch": 3}, "holds no tensors; its entries are epoch"),
         (lambda s: [1, 2], "holds a list"),
-        (lambda s: {"model": nn.Linear(1, 1)}, r"Python objects beside tensors \(torch\.nn\.modules\.linear\.Linear\)"),
+        (lambda s: {"model": nn.Linear(1, 1)}, r"Python objects other than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
         (lambda s: {**s, "cls_token": s["cls_token"].to_sparse()}, "'cls_token' is sparse"),
         (lambda s: {**s, "cls_token": s["cls_token"].cfloat()}, r"'cls_token' is torch\.complex64"),
         (lambda s: {**s, "cls_token": s["cls_token"].int()}, r"another kind of number: cls_token$"),
@@ -357,11 +357,11 @@ def test_corrupt_and_missing_files(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
     (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 64)
     for name in ("cut.pth", "text.pth", "empty.pth", "bad.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable checkpoint"):
             load_backbone(NAME, weights=tmp_path / name)
     (tmp_path / "words.pth").write_text("hello")
     for load in (lambda path: load_backbone(NAME, weights=path), lambda path: load_lift(path, patch_size=16)):
-        with pytest.raises(ValueError, match=r"words.pth is no readable checkpoint.*another kind"):
+        with pytest.raises(ValueError, match=r"words.pth is not a readable checkpoint.*another kind"):
             load(tmp_path / "words.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pth"):
         load_backbone(NAME, weights=tmp_path / "nowhere.pth")

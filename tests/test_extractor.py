@@ -264,7 +264,7 @@ def test_a_given_frozen_vit_keeps_its_settings_and_place() -> None:
         ({"lift": LiFT(48, 16)}, ValueError, "patch_size=16.*needs 8"),
         ({"lift": LiFT(48, 8, post_shape=False)}, ValueError, "tokens"),
         ({"lift": LiFT(48, 8), "random_lift": True}, ValueError, "lift and random_lift exclude"),
-        ({"random_weights": True}, ValueError, "no meaning with model="),
+        ({"random_weights": True}, ValueError, "do not apply to model="),
         ({"dtype": torch.int8}, ValueError, "int8"),
         ({"channel": 384}, ValueError, "channel=384"),
     ],

@@ -97,7 +97,7 @@ def test_a_file_may_hold_four_times_as_many(tmp_path):
     with (
         images.pixel_limit(1999),
         pytest.raises(
-            ValueError, match=r"a\.png is too large: 100 x 80 pixels, and 7996 \(four times --max-pixels 1999\)"
+            ValueError, match=r"a\.png is too large: 100 x 80 pixels, but a file may hold 7996 \(four times --max-pixels 1999\)"
         ),
     ):
         images.read_image(tmp_path / "a.png")
@@ -268,16 +268,16 @@ def test_names_and_messages():
 # Arguments
 
 PICTURES = {
-    "empty": (lambda: Image.new("RGB", (0, 0)), ValueError, "holds nothing, 0 x 0 pixels"),
-    "no width": (lambda: Image.new("L", (0, 5)), ValueError, "holds nothing, 0 x 5 pixels"),
+    "empty": (lambda: Image.new("RGB", (0, 0)), ValueError, "is empty, 0 x 0 pixels"),
+    "no width": (lambda: Image.new("L", (0, 5)), ValueError, "is empty, 0 x 5 pixels"),
     "number": (lambda: 5, TypeError, "got int"),
     "None": (lambda: None, TypeError, "got NoneType"),
     "bytes": (lambda: b"a.png", TypeError, "got bytes"),
     "NaN": (lambda: Image.fromarray(np.full((20, 20), np.nan, np.float32)), ValueError, "must lie in 0 to 1"),
 }
 ARRAYS = {
-    "sparse": (lambda: torch.rand(20, 20).to_sparse(), ValueError, "dense tensor .* got a torch.sparse_coo one"),
-    "meta": (lambda: torch.rand(20, 20, device="meta"), ValueError, "dense tensor .* got a meta one"),
+    "sparse": (lambda: torch.rand(20, 20).to_sparse(), ValueError, "dense tensor .* got a torch.sparse_coo tensor"),
+    "meta": (lambda: torch.rand(20, 20, device="meta"), ValueError, "dense tensor .* got a meta tensor"),
     "complex": (lambda: torch.rand(20, 20, dtype=torch.complex64), ValueError, "must be uint8 or floating point"),
     "nested": (lambda: torch.nested.nested_tensor([torch.rand(2)]), ValueError, "dense tensor"),
     "no pixels": (lambda: np.zeros((0, 20, 3), np.uint8), ValueError, r"must be \[H, W, 3\]"),

@@ -263,7 +263,7 @@ BAD = {
     "normalize": ({"normalize": None}, ValueError, "normalize must be"),
     "step": ({"step": 0}, ValueError, "step must be an integer >= 1, got 0"),
     "lift_iter": ({"lift_iter": -1}, ValueError, "lift_iter must be an integer >= 0"),
-    "both": ({"step": 2, "points": [[1, 1]]}, ValueError, "no meaning with points"),
+    "both": ({"step": 2, "points": [[1, 1]]}, ValueError, "does not apply to points"),
     "points shape": ({"points": [1, 2, 3]}, ValueError, r"points must be \[P, 2\].*got \[3\]"),
     "points words": ({"points": [["x", "y"]]}, ValueError, "points must be"),
     "outside": ({"points": [[1, 1], [16, 3]]}, ValueError, r"1 of 2 do not, the first is \[16.0, 3.0\]"),

@@ -337,7 +337,7 @@ def test_without_locks_the_process_id_decides(folder, tmp_path, monkeypatch):
     owner = (tmp_path / ".lift_fast-lock").read_text()
     try:
         assert owner.startswith(f"process {process.pid} on ")
-        with pytest.raises(ValueError, match=rf"process {process.pid} on .*if no such process runs any more, delete"):
+        with pytest.raises(ValueError, match=rf"process {process.pid} on .*if that process no longer runs, delete"):
             train(one_step, quiet=True)
     finally:
         end(process)
@@ -355,6 +355,6 @@ def test_without_locks_the_process_id_decides(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
 def test_a_lock_file_that_is_none(make, folder, tmp_path):
     make(tmp_path / ".lift_fast-lock")
-    with pytest.raises(ValueError, match=r"lift_fast-lock is no file that can be locked; delete it"):
+    with pytest.raises(ValueError, match=r"lift_fast-lock cannot be locked; delete it"):
         train(settings(folder, tmp_path), quiet=True)
     assert (tmp_path / ".lift_fast-lock").lstat()

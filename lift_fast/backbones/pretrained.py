@@ -14,10 +14,7 @@ import torch
 
 _PROBE_SECONDS = 5.0
 # timm prefers the safetensors twin of each of these.
-_TWINS = {
-    "pytorch_model.bin": "model.safetensors",
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
+_TWINS = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 
 
 def find_pretrained(name: str) -> Path:

@@ -17,14 +17,7 @@ from lift_fast._text import one_line, quoted
 from lift_fast.demonstration import LIFT
 
 from .errors import UsageError, as_usage_error, refuse_input, writing
-from .options import (
-    add_model_options,
-    add_output_options,
-    build_extractor,
-    positive,
-    remarks,
-    takes_demonstration_lift,
-)
+from .options import add_model_options, add_output_options, build_extractor, positive, remarks, takes_demonstration_lift
 
 if TYPE_CHECKING:
     import torch
@@ -265,11 +258,7 @@ def _batches(
 
 
 def _extract(
-    extractor: Any,
-    batch: list[torch.Tensor],
-    members: list[_Member],
-    arguments: argparse.Namespace,
-    settings: str,
+    extractor: Any, batch: list[torch.Tensor], members: list[_Member], arguments: argparse.Namespace, settings: str
 ) -> None:
     import numpy as np
     import torch

@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw and write. Returns the exit status."""
+    """Draw and write; return the exit status."""
     if arguments.out is None and arguments.html is None:
         arguments.out = Path("show.png")
     for option, suffixes in (("out", (".png",)), ("html", (".html", ".htm"))):
@@ -110,27 +110,27 @@ def run(arguments: argparse.Namespace) -> int:
         for x, y in points:
             if x >= images[0].width or y >= images[0].height:
                 size = f"{images[0].width} x {images[0].height}"
-                raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which is {size} pixels")
-        pictures = [
+                raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which has {size} pixels")
+        loaded = [
             show.load(quoted(path.name), image, arguments.size, backbone, methods)
             for path, image in zip(paths, images, strict=True)
         ]
-        sizes = ", ".join(f"{shown.size[1]} x {shown.size[0]}" for shown in pictures)
+        sizes = ", ".join(f"{each.size[1]} x {each.size[0]}" for each in loaded)
         caption = f"{describe(arguments)}; read at {sizes} pixels"
         figures["methods"] = {
-            method.name: {"grids": [list(shown.features[method.name].map.shape[2:]) for shown in pictures]}
+            method.name: {"grids": [list(each.features[method.name].map.shape[2:]) for each in loaded]}
             for method in methods
         }
         if arguments.out is not None:
             centres = [(x + 0.5, y + 0.5) for x, y in points]
-            sheet = show.draw_sheet(pictures, centres, arguments.views, caption=caption, tau=arguments.tau)
+            sheet = show.draw_sheet(loaded, centres, arguments.views, caption=caption, tau=arguments.tau)
             with writing(arguments.out), atomic_path(arguments.out) as temporary:
                 sheet.save(temporary, format="PNG")
             figures["out"] = str(arguments.out)
             say(f"wrote {quoted(arguments.out)}")
         if arguments.html is not None:
             text, errors = show.build_page(
-                pictures, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
+                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
             )
             with writing(arguments.html), atomic_path(arguments.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")

@@ -89,10 +89,7 @@ def add_parser(commands: Any) -> None:
         "half a patch apart, for backbones that get worse on enlarged images (%(default)s)",
     )
     group.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="images in a step, over all processes (256; patch 8: 64)",
+        "--batch-size", type=positive, metavar="N", help="images in a step, over all processes (256; patch 8: 64)"
     )
     group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
     group.add_argument("--max-steps", type=positive, metavar="N", help="end after N steps")

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "NotSaved", "TrainingSettings", "split", "train"]
 
-_HOME = {
-    "Interrupted": ".loop",
-    "NotSaved": ".state",
-    "TrainingSettings": ".settings",
-    "train": ".lift",
-}
+_HOME = {"Interrupted": ".loop", "NotSaved": ".state", "TrainingSettings": ".settings", "train": ".lift"}
 
 
 def __getattr__(name: str) -> Any:

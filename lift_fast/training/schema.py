@@ -49,11 +49,7 @@ def check_parts(content: Mapping[Any, Any], path: Path, part: str) -> None:
 
 
 def check_state(
-    content: dict[str, Any],
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: int,
+    content: dict[str, Any], path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: int
 ) -> None:
     """Everything but network and description, against the run that goes on: its optimiser and batches per epoch.
 
