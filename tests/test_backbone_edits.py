@@ -264,7 +264,7 @@ def test_an_edited_block_that_calls_no_projection() -> None:
     with pytest.raises(ValueError, match=r"'key' cannot be read: the edited block calls .* 0 times.*facet='token'"):
         backbone(pictures(1, 3, 32, 32))
     backbone.model.blocks[2] = nn.Identity()
-    with pytest.raises(ValueError, match=r"from the Identity that now stands.*facet='token'"):
+    with pytest.raises(ValueError, match=r"from the Identity now in the model.*facet='token'"):
         backbone(pictures(1, 3, 32, 32))
     for block in backbone.model.blocks[:2]:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())

@@ -460,9 +460,9 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def test_models_that_are_no_vit() -> None:
-    with pytest.raises(ValueError, match=r"ResNet is no Vision Transformer.*supported are"):
+    with pytest.raises(ValueError, match=r"ResNet is not a supported Vision Transformer.*supported are"):
         FrozenViT(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match=r"'resnet18' is no Vision Transformer.*dino_vits16"):
+    with pytest.raises(ValueError, match=r"'resnet18' is not a supported Vision Transformer.*dino_vits16"):
         load_backbone("resnet18", random_weights=True)
     with pytest.raises(ValueError, match=r"unknown backbone 'dino_vits61'.*did you mean dino_vits16"):
         load_backbone("dino_vits61", random_weights=True)

@@ -71,7 +71,7 @@ def test_version(capsys):
 
 def test_no_command_prints_help(capsys):
     assert run() == 2
-    assert "match two photographs" in capsys.readouterr().out
+    assert "match two images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lift", [[], ["--random-lift"], ["--random-lift", "--iterations", "2"]])
@@ -362,7 +362,7 @@ def test_extract_takes_no_result_for_another_images(pictures, tmp_path, capsys):
     assert run("extract", folder, "--out", out, *TINY, "--quiet") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "holds the descriptors of" in error
+    assert "contains the descriptors of" in error
     assert "b.png" in error
     assert (out / "b.npz").read_bytes() == before
     assert run("extract", folder, "--out", out, *TINY, "--quiet", "--overwrite") == 0

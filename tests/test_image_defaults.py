@@ -19,7 +19,7 @@ from lift_fast.backbones import load_backbone
 from lift_fast.evaluation.methods import build_methods
 from lift_fast.images import as_image, preprocess
 from lift_fast.training import TrainingSettings, train
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULTS = ["bfloat16", "float64", "meta"]
@@ -139,9 +139,10 @@ def folder(tmp_path: Path, photographs) -> Path:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_images(name, workers, folder):
     def batches():
-        pictures = Pictures(sorted(folder.glob("*.png")), 32, "crop", 0.2, 0)
-        loader = build_loader(pictures, GlobalBatches(5, 5, 0), workers, pin=False)
-        return [sample.pixels for sample in loader], Pictures([folder / "broken.png"], 32, "crop", 0.2, 0)[0, 0].pixels
+        files = TrainingImages(sorted(folder.glob("*.png")), 32, "crop", 0.2, 0)
+        loader = build_loader(files, GlobalBatches(5, 5, 0), workers, pin=False)
+        broken = TrainingImages([folder / "broken.png"], 32, "crop", 0.2, 0)
+        return [sample.pixels for sample in loader], broken[0, 0].pixels
 
     expected = batches()
     with default(name):

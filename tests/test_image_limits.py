@@ -19,7 +19,7 @@ from lift_fast._files import require_regular_file
 from lift_fast._text import one_line, quoted
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader, fit_square
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader, fit_square
 
 NETWORK = ["--model", "vit_tiny_patch16_224", "--random-weights", "--quiet"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,7 +97,8 @@ def test_a_file_may_hold_four_times_as_many(tmp_path):
     with (
         images.pixel_limit(1999),
         pytest.raises(
-            ValueError, match=r"a\.png is too large: 100 x 80 pixels, but a file may hold 7996 \(four times --max-pixels 1999\)"
+            ValueError,
+            match=r"a\.png is too large: 100 x 80 pixels, but a file may hold 7996 \(four times --max-pixels 1999\)",
         ),
     ):
         images.read_image(tmp_path / "a.png")
@@ -165,14 +166,14 @@ def test_training_takes_others_and_counts(folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "strip.png: an image of 1 x 100000 pixels would be loaded at 64 x 6400000, more than the 33554432" in said
     assert "pipe.png is a named pipe" in said
-    assert "others took the place of 2 images that could not be used" in said
+    assert "2 unreadable images were replaced by others" in said
     too_large = ["train", folder, "--out", tmp_path / "no", "--size", 1 << 20, *NETWORK]
     assert run(*too_large, "--batch-size", 2) == 2
     assert "would be loaded at 1048576 x 1048576" in capsys.readouterr().err
 
 
 def test_reading_processes_keep_the_limit(folder):
-    pictures = Pictures([folder / "a.png"], 64, "crop", 0.0, 0)
+    pictures = TrainingImages([folder / "a.png"], 64, "crop", 0.0, 0)
     with images.pixel_limit(64 * 64):
         sample = next(iter(build_loader(pictures, GlobalBatches(1, 1, 0), 1, pin=False)))
     assert sample.failed

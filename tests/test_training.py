@@ -25,7 +25,7 @@ from lift_fast.images import to_tensor
 from lift_fast.losses import feature_loss
 from lift_fast.testing import relative_error
 from lift_fast.training import NotSaved, TrainingSettings, split, train
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader, color_jitter, fit_square
 from lift_fast.training.objective import FrozenFeatures, Objective
 from lift_fast.training.reference import PlainObjective
 from lift_fast.training.settings import contradictions
@@ -115,7 +115,7 @@ def test_resume_begins_anew_where_nothing_is_and_goes_on_for_more_epochs(folder,
     assert (figures["resumed"], figures["steps"]) == (0, 5)
     figures = train(settings(folder, tmp_path, epochs=2), resume=True, quiet=True)
     assert (figures["resumed"], figures["steps"]) == (5, 10)
-    with pytest.raises(ValueError, match="come to step 10 already, beyond the 5"):
+    with pytest.raises(ValueError, match="is at step 10, beyond the requested 5"):
         train(settings(folder, tmp_path, epochs=1), resume=True, quiet=True)
     # Nothing left to do is no error.
     assert train(settings(folder, tmp_path, epochs=2), resume=True, quiet=True)["images_per_second"] is None
@@ -139,7 +139,7 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
 def test_a_folder_with_a_training_is_not_overwritten_unasked(folder, tmp_path):
     train(settings(folder, tmp_path, max_steps=1), quiet=True)
     before = (tmp_path / "last.pth").read_bytes()
-    with pytest.raises(FileExistsError, match=r"holds last.pth and lift.pth already"):
+    with pytest.raises(FileExistsError, match=r"already contains last.pth and lift.pth"):
         train(settings(folder, tmp_path, max_steps=1), quiet=True)
     assert (tmp_path / "last.pth").read_bytes() == before
     (tmp_path / "unreadable.txt").write_text("an older run's")
@@ -176,7 +176,7 @@ def test_a_full_disk_is_said_and_keeps_what_was_saved(folder, tmp_path, size, wh
     assert len(before["log.csv"]) + 100 < 200_000 < len(before["lift.pth"]) < 2_000_000 < len(before["last.pth"])
     with (
         files_of_at_most(size),
-        pytest.raises(NotSaved, match=r"cannot write to .* at step \d: File too large\. What was saved .* resume$"),
+        pytest.raises(NotSaved, match=r"cannot write to .* at step \d: File too large\. The files saved .* resume$"),
     ):
         train(settings(folder, tmp_path, max_steps=2), resume=True, quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
@@ -268,7 +268,7 @@ def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 72}, r"multiple of four patches \(64 pixels\).*got 72; take 64"),
+        ({"image_size": 72}, r"multiple of four patches \(64 pixels\).*got 72; use 64"),
         ({"batch_size": 64}, "21 images to train on are fewer than one batch of 64"),
         ({"batch_size": 20, "held_out": 0.1}, r"19 images to train on \(2 are held out\)"),
         ({"model": "dino_vits17"}, "unknown backbone"),
@@ -308,7 +308,7 @@ def test_missing_folder_and_empty_folder(tmp_path):
 def test_a_diverging_loss_stops_and_keeps_what_was_saved(folder, tmp_path):
     train(settings(folder, tmp_path, max_steps=1, learning_rate=1e30, loss="l2"), quiet=True)
     before = (tmp_path / "lift.pth").read_bytes()
-    with pytest.raises(FloatingPointError, match="take a lower learning rate"):
+    with pytest.raises(FloatingPointError, match="use a lower learning rate"):
         train(settings(folder, tmp_path, learning_rate=1e30, loss="l2"), resume=True, quiet=True)
     assert (tmp_path / "lift.pth").read_bytes() == before
     assert all(bool(torch.isfinite(value).all()) for value in state(tmp_path).values())
@@ -434,7 +434,7 @@ def test_half_stride_needs_an_even_patch():
 
 def test_images_do_not_depend_on_who_reads_them(folder):
     paths = sorted(folder.rglob("*.*"))
-    pictures = Pictures(paths, 32, "squash", 0.2, seed=5)
+    pictures = TrainingImages(paths, 32, "squash", 0.2, seed=5)
 
     def read(workers, start):
         batches = GlobalBatches(len(paths), 4, seed=5)
@@ -447,7 +447,7 @@ def test_images_do_not_depend_on_who_reads_them(folder):
     assert all(torch.equal(a, b) for a, b in zip(alone[3:], late, strict=True))
     # Another epoch, another jitter; no jitter, the image itself.
     assert not torch.equal(pictures[(0, 3)].pixels, pictures[(1, 3)].pixels)
-    still = Pictures(paths, 32, "squash", 0.0, seed=5)[(0, 3)].pixels
+    still = TrainingImages(paths, 32, "squash", 0.0, seed=5)[(0, 3)].pixels
     assert np.array_equal(still.permute(1, 2, 0), np.array(fit_square(paths[3], 32, "squash")))
 
 

@@ -1,4 +1,4 @@
-"""``lift-fast show``: what features see in one image or two, as a sheet and as a page to explore."""
+"""``lift-fast show``: visualise the features of one or two images on a sheet and an interactive page."""
 
 from __future__ import annotations
 
@@ -23,27 +23,23 @@ from .options import (
     takes_demonstration_lift,
 )
 
-_DESCRIPTION = """Show what features see. The sheet has a column for each method: similarity of every cell to chosen
-points of A (in A, and in B with the best match), the three strongest principal components as colours, and TokenCut's
-saliency with its box. The page (--html) is one file without server or network: moving over one image shows
-similarity and best match in the other."""
+_DESCRIPTION = """Visualise features. The sheet has a column for each method: similarity of every cell to chosen points
+of A (in A, and in B with the best match), the three strongest principal components as colours, and TokenCut's saliency
+with its box. The page (--html) is one file without server or network: moving over one image shows similarity and best
+match in the other."""
 _EXAMPLE = "example: lift-fast show left.jpg right.jpg --point 320,200 --out show.png --html show.html"
 _VIEWS = ("similarity", "pca", "saliency")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser("show", help="what features see", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = commands.add_parser("show", help="visualise features", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("a", type=Path, metavar="A", help="image")
     parser.add_argument("b", type=Path, metavar="B", nargs="?", help="second image, searched for A's points")
     parser.add_argument("--out", type=Path, metavar="PNG", help="the sheet (show.png, unless --html is given)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the page")
     parser.add_argument(
-        "--point",
-        type=_point,
-        action="append",
-        metavar="X,Y",
-        help="pixel of A to look for, may be given several times (its centre)",
+        "--point", type=_point, action="append", metavar="X,Y", help="pixel of A to find; may be repeated (the centre)"
     )
     parser.add_argument(
         "--method",
@@ -60,11 +56,7 @@ def add_parser(commands: Any) -> None:
         help=f"rows of the sheet: {' '.join(_VIEWS)} (all)",
     )
     parser.add_argument(
-        "--size",
-        type=load_size,
-        default=224,
-        metavar="S",
-        help="read images with this shorter side, or as HxW (%(default)s)",
+        "--size", type=load_size, default=224, metavar="S", help="shorter side of loaded images, or HxW (%(default)s)"
     )
     parser.add_argument("--tau", type=float, default=0.2, metavar="X", help="of TokenCut (%(default)s)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What features see: similarity to a point, principal components as colours, saliency, for several methods at once."""
+"""Visualise features of several methods: similarity to a point, principal components as colours, saliency."""
 
 from .maps import Shown, cell_position, load, pca_colours, similarity_map
 from .page import build_page
