@@ -100,8 +100,10 @@ class ImageMatches:
             positions.append(loaded.masked_fill((xy < -0.5).any(-1, keepdim=True), -1).cpu().numpy())
         return draw_matches(
             MatchView(
-                *frames,
-                *positions,
+                image_a=frames[0],
+                image_b=frames[1],
+                points=positions[0],
+                matches=positions[1],
                 similarity=self.similarity.cpu().numpy(),
                 confidence=self.confidence.cpu().numpy(),
                 valid=self.valid.cpu().numpy(),

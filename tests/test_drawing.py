@@ -68,9 +68,9 @@ def test_long_captions_wrap():
 
 def test_identity_warp_shows_the_image_itself():
     view = make_view(size_a=(64, 64), size_b=(64, 64), grid=(64, 64))
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:32] = (255, 0, 0)
-    view = MatchView(**{**vars(view), "image_b": picture, "matches": view.points})
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:32] = (255, 0, 0)
+    view = MatchView(**{**vars(view), "image_b": image, "matches": view.points})
     sheet = draw_matches(view)
     red = (np.asarray(sheet)[sheet.height // 3 :] == (255, 0, 0)).all(-1)
     # The upper half of one panel, 512 pixels wide and high; B itself is in the first row and tinted in the third.

@@ -173,9 +173,9 @@ def test_training_takes_others_and_counts(folder, tmp_path, capsys):
 
 
 def test_reading_processes_keep_the_limit(folder):
-    pictures = TrainingImages([folder / "a.png"], 64, "crop", 0.0, 0)
+    files = TrainingImages([folder / "a.png"], 64, "crop", 0.0, 0)
     with images.pixel_limit(64 * 64):
-        sample = next(iter(build_loader(pictures, GlobalBatches(1, 1, 0), 1, pin=False)))
+        sample = next(iter(build_loader(files, GlobalBatches(1, 1, 0), 1, pin=False)))
     assert sample.failed
     assert "more than the 4096" in sample.unreadable[0]
 

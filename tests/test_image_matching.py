@@ -33,9 +33,9 @@ def photograph(height, width, top=40, left=90):
     return skimage.data.chelsea()[top : top + height, left : left + width].copy()
 
 
-def loaded(positions, size, picture):
+def loaded(positions, size, image):
     """Positions in the image as it came in, as pixels of the loaded one."""
-    scale = torch.tensor([picture.width / size[1], picture.height / size[0]])
+    scale = torch.tensor([image.width / size[1], image.height / size[0]])
     return (positions + 0.5) * scale - 0.5
 
 

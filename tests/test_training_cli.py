@@ -176,10 +176,7 @@ def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):
     arguments = ("train", folder, "--out", tmp_path, *TINY, "--max-steps", 1, "--quiet")
     assert run(*arguments) == 0
     assert run(*arguments) == 2
-    assert (
-        "resume it (--resume), overwrite it (--overwrite), or give another folder (--out)"
-        in capsys.readouterr().err
-    )
+    assert "resume it (--resume), overwrite it (--overwrite), or give another folder (--out)" in capsys.readouterr().err
     assert run(*arguments, "--overwrite") == 0
     assert run(*arguments, "--resume") == 0
     assert run(*arguments, "--resume", "--loss", "l1") == 2
