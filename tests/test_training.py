@@ -127,7 +127,7 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
         ({"loss": "l1"}, "loss: saved 'cosine', now 'l1'"),
         ({"target": "half-stride"}, "target: saved 'double-size', now 'half-stride'"),
         ({"batch_size": 5}, "batch_size: saved 4, now 5"),
-        ({"limit": 20}, "images: saved"),
+        ({"limit": 20}, "pictures: saved"),
         ({"learning_rate": 0.1, "seed": 1}, "learning_rate: saved 0.001, now 0.1; seed: saved 0, now 1"),
     ):
         with pytest.raises(ValueError, match="resume with the same ones") as error:

@@ -122,7 +122,7 @@ CHANGES = [
     (put([*MOMENT, "exp_avg"], lambda m: m[:1]), "state.0.exp_avg is a tensor of shape .* expected torch.float32 of"),
     (put([*MOMENT, "exp_avg"], lambda m: m.double()), "state.0.exp_avg"),
     (put([*MOMENT, "exp_avg"], lambda m: m * np.inf), "optimizer.state.0.exp_avg' are not finite"),
-    (put([*MOMENT, "exp_avg_sq"], lambda m: m - 1), "exp_avg_sq holds negative"),
+    (put([*MOMENT, "exp_avg_sq"], lambda m: m - 1), "exp_avg_sq contains negative"),
     (put([*MOMENT, "step"], lambda m: m + 1), "state.0.step .* expected the run's steps, 7"),
     (put([*MOMENT, "step"], lambda m: m.expand(2).clone()), "state.0.step"),
     (put([*MOMENT, "step"], 7), "entry 'optimizer.state.0.step' is an int"),

@@ -164,18 +164,8 @@ class FrozenViT(nn.Module):
         Raises:
             ValueError: unless ``stride`` is an integer from 1 to the patch size.
         """
-        return FrozenViT(
-            self.model,
-            facet=self.facet,
-            layer=self.layer,
-            stride=stride,
-            head_order=self.head_order,
-            position_rule=self.position_rule,
-            mean=self.mean,
-            std=self.std,
-            name=self.name,
-            random_weights=self.random_weights,
-        )
+        same = ("facet", "layer", "head_order", "position_rule", "mean", "std", "name", "random_weights")
+        return FrozenViT(self.model, stride=stride, **{name: getattr(self, name) for name in same})
 
     def forward(self, imgs: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised images to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.

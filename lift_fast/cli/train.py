@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,28 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="start over if OUT contains a training")
 
     group = parser.add_argument_group("backbone")
-    group.add_argument("--model", default="dino_vits16", help="an official name or any timm ViT (%(default)s)")
+    group.add_argument("--model", help="an official name or any timm ViT (%(default)s)")
     group.add_argument("--weights", type=Path, metavar="FILE", help="local checkpoint of the backbone")
     group.add_argument("--checkpoint-key", metavar="KEY", help="entry of the checkpoint with the weights")
     group.add_argument("--random-weights", action="store_true", help="random backbone weights, for tests")
-    group.add_argument("--facet", default="key", choices=FACETS, help="(%(default)s)")
+    group.add_argument("--facet", choices=FACETS, help="(%(default)s)")
     group.add_argument("--layer", type=int, metavar="N", help="block of the backbone, may be negative (the last)")
 
     group = parser.add_argument_group("network")
     group.add_argument("--no-image", action="store_false", dest="use_image", help='the "no image" ablation')
-    group.add_argument("--image-channels", type=positive, default=32, metavar="N", help="image encoder (%(default)s)")
-    group.add_argument(
-        "--extra-image-blocks", type=whole, default=0, metavar="N", help="more blocks in it (%(default)s)"
-    )
+    group.add_argument("--image-channels", type=positive, metavar="N", help="image encoder (%(default)s)")
+    group.add_argument("--extra-image-blocks", type=whole, metavar="N", help="more blocks in it (%(default)s)")
 
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--size",
-        dest="image_size",
-        type=positive,
-        default=448,
-        metavar="S",
-        help="side in pixels, a multiple of 4 patches (%(default)s)",
+        "--size", dest="image_size", type=positive, metavar="S", help="side, a multiple of 4 patches (%(default)s)"
     )
     group.add_argument(
         "--fit",
-        default="squash",
         choices=FITS,
         help="resize both sides to S, as published, or the shorter side and crop the centre (%(default)s)",
     )
-    group.add_argument("--jitter", type=float, default=0.2, metavar="X", help="colour jitter, 0 for none (%(default)s)")
+    group.add_argument("--jitter", type=float, metavar="X", help="colour jitter, 0 for none (%(default)s)")
     add_pixel_limit(group)
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N images by name")
     group.add_argument(
@@ -73,17 +65,15 @@ def add_parser(commands: Any) -> None:
         type=float,
         nargs="?",
         const=0.1,
-        default=0.0,
         metavar="X",
         help="hold out a fraction of the images, evenly by name; without a number every tenth",
     )
     group.add_argument("--workers", type=whole, metavar="N", help="processes that read images, for each process (auto)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--loss", default="cosine", choices=LOSSES, help="(%(default)s)")
+    group.add_argument("--loss", choices=LOSSES, help="(%(default)s)")
     group.add_argument(
         "--target",
-        default="double-size",
         choices=TARGETS,
         help="predict features of the image at twice the size, as published, or of the same image with patches half a "
         "patch apart, for backbones that get worse on enlarged images (%(default)s)",
@@ -91,31 +81,30 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--batch-size", type=positive, metavar="N", help="images in a step, over all processes (256; patch 8: 64)"
     )
-    group.add_argument("--epochs", type=positive, default=5, metavar="N", help="(%(default)s)")
+    group.add_argument("--epochs", type=positive, metavar="N", help="(%(default)s)")
     group.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
     group.add_argument(
-        "--lr", dest="learning_rate", type=float, default=1e-3, metavar="X", help="learning rate of Adam (%(default)s)"
+        "--lr", dest="learning_rate", type=float, metavar="X", help="learning rate of Adam (%(default)s)"
     )
-    group.add_argument("--seed", type=whole, default=0, metavar="N", help="(%(default)s)")
+    group.add_argument("--seed", type=whole, metavar="N", help="(%(default)s)")
     group.add_argument(
         "--save-every", dest="save_every_steps", type=positive, metavar="N", help="also save after every N steps"
     )
-    group.add_argument("--save-every-epochs", type=positive, default=1, metavar="N", help="(%(default)s)")
+    group.add_argument("--save-every-epochs", type=positive, metavar="N", help="(%(default)s)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument(
-        "--precision",
-        default="auto",
-        choices=PRECISIONS,
-        help="compute in; auto is bfloat16 if supported (%(default)s)",
+        "--precision", choices=PRECISIONS, help="compute in; auto is bfloat16 if supported (%(default)s)"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile, minutes that pay off in long GPU runs")
     group.add_argument("--sync-batchnorm", action="store_true", help="BatchNorm over the whole batch of all processes")
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--tensorboard", action="store_true", help="TensorBoard events in OUT, if it is installed")
     add_output_options(parser)
-    parser.set_defaults(run=run)
+    # The settings hold the defaults, which the help above prints.
+    defaults = {field.name: field.default for field in fields(TrainingSettings) if field.default is not MISSING}
+    parser.set_defaults(run=run, **defaults)
 
 
 def run(arguments: argparse.Namespace) -> int:

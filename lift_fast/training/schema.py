@@ -129,17 +129,17 @@ def _check_optimizer(
             if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
                 _refuse(path, where, name, tensor, f"{parameter.dtype} of shape {list(parameter.shape)}")
         if bool((entry["exp_avg_sq"] < 0).any()):
-            raise ValueError(f"{path}: {where}.exp_avg_sq holds negative values")
+            raise ValueError(f"{path}: {where}.exp_avg_sq contains negative values")
         count = weight_tensor(entry["step"], path, f"{where}.step")
         number = count.item() if count.dim() == 0 else math.nan
-        # float32 counts to 2**24; an overflowing float16 step counts in the run alone.
+        # float32 counts to 2**24; an overflowing float16 step counts only in the run.
         if not (1 <= number <= step if scaled else number == float(count.new_tensor(step))) or number % 1:
             _refuse(path, where, "step", count, f"the run's steps, {step}")
 
 
 def _check_random(state: Mapping[Any, Any], path: Path) -> None:
     _names(state, path, "random", ("python", "numpy", "torch", "cuda"))
-    # Each generator judges its own state, in a copy that nobody draws from.
+    # A separate generator of each kind validates its state.
     _try(lambda: _check_python(state["python"]), path, "python")
     _try(lambda: np.random.RandomState().set_state(numpy_state(state["numpy"])), path, "numpy")
     expected = torch.get_rng_state().shape
