@@ -1,6 +1,6 @@
 """timm's standard ViT block on the CPU with reused buffers: the same operations and bitwise the same results.
 
-A block allocates its large intermediate results anew each time, and the operating system is slow to provide fresh
+A block allocates its large intermediate results again each time, and the operating system is slow to provide fresh
 pages: at 785 tokens this costs about a fifth of the arithmetic. Here one buffer serves all blocks of a forward pass. On
 a GPU PyTorch's caching allocator does that already.
 """
