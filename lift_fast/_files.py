@@ -1,5 +1,4 @@
-"""Files are written atomically: a reader sees the old file or the whole new one, never a part. Folders for them, and
-the order of files that are a sequence."""
+"""Atomic writing of files (a reader sees the old file or the whole new one), output folders, and natural order."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ._text import quoted
+from ._text import quoted, with_article
 from .locks import Claim, claim
 
 _unfinished: set[str] = set()
@@ -27,36 +26,36 @@ _KINDS = (
 
 
 def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
-    """Refuse what is no regular file, without opening it: opening a pipe may wait for ever, a device never ends.
+    """Refuse anything but a regular file without opening it: opening a pipe may block, and a device has no end.
 
     Args:
         path: the file, or a link to it.
-        what: it should be, for the message, such as "image".
+        what: the expected content for the message, such as "image".
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: if it is a folder, pipe, socket or device, or the name cannot be that of a file; names it and its
-            kind.
+        FileNotFoundError: if ``path`` does not exist.
+        ValueError: naming the path, if it is a folder, pipe, socket or device, or not a valid file name.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no {what} at {quoted(path)}") from None
     except PermissionError as error:
-        raise ValueError(f"{quoted(path)} cannot be looked at: {error.strerror}") from error
+        raise ValueError(f"{quoted(path)} cannot be accessed: {error.strerror}") from error
     except (OSError, ValueError) as error:
-        # Too long, a loop of links, a zero byte, bytes that the file system does not take.
-        raise ValueError(f"{quoted(path)} names no {what}: {getattr(error, 'strerror', None) or error}") from error
+        # Too long, a loop of links, a zero byte, or bytes that the file system rejects.
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"no {what} at {quoted(path)}: {reason}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{quoted(path)} is {_kind(mode)}; expected a {what}")
+        raise ValueError(f"{quoted(path)} is {_kind(mode)}; expected {with_article(what)}")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed.
+    """Yield a temporary path next to ``path``; on success it replaces ``path``, on any error it is removed.
 
-    The temporary file keeps the suffix of ``path``, since image and array writers choose their format by it. What a
-    killed process leaves is collected by :func:`make_folder`.
+    The temporary file keeps the suffix of ``path``, because image and array writers choose their format by it.
+    :func:`make_folder` removes the temporary files of killed processes.
 
     Raises:
         FileNotFoundError: if the folder of ``path`` does not exist.
@@ -68,7 +67,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     _unfinished.add(str(temporary))
     try:
         yield temporary
-        # mkstemp creates files readable by their owner alone; give the result the usual permissions.
+        # mkstemp creates files that only their owner can read; give the result the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -83,16 +82,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Remove the temporary files of every :func:`atomic_path` that has not ended, for a process that ends now."""
+    """Remove the temporary files of every active :func:`atomic_path`, before the process exits."""
     for name in list(_unfinished):
         with suppress(OSError):
             os.unlink(name)
 
 
 def natural_key(path: str | os.PathLike[str]) -> tuple[tuple[tuple[str, int, str], ...], ...]:
-    """Key by which files come in the order that people count them in: 2.jpg before 10.jpg, folder by folder.
+    """Sort key for natural order: 2.jpg before 10.jpg, folder by folder.
 
-    Runs of digits compare as numbers, everything else as text; names that are equal so are in the order of their text.
+    Runs of digits compare as numbers, everything else as text. Text order decides between names that compare equal.
     """
     return tuple(_natural(part) for part in Path(path).parts)
 
@@ -100,7 +99,7 @@ def natural_key(path: str | os.PathLike[str]) -> tuple[tuple[tuple[str, int, str
 def _natural(name: str) -> tuple[tuple[str, int, str], ...]:
     texts = re.split(r"([0-9]+)", name)
     numbers = [text.lstrip("0") for text in texts[1::2]]
-    # Digits by their count and then as text: int() refuses thousands of them.
+    # Compare digits by count, then as text: int() rejects thousands of digits.
     pairs = [("", len(number), number) for number in numbers]
     key = [(texts[0], 0, "")]
     for pair, text in zip(pairs, texts[2::2], strict=True):
@@ -109,46 +108,44 @@ def _natural(name: str) -> tuple[tuple[str, int, str], ...]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder ``path``, made if missing, with the folders above it; files can be written there.
+    """Create the folder ``path`` and its parents if missing, and check that files can be written there.
 
-    To be called before long work whose results go there. Temporary files that killed processes have left there are
-    removed.
+    Call it before long work that writes there. It removes temporary files of killed processes.
 
     Raises:
-        ValueError: if it cannot be made, or nothing can be written to it; says why.
+        ValueError: with the reason, if the folder cannot be created or written to.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: file systems are mounted read-only, or have no room for one more file.
+        # Permissions are not enough: a file system may be read-only or full.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError as error:
         raise ValueError(f"{quoted(folder)} is a file; expected a folder for the results, give another one") from error
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write to the folder {quoted(folder)}: {said}; give another one") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to the folder {quoted(folder)}: {reason}; give another one") from error
     _collect_leftovers(folder)
     return folder
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could not be written in the end, before long work whose result goes there.
+    """Check that a file can be written, before long work whose result it holds.
 
     Raises:
-        ValueError: if its folder is missing, full or cannot be written to, or if a folder, pipe or device lies in its
-            place; says what to do.
+        ValueError: if its folder is missing, full or not writable, or if it is a folder, pipe or device.
     """
     target = Path(path)
     folder = target.parent
     try:
         if not os.path.isdir(folder):
-            raise ValueError(f"the folder {quoted(folder)} does not exist; make it first")
+            raise ValueError(f"the folder {quoted(folder)} does not exist; create it first")
         if os.path.exists(target):
             mode = os.stat(target).st_mode
             if not stat.S_ISREG(mode):
                 raise ValueError(f"that is {_kind(mode)}; give a file")
-        # A full disk may still have room for a file that holds nothing.
+        # A full disk may still have room for an empty file.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
             file.flush()
@@ -157,12 +154,12 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _kind(mode: int) -> str:
-    return next((name for test, name in _KINDS if test(mode)), "no regular file")
+    return next((name for test, name in _KINDS if test(mode)), "not a regular file")
 
 
 def _temporary(target: Path) -> tuple[Path, Claim]:
     while True:
-        # Of a long name a part, so that there is room for the rest.
+        # Shorten a long name, so that the rest fits.
         prefix, suffix = f".{target.stem[:40]}.", f"{_MARK}{target.suffix}"
         handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
         os.close(handle)
@@ -171,22 +168,22 @@ def _temporary(target: Path) -> tuple[Path, Claim]:
         except BaseException:
             os.unlink(name)
             raise
-        # Another process may have taken it for a leftover in between.
+        # Meanwhile another process may have removed it as a leftover.
         if held is not None:
             return Path(name), held
 
 
 def _collect_leftovers(folder: Path) -> None:
-    """Remove temporary files of :func:`atomic_path` whose writers are gone: nobody holds their lock."""
+    """Remove temporary files of :func:`atomic_path` whose writers have ended: no process holds their lock."""
     with suppress(OSError), os.scandir(folder) as entries:
         for name in [entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)]:
-            # Another user's cannot be opened, and stays.
+            # Files of other users cannot be opened and stay.
             with suppress(OSError):
                 held = claim(folder / name)
                 if held is None:
                     continue
                 try:
-                    # Where files cannot be locked nobody can tell a dead writer from a slow one.
+                    # Without locks a dead writer cannot be distinguished from a slow one.
                     if held.locked:
                         (folder / name).unlink()
                 finally:

@@ -1,7 +1,7 @@
-"""Ctrl-C in the command line: the process ends at once, whatever native code is running, and says so in one line.
+"""Ctrl-C in the command line: the process exits immediately, even inside native code, with a message of one line.
 
-Python delivers a signal between two of its own instructions, so that one would wait for a long native call, and raises
-KeyboardInterrupt in whatever runs then. A command has nothing to unwind but the files that it was writing.
+By default Python handles a signal between two bytecode instructions, after a long native call, and raises
+KeyboardInterrupt wherever it is. A command only has to clean up the files that it was writing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MODULES = ("lift_fast", "lift_fast.cli", "lift_fast.__main__", "lift_fast.cli._
 
 
 def quiet_start() -> None:
-    """Where the command line starts: while PyTorch is being imported a Ctrl-C ends the process without a traceback.
+    """At the start of a command, let Ctrl-C end the process without a traceback while PyTorch is imported.
 
-    To be called by the package before it imports anything: no line of the command line runs earlier. The system's own
-    way to end is all that works while a library is being loaded; shells show it as status 130.
+    The package calls it before its imports, since no code of the command line runs earlier. Only the system's default
+    action works while a library is loaded; shells show it as status 130.
     """
     if _starting() and _in_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def quiet_start() -> None:
 
 def _starting() -> bool:
     first = sys.argv[0] if sys.argv else ""
-    # What Python puts there until it has found the module of -m.
+    # Python's placeholder until it has found the module of -m.
     if first == "-m":
         return any(name in _MODULES for name in sys.orig_argv)
     return os.path.splitext(os.path.basename(first))[0] == _COMMAND
@@ -47,29 +47,28 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def ending_at_once(command: str) -> Iterator[None]:
-    """While the context lasts, SIGINT removes unfinished files, says ``command: interrupted`` and exits with 130.
+    """Inside the context, SIGINT removes unfinished files, prints ``command: interrupted`` and exits with 130.
 
-    Nothing is unwound, so this is for a process that does nothing else. It happens in whichever thread comes first: the
-    main one, or one that waits for the byte that Python sends the moment a signal arrives. Elsewhere than in the main
-    thread, and where SIGINT is ignored or somebody else's, nothing changes; a handler that code inside installs, as
-    training does, has its way.
+    The stack is not unwound, so use it only in a process of its own. The first of two threads acts: the main one, or a
+    watcher that waits for the byte that Python writes when a signal arrives. Nothing changes outside the main thread or
+    if SIGINT is ignored or has another handler. A handler installed inside, as by training, takes precedence.
     """
     former = signal.getsignal(signal.SIGINT)
     if not _in_main_thread() or former not in (signal.default_int_handler, signal.SIG_DFL):
         yield
         return
-    # A pair of sockets, since Windows waits for nothing else.
+    # Sockets, because Windows supports nothing else here.
     read, write = socket.socketpair()
     write.setblocking(False)
-    said = f"\n{command}: interrupted\n".encode("utf-8", "backslashreplace")
+    message = f"\n{command}: interrupted\n".encode("utf-8", "backslashreplace")
 
     def handle(number: int, frame: Any) -> None:
-        _end(said)
+        _end(message)
 
     def watch() -> None:
         while numbers := read.recv(64):
             if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is handle:
-                _end(said)
+                _end(message)
 
     watcher = threading.Thread(target=watch, name="lift-fast interrupts", daemon=True)
     watcher.start()
@@ -85,10 +84,10 @@ def ending_at_once(command: str) -> Iterator[None]:
         read.close()
 
 
-def _end(said: bytes) -> None:
-    # Never released: the second thread that comes here waits for the end.
+def _end(message: bytes) -> None:
+    # Never released, so that a second thread waits here until the process exits.
     _ending.acquire()
     remove_unfinished()
     with suppress(OSError):
-        os.write(2, said)
+        os.write(2, message)
     os._exit(STATUS)

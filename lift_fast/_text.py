@@ -1,4 +1,4 @@
-"""Names, values and messages as a terminal, a table or an image may show them: on one line, however long they are."""
+"""Names, values and messages in printable form, on one line of bounded length."""
 
 from __future__ import annotations
 
@@ -10,48 +10,53 @@ _VALUE, _NAME, _NAMES, _MESSAGE = 100, 120, 5, 300
 
 
 def quoted(name: object) -> str:
-    """A name for a message: as it is, or in quotes and escaped where it holds what would not print.
+    """A name for a message; quoted and escaped if it contains unprintable characters.
 
-    Line breaks, terminal escapes, marks that reverse the writing direction, bytes that are no UTF-8 (which Python keeps
-    as surrogates).
+    These are line breaks, terminal escapes, marks that reverse the writing direction, and bytes outside UTF-8 (which
+    Python keeps as surrogates).
     """
     text = str(name)
     return text if text.isprintable() else repr(text)
 
 
 def one_line(message: object) -> str:
-    """A message with everything in it that would not print escaped, line breaks too."""
+    """A message with unprintable characters and line breaks escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
 
 
 def shown(value: object) -> str:
-    """``value`` as messages print it: its ``repr`` up to 100 characters, of a tensor the shape and dtype."""
+    """``value`` for a message: its ``repr`` up to 100 characters, or shape and dtype of a tensor."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
-    # Of a text of megabytes only the beginning is looked at; numbers have no more than some thousand digits.
+    # Cut long texts before repr; numbers have no more than some thousand digits.
     text = repr(value[: 2 * _VALUE] if isinstance(value, (str, bytes, list)) else value)
     return _cut(text if text.isprintable() else _joined(text), _VALUE)
 
 
 def said(error: object) -> str:
-    """What an error says, up to 300 characters; its type where it says nothing, as some of Pillow's."""
+    """The message of an error, up to 300 characters; its type if it has none, as some of Pillow's."""
     return _cut(_joined(str(error)), _MESSAGE) or type(error).__name__
 
 
 def named(name: object) -> str:
-    """The name of an entry of a file, always in quotes, up to 120 characters."""
+    """The name of a file's entry, always in quotes, up to 120 characters."""
     return repr(name) if isinstance(name, str) and len(name) <= _NAME else f"'{_short(name)}'"
 
 
 def listed(names: Iterable[object]) -> str:
-    """The first five names of entries of a file, and how many more there are."""
+    """The first five names of a file's entries, and how many more there are."""
     found = list(names)
     more = f", ... {len(found) - _NAMES} more" if len(found) > _NAMES else ""
     return ", ".join(map(_short, found[:_NAMES])) + more
 
 
+def with_article(noun: str) -> str:
+    """``noun`` after "a" or "an"."""
+    return f"an {noun}" if noun[0] in "aeiouAEIOU" else f"a {noun}"
+
+
 def _short(name: object) -> str:
-    # Of other keys of a file not even the repr is to be trusted.
+    # Other keys of a file may have an unsafe repr.
     if not isinstance(name, str):
         return f"({type(name).__name__})"
     return quoted(name if len(name) <= _NAME else f"{name[:_NAME]}... ({len(name)} characters)")

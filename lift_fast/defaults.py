@@ -1,4 +1,4 @@
-"""PyTorch's global defaults (dtype, device) set aside while the package makes networks."""
+"""Reset PyTorch's global defaults (dtype, device) while the package builds networks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import torch
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Float32 on the CPU wherever code names no dtype and no device, whatever the program has set.
-
-    For code of other libraries and of modules; tensors of our own name both.
-    """
+    """Make float32 and the CPU the defaults inside the context, for code of other libraries and modules."""
     dtype = torch.get_default_dtype()
-    # A device as context sees every call, so only where there is something to set aside.
+    # A device context intercepts every call, so only use it if the default is another one.
     device = nullcontext() if _is_cpu() else torch.device("cpu")
     if dtype != torch.float32:
         torch.set_default_dtype(torch.float32)
@@ -31,5 +28,5 @@ def _is_cpu() -> bool:
     try:
         return torch.get_default_device().type == "cpu"
     except (RuntimeError, AssertionError):
-        # Asked for the default, PyTorch makes a tensor there, and without a GPU there is no "cuda" to make it on.
+        # PyTorch allocates a tensor to find the default device, which fails for "cuda" without a GPU.
         return False

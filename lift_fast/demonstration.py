@@ -1,7 +1,7 @@
-"""The demonstration pair: a small backbone and its LiFT that ship with the package and need no download.
+"""The demonstration pair: a small backbone and its LiFT, shipped with the package.
 
-Trained from scratch on 754 photographs (docs/demonstration.md): for trying things out, for examples and tests. It knows
-textures and parts, not objects; for real work take DINO or another pretrained backbone with the LiFT trained for it.
+They were trained from scratch on 754 photographs (docs/demonstration.md) for examples and tests, and recognise textures
+and parts, not objects. For real work use DINO or another pretrained backbone with the LiFT trained for it.
 """
 
 from __future__ import annotations
@@ -13,27 +13,19 @@ BACKBONE = "demo_vitt16"
 """Name for :func:`lift_fast.load_backbone`: ViT of width 192, depth 6, patch 16."""
 
 LIFT = "lift_demo_vitt16"
-"""Name for :func:`lift_fast.load_lift` and ``lift_path``, which take it instead of a file: trained on the keys of the
-last block of :data:`BACKBONE`, heads interleaved, as :class:`lift_fast.ViTLiFTExtractor` computes them."""
+"""Name for :func:`lift_fast.load_lift` and ``lift_path`` in place of a file: trained on the keys of the last block of
+:data:`BACKBONE`, heads interleaved, as :class:`lift_fast.ViTLiFTExtractor` computes them."""
 
 _FOLDER = Path(__file__).with_name("weights")
 
 
 def backbone_file() -> Path:
-    """The backbone's weights, float16, timm layout.
-
-    Raises:
-        FileNotFoundError: if the installation lacks them.
-    """
+    """The backbone's weights, float16, timm layout; FileNotFoundError if they are not installed."""
     return _packaged(BACKBONE)
 
 
 def lift_file(path: str | os.PathLike[str]) -> Path:
-    """``path`` itself, or the packaged file if it is the name :data:`LIFT`.
-
-    Raises:
-        FileNotFoundError: if the installation lacks the packaged file.
-    """
+    """``path``, or the packaged file for the name :data:`LIFT`; FileNotFoundError if that is not installed."""
     return _packaged(LIFT) if path == LIFT else Path(path)
 
 

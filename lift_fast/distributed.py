@@ -1,4 +1,4 @@
-"""The processes of one run, as ``torchrun`` starts them; a single process is a world of one."""
+"""The processes of one run under ``torchrun``; a single process is a world of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import devices
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """Rank of this process and size of the world."""
 
     rank: int = 0
     size: int = 1
@@ -46,19 +46,15 @@ class World(NamedTuple):
 
 
 def leads() -> bool:
-    """Whether this process is the one that prints: the first that ``torchrun`` started, or the only one."""
+    """Whether this process prints: it is rank 0 or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def join_world(device: str | None, patience: timedelta | None = None) -> Iterator[World]:
-    """The world that ``torchrun``'s environment variables describe; its process group lives as long as the context.
+    """The world of ``torchrun``'s environment variables, with a process group inside the context.
 
-    NCCL joins CUDA devices, gloo everything else.
-
-    Args:
-        device: that the processes compute on.
-        patience: how long one process waits for another; None is PyTorch's, minutes.
+    The backend is NCCL for a CUDA ``device``, else gloo. ``patience`` is its timeout; None is PyTorch's, some minutes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

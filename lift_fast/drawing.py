@@ -1,4 +1,4 @@
-"""Sheets by which a person can judge matches: lines, matched positions as colours, a warp, a confidence map."""
+"""Sheets that show matches: lines, matched positions as colours, a warp, a confidence map."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _TALLEST, _TALLEST_PANEL = 620, 560
 _BAR = 2 * _TEXT + 8
 _INK, _PAPER, _WARNING = (25, 25, 25), (255, 255, 255), (176, 32, 32)
 _HATCH = np.array([[220, 220, 220], [150, 150, 150]], dtype=np.uint8)
-# Corners of the position colours, from the palette of Okabe and Ito, so that colour-blind people can tell them apart:
-# top left, top right, bottom left, bottom right.
+# Position colours of the corners, from Okabe and Ito's palette for colour-blind people: top left, top right, bottom
+# left, bottom right.
 _CORNERS = np.array([[[0, 90, 181], [240, 228, 66]], [[75, 0, 110], [220, 80, 0]]], dtype=np.float64)
 SCALE = np.array(
     [[13, 8, 85], [84, 2, 163], [156, 23, 158], [204, 71, 120], [237, 121, 83], [253, 180, 47], [240, 249, 33]],
     dtype=np.float64,
 )
-"""Anchors of a dark-to-bright scale that stays ordered in grey and for colour-blind people."""
+"""Dark-to-bright colour scale that stays ordered in grey and for colour-blind people."""
 
 
 @dataclass(frozen=True)
 class MatchView:
     """What :func:`draw_matches` draws."""
 
-    picture_a: Pixels
+    image_a: Pixels
     """[Ha, Wa, 3] uint8"""
-    picture_b: Pixels
+    image_b: Pixels
     """[Hb, Wb, 3] uint8"""
     points: npt.NDArray[np.int64]
     """[rows, columns, 2] (x, y) pixels of A, a regular grid."""
@@ -71,12 +71,9 @@ def confidence_colours(value: npt.NDArray[np.floating]) -> Pixels:
 
 
 def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, float, float, float]) -> Image.Image:
-    """Cells ``[h, w, 3]`` as blocks where they lie on an image of ``size`` (width, height), grey where there are none.
+    """Draw cells ``[h, w, 3]`` as blocks on a grey image of ``size`` (width, height).
 
-    Args:
-        cells: colours.
-        size: of the result.
-        covered: (top, left, height, width) over which the cells lie side by side, as fractions of the image.
+    ``covered`` is the rectangle of the cells, (top, left, height, width) as fractions of the image.
     """
     top, left, height, width = (share * size[1 - i % 2] for i, share in enumerate(covered))
     sheet = Image.new("RGB", size, (128, 128, 128))
@@ -86,10 +83,10 @@ def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, floa
 
 
 def even_sample(valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:
-    """Up to ``count`` (row, column) of valid points, spread evenly and blind to similarity: ``[n, 2]``.
+    """Up to ``count`` (row, column) of valid points, evenly spread: ``[n, 2]``.
 
-    The grid is cut into about ``count`` fields; of each the valid point nearest to its centre is taken, if there is
-    one. A sample of the best matches would flatter.
+    The grid is cut into about ``count`` fields, and the valid point nearest to the centre of each field is taken.
+    Similarity plays no part: a sample of the best matches would look better than the matches are.
     """
     rows, columns = valid.shape
     tall = min(rows, max(1, round((count * rows / columns) ** 0.5)))
@@ -107,15 +104,15 @@ def even_sample(valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int6
 
 
 def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
-    """The matches on one sheet.
+    """Draw the matches on one sheet.
 
     First row: A and B with lines between an evenly spread sample of the valid matches, coloured by position in A.
     Second row: A, B warped into A's frame through the matches (each pixel of A shows its match in B), and the
-    confidence from 0 to 1. Third row: B coloured by position, A coloured by where each pixel's match lies in B, and the
-    similarity between its 2nd and 98th percentile. Hatched: no valid match.
+    confidence from 0 to 1. Third row: B coloured by position, A coloured by the position of each pixel's match in B,
+    and the similarity between its 2nd and 98th percentile. Hatched areas have no valid match.
 
     Raises:
-        ValueError: if the arrays do not fit each other.
+        ValueError: if the shapes of the arrays do not agree.
     """
     _check(view)
     font = ImageFont.load_default(size=_TEXT)
@@ -125,12 +122,12 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     title = _TEXT + 8
 
     half, third = (_WIDTH - 3 * _GAP) // 2, (_WIDTH - 4 * _GAP) // 3
-    size_a, size_b = view.picture_a.shape[:2], view.picture_b.shape[:2]
+    size_a, size_b = view.image_a.shape[:2], view.image_b.shape[:2]
     scale_a, scale_b = (min(half / s[1], _TALLEST / s[0]) for s in (size_a, size_b))
-    big_a, big_b = _resize(view.picture_a, scale_a), _resize(view.picture_b, scale_b)
+    big_a, big_b = _resize(view.image_a, scale_a), _resize(view.image_b, scale_b)
     tall = max(big_a.height, big_b.height)
     panels = [_panels(view, third)[n : n + 3] for n in (0, 3)]
-    low = [max(panel.picture.height + (_BAR if panel.scale else 0) for panel in row) for row in panels]
+    low = [max(panel.image.height + (_BAR if panel.scale else 0) for panel in row) for row in panels]
     height = top + title + tall + _GAP + sum(title + n + _GAP for n in low)
     sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -141,7 +138,7 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     for number, line in enumerate(caption):
         draw.text((_GAP, banner + _GAP + number * (_TEXT + 6)), line, font=font, fill=_INK)
 
-    # Side by side without white between, so that lines stay short.
+    # Side by side, so that lines stay short.
     left_a, left_b = _WIDTH // 2 - _GAP // 2 - big_a.width, _WIDTH // 2 + _GAP // 2
     above = top + title
     sample = even_sample(view.valid, lines)
@@ -156,11 +153,9 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
         for number, panel in enumerate(row):
             left = _GAP + number * (third + _GAP)
             draw.text((left, above), panel.title, font=font, fill=_INK)
-            sheet.paste(panel.picture, (left, above + title))
+            sheet.paste(panel.image, (left, above + title))
             if panel.scale:
-                _draw_bar(
-                    sheet, panel.scale, (left, above + title + panel.picture.height + 8, panel.picture.width), font
-                )
+                _draw_bar(sheet, panel.scale, (left, above + title + panel.image.height + 8, panel.image.width), font)
         above += title + deepest + _GAP
     return sheet
 
@@ -177,36 +172,37 @@ def _check(view: MatchView) -> None:
             raise ValueError(
                 f"{name} must be {list(shape)} for valid [rows, columns] = {list(grid)}, got {array.shape}"
             )
-    for name, picture in (("picture_a", view.picture_a), ("picture_b", view.picture_b)):
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
-            raise ValueError(f"{name} must be [H, W, 3] uint8, got {list(picture.shape)} {picture.dtype}")
+    for name, image in (("image_a", view.image_a), ("image_b", view.image_b)):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise ValueError(f"{name} must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
 
 
 class _Panel(NamedTuple):
     title: str
-    picture: Image.Image
+    image: Image.Image
     scale: tuple[str, str] | None = None
-    """What the ends of the colour scale stand for."""
+    """Labels of the ends of the colour scale."""
 
 
 def _panels(view: MatchView, width: int) -> list[_Panel]:
-    size_a, size_b = view.picture_a.shape[:2], view.picture_b.shape[:2]
+    size_a, size_b = view.image_a.shape[:2], view.image_b.shape[:2]
     everywhere = np.stack(np.meshgrid(np.arange(size_b[1]), np.arange(size_b[0])), axis=-1)
-    of_b = _tint(view.picture_b, _chequered_colours(everywhere, size_b))
-    on_a = _tint(view.picture_a, _enlarge(_chequered_colours(view.matches, size_b), size_a))
-    warp = _enlarge(view.picture_b[view.matches[..., 1], view.matches[..., 0]], size_a)
+    of_b = _tint(view.image_b, _chequered_colours(everywhere, size_b))
+    on_a = _tint(view.image_a, _enlarge(_chequered_colours(view.matches, size_b), size_a))
+    warp = _enlarge(view.image_b[view.matches[..., 1], view.matches[..., 0]], size_a)
     confidence = _enlarge(confidence_colours(view.confidence), size_a)
     value, low, high = _stretch(view)
     similarity = _enlarge(confidence_colours(value), size_a)
     missing = _enlarge(~view.valid, size_a)
     no_match = _enlarge(view.matches[..., 0] < 0, size_a)
 
-    def on_sheet(picture: Pixels, mask: npt.NDArray[np.bool_] | None = None) -> Image.Image:
-        image = _fit(Image.fromarray(picture), width, _TALLEST_PANEL)
+    def on_sheet(pixels: Pixels, mask: npt.NDArray[np.bool_] | None = None) -> Image.Image:
+        scale = min(width / pixels.shape[1], _TALLEST_PANEL / pixels.shape[0])
+        image = _resize(pixels, scale, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
         return image if mask is None else _hatch(image, mask)
 
     return [
-        _Panel("A", on_sheet(view.picture_a)),
+        _Panel("A", on_sheet(view.image_a)),
         _Panel("B warped into A (hatched: no valid match)", on_sheet(warp, missing)),
         _Panel("confidence: similarity, halved per cell missed on return", on_sheet(confidence, no_match), ("0", "1")),
         _Panel("B, coloured by position", on_sheet(of_b)),
@@ -216,7 +212,7 @@ def _panels(view: MatchView, width: int) -> list[_Panel]:
 
 
 def _stretch(view: MatchView) -> tuple[npt.NDArray[np.floating], float, float]:
-    """Similarity stretched to 0 to 1 between the 2nd and 98th percentile of the matches, and those two."""
+    """Similarity scaled to 0 to 1 between the 2nd and 98th percentile of the matches, and these two."""
     matched = (view.matches >= 0).all(-1)
     if not matched.any():
         return np.zeros_like(view.similarity), 0.0, 1.0
@@ -235,7 +231,7 @@ def _draw_lines(
         left, above, scale = place
         return left + (xy[0] + 0.5) * scale, above + (xy[1] + 0.5) * scale
 
-    size_a = view.picture_a.shape[:2]
+    size_a = view.image_a.shape[:2]
     for row, column in sample:
         red, green, blue = (int(v) for v in position_colours(view.points[row, column], size_a))
         start, end = on_sheet(view.points[row, column], place_a), on_sheet(view.matches[row, column], place_b)
@@ -250,7 +246,7 @@ def draw_match_line(
     radius: int = 5,
     width: int = 2,
 ) -> None:
-    """A line with dots of ``radius`` at its ends (x, y); a dark rim keeps it visible on any image."""
+    """Draw a line with dots of ``radius`` at its ends (x, y); a dark rim keeps it visible on any image."""
     draw.line((start, end), fill=_INK, width=width + 2)
     draw.line((start, end), fill=colour, width=width)
     for x, y in (start, end):
@@ -267,21 +263,21 @@ def _draw_bar(sheet: Image.Image, ends: tuple[str, str], place: tuple[int, int, 
 
 
 def _chequered_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
-    """Position colours with every other of 8 x 8 fields darker: folds and shifts show without regard to hue."""
+    """Position colours with every other of 8 x 8 fields darker, to show folds and shifts without hue."""
     dark = (xy * 8 // (size[1], size[0])).sum(-1, keepdims=True) % 2
     colours: Pixels = np.rint(position_colours(xy, size) * np.where(dark, 0.7, 1.0)).astype(np.uint8)
     return colours
 
 
-def _tint(picture: Pixels, colours: Pixels) -> Pixels:
-    """Colours over the grey image, so that both position and content stay visible."""
-    grey = picture.mean(axis=2, keepdims=True)
+def _tint(image: Pixels, colours: Pixels) -> Pixels:
+    """Colours over the grey image: both position and content stay visible."""
+    grey = image.mean(axis=2, keepdims=True)
     tinted: Pixels = np.rint(0.65 * colours + 0.35 * grey).astype(np.uint8)
     return tinted
 
 
 def _hatch(image: Image.Image, mask: npt.NDArray[np.bool_]) -> Image.Image:
-    """Diagonal stripes over ``mask``: unlike one colour, nothing in a photograph looks like it."""
+    """Diagonal stripes over ``mask``, which cannot be mistaken for a part of a photograph."""
     shown = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
     y, x = np.indices((image.height, image.width))
     stripes = _HATCH[(x + y) // 4 % 2]
@@ -295,16 +291,9 @@ def _enlarge(cells: npt.NDArray[Any], size: tuple[int, ...]) -> npt.NDArray[Any]
     return cells[rows[:, None], columns]
 
 
-def _resize(picture: Pixels, scale: float) -> Image.Image:
-    image = Image.fromarray(picture)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    scale = min(width / image.width, height / image.height)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+def _resize(pixels: Pixels, scale: float, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+    return Image.fromarray(pixels).resize(size, resample)
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:

@@ -1,6 +1,6 @@
-"""Drop-in extractor: a frozen ViT, followed by LiFT if there is one.
+"""Drop-in extractor: a frozen ViT, optionally followed by LiFT.
 
-Same constructor and methods as ``ViTLiFTExtractor`` of the published LiFT code; everything beyond it is keyword-only.
+Constructor and methods are those of ``ViTLiFTExtractor`` in the published LiFT code; additions are keyword-only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 class _Default(int):
-    """An integer default whose identity tells it from the same number typed by the caller."""
+    """An integer default, distinct from the same number passed by the caller."""
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,13 +39,13 @@ _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _De
 class ViTLiFTExtractor(nn.Module):
     """Dense descriptors of images: ViT tokens, doubled in resolution by LiFT if ``lift_path`` or ``lift`` is given.
 
-    ``channel``, ``patch``, ``stride`` and ``layer`` describe the backbone. Left out or None they are read from it, so
-    that ``ViTLiFTExtractor("dino_vits16")`` has patch and stride 16 (the published class would run it with stride 8);
-    the default 768 of ``channel`` does not fit the default ``dino_vits8``, and is not enforced. A number that was typed
-    and contradicts the backbone is an error.
+    ``channel``, ``patch``, ``stride`` and ``layer`` describe the backbone. If they are omitted or None, they are read
+    from it: ``ViTLiFTExtractor("dino_vits16")`` has patch and stride 16, where the published class runs with stride 8.
+    The default ``channel`` of 768 does not fit the default ``dino_vits8`` and is not enforced. A value that you pass
+    must agree with the backbone.
 
-    With a stride below the patch size each token stands for the ``stride x stride`` pixels in the middle of its patch.
-    LiFT then sees just the pixels that the grid covers (from ``(patch - stride) // 2`` on), enlarged to its patch size.
+    With a stride below the patch size, each token represents the ``stride x stride`` pixels in the middle of its patch.
+    LiFT then sees only the pixels that the grid covers (from ``(patch - stride) // 2``), enlarged to its patch size.
 
     Args:
         model_type: name for :func:`lift_fast.backbones.load_backbone`.
@@ -55,26 +55,26 @@ class ViTLiFTExtractor(nn.Module):
         facet: ``"key"``, ``"query"``, ``"value"``, ``"token"`` or ``"final"`` (:class:`FrozenViT`).
         model: use this timm ViT or :class:`FrozenViT` instead of building ``model_type``; it is not moved or changed. A
             FrozenViT keeps its own facet, layer, stride and head order.
-        device: where both networks run; None is CUDA if available, else the CPU.
+        device: of both networks; None is CUDA if available, else the CPU.
         silent: do not print what was loaded.
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
-        random_lift: a LiFT with random weights, for trying things out.
+        random_lift: use a LiFT with random weights, for tests.
         weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
         dtype: of weights and descriptors; None is float32.
         fused: False forces LiFT's plain graph.
-        head_order: channel order of key, query and value, ``"concatenated"`` (head after head) or ``"interleaved"``
-            (the published extractor's). None takes interleaved with a LiFT, since published LiFT weights were trained
-            on it and would otherwise see permuted channels, and concatenated for the backbone alone. Cosines between
-            descriptors of one order do not depend on it.
+        head_order: channel order of key, query and value: ``"concatenated"`` (head after head) or ``"interleaved"``
+            (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
+            trained on that order, and concatenated for the backbone alone. Cosines between descriptors of the same
+            order do not depend on it.
 
     Attributes:
         backbone, lift, channel, patch (also ``p``), stride, layer, facet, mean, std, device, dtype, model_type,
         lift_path; ``load_size`` and ``num_patches``: pixels ``(H, W)`` and backbone grid ``(h, w)`` of the last batch.
 
     Raises:
-        ValueError: for contradicting or impossible arguments.
+        ValueError: for contradictory or invalid arguments.
         WeightsNotFoundError, FileNotFoundError: as :func:`load_backbone`.
-        RuntimeError: if CUDA is asked for and not available.
+        RuntimeError: if CUDA is requested and not available.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ViTLiFTExtractor(nn.Module):
         super().__init__()
         given = [n for n, v in (("lift_path", lift_path), ("lift", lift), ("random_lift", random_lift or None)) if v]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+            raise ValueError(f"{' and '.join(given)} exclude each other; give only one")
         if head_order is None:
             head_order = "interleaved" if given else "concatenated"
         place = devices.resolve(device)
@@ -127,7 +127,7 @@ class ViTLiFTExtractor(nn.Module):
                 **options,
             )
         elif weights is not None or random_weights:
-            raise ValueError("weights and random_weights have no meaning with model=, which brings its own; drop them")
+            raise ValueError("weights and random_weights do not apply to model=, which has its own; remove them")
         elif isinstance(model, FrozenViT):
             backbone = _agree(model, options)
         else:
@@ -154,19 +154,19 @@ class ViTLiFTExtractor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is now."""
+        """Current device of the backbone."""
         return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the backbone's weights, and so of the descriptors."""
+        """Dtype of the backbone's weights and of the descriptors."""
         return self.backbone.dtype
 
     @property
     def random_weights(self) -> bool:
-        """Whether backbone or LiFT were made with random weights for trying things out: such descriptors mean nothing.
+        """Whether backbone or LiFT were built with random weights, so that the descriptors are meaningless.
 
-        A network that was given as a module is taken at its word.
+        A LiFT passed as a module is not checked.
         """
         return self.backbone.random_weights or self._random_lift
 
@@ -180,16 +180,16 @@ class ViTLiFTExtractor(nn.Module):
             load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
 
         Returns:
-            ``([1, 3, H, W] float32 on the CPU, the resized RGB picture)``.
+            ``([1, 3, H, W] float32 on the CPU, the resized RGB image)``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`, and ValueError as
-                :func:`lift_fast.images.resize` and for Pillow images that have no pixels or cannot be made RGB.
+            FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`; ValueError also as
+                :func:`lift_fast.images.resize` and :func:`lift_fast.images.to_rgb`.
         """
         image = image_path if isinstance(image_path, Image.Image) else images.read_image(image_path)
         image = images.resize(images.to_rgb(image), load_size)
         if image is image_path:
-            # An image of its own, whatever happens to the one that came.
+            # A copy, so that later changes of the caller's image do not reach it.
             image = image.copy()
         return images.to_tensor(image, self.mean, self.std), image
 
@@ -197,14 +197,14 @@ class ViTLiFTExtractor(nn.Module):
         """Grid ``(h, w)`` of the descriptors of an image of ``height x width`` pixels after ``lift_iter`` LiFTs.
 
         Raises:
-            ValueError: where the image is smaller than a patch, or the grid has more cells than
+            ValueError: if the image is smaller than a patch, or the grid has more cells than
                 :func:`lift_fast.images.max_pixels` allows.
         """
         lift_iter = check_lift_iter(lift_iter)
         h, w = self.backbone.check_size(height, width)
         if self.lift is None:
             return h, w
-        # Numbers beyond any grid are not worked out: 4**lift_iter may not fit into memory.
+        # Bounded, because 4**lift_iter may not fit into memory.
         h, w = h << min(lift_iter, 32), w << min(lift_iter, 32)
         images.check_cells(h, w, f"lift_iter={lift_iter} on {width} x {height} pixels makes a grid of at least")
         return h, w
@@ -241,7 +241,7 @@ class ViTLiFTExtractor(nn.Module):
         Args:
             batch: ``[B, 3, H, W]`` normalised images.
             lift_iter: number of applications; step n returns ``4**n`` times the backbone's tokens. 0 is the backbone
-                alone. Without LiFT it has no effect.
+                alone. No effect without LiFT.
             return_inter: return every stage.
 
         Returns:
@@ -259,18 +259,18 @@ class ViTLiFTExtractor(nn.Module):
         return stages if return_inter else tokens
 
     def matching_map(self, batch: Tensor, lift_iter: int = 1) -> Tensor:
-        """Descriptors as :func:`lift_fast.dense_match` takes them, in half the channels where a LiFT follows.
+        """Descriptors for :func:`lift_fast.dense_match`, with half the channels after LiFT.
 
         Backbone, then ``lift_iter`` applications of LiFT, the last in the basis of :meth:`LiFT.matching_map`: the same
         matches as with :meth:`descriptor_map`, up to rounding, at half the memory.
 
         Args:
             batch: ``[B, 3, H, W]`` normalised images.
-            lift_iter: number of applications; 0 is the backbone alone. Without LiFT it has no effect.
+            lift_iter: number of applications; 0 is the backbone alone. No effect without LiFT.
 
         Returns:
             ``[B, C // 2 + 1, h, w]``; the backbone's ``[B, C, h, w]`` without LiFT, and all C channels for a ``lift``
-            without a ``matching_map``. h and w are the backbone's :attr:`num_patches`, doubled at each application.
+            without ``matching_map``. h and w are the backbone's :attr:`num_patches`, doubled by each application.
 
         Raises:
             TypeError, ValueError: as :meth:`extract_descriptors_iterative_lift`.
@@ -290,10 +290,10 @@ class ViTLiFTExtractor(nn.Module):
         return (h, w) if self.lift is None else (2 * h, 2 * w)
 
     def covered(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Pixels over which the grid's cells lie side by side: ``(top, left, height, width)``.
+        """Pixels that the grid's cells cover: ``(top, left, height, width)``.
 
-        The whole image where its sides are whole patches; with a stride below the patch size a border of half their
-        difference stays outside. Maps are stretched over these pixels, not over the image.
+        The whole image if its sides are whole patches; with a stride below the patch size, without a border of half
+        their difference. Maps are stretched over these pixels, not over the image.
         """
         h, w = self.backbone.grid(height, width)
         start = (self.patch - self.stride) // 2
@@ -305,7 +305,7 @@ class ViTLiFTExtractor(nn.Module):
             check_dense("batch", batch)
         if isinstance(batch, Tensor) and batch.dtype in FLOATS:
             if batch.is_meta and self.device.type != "meta":
-                raise ValueError(f"batch is on meta, which has no numbers to move to {self.device}")
+                raise ValueError(f"batch is on the meta device, without values to move to {self.device}")
             batch = batch.to(self.device, self.dtype)
             if batch.dim() == 4:
                 self.check_size(batch.shape[-2], batch.shape[-1], lift_iter)
@@ -315,15 +315,9 @@ class ViTLiFTExtractor(nn.Module):
         return batch, tokens
 
     def lift_map(self, batch: Tensor, tokens: Tensor, lift_iter: int = 1) -> Tensor:
-        """:meth:`matching_map` where the backbone has run already.
+        """:meth:`matching_map` of a batch whose ``tokens [B, T, C]`` the backbone has computed.
 
-        Args:
-            batch: ``[B, 3, H, W]``, on the extractor's device and in its dtype.
-            tokens: ``[B, T, C]`` that :attr:`backbone` gave for it.
-            lift_iter: number of applications; 0 is the backbone alone.
-
-        Returns:
-            As :meth:`matching_map`.
+        ``batch`` is ``[B, 3, H, W]`` on the extractor's device and in its dtype.
         """
         h, w = self.backbone.grid(batch.shape[-2], batch.shape[-1])
         if self.lift is None or lift_iter == 0:
@@ -351,11 +345,11 @@ class ViTLiFTExtractor(nn.Module):
         if s == p:
             if not whole_patches:
                 return batch
-            # LiFT crops to whole patches itself; before an enlargement the crop must come first, or grids disagree.
+            # LiFT crops to whole patches itself; before an enlargement the crop must come first for the grids to agree.
             return batch[:, :, : p * h, : p * w]
         start = (p - s) // 2
         covered = batch[:, :, start : start + s * h, start : start + s * w]
-        # The antialiased filter does not exist for half precision on the CPU.
+        # The CPU has no antialiased filter in half precision.
         resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=True)
         return resized.to(batch.dtype)
 
@@ -378,7 +372,7 @@ class ViTLiFTExtractor(nn.Module):
             if has != wanted:
                 raise ValueError(
                     f"{source} has {name}={has}, but {self.backbone.name} (facet {self.facet!r}) needs {wanted}; "
-                    "use the LiFT weights that were trained for this backbone"
+                    "use LiFT weights trained for this backbone"
                 )
         if not (getattr(lift, "pre_shape", True) and getattr(lift, "post_shape", True)):
             raise ValueError(f"{source} must take and return tokens (pre_shape=True, post_shape=True)")
@@ -398,11 +392,7 @@ class ViTLiFTExtractor(nn.Module):
 
 
 def check_lift_iter(lift_iter: int) -> int:
-    """How often LiFT is applied: an integer from 0 on; how large a map may become is another question.
-
-    Raises:
-        ValueError: names what came.
-    """
+    """``lift_iter`` as an int; ValueError unless it is a whole number >= 0. The size of the map is not checked."""
     times: int = check_whole("lift_iter", lift_iter, 0, math.inf)
     return times
 
@@ -414,19 +404,19 @@ def _typed(value: int | None) -> int | None:
 def _expect(argument: str, value: int | None, actual: int, name: str) -> None:
     if value is not None and value != actual:
         raise ValueError(
-            f"{argument}={value} does not fit {name}, whose {argument} is {actual}; leave it out or pass None to take "
-            "it from the backbone"
+            f"{argument}={value} does not fit {name}, whose {argument} is {actual}; omit it or pass None to use the "
+            "backbone's"
         )
 
 
 def _agree(model: FrozenViT, options: dict[str, Any]) -> FrozenViT:
-    """A ready backbone keeps its settings; arguments that say otherwise are errors."""
+    """A copy of a ready backbone, which keeps its settings; contradictory arguments are errors."""
     if options["layer"] is not None and options["layer"] < 0:
         options = {**options, "layer": options["layer"] % model.depth}
     for argument, value in options.items():
         if value is not None and value != getattr(model, argument):
             raise ValueError(
                 f"{argument}={value!r} does not fit the given FrozenViT, which has {argument}="
-                f"{getattr(model, argument)!r}; build it with that {argument}, or pass the same value here"
+                f"{getattr(model, argument)!r}; build it with that {argument}, or pass its value here"
             )
     return shared_copy(model)

@@ -20,7 +20,7 @@ from ._text import quoted
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
-from .images import LoadSize, Picture, as_image, check_size, resized_size, whole_patches
+from .images import AnyImage, LoadSize, as_image, check_size, resized_size, whole_patches
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -30,57 +30,57 @@ STAGES = ("decode", "backbone", "lift", "match")
 class ImageMatches:
     """Result of :func:`match_images`; tensors are on the extractor's device.
 
-    Leading dimensions ``[...]`` are ``[H, W]``, the dense layout, or ``[P]`` where points were given. Positions are
-    (x, y) in the pixels of the images as they came in, upright, with integers at pixel centres. The pairs that hold
-    are ``xy_a[valid], xy_b[valid]``.
+    Leading dimensions ``[...]`` are ``[H, W]``, the dense layout, or ``[P]`` for given points. Positions are (x, y) in
+    pixels of the original images, upright, with integers at pixel centres. The valid pairs are
+    ``xy_a[valid], xy_b[valid]``.
     """
 
     xy_a: Tensor
     """[..., 2] float32: centres of the matched pixels of A."""
     xy_b: Tensor
-    """[..., 2] float32: the match of each in B; (-1, -1) where there is none."""
+    """[..., 2] float32: their matches in B; (-1, -1) without a match."""
     similarity: Tensor
-    """[...] float32, as :func:`lift_fast.dense_match`; -inf where there is no match."""
+    """[...] float32, as :func:`lift_fast.dense_match`; -inf without a match."""
     distance: Tensor
     """[...] float32: forward-backward distance in cells of A's map, see :func:`match_images`; inf without a match."""
     confidence: Tensor
-    """[...] float32 in 0 to 1, see :func:`match_images`; 0 where there is no match."""
+    """[...] float32 in 0 to 1, see :func:`match_images`; 0 without a match."""
     valid: Tensor
     """[...] bool: there is a match and, with ``mutual``, ``distance <= 1``."""
     size_a: tuple[int, int]
-    """(height, width) of A as it came in, upright."""
+    """(height, width) of the original A, upright."""
     size_b: tuple[int, int]
     picture_a: Image.Image
-    """A as it was loaded for the backbone."""
+    """A as loaded for the backbone."""
     picture_b: Image.Image
     covered_a: Rectangle
-    """(top, left, height, width) of the loaded image over which the descriptors spread; the dense layout's pixels."""
+    """(top, left, height, width) of the loaded image that the descriptors cover: the pixels of the dense layout."""
     covered_b: Rectangle
     grid_a: tuple[int, int]
     """(h, w) cells of A's descriptor map."""
     grid_b: tuple[int, int]
     random_weights: bool
-    """Backbone or LiFT have random weights: these matches mean nothing."""
+    """Backbone or LiFT have random weights: these matches are meaningless."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of each of :data:`STAGES`, where ``timing`` was asked for."""
+    """Seconds of each of :data:`STAGES`, with ``timing``."""
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything but the images as arrays: what ``lift-fast match`` writes to its .npz file.
+        """All fields but images and seconds as arrays, as ``lift-fast match`` writes them to its .npz file.
 
         ``xy_a, xy_b, similarity, distance, confidence, valid``, ``size_a, size_b``, ``covered_a, covered_b``,
         ``grid_a, grid_b`` and ``random_weights`` as above; ``loaded_size_a, loaded_size_b``: (height, width) of the
-        images as they were loaded.
+        loaded images.
         """
         tensors = ("xy_a", "xy_b", "similarity", "distance", "confidence", "valid")
         arrays = {name: getattr(self, name).cpu().numpy() for name in tensors}
         for name in ("size_a", "size_b", "covered_a", "covered_b", "grid_a", "grid_b", "random_weights"):
             arrays[name] = np.array(getattr(self, name))
-        for side, picture in (("a", self.picture_a), ("b", self.picture_b)):
-            arrays[f"loaded_size_{side}"] = np.array((picture.height, picture.width))
+        for side, image in (("a", self.picture_a), ("b", self.picture_b)):
+            arrays[f"loaded_size_{side}"] = np.array((image.height, image.width))
         return arrays
 
     def draw(self, lines: int = 40, caption: str = "") -> Image.Image:
-        """The matches as one sheet by which a person can judge them, see :func:`lift_fast.drawing.draw_matches`.
+        """Draw the matches on one sheet, see :func:`lift_fast.drawing.draw_matches`.
 
         Raises:
             ValueError: for matches of given points, which have no dense layout.
@@ -88,20 +88,20 @@ class ImageMatches:
         from .drawing import MatchView, draw_matches
 
         if self.valid.dim() != 2:
-            raise ValueError("draw() shows dense matches; leave points=None in match_images, with step=N for fewer")
+            raise ValueError("draw() needs dense matches; leave points=None in match_images, with step=N for fewer")
         frames, positions = [], []
-        for picture, (top, left, height, width), size, xy in (
+        for image, (top, left, height, width), size, xy in (
             (self.picture_a, self.covered_a, self.size_a, self.xy_a),
             (self.picture_b, self.covered_b, self.size_b, self.xy_b),
         ):
-            frames.append(np.asarray(picture.crop((left, top, left + width, top + height))))
-            scale = _pair(picture.width / size[1], picture.height / size[0], xy, xy.dtype)
+            frames.append(np.asarray(image.crop((left, top, left + width, top + height))))
+            scale = _pair(image.width / size[1], image.height / size[0], xy, xy.dtype)
             loaded = ((xy + 0.5) * scale - 0.5 - _pair(left, top, xy, xy.dtype)).round().long()
             positions.append(loaded.masked_fill((xy < -0.5).any(-1, keepdim=True), -1).cpu().numpy())
         return draw_matches(
             MatchView(
-                picture_a=frames[0],
-                picture_b=frames[1],
+                image_a=frames[0],
+                image_b=frames[1],
                 points=positions[0],
                 matches=positions[1],
                 similarity=self.similarity.cpu().numpy(),
@@ -115,8 +115,8 @@ class ImageMatches:
 
 
 def match_images(
-    a: Picture,
-    b: Picture,
+    a: AnyImage,
+    b: AnyImage,
     *,
     extractor: ViTLiFTExtractor | None = None,
     size: LoadSize = 448,
@@ -129,35 +129,31 @@ def match_images(
 ) -> ImageMatches:
     """Match the pixels of image A to those of image B: decode, backbone, LiFT, exact dense matching.
 
-    The images are loaded at ``size``, rounded to whole patches, so that each cell of a descriptor map stands for
-    its pixels exactly; positions are carried back to the images' own pixels. Matching is
-    :func:`lift_fast.dense_match` both ways.
+    The images are loaded at ``size``, rounded to whole patches, so that the cells of a descriptor map cover the pixels
+    exactly. Positions are converted to pixels of the original images. Matching is :func:`lift_fast.dense_match` in
+    both directions.
 
-    **Distance.** The match of a pixel p of A is q in B, the match of q is p' in A: ``distance`` is the length of
+    **Distance.** The match of a pixel p of A is q in B, and the match of q is p' in A: ``distance`` is the length of
     p' - p, x and y measured in cells of A's descriptor map (h x w cells over the loaded image).
 
-    **Confidence** is ``min(max(similarity, 0), 1) * 2 ** -distance``: it halves with each cell by which the way back
-    misses. It orders the matches of one pair; it is no probability, is not calibrated, and does not compare between
-    backbones or with other ``normalize``.
+    **Confidence** is ``min(max(similarity, 0), 1) * 2 ** -distance``: it halves with each cell of distance. It orders
+    the matches of one pair. It is not a calibrated probability, and not comparable between backbones or values of
+    ``normalize``.
 
     Args:
-        a, b: files (EXIF orientation honoured), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
+        a, b: files (EXIF orientation applied), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
             or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
-        extractor: backbone and LiFT, if any; None takes the demonstration pair that ships with the package
-            (:mod:`lift_fast.demonstration`), on CUDA where it is available, and keeps it for further calls.
-        size: pixels of the shorter side, (height, width), or None for the images' own size.
-        mutual: ``valid`` only where ``distance <= 1``, the way back ends within a cell. (``mutual`` of
-            :func:`lift_fast.dense_match` is ``distance == 0``; on dense layouts few pixels pass that, since matches
-            gather at the centres of cells.)
-        points: ``[P, 2]`` (x, y) in pixels of A as it came in, 0 <= x < W and 0 <= y < H; each is moved to the nearest
-            pixel centre of the loaded image. None for all pixels of the loaded image: the dense layout.
+        extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
+            (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
+        size: pixels of the shorter side, (height, width), or None for the size of each image.
+        mutual: ``valid`` requires ``distance <= 1``. (``mutual`` of :func:`lift_fast.dense_match` is
+            ``distance == 0``; few pixels of a dense layout pass that, since matches gather at the centres of cells.)
+        points: ``[P, 2]`` (x, y) in pixels of the original A, 0 <= x < W and 0 <= y < H; each is moved to the nearest
+            pixel centre of the loaded image. None is all pixels of the loaded image: the dense layout.
         step: without points, every step-th pixel of each row and column.
         normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
-        lift_iter: applications of LiFT; 0 leaves it out.
+        lift_iter: applications of LiFT; 0 is the backbone alone.
         timing: fill in ``seconds``; waits for the GPU after each stage.
-
-    Returns:
-        :class:`ImageMatches`.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -166,52 +162,50 @@ def match_images(
             :func:`lift_fast.images.max_pixels` allows, and options out of range.
     """
     if normalize not in ("grid", "pixel"):
-        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; the maps here are not unit length')
+        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
     step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
     if points is not None and step != 1:
-        raise ValueError(f"step={step} thins out the dense layout; it has no meaning with points")
+        raise ValueError(f"step={step} thins out the dense layout and does not apply to points; leave it out")
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
-
     if extractor is not None and extractor.device.type == "meta":
         raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
 
     clock = _Clock()
-    pictures = [as_image(a, "a"), as_image(b, "b")]
-    sizes = [(picture.height, picture.width) for picture in pictures]
-    # Loading the weights counts for no stage.
+    images = [as_image(a, "a"), as_image(b, "b")]
+    sizes = [(image.height, image.width) for image in images]
+    # Loading the weights is not part of any stage.
     paused = time.perf_counter()
     extractor = _default_extractor() if extractor is None else extractor
     clock.start += time.perf_counter() - paused
     clock.device = extractor.device if timing else None
     sides = []
-    for came, picture, name in zip((a, b), pictures, "ab", strict=True):
-        height, width = _whole_patches(picture, size, extractor)
+    for given, image, name in zip((a, b), images, "ab", strict=True):
+        height, width = _whole_patches(image, size, extractor)
         try:
             # Both before the first is resized.
-            check_size((width, height), picture.size)
+            check_size((width, height), image.size)
             extractor.check_size(height, width, lift_iter)
         except ValueError as error:
-            raise ValueError(f"{quoted(came) if isinstance(came, (str, os.PathLike)) else name}: {error}") from error
+            raise ValueError(f"{quoted(given) if isinstance(given, (str, os.PathLike)) else name}: {error}") from error
         sides.append((height, width))
-    loaded = [extractor.preprocess(picture, side) for picture, side in zip(pictures, sides, strict=True)]
+    loaded = [extractor.preprocess(image, side) for image, side in zip(images, sides, strict=True)]
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
     maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock)
-    covered = [extractor.covered(picture.height, picture.width) for _, picture in loaded]
+    covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
         ys, xs = (
-            # A step beyond the image is no more than its side.
+            # A larger step than the image's side is cut to it.
             torch.arange((n - 1) % step // 2, n, min(step, n), dtype=torch.int64, device=maps[0].device)
             for n in (height, width)
         )
         at = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
     else:
-        picture = loaded[0][1]
-        scale = _pair(picture.width / sizes[0][1], picture.height / sizes[0][0], pixels)
+        scale = _pair(sides[0][1] / sizes[0][1], sides[0][0] / sizes[0][0], pixels)
         at = ((pixels + 0.5) * scale).floor().to(torch.int64) - _pair(left, top, pixels, torch.int64)
         at = torch.minimum(at.clamp_min(0), _pair(width - 1, height - 1, pixels, torch.int64)).to(maps[0].device)
     xy, similarity, distance, confidence, valid = _match_both_ways(
@@ -220,8 +214,8 @@ def match_images(
     clock.lap("match")
 
     def original(at: Tensor, side: int) -> Tensor:
-        (top, left, _, _), (height, width), picture = covered[side], sizes[side], loaded[side][1]
-        scale = _pair(width / picture.width, height / picture.height, at)
+        (top, left, _, _), (height, width) = covered[side], sizes[side]
+        scale = _pair(width / sides[side][1], height / sides[side][0], at)
         return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
 
     return ImageMatches(
@@ -259,12 +253,7 @@ def _descriptor_maps(
 
 
 def _match_both_ways(
-    maps: Sequence[Tensor],
-    size_a: tuple[int, int],
-    size_b: tuple[int, int],
-    at: Tensor,
-    normalize: str,
-    mutual: bool,
+    maps: Sequence[Tensor], size_a: tuple[int, int], size_b: tuple[int, int], at: Tensor, normalize: str, mutual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
     start = at.reshape(1, -1, 2)
@@ -287,11 +276,11 @@ def _match_both_ways(
     )
 
 
-def _whole_patches(picture: Image.Image, size: LoadSize, extractor: ViTLiFTExtractor) -> tuple[int, int]:
-    """The (height, width) at which to load, so that no pixel lies beyond the last whole patch."""
-    width, height = resized_size(picture.size, size)
+def _whole_patches(image: Image.Image, size: LoadSize, extractor: ViTLiFTExtractor) -> tuple[int, int]:
+    """The (height, width) at which to load, without pixels beyond the last whole patch."""
+    width, height = resized_size(image.size, size)
     p, s = extractor.patch, extractor.stride
-    # Images smaller than a patch are left for the backbone to refuse.
+    # The backbone refuses images smaller than a patch.
     height, width = (side if side < p else whole_patches(side, p, s) for side in (height, width))
     return height, width
 

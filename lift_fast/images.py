@@ -23,36 +23,36 @@ from .checks import as_whole
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 LoadSize = int | tuple[int, int] | None
-Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
+AnyImage = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
 
 
-# 8192 x 4096. A photograph of 4096 x 4096 is half of it; at 4 bytes a value the network's input takes 400 MB.
+# 8192 x 4096, twice a photograph of 4096 x 4096; in float32 the network's input takes 400 MB.
 _DEFAULT_PIXELS = 1 << 25
 _most_pixels = _DEFAULT_PIXELS
-# Files are often larger than what is made of them: 16384 x 8192, a whole sphere in 16K, by default.
+# Files are often larger than the loaded image: 16384 x 8192, a 16K panorama, by default.
 _FILE = 4
-# A token for each 8 x 8 pixels: what the smallest usual patch makes of the largest image.
+# One token for each 8 x 8 pixels, the smallest usual patch.
 _PIXELS_OF_A_TOKEN = 64
 _STRIP_PIXELS = 1 << 22
 _ORIENTATION = 0x0112
 
 
 def max_pixels() -> int:
-    """Most pixels of an image as it is loaded for a backbone, 2^25 (8192 x 4096) unless :func:`set_max_pixels`.
+    """Most pixels of an image as loaded for a backbone; 2^25 (8192 x 4096) by default, see :func:`set_max_pixels`.
 
-    The one limit that the others follow from: a file may hold four times as many pixels, and a map (the tokens of a
-    backbone, LiFT's cells) one cell for each 64.
+    The other limits follow from it: a file may hold four times as many pixels, and a map (a backbone's tokens or LiFT's
+    cells) one cell for each 64.
     """
     return _most_pixels
 
 
 def set_max_pixels(count: int | None) -> None:
-    """Change :func:`max_pixels`, for this process and the reading processes of a training; None takes the default.
+    """Change :func:`max_pixels` for this process and a training's data loading workers; None restores the default.
 
-    Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, is raised with it where it would be the smaller one.
+    Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, is raised where it is smaller.
 
     Raises:
-        ValueError: unless it is an integer >= 1.
+        ValueError: unless ``count`` is None or an integer >= 1.
     """
     global _most_pixels
     if count is not None and not _positive(count):
@@ -65,7 +65,7 @@ def set_max_pixels(count: int | None) -> None:
 
 @contextmanager
 def pixel_limit(count: int | None) -> Iterator[None]:
-    """:func:`set_max_pixels` while the context lasts; None changes nothing."""
+    """:func:`set_max_pixels` inside the context; None changes nothing."""
     before = _most_pixels, Image.MAX_IMAGE_PIXELS
     try:
         if count is not None:
@@ -76,56 +76,52 @@ def pixel_limit(count: int | None) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before[1]
 
 
-def check_size(size: tuple[int, int], came: tuple[int, int] | None = None) -> None:
-    """Refuse an image that would be loaded at ``size`` (width, height).
-
-    Args:
-        size: of the image as it would be loaded.
-        came: as it came, where that is another size.
+def check_size(size: tuple[int, int], original: tuple[int, int] | None = None) -> None:
+    """Check that an image may be loaded at ``size``; both sizes are (width, height).
 
     Raises:
-        ValueError: for more pixels than :func:`max_pixels`.
+        ValueError: for more pixels than :func:`max_pixels`; names the ``original`` size if it differs.
     """
     width, height = size
     if width * height > _most_pixels:
-        origin = "" if came is None or came == size else f"an image of {came[0]} x {came[1]} pixels "
+        origin = "" if original is None or original == size else f"an image of {original[0]} x {original[1]} pixels "
         raise ValueError(
-            f"{origin}would be loaded at {width} x {height}, more than the {_most_pixels} pixels that are allowed; "
+            f"{origin}would be loaded at {width} x {height}, more than the {_most_pixels} pixels allowed; "
             "give a smaller size, crop it, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels)"
         )
 
 
 def check_cells(height: int, width: int, what: str) -> None:
-    """Refuse a map of ``height x width`` cells for one image, called ``what``.
+    """Check the size of one image's map of ``height x width`` cells; ``what`` begins the message.
 
     Raises:
-        ValueError: for more cells than one for each 64 of :func:`max_pixels`.
+        ValueError: for more than one cell for each 64 of :func:`max_pixels`.
     """
     most = max(1, _most_pixels // _PIXELS_OF_A_TOKEN)
     if height * width > most:
         raise ValueError(
-            f"{what} {width} x {height}, more than the {most} that are allowed for an image; give a smaller size or a "
-            "larger stride, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels: a cell for each 64)"
+            f"{what} {width} x {height}, more than the {most} allowed for an image; give a smaller size or a larger "
+            "stride, or raise the limit (--max-pixels N, lift_fast.images.set_max_pixels: one cell for each 64)"
         )
 
 
 def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upright: bool = True) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
-    Transparent pixels are laid on white. 16-bit images are scaled to 8 bits,
-    floating point images must lie in 0 to 1. Of several frames the first is taken.
+    Transparent pixels become white. 16-bit images are scaled to 8 bits. Floating point images must lie in 0 to 1. Only
+    the first of several frames is read.
 
     Args:
         path: the file.
-        at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, as long
-            as both sides keep so many pixels; None decodes it whole.
-        upright: apply the EXIF orientation. False keeps the pixels that annotations count, as they are stored.
+        at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, if both
+            sides keep this many pixels; None decodes it at full size.
+        upright: apply the EXIF orientation. False keeps the pixels as stored, which annotations refer to.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError: if ``path`` is no path.
-        ValueError: naming the file, if it is no image, is truncated, is no regular file (a pipe or device is never
-            opened), or has more than four times :func:`max_pixels` pixels, or more than Pillow's limit.
+        FileNotFoundError: if the file does not exist.
+        TypeError: if ``path`` is not a path.
+        ValueError: naming the file, if it is not an image, is truncated, is not a regular file (pipes and devices are
+            never opened), or has more than four times :func:`max_pixels` pixels or more than Pillow's limit.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
@@ -136,8 +132,8 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
             width, height = image.size
             if width * height > _FILE * _most_pixels:
                 raise Image.DecompressionBombError(
-                    f"{width} x {height} pixels, and {_FILE * _most_pixels} (four times --max-pixels {_most_pixels}) "
-                    "are allowed in a file"
+                    f"{width} x {height} pixels, but a file may hold {_FILE * _most_pixels} (four times --max-pixels "
+                    f"{_most_pixels})"
                 )
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -152,8 +148,8 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
         raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
 
 
-def as_image(picture: Picture, name: str = "image") -> Image.Image:
-    """An image in any usual form as 8-bit RGB, upright.
+def as_image(image: AnyImage, name: str = "image") -> Image.Image:
+    """Convert an image in any usual form to 8-bit RGB, upright.
 
     Args:
         image: file (:func:`read_image`); Pillow image (its EXIF orientation is applied); NumPy array ``[H, W, 3]``,
@@ -162,60 +158,60 @@ def as_image(picture: Picture, name: str = "image") -> Image.Image:
         name: of the argument, for errors.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError: for anything else.
+        FileNotFoundError: if the file does not exist.
+        TypeError: for any other type.
         ValueError: for a file or Pillow image that cannot be read, for other shapes, dtypes or values, and for a
             tensor that is sparse, nested, quantized or on the meta device.
     """
-    if isinstance(picture, (str, os.PathLike)):
-        return read_image(picture)
-    if isinstance(picture, Image.Image):
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
         try:
-            image = to_rgb(_upright(picture))
-            # An image of its own, whatever happens to the one that came.
-            return image.copy() if image is picture else image
+            rgb = to_rgb(_upright(image))
+            # A copy, so that later changes of the caller's image do not reach it.
+            return rgb.copy() if rgb is image else rgb
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an image: {said(error)}") from error
-    if isinstance(picture, Tensor):
+    if isinstance(image, Tensor):
         layout = "[3, H, W], [1, H, W] or [H, W]"
-        if picture.layout is not torch.strided or picture.is_nested or picture.is_quantized or picture.is_meta:
-            kind = "meta" if picture.is_meta else "quantized" if picture.is_quantized else str(picture.layout)
-            raise ValueError(f"{name} must be a dense tensor that holds its values, got a {kind} one")
-        values = picture.detach().cpu().resolve_conj().resolve_neg()
+        if image.layout is not torch.strided or image.is_nested or image.is_quantized or image.is_meta:
+            kind = "meta" if image.is_meta else "quantized" if image.is_quantized else str(image.layout)
+            raise ValueError(f"{name} must be a dense tensor that holds its values, got a {kind} tensor")
+        values = image.detach().cpu().resolve_conj().resolve_neg()
         array = (values.float() if values.is_floating_point() else values).numpy()
         array = np.moveaxis(array, 0, 2) if array.ndim == 3 else array
-    elif isinstance(picture, np.ndarray):
-        array, layout = picture, "[H, W, 3], [H, W, 1] or [H, W]"
+    elif isinstance(image, np.ndarray):
+        array, layout = image, "[H, W, 3], [H, W, 1] or [H, W]"
     else:
-        raise TypeError(f"{name} must be a path, a PIL.Image, a NumPy array or a tensor, got {type(picture).__name__}")
+        raise TypeError(f"{name} must be a path, a PIL.Image, a NumPy array or a tensor, got {type(image).__name__}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
-        raise ValueError(f"{name} must be {layout}, got {list(picture.shape)}")
+        raise ValueError(f"{name} must be {layout}, got {list(image.shape)}")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         # Written so that NaN fails too.
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"{name}: floating point images must lie in 0 to 1, got {low:g} to {high:g}; do not normalise them "
-                "before, and divide 0 to 255 by 255"
+                f"{name}: floating point images must lie in 0 to 1, got {low:g} to {high:g}; do not normalise them, "
+                "and divide 0 to 255 by 255"
             )
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"{name} must be uint8 or floating point from 0 to 1, got {picture.dtype}")
+        raise ValueError(f"{name} must be uint8 or floating point from 0 to 1, got {image.dtype}")
     if array.ndim == 2 or array.shape[2] == 1:
         array = np.broadcast_to(array.reshape(*array.shape[:2], 1), (*array.shape[:2], 3))
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
-    """Images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file is returned as it is.
+    """List the images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file lists itself.
 
-    Known suffixes (:data:`SUFFIXES`, any case); names that begin with a dot are skipped. Links to folders are followed,
-    unless they lead back to a folder that they lie in. A pipe, socket or device with the name of an image is listed,
-    for :func:`read_image` to refuse it by name.
+    Images have a suffix of :data:`SUFFIXES`, in any case. Names that begin with a dot are skipped. Links to folders are
+    followed unless they form a loop. Pipes, sockets and devices named like an image are listed, so that
+    :func:`read_image` reports them.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
-        ValueError: if the folder holds no image, or ``path`` is neither folder nor regular file.
+        ValueError: if the folder holds no image, or ``path`` is neither a folder nor a regular file.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -223,14 +219,14 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         require_regular_file(path, "image")
         return [path]
-    found = _pictures_below(path, frozenset())
+    found = _images_below(path, frozenset())
     if not found:
         raise ValueError(f"no images in {quoted(path)} (suffixes {', '.join(sorted(SUFFIXES))})")
     return sorted(found, key=natural_key)
 
 
-def _pictures_below(folder: Path, above: frozenset[str]) -> list[Path]:
-    """The files of :func:`list_images`; ``above`` are the folders that ``folder`` was reached through."""
+def _images_below(folder: Path, above: frozenset[str]) -> list[Path]:
+    """The files of :func:`list_images`; ``above`` are the folders on the way to ``folder``."""
     where = os.path.realpath(folder)
     if where in above:
         return []
@@ -239,41 +235,40 @@ def _pictures_below(folder: Path, above: frozenset[str]) -> list[Path]:
         entries = list(os.scandir(folder))
     except PermissionError:
         if above:
-            # What belongs to somebody else, such as lost+found, is no obstacle.
+            # Skip subfolders of other users, such as lost+found.
             return []
         raise
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _pictures_below(folder / entry.name, above | {where})
-        elif Path(entry.name).suffix.lower() in SUFFIXES and _leads_somewhere(entry):
+            found += _images_below(folder / entry.name, above | {where})
+        elif Path(entry.name).suffix.lower() in SUFFIXES and not _is_broken_link(entry):
             found.append(folder / entry.name)
     return found
 
 
-def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
-    """Whether it is more than a link to nothing."""
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
     try:
-        return not stat.S_ISLNK(entry.stat().st_mode)
+        return stat.S_ISLNK(entry.stat().st_mode)
     except OSError:
-        return False
+        return True
 
 
 def resize(
     image: Image.Image, load_size: LoadSize, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    """Resize with antialiasing, by Lanczos unless told otherwise.
+    """Resize with antialiasing.
 
     Args:
         image: image of any mode that Pillow can filter.
-        load_size: an integer is the length of the shorter side, the other follows (rounded down, as torchvision's
-            ``Resize``); ``(height, width)`` exactly; None keeps the size.
+        load_size: an integer is the length of the shorter side, and the other follows (rounded down, as torchvision's
+            ``Resize``); ``(height, width)`` is exact; None keeps the size.
         resample: Pillow's filter.
 
     Raises:
-        ValueError: for a size that is not positive, or not one of these forms, an image without pixels, and a result
-            of more pixels than :func:`max_pixels` or without any.
+        ValueError: for a size that is not positive or has another form, an image without pixels, and a result without
+            pixels or of more than :func:`max_pixels`.
     """
     new = resized_size(image.size, load_size)
     check_size(new, image.size)
@@ -284,11 +279,11 @@ def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
     """The ``(width, height)`` that :func:`resize` gives an image of ``size`` (width, height).
 
     Raises:
-        ValueError: as :func:`resize`, but for the limit.
+        ValueError: as :func:`resize`, but without the limit.
     """
     width, height = size
     if width < 1 or height < 1:
-        raise ValueError(f"an image of {width} x {height} pixels holds nothing; give one with pixels")
+        raise ValueError(f"an image of {width} x {height} pixels is empty; give one with pixels")
     if load_size is None:
         return size
     if isinstance(load_size, (tuple, list)):
@@ -302,7 +297,7 @@ def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
 
 
 def whole_patches(side: int, patch: int, stride: int) -> int:
-    """The length nearest to ``side``, of at least a patch, at which no pixel lies beyond the last whole patch."""
+    """The length nearest to ``side``, at least one patch, that leaves no pixel beyond the last whole patch."""
     return patch + (max(side - patch, 0) + stride // 2) // stride * stride
 
 
@@ -310,9 +305,9 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
     Raises:
-        TypeError: if ``image`` is no Pillow image.
-        ValueError: for ``mean`` and ``std`` that are not three finite numbers each, ``std`` above 0; for an image that
-            has no pixels or cannot be made RGB.
+        TypeError: if ``image`` is not a Pillow image.
+        ValueError: unless ``mean`` and ``std`` are three finite numbers each with ``std`` above 0; for an image without
+            pixels or one that cannot be converted to RGB.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
@@ -330,46 +325,46 @@ def _three(name: str, values: Sequence[float]) -> Tensor:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         numbers = []
     if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"mean and std must be three values each, finite numbers, got {name}={values!r}")
+        raise ValueError(f"mean and std must be three values each, all finite, got {name}={values!r}")
     return torch.tensor(numbers, dtype=torch.float32, device="cpu").view(3, 1, 1)
 
 
 def preprocess(image: Image.Image, load_size: LoadSize, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """:func:`to_rgb`, :func:`resize` and :func:`to_tensor`: image to ``[1, 3, H, W]`` float32.
 
-    The order and filter are those of Amir et al.'s extractor, which published LiFT weights were trained behind.
+    Order and filter are those of Amir et al.'s extractor, with which published LiFT weights were trained.
     """
     return to_tensor(resize(to_rgb(image), load_size), mean, std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB as :func:`read_image` makes it: transparency laid on white, more than 8 bits scaled.
+    """Convert to 8-bit RGB as :func:`read_image` does: transparent pixels become white, more than 8 bits are scaled.
 
     Raises:
         ValueError: for an image without pixels, of a mode that Pillow cannot convert, or with values out of range.
     """
     if 0 in image.size:
-        raise ValueError(f"it holds nothing, {image.width} x {image.height} pixels")
+        raise ValueError(f"it is empty, {image.width} x {image.height} pixels")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     numbers = image.mode.startswith("I") or image.mode == "F"
-    veiled = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    transparent = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
     try:
-        if not numbers and not veiled:
+        if not numbers and not transparent:
             return image.convert("RGB")
         whole = Image.new("RGB", image.size)
-        # In strips: at eight bytes and more for a pixel, copies of a large image would take gigabytes.
+        # In strips: with eight bytes and more per pixel, copies of a large image would take gigabytes.
         rows = max(1, _STRIP_PIXELS // image.width)
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(image.height, top + rows)))
             whole.paste(_from_numbers(strip) if numbers else _on_white(strip), (0, top))
     except ValueError as error:
-        raise ValueError(f"its mode {image.mode} cannot be made RGB: {said(error)}") from error
+        raise ValueError(f"its mode {image.mode} cannot be converted to RGB: {said(error)}") from error
     return whole
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # Grey with premultiplied transparency is converted to nothing else.
+    # Pillow converts grey with premultiplied transparency (La) to LA only.
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
@@ -392,7 +387,7 @@ def _from_numbers(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """With the EXIF orientation applied; the image itself where there is none, which Pillow would copy."""
+    """Apply the EXIF orientation; without one, return the image itself, which Pillow would copy."""
     if image.getexif().get(_ORIENTATION) not in range(2, 9):
         return image
     return ImageOps.exif_transpose(image)

@@ -1,4 +1,4 @@
-"""Locks on files that end with the process that holds them, however it ends."""
+"""Locks on files that are released when their process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:
-    # Windows: as on a file system without locks.
+    # Windows is treated like a file system without locks.
     fcntl = None  # type: ignore[assignment]
 
 _LOCK_FILE = ".lift_fast-lock"
@@ -22,20 +22,20 @@ _TRIES = 100
 
 
 class Claim:
-    """A file that this process holds open, and locks if the file system can: ``locked`` says so."""
+    """A file that this process holds open; ``locked`` is False if the file system has no locks."""
 
     def __init__(self, handle: int, locked: bool) -> None:
         self.handle, self.locked = handle, locked
         _claims.add(self)
 
     def release(self) -> None:
-        """Give the file up; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         handle, self.handle = self.handle, -1
         if handle >= 0:
             os.close(handle)
 
 
-# Whoever forks hands its locks on: a reading process that outlives its parent would keep them.
+# A forked process inherits locks: a data loading worker that outlives its parent would keep them.
 _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
@@ -49,14 +49,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def claim(path: Path, *, create: bool = False) -> Claim | None:
-    """Open the regular file ``path`` and lock it; None if another process holds it, or if it is not there any more.
+    """Open the regular file ``path`` and lock it; None if another process holds it or it does not exist.
 
-    Args:
-        path: the file; a link or anything but a regular file counts as not there.
-        create: make it if it is missing.
+    Links and other kinds of files count as missing. With ``create`` a missing file is created.
 
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if the file cannot be opened.
     """
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | (os.O_CREAT if create else 0)
     try:
@@ -78,11 +76,7 @@ def claim(path: Path, *, create: bool = False) -> Claim | None:
 
 
 def _lock(handle: int) -> bool:
-    """Whether the open file is now locked; False where the file system cannot.
-
-    Raises:
-        BlockingIOError: if another process holds it.
-    """
+    """Lock the open file; False if the file system has no locks, BlockingIOError if another process holds it."""
     if fcntl is None:
         return False
     try:
@@ -90,7 +84,7 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         raise
     except OSError as error:
-        # Emulations on other file systems say in their own way that somebody holds it, and that they cannot.
+        # Emulated locks report a held file, and missing support, with errors of their own.
         if error.errno == errno.EACCES:
             raise BlockingIOError(error.errno, os.strerror(error.errno)) from error
         return False
@@ -99,28 +93,28 @@ def _lock(handle: int) -> bool:
 
 @contextmanager
 def reserved(folder: Path, purpose: str) -> Iterator[None]:
-    """Keep ``folder`` for one process at a time, as long as the context lasts.
+    """Reserve ``folder`` for this process inside the context.
 
-    The lock ends with the process, also when it is killed. On a file system without locks the process id in the file
-    decides: the file counts while its process runs; that of another machine counts until somebody deletes it.
+    The lock is released when the process ends, even if it is killed. On a file system without locks the process id in
+    the file decides: the file is valid while its process runs; one of another machine is valid until it is deleted.
 
     Args:
         folder: must exist and be writable.
         purpose: what the process does there, for the message.
 
     Raises:
-        ValueError: if another process does the same there; gives its id.
+        ValueError: if another process has reserved the folder; gives its id.
     """
     path = folder / _LOCK_FILE
     held, owner = _reserve(path, folder)
     if owner is not None:
-        hint = "" if held is None else f". Locks do not work there: if no such process runs any more, delete {path}"
+        hint = "" if held is None else f". Locks do not work there: if that process no longer runs, delete {path}"
         if held is not None:
             held.release()
         raise ValueError(f"another {purpose} ({owner}) writes to {folder}; end it, or give another folder{hint}")
     assert held is not None
     with suppress(OSError):
-        # For the message alone where locks work; a full disk is for those to report who need room.
+        # With locks this is only for the message; on a full disk later writes report the error.
         os.ftruncate(held.handle, 0)
         os.pwrite(held.handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
     mine = os.getpid()
@@ -134,7 +128,7 @@ def reserved(folder: Path, purpose: str) -> Iterator[None]:
 
 
 def _reserve(path: Path, folder: Path) -> tuple[Claim | None, str | None]:
-    """This process's claim of the lock file, and who has it instead; both where locks do not work."""
+    """This process's claim of the lock file, or the process that holds it; both if locks do not work."""
     for _ in range(_TRIES):
         try:
             held = claim(path, create=True)
@@ -143,16 +137,16 @@ def _reserve(path: Path, folder: Path) -> tuple[Claim | None, str | None]:
             raise ValueError(f"cannot lock the folder {folder} with {path.name}: {error.strerror}") from error
         if held is not None:
             return held, owner if not held.locked and owner is not None and _may_run(owner) else None
-        # Otherwise the other process has ended between the two questions, and taken its file along.
+        # Otherwise the other process ended between the two calls and removed its file.
         if owner is not None:
             return None, owner
-    raise ValueError(f"cannot lock the folder {folder}: {path} is no file that can be locked; delete it")
+    raise ValueError(f"cannot lock the folder {folder}: {path} cannot be locked; delete it")
 
 
 def _owner(path: Path) -> str | None:
-    """What the holder wrote of itself, ``"process 7 on host"``; None if it is gone."""
+    """The holder's entry, ``"process 7 on host"``; None without a file."""
     try:
-        # A pipe of that name would wait for somebody who writes.
+        # Nonblocking, in case it is a pipe.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return None
@@ -162,12 +156,12 @@ def _owner(path: Path) -> str | None:
         text = os.read(handle, 200).decode(errors="replace")
     finally:
         os.close(handle)
-    return "".join(filter(str.isprintable, text)) or "its process is not known"
+    return "".join(filter(str.isprintable, text)) or "unknown process"
 
 
 def _may_run(owner: str) -> bool:
     number, _, host = owner.removeprefix("process ").partition(" on ")
-    # Its process was killed before it could write; or the number is given out again, in containers always the same.
+    # Killed before it could write its id, or the id is reused: containers often repeat the same one.
     if not number.isdecimal() or int(number) == os.getpid():
         return False
     if host != platform.node():

@@ -1,4 +1,4 @@
-"""Files of tensors, PyTorch's and ``.safetensors``: read without trusting them, refused in one line that names them."""
+"""Read tensor files (PyTorch and ``.safetensors``) from untrusted sources; errors are one line and name the file."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ import torch
 from torch import Tensor, nn
 
 from ._files import require_regular_file
-from ._text import listed, named, said
+from ._text import listed, named, said, with_article
 from .defaults import plain_defaults
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What weights in files may be; all of them become float32."""
+"""Allowed dtypes of weights in files; all become float32."""
 
 _CHUNK = 1 << 20
 
 
 def read_tensor_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """Read a checkpoint file without executing anything in it; a ``.safetensors`` file by that suffix.
+    """Read a checkpoint file without executing code from it; the suffix decides whether it is ``.safetensors``.
 
-    PyTorch's archives are compared with their checksums first, so a damaged file is not taken for other weights
-    (``.safetensors`` has none).
+    The checksums of PyTorch's archives are verified first, to detect damaged files (``.safetensors`` has none).
 
     Returns:
-        The file's mapping as it is, tensors on the CPU: names may be no strings and tensors of any kind, see
+        The file's mapping with tensors on the CPU. Names may have any type and tensors any kind, see
         :func:`plain_tensor`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no readable checkpoint; names the file.
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the file, if it is not a readable checkpoint.
     """
     path = Path(path)
     require_regular_file(path, "checkpoint file (.pth, .pt, .bin, .ckpt or .safetensors)")
     try:
         with plain_defaults(), warnings.catch_warnings():
-            # Of what PyTorch remarks on kinds of tensors that are refused here.
+            # PyTorch warns about kinds of tensors that are refused here.
             warnings.simplefilter("ignore")
             content = _read(path)
     except PermissionError:
@@ -52,15 +51,15 @@ def read_tensor_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     except Exception as error:
         raise ValueError(f"{path} {_reason(error)}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds {described(content)}; expected a state dict (names to tensors)")
+        raise ValueError(f"{path} contains {described(content)}; expected a state dict (names to tensors)")
     return dict(content)
 
 
 def plain_tensor(value: object, source: str | os.PathLike[str], name: object) -> Tensor:
-    """``value`` if it is a dense CPU tensor whose elements have memory of their own each.
+    """``value`` as a dense CPU tensor whose elements do not overlap in memory.
 
     Raises:
-        ValueError: for anything else; names ``source`` and the entry, and says what it is.
+        ValueError: for anything else; names ``source``, the entry and its kind.
     """
     if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
         raise ValueError(f"{source}: entry {named(name)} is {described(value)}; expected a tensor")
@@ -71,7 +70,7 @@ def plain_tensor(value: object, source: str | os.PathLike[str], name: object) ->
 
 
 def weight_tensor(value: object, source: str | os.PathLike[str], name: object) -> Tensor:
-    """As :func:`plain_tensor`, of floating point (:data:`WEIGHT_DTYPES`) and finite, in float32 too.
+    """As :func:`plain_tensor`, and a dtype of :data:`WEIGHT_DTYPES` with values that are finite in float32.
 
     Raises:
         ValueError: as :func:`plain_tensor`, and for other dtypes and values.
@@ -90,12 +89,12 @@ def weight_tensor(value: object, source: str | os.PathLike[str], name: object) -
 
 
 def uncompiled(name: str) -> str:
-    """``name`` without the ``_orig_mod.`` that ``torch.compile`` puts before the names of what it has compiled."""
+    """``name`` without the ``_orig_mod.`` that ``torch.compile`` adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Where the names and shapes of a file differ from a network's, in words of bounded length; empty if nowhere."""
+    """Differences between the names and shapes of a file and a network, as bounded text; empty without any."""
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     shapes = [
@@ -108,41 +107,36 @@ def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def described(value: object) -> str:
-    """What ``value`` is, in a few words and without showing what is in it."""
+    """The kind of ``value`` in a few words, without its content."""
     if isinstance(value, Tensor):
         if type(value) in (Tensor, nn.Parameter):
             return f"a tensor of shape {list(value.shape)[:8]}"
     elif isinstance(value, Mapping):
         return f"a dictionary of {len(value)} entries ({listed(value)})" if value else "an empty dictionary"
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+    return with_article(type(value).__name__)
 
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        # Its tensors lie in a mapping of the file, which is another one once somebody writes to it.
+        # Clone, because its tensors are mapped to the file and change when it is overwritten.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             _check_archive(path)
-    # DINO's and SelfPatch's full checkpoints carry their command line, a plain record of values.
+    # DINO's and SelfPatch's full checkpoints contain their command line in a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_archive(path: Path) -> None:
-    """Each record lies there as it is, and matches its checksum.
-
-    Raises:
-        ValueError: for a damaged one, or one that would unpack to more than the file.
-    """
+    """Raise ValueError unless each record is uncompressed and matches its checksum."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise ValueError(f"its record {listed([record.filename])} is compressed, which torch.save never does")
-            # Left out on request (torch.serialization.set_crc32_options).
+            # Optional (torch.serialization.set_crc32_options).
             if record.CRC == 0:
                 continue
             expected, record.CRC = record.CRC, None  # type: ignore[assignment]
@@ -159,21 +153,21 @@ def _reason(error: Exception) -> str:
     unsupported = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) (?:GLOBAL )?([\w.]+)", text)
     if isinstance(error, pickle.UnpicklingError) and unsupported is not None:
         return (
-            f"holds Python objects beside tensors ({listed([unsupported[1]])}), which are not loaded because they "
-            "could run code; save its state dict alone"
+            f"contains Python objects other than tensors ({listed([unsupported[1]])}), which are not loaded because "
+            "they could run code; save only its state dict"
         )
-    # The unpickler puts its own words after advice that is not ours to give.
+    # The unpickler's own message follows advice that does not apply here.
     words = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     line = words[0].strip() if words else ""
     if not line or isinstance(error, LookupError) or "weights_only" in line:
-        # The reader stumbles over bytes that it takes for instructions; their numbers tell nobody anything.
+        # The unpickler took other bytes for instructions; its message does not help.
         line = "its content is of another kind" if isinstance(error, (LookupError, pickle.UnpicklingError)) else ""
     line = said(line) if line else type(error).__name__
-    return f"is no readable checkpoint ({line}); expected a PyTorch or .safetensors file"
+    return f"is not a readable checkpoint ({line}); expected a PyTorch or .safetensors file"
 
 
 def _trouble(tensor: Tensor) -> str | None:
-    """Why a tensor is not plain; None if it is."""
+    """Why a tensor is not plain, or None."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout != torch.strided:
@@ -185,7 +179,7 @@ def _trouble(tensor: Tensor) -> str | None:
     if tensor.numel() == 0:
         return None
     span = 0
-    # From the innermost dimension outwards each step must lead beyond everything inside.
+    # From the innermost dimension outwards, each stride must exceed the span of the inner ones.
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride <= span:
             return f"of overlapping elements (shape {list(tensor.shape)}, strides {list(tensor.stride())})"

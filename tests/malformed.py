@@ -277,8 +277,8 @@ def mutate_header(draw: random.Random, data: bytes) -> bytes:
 
 def _elsewhere(draw: random.Random) -> bytes:
     """A file of another kind."""
-    picture, archive = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (8, 8)).save(picture, "png")
+    image, archive = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
     with zipfile.ZipFile(archive, "w") as target:
         target.writestr("a.txt", "text")
     kinds = [
@@ -289,7 +289,7 @@ def _elsewhere(draw: random.Random) -> bytes:
             b"hello",
             b"\x00" * 1000,
             b"\x93NUMPY",
-            picture.getvalue(),
+            image.getvalue(),
             archive.getvalue(),
         ),
         *(pickle.dumps({"outc.weight": np.zeros(3)}), pickle.dumps([1, 2]), pickle.dumps(time.sleep), b"[" * 10000),
@@ -398,8 +398,8 @@ class Kind:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        self.picture = folder / "picture.png"
-        Image.new("RGB", (32, 32), (90, 10, 200)).save(self.picture)
+        self.image = folder / "image.png"
+        Image.new("RGB", (32, 32), (90, 10, 200)).save(self.image)
         self.suffixes = [".pth"] if name == "last" else [".pth", ".safetensors"]
         self.sound: dict[Any, Any]
         if name == "lift":
@@ -407,11 +407,11 @@ class Kind:
         elif name == "backbone":
             self.sound = load_file(backbone_file())
         else:
-            pictures = folder / "pictures"
-            pictures.mkdir()
+            images = folder / "images"
+            images.mkdir()
             for number in range(4):
-                Image.new("RGB", (64, 64), (60 * number, 99, 7)).save(pictures / f"{number}.png")
-            self.train = ["train", str(pictures), *TINY]
+                Image.new("RGB", (64, 64), (60 * number, 99, 7)).save(images / f"{number}.png")
+            self.train = ["train", str(images), *TINY]
             out = folder / "sound"
             if command_line([*self.train, "--out", str(out), "--max-steps", str(STEPS)]):
                 raise Wrong("the sound training failed")
@@ -422,7 +422,7 @@ class Kind:
             return [*self.train, "--out", str(path.parent), "--resume", "--max-steps", str(STEPS)]
         read = ["--lift", str(path)] if self.name == "lift" else ["--weights", str(path), "--no-lift"]
         common = ("--size", "32", "--device", "cpu", "--quiet", "--threads", "1")
-        return ["extract", str(self.picture), "--out", str(path.parent / "out"), *read, *common]
+        return ["extract", str(self.image), "--out", str(path.parent / "out"), *read, *common]
 
     def check(self, path: Path) -> str:
         """``"refused"`` or ``"loaded"``.
@@ -437,7 +437,7 @@ class Kind:
                 {"lift": try_lift, "backbone": try_backbone}[self.name](path)
             except OURS as error:
                 outcome = "refused"
-                _judge(str(error), path)
+                _check_message(str(error), path)
         status, said = run_command(self.command(path))
         if status not in (0, 2):
             raise Wrong(f"status {status}: {said[-500:]}")
@@ -448,7 +448,7 @@ class Kind:
         if (status == 0) != (outcome == "loaded"):
             raise Wrong(f"{outcome}, but status {status}: {said}")
         if status == 2:
-            _judge(said.rstrip("\n"), path)
+            _check_message(said.rstrip("\n"), path)
         elif said:
             raise Wrong(f"said {said[:300]!r}")
         seconds = time.process_time() - began
@@ -478,7 +478,7 @@ def run_command(arguments: list[str]) -> tuple[int, str]:
     return status, said.getvalue()
 
 
-def _judge(text: str, path: Path) -> None:
+def _check_message(text: str, path: Path) -> None:
     if str(path) not in text and str(path.parent) not in text:
         raise Wrong(f"does not name the file: {text[:300]!r}")
     if not text.isprintable() or len(text) > LONGEST:

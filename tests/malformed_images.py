@@ -127,11 +127,11 @@ def metadata(random: random.Random, content: bytes) -> bytes:
     text = PngImagePlugin.PngInfo()
     text.add(b"eXIf", exif)
     text.add_text("comment", "x" * random.choice([0, 10, 100_000]), zip=True)
-    picture = photograph(random)
+    photo = photograph(random)
     if random.random() < 0.5:
-        picture.save(out, "PNG", pnginfo=text)
+        photo.save(out, "PNG", pnginfo=text)
     else:
-        picture.save(out, "JPEG", exif=exif)
+        photo.save(out, "JPEG", exif=exif)
     return out.getvalue()
 
 
@@ -251,13 +251,13 @@ def check(folder: Path, seeds: range, match: bool = True) -> Counter[str]:
         AssertionError: at the first that is taken otherwise than it should.
     """
     results: Counter[str] = Counter()
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True)
+    inputs = folder / "images"
+    inputs.mkdir(parents=True)
     sound = folder / "sound.png"
     photograph(random.Random(0)).save(sound)
     for seed in seeds:
         name, content = malformed(seed)
-        path = pictures / name
+        path = inputs / name
         path.write_bytes(content)
         result = read(path)
         results[result] += 1
@@ -270,7 +270,7 @@ def check(folder: Path, seeds: range, match: bool = True) -> Counter[str]:
                 assert status == 2, f"{name}: {status}"
                 assert one_line(said, path), f"{name}: {said}"
             results["matched"] += status == 0
-    status, said = command("extract", pictures, "--out", folder / "features", *NETWORK, "--size", "32")
+    status, said = command("extract", inputs, "--out", folder / "features", *NETWORK, "--size", "32")
     written, skipped = len(list((folder / "features").iterdir())), said.splitlines()
     assert status == (1 if skipped else 0)
     assert all(line.startswith("skipped: ") and line.isprintable() for line in skipped), said

@@ -221,12 +221,12 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         (lambda s: {**s, "norm.weight": torch.zeros(7)}, r"norm\.weight: file \[7\], model \[192\]"),
         (lambda s: {**s, "cls_token": torch.full((1, 1, 192), float("nan"))}, "192 of 192 values of 'cls_token'"),
         (lambda s: {"layer1.conv.weight": torch.zeros(1)}, "no ViT backbone.*layer1.conv.weight"),
-        (lambda s: {"epoch": 3}, "holds no tensors; its entries are epoch"),
-        (lambda s: [1, 2], "holds a list"),
-        (lambda s: {"model": nn.Linear(1, 1)}, r"Python objects beside tensors \(torch\.nn\.modules\.linear\.Linear\)"),
+        (lambda s: {"epoch": 3}, "contains no tensors; its entries are epoch"),
+        (lambda s: [1, 2], "contains a list"),
+        (lambda s: {"model": nn.Linear(1, 1)}, r"objects other than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
         (lambda s: {**s, "cls_token": s["cls_token"].to_sparse()}, "'cls_token' is sparse"),
         (lambda s: {**s, "cls_token": s["cls_token"].cfloat()}, r"'cls_token' is torch\.complex64"),
-        (lambda s: {**s, "cls_token": s["cls_token"].int()}, r"another kind of number: cls_token$"),
+        (lambda s: {**s, "cls_token": s["cls_token"].int()}, r"integer and floating point differ in: cls_token$"),
         (lambda s: {**s, "cls_token": s["cls_token"].to(torch.float8_e4m3fn)}, "'cls_token' is torch.float8_e4m3fn"),
         (lambda s: {**s, "cls_token": s["cls_token"].to("meta")}, "'cls_token' is without values"),
         (lambda s: {**s, "norm.weight": torch.ones(1).expand(192)}, r"'norm\.weight' is of overlapping elements"),
@@ -346,7 +346,7 @@ def test_training_files_of_dinov2_with_blocks_in_chunks(registers: int, tmp_path
         found = load_backbone(name, weights=tmp_path / "training.pth", position_rule="dino").model.state_dict()
         assert all(torch.equal(found[k], v) for k, v in expected.model.state_dict().items())
     torch.save({**chunked, "blocks.0.11.attn.qkv.weight": torch.zeros(1)}, tmp_path / "twice.pth")
-    with pytest.raises(ValueError, match=r"'blocks\.11\.attn\.qkv\.weight' is there twice"):
+    with pytest.raises(ValueError, match=r"'blocks\.11\.attn\.qkv\.weight' exists twice"):
         load_backbone(name, weights=tmp_path / "twice.pth")
 
 
@@ -357,11 +357,11 @@ def test_corrupt_and_missing_files(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
     (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 64)
     for name in ("cut.pth", "text.pth", "empty.pth", "bad.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable checkpoint"):
             load_backbone(NAME, weights=tmp_path / name)
     (tmp_path / "words.pth").write_text("hello")
     for load in (lambda path: load_backbone(NAME, weights=path), lambda path: load_lift(path, patch_size=16)):
-        with pytest.raises(ValueError, match=r"words.pth is no readable checkpoint.*another kind"):
+        with pytest.raises(ValueError, match=r"words.pth is not a readable checkpoint.*another kind"):
             load(tmp_path / "words.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pth"):
         load_backbone(NAME, weights=tmp_path / "nowhere.pth")

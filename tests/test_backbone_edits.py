@@ -34,7 +34,7 @@ def small(seed: int = 0, kind: type[nn.Module] = VisionTransformer, **extra: obj
     return model.eval()
 
 
-def pictures(*shape: int) -> Tensor:
+def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -151,7 +151,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_model_gives_what_it_gives_by_hand(name: str) -> None:
-    imgs = pictures(2, 3, 32, 32)
+    imgs = images(2, 3, 32, 32)
     plain = small()
     edited = copy.deepcopy(plain)
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_an_edited_model_gives_what_it_gives_by_hand(name: str) -> None:
 @pytest.mark.parametrize("make", [own_forward, hook, pre_hook])
 def test_an_edited_eva_too(kind: str, path: str, make: Callable[[str], Edit]) -> None:
     extra = {"fused": {}, "split": {"qkv_fused": False}, "separate": {}}[kind]
-    model, imgs = small(kind=Eva, use_rot_pos_emb=True, **extra), pictures(2, 3, 32, 32)
+    model, imgs = small(kind=Eva, use_rot_pos_emb=True, **extra), images(2, 3, 32, 32)
     if kind == "separate":
         for block in model.blocks:
             block.attn.qkv_bias_separate = True
@@ -195,7 +195,7 @@ def test_an_edited_eva_too(kind: str, path: str, make: Callable[[str], Edit]) ->
 
 
 def test_interleaved_heads_of_an_edited_block() -> None:
-    model, imgs = small(), pictures(1, 3, 32, 32)
+    model, imgs = small(), images(1, 3, 32, 32)
     for path in ("blocks.2", "blocks.2.attn.qkv"):
         pre_hook(path)(model)
         with torch.no_grad():
@@ -205,7 +205,7 @@ def test_interleaved_heads_of_an_edited_block() -> None:
 
 @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
 def test_hooks_of_every_module_run(register: str) -> None:
-    backbone, imgs = FrozenViT(small()), pictures(1, 3, 32, 32)
+    backbone, imgs = FrozenViT(small()), images(1, 3, 32, 32)
     called: list[nn.Module] = []
     with torch.no_grad():
         plain = backbone(imgs)
@@ -222,7 +222,7 @@ def test_hooks_of_every_module_run(register: str) -> None:
 
 
 def test_a_class_that_was_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, imgs = small(), pictures(1, 3, 32, 32)
+    model, imgs = small(), images(1, 3, 32, 32)
     given = Attention.forward
     backbone = FrozenViT(model, facet="token")
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_hooks_of_the_patch_embedding_at_every_size_and_stride(
     size: tuple[int, int], stride: int, strict: bool
 ) -> None:
     extra = {"dynamic_img_size": False, "dynamic_img_pad": True} if not strict else {"dynamic_img_size": False}
-    model, imgs = small(**extra), pictures(1, 3, *size)
+    model, imgs = small(**extra), images(1, 3, *size)
     with torch.no_grad():
         plain = FrozenViT(model, stride=stride)(imgs)
         for path in ("patch_embed", "patch_embed.proj"):
@@ -255,17 +255,17 @@ def test_an_own_forward_of_the_patches_that_knows_no_stride() -> None:
     model = small()
     own_forward("patch_embed.proj")(model)
     with pytest.raises(ValueError, match=r"edited patch embedding gives .* where stride 4 needs 7 x 7"):
-        FrozenViT(model, stride=4)(pictures(1, 3, 32, 32))
+        FrozenViT(model, stride=4)(images(1, 3, 32, 32))
 
 
 def test_an_edited_block_that_calls_no_projection() -> None:
     backbone = FrozenViT(small())
     backbone.model.blocks[2].forward = lambda x: x
     with pytest.raises(ValueError, match=r"'key' cannot be read: the edited block calls .* 0 times.*facet='token'"):
-        backbone(pictures(1, 3, 32, 32))
+        backbone(images(1, 3, 32, 32))
     backbone.model.blocks[2] = nn.Identity()
-    with pytest.raises(ValueError, match=r"from the Identity that now stands.*facet='token'"):
-        backbone(pictures(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"from the Identity now in the model.*facet='token'"):
+        backbone(images(1, 3, 32, 32))
     for block in backbone.model.blocks[:2]:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
 
@@ -278,7 +278,7 @@ def test_a_model_whose_own_forward_features_is_replaced() -> None:
 
 
 def test_a_pruned_model_with_a_graph_can_be_wrapped() -> None:
-    model, imgs = small(), pictures(1, 3, 32, 32)
+    model, imgs = small(), images(1, 3, 32, 32)
     prune.l1_unstructured(model.blocks[2].attn.qkv, "weight", 0.5)
     prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", 0.5)
     model(imgs)
@@ -294,7 +294,7 @@ def test_plain_blocks_run_in_place_and_are_remembered(monkeypatch: pytest.Monkey
     run, look = in_place.run, in_place._is_standard
     monkeypatch.setattr(in_place, "run", lambda *args: (runs.append(1), run(*args))[1])
     monkeypatch.setattr(in_place, "_is_standard", lambda block: (looks.append(1), look(block))[1])
-    backbone, imgs = FrozenViT(small(init_values=0.5, drop_path_rate=0.2)), pictures(1, 3, 32, 32)
+    backbone, imgs = FrozenViT(small(init_values=0.5, drop_path_rate=0.2)), images(1, 3, 32, 32)
     with torch.no_grad():
         for _ in range(3):
             backbone(imgs)

@@ -47,7 +47,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def pictures(*shape: int, seed: int = 0) -> Tensor:
+def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -85,7 +85,7 @@ def test_every_facet_and_layer_equals_the_hooked_forward(kind: str) -> None:
         pytest.skip(f"timm {timm.__version__} cannot build or run this model itself")
     model = MODELS[kind]()
     size = 224 if kind == "distilled" else 32
-    imgs = pictures(2, 3, size, size)
+    imgs = images(2, 3, size, size)
     with torch.no_grad():
         for facet in FACETS:
             for layer in (0, -1):
@@ -97,7 +97,7 @@ def test_every_facet_and_layer_equals_the_hooked_forward(kind: str) -> None:
 @pytest.mark.parametrize("size", [(40, 16), (8, 8), (64, 64)])
 def test_other_grids_follow_timm(kind: str, size: tuple[int, int]) -> None:
     model = MODELS[kind]()
-    imgs = pictures(1, 3, *size)
+    imgs = images(1, 3, *size)
     with torch.no_grad():
         ours = FrozenViT(model, position_rule="timm")(imgs)
         assert relative_error(ours, extract_hooked(model, imgs)) <= 1e-5
@@ -121,7 +121,7 @@ def test_named_models(name: str) -> None:
     model = timm.create_model(name, depth=2, num_classes=0, dynamic_img_size=True).eval()
     backbone = FrozenViT(model, position_rule="timm")
     p = backbone.patch_size
-    imgs = pictures(1, 3, 5 * p, 3 * p)
+    imgs = images(1, 3, 5 * p, 3 * p)
     with torch.no_grad():
         assert relative_error(backbone(imgs), extract_hooked(model, imgs)) <= 1e-5
     assert (backbone.grid(5 * p, 3 * p), backbone.layer) == ((5, 3), 1)
@@ -152,7 +152,7 @@ def dino_positions(pos_embed: Tensor, height: int, width: int, patch: int, strid
 @pytest.mark.parametrize("size", [(48, 48), (40, 24), (37, 51), (16, 64)])
 def test_dino_rule_and_stride(size: tuple[int, int], stride: int) -> None:
     model = small_vit()
-    imgs = pictures(2, 3, *size)
+    imgs = images(2, 3, *size)
     backbone = FrozenViT(model, stride=stride, position_rule="dino")
     tokens = F.conv2d(imgs, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=stride)
     h, w = tokens.shape[-2:]
@@ -169,16 +169,16 @@ def test_dino_rule_and_stride(size: tuple[int, int], stride: int) -> None:
 
 def test_native_grid_keeps_position_embeddings_untouched() -> None:
     model = small_vit()
-    imgs = pictures(1, 3, 32, 32)
+    imgs = images(1, 3, 32, 32)
     with torch.no_grad():
         dino, plain = (FrozenViT(model, position_rule=rule)(imgs) for rule in ("dino", "timm"))
         assert torch.equal(dino, plain)
-        other = pictures(1, 3, 48, 48)
+        other = images(1, 3, 48, 48)
         assert not torch.equal(*(FrozenViT(model, position_rule=rule)(other) for rule in ("dino", "timm")))
 
 
 def test_interleaved_head_order_is_that_of_the_published_extractor() -> None:
-    model, imgs = small_vit(), pictures(1, 3, 32, 32)
+    model, imgs = small_vit(), images(1, 3, 32, 32)
     heads = 4
     with torch.no_grad():
         for facet in FACETS:
@@ -201,7 +201,7 @@ def test_wrapped_projections_run_whole(order: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    imgs = pictures(1, 3, 32, 32)
+    imgs = images(1, 3, 32, 32)
     for model in (small_vit(), small_eva(use_rot_pos_emb=True)):
         plain = FrozenViT(model, head_order=order, layer=1)(imgs)
         separate = getattr(model.blocks[1].attn, "q_bias", None) is not None
@@ -214,7 +214,7 @@ def test_wrapped_projections_run_whole(order: str) -> None:
 def test_overlapping_patches_with_rotary_embedding() -> None:
     model = MODELS["eva_dinov3"]()
     backbone = FrozenViT(model, stride=4)
-    assert backbone(pictures(1, 3, 32, 40)).shape == (1, 7 * 9, 48)
+    assert backbone(images(1, 3, 32, 40)).shape == (1, 7 * 9, 48)
 
 
 def block_flops(tokens: int, width: int, hidden: int) -> int:
@@ -226,7 +226,7 @@ def block_flops(tokens: int, width: int, hidden: int) -> int:
 def test_flops_are_exactly_those_of_the_needed_layers(facet: str, layer: int, dino: nn.Module) -> None:
     backbone = FrozenViT(dino, facet=facet, layer=layer)
     width, patches = 384, 10 * 7
-    imgs = pictures(1, 3, 160, 112)
+    imgs = images(1, 3, 160, 112)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone(imgs)
     expected = 2 * patches * 3 * 16 * 16 * width
@@ -239,7 +239,7 @@ def test_flops_are_exactly_those_of_the_needed_layers(facet: str, layer: int, di
 
 def test_early_exit_saves_exactly_the_skipped_layers(dino: nn.Module) -> None:
     backbone = FrozenViT(dino)
-    imgs = pictures(1, 3, 224, 224)
+    imgs = images(1, 3, 224, 224)
     flops = []
     for run in (lambda: backbone(imgs), lambda: extract_hooked(backbone.model, imgs)):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -259,12 +259,12 @@ def test_nothing_of_later_blocks_runs() -> None:
     vit = backbone.model
     for module in (vit.blocks[2], vit.norm, vit.blocks[1].attn.proj, vit.blocks[1].mlp, vit.blocks[1].norm2):
         module.forward = fail
-    backbone(pictures(1, 3, 32, 32))
+    backbone(images(1, 3, 32, 32))
 
 
 def test_in_place_blocks_change_no_bit() -> None:
     model = small_vit(init_values=0.5, qk_norm=True)
-    imgs = pictures(2, 3, 48, 32)
+    imgs = images(2, 3, 48, 32)
     backbone = FrozenViT(model, facet="token")
     calls = []
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_frozen_and_always_in_evaluation_mode() -> None:
     assert model.training, "the given model must not change"
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in backbone.parameters())
-    imgs = pictures(1, 3, 32, 32).requires_grad_()
+    imgs = images(1, 3, 32, 32).requires_grad_()
     assert torch.equal(backbone(imgs), backbone(imgs))
     backbone(imgs).sum().backward()
     assert imgs.grad is not None
@@ -294,7 +294,7 @@ def test_frozen_and_always_in_evaluation_mode() -> None:
 def test_weights_are_shared_and_updates_reach_cached_positions() -> None:
     model = small_vit()
     backbone = FrozenViT(model, position_rule="dino")
-    imgs = pictures(1, 3, 48, 48)
+    imgs = images(1, 3, 48, 48)
     before = backbone(imgs)
     assert torch.equal(backbone(imgs), before)
     assert backbone.model.pos_embed.data_ptr() == model.pos_embed.data_ptr()
@@ -309,7 +309,7 @@ def test_weights_are_shared_and_updates_reach_cached_positions() -> None:
 def test_cached_positions_see_every_change_in_inference_mode(made_in_inference_mode: bool) -> None:
     with torch.inference_mode(made_in_inference_mode):
         model = small_vit()
-    imgs = pictures(1, 3, 48, 40)
+    imgs = images(1, 3, 48, 40)
 
     def fresh() -> Tensor:
         return FrozenViT(backbone.model, position_rule="dino")(imgs)
@@ -334,7 +334,7 @@ def test_cached_positions_see_every_change_in_inference_mode(made_in_inference_m
 
 def test_cached_positions_follow_an_inner_model_that_was_moved_alone() -> None:
     backbone = FrozenViT(small_vit(), position_rule="dino")
-    imgs = pictures(1, 3, 48, 40)
+    imgs = images(1, 3, 48, 40)
     backbone(imgs)
     backbone.model.double()
     assert backbone(imgs.double()).dtype == torch.float64
@@ -355,16 +355,16 @@ def test_device_and_dtype_follow_the_weights_that_see_the_image() -> None:
 def test_position_cache_is_bounded_and_dropped_by_to() -> None:
     backbone = FrozenViT(small_vit(), position_rule="dino")
     for n in range(1, 20):
-        backbone(pictures(1, 3, 8 * n, 8))
+        backbone(images(1, 3, 8 * n, 8))
     assert 0 < len(backbone._positions) <= 8
     backbone.double()
     assert not backbone._positions
-    assert backbone(pictures(1, 3, 48, 48).double()).dtype == torch.float64
+    assert backbone(images(1, 3, 48, 48).double()).dtype == torch.float64
 
 
 def test_copies_pickle_and_inference_mode() -> None:
     backbone = FrozenViT(small_vit())
-    imgs = pictures(1, 3, 40, 32)
+    imgs = images(1, 3, 40, 32)
     with torch.inference_mode():
         inside = backbone(imgs)
     outside = backbone(imgs)
@@ -376,7 +376,7 @@ def test_copies_pickle_and_inference_mode() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    model, imgs = small_vit(), pictures(2, 3, 40, 32)
+    model, imgs = small_vit(), images(2, 3, 40, 32)
     exact = FrozenViT(model)(imgs)
     low = FrozenViT(model).to(dtype)(imgs.to(dtype))
     assert low.dtype == dtype
@@ -384,7 +384,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_autocast_and_channels_last() -> None:
-    backbone, imgs = FrozenViT(small_vit()), pictures(2, 3, 40, 32)
+    backbone, imgs = FrozenViT(small_vit()), images(2, 3, 40, 32)
     exact = backbone(imgs)
     with torch.autocast("cpu", torch.bfloat16):
         low = backbone(imgs)
@@ -399,7 +399,7 @@ def test_autocast_and_channels_last() -> None:
 @pytest.mark.parametrize("kind", ["plain", "eva_dinov3"])
 def test_compiles_as_one_graph(kind: str) -> None:
     backbone = FrozenViT(MODELS[kind](), position_rule="dino")
-    imgs = pictures(1, 3, 40, 32)
+    imgs = images(1, 3, 40, 32)
     compiled = torch.compile(backbone, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert relative_error(compiled(imgs), backbone(imgs)) <= 1e-5
@@ -460,9 +460,9 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def test_models_that_are_no_vit() -> None:
-    with pytest.raises(ValueError, match=r"ResNet is no Vision Transformer.*supported are"):
+    with pytest.raises(ValueError, match=r"ResNet is not a supported Vision Transformer.*supported are"):
         FrozenViT(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match=r"'resnet18' is no Vision Transformer.*dino_vits16"):
+    with pytest.raises(ValueError, match=r"'resnet18' is not a supported Vision Transformer.*dino_vits16"):
         load_backbone("resnet18", random_weights=True)
     with pytest.raises(ValueError, match=r"unknown backbone 'dino_vits61'.*did you mean dino_vits16"):
         load_backbone("dino_vits61", random_weights=True)

@@ -18,15 +18,15 @@ TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "64"]
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Two real photographs, small."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     paths = folder / "astronaut.jpg", folder / "deep" / "coffee.png"
     for path, array in zip(paths, (skimage.data.astronaut(), skimage.data.coffee()), strict=True):
-        picture = Image.fromarray(array)
-        picture.thumbnail((160, 160))
-        picture.save(path)
+        image = Image.fromarray(array)
+        image.thumbnail((160, 160))
+        image.save(path)
     return paths
 
 
@@ -71,13 +71,13 @@ def test_version(capsys):
 
 def test_no_command_prints_help(capsys):
     assert run() == 2
-    assert "match two photographs" in capsys.readouterr().out
+    assert "match two images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lift", [[], ["--random-lift"], ["--random-lift", "--iterations", "2"]])
-def test_match(pictures, tmp_path, capsys, lift):
+def test_match(images, tmp_path, capsys, lift):
     out = tmp_path / "result.png"
-    assert run("match", *pictures, "--out", out, *TINY, *lift, "--json", "--step", "3") == 0
+    assert run("match", *images, "--out", out, *TINY, *lift, "--json", "--step", "3") == 0
     figures = json.loads(capsys.readouterr().out)
     loaded_a, loaded_b = figures["loaded_size_a"], figures["loaded_size_b"]
     assert min(loaded_a) == min(loaded_b) == 64
@@ -98,7 +98,7 @@ def test_match(pictures, tmp_path, capsys, lift):
         assert all(data[name].shape == (rows, columns, *shape) for name, shape in shapes.items())
         assert figures["points"] == rows * columns
         assert int(data["valid"].sum()) == figures["valid"]
-        for side, path in zip("ab", pictures, strict=True):
+        for side, path in zip("ab", images, strict=True):
             with Image.open(path) as original:
                 assert data[f"size_{side}"].tolist() == [original.height, original.width] == figures[f"size_{side}"]
                 assert (data[f"xy_{side}"] < original.size).all()
@@ -107,18 +107,18 @@ def test_match(pictures, tmp_path, capsys, lift):
         np.testing.assert_allclose(data["confidence"], expected, atol=1e-6)
         assert ((data["distance"] <= 1) == data["valid"]).all()
         assert data["random_weights"]
-    assert {p.name for p in tmp_path.iterdir()} == {"pictures", "result.png", "result.npz"}
+    assert {p.name for p in tmp_path.iterdir()} == {"images", "result.png", "result.npz"}
 
 
-def test_without_mutual_every_match_is_valid(pictures, tmp_path, capsys):
-    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--no-mutual", "--json") == 0
+def test_without_mutual_every_match_is_valid(images, tmp_path, capsys):
+    assert run("match", *images, "--out", tmp_path / "m.png", *TINY, "--no-mutual", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["valid"] == figures["points"]
 
 
-def test_an_image_matches_itself(pictures, tmp_path):
+def test_an_image_matches_itself(images, tmp_path):
     out = tmp_path / "same.png"
-    assert run("match", pictures[0], pictures[0], "--out", out, *TINY, "--normalize", "pixel", "--quiet") == 0
+    assert run("match", images[0], images[0], "--out", out, *TINY, "--normalize", "pixel", "--quiet") == 0
     with np.load(out.with_suffix(".npz")) as data:
         scale = data["size_a"][::-1] / data["loaded_size_a"][::-1]
         position = (data["xy_a"] + 0.5) / scale
@@ -128,8 +128,8 @@ def test_an_image_matches_itself(pictures, tmp_path):
         assert data["confidence"][inner].min() > 0.8
 
 
-def test_match_says_what_it_does(pictures, tmp_path, capsys):
-    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--timing") == 0
+def test_match_says_what_it_does(images, tmp_path, capsys):
+    assert run("match", *images, "--out", tmp_path / "m.png", *TINY, "--timing") == 0
     captured = capsys.readouterr()
     assert "no LiFT checkpoint was given" in captured.err
     assert "--lift FILE" in captured.err
@@ -138,14 +138,14 @@ def test_match_says_what_it_does(pictures, tmp_path, capsys):
     stages = [line.split() for line in captured.out.splitlines()]
     assert [stage[0] for stage in stages] == ["model", "decode", "backbone", "lift", "match", "draw"]
     assert all(float(seconds) >= 0 and unit == "s" for _, seconds, unit in stages)
-    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
+    assert run("match", *images, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""
 
 
-def test_text_instead_of_an_image_is_named(pictures, tmp_path, capsys):
+def test_text_instead_of_an_image_is_named(images, tmp_path, capsys):
     (tmp_path / "notes.jpg").write_text("no image")
-    assert run("match", tmp_path / "notes.jpg", pictures[1], "--out", tmp_path / "m.png", *TINY) == 2
+    assert run("match", tmp_path / "notes.jpg", images[1], "--out", tmp_path / "m.png", *TINY) == 2
     assert "notes.jpg cannot be read as an image" in capsys.readouterr().err
     assert not (tmp_path / "m.png").exists()
 
@@ -165,10 +165,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_input_that_cannot_be_used_is_said_plainly(case, pictures, tmp_path, capsys, monkeypatch):
+def test_input_that_cannot_be_used_is_said_plainly(case, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, message = BAD[case]
-    assert run(*(a.format(a=pictures[0], b=pictures[1]) for a in arguments)) == 2
+    assert run(*(a.format(a=images[0], b=images[1]) for a in arguments)) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.splitlines()[-1].startswith(f"lift-fast {arguments[0]}: ")
@@ -183,7 +183,7 @@ def test_bad_sizes_are_refused_by_the_parser(size, capsys):
     assert "expected a whole number of at least 1" in capsys.readouterr().err
 
 
-def test_offline_without_weights_names_file_and_options(pictures, tmp_path, capsys, monkeypatch):
+def test_offline_without_weights_names_file_and_options(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
@@ -193,7 +193,7 @@ def test_offline_without_weights_names_file_and_options(pictures, tmp_path, caps
             "-m",
             "lift_fast",
             "match",
-            *map(str, pictures),
+            *map(str, images),
             "--out",
             str(tmp_path / "m.png"),
             "--model",
@@ -212,15 +212,15 @@ def test_offline_without_weights_names_file_and_options(pictures, tmp_path, caps
     assert not (tmp_path / "m.png").exists()
 
 
-def test_corrupt_image_is_named(pictures, tmp_path, capsys):
-    pictures[1].write_bytes(pictures[1].read_bytes()[:200])
-    assert run("match", *pictures, "--out", tmp_path / "m.png", *TINY) == 2
+def test_corrupt_image_is_named(images, tmp_path, capsys):
+    images[1].write_bytes(images[1].read_bytes()[:200])
+    assert run("match", *images, "--out", tmp_path / "m.png", *TINY) == 2
     assert "coffee.png" in capsys.readouterr().err
 
 
-def test_extract_keeps_the_folders(pictures, tmp_path, capsys):
+def test_extract_keeps_the_folders(images, tmp_path, capsys):
     out = tmp_path / "features"
-    folder = pictures[0].parent
+    folder = images[0].parent
     assert run("extract", folder, "--out", out, *TINY, "--random-lift", "--dtype-out", "float16", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["written"] == 2
@@ -246,38 +246,38 @@ def test_extract_keeps_the_folders(pictures, tmp_path, capsys):
         (["--facet", "value", "--dtype-out", "float16"], "(facet, dtype-out)"),
     ],
 )
-def test_extract_never_mixes_settings_in_a_folder(pictures, tmp_path, capsys, change, named):
+def test_extract_never_mixes_settings_in_a_folder(images, tmp_path, capsys, change, named):
     out = tmp_path / "features"
-    assert run("extract", pictures[0], "--out", out, *TINY, "--quiet") == 0
+    assert run("extract", images[0], "--out", out, *TINY, "--quiet") == 0
     before = (out / "astronaut.npz").read_bytes()
-    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet") == 2
+    assert run("extract", *images, "--out", out, *TINY, *change, "--quiet") == 2
     said = capsys.readouterr().err
     assert f"astronaut.npz was made with other settings {named}; give another --out, or --overwrite\n" in said
     assert [path.name for path in out.iterdir()] == ["astronaut.npz"]
     assert (out / "astronaut.npz").read_bytes() == before
-    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet", "--overwrite") == 0
-    assert run("extract", *pictures, "--out", out, *TINY, *change, "--quiet") == 0
+    assert run("extract", *images, "--out", out, *TINY, *change, "--quiet", "--overwrite") == 0
+    assert run("extract", *images, "--out", out, *TINY, *change, "--quiet") == 0
 
 
-def test_extract_goes_on_with_the_demonstration_pair(pictures, tmp_path, capsys):
+def test_extract_goes_on_with_the_demonstration_pair(images, tmp_path, capsys):
     """The LiFT that nobody named is a setting too; the seed is none where nothing is random."""
     out = tmp_path / "features"
-    assert run("extract", pictures[0], "--out", out, "--size", "64", "--quiet") == 0
-    assert run("extract", pictures[0], "--out", out, "--size", "64", "--seed", "3", "--json") == 0
+    assert run("extract", images[0], "--out", out, "--size", "64", "--quiet") == 0
+    assert run("extract", images[0], "--out", out, "--size", "64", "--seed", "3", "--json") == 0
     assert json.loads(capsys.readouterr().out)["kept"] == 1
-    assert run("extract", pictures[0], "--out", out, "--size", "64", "--no-lift", "--quiet") == 2
+    assert run("extract", images[0], "--out", out, "--size", "64", "--no-lift", "--quiet") == 2
     assert "other settings (lift)" in capsys.readouterr().err
 
 
-def test_extract_leaves_files_of_others_alone(pictures, tmp_path, capsys):
+def test_extract_leaves_files_of_others_alone(images, tmp_path, capsys):
     out = tmp_path / "features"
     out.mkdir()
     np.savez(out / "astronaut.npz", mine=np.arange(3))
-    assert run("extract", pictures[0], "--out", out, *TINY, "--quiet") == 2
+    assert run("extract", images[0], "--out", out, *TINY, "--quiet") == 2
     assert "astronaut.npz was not written by lift-fast extract; give another --out" in capsys.readouterr().err
 
 
-def test_extract_in_batches_equals_one_by_one(pictures, tmp_path):
+def test_extract_in_batches_equals_one_by_one(images, tmp_path):
     folder = tmp_path / "same"
     folder.mkdir()
     for number in range(3):
@@ -289,9 +289,9 @@ def test_extract_in_batches_equals_one_by_one(pictures, tmp_path):
             np.testing.assert_allclose(one["descriptors"], two["descriptors"], atol=1e-4)
 
 
-def test_extract_skips_and_names_corrupt_images(pictures, tmp_path, capsys):
-    (pictures[0].parent / "broken.jpg").write_bytes(b"no image")
-    assert run("extract", pictures[0].parent, "--out", tmp_path / "out", *TINY, "--json") == 1
+def test_extract_skips_and_names_corrupt_images(images, tmp_path, capsys):
+    (images[0].parent / "broken.jpg").write_bytes(b"no image")
+    assert run("extract", images[0].parent, "--out", tmp_path / "out", *TINY, "--json") == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err
     figures = json.loads(captured.out)
@@ -299,16 +299,13 @@ def test_extract_skips_and_names_corrupt_images(pictures, tmp_path, capsys):
     assert len(figures["failed"]) == 1
 
 
-def test_extract_never_lets_two_images_share_a_file(pictures, tmp_path):
-    Image.open(pictures[0]).save(pictures[0].with_suffix(".png"))
-    assert (
-        run("extract", *[pictures[0], pictures[0].with_suffix(".png")], "--out", tmp_path / "out", *TINY, "--quiet")
-        == 0
-    )
+def test_extract_never_lets_two_images_share_a_file(images, tmp_path):
+    Image.open(images[0]).save(images[0].with_suffix(".png"))
+    assert run("extract", *[images[0], images[0].with_suffix(".png")], "--out", tmp_path / "out", *TINY, "--quiet") == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"astronaut.npz", "astronaut.png.npz"}
 
 
-def test_interrupted_extract_leaves_no_half_written_file(pictures, tmp_path, monkeypatch, capsys):
+def test_interrupted_extract_leaves_no_half_written_file(images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     save = np.savez
 
@@ -319,11 +316,11 @@ def test_interrupted_extract_leaves_no_half_written_file(pictures, tmp_path, mon
         save(file, **arrays)
 
     monkeypatch.setattr(np, "savez", interrupted)
-    assert run("extract", pictures[0].parent, "--out", out, *TINY, "--quiet") == 130
+    assert run("extract", images[0].parent, "--out", out, *TINY, "--quiet") == 130
     assert "interrupted" in capsys.readouterr().err
     assert [p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()] == ["astronaut.npz"]
     monkeypatch.undo()
-    assert run("extract", pictures[0].parent, "--out", out, *TINY, "--quiet") == 0
+    assert run("extract", images[0].parent, "--out", out, *TINY, "--quiet") == 0
     assert len(list(out.rglob("*.npz"))) == 2
 
 
@@ -339,30 +336,30 @@ def test_info(capsys):
     assert all(part["detail"] for part in data["backends"].values())
 
 
-def test_bugs_keep_their_traceback(pictures, tmp_path, monkeypatch):
+def test_bugs_keep_their_traceback(images, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(lift_fast._files.os, "replace", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        run("match", *pictures, "--out", Path(tmp_path) / "m.png", *TINY)
+        run("match", *images, "--out", Path(tmp_path) / "m.png", *TINY)
 
 
-def test_extract_takes_no_result_for_another_images(pictures, tmp_path, capsys):
+def test_extract_takes_no_result_for_another_images(images, tmp_path, capsys):
     folder, out = tmp_path / "folder", tmp_path / "out"
     folder.mkdir()
-    Image.open(pictures[1]).save(folder / "b.png")
+    Image.open(images[1]).save(folder / "b.png")
     assert run("extract", folder, "--out", out, *TINY, "--quiet") == 0
     with np.load(out / "b.npz") as data:
         assert (str(data["source"]), int(data["source_bytes"])) == ("b.png", (folder / "b.png").stat().st_size)
     # Which comes first now, and would have taken b.npz for its own.
-    Image.open(pictures[0]).save(folder / "b.jpg")
+    Image.open(images[0]).save(folder / "b.jpg")
     before = (out / "b.npz").read_bytes()
     capsys.readouterr()
     assert run("extract", folder, "--out", out, *TINY, "--quiet") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "holds the descriptors of" in error
+    assert "contains the descriptors of" in error
     assert "b.png" in error
     assert (out / "b.npz").read_bytes() == before
     assert run("extract", folder, "--out", out, *TINY, "--quiet", "--overwrite") == 0
@@ -370,7 +367,7 @@ def test_extract_takes_no_result_for_another_images(pictures, tmp_path, capsys):
         with np.load(out / name) as data:
             assert str(data["source"]) == source
     assert run("extract", folder, "--out", out, *TINY, "--quiet") == 0
-    Image.open(pictures[1]).save(folder / "b.jpg")
+    Image.open(images[1]).save(folder / "b.jpg")
     assert run("extract", folder, "--out", out, *TINY, "--quiet") == 2
     assert "another" in capsys.readouterr().err
 
@@ -379,11 +376,11 @@ def test_extract_takes_no_result_for_another_images(pictures, tmp_path, capsys):
     ("command", "out"),
     [("match", "a.png"), ("match", "link.png"), ("match", "numbers.png"), ("show", "a.png"), ("show", "link.png")],
 )
-def test_images_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, capsys):
+def test_images_are_no_outputs(command, out, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Image.open(pictures[0]).save("a.png")
+    Image.open(images[0]).save("a.png")
     os.link("a.png", "link.png")
-    Image.open(pictures[1]).save("numbers.npz", format="PNG")
+    Image.open(images[1]).save("numbers.npz", format="PNG")
     before = [Path(name).read_bytes() for name in ("a.png", "numbers.npz")]
     assert run(command, "a.png", "numbers.npz", "--out", out, *TINY) == 2
     error = capsys.readouterr().err
@@ -392,8 +389,8 @@ def test_images_are_no_outputs(command, out, pictures, tmp_path, monkeypatch, ca
     assert [Path(name).read_bytes() for name in ("a.png", "numbers.npz")] == before
 
 
-def test_extract_writes_over_no_image(pictures, tmp_path, capsys):
-    Image.open(pictures[0]).save(tmp_path / "b.npz", format="PNG")
+def test_extract_writes_over_no_image(images, tmp_path, capsys):
+    Image.open(images[0]).save(tmp_path / "b.npz", format="PNG")
     assert run("extract", tmp_path / "b.npz", "--out", tmp_path, *TINY, "--overwrite") == 2
     assert "is an input" in capsys.readouterr().err
 

@@ -13,8 +13,8 @@ def make_view(size_a=(60, 80), size_b=(50, 40), grid=(15, 20), valid=None, **opt
     matches = np.stack([random.integers(size_b[1], size=grid), random.integers(size_b[0], size=grid)], axis=-1)
     valid = np.ones(grid, bool) if valid is None else np.full(grid, valid)
     return MatchView(
-        picture_a=random.integers(255, size=(*size_a, 3), dtype=np.uint8),
-        picture_b=random.integers(255, size=(*size_b, 3), dtype=np.uint8),
+        image_a=random.integers(255, size=(*size_a, 3), dtype=np.uint8),
+        image_b=random.integers(255, size=(*size_b, 3), dtype=np.uint8),
         points=np.stack(np.meshgrid(xs, ys), axis=-1),
         matches=np.where(valid[..., None], matches, -1),
         similarity=np.where(valid, random.random(grid), -np.inf),
@@ -68,9 +68,9 @@ def test_long_captions_wrap():
 
 def test_identity_warp_shows_the_image_itself():
     view = make_view(size_a=(64, 64), size_b=(64, 64), grid=(64, 64))
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:32] = (255, 0, 0)
-    view = MatchView(**{**vars(view), "picture_b": picture, "matches": view.points})
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:32] = (255, 0, 0)
+    view = MatchView(**{**vars(view), "image_b": image, "matches": view.points})
     sheet = draw_matches(view)
     red = (np.asarray(sheet)[sheet.height // 3 :] == (255, 0, 0)).all(-1)
     # The upper half of one panel, 512 pixels wide and high; B itself is in the first row and tinted in the third.
@@ -117,8 +117,8 @@ def test_sample_is_even_and_blind_to_similarity():
         ("points", np.zeros((3, 4, 2), int), "points must be"),
         ("confidence", np.zeros(7), "confidence must be"),
         ("valid", np.zeros(7, bool), "for valid"),
-        ("picture_a", np.zeros((4, 4), np.uint8), "picture_a must be"),
-        ("picture_b", np.zeros((4, 4, 3)), "uint8, got"),
+        ("image_a", np.zeros((4, 4), np.uint8), "image_a must be"),
+        ("image_b", np.zeros((4, 4, 3)), "uint8, got"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(field, value, message):

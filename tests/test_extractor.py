@@ -49,7 +49,7 @@ def extractor(**options: object) -> ViTLiFTExtractor:
     return ViTLiFTExtractor(**settings)  # type: ignore[arg-type]
 
 
-def pictures(*shape: int) -> Tensor:
+def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -63,7 +63,7 @@ def test_published_defaults_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert made.mean == (0.485, 0.456, 0.406)
     assert not made.training
     assert "dino_vits8 (random weights)" in capsys.readouterr().out
-    out = made.extract_descriptors(pictures(1, 3, 32, 48))
+    out = made.extract_descriptors(images(1, 3, 32, 48))
     assert out.shape == (1, 24, 384)
     assert (made.load_size, made.num_patches) == ((32, 48), (4, 6))
 
@@ -86,7 +86,7 @@ def test_none_and_left_out_are_read_from_the_backbone(capsys: pytest.CaptureFixt
 
 
 def test_channel_order_is_the_published_one_wherever_lift_follows() -> None:
-    model, imgs = small_vit(), pictures(2, 3, 32, 32)
+    model, imgs = small_vit(), images(2, 3, 32, 32)
     with torch.no_grad():
         plain = extract_hooked(model, imgs)
     alone = extractor()
@@ -100,7 +100,7 @@ def test_channel_order_is_the_published_one_wherever_lift_follows() -> None:
 
 
 def test_lift_doubles_the_grid(tmp_path: Path) -> None:
-    lift, imgs = random_lift(), pictures(2, 3, 32, 48)
+    lift, imgs = random_lift(), images(2, 3, 32, 48)
     made = extractor(lift=lift)
     out = made.extract_descriptors(imgs)
     assert out.shape == (2, 96, 48)
@@ -117,7 +117,7 @@ def test_lift_doubles_the_grid(tmp_path: Path) -> None:
 
 
 def test_repeated_lift_follows_the_published_loop() -> None:
-    lift, imgs = random_lift(), pictures(1, 3, 32, 32)
+    lift, imgs = random_lift(), images(1, 3, 32, 32)
     stages = extractor(lift=lift).extract_descriptors_iterative_lift(imgs, lift_iter=3, return_inter=True)
     assert list(stages) == ["back", "lift_1", "lift_2", "lift_3"]
     tokens, batch = extractor(head_order="interleaved")(imgs), imgs
@@ -140,7 +140,7 @@ def test_repeated_lift_follows_the_published_loop() -> None:
 @pytest.mark.parametrize("stride", [8, 4])
 @pytest.mark.parametrize("lift_iter", [1, 2])
 def test_matching_map_has_the_products_of_the_wide_descriptors(lift_iter: int, stride: int, fused: bool) -> None:
-    imgs = pictures(2, 3, 36, 45)
+    imgs = images(2, 3, 36, 45)
     made = extractor(lift=random_lift(), stride=stride, fused=fused)
     narrow = made.matching_map(imgs, lift_iter)
     h, w = made.backbone.grid(36, 45)
@@ -151,7 +151,7 @@ def test_matching_map_has_the_products_of_the_wide_descriptors(lift_iter: int, s
 
 
 def test_matching_map_without_lift_is_the_backbones_map() -> None:
-    imgs = pictures(1, 3, 32, 48)
+    imgs = images(1, 3, 32, 48)
     alone, made = extractor(), extractor(lift=random_lift())
     assert torch.equal(alone.matching_map(imgs), alone.descriptor_map(imgs))
     back = made.extract_descriptors_iterative_lift(imgs, 0)
@@ -172,7 +172,7 @@ def test_matching_map_of_a_foreign_lift_keeps_its_channels() -> None:
             out: Tensor = self.lift(imgs, x)
             return out
 
-    imgs = pictures(1, 3, 32, 48)
+    imgs = images(1, 3, 32, 48)
     made = extractor(lift=Foreign())
     assert made.matching_map(imgs).shape == (1, 48, 8, 12)
     assert torch.equal(made.matching_map(imgs), made.descriptor_map(imgs))
@@ -188,7 +188,7 @@ def test_covered_pixels_and_random_weights() -> None:
 
 @pytest.mark.parametrize("size", [(36, 45), (39, 32)])
 def test_sizes_that_are_no_multiple_of_the_patch(size: tuple[int, int]) -> None:
-    lift, imgs = random_lift(), pictures(1, 3, *size)
+    lift, imgs = random_lift(), images(1, 3, *size)
     h, w = size[0] // 8, size[1] // 8
     # The patches begin at the top left corner.
     crop = imgs[:, :, : 8 * h, : 8 * w]
@@ -204,7 +204,7 @@ def test_sizes_that_are_no_multiple_of_the_patch(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("stride", [4, 2])
 def test_lift_sees_what_overlapping_patches_stand_for(stride: int) -> None:
-    imgs = pictures(1, 3, 40, 32)
+    imgs = images(1, 3, 40, 32)
     h, w = 1 + (40 - 8) // stride, 1 + (32 - 8) // stride
     seen: list[Tensor] = []
     lift = random_lift()
@@ -224,7 +224,7 @@ def test_lift_sees_what_overlapping_patches_stand_for(stride: int) -> None:
 
 
 def test_low_precision() -> None:
-    imgs = pictures(1, 3, 32, 32)
+    imgs = images(1, 3, 32, 32)
     exact = extractor(lift=random_lift())(imgs)
     made = extractor(lift=random_lift(), dtype=torch.bfloat16)
     low = made(imgs)
@@ -264,7 +264,7 @@ def test_a_given_frozen_vit_keeps_its_settings_and_place() -> None:
         ({"lift": LiFT(48, 16)}, ValueError, "patch_size=16.*needs 8"),
         ({"lift": LiFT(48, 8, post_shape=False)}, ValueError, "tokens"),
         ({"lift": LiFT(48, 8), "random_lift": True}, ValueError, "lift and random_lift exclude"),
-        ({"random_weights": True}, ValueError, "no meaning with model="),
+        ({"random_weights": True}, ValueError, "do not apply to model="),
         ({"dtype": torch.int8}, ValueError, "int8"),
         ({"channel": 384}, ValueError, "channel=384"),
     ],

@@ -171,7 +171,7 @@ def test_only_regular_files_are_regular(tmp_path):
             (tmp_path / "socket", ValueError, "is a socket; expected an image"),
             (tmp_path / "dangling", FileNotFoundError, "no image at .*dangling"),
             (tmp_path / "file" / "below", FileNotFoundError, "no image at"),
-            (tmp_path / "circle", ValueError, "circle names no image: Too many levels"),
+            (tmp_path / "circle", ValueError, "no image at .*circle: Too many levels"),
             (tmp_path / ("x" * 300), ValueError, "File name too long"),
             ("a\0b", ValueError, "null"),
         ):

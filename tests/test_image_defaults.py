@@ -19,7 +19,7 @@ from lift_fast.backbones import load_backbone
 from lift_fast.evaluation.methods import build_methods
 from lift_fast.images import as_image, preprocess
 from lift_fast.training import TrainingSettings, train
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULTS = ["bfloat16", "float64", "meta"]
@@ -42,8 +42,8 @@ def default(name: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photographs() -> list[Image.Image]:
-    pictures = [Image.fromarray(skimage.data.astronaut()), Image.fromarray(skimage.data.coffee())]
-    return [picture.resize((96, 80)) for picture in pictures]
+    images = [Image.fromarray(skimage.data.astronaut()), Image.fromarray(skimage.data.coffee())]
+    return [image.resize((96, 80)) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +57,16 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_preprocess(name, photographs, extractor):
-    picture = photographs[0]
-    expected = extractor.preprocess(picture, 64)[0]
+    image = photographs[0]
+    expected = extractor.preprocess(image, 64)[0]
     assert (expected.dtype, expected.device.type) == (torch.float32, "cpu")
-    floats = np.asarray(picture) / 255
+    floats = np.asarray(image) / 255
     tensor = torch.from_numpy(floats).permute(2, 0, 1)
     with default(name):
-        assert same(extractor.preprocess(picture, 64)[0], expected)
-        assert same(preprocess(picture, 64, MEAN, STD), expected)
+        assert same(extractor.preprocess(image, 64)[0], expected)
+        assert same(preprocess(image, 64, MEAN, STD), expected)
         for form in (floats, floats.astype(np.float32), tensor, tensor.float()):
-            assert np.array_equal(np.asarray(as_image(form)), np.asarray(picture))
+            assert np.array_equal(np.asarray(as_image(form)), np.asarray(image))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -106,7 +106,7 @@ def test_show(name, photographs):
     methods = build_methods(["backbone", "lift"], backbone, demonstration.LIFT, 0)
 
     def draw():
-        shown = [show.load(str(n), picture, 64, backbone, methods) for n, picture in enumerate(photographs)]
+        shown = [show.load(str(n), image, 64, backbone, methods) for n, image in enumerate(photographs)]
         sheet = show.draw_sheet(shown, [(10.5, 20.5)], ("similarity", "pca"))
         return np.asarray(sheet), show.build_page(shown, dimensions=8)
 
@@ -139,9 +139,10 @@ def folder(tmp_path: Path, photographs) -> Path:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_images(name, workers, folder):
     def batches():
-        pictures = Pictures(sorted(folder.glob("*.png")), 32, "crop", 0.2, 0)
-        loader = build_loader(pictures, GlobalBatches(5, 5, 0), workers, pin=False)
-        return [sample.pixels for sample in loader], Pictures([folder / "broken.png"], 32, "crop", 0.2, 0)[0, 0].pixels
+        files = TrainingImages(sorted(folder.glob("*.png")), 32, "crop", 0.2, 0)
+        loader = build_loader(files, GlobalBatches(5, 5, 0), workers, pin=False)
+        broken = TrainingImages([folder / "broken.png"], 32, "crop", 0.2, 0)
+        return [sample.pixels for sample in loader], broken[0, 0].pixels
 
     expected = batches()
     with default(name):

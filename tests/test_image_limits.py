@@ -19,7 +19,7 @@ from lift_fast._files import require_regular_file
 from lift_fast._text import one_line, quoted
 from lift_fast.backbones import load_backbone
 from lift_fast.cli import main
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader, fit_square
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader, fit_square
 
 NETWORK = ["--model", "vit_tiny_patch16_224", "--random-weights", "--quiet"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,7 +97,8 @@ def test_a_file_may_hold_four_times_as_many(tmp_path):
     with (
         images.pixel_limit(1999),
         pytest.raises(
-            ValueError, match=r"a\.png is too large: 100 x 80 pixels, and 7996 \(four times --max-pixels 1999\)"
+            ValueError,
+            match=r"a\.png is too large: 100 x 80 pixels, but a file may hold 7996 \(four times --max-pixels 1999\)",
         ),
     ):
         images.read_image(tmp_path / "a.png")
@@ -165,16 +166,16 @@ def test_training_takes_others_and_counts(folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "strip.png: an image of 1 x 100000 pixels would be loaded at 64 x 6400000, more than the 33554432" in said
     assert "pipe.png is a named pipe" in said
-    assert "others took the place of 2 images that could not be used" in said
+    assert "2 unreadable images were replaced by others" in said
     too_large = ["train", folder, "--out", tmp_path / "no", "--size", 1 << 20, *NETWORK]
     assert run(*too_large, "--batch-size", 2) == 2
     assert "would be loaded at 1048576 x 1048576" in capsys.readouterr().err
 
 
 def test_reading_processes_keep_the_limit(folder):
-    pictures = Pictures([folder / "a.png"], 64, "crop", 0.0, 0)
+    files = TrainingImages([folder / "a.png"], 64, "crop", 0.0, 0)
     with images.pixel_limit(64 * 64):
-        sample = next(iter(build_loader(pictures, GlobalBatches(1, 1, 0), 1, pin=False)))
+        sample = next(iter(build_loader(files, GlobalBatches(1, 1, 0), 1, pin=False)))
     assert sample.failed
     assert "more than the 4096" in sample.unreadable[0]
 
@@ -268,16 +269,16 @@ def test_names_and_messages():
 # Arguments
 
 PICTURES = {
-    "empty": (lambda: Image.new("RGB", (0, 0)), ValueError, "holds nothing, 0 x 0 pixels"),
-    "no width": (lambda: Image.new("L", (0, 5)), ValueError, "holds nothing, 0 x 5 pixels"),
+    "empty": (lambda: Image.new("RGB", (0, 0)), ValueError, "is empty, 0 x 0 pixels"),
+    "no width": (lambda: Image.new("L", (0, 5)), ValueError, "is empty, 0 x 5 pixels"),
     "number": (lambda: 5, TypeError, "got int"),
     "None": (lambda: None, TypeError, "got NoneType"),
     "bytes": (lambda: b"a.png", TypeError, "got bytes"),
     "NaN": (lambda: Image.fromarray(np.full((20, 20), np.nan, np.float32)), ValueError, "must lie in 0 to 1"),
 }
 ARRAYS = {
-    "sparse": (lambda: torch.rand(20, 20).to_sparse(), ValueError, "dense tensor .* got a torch.sparse_coo one"),
-    "meta": (lambda: torch.rand(20, 20, device="meta"), ValueError, "dense tensor .* got a meta one"),
+    "sparse": (lambda: torch.rand(20, 20).to_sparse(), ValueError, "dense tensor .* got a torch.sparse_coo tensor"),
+    "meta": (lambda: torch.rand(20, 20, device="meta"), ValueError, "dense tensor .* got a meta tensor"),
     "complex": (lambda: torch.rand(20, 20, dtype=torch.complex64), ValueError, "must be uint8 or floating point"),
     "nested": (lambda: torch.nested.nested_tensor([torch.rand(2)]), ValueError, "dense tensor"),
     "no pixels": (lambda: np.zeros((0, 20, 3), np.uint8), ValueError, r"must be \[H, W, 3\]"),

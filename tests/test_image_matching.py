@@ -33,9 +33,9 @@ def photograph(height, width, top=40, left=90):
     return skimage.data.chelsea()[top : top + height, left : left + width].copy()
 
 
-def loaded(positions, size, picture):
+def loaded(positions, size, image):
     """Positions in the image as it came in, as pixels of the loaded one."""
-    scale = torch.tensor([picture.width / size[1], picture.height / size[0]])
+    scale = torch.tensor([image.width / size[1], image.height / size[0]])
     return (positions + 0.5) * scale - 0.5
 
 
@@ -263,7 +263,7 @@ BAD = {
     "normalize": ({"normalize": None}, ValueError, "normalize must be"),
     "step": ({"step": 0}, ValueError, "step must be an integer >= 1, got 0"),
     "lift_iter": ({"lift_iter": -1}, ValueError, "lift_iter must be an integer >= 0"),
-    "both": ({"step": 2, "points": [[1, 1]]}, ValueError, "no meaning with points"),
+    "both": ({"step": 2, "points": [[1, 1]]}, ValueError, "does not apply to points"),
     "points shape": ({"points": [1, 2, 3]}, ValueError, r"points must be \[P, 2\].*got \[3\]"),
     "points words": ({"points": [["x", "y"]]}, ValueError, "points must be"),
     "outside": ({"points": [[1, 1], [16, 3]]}, ValueError, r"1 of 2 do not, the first is \[16.0, 3.0\]"),

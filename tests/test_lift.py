@@ -285,7 +285,7 @@ def test_corrupt_and_wrong_files_are_named(tmp_path):
     corrupt = tmp_path / "corrupt.pth"
     save_lift(LiFT(8, 8), corrupt)
     corrupt.write_bytes(corrupt.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"corrupt\.pth is no readable checkpoint"):
+    with pytest.raises(ValueError, match=r"corrupt\.pth is not a readable checkpoint"):
         load_lift(corrupt, patch_size=8)
     with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
         load_lift(tmp_path / "missing.pth", patch_size=8)

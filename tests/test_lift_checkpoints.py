@@ -158,8 +158,8 @@ def test_a_counter_that_counts_nothing(value, state, tmp_path):
         (lambda s: {f"{i}." * 300: torch.zeros(1) for i in range(2000)}, r"\.\.\. 1995 more"),
         (lambda s: {**s, **{f"x{i}": torch.zeros(1) for i in range(2000)}}, r"2000 unexpected \(.*1995 more"),
         (lambda s: {**s, **{f"image_convs_1.{i}.running_mean": torch.zeros(1) for i in range(4000)}}, "missing"),
-        (lambda s: [s], "holds a list"),
-        (lambda s: s[NAME], r"holds a tensor of shape \[8\]"),
+        (lambda s: [s], "contains a list"),
+        (lambda s: s[NAME], r"contains a tensor of shape \[8\]"),
         (lambda s: {}, "outc.weight is missing"),
     ],
 )
@@ -174,11 +174,11 @@ def test_files_that_hold_something_else(change, words, state, tmp_path):
 
 def test_pytorchs_advice_is_not_repeated(tmp_path):
     for content in (nn.Linear(1, 1), {"outc.weight": nn.Linear(1, 1)}):
-        with pytest.raises(ValueError, match=r"lift\.pth holds Python objects") as caught:
+        with pytest.raises(ValueError, match=r"lift\.pth contains Python objects") as caught:
             load(content, tmp_path)
         assert "weights_only" not in str(caught.value)
     (tmp_path / "lift.pth").write_bytes(b"\x80\x02hello")
-    with pytest.raises(ValueError, match="no readable checkpoint") as caught:
+    with pytest.raises(ValueError, match="not a readable checkpoint") as caught:
         load_lift(tmp_path / "lift.pth", patch_size=16)
     assert "weights_only" not in str(caught.value)
 
@@ -204,7 +204,7 @@ def test_compressed_archives_are_refused(state, tmp_path):
     ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
-    with pytest.raises(ValueError, match=r"lift\.pth is no readable checkpoint \(its record .* is compressed"):
+    with pytest.raises(ValueError, match=r"lift\.pth is not a readable checkpoint \(its record .* is compressed"):
         load_lift(tmp_path / "lift.pth", patch_size=16)
 
 

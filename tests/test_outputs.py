@@ -59,7 +59,7 @@ def test_what_cannot_be_written_is_told_before_the_work(case, kind, here, capsys
     elif kind == "pipe":
         os.mkfifo(here / f"x{suffix}")
     elif kind == "missing":
-        stem, said[kind] = "no\nwhere/x", r"the folder 'no\nwhere' does not exist; make it first"
+        stem, said[kind] = "no\nwhere/x", r"the folder 'no\nwhere' does not exist; create it first"
     elif kind == "beside a file":
         stem, said[kind] = "a.png/x", "the folder a.png does not exist"
     else:

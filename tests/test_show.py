@@ -28,7 +28,7 @@ CAT = Path(__file__).resolve().parents[1] / "examples" / "photographs" / "cat.jp
 BROWSE = Path(__file__).with_name("browse.py")
 
 
-def random_picture(width, height, seed=0):
+def random_image(width, height, seed=0):
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -37,7 +37,7 @@ def random_picture(width, height, seed=0):
 def shown(name="a", grid=(5, 7), size=(80, 112), stored=(224, 160), channels=6, seed=0, covered=None, method="m"):
     generator = torch.Generator().manual_seed(seed)
     found = torch.randn(1, channels, *grid, generator=generator)
-    return Shown(name, random_picture(*stored, seed), size, {method: Features(found, covered or (0, 0, *size))})
+    return Shown(name, random_image(*stored, seed), size, {method: Features(found, covered or (0, 0, *size))})
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 3), (11, 13)])
@@ -64,13 +64,13 @@ def test_cells_lie_where_the_method_says():
 @pytest.mark.parametrize("channels", [2, 3, 8])
 def test_principal_components_are_those_of_the_singular_value_decomposition(channels):
     maps = [torch.randn(channels, 9, 5), torch.randn(channels, 4, 6)]
-    pictures = pca_colours(maps)
-    assert [p.shape for p in pictures] == [(9, 5, 3), (4, 6, 3)]
+    images = pca_colours(maps)
+    assert [p.shape for p in images] == [(9, 5, 3), (4, 6, 3)]
     rows = np.concatenate([F.normalize(m.double(), dim=0).flatten(1).T.numpy() for m in maps])
     rows -= rows.mean(0)
     u, s, _ = np.linalg.svd(rows, full_matrices=False)
     for k in range(3):
-        ours = np.concatenate([p[..., k].ravel() for p in pictures]).astype(float)
+        ours = np.concatenate([p[..., k].ravel() for p in images]).astype(float)
         if k >= channels:
             assert set(ours) == {128.0}
             continue
@@ -82,8 +82,8 @@ def test_principal_components_are_those_of_the_singular_value_decomposition(chan
 
 
 def test_a_constant_image_has_no_components():
-    for picture in pca_colours([torch.ones(8, 3, 4), torch.ones(8, 1, 1)]):
-        assert set(picture.ravel()) == {128}
+    for image in pca_colours([torch.ones(8, 3, 4), torch.ones(8, 1, 1)]):
+        assert set(image.ravel()) == {128}
 
 
 def test_best_match_is_that_of_all_pixels():
@@ -106,7 +106,7 @@ def pair():
     backbone = load_backbone("demo_vitt16", head_order="interleaved")
     methods = build_methods(["backbone", "bilinear", "stride-8", "lift"], backbone, "lift_demo_vitt16")
     first = load('<b onload="injected=1">&"\'.jpg', Image.open(CAT).convert("RGB"), 96, backbone, methods)
-    second = load("</script><script>injected=1", random_picture(90, 133), (128, 80), backbone, methods)
+    second = load("</script><script>injected=1", random_image(90, 133), (128, 80), backbone, methods)
     return first, second
 
 
@@ -256,8 +256,8 @@ def test_page_in_a_real_browser(pair, tmp_path):
         found = json.loads(run.stdout.splitlines()[1])
         assert found["console"] == []
         assert len(found["answers"]) == 4
-        for answer, (picture, x, y) in zip(found["answers"], places, strict=True):
-            source, target = pair[picture], pair[1 - picture]
+        for answer, (image, x, y) in zip(found["answers"], places, strict=True):
+            source, target = pair[image], pair[1 - image]
             a, b = source.features[method], target.features[method]
             exact = similarity_map(a, b, (x * source.size[1], y * source.size[0])).ravel()
             near = 2 * errors[method].most + 1e-3
@@ -265,7 +265,7 @@ def test_page_in_a_real_browser(pair, tmp_path):
             near += 0.02
             assert abs(float(answer["similarity"]) - exact.max()) < near
             assert exact[int(answer["cell"])] > exact.max() - 2 * near
-            assert answer["text"].startswith(f"{'AB'[picture]} (")
+            assert answer["text"].startswith(f"{'AB'[image]} (")
             assert ("pinned" in answer["text"]) == (run is pinned)
             assert answer["resources"] == []
             assert answer["injected"] == "undefined"

@@ -25,7 +25,7 @@ from lift_fast.images import to_tensor
 from lift_fast.losses import feature_loss
 from lift_fast.testing import relative_error
 from lift_fast.training import NotSaved, TrainingSettings, split, train
-from lift_fast.training.data import GlobalBatches, Pictures, build_loader, color_jitter, fit_square
+from lift_fast.training.data import GlobalBatches, TrainingImages, build_loader, color_jitter, fit_square
 from lift_fast.training.objective import FrozenFeatures, Objective
 from lift_fast.training.reference import PlainObjective
 from lift_fast.training.settings import contradictions
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """21 images."""
-    return write_images(tmp_path_factory.mktemp("pictures"), 21, nested=True)
+    return write_images(tmp_path_factory.mktemp("images"), 21, nested=True)
 
 
 settings = partial(training_runs.settings, epochs=2)
@@ -115,7 +115,7 @@ def test_resume_begins_anew_where_nothing_is_and_goes_on_for_more_epochs(folder,
     assert (figures["resumed"], figures["steps"]) == (0, 5)
     figures = train(settings(folder, tmp_path, epochs=2), resume=True, quiet=True)
     assert (figures["resumed"], figures["steps"]) == (5, 10)
-    with pytest.raises(ValueError, match="come to step 10 already, beyond the 5"):
+    with pytest.raises(ValueError, match="is at step 10, beyond the requested 5"):
         train(settings(folder, tmp_path, epochs=1), resume=True, quiet=True)
     # Nothing left to do is no error.
     assert train(settings(folder, tmp_path, epochs=2), resume=True, quiet=True)["images_per_second"] is None
@@ -127,10 +127,10 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
         ({"loss": "l1"}, "loss: saved 'cosine', now 'l1'"),
         ({"target": "half-stride"}, "target: saved 'double-size', now 'half-stride'"),
         ({"batch_size": 5}, "batch_size: saved 4, now 5"),
-        ({"limit": 20}, "images: saved"),
+        ({"limit": 20}, "pictures: saved"),
         ({"learning_rate": 0.1, "seed": 1}, "learning_rate: saved 0.001, now 0.1; seed: saved 0, now 1"),
     ):
-        with pytest.raises(ValueError, match="resume with the same options") as error:
+        with pytest.raises(ValueError, match="resume with the same ones") as error:
             train(settings(folder, out, **change), resume=True, quiet=True)
         assert named in str(error.value)
     assert not contradictions({"epochs": 1, "loss": "l1"}, {"epochs": 2, "loss": "l1"})
@@ -139,7 +139,7 @@ def test_a_contradicting_resume_is_refused(folder, tmp_path, straight):
 def test_a_folder_with_a_training_is_not_overwritten_unasked(folder, tmp_path):
     train(settings(folder, tmp_path, max_steps=1), quiet=True)
     before = (tmp_path / "last.pth").read_bytes()
-    with pytest.raises(FileExistsError, match=r"holds last.pth and lift.pth already"):
+    with pytest.raises(FileExistsError, match=r"already contains last.pth and lift.pth"):
         train(settings(folder, tmp_path, max_steps=1), quiet=True)
     assert (tmp_path / "last.pth").read_bytes() == before
     (tmp_path / "unreadable.txt").write_text("an older run's")
@@ -176,7 +176,7 @@ def test_a_full_disk_is_said_and_keeps_what_was_saved(folder, tmp_path, size, wh
     assert len(before["log.csv"]) + 100 < 200_000 < len(before["lift.pth"]) < 2_000_000 < len(before["last.pth"])
     with (
         files_of_at_most(size),
-        pytest.raises(NotSaved, match=r"cannot write to .* at step \d: File too large\. What was saved .* resume$"),
+        pytest.raises(NotSaved, match=r"cannot write to .* at step \d: File too large\. The files saved .* resume$"),
     ):
         train(settings(folder, tmp_path, max_steps=2), resume=True, quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
@@ -268,12 +268,12 @@ def test_tensorboard_gets_every_step_where_it_is_installed(folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 72}, r"multiple of four patches \(64 pixels\).*got 72; take 64"),
+        ({"image_size": 72}, r"multiple of four patches \(64 pixels\).*got 72; use 64"),
         ({"batch_size": 64}, "21 images to train on are fewer than one batch of 64"),
         ({"batch_size": 20, "held_out": 0.1}, r"19 images to train on \(2 are held out\)"),
         ({"model": "dino_vits17"}, "unknown backbone"),
         ({"device": "warp"}, "device 'warp' does not exist"),
-        ({"precision": "float16"}, "float16 is for GPUs"),
+        ({"precision": "float16"}, "float16 needs a GPU"),
         ({"layer": 12}, "layer must be"),
     ],
 )
@@ -308,7 +308,7 @@ def test_missing_folder_and_empty_folder(tmp_path):
 def test_a_diverging_loss_stops_and_keeps_what_was_saved(folder, tmp_path):
     train(settings(folder, tmp_path, max_steps=1, learning_rate=1e30, loss="l2"), quiet=True)
     before = (tmp_path / "lift.pth").read_bytes()
-    with pytest.raises(FloatingPointError, match="take a lower learning rate"):
+    with pytest.raises(FloatingPointError, match="use a lower learning rate"):
         train(settings(folder, tmp_path, learning_rate=1e30, loss="l2"), resume=True, quiet=True)
     assert (tmp_path / "lift.pth").read_bytes() == before
     assert all(bool(torch.isfinite(value).all()) for value in state(tmp_path).values())
@@ -389,13 +389,13 @@ def test_trained_features_are_those_that_the_extractor_feeds(folder):
             seen.append(x)
             return x
 
-    picture = fit_square(path, 64, "squash")
+    image = fit_square(path, 64, "squash")
     extractor = ViTLiFTExtractor(
         "vit_tiny_patch16_224", lift=Watch(), channel=None, patch=None, stride=None, device="cpu", random_weights=True,
         silent=True,
     )  # fmt: skip
-    extractor.extract_descriptors(to_tensor(picture, backbone.mean, backbone.std))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    extractor.extract_descriptors(to_tensor(image, backbone.mean, backbone.std))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     assert relative_error(FrozenFeatures(backbone)(pixels).half_target, seen[0]) < 1e-5
 
 
@@ -434,20 +434,20 @@ def test_half_stride_needs_an_even_patch():
 
 def test_images_do_not_depend_on_who_reads_them(folder):
     paths = sorted(folder.rglob("*.*"))
-    pictures = Pictures(paths, 32, "squash", 0.2, seed=5)
+    images = TrainingImages(paths, 32, "squash", 0.2, seed=5)
 
     def read(workers, start):
         batches = GlobalBatches(len(paths), 4, seed=5)
         batches.epoch, batches.start = 1, start
-        return [batch.pixels for batch in build_loader(pictures, batches, workers, pin=False)]
+        return [batch.pixels for batch in build_loader(images, batches, workers, pin=False)]
 
     alone, helped, late = read(0, 0), read(2, 0), read(2, 3)
     assert len(alone) == 5
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(alone[3:], late, strict=True))
     # Another epoch, another jitter; no jitter, the image itself.
-    assert not torch.equal(pictures[(0, 3)].pixels, pictures[(1, 3)].pixels)
-    still = Pictures(paths, 32, "squash", 0.0, seed=5)[(0, 3)].pixels
+    assert not torch.equal(images[(0, 3)].pixels, images[(1, 3)].pixels)
+    still = TrainingImages(paths, 32, "squash", 0.0, seed=5)[(0, 3)].pixels
     assert np.array_equal(still.permute(1, 2, 0), np.array(fit_square(paths[3], 32, "squash")))
 
 
@@ -473,13 +473,13 @@ def test_processes_share_one_permutation(count, batch, world):
 
 def test_jitter_is_torchvisions():
     transforms = pytest.importorskip("torchvision.transforms.functional")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     orders = set()
     for seed in range(30):
         random = np.random.default_rng(seed)
         brightness, contrast, saturation = random.uniform(0.7, 1.3, 3)
         hue = random.uniform(-0.3, 0.3)
-        expected, order = picture, tuple(random.permutation(4))
+        expected, order = image, tuple(random.permutation(4))
         orders.add(order)
         for step in order:
             expected = (
@@ -488,16 +488,16 @@ def test_jitter_is_torchvisions():
                 transforms.adjust_saturation(expected, saturation),
                 transforms.adjust_hue(expected, hue),
             )[step]
-        actual = color_jitter(picture, 0.3, np.random.default_rng(seed))
+        actual = color_jitter(image, 0.3, np.random.default_rng(seed))
         assert np.array_equal(np.array(actual), np.array(expected)), seed
     assert len(orders) > 10
 
 
 def test_large_jpegs_are_decoded_smaller(tmp_path):
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
-    picture = small.resize((900, 600), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "a.jpg", quality=95)
-    picture.save(tmp_path / "a.png")
+    image = small.resize((900, 600), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
     from lift_fast.images import read_image
 
     assert read_image(tmp_path / "a.jpg", at_least=64).size == (113, 75)

@@ -176,10 +176,7 @@ def test_a_second_training_in_one_folder_needs_a_word(folder, tmp_path, capsys):
     arguments = ("train", folder, "--out", tmp_path, *TINY, "--max-steps", 1, "--quiet")
     assert run(*arguments) == 0
     assert run(*arguments) == 2
-    assert (
-        "go on with it (--resume), overwrite it (--overwrite), or give another folder (--out)"
-        in capsys.readouterr().err
-    )
+    assert "resume it (--resume), overwrite it (--overwrite), or give another folder (--out)" in capsys.readouterr().err
     assert run(*arguments, "--overwrite") == 0
     assert run(*arguments, "--resume") == 0
     assert run(*arguments, "--resume", "--loss", "l1") == 2
@@ -197,7 +194,7 @@ def test_a_finished_training_says_that_nothing_is_left(folder, tmp_path, capsys)
 
 def test_divergence_has_its_own_status(folder, tmp_path, capsys):
     assert run("train", folder, "--out", tmp_path, *TINY, "--loss", "l2", "--lr", "1e30", "--quiet") == 1
-    assert "take a lower learning rate" in capsys.readouterr().err
+    assert "use a lower learning rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -295,7 +292,7 @@ def test_a_training_that_cannot_be_saved_ends_in_one_line(folder, tmp_path, monk
     common = ("extract", folder, *TINY[:-8], "--size", 64, "--device", "cpu", "--quiet")
     assert run(*common, "--out", tmp_path / "f") == 2
     error = capsys.readouterr().err
-    assert "00.npz: No space left on device; put that right and run the same command again" in error
+    assert "00.npz: No space left on device; fix the problem and run the same command again" in error
     assert error.count("\n") == 1
 
 

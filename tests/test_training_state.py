@@ -81,7 +81,7 @@ CHANGES = [
     (put(["format"], torch.ones(2)), "format a tensor of shape"),
     *((put([part], KeyError), f"{part} missing") for part in ("lift", "optimizer", "scaler", "progress", "random")),
     (put(["description"], KeyError), "description missing"),
-    (put(["module.lift"], {}), "no whole training state: module.lift unknown"),
+    (put(["module.lift"], {}), "not a valid training state: module.lift unknown"),
     (put(["description"], [1]), "entry description is a list"),
     (put(["description", "loss"], torch.zeros(2)), "description.loss is a tensor"),
     (put(["description", "loss"], KeyError), "loss: saved None, now 'cosine'"),
@@ -97,8 +97,8 @@ CHANGES = [
     (put(["progress", "step"], 0), f"progress.step is '0'; expected {NOT_WHOLE} 1"),
     (put(["progress", "step"], 7.0), "progress.step is '7.0'"),
     (put(["progress", "step"], 10**70), "progress.step is an int"),
-    (put(["progress", "step"], 8), "epoch '1', batch '2' and step '8' do not go together"),
-    (put(["progress", "batch"], 10**18), "batch '1000000000000000000' and step '7' do not go together"),
+    (put(["progress", "step"], 8), "epoch '1', batch '2' and step '8' do not agree"),
+    (put(["progress", "batch"], 10**18), "batch '1000000000000000000' and step '7' do not agree"),
     (put(["progress", "batch"], True), "progress.batch is 'True'"),
     (put(["progress", "epoch"], torch.tensor(1)), "progress.epoch is a tensor"),
     (put(["progress", "epoch"], KeyError), "progress lacks epoch"),
@@ -122,21 +122,21 @@ CHANGES = [
     (put([*MOMENT, "exp_avg"], lambda m: m[:1]), "state.0.exp_avg is a tensor of shape .* expected torch.float32 of"),
     (put([*MOMENT, "exp_avg"], lambda m: m.double()), "state.0.exp_avg"),
     (put([*MOMENT, "exp_avg"], lambda m: m * np.inf), "optimizer.state.0.exp_avg' are not finite"),
-    (put([*MOMENT, "exp_avg_sq"], lambda m: m - 1), "exp_avg_sq holds negative"),
+    (put([*MOMENT, "exp_avg_sq"], lambda m: m - 1), "exp_avg_sq contains negative"),
     (put([*MOMENT, "step"], lambda m: m + 1), "state.0.step .* expected the run's steps, 7"),
     (put([*MOMENT, "step"], lambda m: m.expand(2).clone()), "state.0.step"),
     (put([*MOMENT, "step"], 7), "entry 'optimizer.state.0.step' is an int"),
     (put(["scaler"], {"scale": 1.0}), "scaler has an unknown entry scale"),
     (put(["random", "torch"], lambda s: s[:100]), "random.torch is a tensor of shape .100.; expected 5056 bytes"),
     (put(["random", "torch"], lambda s: s.float()), "random.torch"),
-    (put(["random", "torch"], lambda s: s * 0 + 255), "random.torch is no state of that random generator"),
+    (put(["random", "torch"], lambda s: s * 0 + 255), "random.torch is not a valid state of that random generator"),
     (put(["random", "torch"], KeyError), "random lacks torch"),
-    (put(["random", "python"], (3, (1, 2), None)), "random.python is no state"),
-    (put(["random", "python"], lambda s: (*s[:2], "x")), "random.python is no state"),
-    (put(["random", "numpy", 1], lambda s: s[:9]), "random.numpy is no state"),
-    (put(["random", "numpy", 1], lambda s: -s - 1), "random.numpy is no state"),
-    (put(["random", "numpy", 0], "Philox"), "random.numpy is no state"),
-    (put(["random", "numpy"], []), "random.numpy is no state"),
+    (put(["random", "python"], (3, (1, 2), None)), "random.python is not a valid state"),
+    (put(["random", "python"], lambda s: (*s[:2], "x")), "random.python is not a valid state"),
+    (put(["random", "numpy", 1], lambda s: s[:9]), "random.numpy is not a valid state"),
+    (put(["random", "numpy", 1], lambda s: -s - 1), "random.numpy is not a valid state"),
+    (put(["random", "numpy", 0], "Philox"), "random.numpy is not a valid state"),
+    (put(["random", "numpy"], []), "random.numpy is not a valid state"),
     (put(["random", "cuda"], None), "random.cuda is 'None'; expected a list"),
     (put(["random", "cuda"], [3]), "entry 'random.cuda' is an int"),
 ]
@@ -208,11 +208,11 @@ def test_other_images_under_the_same_names_are_noticed(folder, saved, tmp_path, 
     torch.save(content, tmp_path / "last.pth")
     data = copied(folder, tmp_path / "data")
     train(settings(data, tmp_path), resume=True)
-    assert "have been written since" not in capsys.readouterr().err
+    assert "have been rewritten since" not in capsys.readouterr().err
     # A copy, a checkout or a touch changes no more than the times.
     os.utime(data / "03.bmp")
     train(settings(data, tmp_path), resume=True)
-    assert "have been written since, with the same names and sizes" in capsys.readouterr().err
+    assert "have been rewritten since, with the same names and sizes" in capsys.readouterr().err
     Image.new("RGB", (70, 70)).save(data / "03.bmp")
     with pytest.raises(ValueError, match=r"picture_sizes \(other files under the same names\): saved"):
         train(settings(data, tmp_path), resume=True, quiet=True)
@@ -337,7 +337,7 @@ def test_without_locks_the_process_id_decides(folder, tmp_path, monkeypatch):
     owner = (tmp_path / ".lift_fast-lock").read_text()
     try:
         assert owner.startswith(f"process {process.pid} on ")
-        with pytest.raises(ValueError, match=rf"process {process.pid} on .*if no such process runs any more, delete"):
+        with pytest.raises(ValueError, match=rf"process {process.pid} on .*if that process no longer runs, delete"):
             train(one_step, quiet=True)
     finally:
         end(process)
@@ -355,6 +355,6 @@ def test_without_locks_the_process_id_decides(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
 def test_a_lock_file_that_is_none(make, folder, tmp_path):
     make(tmp_path / ".lift_fast-lock")
-    with pytest.raises(ValueError, match=r"lift_fast-lock is no file that can be locked; delete it"):
+    with pytest.raises(ValueError, match=r"lift_fast-lock cannot be locked; delete it"):
         train(settings(folder, tmp_path), quiet=True)
     assert (tmp_path / ".lift_fast-lock").lstat()

@@ -1,17 +1,17 @@
 """Local checkpoint files of frozen backbones: DINO, MoCo v3, Leopart, SelfPatch, and timm's own layout.
 
-Layouts, from the projects' own training code:
+Layouts, from the training code of the projects:
 
 * DINO (facebookresearch/dino): the plain state dict, or ``{"teacher", "student", "args", ...}`` with ``module.`` and
   ``backbone.`` prefixes and the projection under ``head.``.
 * MoCo v3 (facebookresearch/moco-v3): ``{"state_dict"}`` with ``module.base_encoder.`` and ``module.momentum_encoder.``;
-  its ViT-S has 12 heads, where DINO's and timm's have 6, which no tensor shape tells.
+  its ViT-S has 12 heads, where DINO's and timm's have 6; the tensor shapes are the same.
 * Leopart (MkuuWaUjinga/leopart): Lightning module with ``model.`` and ``teacher.``, plus ``projection_head`` and
   ``prototypes``; published files are its bare state dict.
 * SelfPatch (alinlab/SelfPatch): as DINO, with the heads ``ca_head``, ``c_head``, ``p_head``; its backbone has neither
   class token nor final norm.
-* DINOv2 (facebookresearch/dinov2): published files are bare; training files have ``teacher.backbone.`` and the like,
-  and their blocks in chunks, ``blocks.CHUNK.BLOCK.``, with the blocks numbered through.
+* DINOv2 (facebookresearch/dinov2): published files are bare; training files have prefixes such as
+  ``teacher.backbone.`` and blocks in chunks, ``blocks.CHUNK.BLOCK.``, where BLOCK counts across chunks.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..tensor_files import described, misfits, plain_tensor, read_tensor_file, u
 
 _ANCHOR = "patch_embed.proj.weight"
 _CONTAINERS = ("teacher", "student", "state_dict", "model")
-# Best first, among several copies of the backbone in one state dict.
+# Preference among several copies of the backbone in one state dict, best first.
 _PREFIX_ORDER = ("", "base_encoder.", "model.", "backbone.", "teacher.", "student.", "momentum_encoder.")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
-# Under which names files hold register tokens.
+# Names of register tokens in files.
 _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
-# Parts that dense features never read. A file may hold them or not.
+# Parts that dense features never use; optional in files.
 _HEADS = (
     "head.", "head_dist.", "fc.", "fc_norm.", "pre_logits.", "projection_head.", "prototypes.", "predictor.",
     "attn_pool.", "decoder_embed.", "decoder_blocks.", "decoder_norm.", "decoder_pred.", "decoder_pos_embed",
@@ -46,8 +46,8 @@ _HEADS = (
 class Checkpoint:
     """Backbone tensors of one file.
 
-    ``layout`` is ``"dino"``, ``"moco_v3"``, ``"leopart"``, ``"selfpatch"`` or ``"plain"`` (DINO's plain state dict and
-    timm's own cannot be told apart).
+    ``layout`` is ``"dino"``, ``"moco_v3"``, ``"leopart"``, ``"selfpatch"`` or ``"plain"`` (the plain state dict of DINO
+    or timm, which look the same).
     """
 
     path: Path
@@ -60,19 +60,19 @@ def read_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Args:
         path: file written by ``torch.save`` (read with ``weights_only=True``) or ``.safetensors``.
-        key: entry of the outer dictionary (``"teacher"``, ``"student"``, ...); None takes the first known one.
+        key: entry of the outer dictionary (``"teacher"``, ``"student"``, ...); None is the first known one.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read or holds no ViT state dict; for tensors that are sparse, quantised,
-            overlapping, of another dtype than float16, bfloat16, float32, float64 or not finite.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read or contains no ViT state dict; for tensors that are sparse, quantised,
+            overlapping, not finite, or not float16, bfloat16, float32 or float64.
     """
     path = Path(path)
     outer, tensors = _unwrap(path, read_tensor_file(path), key)
     keys = [k for k in tensors if k == _ANCHOR or k.endswith("." + _ANCHOR)]
     if not keys:
         raise ValueError(
-            f"{path} holds no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {listed(tensors)}"
+            f"{path} contains no ViT backbone: no entry ends in {_ANCHOR!r}. First entries: {listed(tensors)}"
         )
     prefix = min((k[: -len(_ANCHOR)] for k in keys), key=_rank)
     layout = _layout(outer, prefix, tensors)
@@ -83,20 +83,20 @@ def read_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     state = _unchunked(path, state)
     for name, value in state.items():
         tensor = plain_tensor(value, path, name)
-        # Tables of indices and the like are whole numbers.
+        # Index tables are integers.
         state[name] = weight_tensor(value, path, name) if _is_weight(tensor) else tensor
     return Checkpoint(path, layout, state)
 
 
 def load_state(model: nn.Module, checkpoint: Checkpoint, name: str = "the model") -> None:
-    """Copy ``checkpoint`` into a timm ViT, all of it or nothing; ``name`` is what messages call it.
+    """Copy the whole ``checkpoint`` into a timm ViT, called ``name`` in messages; on an error the model is unchanged.
 
-    Names are converted by timm's own filter of the model's family. Heads may be missing on either side. Nothing is
-    resampled but position embeddings of another grid.
+    timm's filter for the model's family converts the names. Heads may be missing on either side. Only position
+    embeddings are resampled, to another grid.
 
     Raises:
         ValueError: naming the file and the patch sizes, widths, depths or register tokens that differ, else the first
-            missing, unexpected or misshapen entries.
+            entries that are missing, unexpected or of another shape.
     """
     path = checkpoint.path
     _check_architecture(model, checkpoint, name)
@@ -112,24 +112,24 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, name: str = "the model"
     if different:
         raise ValueError(
             f"{path} does not fit the model; entries {different}. "
-            f"The file holds {describe(checkpoint.state)}: choose the model name that matches it"
+            f"The file contains {describe(checkpoint.state)}: choose the model name that matches it"
         )
     mixed = [k for k, v in own.items() if state[k].is_floating_point() != v.is_floating_point()]
     if mixed:
-        raise ValueError(f"{path} does not fit the model; entries of another kind of number: {listed(mixed)}")
+        raise ValueError(f"{path} does not fit the model; integer and floating point differ in: {listed(mixed)}")
     model.load_state_dict(state, strict=False)
 
 
 def _check_architecture(model: Any, checkpoint: Checkpoint, name: str) -> None:
-    """Before timm's filter sees the file: it would bring patch embeddings to the model's size without a word."""
+    """Compare architectures before timm's filter, which would silently resize patch embeddings."""
     state, path = checkpoint.state, checkpoint.path
     projection, weight = getattr(model.patch_embed, "proj", None), state[_ANCHOR]
     if not isinstance(projection, nn.Conv2d):
-        # No plain ViT; the wrapper that comes next says so.
+        # Not a plain ViT; FrozenViT reports it.
         return
     height, width = projection.kernel_size
     if weight.dim() == 2:
-        # A linear layer, in old files.
+        # Old files have a linear layer.
         side = round((weight.shape[1] / projection.in_channels) ** 0.5)
         sides = side, side
     elif weight.dim() == 4:
@@ -155,13 +155,13 @@ def _check_architecture(model: Any, checkpoint: Checkpoint, name: str) -> None:
     ):
         if found != wanted:
             raise ValueError(
-                f"{path} does not fit {name}: its {what} is {found}, {name} has {wanted}. The file holds "
+                f"{path} does not fit {name}: its {what} is {found}, {name} has {wanted}. The file contains "
                 f"{describe(state)}: choose the model name that matches it"
             )
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """Architecture of a backbone state dict in words, for messages."""
+    """The architecture of a backbone state dict, for messages."""
     depth, registers = _depth(state), _registers(state)
     tokens = f", {registers} register tokens" if registers else ""
     weight = state.get(_ANCHOR)
@@ -171,9 +171,9 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 def position_grid(checkpoint: Checkpoint, prefix_tokens: int, width: int) -> tuple[int, int] | None:
-    """Square grid of the file's position embeddings, None if it has none of that width or they are not square.
+    """Square grid of the file's position embeddings of that width, or None.
 
-    ``prefix_tokens`` is the number of class and register tokens for which the file may hold position embeddings too.
+    The file may also contain position embeddings of the model's ``prefix_tokens`` class and register tokens.
     """
     position = checkpoint.state.get("pos_embed")
     if position is None or position.dim() != 3 or position.shape[0] != 1 or position.shape[2] != width:
@@ -199,7 +199,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _unchunked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks that lie in chunks, under their own numbers."""
+    """Rename blocks in chunks to their own numbers."""
     if not any(_CHUNKED.match(name) for name in state):
         return state
     plain: dict[str, Tensor] = {}
@@ -207,7 +207,7 @@ def _unchunked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
         found = _CHUNKED.match(name)
         own = name if found is None else f"blocks.{found[1]}.{name[found.end() :]}"
         if own in plain:
-            raise ValueError(f"{path}: entry {named(own)} is there twice, in two chunks of blocks")
+            raise ValueError(f"{path}: entry {named(own)} exists twice, in two chunks of blocks")
         plain[own] = value
     return plain
 
@@ -225,16 +225,16 @@ def _unwrap(path: Path, content: Mapping[Any, Any], key: str | None) -> tuple[st
         if not isinstance(name, str):
             raise ValueError(f"{path}: the name of a tensor is {described(name)}; expected text such as {_ANCHOR}")
         if uncompiled(name) in tensors:
-            raise ValueError(f"{path}: entry {named(uncompiled(name))} is there twice, as {named(name)} too")
+            raise ValueError(f"{path}: entry {named(uncompiled(name))} exists twice, also as {named(name)}")
         tensors[uncompiled(name)] = value
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; its entries are {listed(inner)}")
+        raise ValueError(f"{path} contains no tensors; its entries are {listed(inner)}")
     return outer, tensors
 
 
 def _rank(prefix: str) -> tuple[bool, int, int]:
     matches = [i for i, p in enumerate(_PREFIX_ORDER) if p and prefix.endswith(p)]
-    # Below "student." there may be a "backbone." as good as the teacher's.
+    # The student may have a "backbone." prefix of the same rank as the teacher's.
     student = "student" in prefix.split(".")
     return student, (0 if prefix == "" else min(matches, default=len(_PREFIX_ORDER))), len(prefix)
 
@@ -243,7 +243,7 @@ def _layout(outer: str | None, prefix: str, tensors: Mapping[str, Tensor]) -> st
     if "base_encoder." in prefix or "momentum_encoder." in prefix:
         return "moco_v3"
     bare = f"{prefix}cls_token" not in tensors and f"{prefix}norm.weight" not in tensors
-    # SigLIP and its like have no class token either, but a final norm.
+    # SigLIP has no class token either, but a final norm.
     if any("ca_head." in k for k in tensors) or (bare and f"{prefix}blocks.0.attn.qkv.weight" in tensors):
         return "selfpatch"
     if any("prototypes." in k or "projection_head." in k for k in tensors):

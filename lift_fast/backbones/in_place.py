@@ -1,8 +1,8 @@
-"""timm's standard ViT block on the CPU with reused buffers: the same operations, hence the same bits.
+"""timm's standard ViT block on the CPU with reused buffers: the same operations and bitwise the same results.
 
-A block's large intermediate results are fresh memory each time, and the operating system hands fresh pages out slowly:
-at 785 tokens this costs about as much as a fifth of the arithmetic. Here one buffer serves all blocks of a forward
-pass. On a GPU PyTorch's caching allocator does that already.
+A block allocates its large intermediate results again each time, and the operating system is slow to provide fresh
+pages: at 785 tokens this costs about a fifth of the arithmetic. Here one buffer serves all blocks of a forward pass. On
+a GPU PyTorch's caching allocator does that already.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from ..untouched import Unchanged, is_timms, is_untouched
 
 
 class StandardBlocks:
-    """Says whether :func:`run` may replace the calls of blocks, and remembers blocks that it may replace.
-
-    Copies and pickles of it remember nothing.
-    """
+    """Decides whether :func:`run` may replace calls of blocks, and caches the answer; copies and pickles do not."""
 
     def __init__(self) -> None:
         self._known: Unchanged | None = None
@@ -31,8 +28,8 @@ class StandardBlocks:
         return StandardBlocks, ()
 
     def __call__(self, blocks: list[nn.Module], tokens: Tensor) -> bool:
-        """Whether this is plain inference on the CPU, without autocast, and all ``blocks`` are timm's as they were
-        built: one that is hooked, overridden or replaced, or has a part that is, must be called as it is."""
+        """Whether this is plain inference on the CPU without autocast, and all ``blocks`` and their parts are timm's
+        originals: if one is hooked, overridden or replaced, it must be called itself."""
         return (
             not torch.compiler.is_compiling()
             and tokens.device.type == "cpu"
@@ -102,7 +99,7 @@ def _is_standard(block: Any) -> bool:
         return False
     attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
-    # Nothing of the last three kinds does anything in evaluation mode.
+    # No effect in evaluation mode.
     idle = (block.drop_path1, block.drop_path2, attention.proj_drop, mlp.drop1, mlp.drop2)
     return (
         attention.fused_attn

@@ -13,19 +13,19 @@ from .position import Grid
 
 
 def weight_of(embed: Any) -> Tensor:
-    """A parameter whose device and dtype are those of the patch projection."""
+    """A parameter with the device and dtype of the patch projection."""
     weight: Tensor | None = getattr(embed, "proj", embed)._parameters.get("weight")
-    # Parametrised, pruned or replaced: the weight is computed, or somewhere else.
+    # A parametrised, pruned or replaced projection has no such parameter.
     return weight if weight is not None else next(embed.parameters())
 
 
 def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
     """``[B, 3, H, W]`` images to ``[B, h * w, C]`` patch tokens on ``grid``.
 
-    A patch embedding or a projection in it that is hooked, overridden or replaced is called as it is.
+    If the patch embedding or its projection is hooked, overridden or replaced, the module itself is called.
 
     Raises:
-        ValueError: if such a one gives another grid, because it takes no notice of ``stride``.
+        ValueError: if that ignores ``stride`` and returns another grid.
     """
     projection = getattr(module, "proj", None)
     if (
@@ -41,23 +41,22 @@ def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
         return normed
 
     size = module.patch_size[0] if hasattr(module, "patch_size") else stride
-    # Neither refused nor padded there: pixels beyond the last whole patch are not read.
+    # Crop to whole patches, or the module would refuse or pad the rest.
     imgs = imgs[..., : (grid[0] - 1) * stride + size, : (grid[1] - 1) * stride + size]
     out: Tensor = _for(module, tuple(imgs.shape[2:]), stride)(imgs)
     if out.dim() == 4:
-        # Channels last, as timm's models that take any size have it.
+        # Channels last, as in timm's models for any size.
         out = out.flatten(1, 2)
     if out.dim() != 3 or out.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"the edited patch embedding gives {list(out.shape)} where stride {stride} needs "
-            f"{grid[0]} x {grid[1]} patches; such a model runs at the stride that it was built for"
+            f"{grid[0]} x {grid[1]} patches; use the stride that the model was built for"
         )
     return out
 
 
 def _for(module: Any, size: tuple[int, ...], stride: int) -> Any:
-    """``module`` itself where it takes images of ``size`` at ``stride``, else a twin of it that does, with the same
-    weights and hooks."""
+    """``module`` if it accepts images of ``size`` at ``stride``, else a shallow copy that does."""
     projection = getattr(module, "proj", None)
     strides = isinstance(projection, nn.Conv2d) and projection.stride != (stride, stride)
     sized = getattr(module, "img_size", None) not in (None, size)

@@ -12,16 +12,16 @@ PositionRule = Callable[[Tensor, Grid, Grid], Tensor]
 
 
 def dino_rule(position: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Bicubic resize as DINO's reference code does it.
+    """Bicubic resize as in DINO's reference code.
 
-    The scale factor of each side is ``(n + 0.1) / n_old``: the 0.1 keeps the floor of the product at ``n``, and it is
-    part of the sampling positions, so features differ measurably from a resize to an exact size. A ``new`` grid equal
-    to ``old`` is returned untouched.
+    The scale factor of each side is ``(n + 0.1) / n_old``: the 0.1 keeps the floor of the product at ``n`` and shifts
+    the sampling positions, so features differ measurably from a resize to an exact size. If ``new`` equals ``old``,
+    ``position`` is returned unchanged.
 
     Args:
         position: ``[1, h_old * w_old, C]`` embeddings of the patch tokens, floating point.
         old: pretrained grid ``(h_old, w_old)``.
-        new: wanted grid ``(h, w)``.
+        new: requested grid ``(h, w)``.
 
     Returns:
         ``[1, h * w, C]`` in the dtype of ``position``.

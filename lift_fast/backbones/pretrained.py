@@ -1,4 +1,4 @@
-"""Find timm's pretrained weights: in the caches first, by download only if their host answers."""
+"""Find timm's pretrained weights in the caches, or download them if their host answers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ import torch
 
 _PROBE_SECONDS = 5.0
 # timm prefers the safetensors twin of each of these.
-_TWINS = {
-    "pytorch_model.bin": "model.safetensors",
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
+_TWINS = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 
 
 def find_pretrained(name: str) -> Path:
     """Local file with the pretrained weights of timm model ``name``, downloaded if necessary.
 
-    Both caches (hub and ``torch.hub``) are read without touching the network. Before a download the host is asked once,
-    since the hub's client retries an unreachable host for about half a minute.
+    Both caches (hub and ``torch.hub``) are read without using the network. Before a download the host is probed once,
+    because the hub's client retries an unreachable host for about half a minute.
 
     Raises:
-        LookupError: if the weights are not cached and cannot be downloaded; the message says what was looked for where.
+        LookupError: naming the file and the cache, if the weights are not cached and cannot be downloaded.
     """
     import timm
 
     config: Any = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
         raise LookupError(f"timm publishes none for the architecture {name}")
-    if config.hf_hub_id:
-        return _from_hub(config)
-    return _from_url(config.url)
+    return _from_hub(config) if config.hf_hub_id else _from_url(config.url)
 
 
 def _from_hub(config: Any) -> Path:
@@ -90,9 +85,9 @@ def _from_url(url: str) -> Path:
 
 
 def _unreachable(url: str) -> str | None:
-    """Why ``url`` does not answer, None if it does (also with an error page); environment proxies are respected."""
+    """Why ``url`` does not answer, or None; an error page is an answer. Uses the environment's proxies."""
     answer: list[str | None] = []
-    # In a thread of its own: a timeout of the request does not bound the look-up of the host name.
+    # In a separate thread, because the request's timeout does not limit the host name look-up.
     worker = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
     worker.start()
     worker.join(2 * _PROBE_SECONDS)
@@ -105,7 +100,7 @@ def _probe(url: str) -> str | None:
     except urllib.error.HTTPError:
         return None
     except urllib.error.URLError as error:
-        # Somebody answered; certificates may be configured for the real client alone.
+        # The host answered; certificates may be configured only for the real client.
         return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
     except OSError as error:
         return str(error) or type(error).__name__

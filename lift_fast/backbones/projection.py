@@ -1,4 +1,4 @@
-"""One facet (query, key or value) of one attention block, and nothing else of that block."""
+"""Compute one facet (query, key or value) of one attention block, without the rest of the block."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ FACETS = ("key", "query", "value", "token", "final")
 HEAD_ORDERS = ("concatenated", "interleaved")
 _ROW = {"query": 0, "key": 1, "value": 2}
 
-# What stands between a block's input and its attention: LayerNorm first (pre-norm), or nothing (post-norm).
+# LayerNorm precedes attention (pre-norm), or follows it (post-norm).
 _PRE_NORM_BLOCKS = frozenset({"Block", "EvaBlock"})
 _POST_NORM_BLOCKS = frozenset({"ResPostBlock", "EvaBlockPostNorm"})
 
 
 class FacetProjection:
-    """Reads q, k or v of a timm block from the block's input tokens.
+    """Computes q, k or v of a timm block from the block's input tokens.
 
-    The value is the output of the linear projection with its bias, before q/k normalisation and before rotary
-    position embedding (where a model has them).
+    The value is the output of the linear projection with its bias, before any q/k normalisation and rotary position
+    embedding.
 
     Args:
         block: a timm transformer block with ``attn.qkv`` or ``attn.{q,k,v}_proj``.
@@ -60,11 +60,11 @@ class FacetProjection:
     def __call__(self, block: Any, tokens: Tensor, prefix: int, run: Callable[[], Any]) -> Tensor:
         """``[B, prefix + T, C]`` tokens entering ``block`` to ``[B, T, width]``.
 
-        A block that is hooked, overridden or replaced, or whose attention is, runs in full by ``run()``, and what its
-        projection gives is read there.
+        If the block or its attention is hooked, overridden or replaced, ``run()`` runs the whole block and hooks read
+        the output of its projection.
 
         Raises:
-            ValueError: where such a block calls neither its projection nor its attention once.
+            ValueError: if such a block does not call its projection or its attention exactly once.
         """
         attention = getattr(block, "attn", None)
         if (
@@ -83,7 +83,7 @@ class FacetProjection:
         start = 0 if split is not None else _ROW[self.facet] * self.width
         plain = type(layer) is nn.Linear and is_untouched(layer)
         if not plain or not (norm is None or (isinstance(norm, nn.LayerNorm) and is_untouched(norm))):
-            # What stands here (adapters, quantisation, hooks) may look at all tokens, and its weight is no whole truth.
+            # Adapters, quantisation or hooks may use all tokens and more than the weight.
             x = tokens if norm is None else norm(tokens)
             return self._order(self._rows(attention, layer, layer(x), start)[:, prefix:])
         tokens = tokens[:, prefix:]
@@ -91,13 +91,13 @@ class FacetProjection:
         bias = self._bias(attention, layer, start)
         weight = layer.weight[start : start + self.width]
         if self.interleaved:
-            # Permuting C x C weights is cheaper than permuting the tokens, and keeps no copy that could go stale.
+            # Permuting C x C weights is cheaper than permuting the tokens and needs no cached copy.
             weight = weight.unflatten(0, (self.heads, -1)).transpose(0, 1).flatten(0, 1)
             bias = bias if bias is None else bias.unflatten(0, (self.heads, -1)).t().flatten()
         return F.linear(x, weight, bias)
 
     def _rows(self, attention: Any, layer: Any, projected: Tensor, start: int) -> Tensor:
-        """This facet of the full output of ``layer``, with the bias that EVA's attention adds by hand."""
+        """This facet of the full output of ``layer``, with the bias that EVA's attention adds separately."""
         out = projected[..., start : start + self.width]
         if layer is attention.qkv and getattr(attention, "q_bias", None) is not None:
             bias = self._bias(attention, layer, start)
@@ -109,7 +109,7 @@ class FacetProjection:
         layer: Any = getattr(attention, "qkv", None) if split is None else split
         if not isinstance(attention, nn.Module) or not isinstance(layer, nn.Module):
             raise ValueError(
-                f"facet {self.facet!r} cannot be read from the {type(block).__name__} that now stands in the model: "
+                f"facet {self.facet!r} cannot be read from the {type(block).__name__} now in the model: "
                 "it has no attn with a qkv or q_proj/k_proj/v_proj layer; use facet='token'"
             )
         thread, entered, left = get_ident(), [], []
@@ -120,7 +120,7 @@ class FacetProjection:
 
         def keep_output(module: Any, args: Any, out: Tensor) -> None:
             if get_ident() == thread:
-                # A copy: EVA's attention adds the bias to this very tensor.
+                # A copy, because EVA's attention adds the bias in place.
                 left.append(out.clone())
 
         handles = (
@@ -133,7 +133,7 @@ class FacetProjection:
             for handle in handles:
                 handle.remove()
         if not left and len(entered) == 1:
-            # EVA's attention may multiply by the weight of its projection without calling it.
+            # EVA's attention may use the weight of its projection without calling it.
             left.append(layer(entered[0]))
         if len(left) != 1:
             raise ValueError(
@@ -154,6 +154,6 @@ class FacetProjection:
 
 
 def _width(layer: Any, attention: Any, parts: int = 1) -> int:
-    # An adapter around the layer need not say how wide it is.
+    # An adapter around the layer may lack out_features.
     wide = getattr(layer, "out_features", None)
     return int(attention.num_heads * attention.head_dim if wide is None else wide // parts)

@@ -1,4 +1,4 @@
-"""Plain feature extraction: run the whole timm model and hook one block. Oracle of tests and benches."""
+"""Plain feature extraction: run the whole timm model and hook one block. Reference of tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def extract_hooked(model: nn.Module, imgs: Tensor, layer: int = -1, facet: str = "key") -> Tensor:
-    """Run all of ``model`` on ``imgs`` and return what a forward hook saw in block ``layer``.
+    """Run the whole ``model`` on ``imgs`` and return what a forward hook recorded in block ``layer``.
 
     Args:
         model: a timm VisionTransformer or Eva, in evaluation mode, that accepts the size of ``imgs``.
@@ -33,7 +33,7 @@ def extract_hooked(model: nn.Module, imgs: Tensor, layer: int = -1, facet: str =
     elif getattr(attention, "q_bias", None) is None:
         handle = attention.qkv.register_forward_hook(lambda module, args, out: seen.append(_rows(out, facet)))
     else:
-        # timm's EVA attention adds its three biases by hand and may bypass the module call of qkv.
+        # timm's EVA attention adds its three biases separately and may bypass the module call of qkv.
         def project(module: Any, args: tuple[Tensor, ...]) -> None:
             bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
             seen.append(_rows(module.qkv(args[0]) + bias, facet))

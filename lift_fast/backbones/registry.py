@@ -1,11 +1,10 @@
-"""Names of backbones, where their weights come from, and the function that puts both together."""
+"""Names of backbones, sources of their weights, and the function that loads them."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +21,15 @@ from .vit import FrozenViT
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _VIT_MODULES = ("vision_transformer", "eva", "deit")
-# Files of these projects are normalised with ImageNet's statistics, whatever name they are loaded under.
+# Files of these projects use ImageNet's statistics, regardless of the model name.
 _IMAGENET_LAYOUTS = ("dino", "moco_v3", "leopart", "selfpatch")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a name stands for: timm architecture (and pretrained tag), normalisation, position rule.
+    """A named backbone: timm architecture (and pretrained tag), normalisation, position rule.
 
-    ``file_only`` says why there are no weights to download; ``arguments`` go to timm's constructor.
+    ``file_only`` is the reason if there are no weights to download; ``arguments`` go to timm's constructor.
     """
 
     architecture: str
@@ -46,7 +45,7 @@ def _dino(architecture: str, **extra: Any) -> Backbone:
 
 
 def _supervised(architecture: str, **extra: Any) -> Backbone:
-    # The published LiFT features of supervised ViTs run in DINO's network, hence with its position rule.
+    # The published LiFT features of supervised ViTs use DINO's network and so its position rule.
     return Backbone(architecture, *HALF, "dino", **extra)
 
 
@@ -77,7 +76,7 @@ OFFICIAL: dict[str, Backbone] = {
 
 
 class WeightsNotFoundError(RuntimeError):
-    """Pretrained weights are neither in the cache nor can they be downloaded."""
+    """Pretrained weights are not in the cache and cannot be downloaded."""
 
 
 def load_backbone(
@@ -97,30 +96,29 @@ def load_backbone(
 
     Args:
         name: an official name (:data:`OFFICIAL`) or any timm VisionTransformer or Eva, with or without pretrained tag.
-        weights: local checkpoint file (DINO, MoCo v3, Leopart, SelfPatch or timm layout); None takes timm's pretrained
-            weights from the cache, else downloads them. Those of ``"demo_vitt16"`` ship with the package
+        weights: local checkpoint file (DINO, MoCo v3, Leopart, SelfPatch or timm layout); None is timm's pretrained
+            weights from the cache, else downloaded. Those of ``"demo_vitt16"`` ship with the package
             (:mod:`lift_fast.demonstration`).
-        random_weights: random weights from ``seed`` instead, for trying things out; the global random state of PyTorch
-            is left as it was. Never chosen silently.
+        random_weights: use random weights from ``seed``, for tests; PyTorch's global random state is unchanged.
         facet, layer, stride, head_order: see :class:`FrozenViT`.
-        position_rule: ``"dino"`` or ``"timm"``; None takes DINO's for the official names and for files in the layout of
+        position_rule: ``"dino"`` or ``"timm"``; None is DINO's for the official names and for files in the layout of
             DINO, MoCo v3, Leopart or SelfPatch, timm's otherwise.
-        checkpoint_key: entry of the checkpoint file to take, for example ``"student"``; None: the teacher, if any.
+        checkpoint_key: entry of the checkpoint file to use, for example ``"student"``; None prefers the teacher.
         seed: of ``random_weights``.
 
     Returns:
-        :class:`FrozenViT` on the CPU in float32, whatever PyTorch's default dtype and device are. Its ``mean`` and
-        ``std`` are ImageNet's for DINO, 0.5 for the official supervised names, those of the file's project where its
-        layout shows it, and the model's own config otherwise.
+        :class:`FrozenViT` on the CPU in float32, regardless of PyTorch's default dtype and device. ``mean`` and ``std``
+        are ImageNet's for DINO, 0.5 for the official supervised names, those of the file's project if its layout
+        identifies it, and the model's own config otherwise.
 
     Raises:
-        ValueError: for an unknown name, a model that is no supported ViT, contradicting arguments, or a file that is
-            damaged or does not fit, such as one of another patch size: weights are never resampled to fit.
+        ValueError: for an unknown name, an unsupported model, contradictory arguments, or a file that is damaged or
+            does not fit, such as one of another patch size: weights are never resampled to fit.
         FileNotFoundError: if ``weights`` does not exist.
-        WeightsNotFoundError: if no weights were given and none can be found or downloaded.
+        WeightsNotFoundError: if ``weights`` is None and no weights can be found or downloaded.
     """
     if random_weights and weights is not None:
-        raise ValueError(f"random_weights=True and weights={str(weights)!r} exclude each other; give one of them")
+        raise ValueError(f"random_weights=True and weights={str(weights)!r} exclude each other; give only one")
     spec = _lookup(name)
     mean, std, rule = spec.mean, spec.std, position_rule or spec.position_rule
     if random_weights:
@@ -163,22 +161,22 @@ def _lookup(name: str) -> Backbone:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise ValueError(
-            f"unknown backbone {name!r}{hint} Official names: {', '.join(OFFICIAL)}; beyond them any timm ViT"
+            f"unknown backbone {name!r}{hint} Official names: {', '.join(OFFICIAL)}; any timm ViT works, too"
         )
     if not is_model_in_modules(architecture, _VIT_MODULES):
         raise ValueError(
-            f"{name!r} is no Vision Transformer that can be read; supported are the official names "
-            f"({', '.join(OFFICIAL)}) and timm's VisionTransformer and Eva models"
+            f"{name!r} is not a supported Vision Transformer; use an official name "
+            f"({', '.join(OFFICIAL)}) or one of timm's VisionTransformer and Eva models"
         )
     if tag:
         tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
         if tag not in tags:
-            raise ValueError(f"timm knows no pretrained tag {tag!r} of {architecture}; it knows {', '.join(tags)}")
+            raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has {', '.join(tags)}")
     return Backbone(name)
 
 
 def _create(spec: Backbone, **extra: Any) -> nn.Module:
-    """Without head; the grid may follow the image, so that timm's own forward stays usable as the reference."""
+    """Without head; the grid follows the image, so that timm's own forward works as the reference."""
     import timm
 
     with plain_defaults():
@@ -198,26 +196,22 @@ def _pretrained(name: str, spec: Backbone) -> nn.Module:
     if spec.file_only is not None:
         raise WeightsNotFoundError(
             f"no weights to download for {name!r}: {spec.file_only}. Give the checkpoint file (weights=FILE, on the "
-            "command line --weights FILE), or try things out with random_weights=True (--random-weights)"
+            "command line --weights FILE), or use random weights for a test (random_weights=True, --random-weights)"
         )
     try:
         file = find_pretrained(spec.architecture)
     except LookupError as error:
         raise WeightsNotFoundError(
             f"no pretrained weights for {name!r}: {error}. Connect to the network once, or give a local checkpoint "
-            "file (weights=FILE, on the command line --weights FILE), or try things out with random_weights=True "
-            "(--random-weights)"
+            "file (weights=FILE, on the command line --weights FILE), or use random weights for a test "
+            "(random_weights=True, --random-weights)"
         ) from error
-    return _load_pretrained(spec, file)
-
-
-def _load_pretrained(spec: Backbone, file: Path) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             return _create(spec, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except Exception as error:
         raise ValueError(
-            f"the cached weights {file} cannot be loaded, delete them and try again: {said(error)}"
+            f"the cached weights {file} cannot be loaded; delete them and try again: {said(error)}"
         ) from error
 
 
@@ -229,7 +223,7 @@ def _from_file(name: str, spec: Backbone, checkpoint: Checkpoint) -> nn.Module:
         arguments.update(_NO_CLASS_TOKEN)
     with torch.random.fork_rng(devices=[]):
         model: Any = _create(spec, **arguments)
-        # A network built for the file's own grid keeps its position embeddings as they were trained.
+        # Built for the file's own grid, the network keeps the trained position embeddings.
         grid = position_grid(checkpoint, model.num_prefix_tokens, model.embed_dim)
         if grid is not None and grid != model.patch_embed.grid_size and model.pos_embed is not None:
             model = _create(spec, img_size=grid[0] * model.patch_embed.patch_size[0], **arguments)

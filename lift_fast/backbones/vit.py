@@ -1,4 +1,4 @@
-"""A frozen Vision Transformer that computes one facet of one layer, and nothing that the facet does not need."""
+"""A frozen Vision Transformer that computes one facet of one layer, and only what the facet needs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _fixed(name: str) -> property:
 
     def refuse(self: FrozenViT, value: object) -> None:
         raise AttributeError(
-            f"{name} of a backbone is fixed, and is {read(self)!r}; for another one build "
+            f"{name} of a backbone is fixed to {read(self)!r}; for another value build "
             f"FrozenViT(backbone.model, {name}={value!r}, ...), which shares the weights"
         )
 
@@ -45,13 +45,13 @@ class FrozenViT(nn.Module):
     """Dense features of a frozen timm Vision Transformer.
 
     Blocks after ``layer`` never run. For the facets query, key and value, block ``layer`` runs only its first LayerNorm
-    and the C rows of its qkv projection on the patch tokens: no attention, output projection or MLP, no final norm.
-    Gradients with respect to the images are possible; the weights have none, and the module stays in evaluation mode
-    whatever ``train()`` its parents receive.
+    and the C rows of its qkv projection on the patch tokens: no attention, output projection, MLP or final norm.
+    Gradients flow to the images but not to the weights, and the module stays in evaluation mode even if a parent calls
+    ``train()``.
 
     The given model is not changed: the wrapper holds a copy of its modules that shares the weight storage. In-place
-    updates of the given model (``load_state_dict``, optimiser steps) are therefore seen, moving it to another device or
-    dtype is not.
+    updates of the given model (``load_state_dict``, optimiser steps) therefore take effect; moving it to another device
+    or dtype does not.
 
     Args:
         model: a timm ``VisionTransformer`` (also distilled) or ``Eva`` with a convolutional, square patch embedding.
@@ -63,20 +63,20 @@ class FrozenViT(nn.Module):
         stride: pixels between patches, 1 to the patch size; None is the patch size. The weights are unchanged; absolute
             and rotary position embeddings follow the grid ``1 + (H - p) // s``.
         head_order: ``"concatenated"``: channel ``head * head_dim + d``. ``"interleaved"``: channel
-            ``d * heads + head``, the order in which Amir et al. and published LiFT checkpoints see these facets.
-        position_rule: ``"dino"`` or ``"timm"``, how absolute position embeddings reach another grid
-            (:mod:`lift_fast.backbones.position`); None takes DINO's for DINO weights of timm, timm's otherwise.
-        mean, std: normalisation that images must have, three values each; None reads the model's ``pretrained_cfg``.
-        name: what error messages and ``repr`` call the model.
-        random_weights: True if the weights are random, for callers that must say so.
+            ``d * heads + head``, the order of these facets in Amir et al. and in published LiFT checkpoints.
+        position_rule: ``"dino"`` or ``"timm"``, how absolute position embeddings are resampled to another grid
+            (:mod:`lift_fast.backbones.position`); None is DINO's for DINO weights of timm, timm's otherwise.
+        mean, std: normalisation of the images, three values each; None reads the model's ``pretrained_cfg``.
+        name: of the model in error messages and ``repr``.
+        random_weights: whether the weights are random, for callers that report it.
 
     Attributes:
         patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
         mean, std, name, random_weights; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the weights.
 
     Raises:
-        ValueError: for a model that is no supported ViT, or an argument out of range.
-        TypeError: if ``model`` is no ``nn.Module``.
+        ValueError: for an unsupported model or an argument out of range.
+        TypeError: if ``model`` is not an ``nn.Module``.
     """
 
     mean: tuple[float, float, float]
@@ -131,12 +131,12 @@ class FrozenViT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the patch projection is now, and images must be."""
+        """Current device of the patch projection, required for images."""
         return patches.weight_of(self.model.patch_embed).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the patch projection's weights, and of the images outside autocast."""
+        """Dtype of the patch projection's weights, required for images outside autocast."""
         return patches.weight_of(self.model.patch_embed).dtype
 
     def grid(self, height: int, width: int) -> Grid:
@@ -145,11 +145,11 @@ class FrozenViT(nn.Module):
         return 1 + (height - p) // s, 1 + (width - p) // s
 
     def check_size(self, height: int, width: int) -> Grid:
-        """:meth:`grid` of an image that can be run.
+        """:meth:`grid` of an image, checked.
 
         Raises:
-            ValueError: for an image smaller than one patch, or of more tokens than :func:`lift_fast.images.max_pixels`
-                allows.
+            ValueError: for an image smaller than one patch, or with more tokens than
+                :func:`lift_fast.images.max_pixels` allows.
         """
         p = self.patch_size
         if height < p or width < p:
@@ -162,36 +162,26 @@ class FrozenViT(nn.Module):
         """The same backbone on the same weights with patches ``stride`` pixels apart.
 
         Raises:
-            ValueError: if ``stride`` is no integer from 1 to the patch size.
+            ValueError: unless ``stride`` is an integer from 1 to the patch size.
         """
-        return FrozenViT(
-            self.model,
-            facet=self.facet,
-            layer=self.layer,
-            stride=stride,
-            head_order=self.head_order,
-            position_rule=self.position_rule,
-            mean=self.mean,
-            std=self.std,
-            name=self.name,
-            random_weights=self.random_weights,
-        )
+        same = ("facet", "layer", "head_order", "position_rule", "mean", "std", "name", "random_weights")
+        return FrozenViT(self.model, stride=stride, **{name: getattr(self, name) for name in same})
 
     def forward(self, imgs: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised images to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
 
-        Pixels beyond the last whole patch (right and bottom) are not read. Any memory format; float32, bfloat16 or
-        float16 as the weights, any of them under autocast. NaN pixels give NaN tokens.
+        Pixels beyond the last whole patch (right and bottom) are ignored. Any memory format; the dtype of the weights
+        (float32, bfloat16 or float16), or any of these under autocast. NaN pixels give NaN tokens.
 
         Raises:
-            TypeError: if ``imgs`` is no tensor.
+            TypeError: if ``imgs`` is not a tensor.
             ValueError: for a wrong shape, dtype or device, an empty batch, and as :meth:`check_size`.
         """
         grid = self._check(imgs)
         model = self.model
         tokens, rotary = self._embed(imgs, grid)
         last = self.layer if self._projection is not None else self.layer + 1
-        # A slice of the container would be a new container.
+        # A list, because a slice of the container would be a new container.
         blocks = list(model.blocks)[:last]
         if self._standard(blocks, tokens):
             tokens = in_place.run(blocks, tokens)
@@ -207,7 +197,7 @@ class FrozenViT(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
-        """Stays in evaluation mode: the backbone is frozen, also when a parent module trains."""
+        """Stay in evaluation mode: the backbone is frozen even if a parent module trains."""
         super().train(False)
         return self
 
@@ -218,7 +208,7 @@ class FrozenViT(nn.Module):
             x = x + position
         if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        # Without a class token the tokens are still a transposed view, on which every residual sum would stay slow.
+        # Without a class token the tokens are still a transposed view, which would slow down every residual sum.
         return self.model.norm_pre(self.model.pos_drop(x.contiguous())), rotary
 
     def _run(self, block: nn.Module, index: int, tokens: Tensor, rotary: Tensor | None) -> Tensor:
@@ -233,14 +223,13 @@ class FrozenViT(nn.Module):
         if torch.compiler.is_compiling():
             return self._build_position(grid)
         weight, sources = patches.weight_of(self.model.patch_embed), self._position_sources()
-        # The same grid again on another device or in another dtype, where nothing but the rotary embedding depends on
-        # it: whoever moved the inner model did not ask us.
+        # With device and dtype, because the inner model may be moved directly.
         key = (grid, weight.device, weight.dtype)
         cached = self._positions.get(key)
         if cached is not None and cached[0].recognise(sources):
             self._positions.move_to_end(key)
             return cached[1]
-        # Built outside inference mode and autocast, which the cache outlives, and apart from the program's defaults.
+        # Built outside inference mode, autocast and the program's defaults, because the cache outlives them.
         kind = weight.device.type
         with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast(kind):
             position = self._build_position(grid)
@@ -268,7 +257,7 @@ class FrozenViT(nn.Module):
         if rope is None:
             return None
         shape = list(grid)
-        # Modules built for one fixed grid ignore the shape argument; they are ours, so they may be moved to another.
+        # Modules built for one fixed grid ignore the shape argument; this copy may be changed to another grid.
         if getattr(rope, "feat_shape", None) is not None and list(rope.feat_shape) != shape:
             rope.update_feat_shape(shape)
         out: Tensor = rope.get_embed(shape=shape)
@@ -278,7 +267,7 @@ class FrozenViT(nn.Module):
         model = self.model
         sources = [getattr(model, n, None) for n in (*_PREFIX, "pos_embed")]
         rope = getattr(model, "rope", None)
-        # Parameters alone: the buffers of rotary modules are caches that reading them may rewrite.
+        # Only parameters: the buffers of rotary modules are caches that may change when read.
         learned = list(rope.parameters()) if isinstance(rope, nn.Module) else []
         return [t for t in (*sources, *learned) if t is not None]
 
@@ -331,12 +320,12 @@ class FrozenViT(nn.Module):
         )
 
 
-# In the order in which timm puts them before the patch tokens.
+# In timm's order before the patch tokens.
 _PREFIX = ("cls_token", "dist_token", "reg_token")
 
 
 def _check_model(model: nn.Module) -> int:
-    """Patch size of a supported model; says what is supported otherwise."""
+    """Patch size of a supported model; an error otherwise."""
     from timm.layers import PatchEmbed
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
@@ -348,7 +337,7 @@ def _check_model(model: nn.Module) -> int:
     kind = type(model)
     bases = [base for base in (VisionTransformerDistilled, VisionTransformer, Eva) if isinstance(model, base)]
     if not bases:
-        raise ValueError(f"{kind.__name__} is no Vision Transformer that can be read; {supported}")
+        raise ValueError(f"{kind.__name__} is not a supported Vision Transformer; {supported}")
     changed = [
         n
         for n in ("_pos_embed", "forward_features")
@@ -369,10 +358,10 @@ def _check_model(model: nn.Module) -> int:
 
 
 def shared_copy(model: _Module) -> _Module:
-    """The same modules over the same storage, with frozen parameters of their own."""
+    """A copy of the modules that shares their storage, with separate, frozen parameters."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo.update({id(b): b.detach() for b in model.buffers()})
-    # Weights that a pre-hook computes (pruning, the older spectral_norm) are plain attributes with a graph behind them.
+    # Weights that a pre-hook computes (pruning, the older spectral_norm) are plain attributes with a graph.
     attributes = [value for module in model.modules() for value in module.__dict__.values()]
     memo.update({id(t): t.detach() for t in attributes if isinstance(t, Tensor)})
     return copy.deepcopy(model, memo)
@@ -384,7 +373,7 @@ def _pretrained_grid(model: Any, tokens: int) -> Grid:
         return int(grid[0]), int(grid[1])
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise ValueError(f"{tokens} position embeddings form no square grid, and the model states no other")
+        raise ValueError(f"{tokens} position embeddings do not form a square grid, and the model gives no other")
     return side, side
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``lift-fast match | extract | train | eval | show | info``. PyTorch loads when one runs."""
+"""The command line: ``lift-fast match | extract | train | eval | show | info``. Only running one imports PyTorch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .errors import UsageError
 from .options import run_within_limits
 
 _SILENCE = logging.NullHandler()
-_EPILOG = "Each command has its own --help with an example."
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
-        prog="lift-fast", description="Dense features of frozen Vision Transformers with LiFT.", epilog=_EPILOG
+        prog="lift-fast",
+        description="Dense features of frozen Vision Transformers with LiFT.",
+        epilog="Each command has its own --help with an example.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -38,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: its words; None takes those of this process, which is then the command line's own: Ctrl-C ends it at once.
+        argv: arguments; None takes those of this process, and Ctrl-C then ends it immediately.
 
     Returns:
-        0 on success, 1 if some inputs had to be skipped or a training diverged or could not be saved, 2 for input that
-        cannot be used (said on stderr), 130 after an interrupt, 143 after a SIGTERM that saved a training.
+        0 on success, 1 if some inputs were skipped or a training diverged or could not be saved, 2 for invalid input
+        (reported on stderr), 130 after an interrupt, 143 after a SIGTERM that saved a training.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"lift-fast {arguments.command}"
     try:
         with ending_at_once(name) if argv is None else nullcontext(), warnings.catch_warnings():
-            # What it has to say of a file does not name the file; what matters is said as an error.
+            # Pillow's warnings do not name the file, and problems that matter are errors.
             warnings.filterwarnings("ignore", module="PIL")
             logging.getLogger("PIL").addHandler(_SILENCE)
             return run_within_limits(arguments)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough. Python would fail once more while closing stdout.
+        # The reader of the pipe, such as head, has closed it. Without this Python would fail again on closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

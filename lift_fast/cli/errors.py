@@ -1,4 +1,4 @@
-"""Errors that are the input's fault: shown as one line, without a traceback."""
+"""Errors of the input: reported on one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lift_fast._text import quoted
 
 
 class UsageError(Exception):
-    """What came cannot be used; the message says what was expected and what to do."""
+    """Invalid input; the message gives the value, the expected one and what to do."""
 
 
 @contextmanager
 def as_usage_error() -> Iterator[None]:
-    """Turn the errors by which the package refuses input into :class:`UsageError`; bugs keep their traceback."""
+    """Turn the package's errors for invalid input into :class:`UsageError`; bugs keep their traceback."""
     from lift_fast.backbones import WeightsNotFoundError
 
     try:
@@ -28,18 +28,18 @@ def as_usage_error() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path, note: str = "") -> Iterator[None]:
-    """What is inside writes ``path``: no room or no permission is the input's fault; ``note`` ends the message."""
+    """Turn an OSError while writing ``path`` into :class:`UsageError`; ``note`` ends the message."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"cannot write {quoted(path)}: {error.strerror or error}; put that right and run the same command again"
+            f"cannot write {quoted(path)}: {error.strerror or error}; fix the problem and run the same command again"
             + (f", {note}" if note else "")
         ) from error
 
 
 def check_output(option: str, path: Path, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Refuse a file that could not be written, or is one of ``inputs``, before the work whose result it is to hold."""
+    """Check before the work that an output file can be written and is not one of ``inputs``."""
     refuse_input(option, path, inputs)
     try:
         require_writable(path)
@@ -48,14 +48,14 @@ def check_output(option: str, path: Path, inputs: Iterable[str | Path | None] = 
 
 
 def refuse_input(option: str, path: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Refuse an output that would take the place of a file that is read, by whatever name."""
+    """Check that an output does not replace an input, under any name."""
     for given in inputs:
         if given is None:
             continue
         try:
             same = os.path.samefile(path, given)
         except (OSError, ValueError):
-            # One of them is not there.
+            # One of them does not exist.
             continue
         if same:
             raise UsageError(f"--{option}: {quoted(path)} is an input, which would be overwritten; give another name")

@@ -17,47 +17,29 @@ from lift_fast._text import one_line, quoted
 from lift_fast.demonstration import LIFT
 
 from .errors import UsageError, as_usage_error, refuse_input, writing
-from .options import (
-    add_model_options,
-    add_output_options,
-    build_extractor,
-    positive,
-    remarks,
-    takes_demonstration_lift,
-)
+from .options import add_model_options, add_output_options, build_extractor, positive, remarks, takes_demonstration_lift
 
 if TYPE_CHECKING:
     import torch
 
     from lift_fast.distributed import World
 
-# An image, the file for its result, and height and width of the image's file.
+# An image, the file for its result, and the image's (height, width).
 _Member = tuple[Path, Path, tuple[int, int]]
 
-_DESCRIPTION = """Write the descriptors of images: one .npz file each with descriptors [h, w, C], image_size (height,
-width of the loaded image), file_size (of the file), settings (JSON), source and source_bytes (name and length of the
-image's file). The folder structure of INPUT is kept. A result is named after its image, with .npz in place of the
-suffix or, where another image has that name, behind it. Files that exist are kept unless --overwrite is given, so an
-interrupted run goes on where it stopped; if one was made with another model, LiFT or size, or of another image,
-nothing is written (exit status 2). An image that cannot be read is named and skipped (exit status 1). Under torchrun
-each process takes its share of the images: torchrun --nproc-per-node 8 -m lift_fast extract ..."""
+_DESCRIPTION = """Write the descriptors of each image to an .npz file: descriptors [h, w, C], image_size (height, width
+of the loaded image), file_size (of the file), settings (JSON), source and source_bytes (name and length of the image's
+file). The folder structure of INPUT is kept. A result is named after its image, with .npz in place of the suffix, or
+after it if another image has the same name. Existing files are kept unless --overwrite is given, so an interrupted run
+resumes where it stopped; if one has another model, LiFT, size or image, nothing is written (exit status 2). An
+unreadable image is reported and skipped (exit status 1). Under torchrun each process takes its share of the images:
+torchrun --nproc-per-node 8 -m lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
-# What descriptors depend on: stored with them, and compared before a run goes on.
+# Settings that change descriptors: stored with them, and compared before a run resumes.
 _SETTINGS = (
-    "model",
-    "weights",
-    "random_weights",
-    "lift",
-    "random_lift",
-    "iterations",
-    "facet",
-    "layer",
-    "stride",
-    "size",
-    "dtype",
-    "dtype_out",
-    "seed",
+    *("model", "weights", "random_weights", "lift", "random_lift", "iterations", "facet", "layer", "stride", "size"),
+    *("dtype", "dtype_out", "seed"),
 )
 
 
@@ -68,26 +50,26 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="images or folders")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing"
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results, created if missing"
     )
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at once (%(default)s)")
     parser.add_argument(
         "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="compute again what is there already")
+    parser.add_argument("--overwrite", action="store_true", help="recompute existing results")
     add_model_options(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Extract all images. Returns the exit status."""
+    """Extract all images; return the exit status."""
     import torch
 
     from lift_fast.distributed import join_world
 
-    # The processes exchange nothing but their figures, at the end: one may be hours before another, whose share of the
-    # images has more that are not there yet. Of a process that dies torchrun knows.
+    # The processes only exchange figures at the end. One may finish hours before another with more missing results, and
+    # torchrun detects a process that dies.
     with join_world("cpu", timedelta(days=365)) as world:
         if world.size > 1 and torch.cuda.is_available():
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
@@ -103,23 +85,23 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         make_folder(arguments.out)
     settings = _settings(arguments)
     if not arguments.overwrite:
-        # Every process looks at all of them, so that none has written by the time that another one refuses.
+        # Every process checks all results, so that none has written when another one refuses.
         for source, target in jobs.items():
             if target.is_file():
                 _check_kept(source, target, settings)
-    # Shared out before looking at what is there: meanwhile other processes write.
+    # Divided before looking for existing results, because other processes write meanwhile.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
     skipped = len(jobs) - len(waiting)
     if skipped and not quiet and world.size == 1:
-        print(f"{skipped} of {len(jobs)} are there already; --overwrite computes them again", file=sys.stderr)
+        print(f"{skipped} of {len(jobs)} results exist already; --overwrite recomputes them", file=sys.stderr)
     failed: list[str] = []
     start = time.perf_counter()
     if waiting:
         extractor = build_extractor(arguments)
         for remark in [] if quiet else remarks(arguments):
             print(remark, file=sys.stderr)
-        # Shown where somebody watches, unless switched off.
+        # None shows it on a terminal only.
         hidden = True if quiet else None
         with tqdm(total=len(waiting), unit="image", disable=hidden, file=sys.stderr) as bar:
             for batch, members in _batches(extractor, waiting, arguments, failed, bar):
@@ -150,7 +132,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """``_SETTINGS`` as JSON holds them, with the LiFT that will be taken."""
+    """``_SETTINGS`` as JSON values, with the LiFT in use."""
     chosen = {name: getattr(arguments, name) for name in _SETTINGS}
     if takes_demonstration_lift(arguments):
         chosen["lift"] = LIFT
@@ -159,23 +141,23 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_kept(source: Path, target: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on beside a file of other settings or of another image, or one that this command did not write.
+    """Check that an existing result has these settings and this image, and that this command wrote it.
 
-    Which image's result has which name depends on what lies beside it. The descriptors are not read.
+    The name of an image's result depends on the other images. The descriptors are not read.
     """
     import numpy as np
 
     way_out = "give another --out, or --overwrite"
     try:
         with np.load(target) as data:
-            there = dict(json.loads(str(data["settings"])))
-            # Files of earlier versions do not say whose they are.
+            saved = dict(json.loads(str(data["settings"])))
+            # Files of earlier versions have no source_bytes.
             origin = (str(data["source"]), int(data["source_bytes"])) if "source_bytes" in data else None
     except OSError as error:
         raise UsageError(f"{quoted(target)} cannot be read: {one_line(error)}; {way_out}") from error
     except Exception as error:
         raise UsageError(f"{quoted(target)} was not written by lift-fast extract; {way_out}") from error
-    differing = [name for name in _SETTINGS if name in there and not _same(name, there[name], settings[name])]
+    differing = [name for name in _SETTINGS if name in saved and not _same(name, saved[name], settings[name])]
     if not (settings["random_weights"] or settings["random_lift"]) and "seed" in differing:
         differing.remove("seed")
     if differing:
@@ -186,20 +168,19 @@ def _check_kept(source: Path, target: Path, settings: dict[str, Any]) -> None:
     name, length = origin
     was = quoted(name) if name != source.name else f"another {quoted(name)} ({length} bytes, now {now})"
     raise UsageError(
-        f"{quoted(target)} holds the descriptors of {was}, not those of {quoted(source)}; {way_out} to compute all of "
-        "them again"
+        f"{quoted(target)} contains the descriptors of {was}, not of {quoted(source)}; {way_out} to recompute all"
     )
 
 
 def _same(name: str, one: Any, other: Any) -> bool:
-    """Whether two values of a setting mean the same; a file may be named by any of its paths."""
+    """Whether two values of a setting are equivalent; a file may be given by any of its paths."""
     if name in ("weights", "lift") and isinstance(one, str) and isinstance(other, str):
         return os.path.realpath(one) == os.path.realpath(other)
     return bool(one == other)
 
 
 def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
-    """Each image with the file for its result; results of different images never share a file."""
+    """Each image with its own result file."""
     from lift_fast.images import list_images
 
     jobs: dict[Path, Path] = {}
@@ -209,20 +190,19 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
             inside = source.relative_to(entry) if entry.is_dir() else Path(source.name)
             target = out / inside.with_suffix(".npz")
             if target in taken and taken[target] != source:
-                # a.jpg beside a.png, or one name in two inputs: the suffix, then the input's name tells them apart.
-                target = out / inside.with_name(inside.name + ".npz")
+                # a.jpg and a.png, or one name in two inputs: add the suffix, then the input's name.
+                inside = inside.with_name(inside.name + ".npz")
+                target = out / inside
             if target in taken and taken[target] != source:
-                target = (
-                    out / (entry.name if entry.is_dir() else entry.parent.name) / inside.with_name(inside.name + ".npz")
-                )
+                target = out / (entry.name if entry.is_dir() else entry.parent.name) / inside
             if target in taken and taken[target] != source:
                 raise UsageError(
                     f"{quoted(source)} and {quoted(taken[target])} would both be written to {quoted(target)}; extract "
-                    "them apart"
+                    "them separately"
                 )
             taken[target] = source
             jobs[source] = target
-    # Only a file that was named itself may be an image under such a name.
+    # Only a file given by name may be an image with this suffix.
     for entry in inputs:
         if entry.suffix.lower() == ".npz":
             for target in taken:
@@ -233,57 +213,53 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
 def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
 ) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
-    """Neighbouring images of one size, up to ``--batch-size``; images that cannot be read go to ``failed``."""
+    """Consecutive images of one size, up to ``--batch-size``; errors of unreadable images go to ``failed``."""
     from lift_fast.images import check_size, read_image, resized_size
 
     batch: list[torch.Tensor] = []
     members: list[_Member] = []
     for source, target in waiting.items():
         try:
-            picture = read_image(source)
+            image = read_image(source)
         except (ValueError, OSError) as error:
-            # Names the file.
+            # The message names the file.
             failed.append(str(error))
             bar.update()
             continue
         try:
-            width, height = resized_size(picture.size, arguments.size)
-            check_size((width, height), picture.size)
+            width, height = resized_size(image.size, arguments.size)
+            check_size((width, height), image.size)
             extractor.check_size(height, width, arguments.iterations)
         except ValueError as error:
             failed.append(f"{quoted(source)}: {error}")
             bar.update()
             continue
-        tensor, _ = extractor.preprocess(picture, arguments.size)
+        tensor, _ = extractor.preprocess(image, arguments.size)
         if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
             yield batch, members
             batch, members = [], []
         batch.append(tensor)
-        members.append((source, target, (picture.height, picture.width)))
+        members.append((source, target, (image.height, image.width)))
     if batch:
         yield batch, members
 
 
 def _extract(
-    extractor: Any,
-    batch: list[torch.Tensor],
-    members: list[_Member],
-    arguments: argparse.Namespace,
-    settings: str,
+    extractor: Any, batch: list[torch.Tensor], members: list[_Member], arguments: argparse.Namespace, settings: str
 ) -> None:
     import numpy as np
     import torch
 
-    pictures = torch.cat(batch)
-    height, width = pictures.shape[2:]
+    images = torch.cat(batch)
+    height, width = images.shape[2:]
     with torch.inference_mode(), as_usage_error():
-        tokens = extractor.extract_descriptors_iterative_lift(pictures, arguments.iterations)
+        tokens = extractor.extract_descriptors_iterative_lift(images, arguments.iterations)
     grid = extractor.backbone.grid(height, width)
     if extractor.lift is not None:
         grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
     stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
     for descriptors, (source, target, file_size) in zip(stored, members, strict=True):
-        with writing(target, "what was written before is kept"):
+        with writing(target, "the files written so far are kept"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(target) as temporary, temporary.open("wb") as file:
                 np.savez(

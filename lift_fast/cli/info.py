@@ -1,4 +1,4 @@
-"""``lift-fast info``: everything a bug report should begin with."""
+"""``lift-fast info``: the facts for a bug report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lift-fast match``: dense matches between two photographs, as an image and as numbers."""
+"""``lift-fast match``: dense matches between two images, as a sheet and as numbers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .errors import UsageError, as_usage_error, check_output, writing
 from .options import add_model_options, add_output_options, build_extractor, describe, positive, remarks
 
 _DESCRIPTION = """Match every n-th pixel of image A to the most similar pixel of image B, draw the matches on one
-sheet, and write them to an .npz file beside it: xy_a and xy_b [rows, columns, 2], (x, y) in the files' own upright
-pixels, (-1, -1) for no match; similarity, distance (how many cells of A's descriptor map the way back from B misses
-by), confidence (similarity, halved with each cell of distance; no probability) and valid, each [rows, columns];
-size_a, size_b, loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a,
-covered_b (top, left, height, width of the loaded pixels that were matched); grid_a, grid_b (cells of the descriptor
-maps) and random_weights."""
+sheet, and write them to an .npz file next to it: xy_a and xy_b [rows, columns, 2], (x, y) in upright pixels of the
+files, (-1, -1) for no match; similarity, distance (forward-backward, in cells of A's descriptor map), confidence
+(similarity, halved with each cell of distance; not a probability) and valid, each [rows, columns]; size_a, size_b,
+loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a, covered_b (top, left,
+height, width of the matched pixels of the loaded images); grid_a, grid_b (cells of the descriptor maps) and
+random_weights."""
 _EXAMPLE = "example: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth"
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser("match", help="match two photographs", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = commands.add_parser("match", help="match two images", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("a", type=Path, metavar="A", help="first image")
     parser.add_argument("b", type=Path, metavar="B", help="second image, searched for the pixels of A")
     parser.add_argument("--out", type=Path, default=Path("matches.png"), metavar="PNG", help="(%(default)s)")
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         "--mutual",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="only matches whose way back ends within a cell of the descriptor map are valid (on)",
+        help="a valid match must lead back to within one cell of the descriptor map (on)",
     )
     parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
@@ -47,9 +47,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Match, draw, write. Returns the exit status."""
+    """Match, draw, write; return the exit status."""
     if arguments.out.suffix.lower() != ".png":
-        raise UsageError(f"--out must end in .png, got {quoted(arguments.out)}; the numbers go beside it as .npz")
+        raise UsageError(f"--out must end in .png, got {quoted(arguments.out)}; the numbers go next to it as .npz")
     numbers = arguments.out.with_suffix(".npz")
     for path in (arguments.out, numbers):
         check_output("out", path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
     )
     sheet = matches.draw(lines=arguments.lines, caption=caption)
-    # Both or neither.
+    # Write both files or neither.
     with writing(arguments.out), atomic_path(arguments.out) as drawn, atomic_path(numbers) as temporary:
         sheet.save(drawn, format="PNG")
         with temporary.open("wb") as file:
@@ -123,5 +123,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _by(size: Any) -> str:
-    """(height, width) as people write it."""
+    """(height, width) as text, width first."""
     return f"{size[1]} x {size[0]}"

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is built from them."""
+"""Options shared by several commands, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """argparse type: an integer that PyTorch's generators take."""
+    """argparse type: a seed for PyTorch's generators."""
     try:
         value = int(text)
     except ValueError:
@@ -40,7 +40,7 @@ def seed(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """argparse type: a number of CPU threads, 1 to 256 or four for each core where that is more."""
+    """argparse type: a number of CPU threads, from 1 to 256, or four for each core if that is more."""
     value, most = positive(text), max(256, 4 * (os.cpu_count() or 1))
     if value > most:
         raise argparse.ArgumentTypeError(f"expected at most {most} threads on this machine, got {text!r}")
@@ -70,28 +70,27 @@ def add_model_options(
     facet_help: str = "(%(default)s)",
     size_note: str = "",
 ) -> None:
-    """Options that choose backbone, LiFT and device; with ``sizes`` also that of the images and LiFT's repetition.
+    """Options for backbone, LiFT and device; with ``sizes`` also ``--size`` and ``--iterations``.
 
-    ``facet`` is the default; None adds ``final`` to the choices and leaves it to the command. ``size_note``
-    says what the command makes of ``--size``.
+    ``facet`` is the default; None adds ``final`` to the choices and leaves the default to the command. ``size_note``
+    extends the help of ``--size``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
         "--model",
         default=demonstration.BACKBONE,
-        help="backbone: an official name such as dino_vits16, or any timm ViT (%(default)s, the demonstration pair "
-        "that ships with the package)",
+        help="backbone: an official name such as dino_vits16, or any timm ViT (%(default)s, shipped with the package)",
     )
     group.add_argument("--weights", metavar="FILE", help="local checkpoint of the backbone")
-    group.add_argument("--random-weights", action="store_true", help="random backbone weights, for trying things out")
+    group.add_argument("--random-weights", action="store_true", help="random backbone weights, for tests")
     lift = group.add_mutually_exclusive_group()
     lift.add_argument(
         "--lift",
         metavar="FILE",
-        help="LiFT checkpoint trained for this backbone (with the demonstration backbone and the keys of its last "
-        "block the demonstration's, else none)",
+        help="LiFT checkpoint trained for this backbone (the demonstration's for the keys of the last block of the "
+        "demonstration backbone, else none)",
     )
-    lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for trying things out")
+    lift.add_argument("--random-lift", action="store_true", help="a LiFT with random weights, for tests")
     lift.add_argument("--no-lift", action="store_true", help="the backbone alone")
     if sizes:
         group.add_argument(
@@ -122,13 +121,13 @@ def add_pixel_limit(group: argparse._ArgumentGroup) -> None:
         "--max-pixels",
         type=positive,
         metavar="N",
-        help="refuse images that would be loaded at more pixels, files of more than four times as many, and maps of "
-        "more than a cell for each 64 (33554432, which is 8192 x 4096)",
+        help="refuse images loaded at more pixels, files of more than four times as many, and maps of more than one "
+        "cell for each 64 (33554432, which is 8192 x 4096)",
     )
 
 
 def run_within_limits(arguments: argparse.Namespace) -> int:
-    """Run the command that ``arguments`` name, under the limits that they give. Returns the exit status."""
+    """Run the command of ``arguments`` under their limits; return the exit status."""
     from lift_fast.images import pixel_limit
 
     try:
@@ -141,16 +140,16 @@ def run_within_limits(arguments: argparse.Namespace) -> int:
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Options for what goes to the terminal."""
+    """Options for output on the terminal."""
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no remarks")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no messages")
 
 
 def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
-    """The extractor that the options describe; ``arguments.lift`` then names the LiFT that was taken.
+    """Build the extractor of the options, and set ``arguments.lift`` to the LiFT in use.
 
     Raises:
-        UsageError: if it cannot be built; says which option helps.
+        UsageError: if it cannot be built.
     """
     import torch
 
@@ -161,7 +160,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
-        raise UsageError("--iterations repeats LiFT, but there is none; give --lift FILE (or --random-lift)")
+        raise UsageError("--iterations repeats LiFT, which is missing; give --lift FILE (or --random-lift)")
     with as_usage_error():
         return ViTLiFTExtractor(
             arguments.model,
@@ -182,33 +181,31 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
 
 
 def takes_demonstration_lift(arguments: argparse.Namespace) -> bool:
-    """Its LiFT follows the demonstration backbone unless something else was asked for that it was not trained on."""
+    """Whether the demonstration LiFT follows its backbone: the default on the features that it was trained on."""
     own_weights = arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights)
     own_features = arguments.facet == "key" and arguments.layer is None
     return own_weights and own_features and not (arguments.lift or arguments.random_lift or arguments.no_lift)
 
 
 def remarks(arguments: argparse.Namespace) -> list[str]:
-    """What somebody who looks at the results should know of the networks behind them."""
+    """Notes on the networks for readers of the results."""
     found = []
     if arguments.model == demonstration.BACKBONE and not (arguments.weights or arguments.random_weights):
         found.append(
-            "demonstration pair, trained on 754 photographs: for real work take a pretrained backbone "
+            "demonstration pair, trained on 754 photographs: for real work use a pretrained backbone "
             "(--model dino_vits16) and the LiFT trained for it (--lift FILE)"
         )
     if arguments.lift is None and not (arguments.random_lift or arguments.no_lift):
         found.append("no LiFT checkpoint was given: the backbone's features alone; --lift FILE adds LiFT")
     if arguments.lift == demonstration.LIFT and not (arguments.facet == "key" and arguments.layer in (None, -1, 5)):
-        found.append(
-            f"{demonstration.LIFT} was trained on the keys of the last block: on other features it means little"
-        )
+        found.append(f"{demonstration.LIFT} was trained on the keys of the last block, not on these features")
     if arguments.random_weights or arguments.random_lift:
         found.append("random weights: these features mean nothing")
     return found
 
 
 def describe(arguments: argparse.Namespace) -> str:
-    """One line on where the features come from."""
+    """One line on the source of the features."""
     backbone = f"{arguments.model} {arguments.facet}s" if arguments.facet != "token" else f"{arguments.model} tokens"
     if arguments.random_weights:
         backbone += " (random weights)"

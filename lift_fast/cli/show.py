@@ -1,4 +1,4 @@
-"""``lift-fast show``: what features see in one image or two, as a sheet and as a page to explore."""
+"""``lift-fast show``: visualise the features of one or two images on a sheet and an interactive page."""
 
 from __future__ import annotations
 
@@ -23,27 +23,23 @@ from .options import (
     takes_demonstration_lift,
 )
 
-_DESCRIPTION = """Show what features see. The sheet has a column for each method: similarity of every cell to chosen
-points of A (in A, and in B with the best match), the three strongest principal components as colours, and TokenCut's
-saliency with its box. The page (--html) is one file without server or network: moving over one image shows
-similarity and best match in the other."""
+_DESCRIPTION = """Visualise features. The sheet has a column for each method: similarity of every cell to chosen points
+of A (in A, and in B with the best match), the three strongest principal components as colours, and TokenCut's saliency
+with its box. The page (--html) is one file without server or network: moving over one image shows similarity and best
+match in the other."""
 _EXAMPLE = "example: lift-fast show left.jpg right.jpg --point 320,200 --out show.png --html show.html"
 _VIEWS = ("similarity", "pca", "saliency")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser("show", help="what features see", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = commands.add_parser("show", help="visualise features", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("a", type=Path, metavar="A", help="image")
     parser.add_argument("b", type=Path, metavar="B", nargs="?", help="second image, searched for A's points")
     parser.add_argument("--out", type=Path, metavar="PNG", help="the sheet (show.png, unless --html is given)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the page")
     parser.add_argument(
-        "--point",
-        type=_point,
-        action="append",
-        metavar="X,Y",
-        help="pixel of A to look for, may be given several times (its centre)",
+        "--point", type=_point, action="append", metavar="X,Y", help="pixel of A to find; may be repeated (the centre)"
     )
     parser.add_argument(
         "--method",
@@ -60,11 +56,7 @@ def add_parser(commands: Any) -> None:
         help=f"rows of the sheet: {' '.join(_VIEWS)} (all)",
     )
     parser.add_argument(
-        "--size",
-        type=load_size,
-        default=224,
-        metavar="S",
-        help="read images with this shorter side, or as HxW (%(default)s)",
+        "--size", type=load_size, default=224, metavar="S", help="shorter side of loaded images, or HxW (%(default)s)"
     )
     parser.add_argument("--tau", type=float, default=0.2, metavar="X", help="of TokenCut (%(default)s)")
     parser.add_argument(
@@ -76,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw and write. Returns the exit status."""
+    """Draw and write; return the exit status."""
     if arguments.out is None and arguments.html is None:
         arguments.out = Path("show.png")
     for option, suffixes in (("out", (".png",)), ("html", (".html", ".htm"))):
@@ -110,27 +102,27 @@ def run(arguments: argparse.Namespace) -> int:
         for x, y in points:
             if x >= images[0].width or y >= images[0].height:
                 size = f"{images[0].width} x {images[0].height}"
-                raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which is {size} pixels")
-        pictures = [
+                raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which has {size} pixels")
+        loaded = [
             show.load(quoted(path.name), image, arguments.size, backbone, methods)
             for path, image in zip(paths, images, strict=True)
         ]
-        sizes = ", ".join(f"{shown.size[1]} x {shown.size[0]}" for shown in pictures)
+        sizes = ", ".join(f"{each.size[1]} x {each.size[0]}" for each in loaded)
         caption = f"{describe(arguments)}; read at {sizes} pixels"
         figures["methods"] = {
-            method.name: {"grids": [list(shown.features[method.name].map.shape[2:]) for shown in pictures]}
+            method.name: {"grids": [list(each.features[method.name].map.shape[2:]) for each in loaded]}
             for method in methods
         }
         if arguments.out is not None:
             centres = [(x + 0.5, y + 0.5) for x, y in points]
-            sheet = show.draw_sheet(pictures, centres, arguments.views, caption=caption, tau=arguments.tau)
+            sheet = show.draw_sheet(loaded, centres, arguments.views, caption=caption, tau=arguments.tau)
             with writing(arguments.out), atomic_path(arguments.out) as temporary:
                 sheet.save(temporary, format="PNG")
             figures["out"] = str(arguments.out)
             say(f"wrote {quoted(arguments.out)}")
         if arguments.html is not None:
             text, errors = show.build_page(
-                pictures, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
+                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
             )
             with writing(arguments.html), atomic_path(arguments.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")

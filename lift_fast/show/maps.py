@@ -20,18 +20,18 @@ from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tens
 
 @dataclass(frozen=True)
 class Shown:
-    """An image and what each method makes of it."""
+    """An image and its features by method."""
 
     name: str
     image: Image.Image
     """RGB, as stored."""
     size: tuple[int, int]
-    """(height, width) at which it was read, whole patches."""
+    """(height, width) of the loaded image, whole patches."""
     features: Mapping[str, Features]
     """By method; maps ``[1, C, h, w]``."""
 
     def covered(self, method: str) -> tuple[float, float, float, float]:
-        """(top, left, height, width) over which a method's cells lie, as fractions of the image."""
+        """(top, left, height, width) that a method's cells cover, as fractions of the image."""
         top, left, height, width = self.features[method].covered
         return top / self.size[0], left / self.size[1], height / self.size[0], width / self.size[1]
 
@@ -40,15 +40,15 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
     """Features of an image by every method.
 
     Args:
-        name: what it is called on the sheet.
+        name: its label on the sheet.
         image: RGB.
         size: its shorter side, or (height, width), in pixels; rounded to whole patches.
-        backbone: says what a patch is, how images are normalised, and where it runs.
+        backbone: source of patch size, normalisation, device and dtype.
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
 
     Raises:
         ValueError: for a size out of range or beyond :func:`lift_fast.images.max_pixels`, or a method whose map has
-            another form or is not finite.
+            another shape or is not finite.
     """
     patch = backbone.patch_size
     try:
@@ -72,9 +72,9 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
 
 
 def cell_position(features: Features, point: tuple[float, float]) -> tuple[float, float]:
-    """Where (x, y), in pixels of the image as it was read, lies on the map: (x, y) in cells, cell centres whole.
+    """Convert (x, y) in pixels of the loaded image to (x, y) in cells of the map, whole at cell centres.
 
-    Beyond the outermost centres it is theirs, as in bilinear interpolation with ``align_corners=False``.
+    Clamped to the outermost centres, as in bilinear interpolation with ``align_corners=False``.
     """
     top, left, height, width = features.covered
     h, w = features.map.shape[2:]
@@ -83,14 +83,14 @@ def cell_position(features: Features, point: tuple[float, float]) -> tuple[float
 
 
 def similarity_map(source: Features, target: Features, point: tuple[float, float]) -> npt.NDArray[np.float32]:
-    """Similarity of a point of one image to every cell of an image (the same one or another).
+    """Similarity of a point of one image to every cell of the same or another image.
 
-    Descriptors are normalised on their grid and interpolated bilinearly at the point, as SPair-71k is evaluated
+    Descriptors are normalised on their grid and interpolated bilinearly at the point, as in the evaluation on SPair-71k
     (``normalize="grid"`` of :func:`lift_fast.dense_match`): at a cell's centre this is the cosine.
 
     Args:
         source, target: of one method, maps ``[1, C, h, w]`` and ``[1, C, h', w']``.
-        point: (x, y) in pixels of the source image as it was read; continuous, pixel centres at halves.
+        point: (x, y) in pixels of the loaded source image; continuous, pixel centres at halves.
 
     Returns:
         ``[h', w']`` float32.
@@ -111,11 +111,8 @@ def similarity_map(source: Features, target: Features, point: tuple[float, float
 def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     """The three strongest principal components of descriptors as red, green and blue, one basis for all maps.
 
-    Descriptors are normalised and centred; each component runs from its 1st to its 99th percentile. A component's sign
-    is the one that makes its third moment positive, so that an image always gets the same colours.
-
-    Args:
-        maps: ``[C, h, w]`` each, of one method.
+    Descriptors ``[C, h, w]`` of one method are normalised and centred; each component runs from its 1st to its 99th
+    percentile. Its sign makes the third moment positive, so that an image always gets the same colours.
 
     Returns:
         ``[h, w, 3]`` each; missing components (fewer than four different descriptors) are mid grey.
@@ -130,7 +127,7 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
     projected = centred @ basis
     projected = projected * torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
     low, high = torch.quantile(_sample(projected), torch.tensor([0.01, 0.99], dtype=torch.float64, device="cpu"), dim=0)
-    # Components that are rounding alone would fill the image with noise.
+    # Components of rounding errors would fill the image with noise.
     real = values.flip(0)[:count] > 1e-9 * len(every)
     colours = torch.full((len(every), 3), 0.5, dtype=torch.float64, device="cpu")
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
@@ -141,5 +138,5 @@ def pca_colours(maps: Sequence[Tensor]) -> list[Pixels]:
 
 
 def _sample(rows: Tensor, most: int = 1_000_000) -> Tensor:
-    # torch.quantile takes 16 million values at most.
+    # torch.quantile accepts at most 16 million values.
     return rows[:: -(-len(rows) // most)]

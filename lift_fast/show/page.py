@@ -1,4 +1,4 @@
-"""One HTML file in which moving over an image shows what it matches in the other: no server, no network."""
+"""One HTML file, without server or network: moving over an image shows the matches in the other."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _SAMPLE = 512
 
 
 class PageError(NamedTuple):
-    """How far a page's similarities of one method are from those of the descriptors themselves."""
+    """Error of a page's similarities of one method, compared with those of the full descriptors."""
 
     mean: float
     """Mean absolute difference over the sampled cells of the first image and all cells of the last."""
     most: float
     """Largest."""
     same_best: float
-    """Share of the sampled cells whose best cell is the same one."""
+    """Share of the sampled cells with the same best cell."""
 
 
 def build_page(
     pictures: Sequence[Shown], *, dimensions: int = 64, caption: str = "", warning: str = ""
 ) -> tuple[str, dict[str, PageError]]:
-    """The page, and what its compression costs.
+    """Build the page and measure the error of its compression.
 
     Descriptors are normalised on their grid and projected on the leading directions of both images' descriptors (not
     centred, so that inner products stay similarities), then stored as 8-bit integers with a factor for each cell. Maps
-    of more than 112 cells a side are averaged down to that first.
+    of more than 112 cells per side are first averaged down to 112.
 
     Args:
-        images: one (which is then compared with itself) or two, with the same methods.
+        pictures: one image (compared with itself) or two, with the same methods.
         dimensions: directions to keep, at least 1; all if there are fewer.
         caption, warning: shown above the images.
 
@@ -79,7 +79,7 @@ def build_page(
         "caption": caption,
         "warning": warning,
     }
-    # Inside a script element only "</" and "<!--" could end or change it.
+    # Only "</" and "<!--" could end or change the script element.
     text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     title = html.escape(" and ".join(dict.fromkeys(shown.name for shown in pair)))

@@ -41,14 +41,14 @@ def draw_sheet(
     caption: str = "",
     tau: float = 0.2,
 ) -> Image.Image:
-    """The sheet: a row for each image and view (and point), the image on the left, then a panel for each method.
+    """Draw a row for each image and view (and point): the image, then a panel for each method.
 
-    Cells are drawn as blocks, so that their size can be seen. Similarity has one colour range for all methods and
-    images of a point; its ends are printed. The cross in the second image is the best match of all its pixels.
+    Cells are drawn as blocks to show their size. Similarity has one colour range for all methods and images of a point;
+    its ends are printed. The cross in the second image is the best match of all its pixels.
 
     Args:
-        images: one, or two to look for the first one's points in the second; the same methods in both.
-        points: (x, y) in pixels of the first image as it is stored; pixel centres at halves.
+        pictures: one image, or two to find the first one's points in the second; the same methods in both.
+        points: (x, y) in pixels of the first image as stored; pixel centres at halves.
         views: of :data:`VIEWS`.
         caption: first line.
         tau: of :func:`lift_fast.evaluation.tokencut.tokencut`.
@@ -58,12 +58,13 @@ def draw_sheet(
     """
     unknown = sorted(set(views) - set(VIEWS))
     if unknown:
-        raise ValueError(f"unknown view {unknown[0]!r}; there are {', '.join(VIEWS)}")
+        raise ValueError(f"unknown view {unknown[0]!r}; use {', '.join(VIEWS)}")
     first = pictures[0]
     for x, y in points:
         if not (0 <= x <= first.image.width and 0 <= y <= first.image.height):
             raise ValueError(
-                f"the point {x:g},{y:g} lies outside {first.name}, which is {first.image.width} x {first.image.height}"
+                f"the point {x:g},{y:g} lies outside {first.name}, which has {first.image.width} x "
+                f"{first.image.height} pixels"
             )
     methods = list(first.features)
     rows: list[_Row] = []
@@ -83,17 +84,17 @@ def draw_sheet(
     return _lay_out(rows, methods, first, caption)
 
 
-def _similarity_rows(pictures: Sequence[Shown], methods: Sequence[str], point: Point) -> list[_Row]:
-    first = pictures[0]
-    read = _as_read(first, point)
+def _similarity_rows(images: Sequence[Shown], methods: Sequence[str], point: Point) -> list[_Row]:
+    first = images[0]
+    loaded = _in_loaded(first, point)
     maps = [
-        [similarity_map(first.features[method], shown.features[method], read) for method in methods]
-        for shown in pictures
+        [similarity_map(first.features[method], shown.features[method], loaded) for method in methods]
+        for shown in images
     ]
     low = min(float(each.min()) for row in maps for each in row)
     high = max(float(each.max()) for row in maps for each in row)
     rows = []
-    for number, (shown, row) in enumerate(zip(pictures, maps, strict=True)):
+    for number, (shown, row) in enumerate(zip(images, maps, strict=True)):
         panels, notes = [], []
         for method, values in zip(methods, row, strict=True):
             scaled = (values - low) / max(high - low, 1e-12)
@@ -112,12 +113,12 @@ def _similarity_rows(pictures: Sequence[Shown], methods: Sequence[str], point: P
 
 
 def best_match(source: Shown, target: Shown, method: str, point: Point) -> tuple[Point, float]:
-    """The best of all pixels of ``target`` for a point of ``source``: (x, y) in its stored pixels, and the similarity.
+    """The best pixel of ``target`` for a point of ``source``, (x, y) in its stored pixels, and the similarity.
 
-    Both are what :func:`lift_fast.dense_match` finds with ``normalize="grid"``.
+    Both are results of :func:`lift_fast.dense_match` with ``normalize="grid"``.
     """
     here, there = source.features[method], target.features[method]
-    x, y = _as_read(source, point)
+    x, y = _in_loaded(source, point)
     top, left, height, width = here.covered
     column, row = (int(min(max(v - start, 0), length - 1)) for v, start, length in ((x, left, width), (y, top, height)))
     start = torch.tensor([[[column, row]]], dtype=torch.int64, device=here.map.device)
@@ -167,10 +168,10 @@ def _lay_out(rows: Sequence[_Row], methods: Sequence[str], first: Shown, caption
     top = _GAP + 2 * line
     for row, height in zip(rows, heights, strict=True):
         draw.text((_GAP, top), f"{row.shown.name}: {row.label}", font=font, fill=_INK)
-        picture = row.shown.image.resize(_size(row.shown), Image.Resampling.LANCZOS)
+        image = row.shown.image.resize(_size(row.shown), Image.Resampling.LANCZOS)
         if row.mark is not None:
-            _cross(picture, _on_panel(row.shown, row.mark))
-        for number, (panel, note) in enumerate(zip([picture, *row.panels], ["", *row.notes], strict=True)):
+            _cross(image, _on_panel(row.shown, row.mark))
+        for number, (panel, note) in enumerate(zip([image, *row.panels], ["", *row.notes], strict=True)):
             left = _GAP + number * (_PANEL + _GAP)
             sheet.paste(panel, (left, top + line))
             draw.text((left, top + line + panel.height + 2), note, font=font, fill=_FAINT)
@@ -183,12 +184,13 @@ def _size(shown: Shown) -> tuple[int, int]:
     return _PANEL, max(1, min(3 * _PANEL, round(_PANEL * shown.image.height / shown.image.width)))
 
 
-def _as_read(shown: Shown, point: Point) -> Point:
+def _in_loaded(shown: Shown, point: Point) -> Point:
+    """``point`` in pixels of the loaded image."""
     return point[0] * shown.size[1] / shown.image.width, point[1] * shown.size[0] / shown.image.height
 
 
 def _pixel(point: Point) -> str:
-    """The pixel that a point lies in. Rounding would name the next one of every second centre."""
+    """The pixel of a point. Rounding would give the next pixel for every second centre."""
     return f"{math.floor(point[0])}, {math.floor(point[1])}"
 
 

@@ -1,7 +1,7 @@
-"""Train a LiFT for a frozen backbone, without labels: a folder of images is all it needs.
+"""Train a LiFT for a frozen backbone from a folder of images, without labels.
 
-:func:`train` with :class:`TrainingSettings` is what ``lift-fast train`` runs; :func:`split` says which images are
-held out. Importing this package imports neither PyTorch nor timm.
+``lift-fast train`` runs :func:`train` with :class:`TrainingSettings`; :func:`split` chooses the held out images.
+Importing this package imports neither PyTorch nor timm.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# At once: a first import of the submodule of the same name, by another one, would hide the function.
+# Not lazily: a later first import of the submodule of the same name would hide the function.
 from .split import split
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "NotSaved", "TrainingSettings", "split", "train"]
 
-_HOME = {
-    "Interrupted": ".loop",
-    "NotSaved": ".state",
-    "TrainingSettings": ".settings",
-    "train": ".lift",
-}
+_HOME = {"Interrupted": ".loop", "NotSaved": ".state", "TrainingSettings": ".settings", "train": ".lift"}
 
 
 def __getattr__(name: str) -> Any:

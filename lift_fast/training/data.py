@@ -1,4 +1,4 @@
-"""Images for training: read, brought to size, jittered; in an order that depends on nothing but seed and epoch."""
+"""Images for training: read, resized and jittered, in an order that depends only on seed and epoch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lift_fast._text import quoted
 from lift_fast.images import max_pixels, read_image, resize, set_max_pixels
 
-# Further images that are tried in the place of one that cannot be read.
+# Further images to try in place of one that cannot be read.
 MOST_UNREADABLE = 50
-# Tell the streams of random numbers that derive from one seed apart.
+# Separate streams of random numbers from one seed.
 _ORDER, _JITTER, _INSTEAD = 0, 1, 2
-# Of Linux's <sys/prctl.h>.
+# From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,16 +35,16 @@ class Sample(NamedTuple):
     pixels: Tensor
     """[3, S, S] uint8; [B, 3, S, S] in a batch. NHWC memory."""
     unreadable: list[str]
-    """What was said of files that could not be read and in whose place this image stands."""
+    """Errors of the unreadable files that this image replaces."""
     failed: bool = False
     """Too many files in a row could not be read; the pixels are black."""
 
 
-class Pictures(Dataset[Sample]):
-    """Square uint8 images by ``(epoch, index)``; the same whatever process reads them, and in whatever order.
+class TrainingImages(Dataset[Sample]):
+    """Square uint8 images by ``(epoch, index)``, independent of the process and order of reading.
 
-    In place of a file that cannot be read another one is taken, drawn from (seed, epoch, index): batches keep their
-    size, so that every process of a distributed run keeps step.
+    An unreadable file is replaced by another one, drawn from (seed, epoch, index): batches keep their size, so that the
+    processes of a distributed run stay in step.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, fit: str, jitter: float, seed: int) -> None:
@@ -59,14 +59,14 @@ class Pictures(Dataset[Sample]):
         unreadable: list[str] = []
         for chosen in self._candidates(epoch, index):
             try:
-                picture = fit_square(self.paths[chosen], self.size, self.fit)
+                image = fit_square(self.paths[chosen], self.size, self.fit)
             except (ValueError, OSError) as error:
                 unreadable.append(str(error))
                 continue
             if self.jitter:
-                picture = color_jitter(picture, self.jitter, np.random.default_rng([self.seed, _JITTER, epoch, index]))
-            return Sample(torch.from_numpy(np.array(picture)).permute(2, 0, 1), unreadable)
-        # An error raised in a reading process would arrive wrapped in its traceback.
+                image = color_jitter(image, self.jitter, np.random.default_rng([self.seed, _JITTER, epoch, index]))
+            return Sample(torch.from_numpy(np.array(image)).permute(2, 0, 1), unreadable)
+        # The loader would wrap an error of a worker in its traceback.
         black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device="cpu")
         return Sample(black, unreadable, failed=True)
 
@@ -80,7 +80,7 @@ class Pictures(Dataset[Sample]):
 def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image:
     """Read an image as ``size x size`` pixels, 8-bit RGB.
 
-    ``"squash"`` resizes both sides, as the published training does; ``"crop"`` resizes the shorter side and cuts the
+    ``"squash"`` resizes both sides, as the published training does; ``"crop"`` resizes the shorter side and crops the
     centred square. Bilinear with antialiasing. A large JPEG file is decoded at a half, quarter or eighth of its size,
     never below ``size``.
 
@@ -88,40 +88,40 @@ def fit_square(path: str | os.PathLike[str], size: int, fit: str) -> Image.Image
         FileNotFoundError, ValueError: as :func:`lift_fast.images.read_image`; ValueError for a strip so narrow that it
             would be resized to more pixels than :func:`lift_fast.images.max_pixels`.
     """
-    picture = read_image(path, at_least=size)
+    image = read_image(path, at_least=size)
     if fit == "squash":
-        return resize(picture, (size, size), Image.Resampling.BILINEAR)
+        return resize(image, (size, size), Image.Resampling.BILINEAR)
     try:
-        picture = resize(picture, size, Image.Resampling.BILINEAR)
+        image = resize(image, size, Image.Resampling.BILINEAR)
     except ValueError as error:
         raise ValueError(f"{quoted(path)}: {error}") from error
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
-def color_jitter(picture: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation times 1 - s to 1 + s, hue turned by -s to s of a circle, in random order.
+def color_jitter(image: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
+    """Scale brightness, contrast and saturation by 1 - s to 1 + s and turn hue by -s to s of a circle, in random order.
 
-    What torchvision's ``ColorJitter(s, s, s, s)`` does to a Pillow image.
+    Equivalent to torchvision's ``ColorJitter(s, s, s, s)`` on a Pillow image.
     """
     factors = random.uniform(1 - strength, 1 + strength, 3)
     turn = int(random.uniform(-strength, strength) * 255) % 256
     for step in random.permutation(4):
         if step < 3:
             kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
-            picture = kind(picture).enhance(float(factors[step]))
+            image = kind(image).enhance(float(factors[step]))
         else:
-            hue, saturation, value = picture.convert("HSV").split()
+            hue, saturation, value = image.convert("HSV").split()
             hue = hue.point([(level + turn) % 256 for level in range(256)])
-            picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return picture
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return image
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """One process's share of each batch of a common permutation, from a given batch of a given epoch on.
+    """One process's share of each batch of a common permutation, from batch ``start`` of ``epoch``.
 
-    The permutation depends on (seed, epoch) alone. Whole batches only: up to ``batch_size - 1`` images remain over,
-    other ones in each epoch.
+    The permutation depends only on (seed, epoch). Only whole batches: up to ``batch_size - 1`` images, others in each
+    epoch, are left out.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -145,10 +145,10 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in members[self.share]]
 
 
-def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: bool) -> DataLoader[Sample]:
-    """Batches of images, read ahead by processes that live as long as the loader."""
+def build_loader(images: TrainingImages, batches: GlobalBatches, workers: int, pin: bool) -> DataLoader[Sample]:
+    """Batches of images, prefetched by processes that live as long as the loader."""
     return _Loader(
-        pictures,
+        images,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
@@ -162,7 +162,7 @@ def build_loader(pictures: Pictures, batches: GlobalBatches, workers: int, pin: 
 
 
 class _Loader(DataLoader[Sample]):
-    """PyTorch's, which draws a number on the default device at each start, on the CPU whatever that device is."""
+    """PyTorch's loader draws a number on the default device at each start; this one on the CPU."""
 
     def __iter__(self) -> Any:
         with torch.device("cpu"):
@@ -170,10 +170,10 @@ class _Loader(DataLoader[Sample]):
 
 
 def stop_workers(loader: DataLoader[Sample]) -> None:
-    """End the reading processes now.
+    """Stop the workers now.
 
-    They ignore SIGTERM, with which Python would end them at exit: it would wait for them forever if an error's
-    traceback kept the loader alive until then.
+    They ignore SIGTERM, which Python sends at exit: if an error's traceback kept the loader alive until then, Python
+    would wait for them forever.
     """
     iterator: Any = getattr(loader, "_iterator", None)
     if hasattr(iterator, "_shutdown_workers"):
@@ -181,9 +181,9 @@ def stop_workers(loader: DataLoader[Sample]) -> None:
 
 
 def default_workers(cuda: bool, processes: int) -> int:
-    """Reading processes for each of ``processes`` training processes on this machine.
+    """Workers for each of ``processes`` training processes on this machine.
 
-    Beside a GPU all cores read; on the CPU they compute, and one process keeps up.
+    With a GPU all cores read; on the CPU the cores compute, and one worker is enough.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes)) if cuda else 1
@@ -192,7 +192,7 @@ def default_workers(cuda: bool, processes: int) -> int:
 def _collate(samples: list[Sample]) -> Sample:
     unreadable = [message for sample in samples for message in sample.unreadable]
     failed = any(sample.failed for sample in samples)
-    # Pixel by pixel, as they lie in memory: no transposing here, and channels_last on the device.
+    # Stacked in their memory layout, NHWC: no transposing, and channels_last on the device.
     pixels = torch.stack([sample.pixels.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
     return Sample(pixels, unreadable, failed)
 
@@ -200,21 +200,18 @@ def _collate(samples: list[Sample]) -> Sample:
 def _start_worker(most_pixels: int, _: int) -> None:
     _end_with_parent()
     set_max_pixels(most_pixels)
-    # The training process decides when to stop; a worker that died of the same signal would take it along.
+    # The training process decides when to stop; it would fail if a worker died of the same signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:
-    """Have Linux end this process with the training process, also when that is killed and can end nothing itself.
-
-    A worker that waits to hand over images would otherwise wait for ever.
-    """
+    """Let Linux kill this worker when the training process is killed; it would otherwise wait for ever."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        # It was gone before the word was given.
+        # It ended before prctl.
         os._exit(1)

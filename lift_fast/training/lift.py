@@ -1,4 +1,4 @@
-"""LiFT's training."""
+"""Train a LiFT."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lift_fast.lift import LiFT
 from lift_fast.lift_state import fit_lift, lift_state_dict, plain_name
 
 from . import loop
-from .data import GlobalBatches, Pictures, Sample, build_loader, default_workers
+from .data import GlobalBatches, Sample, TrainingImages, build_loader, default_workers
 from .objective import FrozenFeatures, Objective
 from .settings import TrainingSettings
 from .split import split
-from .state import pictures_digests, weights_digest
+from .state import image_digests, weights_digest
 from .step import TrainingStep, resolve_precision
 from .sync_batchnorm import synchronize
 from .trainer import Schedule, Trainer
@@ -37,14 +37,14 @@ def train(
     """Train a LiFT. Under ``torchrun`` each process calls this and takes its share of every batch.
 
     Writes to ``settings.out``: ``lift.pth``, the weights in the published format; ``last.pth``, the training state;
-    ``log.csv``, a row for each step. SIGINT and SIGTERM save before they end the run; a second one ends it at once.
-    While it lasts no other training can write there. PyTorch's default dtype and device have no effect.
+    ``log.csv``, a row for each step. SIGINT and SIGTERM save and stop the run; a second signal stops it immediately. No
+    other training can write there during the run. PyTorch's default dtype and device have no effect.
 
     Args:
         settings: what to train.
-        resume: go on from ``last.pth`` if there is one; bit-exact on the CPU, in mid-epoch too.
-        overwrite: begin anew although ``settings.out`` holds a training.
-        quiet: no progress bar and no remarks.
+        resume: resume from ``last.pth`` if it exists; bit-exact on the CPU, also in mid-epoch.
+        overwrite: start over if ``settings.out`` contains a training.
+        quiet: no progress bar and no messages.
 
     Returns:
         Figures: ``steps``, ``epochs``, ``images``, ``pictures`` (to train on), ``held_out``, ``seconds``,
@@ -53,13 +53,14 @@ def train(
         and ``resumed`` (the step at which this run began). The same in every process.
 
     Raises:
-        ValueError: for settings that do not fit each other, the images or the saved state, a saved state that is
-            damaged, or a folder to which another training writes; says what to do.
-        FileNotFoundError: if there is no such folder or file.
+        ValueError: for settings that do not fit each other, the images or the saved state, a malformed saved state, or
+            a folder to which another training writes.
+        FileNotFoundError: if a folder or file does not exist.
         WeightsNotFoundError: as :func:`lift_fast.load_backbone`.
-        FileExistsError: if ``settings.out`` holds a training and neither ``resume`` nor ``overwrite`` is given.
-        FloatingPointError: if the loss is no longer finite; what was saved before stays.
-        NotSaved: if something could not be written to ``settings.out``, say for want of room; the same holds.
+        FileExistsError: if ``settings.out`` contains a training, without ``resume`` or ``overwrite``.
+        FloatingPointError: if the loss is not finite; files saved earlier stay valid.
+        NotSaved: if a file cannot be written to ``settings.out``, for example on a full disk; files saved earlier stay
+            valid.
         Interrupted: after SIGINT or SIGTERM.
     """
     return loop.run(partial(LiftTrainer, settings), settings.device, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -80,7 +81,7 @@ class LiftTrainer(Trainer):
         root = settings.data if settings.data.is_dir() else settings.data.parent
         paths, held_out = split(found, settings.held_out, root)
         paths, self.held_out = paths[: settings.limit], len(held_out)
-        # In the channel order in which the extractor feeds a LiFT.
+        # The channel order of the extractor's LiFT.
         self.backbone = load_backbone(
             settings.model,
             weights=settings.weights,
@@ -97,7 +98,7 @@ class LiftTrainer(Trainer):
             "batch_size": self.batch_size,
             "precision": self.precision,
             "processes": world.size,
-            **pictures_digests(paths, root),
+            **image_digests(paths, root),
             "backbone": weights_digest(self.backbone),
             "patch_size": self.backbone.patch_size,
             "channels": self.backbone.embed_dim,
@@ -111,8 +112,8 @@ class LiftTrainer(Trainer):
         self.scaler = self._step.scaler
         self.batches = GlobalBatches(len(paths), self.batch_size, settings.seed, world.rank, world.size)
         workers = default_workers(cuda, world.local_size) if settings.workers is None else settings.workers
-        pictures = Pictures(paths, settings.image_size, settings.fit, settings.jitter, settings.seed)
-        self.loader = build_loader(pictures, self.batches, workers, pin=cuda)
+        images = TrainingImages(paths, settings.image_size, settings.fit, settings.jitter, settings.seed)
+        self.loader = build_loader(images, self.batches, workers, pin=cuda)
 
     def step(self, sample: Sample) -> Tensor:
         return self._step(sample.pixels)
@@ -154,14 +155,14 @@ class LiftTrainer(Trainer):
             near = max(1, round(settings.image_size / (4 * patch))) * 4 * patch
             raise ValueError(
                 f"image_size (--size) must be a multiple of four patches ({4 * patch} pixels), so that a quarter of it "
-                f"is whole patches, got {settings.image_size}; take {near}"
+                f"is whole patches, got {settings.image_size}; use {near}"
             )
         shared = 1 if settings.sync_batchnorm else self.world.size
         if self.batch_size == shared and settings.use_image and settings.image_size == 4 * patch:
             # The halved image is a quarter of the doubled one: a single patch.
             raise ValueError(
                 f"batch_size {self.batch_size} with image_size {settings.image_size} leaves BatchNorm a single value "
-                f"for each channel; give a batch_size (--batch-size) of at least {2 * shared}, or an image_size "
+                f"per channel; give a batch_size (--batch-size) of at least {2 * shared}, or an image_size "
                 f"(--size) of at least {8 * patch}"
             )
 

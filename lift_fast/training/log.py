@@ -1,4 +1,4 @@
-"""What a run reports while it runs: a CSV file, a progress bar, TensorBoard events."""
+"""Report a run's progress: a CSV file, a progress bar, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Log:
         self.path = folder / LOG_FILE
         rows: list[list[str]] = []
         if resumed_step and self.path.is_file():
-            # A row that a killed process left half-written is shorter, or no row of this run. All are numbers, so
-            # nothing is quoted; csv's reader would give up at bytes that are no text.
+            # Skip malformed rows, as a killed process may leave. All fields are numbers, so nothing is quoted; csv's
+            # reader would fail on bytes that are not text.
             for line in self.path.read_text(encoding="ascii", errors="replace").splitlines():
                 row = line.split(",")
                 if len(row) == len(columns) and line.isascii() and row[0].isdecimal() and len(row[0]) < 19:
@@ -39,13 +39,13 @@ class Log:
             writer.writerow(columns)
             writer.writerows(row for row in rows if int(row[0]) <= resumed_step)
         if tensorboard:
-            # Steps from here on replace those that an earlier run has left in this folder.
+            # Replace the later steps of an earlier run in this folder.
             self._events = tensorboard_writer()(str(folder), purge_step=resumed_step + 1)
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 
     def write(self, rows: list[tuple[int, int, float, Sequence[float], float, int]]) -> None:
-        """Rows of (step, epoch, loss, its terms, images per second, unreadable); in the file when this returns."""
+        """Write and flush rows of (step, epoch, loss, its terms, images per second, unreadable)."""
         for step, epoch, loss, terms, speed, unreadable in rows:
             losses = [f"{value:.9g}" for value in (loss, *terms)]
             self._writer.writerow((step, epoch, *losses, f"{speed:.4g}", unreadable))
@@ -63,11 +63,7 @@ class Log:
 
 
 def tensorboard_writer() -> Any:
-    """PyTorch's class that writes TensorBoard events.
-
-    Raises:
-        ValueError: if TensorBoard is not installed.
-    """
+    """PyTorch's writer class of TensorBoard events; ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -76,7 +72,7 @@ def tensorboard_writer() -> Any:
 
 
 def progress_bar(total: int, done: int, quiet: bool) -> Any:
-    """tqdm over steps, on standard error where somebody watches."""
+    """tqdm over steps, on standard error if that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, unit="step", disable=True if quiet else None, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, saving, resuming, stopping and what is said meanwhile, for any trainer."""
+"""The training loop of any trainer: epochs, steps, saving, resuming, stopping and messages."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .step import tuned_convolutions
 from .stopping import StopSignals
 from .trainer import Trainer
 
-# Steps whose losses a GPU may keep to itself: reading one waits for everything queued before it.
+# Steps between reads of the losses on a GPU: each read waits for all queued work.
 _CUDA_LOG_INTERVAL = 10
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the state is saved, and ``resume`` goes on from it."""
+    """SIGINT or SIGTERM was received; the state is saved for ``resume``."""
 
     def __init__(self, number: int, step: int, folder: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, --resume continues there"
+            f"stopped by {signal.Signals(number).name} after step {step}; saved to {folder}, resume with --resume"
         )
         self.number, self.step, self.folder = number, step, folder
 
@@ -53,17 +53,12 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train: what :func:`lift_fast.training.train` says of files, signals, resuming and errors holds for any trainer.
+    """Run the trainer that ``build`` makes for this process, on ``device``; None is CUDA if there is one.
 
-    Args:
-        build: makes the trainer of this process.
-        device: that the processes compute on; None is CUDA if there is one.
-        resume, overwrite, quiet: as there.
-
-    Returns:
-        The figures described there, with the trainer's own.
+    Files, signals, resuming, errors, further arguments and returned figures are those of
+    :func:`lift_fast.training.train`, with the trainer's own figures.
     """
-    # PyTorch's optimiser makes its own tensors.
+    # PyTorch's optimiser allocates tensors.
     with plain_defaults(), join_world(device) as world, ExitStack() as held:
         loop = _Loop(build(world), resume, overwrite, quiet, held)
         with StopSignals(echoed=world.size > 1) as stop, tuned_convolutions():
@@ -74,7 +69,7 @@ class _Loop:
     """One process's part of a run."""
 
     def __init__(self, trainer: Trainer, resume: bool, overwrite: bool, quiet: bool, held: ExitStack) -> None:
-        """``held`` keeps the folder for this run."""
+        """``held`` keeps the folder reserved for this run."""
         self.trainer, self.schedule, self.world = trainer, trainer.schedule, trainer.world
         self.batches = trainer.batches
         self.quiet = quiet or not self.world.leads
@@ -87,14 +82,14 @@ class _Loop:
             self.total = min(self.total, self.schedule.max_steps)
         if self.progress.step > self.total:
             raise ValueError(
-                f"{self.schedule.out / disk.STATE_FILE} has come to step {self.progress.step} already, beyond the "
-                f"{self.total} that were asked for; give more epochs (--epochs) or max_steps (--max-steps)"
+                f"{self.schedule.out / disk.STATE_FILE} is at step {self.progress.step}, beyond the requested "
+                f"{self.total}; give more epochs (--epochs) or max_steps (--max-steps)"
             )
         self.log_interval = _CUDA_LOG_INTERVAL if trainer.device.type == "cuda" else 1
         self.log: Log | None = None
         if self.world.leads:
             if saved is None:
-                # From here on, so that a resume cannot go on with what was to be overwritten.
+                # Now, so that a later resume cannot use the overwritten training.
                 disk.remove(self.schedule.out, trainer.files)
             with self._writing():
                 self.log = Log(self.schedule.out, trainer.terms, self.progress.step, self.schedule.tensorboard)
@@ -157,7 +152,7 @@ class _Loop:
         self._unlogged.append((self.progress.step, self.progress.epoch + 1, terms))
 
     def _write_log(self, bar: Any) -> None:
-        """Read the losses of the steps since the last call; every process comes here at the same steps."""
+        """Read the losses of the steps since the last call; every process calls this at the same steps."""
         if not self._unlogged:
             return
         values = self.world.mean(torch.stack([terms for _, _, terms in self._unlogged])).double().tolist()
@@ -182,15 +177,15 @@ class _Loop:
         progress = self.progress
         progress.losses.append(progress.epoch_sum / self.batches.batches)
         progress.epoch, progress.batch, progress.epoch_sum = progress.epoch + 1, 0, 0.0
-        said = self.trainer.epoch_ended(progress.epoch)
+        report = self.trainer.epoch_ended(progress.epoch)
         if not self.quiet:
-            note = f"; {said}" if said else ""
+            note = f"; {report}" if report else ""
             bar.write(f"epoch {progress.epoch}: mean loss {progress.losses[-1]:.4f}{note}", file=sys.stderr)
         if _due(progress.epoch, self.schedule.save_every_epochs) or progress.step == self.total:
             self._save(bar)
 
     def _save(self, bar: Any) -> None:
-        """Write the state; every process comes here at the same steps."""
+        """Write the state; every process calls this at the same steps."""
         self._write_log(bar)
         self.progress.unreadable = _merged(self.world.gather(self.progress.unreadable))
         if not self.world.leads:
@@ -204,15 +199,15 @@ class _Loop:
 
     def _diverged(self, what: str) -> None:
         raise FloatingPointError(
-            f"{what}; take a lower learning rate, or precision float32. What was saved in {self.schedule.out} before "
-            "is sound"
+            f"{what}; use a lower learning rate, or precision float32. The files saved earlier in {self.schedule.out} "
+            "are valid"
         )
 
     def _writing(self) -> AbstractContextManager[None]:
         return disk.writing(self.schedule.out, self.progress.step)
 
     def _agreed(self, number: int) -> int:
-        """The signal that any process has received; the processes learn of it a step later, all at the same one."""
+        """The signal that any process has received; all processes get it at the same step, one step later."""
         if self.world.size == 1:
             return number
         flag = torch.tensor(number, dtype=torch.int64, device=self.trainer.device)
@@ -231,12 +226,12 @@ class _Loop:
         if schedule.out.exists() and schedule.out.samefile(schedule.data):
             raise ValueError(f"out is the folder of the images, {quoted(schedule.out)}; give another out (--out)")
         if schedule.tensorboard:
-            # Before an earlier training is overwritten.
+            # Fail before an earlier training is overwritten.
             tensorboard_writer()
         if size % self.world.size:
             raise ValueError(
-                f"batch_size (--batch-size) {size} is that of all {self.world.size} processes together and must be a "
-                "multiple of their number"
+                f"batch_size (--batch-size) {size} covers all processes and must be a multiple of their number, "
+                f"{self.world.size}"
             )
         if count < size:
             held_out = self.trainer.held_out
@@ -253,30 +248,30 @@ class _Loop:
         if resume:
             saved = disk.load(out, self.trainer.part)
             if saved is None:
-                self._remark(f"nothing to resume in {out}: begins anew")
+                self._remark(f"nothing to resume in {out}: starting over")
             return saved
-        there = [name for name in (disk.STATE_FILE, *self.trainer.files) if (out / name).exists()]
-        # The first process may have written by the time that another one looks.
-        if there and not overwrite and self.world.leads:
+        existing = [name for name in (disk.STATE_FILE, *self.trainer.files) if (out / name).exists()]
+        # Only the first process checks: it may have written files before the others get here.
+        if existing and not overwrite and self.world.leads:
             raise FileExistsError(
-                f"{out} holds {' and '.join(there)} already; go on with it (--resume), overwrite it (--overwrite), or "
-                "give another folder (--out)"
+                f"{out} already contains {' and '.join(existing)}; resume it (--resume), overwrite it (--overwrite), "
+                "or give another folder (--out)"
             )
         return None
 
     def _restored(self, saved: dict[str, Any]) -> Progress:
-        """Put the saved state back, if it is one of this run."""
+        """Restore the saved state after checking that it belongs to this run."""
         trainer, file, now = self.trainer, self.schedule.out / disk.STATE_FILE, self.trainer.description
         different = contradictions(saved["description"], now)
         if different:
             raise ValueError(
-                f"{file} was trained otherwise; resume with the same options, or begin anew in another folder (--out). "
-                f"{'; '.join(different)}"
+                f"{file} was trained with other options; resume with the same ones, or start over in another folder "
+                f"(--out). {'; '.join(different)}"
             )
         if saved["description"].get("picture_times", now.get("picture_times")) != now.get("picture_times"):
             self._remark(
-                f"the images in {self.schedule.data} have been written since, with the same names and sizes; if they "
-                "are other ones, begin anew in another folder (--out)"
+                f"the images in {self.schedule.data} have been rewritten since, with the same names and sizes; if "
+                "their content has changed, start over in another folder (--out)"
             )
         weights = trainer.checked(saved[trainer.part], f"{file}, {trainer.part}")
         check_state(saved, file, trainer.optimizer, trainer.scaler, self.batches.batches)
@@ -297,7 +292,7 @@ class _Loop:
         self._remark(
             self.trainer.announcement(self.total)
             + (f", {self.world.size} processes" if self.world.size > 1 else "")
-            + (f"; continues after step {self.resumed}" if self.resumed else "")
+            + (f"; resumes after step {self.resumed}" if self.resumed else "")
         )
 
     def _figures(self, steps: int, seconds: float) -> dict[str, Any]:

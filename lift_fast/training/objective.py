@@ -1,4 +1,4 @@
-"""LiFT's objective: features of an image at half and quarter size, lifted, against features on twice their grid."""
+"""LiFT's objective: lifted features of an image at half and quarter size against features on twice their grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lift_fast.losses import feature_loss
 
 
 class Views(NamedTuple):
-    """What the two LiFT passes of one step read: images and features at half and quarter size, and their targets."""
+    """Inputs of the two LiFT passes of one step: images and features at half and quarter size, and targets."""
 
     half: Tensor
     """[B, 3, S/2, S/2]"""
@@ -33,7 +33,7 @@ class Views(NamedTuple):
 class Objective(nn.Module):
     """``d(LiFT(I_1/2, F(I_1/2)), target)`` and ``d(LiFT(I_1/4, F(I_1/4)), target)`` as ``[2]``.
 
-    One module with both passes, so that a distributed wrapper sees one forward call. Each pass has its own BatchNorm
+    Both passes are in one module, so that a distributed wrapper sees one forward call. Each pass has its own BatchNorm
     statistics, as in the published training.
     """
 
@@ -52,7 +52,7 @@ class FrozenFeatures:
     """Normalises images and runs the frozen backbone on them.
 
     Args:
-        backbone: on the device and in the dtype in which it computes.
+        backbone: on the device and in the dtype of the computation.
         compiled: run it through ``torch.compile``.
         target: ``"double-size"``: features of the image at twice the size, as published: F(I) and F(I_1/2);
             ``"half-stride"``: features of the same image with patches half a patch apart.
@@ -76,9 +76,9 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Views:
-        """``[B, 3, S, S]`` uint8 to everything that the objective reads, images in ``channels_last``."""
+        """``[B, 3, S, S]`` uint8 to the inputs of the objective, images in ``channels_last``."""
         pixels = pixels.to(self.device, non_blocking=True)
-        # The operations of images.to_tensor, so that training sees the values that inference will see.
+        # The operations of images.to_tensor, so that training and inference see the same values.
         full = ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)
         half, quarter = (full[:, :, ::step, ::step].contiguous(memory_format=torch.channels_last) for step in (2, 4))
         half_features, quarter_features = self.run(half), self.run(quarter)
@@ -89,7 +89,7 @@ class FrozenFeatures:
         return Views(half, quarter, half_features, quarter_features, *targets)
 
     def _half_stride(self, imgs: Tensor) -> Tensor:
-        """``[B, 4T, C]``: patches centred where the cells of the doubled grid are."""
+        """``[B, 4T, C]``: patches centred on the cells of the doubled grid."""
         assert self.overlapping is not None
         before = self.patch_size // 4
         after = self.patch_size // 2 - before

@@ -1,4 +1,4 @@
-"""LiFT's objective as the published training computes it: oracle of the tests, baseline of the benchmarks."""
+"""LiFT's objective as in the published training: reference of the tests, baseline of the benchmarks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlainObjective(nn.Module):
     def _features(self, imgs: Tensor) -> Tensor:
         tokens = extract_hooked(self.model, imgs, self.layer, self.facet)
         heads = self.model.blocks[self.layer].attn.num_heads  # type: ignore[index,union-attr]
-        # The published extractor moves the head to the innermost place.
+        # The published extractor makes the head the innermost dimension.
         tokens = tokens.unflatten(2, (heads, -1)).permute(0, 1, 3, 2).flatten(2)
         patch = self.lift.patch_size
         return tokens.transpose(1, 2).reshape(len(imgs), -1, imgs.shape[2] // patch, imgs.shape[3] // patch)
@@ -58,7 +58,7 @@ class PlainStep:
         objective: a :class:`PlainObjective`.
         mean, std: normalisation of the backbone.
         learning_rate: of Adam.
-        dtype: other than float32, everything runs under ``torch.autocast`` of it.
+        dtype: unless float32, everything runs under ``torch.autocast`` of it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What ``last.pth`` must hold before a run goes on from it: every entry, its type, its shape, and that they agree."""
+"""Validate ``last.pth`` before a run resumes from it: every entry, its type and shape, and their consistency."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from lift_fast.tensor_files import described, plain_tensor, weight_tensor
 
 FORMAT = 1
 _PARTS = ("optimizer", "scaler", "progress", "random", "description")
-# What depends on the machine and not on the run.
+# Options that depend on the machine, not on the run.
 _FREE_OPTIONS = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MOST_RANDOM_BYTES = 1 << 16
 
 
 def check_parts(content: Mapping[Any, Any], path: Path, part: str) -> None:
-    """The format, the parts (``part`` is the network), and a description of plain values; the others are checked
-    against the run.
+    """Check the format, the names of the parts (``part`` is the network), and that the description is plain values.
 
     Raises:
         ValueError: naming the file and the entry.
@@ -34,13 +33,13 @@ def check_parts(content: Mapping[Any, Any], path: Path, part: str) -> None:
     number = content.get("format")
     if isinstance(number, bool) or not isinstance(number, int) or number != FORMAT:
         found = named(str(number)) if _is_plain(number) else described(number)
-        raise ValueError(f"{path} is no training state of this version (format {found}, expected {FORMAT})")
+        raise ValueError(f"{path} is not a training state of this version (format {found}, expected {FORMAT})")
     parts = (part, *_PARTS)
     missing = [name for name in parts if name not in content]
     unknown = [name for name in content if name not in parts and name != "format"]
     for names, what in ((missing, "missing"), (unknown, "unknown")):
         if names:
-            raise ValueError(f"{path} is no whole training state: {listed(names)} {what}")
+            raise ValueError(f"{path} is not a valid training state: {listed(names)} {what}")
     for name in parts:
         _mapping(content[name], path, name)
     for name, value in content["description"].items():
@@ -49,13 +48,9 @@ def check_parts(content: Mapping[Any, Any], path: Path, part: str) -> None:
 
 
 def check_state(
-    content: dict[str, Any],
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: int,
+    content: dict[str, Any], path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: int
 ) -> None:
-    """Everything but network and description, against the run that goes on: its optimiser and batches per epoch.
+    """Check all parts but network and description against the resuming run: its optimiser and batches per epoch.
 
     Raises:
         ValueError: naming the file and the entry.
@@ -75,7 +70,7 @@ def _check_progress(progress: Mapping[Any, Any], path: Path, batches: int) -> No
     if batch > batches or step != epoch * batches + batch:
         raise ValueError(
             f"{path}: progress.epoch {named(str(epoch))}, batch {named(str(batch))} and step {named(str(step))} do "
-            f"not go together: an epoch has {batches} batches"
+            f"not agree: an epoch has {batches} batches"
         )
     losses, unreadable = progress["losses"], progress["unreadable"]
     if not isinstance(losses, list) or len(losses) != epoch or not all(map(_is_finite, losses)):
@@ -85,7 +80,7 @@ def _check_progress(progress: Mapping[Any, Any], path: Path, batches: int) -> No
     if not isinstance(unreadable, dict) or not all(
         isinstance(text, str) and _is_whole(count, 1) for text, count in unreadable.items()
     ):
-        _refuse(path, "progress", "unreadable", unreadable, "messages and how often each was met")
+        _refuse(path, "progress", "unreadable", unreadable, "messages and how often each occurred")
 
 
 def _check_scaler(state: Mapping[Any, Any], path: Path, scaler: torch.amp.GradScaler) -> None:
@@ -113,13 +108,13 @@ def _check_optimizer(
     if not _same_option(group.get("params"), tuple(fresh["params"])):
         _refuse(path, "optimizer", "param_groups.params", group.get("params"), f"the {len(fresh['params'])} parameters")
     for name, expected in fresh.items():
-        # Versions of PyTorch differ in the options that they have, and add the missing ones themselves.
+        # Versions of PyTorch have different options and add missing ones themselves.
         if name in group and name not in _FREE_OPTIONS and not _same_option(group[name], expected):
             _refuse(path, "optimizer", f"param_groups.{name}", group[name], repr(expected))
     if "lr" not in group:
         raise ValueError(f"{path}: optimizer.param_groups lacks lr")
     moments = _mapping(state["state"], path, "optimizer.state")
-    # Steps that overflow are left out: the first ones of float16, all of them in a short run.
+    # Float16 skips steps that overflow: the first ones, or all in a short run.
     if not moments and scaled:
         return
     parameters = optimizer.param_groups[0]["params"]
@@ -134,17 +129,17 @@ def _check_optimizer(
             if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
                 _refuse(path, where, name, tensor, f"{parameter.dtype} of shape {list(parameter.shape)}")
         if bool((entry["exp_avg_sq"] < 0).any()):
-            raise ValueError(f"{path}: {where}.exp_avg_sq holds negative values")
+            raise ValueError(f"{path}: {where}.exp_avg_sq contains negative values")
         count = weight_tensor(entry["step"], path, f"{where}.step")
         number = count.item() if count.dim() == 0 else math.nan
-        # float32 counts to 2**24; an overflowing float16 step counts in the run alone.
+        # float32 counts to 2**24; an overflowing float16 step counts only in the run.
         if not (1 <= number <= step if scaled else number == float(count.new_tensor(step))) or number % 1:
             _refuse(path, where, "step", count, f"the run's steps, {step}")
 
 
 def _check_random(state: Mapping[Any, Any], path: Path) -> None:
     _names(state, path, "random", ("python", "numpy", "torch", "cuda"))
-    # Each generator judges its own state, in a copy that nobody draws from.
+    # A separate generator of each kind validates its state.
     _try(lambda: _check_python(state["python"]), path, "python")
     _try(lambda: np.random.RandomState().set_state(numpy_state(state["numpy"])), path, "numpy")
     expected = torch.get_rng_state().shape
@@ -163,15 +158,11 @@ def _check_random(state: Mapping[Any, Any], path: Path) -> None:
 def _check_python(saved: Any) -> None:
     random.Random().setstate(saved)
     if saved[2] is not None and not _is_finite(saved[2]):
-        raise ValueError("the number kept for the next draw is none")
+        raise ValueError("the number kept for the next draw is not finite")
 
 
 def numpy_state(saved: Any) -> tuple[Any, ...]:
-    """What ``numpy.random.set_state`` takes, from the plain values that are saved.
-
-    Raises:
-        ValueError, TypeError: if they are none.
-    """
+    """Arguments of ``numpy.random.set_state`` from the saved values; ValueError or TypeError if they are malformed."""
     name, keys, position, has_gauss, gauss = saved
     if not isinstance(keys, Tensor) or keys.shape != (624,) or keys.dtype != torch.int64:
         raise ValueError("624 whole numbers were expected")
@@ -191,7 +182,7 @@ def _try(restore: Callable[[], object], path: Path, name: str) -> None:
     try:
         restore()
     except Exception as error:
-        raise ValueError(f"{path}: random.{name} is no state of that random generator") from error
+        raise ValueError(f"{path}: random.{name} is not a valid state of that random generator") from error
 
 
 def _mapping(value: Any, path: Path, name: str) -> Mapping[Any, Any]:
@@ -228,7 +219,7 @@ def _same_option(value: object, expected: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    # Python refuses to print numbers of thousands of digits.
+    # Python does not print numbers of thousands of digits.
     if isinstance(value, int):
         return abs(value) < 2**63
     return value is None or isinstance(value, (float, str))

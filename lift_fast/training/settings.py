@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, checked before anything is loaded."""
+"""Settings of a training run: one dataclass, validated before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ FITS = ("squash", "crop")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 FACETS = ("key", "query", "value", "token")
 
+_CHOICES = {"loss": LOSSES, "target": TARGETS, "fit": FITS, "precision": PRECISIONS, "facet": FACETS}
+# Whole numbers by their least value.
+_FROM_ZERO = ("extra_image_blocks", "seed", "workers")
+_FROM_ONE = (
+    *("image_channels", "image_size", "batch_size", "epochs", "max_steps", "limit"),
+    *("save_every_steps", "save_every_epochs"),
+)
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """One training run. The defaults are the paper's.
 
     Raises:
-        ValueError: for a value out of range; names it.
+        ValueError: naming a value that is out of range.
     """
 
     data: Path
     """Folder of images, searched with its subfolders."""
     out: Path
-    """Folder for ``lift.pth``, ``last.pth`` and ``log.csv``; made if missing."""
+    """Folder for ``lift.pth``, ``last.pth`` and ``log.csv``; created if missing."""
     model: str = "dino_vits16"
     """Backbone, a name for :func:`lift_fast.load_backbone`."""
     weights: Path | None = None
     """Local checkpoint of the backbone."""
     checkpoint_key: str | None = None
-    """Entry of that checkpoint that holds the state dict, if it is not found by itself."""
+    """Entry of that checkpoint with the state dict; None finds it."""
     random_weights: bool = False
-    """Random backbone weights, for trying things out."""
+    """Random backbone weights, for tests."""
     facet: str = "key"
     """``"key"``, ``"query"``, ``"value"`` or ``"token"``."""
     layer: int | None = None
@@ -47,8 +55,8 @@ class TrainingSettings:
     """``"cosine"``, ``"l1"`` or ``"l2"``."""
     target: str = "double-size"
     """What LiFT predicts: ``"double-size"``, features of the image at twice the size, as published;
-    ``"half-stride"``, features of the same image with overlapping patches, half a patch apart: for backbones whose
-    features get worse, not better, when an image is enlarged."""
+    ``"half-stride"``, features of the same image with overlapping patches, half a patch apart, for backbones whose
+    features get worse on enlarged images."""
     use_image: bool = True
     """False trains the "no image" ablation."""
     image_channels: int = 32
@@ -63,35 +71,35 @@ class TrainingSettings:
     jitter: float = 0.2
     """Colour jitter of brightness, contrast, saturation and hue, 0 to 0.5; 0 switches it off."""
     batch_size: int | None = None
-    """Images in one optimiser step, over all processes together; None is 256, for patch 8 and below 64."""
+    """Images in one optimiser step over all processes; None is 256, or 64 for patch 8 and below."""
     epochs: int = 5
-    """Passes over the images. Each takes whole batches only; which images remain over changes by epoch."""
+    """Passes over the images, in whole batches; the images left over differ by epoch."""
     max_steps: int | None = None
-    """End after so many optimiser steps in all."""
+    """Stop after this many optimiser steps in total."""
     learning_rate: float = 1e-3
     """Of Adam; constant."""
     seed: int = 0
-    """Of LiFT's first weights, the order of the images and the colour jitter."""
+    """Of LiFT's initial weights, the order of the images and the colour jitter."""
     limit: int | None = None
-    """Train on the first so many images, by sorted name."""
+    """Train on only the first images, by sorted name."""
     held_out: float = 0.0
-    """Fraction of the images that are left out by :func:`split`, for an evaluation."""
+    """Fraction of the images that :func:`split` holds out, for an evaluation."""
     workers: int | None = None
     """Processes that read images, for each training process; 0 reads in the training process, None chooses. At most
-    :func:`most_workers`, as each takes half a gigabyte."""
+    :func:`most_workers`, because each takes half a gigabyte."""
     device: str | None = None
     """``"cpu"``, ``"cuda"``, ...; None is CUDA if there is one."""
     precision: str = "auto"
     """Of backbone and network: ``"float32"``, ``"bfloat16"``, ``"float16"`` (with a gradient scaler), or ``"auto"``:
-    bfloat16 where the hardware computes in it, else float32. Weights and optimiser of LiFT are always float32."""
+    bfloat16 if the hardware supports it, else float32. Weights and optimiser of LiFT are always float32."""
     compile: bool = False
     """Compile backbone and network with ``torch.compile``."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes instead of each process's share of the batch."""
     save_every_steps: int | None = None
-    """Save after every so many steps, beside the saves by epoch."""
+    """Also save each time after this many steps."""
     save_every_epochs: int = 1
-    """Save after every so many epochs."""
+    """Save each time after this many epochs."""
     tensorboard: bool = False
     """Also write TensorBoard events to ``out``."""
 
@@ -102,35 +110,17 @@ class TrainingSettings:
                 if not isinstance(value, (str, os.PathLike)):
                     raise ValueError(f"{name} must be a path, got {value!r}")
                 object.__setattr__(self, name, Path(value))
-        for name, allowed in (
-            ("loss", LOSSES),
-            ("target", TARGETS),
-            ("fit", FITS),
-            ("precision", PRECISIONS),
-            ("facet", FACETS),
-        ):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        for name, least in (
-            ("image_channels", 1),
-            ("extra_image_blocks", 0),
-            ("image_size", 1),
-            ("batch_size", 1),
-            ("epochs", 1),
-            ("max_steps", 1),
-            ("seed", 0),
-            ("limit", 1),
-            ("workers", 0),
-            ("save_every_steps", 1),
-            ("save_every_epochs", 1),
-        ):
-            value, optional = getattr(self, name), self._default(name) is None
-            if optional and value is None:
+        for name in (*_FROM_ZERO, *_FROM_ONE):
+            value = getattr(self, name)
+            if value is None and self._default(name) is None:
                 continue
             most = {"workers": most_workers(), "seed": 2**63 - 1}.get(name, math.inf)
-            # An int of Python's, as the saved state must hold.
-            object.__setattr__(self, name, check_whole(name, value, least, most))
-        # Whether there is such a block is for the backbone to say.
+            # A Python int, as the saved state requires.
+            object.__setattr__(self, name, check_whole(name, value, int(name in _FROM_ONE), most))
+        # The backbone checks whether the block exists.
         object.__setattr__(self, "layer", layer if (layer := as_whole(self.layer)) is not None else self.layer)
         # Written so that NaN fails too.
         if not 0 <= self.jitter <= 0.5:
@@ -150,24 +140,24 @@ class TrainingSettings:
 
 
 def most_workers() -> int:
-    """Reading processes that one training process may have: 64, or four for each core where that is more."""
+    """Most workers of one training process: 64, or four for each core if that is more."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-# What may change between a run and its continuation: where things are, how fast and how long. The rest is the run.
+# Settings that may differ when a run is resumed: paths, speed and length.
 _FREE = frozenset(
     {
         *("data", "out", "weights", "checkpoint_key", "epochs", "max_steps", "workers", "device", "compile"),
         *("save_every_steps", "save_every_epochs", "tensorboard", "picture_times"),
     }
 )
-# Which states of earlier versions lack.
+# Absent from states of earlier versions.
 _LATER = frozenset({"picture_sizes"})
 _MEANING = {"picture_sizes": " (other files under the same names)"}
 
 
 def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Where a continued run would differ from the saved one: ``"name: saved ..., now ..."``."""
+    """Differences of a resumed run from the saved one: ``"name: saved ..., now ..."``."""
     return [
         f"{name}{_MEANING.get(name, '')}: saved {shown(saved.get(name))}, now {shown(now[name])}"
         for name in now

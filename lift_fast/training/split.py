@@ -1,4 +1,4 @@
-"""Which images are trained on and which are held out: one rule for training and evaluation."""
+"""Divide images into training and held out ones, by one rule for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 def split(
     paths: Iterable[str | os.PathLike[str]], held_out: float = 0.1, root: str | os.PathLike[str] | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Divide images into those to train on and those held out: every tenth by default, spread evenly by name.
+    """Divide images into training and held out images: every tenth is held out by default, evenly by name.
 
-    Depends on the names alone: paths are sorted by their POSIX form relative to ``root``, and image i (from 0) is
-    held out where ``(i + 1) * held_out`` reaches the next whole number (9, 19, 29, ... for a tenth).
+    Only the names matter: paths are sorted by their POSIX form relative to ``root``, and image i (from 0) is held out
+    if ``(i + 1) * held_out`` reaches the next whole number (9, 19, 29, ... for a tenth).
 
     Args:
         paths: images, in any order.
-        held_out: fraction from 0 (nothing) to 1 (everything), taken as the nearest fraction with a denominator of at
-            most 1000.
-        root: folder that the names are relative to; None sorts the paths as they are.
+        held_out: fraction from 0 to 1, rounded to the nearest fraction with a denominator of at most 1000.
+        root: folder that the names are relative to; None sorts the paths as given.
 
     Returns:
         ``(training, held out)``, each sorted.

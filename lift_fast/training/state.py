@@ -1,4 +1,4 @@
-"""Training state on disk: everything that a continued run needs to go on as if it had never stopped."""
+"""Training state on disk, from which a run resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ STATE_FILE, UNREADABLE_FILE = "last.pth", "unreadable.txt"
 
 
 class NotSaved(Exception):
-    """A file of the run could not be written, say for want of room; what was saved before stays."""
+    """A file of the run could not be written, for example on a full disk; files saved earlier stay valid."""
 
 
 @contextmanager
 def writing(folder: Path, step: int) -> Iterator[None]:
-    """Raise :class:`NotSaved` where what is inside cannot write to ``folder``."""
+    """Turn an OSError inside the context, which writes to ``folder``, into :class:`NotSaved`."""
     try:
         yield
     except OSError as error:
         raise NotSaved(
-            f"cannot write to {folder} at step {step}: {error.strerror or error}. What was saved there before is "
-            "sound; put that right and resume"
+            f"cannot write to {folder} at step {step}: {error.strerror or error}. The files saved there earlier are "
+            "valid; fix the problem and resume"
         ) from error
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     epoch: int = 0
-    """Epochs that are done."""
+    """Finished epochs."""
     batch: int = 0
-    """Batches of the next epoch that are done."""
+    """Finished batches of the current epoch."""
     step: int = 0
-    """Optimiser steps in all."""
+    """Optimiser steps in total."""
     losses: list[float] = field(default_factory=list)
-    """Mean loss of each epoch that is done."""
+    """Mean loss of each finished epoch."""
     epoch_sum: float = 0.0
-    """Sum of the losses of the epoch that is not."""
+    """Sum of the losses of the current epoch."""
     unreadable: dict[str, int] = field(default_factory=dict)
-    """What was said of each file that could not be read, and how often it was met."""
+    """Error of each unreadable file, and how often it occurred."""
 
 
 def save(trainer: Trainer, progress: Progress) -> None:
-    """Write the trainer's own files, ``last.pth`` and, if need be, ``unreadable.txt``, each atomically.
+    """Write the trainer's own files, ``last.pth`` and, if there are any errors, ``unreadable.txt``, each atomically.
 
     Raises:
         OSError: if one cannot be written.
@@ -78,11 +78,11 @@ def save(trainer: Trainer, progress: Progress) -> None:
     if progress.unreadable:
         with atomic_path(folder / UNREADABLE_FILE) as temporary:
             temporary.write_text("".join(f"{message}\n" for message in sorted(progress.unreadable)), errors="replace")
-    # Last: what has this state has the weights that belong to it, wherever the run may be killed.
+    # Last, so that the weights belong to the state wherever the run may be killed.
     content = io.BytesIO()
     torch.save(state, content)
     with atomic_path(folder / STATE_FILE) as temporary:
-        # PyTorch's own writer hides the system's error behind an assertion of its own.
+        # PyTorch's own writer hides the system's error behind an assertion.
         temporary.write_bytes(content.getbuffer())
 
 
@@ -90,7 +90,7 @@ def load(folder: Path, part: str) -> dict[str, Any] | None:
     """What :func:`save` wrote to ``folder``, with the network in its entry ``part``; None if there is nothing.
 
     Raises:
-        ValueError: for a file that is no training state, or lacks a part of one.
+        ValueError: for a file that is not a training state or has missing parts.
     """
     path = folder / STATE_FILE
     if not path.exists():
@@ -101,22 +101,22 @@ def load(folder: Path, part: str) -> dict[str, Any] | None:
 
 
 def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Progress:
-    """Put a loaded state back that :func:`lift_fast.training.schema.check_state` found sound, the network apart."""
-    # The options are the run's settings, which are the same as those of the saved run.
+    """Restore a state that :func:`lift_fast.training.schema.check_state` has validated, without the network."""
+    # Keep the run's own options, which are those of the saved run.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-    # A disabled scaler has an empty state, and refuses one.
+    # A disabled scaler has an empty state and does not load it.
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     _restore_random_state(state["random"])
     return Progress(**state["progress"])
 
 
-def pictures_digests(paths: Sequence[Path], root: Path) -> dict[str, str]:
-    """Tell one list of images from another, wherever their folder lies, without reading them.
+def image_digests(paths: Sequence[Path], root: Path) -> dict[str, str]:
+    """Digests that identify a list of images without reading them, independent of the location of ``root``.
 
-    ``pictures`` by their names, ``picture_sizes`` by names and bytes, ``picture_times`` by names and times of the last
-    change, which a copy of the folder may change as well.
+    ``pictures`` from their names, ``picture_sizes`` from names and bytes, ``picture_times`` from names and modification
+    times, which copying the folder may change.
     """
     names = [path.relative_to(root).as_posix().encode("utf-8", "surrogateescape") for path in paths]
     found = [_size_and_time(path) for path in paths]
@@ -129,7 +129,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError:
-        # Reading it will say so.
+        # Reading the file reports the error.
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -139,7 +139,7 @@ def _digest(lines: Iterable[bytes]) -> str:
 
 
 def weights_digest(backbone: FrozenViT) -> str:
-    """Tells one backbone's weights from another's by the first and the last ones that its features depend on."""
+    """Digest of the first and the last weights that the backbone's features depend on."""
     block = backbone.model.blocks[backbone.layer]
     digest = hashlib.sha256()
     for weight in (backbone.model.patch_embed.proj.weight, *block.norm1.parameters(), *block.attn.parameters()):
@@ -148,7 +148,7 @@ def weights_digest(backbone: FrozenViT) -> str:
 
 
 def remove(folder: Path, files: Iterable[str]) -> None:
-    """What an earlier run has left in ``folder``, its trainer's ``files`` and the rest."""
+    """Remove an earlier run's files from ``folder``: its trainer's ``files`` and the rest."""
     for name in (STATE_FILE, *files, UNREADABLE_FILE):
         (folder / name).unlink(missing_ok=True)
 

@@ -17,14 +17,14 @@ class TrainingStep:
     """Features of the frozen backbone, the objective, its gradient, the optimiser.
 
     Args:
-        features: the frozen part; its dtype is the precision of the network too.
+        features: the frozen part; its dtype is also the precision of the network.
         objective: an :class:`Objective`, possibly wrapped.
         optimizer: of the objective's parameters, which are float32.
     """
 
     def __init__(self, features: FrozenFeatures, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.features, self.objective, self.optimizer = features, objective, optimizer
-        # Gradients of half precision leave its range; those of bfloat16 do not.
+        # Gradients exceed the range of float16, but not of bfloat16.
         self.scaler = torch.amp.GradScaler(features.device.type, enabled=features.dtype == torch.float16)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ class TrainingStep:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """The context in which the network runs: weights stay float32, convolutions compute in ``dtype``."""
+    """Context of the network: weights stay float32, convolutions compute in ``dtype``."""
     return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN measure its algorithms: every step has the same shapes."""
+    """Let cuDNN benchmark its algorithms, because every step has the same shapes."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -55,20 +55,16 @@ def tuned_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def resolve_precision(wish: str, device: torch.device) -> torch.dtype:
-    """The dtype of ``precision``; ``"auto"`` is bfloat16 where the hardware computes in it.
-
-    Raises:
-        ValueError: for float16 on the CPU.
-    """
-    if wish == "auto":
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``precision``; ``"auto"`` is bfloat16 if the hardware supports it. No float16 on the CPU."""
+    if precision == "auto":
         fits = (
             torch.cuda.get_device_capability(device) >= (8, 0)
             if device.type == "cuda"
             else device.type == "cpu" and cpu_computes(torch.bfloat16)
         )
         return torch.bfloat16 if fits else torch.float32
-    if wish == "float16" and device.type == "cpu":
-        raise ValueError("precision float16 is for GPUs; on the CPU take bfloat16 or float32")
-    dtype: torch.dtype = getattr(torch, wish)
+    if precision == "float16" and device.type == "cpu":
+        raise ValueError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")
+    dtype: torch.dtype = getattr(torch, precision)
     return dtype

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop after the current step, once; the second one kills."""
+"""SIGINT and SIGTERM: the first requests a stop after the current step, the second kills the process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun passes on what the terminal has sent to every process already.
+# torchrun forwards signals that the terminal has already sent to every process.
 _ECHO_SECONDS = 2.0
 
 
 class StopSignals:
-    """While the context lasts, ``number`` is 0, then the signal that came.
+    """Inside the context, ``number`` is 0 until a signal is received, then its number.
 
-    Args:
-        echoed: the same request may arrive twice; signals within two seconds of the first count as one.
+    With ``echoed``, signals within two seconds of the first count as one, since a request may arrive twice.
     """
 
     def __init__(self, echoed: bool) -> None:
@@ -28,14 +27,12 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python delivers signals to the main thread; a run in another one is stopped by its caller.
+        # Only the main thread handles signals; the caller stops a run in another thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

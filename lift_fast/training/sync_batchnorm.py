@@ -1,4 +1,4 @@
-"""BatchNorm over the batch of all processes, on any device: PyTorch's own runs on GPUs only."""
+"""BatchNorm over the batch of all processes on any device; PyTorch's own runs only on GPUs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
-    """Let each BatchNorm2d inside ``module`` take its statistics over all processes. In place; parameters stay.
+    """Replace each BatchNorm2d inside ``module`` by one with statistics over all processes, with the same parameters.
 
-    All processes must hold equally many values.
+    All processes must have the same number of values.
     """
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
@@ -26,7 +26,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """Plain form, with the state dict of BatchNorm2d; two reductions in each direction."""
 
     batch_norm_in_evaluation = True
-    """Says to :mod:`lift_fast.layers` that it may be folded like any BatchNorm."""
+    """Marks it as foldable for :mod:`lift_fast.layers`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -70,6 +70,6 @@ def _sum(value: Tensor) -> Tensor:
 
 def _like(norm: nn.BatchNorm2d) -> SyncBatchNorm2d:
     out = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-    # The same parameters and buffers: an optimiser may hold them already.
+    # The same parameters and buffers, because an optimiser may already hold them.
     out._parameters, out._buffers = norm._parameters, norm._buffers
     return out.train(norm.training)

@@ -1,4 +1,4 @@
-"""What one training does and another does not: :mod:`lift_fast.training.loop` does the rest."""
+"""The parts of a training that differ between networks; :mod:`lift_fast.training.loop` is the common part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .data import GlobalBatches, Sample
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where a run reads and writes, how long it lasts and when it saves; as in ``TrainingSettings``."""
+    """Input, output, length and saving intervals of a run, as in ``TrainingSettings``."""
 
     data: Path
     out: Path
@@ -31,29 +31,29 @@ class Schedule:
 
     @classmethod
     def of(cls, settings: Any) -> Schedule:
-        """The fields of these names of any settings."""
+        """Copy the fields of these names from any settings."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 class Trainer(ABC):
     """One process's part of a training.
 
-    Its constructor makes everything, refuses what does not fit, and writes nothing. Under ``torchrun`` each process has
-    one; all of them are asked the same things in the same order.
+    Its constructor builds everything, validates the settings, and writes nothing. Under ``torchrun`` each process has
+    one; the same methods are called in the same order in all of them.
 
     Attributes:
-        name: of what is trained, in messages.
+        name: of the network, in messages.
         part: the network's entry in ``last.pth``.
-        files: names of what :meth:`save` writes.
+        files: names of the files that :meth:`save` writes.
         terms: names of the terms of the loss in ``log.csv``; the loss is their sum.
         schedule, world, device: of the run.
-        network: what is trained, float32 on ``device``; its state dict is the entry ``part``.
-        optimizer, scaler: saved and restored with it.
-        batches: which images make up which batch; the loop sets its epoch and first batch.
-        loader: reads them, and draws from a generator of its own, as :func:`lift_fast.training.data.build_loader` does.
-        held_out: how many images are left out of them.
-        description: what must not change when a run is resumed, see
-            :func:`lift_fast.training.settings.contradictions`; plain values.
+        network: the trained network, float32 on ``device``; its state dict is the entry ``part``.
+        optimizer, scaler: saved and restored with the network.
+        batches: the images of each batch; the loop sets epoch and first batch.
+        loader: reads them, with a random generator of its own, as :func:`lift_fast.training.data.build_loader`.
+        held_out: number of held out images.
+        description: plain values that must not change when a run is resumed, see
+            :func:`lift_fast.training.settings.contradictions`.
     """
 
     name: ClassVar[str]
@@ -73,23 +73,23 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, sample: Sample) -> Tensor:
-        """Train on this process's share of a batch; the terms of its loss before the step, ``[len(terms)]``."""
+        """Train on this process's share of a batch; returns the terms of the loss before the step, ``[len(terms)]``."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """The network as ``last.pth`` holds it."""
+        """The network's entry in ``last.pth``."""
 
     @abstractmethod
     def checked(self, state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
-        """A saved :meth:`state`, as the network's ``load_state_dict`` takes it.
+        """Validate a saved :meth:`state` for the network's ``load_state_dict``.
 
         Raises:
-            ValueError: naming ``source`` and the entry, for what is no state of this network.
+            ValueError: naming ``source`` and the entry, if it is not a state of this network.
         """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write :attr:`files`, each atomically; called in the first process alone.
+        """Write :attr:`files`, each atomically; only called in the first process.
 
         Raises:
             OSError: if one cannot be written.
@@ -97,16 +97,16 @@ class Trainer(ABC):
 
     @abstractmethod
     def announcement(self, total: int) -> str:
-        """One line that says what is trained on what, in ``total`` steps."""
+        """One line on the network, data and ``total`` steps of the run."""
 
     def epoch_ended(self, epoch: int) -> str:
-        """Called once after each epoch, before it is saved: the place to evaluate on images that were held out.
+        """Called after each epoch before saving, for example to evaluate on held out images.
 
         Returns:
-            What to say of it beside the mean loss.
+            A note to print after the mean loss.
         """
         return ""
 
     def figures(self) -> dict[str, Any]:
-        """What the result of a run holds beside the loop's own figures."""
+        """Figures of the result in addition to the loop's own."""
         return {}
