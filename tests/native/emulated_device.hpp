@@ -1,7 +1,7 @@
 // Runs a CUDA kernel's own source on the CPU: the threads of a block are fibers, the instructions of
-// csrc/cuda/tensor_core.cuh plain functions with the layouts that the PTX manual gives. A warp's instruction waits for all
-// its lanes, as the hardware does; warps run in an order that the test chooses, so that a missing barrier shows, and
-// asynchronous copies arrive as early or as late as the program allows.
+// csrc/cuda/tensor_core.cuh plain functions with the layouts that the PTX manual gives. A warp's instruction waits for
+// all its lanes, as the hardware does; warps run in an order that the test chooses, so that a missing barrier shows,
+// and asynchronous copies arrive as early or as late as the program allows.
 #pragma once
 
 #include <ucontext.h>

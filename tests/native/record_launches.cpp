@@ -1,8 +1,8 @@
-// A CUDA runtime that does nothing but write down what it is asked for, one line each, and the launchers of csrc/cuda/ at
-// work on it: compiled by nvcc, linked with this in place of the runtime.
+// A CUDA runtime that does nothing but write down what it is asked for, one line each, and the launchers of csrc/cuda/
+// at work on it: compiled by nvcc, linked with this in place of the runtime.
 //
-// Line: scene, function, current device, and more where it matters. What would break a capture in progress, a kernel that
-// is launched before it was loaded, and a launch on the legacy stream are marked so.
+// Line: scene, function, current device, and more where it matters. What would break a capture in progress, a kernel
+// that is launched before it was loaded, and a launch on the legacy stream are marked so.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -176,7 +176,7 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
           2 * pixels / cells};
 }
 
-MatchPicture picture(bool scale) {
+MatchImage image(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
   return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
 }
@@ -204,7 +204,7 @@ void match(int device, std::uintptr_t on, bool scale) {
   GroupMatchCall groups{};
   groups.table = somewhere<float>();
   groups.rows = 56 * 56;
-  groups.key = picture(scale);
+  groups.key = image(scale);
   groups.query_y = groups.query_x = axis(56, 448);
   groups.band = {0, 56, 0, 56, 0, 0, 56};
   groups.similarity = somewhere<float>();
@@ -213,13 +213,13 @@ void match(int device, std::uintptr_t on, bool scale) {
   PointMatchCall points{};
   points.table = somewhere<float>();
   points.points = 30;
-  points.key = picture(scale);
+  points.key = image(scale);
   points.similarity = somewhere<float>();
   points.index = somewhere<std::int64_t>();
   match_points_run(points, device, stream(on));
   MutualMatchCall mutual{};
   mutual.table = somewhere<float>();
-  mutual.query = picture(scale);
+  mutual.query = image(scale);
   mutual.key_y = mutual.key_x = axis(56, 448);
   mutual.index = somewhere<std::int64_t>();
   mutual.valid = somewhere<bool>();
