@@ -189,7 +189,7 @@ def _first(name: _Key, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], 
 def _second(
     name: _Key, device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]
 ) -> None:
-    """Launch through Triton and record how it calls the compiled kernel; if this cannot be repeated, Triton keeps launching."""
+    """Launch through Triton and record how it calls the compiled kernel, unless that form of call is unknown."""
     with _lock:
         # Unless another thread was faster.
         compiled = _seen.pop(name)[1] if name in _seen else None

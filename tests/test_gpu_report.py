@@ -20,7 +20,7 @@ from bench import gpu_report  # noqa: E402
 from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
 from bench.gpu.context import Context, Job, Skip  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
-from bench.gpu.state import State  # noqa: E402
+from bench.gpu.state import Listener, State  # noqa: E402
 
 
 def test_cost_of_the_published_network():
@@ -51,8 +51,8 @@ def test_floor_is_the_slower_of_the_two():
     assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
 
 
-def state(tmp_path, budget=100.0):
-    return State(tmp_path / "r", True, budget, 1)
+def state(tmp_path):
+    return State(tmp_path / "r", True, 100.0, 1)
 
 
 def report(*arguments, script=False):
@@ -67,7 +67,7 @@ def report(*arguments, script=False):
 
 def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     now = state(tmp_path)
-    listener = now.listener("smoke")
+    listener = Listener(now, "smoke")
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
     listener.failed("upsample", "illegal access")
@@ -134,7 +134,7 @@ def devoured(context):
     os.kill(os.getpid(), signal.SIGKILL)
 def left(context):
     yield {"what": "before it leaves"}
-    os.write(2, b"\\xff said in no encoding")
+    os.write(2, b"\\xff is in no encoding")
     os._exit(0)
 def stuck(context):
     yield {"what": "before it hangs"}
@@ -164,8 +164,8 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
     jobs = [
         Job(name, None, 0.05) for name in ("good", "wrong", "killed", "devoured", "left", "stuck", "skipped", "last")
     ]
-    now = state(tmp_path, budget=500)
-    crew.run_group("smoke", jobs, rehearse=True, seed=7, deadline=now.deadline, listener=now.listener("x"), patience=1)
+    now = State(tmp_path / "r", True, 500.0, 7)
+    crew.run_group(jobs, Listener(now, "x"), patience=1)
     found = [(row["job"], row["what"]) for row in now.rows("x")]
     assert found == [
         ("good", "good"),
@@ -228,16 +228,9 @@ def state_of(process):
 
 
 def test_jobs_that_the_time_leaves_no_room_for_are_named(tmp_path):
-    now = state(tmp_path, budget=5)
-    crew.run_group(
-        "figures",
-        [Job("long", None, 60)],
-        rehearse=False,
-        seed=1,
-        deadline=now.deadline,
-        listener=now.listener("figures"),
-    )
-    assert now.skipped == ["figures: long: no time left: it wants 60 s"]
+    now = State(tmp_path / "r", False, 5.0, 1)
+    crew.run_group([Job("long", None, 60)], Listener(now, "figures"))
+    assert now.skipped == ["figures: long: no time left: it takes 60 s"]
 
 
 def test_jobs_have_names_of_their_own():
@@ -255,7 +248,7 @@ def test_the_build_leaves_the_number_of_compilers_to_setup(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, 0, "lift_fast: built\n", "")
 
     monkeypatch.delenv("MAX_JOBS", raising=False)
-    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     gpu_report.build(state(tmp_path))
     assert [environment["TORCH_CUDA_ARCH_LIST"] for environment in given] == ["9.0"]
     assert "MAX_JOBS" not in given[0]
