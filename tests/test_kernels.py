@@ -1,7 +1,6 @@
 """The Triton kernels against the plain module in float64: on a GPU where there is one, else in Triton's interpreter."""
 
 import copy
-import json
 import os
 
 import pytest
@@ -114,9 +113,9 @@ def test_image_encoder(encoder, grid, patch, dtype):
     # A crop arrives as a view of a larger image; what lies beyond the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
-    for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
+    for images in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
         with torch.no_grad():
-            ours = gpu_plan.encode_image(network.prepare(dtype, encoder), pictures)
+            ours = gpu_plan.encode_image(network.prepare(dtype, encoder), images)
         for actual, expected in zip(ours, (f, g), strict=True):
             assert actual.is_contiguous()
             assert relative_error(actual.cpu(), expected.permute(0, 2, 3, 1)) <= LIMITS[dtype], network.seed
@@ -345,9 +344,9 @@ def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
     for rounded in (f, g, u):
         assert int((rounded.view(torch.int32) & 0x1FFF).masked_fill(~rounded.isfinite(), 0).abs().max()) == 0
     assert torch.equal(u.isfinite(), exact.isfinite())
-    sound = exact.isfinite()
+    finite = exact.isfinite()
     limit = 2**-11 * (3 if DEVICE.type == "cuda" else 1.01)
-    assert float(((u - exact)[sound].abs() / exact[sound].clamp_min(1e-3)).max()) <= limit, network.seed
+    assert float(((u - exact)[finite].abs() / exact[finite].clamp_min(1e-3)).max()) <= limit, network.seed
     # Signs of both kinds: what is cut off would make all of it smaller.
     assert bool((u > exact).any())
     assert bool((u < exact).any())
@@ -403,164 +402,6 @@ def test_float32_products_follow_pytorchs_setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert launch.product_precision(torch.float32) == "tf32"
     assert launch.product_precision(torch.bfloat16) == "tf32"
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("channels", [1, 16, 192, 384])
-@pytest.mark.parametrize("positions", [1, 100, 3136, 200704])
-def test_default_tiles_fit(positions, channels, itemsize, capability):
-    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
-    counts = [tiles.padded(channels) // columns]
-    tile = tiles.default(positions, columns, counts, depth, itemsize, capability)
-    assert tiles.fits(tile, itemsize, capability)
-    assert all(value & (value - 1) == 0 for value in (tile.rows, tile.columns, tile.depth, tile.warps))
-    assert tile in tiles.candidates(columns, counts, depth, itemsize, capability)
-    # Wide accumulators are to be measured first.
-    assert not tile.wide
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("channels", [1, 16, 64, 100, 192, 384, 768])
-def test_candidates_fit(channels, itemsize, capability):
-    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
-    count = tiles.padded(channels) // columns
-    counts = [pieces for pieces in (count, 3, 2, 1) if count % pieces == 0]
-    found = tiles.candidates(columns, list(dict.fromkeys(counts)), depth, itemsize, capability)
-    assert len(set(found)) == len(found)
-    for tile in found:
-        wide = tile.columns * tile.merged
-        left = (tile.accumulators % tile.merged) * columns
-        assert all(width & (width - 1) == 0 for width in (wide, left))
-        assert wide <= 256
-        assert tile.merged <= tile.accumulators
-        block, bias = tile.accumulators * columns, min(tile.accumulators * columns, 192) * 32 * tile.wide
-        staged = (tile.rows + block) * tile.depth * tile.stages
-        assert itemsize * (staged + bias) <= tiles.shared_memory(capability)
-        assert tile.rows * block // (32 * tile.warps) <= (192 if tile.merged > 1 and tile.warps == 8 else 96)
-    # Products that read their operands from shared memory, and more than one accumulator.
-    merged = any(tile.merged > 1 for tile in found)
-    assert merged == (capability[0] in (9, 10) and itemsize == 2 and channels > 64)
-    if capability[0] == 9 and channels == 192 and itemsize == 2:
-        assert tiles.Tile(256, 64, 3, 64, 8, 3, 2) in found
-        assert tiles.Tile(256, 64, 3, 64, 8, 4, 2) not in found
-        # The first that a report measures, as they are what it is to find out about.
-        assert found[0].merged > 1
-
-
-@pytest.mark.parametrize("number", [[], [1], [2]])
-def test_files_hold_tiles_with_and_without_merged_accumulators(number, monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile = [64, 64, 3, 64, 8, 2, *number]
-    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
-    tile_table.forget()
-
-
-def test_tiles_of_the_kernels_as_they_were_are_passed_over(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.forget()
-    default = tile_table.tile_for(work, DEVICE)
-    other = default._replace(rows=16, stages=2)
-    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == default
-    tile_table.forget()
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_a_tile_fits_the_widest_features_that_are_served(capability, itemsize):
-    assert gpu_plan.serves(2048)
-    assert not gpu_plan.serves(4096)
-    depth = tiles.depth_of(itemsize, 1024)
-    assert tiles.fits(tiles.default(1, 64, [16], depth, itemsize, capability), itemsize, capability)
-
-
-def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.forget()
-    before = tile_table.tile_for(work, DEVICE)
-    other = before._replace(rows=16, stages=2)
-    assert other != before
-    path = tile_table.cache_file(DEVICE)
-    tile_table.store(path, {work.key(): other})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == other
-    # Work of about the same size shares it, larger work does not.
-    assert tile_table.tile_for(work._replace(positions=2500), DEVICE) == other
-    assert tile_table.tile_for(work._replace(positions=300_000), DEVICE) != other
-    tile_table.store(path, {"head other": before})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == other
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    tile_table.forget()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        '{"format": 2, "tiles": {"a": "b"}}',
-        '{"format": 2, "tiles": {"a": [1]}}',
-        '{"format": 2, "tiles": {"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}}',
-        "\0",
-    ],
-)
-def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    tile_table.forget()
-    path = tile_table.cache_file(DEVICE)
-    path.write_text(content)
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"tiles-.*\.json cannot be read"):
-        assert tile_table.tile_for(work, DEVICE).columns == 64
-    tile_table.forget()
-
-
-def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.store(tile_table.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE).rows <= 128
-    tile_table.forget()
-
-
-def test_the_fastest_sound_tile_is_chosen(monkeypatch):
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.float32)
-    tile_table.forget()
-    first, others = tile_table.tile_for(work, DEVICE), tile_table.candidates(work, DEVICE)
-    wrong, broken, best = [tile for tile in others if tile != first][:3]
-    right = torch.randn(50)
-    running = []
-
-    def run(tile):
-        running[:] = [tile]
-        if tile == broken:
-            raise RuntimeError("out of resource")
-        return right + 1 if tile == wrong else right.clone()
-
-    def milliseconds(call):
-        call()
-        return {wrong: 0.1, best: 0.5}.get(running[0], 1.0)
-
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    assert tuning._fastest(work, DEVICE, run, quiet=True) == best
-    tile_table.forget()
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
-def test_tune_says_what_it_needs():
-    with pytest.raises(RuntimeError, match=r"on cpu; move it with \.cuda\(\)"):
-        tuning.tune(LiFT(16, 8), (1, 3, 32, 32))
 
 
 def test_switched_off(monkeypatch):

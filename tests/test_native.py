@@ -71,12 +71,12 @@ def match(query, key, *, normalize=True, k=2, back=True, rescore=True, threads=2
 
 def table_of(query, key, normalize):
     """[N, M] similarities in float64 of ``[N, C]`` and ``[M, C]``; -inf where a pair takes no part."""
-    sound = query.isfinite().all(1)[:, None] & key.isfinite().all(1)[None]
+    finite = query.isfinite().all(1)[:, None] & key.isfinite().all(1)[None]
     query, key = query.double(), key.double()
     if normalize:
         query, key = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) for rows in (query, key))
     table = query @ key.T
-    return table.masked_fill(~sound | ~table.isfinite() | (table.abs() > LARGEST), -torch.inf)
+    return table.masked_fill(~finite | ~table.isfinite() | (table.abs() > LARGEST), -torch.inf)
 
 
 def rounding(table, c):

@@ -132,7 +132,7 @@ def fake_nvcc(folder, architectures=(80, 86, 90)):
     [
         ({"LIFT_FAST_CUDA": "maybe"}, "LIFT_FAST_CUDA must be one of auto, 1, 0, got 'maybe'"),
         ({"LIFT_FAST_NATIVE": "2"}, "LIFT_FAST_NATIVE must be one of 1, 0, got '2'"),
-        ({"TORCH_CUDA_ARCH_LIST": "9.0 hopper"}, "TORCH_CUDA_ARCH_LIST: 'hopper' is no architecture"),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0 hopper"}, "TORCH_CUDA_ARCH_LIST: 'hopper' is not an architecture"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
     ],
 )
@@ -212,7 +212,7 @@ def test_wanted_architectures(wanted, setup_module, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("9.0 8.x", "'8.x' is no architecture"), ("99.0", r"does not know 99.0; it knows \[80, 86, 90\]")],
+    [("9.0 8.x", "'8.x' is not an architecture"), ("99.0", r"does not support 99.0; it supports \[80, 86, 90\]")],
 )
 def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
@@ -221,7 +221,7 @@ def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch,
 
 
 def test_a_compiler_too_old_for_every_architecture(setup_module, tmp_path):
-    with pytest.raises(SystemExit, match="knows none of"):
+    with pytest.raises(SystemExit, match="supports none of"):
         setup_module.architectures(fake_nvcc(tmp_path, (50, 60)))
 
 
