@@ -1,4 +1,4 @@
-"""The GPU report's arithmetic, what it does when a kernel kills its process, and a rehearsal of the whole."""
+"""The GPU report's arithmetic, its reaction to a kernel that kills its process, and a rehearsal of the whole."""
 
 import json
 import os
@@ -71,11 +71,11 @@ def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
     listener.failed("upsample", "illegal access")
-    # Readers other than Python's know no NaN.
+    # JSON has no NaN.
     content = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert [row["what"] for row in content["smoke"]] == ["head", "head"]
     assert content["smoke"][1]["error"] == "nan"
-    # NaN passes nothing.
+    # NaN is above every limit.
     assert content["failures"] == [
         "smoke: head (1,) bf16: error 5.000e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
@@ -205,7 +205,7 @@ def test_workers_end_with_a_report_that_is_killed(tmp_path):
         wait_for(lambda: rows.exists() and "before it hangs" in rows.read_text())
         parent.kill()
         parent.wait()
-        # Whoever adopts it may never ask how it ended.
+        # The process that adopts it may never reap it.
         wait_for(lambda: state_of(worker) in ("Z", None))
     finally:
         parent.kill()
@@ -330,7 +330,7 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_the_report(tmp_path):
-    """Limits that nothing can meet stand for a kernel that is wrong."""
+    """Limits that nothing can meet simulate a wrong kernel."""
     pytest.importorskip("triton")
     wrong = tmp_path / "sitecustomize.py"
     wrong.write_text(

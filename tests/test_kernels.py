@@ -51,7 +51,7 @@ def full_precision(monkeypatch):
 
 
 class Network:
-    """A random LiFT, its inputs aligned as the operator takes them, and what the plain module makes of them."""
+    """A random LiFT, its inputs aligned for the operator, and the plain module's result."""
 
     def __init__(self, channels, patch, h, w, batch, options, seed=None):
         self.seed = int(torch.randint(1 << 30, ())) if seed is None else seed
@@ -110,7 +110,7 @@ def test_image_encoder(encoder, grid, patch, dtype):
     exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = plain.encode_image(exact, network.imgs.double())
     imgs, _ = network.inputs(dtype)
-    # A crop arrives as a view of a larger image; what lies beyond the view must not be read.
+    # A crop is a view of a larger image; pixels outside the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
     for images in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
@@ -163,7 +163,7 @@ def test_normalized_on_the_way_out(channels, basis):
         assert relative_error(out @ out.T, exact @ exact.T) <= 2 * LIMITS[torch.float32], network.seed
     else:
         assert relative_error(out, exact) <= LIMITS[torch.float32], network.seed
-    # Rounding of the stored values alone.
+    # Only the rounding of the stored values.
     assert float((out.norm(dim=1) - 1).abs().max()) <= 1e-6
 
 
@@ -239,7 +239,7 @@ def test_images_may_be_spread_beyond_the_range_of_int32():
     network = Network(8, 8, 1, 1, 1, {})
     imgs, _ = network.inputs(torch.float16)
     step = (1 << 31) // 7 + 8
-    # Only what is written takes memory on the CPU.
+    # Only pages that are written take memory on the CPU.
     spread = torch.empty(7 * step + 200, dtype=torch.float16, device=DEVICE)
     spread = spread.as_strided(imgs.shape, (192, 64, 8, step)).copy_(imgs)
     ready = network.prepare(torch.float16, "triton")
@@ -249,7 +249,7 @@ def test_images_may_be_spread_beyond_the_range_of_int32():
 
 
 def merged(plan):
-    """Merged tiles for the stages of a plan, whatever its widths: half a usual accumulator, two of them in one."""
+    """Merged tiles for the stages of a plan of any width: accumulators of half the usual width, two of them merged."""
     found = []
     for weights, counts in ((plan.upsample, plan.upsample_counts), (plan.head, plan.head_counts)):
         columns = tiles.columns_of(weights.channels) // 2
@@ -308,7 +308,7 @@ def test_wide_accumulators_spoil_what_the_plain_module_spoils(channels, use_imag
     assert torch.equal(usual.isnan(), wide.isnan())
     assert torch.equal(usual.isinf(), wide.isinf())
     if value != value:
-        # Infinities cancel in another way in composed weights than in the plain module.
+        # Infinities cancel differently in composed weights than in the plain module.
         assert torch.equal(out.isnan().cpu(), plain.isnan())
 
 
@@ -329,7 +329,7 @@ def test_an_infinite_channel_does_not_meet_the_padding_of_wide_accumulators(chan
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
 def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
-    """To the nearest: what the tensor cores cut off is zero by then."""
+    """To the nearest, so that the tensor cores cut off only zeros."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     network = Network(16, 8, 3, 2, 1, {})
     imgs, x = network.inputs(torch.float32)
@@ -347,14 +347,14 @@ def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
     finite = exact.isfinite()
     limit = 2**-11 * (3 if DEVICE.type == "cuda" else 1.01)
     assert float(((u - exact)[finite].abs() / exact[finite].clamp_min(1e-3)).max()) <= limit, network.seed
-    # Signs of both kinds: what is cut off would make all of it smaller.
+    # Both signs: cutting off would make all magnitudes smaller.
     assert bool((u > exact).any())
     assert bool((u < exact).any())
 
 
 @numeric
 def test_what_the_head_keeps_is_rounded_to_tf32(monkeypatch):
-    """In the interpreter, whose products are exact: an output channel that copies a hidden one shows it."""
+    """In the interpreter, whose products are exact, an output channel that copies a hidden one shows it."""
     network = Network(16, 8, 3, 2, 1, {"use_image": False})
     with torch.no_grad():
         network.lift.outc.weight.zero_()[:8, :, 0, 0].fill_diagonal_(1)
@@ -376,7 +376,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_float32_with_pooling_leaves_the_triton_encoder_aside_on_a_gpu(runs, monkeypatch):
-    """It gave wrong results on a GPU: PyTorch's convolutions take over where the CUDA kernel does not serve."""
+    """It gave wrong results on a GPU: PyTorch's convolutions run where the CUDA kernel cannot."""
     monkeypatch.setattr(devices, "cuda_runs", lambda device: (runs, "as if"))
     pooled, unpooled = (Network(8, patch, 1, 1, 1, {}).plan for patch in (16, 8))
     for allowed in (False, True):

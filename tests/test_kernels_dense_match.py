@@ -96,7 +96,7 @@ def test_many_points_are_looked_up():
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands_and_chunks(normalize, monkeypatch):
-    """Tables of part of the query image, and key images of more patches than a program holds at one time."""
+    """Tables of a part of the query image, and key images with more patches than a program keeps at one time."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
     query_map, key_map = maps(3, (3, 2), (5, 4))
@@ -109,7 +109,7 @@ def test_bands_and_chunks(normalize, monkeypatch):
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 def test_flat_images_go_to_the_first_pixel(normalize):
     query_map, key_map = maps(4, (2, 2), (3, 2))
-    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    # Products without rounding, because a matrix product of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)
     key_map[0] = 1
     similarity, index = run(query_map, key_map, (4, 5), (7, 6), normalize)
@@ -141,7 +141,7 @@ def test_cosines_of_every_magnitude(scale):
     query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (2, 3), (3, 2)))
     query_map[:, 1, 1] *= 1e-3
     similarity, index = run(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")
-    # Below a norm of 1e-12 cells and pixels are divided by that.
+    # Cells and pixels with a norm below 1e-12 are divided by 1e-12.
     values = pixel_similarities(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")[0]
     rounding = 2e-5 * float(values.abs().amax())
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=rounding)

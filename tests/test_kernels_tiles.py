@@ -1,4 +1,4 @@
-"""Tile shapes of LiFT's Triton kernels: what fits, what is chosen, and what a file of measured tiles may hold."""
+"""Tile shapes of LiFT's Triton kernels: those that fit, the chosen ones, and files of measured tiles."""
 
 import json
 import os

@@ -115,7 +115,7 @@ def test_equals_brute_force(isa, grids, sizes, channels, seed):
         patch.setenv("LIFT_FAST_CPU_ISA", isa)
         query, key = random_images(generator, grids, sizes, channels)
         check(query, key, None, False)
-        # Few points take the other way through: similarities of their own descriptors.
+        # Few points take the other path: similarities of their own descriptors.
         few = bilinear.pixel_grid(query.size, 0, min(3, query.pixels), torch.device("cpu")).flip(0)
         check(query, key, few, False)
 
@@ -261,7 +261,7 @@ def test_bad_arguments_are_refused(changes, message):
 
 
 def laid_out(cells):
-    """The same cells in every order in which a map may come."""
+    """The same cells in every layout of a map."""
     n, c = cells.shape
     framed = torch.full((n + 5, c + 3), torch.nan)
     framed[2 : n + 2, 1 : c + 1] = cells

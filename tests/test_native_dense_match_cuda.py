@@ -1,4 +1,4 @@
-"""``dense_match``'s CUDA kernels without a GPU: their own source, run on the CPU, against every pixel in float64."""
+"""``dense_match``'s CUDA kernels without a GPU: their own source runs on the CPU, against every pixel in float64."""
 
 import ctypes
 import struct
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def raw(address, size):
-    """What lies at an address on the CPU, after its size; nothing at 0."""
+    """The bytes at an address on the CPU, after their number; none at 0."""
     content = ctypes.string_at(address, size) if address else b""
     return struct.pack("<q", len(content)) + content
 
@@ -54,7 +54,7 @@ class Emulation:
         self.process = subprocess.Popen(
             [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        # Warps in ascending, descending or random order; bytes of shared memory that a block may have.
+        # Warps in ascending, descending or random order; bytes of shared memory that a block may use.
         self.order, self.seed, self.shared_block = 0, 0, 227 << 10
         self.calls = []
 
@@ -65,7 +65,7 @@ class Emulation:
         self.process.stderr.close()
 
     def run(self, kind, content, *results):
-        """Send one call, and write the answer where the results lie: (address, size)."""
+        """Send one call and write the answer to the results: (address, size)."""
         self.calls.append(kind)
         self.process.stdin.write(kind + struct.pack("<3q", self.order, self.seed, self.shared_block) + content)
         self.process.stdin.flush()
@@ -109,7 +109,7 @@ def program():
 
 @pytest.fixture
 def emulation(program, monkeypatch):
-    """``lift_fast.ops.dense_match`` on the CPU as on a GPU; what it allocates is full of NaN."""
+    """``lift_fast.ops.dense_match`` on the CPU as on a GPU; its allocations are full of NaN."""
     served = Emulation(program)
     monkeypatch.setattr(_native, "require", lambda: served)
     monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
@@ -240,7 +240,7 @@ def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands(normalize, emulation, monkeypatch):
-    """Tables of part of the query image; then there is none for the mutual check, and a second search makes it."""
+    """Tables of a part of the query image; the mutual check has no table then, and a second search does it."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
@@ -259,7 +259,7 @@ def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_flat_images_go_to_the_first_pixel(normalize, emulation):
     query_map, key_map = maps(4, (2, 2), (3, 2))
-    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    # Products without rounding, because a matrix product of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)
     key_map[0] = 1
     similarity, index, _ = run(query_map, key_map, (4, 5), (7, 6), normalize)
@@ -271,7 +271,7 @@ def test_flat_images_go_to_the_first_pixel(normalize, emulation):
 @numeric
 @pytest.mark.parametrize("normalize", ["pixel", "none"])
 def test_zeros_of_either_sign_are_equal(normalize, emulation):
-    """As a zero vector's products are; wherever the first of them lies among the lanes."""
+    """Such as a zero vector's products, with the first of them in any lane."""
     image = StretchedMap(torch.randn(40, 3), (5, 8), (23, 41))
     axes = image.strips()
     scales = scales_of(image.inverse_norms() if normalize == "pixel" else None, axes)
@@ -345,7 +345,7 @@ def test_cells_that_are_not_finite(sizes, normalize, emulation):
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulation):
-    """Three pixels to a cell: of two launches of each kernel one does nothing."""
+    """Three pixels to a cell: one of two launches of each kernel does nothing."""
     query_map, key_map = maps(4, (3, 4), (4, 3))
     sizes = (9, 12), (12, 9)
     points = torch.tensor([[4, 4], [0, 8]])
@@ -364,7 +364,7 @@ def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulat
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 @pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e19, 3e38])
 def test_magnitudes(scale, normalize, emulation):
-    """Products that float32 cannot hold; a cell of another magnitude in their midst."""
+    """Products beyond float32, and a cell of another magnitude among them."""
     query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (3, 3), (3, 4)))
     query_map[:, 1, 1] *= 1e-3
     key_map[:, 0, 3] *= 1e-5
@@ -374,7 +374,7 @@ def test_magnitudes(scale, normalize, emulation):
         values = pixel_similarities(query_map, key_map, (7, 8), (9, 7), normalize)[0]
         torch.testing.assert_close(similarity, (values.amax(1) * scale * scale).float(), rtol=1e-5, atol=1e-30)
     else:
-        # Below a norm of 1e-12 cells and pixels are divided by that.
+        # Cells and pixels with a norm below 1e-12 are divided by 1e-12.
         values = pixel_similarities(*large, (7, 8), (9, 7), normalize)[0]
         most = float(values.abs().amax())
         torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=2e-5 * most)
@@ -384,7 +384,7 @@ def test_magnitudes(scale, normalize, emulation):
 
 @numeric
 def test_what_overflows_takes_no_part(emulation):
-    """A table that no maps make: between similarities of either sign the slope is infinite."""
+    """A table that no maps give: the slope between similarities of either sign is infinite."""
     image = StretchedMap(torch.zeros(6, 3), (2, 3), (5, 7))
     table = torch.full((1, 6), 3e38)
     table[0, 2] = -3e38
@@ -550,7 +550,7 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 class TestChoice:
-    """Which kernel serves a call."""
+    """The kernel that runs a call."""
 
     def test_the_native_one_comes_first(self, monkeypatch):
         monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))

@@ -86,7 +86,7 @@ void groups(const Settings& settings) {
   std::int64_t* const band[7] = {&call.band.first_y, &call.band.end_y, &call.band.first_x, &call.band.end_x,
                                  &call.band.top,     &call.band.left,  &call.band.width};
   for (std::int64_t* part : band) *part = number();
-  // Of which the band's pixels alone are written.
+  // Only the band's pixels are written.
   const Bytes similarity, index;
   call.similarity = similarity.as<float>();
   call.index = index.as<std::int64_t>();

@@ -30,7 +30,7 @@ bool capturing = false;
 cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 std::string failing;  // the function that fails
 cudaError_t last = cudaSuccess;
-// Filled before main, in no order that the language fixes.
+// Filled before main, in an order that the language does not define.
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> known;
   return known;
@@ -137,7 +137,7 @@ cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void*, std::size_t, std::s
   std::memcpy(to, &architecture, sizeof architecture);
   return done("cudaMemcpyFromSymbolAsync", stream_name(stream), true);
 }
-// No launcher may call these; one that does shall be named by a test, not by the linker.
+// No launcher may call these; a test, not the linker, must report one that does.
 cudaError_t cudaMalloc(void**, std::size_t) { return done("cudaMalloc", "", true); }
 cudaError_t cudaFree(void*) { return done("cudaFree", "", true); }
 cudaError_t cudaMemcpy(void*, const void*, std::size_t, cudaMemcpyKind) {
@@ -157,7 +157,7 @@ namespace {
 
 using namespace lift_fast;
 
-// Addresses that no one reads.
+// Addresses that are never read.
 template <class T>
 T* somewhere(std::uintptr_t offset = 0) {
   return reinterpret_cast<T*>((std::uintptr_t{1} << 30) + offset);
