@@ -6,7 +6,7 @@ Environment:
     LIFT_FAST_NATIVE=0       install without the native core; everything falls back to plain PyTorch
     LIFT_FAST_CUDA=auto|1|0  CUDA part: if nvcc is found (default) | required | left out
     TORCH_CUDA_ARCH_LIST     architectures as PyTorch writes them, e.g. "8.0 9.0+PTX"
-    MAX_JOBS                 compilers to run at one time (default: one a core, 1 GB of free memory for each)
+    MAX_JOBS                 compilers to run at one time (default: one per core and GB of free memory)
     CXX, CUDA_HOME           compilers to use
 """
 
@@ -28,11 +28,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# csrc/cpu/*_kernel.cpp are compiled for each of these; the core chooses among them at run time. Unless aligned,
-# short loops gain or lose a tenth of their speed with the place that the linker gives them.
 ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-falign-loops=32"]}
 ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *ISA_FLAGS["avx2"]]
-# And the kernels named here for these too, as the operator's Kernels<> says.
+# The kernels in MORE_ISAS are compiled for these too, as listed in the operator's Kernels<>.
 MORE_FLAGS = {
     "avx512_int16": [*ISA_FLAGS["avx512"], "-mavx512vnni"],
     "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
@@ -48,7 +46,7 @@ def fail(message: str) -> SystemExit:
 
 
 def cpu_units(x86: bool = X86) -> list[tuple[Path, str, list[str]]]:
-    """What csrc/cpu/ is compiled to, kernels first: source, name of the object, flags beside those of all."""
+    """The objects of csrc/cpu/, kernels first: source, name of the object, flags in addition to the common ones."""
     units: list[tuple[Path, str, list[str]]] = []
     for source in sorted(ROOT.glob("csrc/cpu/*_kernel.cpp")):
         isas = [*ISA_FLAGS, *MORE_ISAS.get(source.stem, ())] if x86 else ["baseline"]
@@ -67,7 +65,7 @@ def choice(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def run(command: list[str]) -> str:
-    """Run a compiler; on failure show its whole output."""
+    """Run a compiler; an error has its whole output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -76,7 +74,7 @@ def run(command: list[str]) -> str:
 
 
 def find_nvcc() -> tuple[Path | None, str]:
-    """The CUDA compiler, or where it was looked for. Whether a GPU is present does not matter."""
+    """The CUDA compiler, or the reason why there is none. Needs no GPU."""
     looked = []
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
@@ -90,21 +88,21 @@ def find_nvcc() -> tuple[Path | None, str]:
 
 
 def architectures(nvcc: Path) -> tuple[list[str], list[str]]:
-    """nvcc's flags, and the architectures' names, from TORCH_CUDA_ARCH_LIST or what this nvcc knows of the default."""
+    """nvcc's flags and the architectures' names, from TORCH_CUDA_ARCH_LIST or the defaults that this nvcc supports."""
     known = {int(number) for number in re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))}
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     default = [name for name in DEFAULT_ARCHITECTURES.split() if int(name.replace(".", "")) in known]
     if not wanted and not default:
-        raise fail(f"{nvcc} knows none of {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST or LIFT_FAST_CUDA=0")
+        raise fail(f"{nvcc} supports none of {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST or LIFT_FAST_CUDA=0")
     flags, names = [], []
-    # PTX of the newest lets later GPUs run too.
+    # The newest PTX also runs on later GPUs.
     for item in re.split(r"[\s;,]+", wanted or " ".join(default) + "+PTX"):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
-            raise fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is no architecture; expected e.g. '8.0 9.0+PTX'")
+            raise fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is not an architecture; expected e.g. '8.0 9.0+PTX'")
         number, suffix, ptx = int(match[1] + match[2]), match[3], match[4]
         if number not in known:
-            raise fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {sorted(known)}")
+            raise fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not support {item}; it supports {sorted(known)}")
         flags.append(f"-gencode=arch=compute_{number}{suffix},code=sm_{number}{suffix}")
         names.append(f"sm_{number}{suffix}")
         if ptx:
@@ -114,7 +112,7 @@ def architectures(nvcc: Path) -> tuple[list[str], list[str]]:
 
 
 def compilers_at_once() -> int:
-    """As many as MAX_JOBS says, or as cores and free memory allow; at least one."""
+    """MAX_JOBS, or the number that cores and free memory allow; at least one."""
     wanted = os.environ.get("MAX_JOBS", "").strip()
     if wanted:
         if not wanted.isdecimal() or int(wanted) == 0:
@@ -125,7 +123,7 @@ def compilers_at_once() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that are free here, in a container within its limit; where nothing says so, enough for eight compilers."""
+    """Free bytes, within the limit of a container; if unknown, enough for eight compilers."""
 
     def read(name: str) -> str:
         try:
@@ -136,7 +134,7 @@ def free_memory(root: Path = Path("/")) -> int:
     free = [8 * COMPILER_MEMORY]
     if available := re.search(r"^MemAvailable:\s+(\d+) kB", read("proc/meminfo"), re.MULTILINE):
         free = [int(available[1]) << 10]
-    # Both versions of control groups; what a container's use holds of files can be dropped.
+    # Both versions of control groups; cached files count as used but can be dropped.
     for group, limit, used in (
         ("sys/fs/cgroup", "memory.max", "memory.current"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -149,7 +147,7 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def is_fresh(target: Path, listed: Path) -> bool:
-    """Whether an object is newer than all that went into it, of which the compiler left a list (``-MMD``)."""
+    """Whether an object is newer than all of its sources, which the compiler has listed (``-MMD``)."""
     if not (target.exists() and listed.exists()):
         return False
     # A make rule: "object: source header ...", with backslashes before line ends and before spaces in names.
@@ -160,7 +158,7 @@ def is_fresh(target: Path, listed: Path) -> bool:
 
 
 class BuildNative(build_ext):
-    """Compiles each source with its own flags, several at a time, and only those that are out of date."""
+    """Compiles each source that is out of date with its own flags, several at a time."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -182,7 +180,7 @@ class BuildNative(build_ext):
             f'-DLIFT_FAST_CUDA_REASON="{cuda_reason}"',
             f"-DLIFT_FAST_CUDA={int(nvcc is not None)}",
         ]
-        # What takes longest begins first.
+        # The longest compilations begin first.
         jobs: list[tuple[Path, list[str]]] = []
         if nvcc is not None:
             host = ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
@@ -201,15 +199,9 @@ class BuildNative(build_ext):
             if nvcc is None:
                 link = [*compiler, "-shared", *openmp, *objects]
             else:
-                # nvcc knows where its static runtime lies; the binary then needs no CUDA library to load.
-                link = [
-                    str(nvcc),
-                    "-shared",
-                    "--cudart",
-                    "static",
-                    *(f"-Xcompiler={flag}" for flag in openmp),
-                    *objects,
-                ]
+                # nvcc finds its static runtime; the binary then needs no CUDA library.
+                openmp_link = [f"-Xcompiler={flag}" for flag in openmp]
+                link = [str(nvcc), "-shared", "--cudart", "static", *openmp_link, *objects]
             if sys.platform == "darwin":
                 link += ["-undefined", "dynamic_lookup"]
             output = Path(self.get_ext_fullpath(ext.name))
@@ -226,7 +218,7 @@ class BuildNative(build_ext):
 
     @staticmethod
     def compile(target: Path, command: list[str]) -> None:
-        """Run the command unless it made ``target`` before from files that have not changed since."""
+        """Run the command unless ``target`` is its result and no source has changed since."""
         stamp, listed = target.with_suffix(".command"), target.with_suffix(".d")
         if stamp.exists() and stamp.read_text() == " ".join(command) and is_fresh(target, listed):
             return
@@ -235,7 +227,7 @@ class BuildNative(build_ext):
         stamp.write_text(" ".join(command))
 
     def openmp_flags(self, compiler: list[str]) -> list[str]:
-        """-fopenmp where the compiler takes it (Apple's clang does not)."""
+        """-fopenmp if the compiler accepts it (Apple's clang does not)."""
         probe = Path(self.build_temp, "openmp.cpp")
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -247,7 +239,7 @@ class BuildNative(build_ext):
 
     @staticmethod
     def cuda() -> tuple[list[str], list[str], str, Path | None]:
-        """Compiler flags, architectures, the reason where there is no CUDA part, and nvcc."""
+        """Compiler flags, architectures, the reason if there is no CUDA part, and nvcc."""
         wish = choice("LIFT_FAST_CUDA", ("auto", "1", "0"))
         if wish == "0":
             return [], [], "LIFT_FAST_CUDA=0", None

@@ -1,4 +1,4 @@
-"""Keys of the last block, ViT-S/16: early exit against running the whole network and hooking the keys."""
+"""Keys of ViT-S/16's last block: early exit against hooking the keys of the whole network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cosine_loss`` forward and backward against ``CosineEmbeddingLoss`` on permuted copies, as people write it."""
+"""``cosine_loss`` forward and backward against ``CosineEmbeddingLoss`` on permuted copies, the usual code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lift_fast import cosine_loss
 from lift_fast.testing import relative_error
 
 SHAPE = (8, 384, 28, 28)
-# Of loss and gradient together; in bfloat16 of the gradient's own rounding.
+# For loss and gradient together; in bfloat16 the gradient's own rounding.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -59,7 +59,7 @@ def test_loss(benchmark, compare, maps, device, dtype, layout):
 
 
 def test_compiled(benchmark, compare, maps, device):
-    """What a user may try instead, on the same scale."""
+    """An alternative for users, on the same scale."""
     benchmark.group = f"cosine loss forward + backward, {device}, {list(SHAPE)}, NCHW"
     x, y = maps[0].requires_grad_(), maps[1]
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""``dense_match`` against interpolate-then-argmax of published evaluation code, all on 448 x 448 pixels."""
+"""``dense_match`` against interpolate-then-argmax as in published evaluation code, on 448 x 448 pixels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from torch.nn import functional as F
 from lift_fast import dense_match
 from lift_fast.ops.lift_forward.plan import span_basis
 
+from .maps import smooth_maps
+
 SIZE = 448
 
 
-def smooth_maps(device):
-    """Maps with the neighbourhood correlation of ViT features: rough noise enlarged from half the grid."""
-    rough = torch.randn(2, 384, 28, 28, device=device)
-    maps = F.interpolate(rough, scale_factor=2, mode="bilinear") + 0.3 * torch.randn(2, 384, 56, 56, device=device)
-    return maps[:1], maps[1:]
-
-
 def lifted_maps(device):
-    """What LiFT gives of two images: wide maps ``[1, 384, 56, 56]``, and the same ones in the basis of their span."""
-    hidden = torch.cat(smooth_maps(device))[:, :192].relu()
+    """LiFT's maps of two images, ``[1, 384, 56, 56]`` each, and the same maps in the basis of their span."""
+    hidden = smooth_maps(2, 384, 56, device)[:, :192].relu()
     weight, bias = torch.randn(384, 192, device=device) / 14, torch.randn(384, device=device) / 4
     basis, _ = span_basis(weight, bias)
     wide = F.conv2d(hidden, weight[:, :, None, None], bias)
@@ -36,7 +31,7 @@ def test_points(benchmark, compare, device, count, features):
     torch.manual_seed(0)
     (query_map, key_map), given = lifted_maps(device)
     if features == "maps":
-        query_map, key_map = given = smooth_maps(device)
+        query_map, key_map = given = smooth_maps(2, 384, 56, device).split(1)
     points = torch.randint(SIZE, (1, count, 2), device=device)
     size = (SIZE, SIZE)
 
@@ -55,7 +50,7 @@ def test_points(benchmark, compare, device, count, features):
     compare(ours, plain, error=error, limit=1e-5)
 
 
-# Queries of which brute force is measured; all of them take it minutes.
+# Queries for the measured brute force; for all of them it takes minutes.
 SAMPLE = 64
 
 
@@ -64,7 +59,7 @@ SAMPLE = 64
 def test_every_pixel(benchmark, compare, device, normalize, mutual):
     benchmark.group = f"dense_match, {device}, every pixel of {SIZE} x {SIZE} against every one, C 384"
     torch.manual_seed(0)
-    query_map, key_map = smooth_maps(device)
+    query_map, key_map = smooth_maps(2, 384, 56, device).split(1)
     size = (SIZE, SIZE)
     rows = torch.randint(SIZE * SIZE, (SAMPLE,), device=device)
 
@@ -73,7 +68,7 @@ def test_every_pixel(benchmark, compare, device, normalize, mutual):
         maps = F.interpolate(maps, size=size, mode="bilinear").flatten(2)[0]
         return F.normalize(maps, dim=0) if normalize == "pixel" else maps
 
-    # Outside the timing: brute force pays for the products and the maximum alone.
+    # Outside the timing: only the products and the maximum of brute force are timed.
     query, key = wide(query_map)[:, rows].T.contiguous(), wide(key_map)
 
     def ours():
@@ -81,7 +76,7 @@ def test_every_pixel(benchmark, compare, device, normalize, mutual):
 
     result, best = ours(), (query @ key).max(dim=1)
     found = result.xy[0, rows, 1] * SIZE + result.xy[0, rows, 0]
-    # A different pixel is as right where both are equally similar.
+    # A different pixel of equal similarity is right too.
     chosen = (query * key[:, found].T).sum(dim=1)
     error = max(float((result.similarity[0, rows] - best.values).abs().max()), float((best.values - chosen).max()))
     compare(

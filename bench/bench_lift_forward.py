@@ -1,6 +1,6 @@
 """LiFT forward, ViT-S width (C = 384), patch 16: the inference plan against the plain module in float32.
 
-The baseline is what people run today: the plain module, NCHW, float32, eager; beside it the plain module compiled.
+The baseline is the plain module, NCHW, float32, eager, as people run it today; the compiled module is measured too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_plan(benchmark, compare, lift, device, batch, size, dtype):
 @pytest.mark.parametrize("variant", ["plain bfloat16 channels_last", "plain float32 compiled"])
 @pytest.mark.parametrize(("batch", "size"), CASES, ids=lambda value: str(value))
 def test_other_ways(benchmark, compare, lift, device, batch, size, variant):
-    """What a user may try instead of this package, on the same scale: speed-up over the plain module in float32."""
+    """Alternatives to this package, on the same scale: speed-up over the plain module in float32."""
     benchmark.group = f"LiFT forward, {device}, B{batch} {size}"
     imgs, x = inputs(batch, size, device)
     plain = plain_module(lift)

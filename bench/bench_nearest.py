@@ -1,7 +1,7 @@
-"""``nearest`` against what people write today: normalise, multiply in chunks, take the maximum. Width 384.
+"""``nearest`` against the usual code: normalise, multiply in chunks, take the maximum. Width 384.
 
-Beside it what else one would pick: the same in bfloat16 or compiled, faiss, KeOps, and kornia for mutual matches; those
-that are not installed (``pip install '.[peers]'``) are skipped.
+The alternatives are the same code in bfloat16 or compiled, faiss, KeOps, and kornia for mutual matches. Packages that
+are not installed (``pip install '.[peers]'``) are skipped.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ OTHERS = {
     "plain bfloat16": (bfloat16, 2e-2, SIDES),
     "plain compiled": (compiled, 1e-5, SIDES),
     "faiss IndexFlatIP": (faiss_flat, 1e-5, SIDES),
-    # Vectors of 384 channels are beyond what KeOps is made for: 20 s at 3136 rows on two CPU cores.
+    # KeOps is not made for vectors of 384 channels: 20 s at 3136 rows on two CPU cores.
     "KeOps": (keops, 1e-5, SIDES[:1]),
 }
 
@@ -122,7 +122,7 @@ def our_mutual_matches(query, key):
 
 
 def different(ours, theirs, count):
-    """Share of rows that are matched in another way; rounding decides a few near ties."""
+    """Share of rows with different matches; rounding decides a few near ties."""
     ours, theirs = ({tuple(pair) for pair in pairs.tolist()} for pairs in (ours, theirs))
     return len(ours ^ theirs) / count
 
@@ -146,7 +146,7 @@ def test_mutual(benchmark, compare, device, side, variant):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_mutual_against_one_direction(benchmark, compare, device, side):
-    """What the mutual check costs: 1.00x would be nothing."""
+    """The cost of the mutual check: 1.00x means none."""
     benchmark.group = f"nearest, mutual against one direction, {device}, {side * side} x {side * side}"
     query, key = descriptors(side, device)
     one, both = nearest(query, key), nearest(query, key, mutual=True)

@@ -1,4 +1,4 @@
-"""``propagate_labels`` against the dense affinity of published evaluation code: one step of DAVIS 2017."""
+"""``propagate_labels`` against the dense affinity as in published evaluation code: one step of DAVIS 2017."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch.nn import functional as F
 
 from lift_fast import propagate_labels
 
+from .maps import smooth_maps
+
 # The first frame and the 7 before the query, 448 pixels at patch 8.
 GRID, FRAMES, RADIUS, K, TEMPERATURE = (56, 56), 8, 12, 5, 0.1
 
 
 def smooth_frames(count, device):
-    """Frames that resemble each other, with the neighbourhood correlation of ViT features: [count * 56 * 56, 384]."""
-    rough = torch.randn(1, 384, 28, 28, device=device)
-    maps = F.interpolate(rough, scale_factor=2, mode="bilinear") + 0.3 * torch.randn(count, 384, *GRID, device=device)
-    return maps.flatten(2).transpose(1, 2).reshape(-1, 384)
+    """Similar frames with the neighbourhood correlation of ViT features: [count * 56 * 56, 384]."""
+    return smooth_maps(count, 384, GRID[0], device, shared=True).flatten(2).transpose(1, 2).reshape(-1, 384)
 
 
 def lift_frames(count, device):
-    """The same with LiFT's structure: descriptors [count * 56 * 56, 384], and their 193 coordinates in its span."""
+    """The same with LiFT's structure: descriptors [count * 56 * 56, 384] and their 193 coordinates in its span."""
     hidden = smooth_frames(count, device)[:, :192].relu()
     weight, bias = torch.randn(384, 192, device=device) / 192**0.5, torch.randn(384, 1, device=device)
     basis, coordinates = torch.linalg.qr(torch.cat([weight, bias], dim=1))
@@ -30,7 +30,7 @@ def lift_frames(count, device):
 
 @pytest.mark.parametrize("features", ["any", "LiFT"])
 def test_video_step(benchmark, compare, device, features):
-    """``LiFT``: as the evaluation runs it, in the 193 coordinates of LiFT's span; the dense form has all 384."""
+    """``LiFT``: in the 193 coordinates of LiFT's span, as in the evaluation; the dense form has all 384 channels."""
     objects = 4
     benchmark.group = (
         f"propagate_labels, {device}, {FRAMES} frames of 56 x 56, C 384 ({features} features), radius {RADIUS}, top {K}"
@@ -60,7 +60,7 @@ def test_video_step(benchmark, compare, device, features):
         weight = torch.softmax(top / TEMPERATURE, dim=1)
         return torch.zeros_like(similarity).scatter_(1, index, weight) @ labels
 
-    # Random labels: two keys that tie within rounding may be exchanged, and with them their labels.
+    # Two keys that tie within rounding may be exchanged, and so may their random labels.
     off = (ours() - plain()).abs().amax(1)
     error = float(off.sort().values[: int(0.999 * len(off))].max())
     compare(ours, plain, error=error, limit=1e-4)

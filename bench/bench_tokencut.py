@@ -16,7 +16,7 @@ TAU = 0.2
 
 
 def feature_map(side):
-    """[side * side, 384]: an object on a ground that drifts, with noise, about as dense a graph as DINO's."""
+    """[side * side, 384]: an object on a varying ground, with noise; about as dense a graph as DINO's."""
     ground = F.interpolate(torch.randn(1, 64, 7, 7), size=(side, side), mode="bicubic")[0]
     maps = torch.einsum("cd,dhw->chw", torch.randn(384, 64) / 8, ground) + 0.6 * torch.randn(384, side, side)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -31,7 +31,7 @@ def dense_affinity(features):
 
 
 def published(features, side):
-    """Box in cells and eigenvector, by the calls of the published code."""
+    """Box in cells and eigenvector, with the calls of the published code."""
     weights, degree = dense_affinity(features)
     vector = linalg.eigh(degree - weights, degree, subset_by_index=[1, 2])[1][:, 0]
     mask = vector > vector.mean()

@@ -17,7 +17,7 @@ import torch
 
 # Rounds shrink with the length of one call, so that a whole run takes minutes.
 _SECONDS, _FEWEST, _MOST = 2.0, 9, 40
-# Calls that take longer are made as few times as a median needs: emulated bfloat16 takes ten seconds.
+# Longer calls run as few times as a median needs: emulated bfloat16 takes ten seconds.
 _SLOW_SECONDS, _SLOW_ROUNDS = 2.0, 3
 
 
@@ -33,7 +33,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> float | None:
-    """MiB that one call holds at its peak beyond what was there before, its result included; None where unknown."""
+    """MiB that one call adds at its peak, its result included; None if unknown."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -42,7 +42,7 @@ def peak_memory(function: Callable[[], Any], device: str) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # What earlier calls freed must not serve this one unseen.
+        # Memory that earlier calls freed must not hide what this one needs.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return None
@@ -71,10 +71,10 @@ def _compare(
     name: str | None = None,
     share: float = 1.0,
 ) -> None:
-    """Benchmark ``ours``; record beside it the speed-up over ``plain``, run in turn with it: A B A B ...
+    """Benchmark ``ours`` and record the speed-up over ``plain``, run in turn with it: A B A B ...
 
-    The equality gate comes first: with an ``error`` above ``limit`` nothing is timed. A ``plain`` that would take
-    minutes does only a ``share`` of the work; its time is scaled up, and the record says so.
+    Nothing is timed if ``error`` exceeds ``limit``. A ``plain`` that would take minutes does only a ``share`` of the
+    work; its time is scaled up, and the record contains the share.
     """
     if not error <= limit:
         pytest.fail(f"results differ by {error:.2e}, more than {limit:.0e}: no figure is printed")

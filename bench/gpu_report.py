@@ -1,19 +1,19 @@
-"""The repository's standing check on a GPU, in stages: what matters most comes first, and a kill loses one row.
+"""The repository's check on a GPU, in stages: the most important one comes first, and a kill loses one row.
 
 python -m bench.gpu_report                         # as many stages as 8 minutes allow, in their order
 python -m bench.gpu_report --stage smoke           # one stage; may be repeated
-python -m bench.gpu_report --rehearse --out r      # on any machine: every stage, every figure's code, no figures
+python -m bench.gpu_report --rehearse --out r      # on any machine: every stage, the code of every figure, no figures
 
 build      the native core, for the present GPU's architecture alone
-warm-up    every Triton kernel of the next two stages, compiled on all cores at once
+warm-up    every Triton kernel of the next two stages, compiled on all cores
 smoke      every kernel in every dtype against float64, each in a process of its own
-figures    times beside ceilings, the most valuable first
+figures    times and ceilings, the most valuable first
 tests      the repository's own tests that need a GPU
 sanitizer  compute-sanitizer's memcheck and racecheck on the CUDA C++ kernels
 profile    Nsight Compute on the kernels that take most of the time
 
-<out>.json holds every row from the moment it is known; <out>.md and <out>.png follow at the end, and a table of
-predictions beside outcomes is printed last. The exit status is 1 if anything failed.
+<out>.json holds every row as soon as it is known; <out>.md and <out>.png follow at the end. A table of predictions and
+outcomes is printed last. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ import torch
 from lift_fast._files import make_folder
 
 from .gpu import checks
-from .gpu.crew import ROOT, run_group, run_side_by_side
+from .gpu.context import ROOT, call, last_line
+from .gpu.crew import run_group, run_side_by_side
 from .gpu.stages import STAGES, jobs_of
-from .gpu.state import State
+from .gpu.state import Listener, State
 
-# What a stage must find left of the budget to begin.
+# Seconds of the budget that must be left for a stage to begin.
 LEAST_SECONDS = {"build": 0, "warm-up": 20, "smoke": 20, "figures": 20, "tests": 30, "sanitizer": 40, "profile": 40}
 BUDGET = 480.0
-# What compiling and timing tiles takes at least.
+# The least time of compiling and timing tiles.
 TILES_SECONDS = 60
 
 
@@ -52,36 +53,32 @@ def build(state: State) -> None:
     probe = "from lift_fast import _native; core = _native.load(); print(*core.cuda_probe(0)) if core else print(False)"
 
     def works() -> str:
-        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
-        return (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"])[-1]
+        done = call([sys.executable, "-c", probe])
+        return last_line(done.stdout, done.stderr)
 
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
     if state.rehearse:
-        # Everything but the compilation, which would replace the core that the rehearsal runs on.
+        # Without the compilation, which would replace the core that the rehearsal runs on.
         command[4:4] = ["--dry-run"]
     elif works().startswith("True"):
         print("the native core is built and runs on this device")
         return
     capability = "9.0" if state.rehearse else "{}.{}".format(*torch.cuda.get_device_capability())
-    # How many compilers run at one time is for setup.py to say, which asks for free memory, too.
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": capability}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    said = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
+    # setup.py decides how many compilers run at one time, from the free memory too.
+    done = call(command, env={**os.environ, "TORCH_CUDA_ARCH_LIST": capability})
+    built = [line.strip() for line in done.stdout.splitlines() if "lift_fast: built" in line]
     if state.rehearse and not done.returncode:
-        said = ["pip's dry run passes"]
-    print(*said[-1:], flush=True)
+        built = ["pip's dry run passes"]
+    print(*built[-1:], flush=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
-        state.failures.append(f"build: {last[0]}")
+        state.failures.append(f"build: {last_line(done.stderr, done.stdout)}")
     elif not state.rehearse and not works().startswith("True"):
-        state.failures.append(f"build: the native core was built and does not run: {works()}")
+        state.failures.append(f"build: the native core was built but does not run: {works()}")
 
 
 def environment(state: State) -> None:
-    """What a reader must know to judge the figures; no host name."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """What a reader needs to interpret the figures; no host name."""
+    commit = call(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
     about = {"commit": commit, "python": platform.python_version(), "cores": str(len(os.sched_getaffinity(0)))}
     for name in ("torch", "triton", "numpy", "lift_fast"):
         try:
@@ -98,37 +95,35 @@ def environment(state: State) -> None:
         }
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
         try:
-            done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+            done = call(query, timeout=20)
             about["driver, clocks at the start"] = done.stdout.strip().splitlines()[0] if done.stdout else ""
         except (OSError, subprocess.TimeoutExpired):
             pass
     state.results["environment"] = about
-    # In a process of its own: the core may have been built just now.
+    # In a process of its own, because the core may be new.
     code = "import json, lift_fast; print(json.dumps(lift_fast.backends().as_dict()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = call([sys.executable, "-c", code])
     if done.returncode:
-        state.failures.append(f"environment: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        state.failures.append(f"environment: {last_line(done.stderr)}")
     else:
         state.results["backends"] = json.loads(done.stdout.splitlines()[-1])
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
 def warm_up(state: State, tiles: bool = False) -> None:
-    """Compile for the device; a rehearsal compiles a few kernels for one that need not be there.
+    """Compile for the device; a rehearsal compiles a few kernels for a device that need not exist.
 
-    ``tiles``: what the figures of tiles alone launch, which none of the others should have to wait for.
+    ``tiles``: compile what only the figures of tiles launch, so that no other figure waits for it.
     """
     major, minor = (9, 0) if state.rehearse else torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "bench.gpu.warm_up", "--capability", f"{major}{minor}"]
     command += ["--most", "4"] if state.rehearse else []
     command += ["--tiles"] if tiles else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = call(command)
     try:
-        state.results["warm-up of tiles" if tiles else "warm-up"] = summary = json.loads(
-            done.stdout.strip().splitlines()[-1]
-        )
-    except (ValueError, IndexError):
-        state.failures.append(f"warm-up: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        state.results["warm-up of tiles" if tiles else "warm-up"] = summary = json.loads(last_line(done.stdout))
+    except ValueError:
+        state.failures.append(f"warm-up: {last_line(done.stderr)}")
         return
     state.failures += [f"warm-up: {failure}" for failure in summary["failures"]]
     print(summary)
@@ -138,34 +133,18 @@ def smoke(state: State) -> None:
     """Every kernel against float64."""
     from .gpu.output import smoke_lines
 
-    cores = len(os.sched_getaffinity(0))
-    run_side_by_side(
-        "smoke",
-        jobs_of("smoke", state.rehearse),
-        workers=cores,
-        rehearse=state.rehearse,
-        seed=state.seed,
-        deadline=state.deadline,
-        listener=state.listener("smoke"),
-    )
+    run_side_by_side(jobs_of("smoke", state.rehearse), len(os.sched_getaffinity(0)), Listener(state, "smoke"))
     print(*smoke_lines(state.rows("smoke")), sep="\n", flush=True)
 
 
 def figures(state: State) -> None:
-    """Times; before those of tiles, their compilation on all cores at once."""
+    """Times; before the figures of tiles, their kernels are compiled on all cores."""
     (jobs,) = jobs_of("figures", state.rehearse).values()
     first = next(number for number, job in enumerate(jobs) if "tiles" in job.name)
     for part in (jobs[:first], jobs[first:]):
         if part[0] is jobs[first] and state.left() > TILES_SECONDS:
             warm_up(state, tiles=True)
-        run_group(
-            "figures",
-            part,
-            rehearse=state.rehearse,
-            seed=state.seed,
-            deadline=state.deadline,
-            listener=state.listener("figures"),
-        )
+        run_group(part, Listener(state, "figures"))
 
 
 RUN: dict[str, Callable[[State], None]] = {
@@ -181,10 +160,10 @@ assert tuple(RUN) == STAGES
 
 
 def run_stage(state: State, name: str, run: Callable[[State], None]) -> None:
-    """Run a stage if there is time for it; an error in it is a failure and ends only it."""
+    """Run a stage if there is time for it; an error in it is a failure and ends only this stage."""
     least = LEAST_SECONDS.get(name, 0)
     if state.left() < least:
-        state.skipped.append(f"{name}: {max(state.left(), 0):.0f} s of {state.budget:.0f} left, it wants {least:.0f}")
+        state.skipped.append(f"{name}: {max(state.left(), 0):.0f} s of {state.budget:.0f} left, it needs {least:.0f}")
         return
     start = time.monotonic()
     print(f"== {name}", flush=True)
@@ -204,7 +183,7 @@ def finish(state: State) -> None:
     from .gpu import output
 
     run_stage(state, "chart", output.chart)
-    lines = output.judged(state)
+    lines = output.outcomes(state)
     state.results["predictions"] = lines
     state.file(".md").write_text(output.markdown(state))
     state.write()
@@ -225,14 +204,14 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--stage", action="append", choices=STAGES, metavar="STAGE", help="run this one alone; may be repeated"
+        "--stage", action="append", choices=STAGES, metavar="STAGE", help="run only this one; may be repeated"
     )
     parser.add_argument("--out", type=Path, help="stem of the files to write (bench/results/<name of the GPU>)")
     parser.add_argument(
         "--budget", type=float, default=BUDGET, metavar="S", help=f"seconds for the whole run ({BUDGET:.0f})"
     )
     parser.add_argument("--seed", type=int, help="of the random inputs; by default a fresh one")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: that it runs, and no figures")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: check that it runs, no figures")
     arguments = parser.parse_args(argv)
     if arguments.rehearse:
         # A tile file of a real device must not be read or written.

@@ -2,8 +2,8 @@
 
 python -m bench.host
 
-On a GPU as it is there. Without one on a stand-in (bench/stand_in.py): PyTorch's, Triton's and this package's code runs
-as on a GPU, launches end in a driver that returns at once, and memory comes from the CPU's allocator.
+Uses a GPU if there is one, else a stand-in (bench/stand_in.py): PyTorch's, Triton's and this package's code runs as on
+a GPU, launches end in a driver that returns at once, and memory comes from the CPU's allocator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-# Each figure is one of many groups of calls; shared machines disturb most of them.
+# Groups of calls, and calls of a group; shared machines disturb most groups.
 _GROUPS, _CALLS = 400, 20
 
 
@@ -37,7 +37,7 @@ def microseconds(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[floa
 
 
 def parts(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """name -> what to time. The first is the whole of which the following are parts, indented; then other operators."""
+    """name -> call to time: a forward pass, its parts (indented), then other operators."""
     from lift_fast import LiFT
     from lift_fast.kernels import cosine_loss, launch
     from lift_fast.ops.lift_forward import cache as plan_cache

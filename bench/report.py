@@ -39,13 +39,13 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({"group": bench["group"], "name": name, **info})
     if not rows:
         raise SystemExit("the run holds no paired benchmarks; expected the JSON of: pytest bench/ --benchmark-only")
-    # Everything done for one piece of work stands together.
+    # Rows of one group stand together.
     groups = list(dict.fromkeys(row["group"] for row in rows))
     return sorted(rows, key=lambda row: groups.index(row["group"]))
 
 
 def environment(run: dict[str, Any]) -> dict[str, Any]:
-    """What a reader must know to judge the figures; no host name."""
+    """What a reader needs to interpret the figures; no host name."""
     cpu = run.get("machine_info", {}).get("cpu", {})
     return {
         "date": run.get("datetime", "")[:10],

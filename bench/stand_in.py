@@ -1,8 +1,8 @@
-"""A GPU that is not there: the host's path to each launch runs as a whole, on CPU tensors, and nothing comes after it.
+"""A stand-in for a GPU: the host's whole path to each launch runs, on CPU tensors, and the launch does nothing.
 
-For processes of their own: it replaces parts of PyTorch, Triton and this package, and does not put them back. Triton's
-``JITFunction`` runs as ever, and with ``native=True`` so does its launcher, above a CUDA driver whose functions return
-at once. Nothing is compiled, and nothing computed: results are zeros, or what the memory held where ``native``.
+It needs a process of its own, because it replaces parts of PyTorch, Triton and this package for good. Triton's
+``JITFunction`` runs unchanged, and with ``native=True`` so does its launcher, above a CUDA driver whose functions
+return at once. Nothing is compiled or computed: results are zeros, or uninitialised with ``native``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What Triton's launcher and loader call; success, and an answer where one is read.
+# The functions that Triton's launcher and loader call: they succeed, and answer if the answer is read.
 _DRIVER = r"""
 #include <stddef.h>
 #include <stdint.h>
@@ -70,7 +70,7 @@ _library: ctypes.CDLL | None = None
 
 
 def native_launches() -> list[tuple[int, ...]]:
-    """(grid, stream, six addresses) of what the native stand-in has launched since it was last asked, 64 at most.
+    """(grid, stream, six addresses) of the native stand-in's launches since the last call, 64 at most.
 
     For kernels whose first six arguments are addresses.
     """
@@ -81,7 +81,7 @@ def native_launches() -> list[tuple[int, ...]]:
 
 
 class Launched(NamedTuple):
-    """One launch as the device would have seen it."""
+    """One launch as the device would see it."""
 
     kernel: str
     device: int
@@ -92,7 +92,7 @@ class Launched(NamedTuple):
 
 
 class Device:
-    """The devices' state. All tensors lie on device ``home``; ``log`` keeps launches unless they are native."""
+    """The devices' state. All tensors lie on device ``home``; ``log`` keeps launches that are not native."""
 
     def __init__(self) -> None:
         self.current, self.home = 0, 0
@@ -113,7 +113,7 @@ class Device:
 
 
 def install(native: bool = False) -> Device:
-    """Make this process believe in two GPUs of compute capability 9.0.
+    """Pretend in this process that there are two GPUs of compute capability 9.0.
 
     Args:
         native: launch through Triton's own launcher, above a driver that does nothing; needs a C compiler. Otherwise
@@ -150,7 +150,7 @@ def install(native: bool = False) -> Device:
         # Some results are indices.
         memory.new_empty = torch.Tensor.new_zeros  # type: ignore[assignment]
         memory.empty, memory.empty_like = torch.zeros, torch.zeros_like
-    _believe(device, native)
+    _pretend(device, native)
     return device
 
 
@@ -166,7 +166,7 @@ def _build_driver() -> None:
     global _library
     _library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    # The launchers that Triton builds above this driver must not be found by processes with another.
+    # Processes with another driver must not find the launchers that Triton builds above this one.
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
 
 
@@ -213,15 +213,15 @@ def _compiled(src: Any, target: Any, driver: Any, device: Device, native: bool) 
     return kernel
 
 
-def _believe(device: Device, native: bool) -> None:
-    """Let the package take CPU tensors for tensors of the device."""
+def _pretend(device: Device, native: bool) -> None:
+    """Let the package treat CPU tensors as tensors of the device."""
     from lift_fast import _env, devices
     from lift_fast.kernels import launch
     from lift_fast.ops.dense_match import cuda as dense_match_cuda
     from lift_fast.ops.lift_forward import gpu as gpu_plan
     from lift_fast.ops.lift_forward import image_encoder_cuda
 
-    # These answer as on a GPU, and take as long.
+    # They answer as on a GPU and take as long.
     where = torch.device("cuda", 0)
     kernels_run = devices.kernels_run
     devices._ask_triton = cache(lambda of: (True, "stand-in"))

@@ -1,4 +1,4 @@
-"""Ours and the published training loop on equal networks, for the benchmarks on the CPU and on a GPU."""
+"""Our training step and the published loop on equal networks, for the benchmarks on the CPU and on a GPU."""
 
 from __future__ import annotations
 

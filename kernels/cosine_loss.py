@@ -10,22 +10,22 @@ from torch import Tensor
 from . import launch
 from .tiles import cdiv, next_power_of_2
 
-# Elements of one input that a block of 8 warps holds: both are 48 registers of a thread.
+# Elements of one input that a block of 8 warps holds: both inputs take 48 registers of a thread.
 _TILE = 6144
-# Channels beyond this are read a second time, mostly from the second cache.
+# Channels beyond this are read a second time, mostly from the L2 cache.
 _MOST_CHANNELS = 1024
 _LOOP_CHANNELS = 512
-# A warp's least share of one channel where positions lie side by side: whole sectors of the second cache.
+# A warp's least share of one channel if positions lie side by side: whole sectors of the L2 cache.
 _LEAST_POSITIONS = 8
 _SCALE_BLOCK = 2048
-# Squared norms beyond which sums and factors may leave the range of float32, and what brings such vectors back.
+# Squared norms beyond which sums and factors may leave the range of float32, and the factor for such vectors.
 MODERATE = tl.constexpr(1e28)
 SMALLER = tl.constexpr(2.0**-80)
 
 
 @triton.jit
 def _load(base, outer, channel, position, channels, inner, channel_stride, inner_stride, OTHER: tl.constexpr):
-    """[channels, positions] of one outer index; what lies outside is OTHER."""
+    """[channels, positions] of one outer index; OTHER outside."""
     mask = (channel[:, None] < channels) & (position[None, :] < inner)
     at = channel[:, None].to(tl.int64) * channel_stride + position[None, :].to(tl.int64) * inner_stride
     return tl.load(base + outer + at, mask=mask, other=OTHER)
@@ -84,7 +84,7 @@ def cosine_loss_kernel(
         x, y = x.to(tl.float32), y.to(tl.float32)
         product, own, other = tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0)
         if REST:
-            # The channels beyond a power of two, in a tile of their own: 384 are 256 + 128, not 512.
+            # The channels beyond a power of two get a tile of their own: 384 are 256 + 128, not 512.
             last = FIRST + tl.arange(0, REST)
             u = _load(prediction, at_x, last, position, channels, inner, prediction_channel, prediction_inner, 0.0)
             v = _load(target, at_y, last, position, channels, inner, target_channel, target_inner, 0.0)
@@ -92,7 +92,7 @@ def cosine_loss_kernel(
             product += tl.sum(u * v, 0)
             own += tl.sum(u * u, 0)
             other += tl.sum(v * v, 0)
-    # Vectors whose squares leave the range of float32 are taken 2^-80 times as long.
+    # Vectors whose squares leave the range of float32 are scaled by 2^-80.
     smaller_x = tl.where(own <= MODERATE, 1.0, SMALLER)
     smaller_y = tl.where(other <= MODERATE, 1.0, SMALLER)
     if not LOOP:
@@ -111,7 +111,7 @@ def cosine_loss_kernel(
                 product += tl.sum(u * v, 0)
                 own += tl.sum(u * u, 0)
                 other += tl.sum(v * v, 0)
-    # Beside such a length epsilon is nothing.
+    # Epsilon is negligible beside such a length.
     own = 1.0 / tl.sqrt(own + tl.where(smaller_x == 1.0, epsilon, 0.0))
     other = 1.0 / tl.sqrt(other + tl.where(smaller_y == 1.0, epsilon, 0.0))
     cosine = product * own * other
@@ -156,7 +156,7 @@ def tiling(channels: int, inner: int) -> tuple[int, int, int, bool]:
     else:
         first = 1 << (channels.bit_length() - 1)
         rest, loop = next_power_of_2(channels - first) if channels > first else 0, False
-        # Little is gained where the rest is as large.
+        # Little is gained if the rest is as large.
         first, rest = (2 * first, 0) if rest >= first else (first, rest)
     room = max(1, _TILE // (first + rest))
     positions = max(_LEAST_POSITIONS, 1 << (room.bit_length() - 1))
@@ -178,8 +178,8 @@ def cosine_loss(
         prediction, target: ``[outer, C, inner]`` of one dtype, any strides; float32, bfloat16 or float16, not empty.
         gradient: same, written with ``weight`` times the gradient for ``prediction``; None for the loss alone.
         loss: ``outer * inner`` float32, written.
-        weight, epsilon: the gradient's factor; what is added to squared norms.
-        upstream: one more factor of the gradient, contiguous float32: one, or ``outer * inner``.
+        weight, epsilon: the gradient's factor; the term added to squared norms.
+        upstream: another factor of the gradient, contiguous float32: one element, or ``outer * inner``.
     """
     outer, channels, inner = prediction.shape
     first, rest, positions, loop = tiling(channels, inner)
@@ -210,7 +210,7 @@ def cosine_loss(
 
 
 def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a dense tensor by a scalar on its device; where that is one nothing is read or written.
+    """Multiply a dense tensor by a scalar on its device; a factor of one reads and writes nothing.
 
     Args:
         values: of any dense memory format.

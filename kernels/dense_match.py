@@ -2,7 +2,7 @@
 
 Similarities of pixels are bilinear in both images' cells, so those of the four query cells to a patch's four corners
 bound every pixel of the group against every pixel of the patch. A program visits patches by descending bound until no
-pixel can gain; what it reads is a table of cell similarities, which the caller multiplies out.
+pixel can gain. It reads a table of cell similarities, which the caller computes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .tiles import cdiv, next_power_of_2
 # Larger than every pixel's number.
 NONE = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(float("inf"))
-# A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+# Rounding may lift a value above its corners: three interpolations, a scale, and the bound's own.
 SLACK = 16 * 2.0**-23
-# Patches whose bounds a program holds at one time.
+# Patches whose bounds a program keeps at one time.
 _CHUNK = 4096
 
 
@@ -29,7 +29,7 @@ def _bounds(
     row_0, row_1, row_2, row_3, chunk, y_low, y_high, x_low, x_high, width, strips_y, strips_x, scale_high, scale_low,
     CHUNK: tl.constexpr, POINTS: tl.constexpr
 ):  # fmt: skip
-    """Bounds of a chunk of patches ``[CHUNK]``, -inf for those that take no part, and the largest magnitude in them."""
+    """Bounds of a chunk of patches ``[CHUNK]``, -inf for patches that take no part, and their largest magnitude."""
     patch = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = patch < strips_y * strips_x
     strip_y, strip_x = patch // strips_x, patch % strips_x
@@ -39,9 +39,9 @@ def _bounds(
     far_x = tl.load(x_high + strip_x, mask=inside, other=0)
     most = tl.full((CHUNK,), -_INFINITY, dtype=tl.float32)
     magnitude = tl.zeros((CHUNK,), dtype=tl.float32)
-    # Zero; NaN as soon as one similarity is not finite.
-    sound = tl.zeros((CHUNK,), dtype=tl.float32)
-    # Not unrolled: all loads at once would not fit into registers.
+    # Becomes NaN when a similarity is not finite.
+    zero_if_finite = tl.zeros((CHUNK,), dtype=tl.float32)
+    # Not unrolled: all loads at once would need too many registers.
     for corner in tl.range(0, 4):
         cell = tl.where(corner < 2, near_y, far_y) + tl.where(corner % 2 == 0, near_x, far_x)
         for side in tl.static_range(4):
@@ -57,19 +57,19 @@ def _bounds(
                 value = tl.load(row + cell, mask=inside, other=0.0)
                 most = tl.maximum(most, value)
                 magnitude = tl.maximum(magnitude, tl.abs(value))
-                sound += value * 0.0
+                zero_if_finite += value * 0.0
     if scale_high is not None:
         high = tl.load(scale_high + patch, mask=inside, other=1.0)
         low = tl.load(scale_low + patch, mask=inside, other=1.0)
         most = most * tl.where(most > 0.0, high, low)
-    takes_part = inside & (sound == 0.0)
+    takes_part = inside & (zero_if_finite == 0.0)
     bound = tl.where(takes_part, most, -_INFINITY)
     return bound, tl.max(tl.where(takes_part, magnitude, 0.0), axis=0)
 
 
 @triton.jit
 def _bilinear(a, b, c, d):
-    """A bilinear function of the shares (right, down) from its four corners; exact where they are equal."""
+    """A bilinear function of the shares (right, down) from its four corners; exact if these are equal."""
     return a, b - a, c - a, (d - c) - (b - a)
 
 
@@ -84,7 +84,7 @@ def _corner(row_0, row_1, row_2, row_3, cell, right, down, both):
 
 @triton.jit
 def _better(value, pixel, best, index):
-    """The better of two matches, the lower pixel among equals; what overflows takes no part."""
+    """The better of two matches, the lower pixel among equals; an infinite value takes no part."""
     wins = ((value > best) | ((value == best) & (pixel < index))) & (tl.abs(value) < _INFINITY)
     return tl.where(wins, value, best), tl.where(wins, pixel, index)
 
@@ -207,7 +207,7 @@ def match_kernel(
         row_2 = table + (far_y + near_x).to(tl.int64) * cells
         row_3 = table + (far_y + far_x).to(tl.int64) * cells
     both = right * down
-    # Lanes without a pixel: a best that no bound reaches.
+    # Lanes without a pixel have a best value that no bound reaches.
     best = tl.where(exists, -_INFINITY, _INFINITY)
     index = tl.full((QUERIES,), NONE, dtype=tl.int32)
 
@@ -231,7 +231,7 @@ def match_kernel(
     if scale is not None:
         slack = slack * tl.load(scale_largest)
     if CHUNKS > 1 and top > -_INFINITY:
-        # The most promising patch of all first: little is left open in the chunks before it.
+        # The most promising patch first: few patches of the earlier chunks then remain.
         best, index = _visit(
             row_0, row_1, row_2, row_3, first, right, down, both, best, index, y_low, y_high, y_first, y_weight, x_low,
             x_high, x_first, x_weight, width, pixels_x, strips_x, scale, KEYS
@@ -243,7 +243,7 @@ def match_kernel(
                 scale_low, CHUNK, POINTS
             )  # fmt: skip
         most = tl.max(bound, axis=0)
-        # Each visit takes a patch away, so this ends on flat images, too; an equal bound may hold a lower pixel.
+        # Each visit removes a patch, so this ends on flat images too; an equal bound may hold a lower pixel.
         while (most > -_INFINITY) & (most + slack >= tl.min(best, axis=0)):
             at = tl.min(tl.where(bound == most, lanes, CHUNK), axis=0)
             best, index = _visit(
@@ -272,8 +272,8 @@ def match(
             cell of the query's ``band``.
         key: the key image's strips along y and x.
         scales: of the key's pixels, or None for ones.
-        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query image, of which the pixels of
-            ``band`` are written.
+        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query image, written for the pixels of
+        ``band``.
         query, band: None for points.
     """
     y, x = key
@@ -284,7 +284,7 @@ def match(
         points, queries, portions, programs = True, 1, 1, table.shape[0]
     else:
         largest = query[0].longest * query[1].longest
-        # The outermost strips are longer than the rest: they take several programs.
+        # The outermost strips are longer than the others and take several programs.
         usual = cdiv(query[0].pixels, query[0].cells) * cdiv(query[1].pixels, query[1].cells)
         points, queries = False, min(256, next_power_of_2(min(usual, largest)))
         portions = cdiv(largest, queries)

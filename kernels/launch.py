@@ -1,9 +1,8 @@
-"""What every launcher needs: the tensor's device made current, a launch that costs the host little, and how float32
-products are rounded.
+"""What every launcher needs: the current device, launches that cost the host little, rounding of float32 products.
 
-Triton's own launcher binds the arguments' names, asks each what to compile for and looks the kernel up by a string of
-all that: 13 us a launch, as much as a small kernel runs. :func:`run` leaves the first two launches of a kernel with
-given sizes to Triton, remembers what Triton called the compiled kernel with, and later calls that itself: 4 us.
+Triton's own launcher binds the arguments' names, finds what to compile for each and looks up the kernel by a string of
+all that: 13 us a launch, as long as a small kernel runs. :func:`run` leaves the first two launches of a kernel with
+given sizes to Triton, records how Triton calls the compiled kernel, and later calls it directly: 4 us.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from torch import Tensor
 
 from .. import _env
 
-# The functions behind torch.cuda.current_device() and current_stream(), which Triton takes, too: less than 1 us both.
+# The functions behind torch.cuda.current_device() and current_stream(), which Triton uses too: less than 1 us both.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 # Triton compiles for addresses that are multiples of this.
 ALIGNMENT = 16
-# Releases of Triton whose launcher was read: it hands its arguments on, but for scratch memory and the sanitizer.
+# Releases of Triton with a known launcher: it passes its arguments on, except for scratch memory and the sanitizer.
 _KNOWN = ("3.6", "3.7", "3.8", "3.9")
 _SIMPLE = (int, float, type(None))
-# Of both tables; a program that passes it has ever new sizes, and gains nothing from them.
+# Most entries of both tables; a program that exceeds it has ever new sizes and gains nothing from them.
 _CAPACITY = 4096
 
 
 class Ready(NamedTuple):
-    """A compiled kernel on its device, and what its launch takes beside grid, stream and the launcher's arguments."""
+    """A compiled kernel on its device, and its launch's arguments except grid, stream and the launcher's own."""
 
     kernel: Any
     compiled: Any
-    """Kept: Triton unloads a kernel that nobody holds."""
+    """Kept because Triton unloads a kernel without references."""
     run: Callable[..., Any]
     rest: tuple[Any, ...]
-    """What follows the stream."""
+    """The arguments after the stream."""
     nested: bool
     """The arguments follow as one tuple."""
     fill: tuple[int, ...]
@@ -51,15 +50,15 @@ class Ready(NamedTuple):
 
 
 _Key = tuple[Any, ...]
-# What Triton compiled at the first launch, with the kernel, whose address is part of the key.
+# The compiled form of each first launch, with the kernel, whose address is part of the key.
 _seen: dict[_Key, tuple[Any, Any]] = {}
-# None where Triton calls its kernels in another way than this module knows.
+# None if Triton calls its kernels in a way that this module does not know.
 _ready: dict[_Key, Ready | None] = {}
 _lock = threading.Lock()
 
 
 class Launch(NamedTuple):
-    """A launch that Triton had no part in."""
+    """A launch without Triton's launcher."""
 
     ready: Ready
     grid: tuple[int, ...]
@@ -75,7 +74,7 @@ _journal = _Journal()
 
 @contextmanager
 def journal() -> Iterator[list[Launch | None]]:
-    """Collects what this thread launches through :func:`run`; None for each launch that was left to Triton."""
+    """Collects this thread's launches through :func:`run`; None for each launch that was left to Triton."""
     before, launches = _journal.launches, []  # type: ignore[var-annotated]
     _journal.launches = launches
     try:
@@ -90,7 +89,7 @@ def device_of(tensor: Tensor) -> int:
 
 
 def is_current(device: int) -> bool:
-    """Whether a GPU is the current one: Triton launches nowhere else."""
+    """Whether a GPU is the current one, the only one that Triton launches on."""
     return device == _current_device()
 
 
@@ -121,7 +120,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, 
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make a tensor's GPU the current one, for launches that :func:`run` does not serve: of tensor descriptors."""
+    """Make a tensor's GPU the current one, for launches that :func:`run` does not serve: with tensor descriptors."""
     device = device_of(tensor)
     return nullcontext() if device < 0 or is_current(device) else torch.cuda.device(device)
 
@@ -134,9 +133,9 @@ def forget() -> None:
 
 
 def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> None:
-    # All that Triton compiles for: types, sizes (it takes 1 and multiples of 16 apart), constants; not floats' values.
+    # All that Triton specialises on: types, sizes (1 and multiples of 16 differ), constants; not the values of floats.
     # Addresses come below.
-    # True, 1 and 1.0 are equal, and Triton compiles another kernel for each.
+    # True, 1 and 1.0 are equal, but Triton compiles a kernel for each.
     constants = options.values()
     key: list[Any] = [id(kernel), device, len(grid), *options, *constants, *map(type, constants)]
     addresses, foreign = 0, False
@@ -148,7 +147,7 @@ def _launch(device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any]
             plain.append(address)
             key.append(arg.dtype)
         else:
-            # A tensor's descriptor, say, or a bool, is Triton's to take apart.
+            # Anything else, such as a tensor descriptor or a bool, is left to Triton.
             foreign = foreign or type(arg) not in _SIMPLE
             plain.append(arg)
             key.append(float if type(arg) is float else arg)
@@ -190,9 +189,9 @@ def _first(name: _Key, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], 
 def _second(
     name: _Key, device: int, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]
 ) -> None:
-    """Launch through Triton, and see how it calls the compiled kernel: as this module does, or it goes on doing so."""
+    """Launch through Triton and record how it calls the compiled kernel, unless that form of call is unknown."""
     with _lock:
-        # Unless another thread has come first.
+        # Unless another thread was faster.
         compiled = _seen.pop(name)[1] if name in _seen else None
         launcher = getattr(compiled, "_run", None)
         with _spied(compiled, "_run") as outer, _spied(launcher, "launch") as inner:
@@ -206,7 +205,7 @@ def _second(
             constants = tuple(options[parameter] for parameter in names)
             start = (*grid, *fill, _current_stream(device))
             rest = (compiled.function, compiled.packed_metadata)
-            # Then come a description and two hooks for profilers, of which there are none.
+            # A description and two hooks for profilers follow; none are set.
             hooks = outer[0][6:9]
             if _same(outer[0], (*start, *rest, *hooks, *args, *constants)):
                 ready = Ready(kernel, compiled, launcher, (*rest, None, None, None), False, fill, constants)  # type: ignore[arg-type]
@@ -216,7 +215,7 @@ def _second(
 def _deeper(
     ready: Ready, inner: list[tuple[Any, ...]], start: Sequence[Any], hooks: Sequence[Any], arguments: Sequence[Any]
 ) -> Ready:
-    """The same with the C function that Triton's launcher calls, 1 us less; as it was where the launcher does more."""
+    """The same with the C function that Triton's launcher calls, 1 us less; unchanged if the launcher does more."""
     launcher = ready.run
     sizes = [getattr(launcher, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
     if len(inner) != 1 or sizes != [0, 0] or getattr(launcher, "gsan_enabled", False) or _triton() not in _KNOWN:
@@ -233,7 +232,7 @@ def _deeper(
 
 @contextmanager
 def _spied(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
-    """Collects the arguments that a method of an object is called with; nothing where there is no such method."""
+    """Collects the arguments of calls to a method of an object; nothing if there is no such method."""
     real = getattr(owner, name, None)
     given: list[tuple[Any, ...]] = []
 
@@ -258,7 +257,7 @@ def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
 
 
 def watched() -> bool:
-    """Whether a profiler wants to hear of launches: Triton tells it."""
+    """Whether a profiler listens to Triton's launches."""
     runtime = _runtime()
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
@@ -281,7 +280,7 @@ def _triton() -> str:
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability, by which tiles are chosen."""
-    # Tensors on the CPU come here in Triton's interpreter alone, where any tile runs.
+    # Tensors on the CPU get here only in Triton's interpreter, where any tile runs.
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -293,10 +292,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32: PyTorch's own setting, by default yes."""
-    # The older switch, allow_tf32, sets this too; anything but "tf32" asks for full precision.
+    # The older switch, allow_tf32, sets this too; anything but "tf32" means full precision.
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a kernel's products; three TF32 products where full float32 is asked for."""
+    """``input_precision`` of a kernel's products; three TF32 products for full float32."""
     return "tf32" if dtype != torch.float32 or tf32_allowed() else "tf32x3"

@@ -1,6 +1,6 @@
 """LiFT's head on the GPU: second 3x3 convolution, ReLU and the 1x1 output convolution in one kernel.
 
-Back-to-back GEMM: a block holds all c channels of its positions in registers, so that map never reaches memory.
+Back-to-back GEMM: a block keeps all c channels of its positions in registers, so their map never reaches memory.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def head_kernel(
     for _ in tl.static_range(PIECES):
         acc = acc + (tl.zeros((ROWS, WIDE), dtype=tl.float32),)
     STEPS: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
-    # The window's first cell, which may lie outside; each step adds an offset that all positions share.
+    # The window's first cell, which may lie outside the image; each step adds an offset that all positions share.
     top = row - 1
     left = column - 1
     corner = u + (((image * height + top) * width + left) * CHANNELS)[:, None]
-    # Taps innermost, through the first cache: see the upsample kernel.
+    # Taps innermost, for the L1 cache: see the upsample kernel.
     for step in tl.range(0, 9 * STEPS, num_stages=STAGES):
         tap = step % 9
         channel = (step // 9) * DEPTH + depth
@@ -119,13 +119,13 @@ def head_kernel(
         biased = acc[piece] + tl.load(conv_bias + piece * WIDE + columns)[None, :]
         activated = relu(biased)
         if N > CHANNELS:
-            # An infinity times the padding's zeros is NaN, which the next product would spread.
+            # Infinity times the padding's zeros is NaN, which the next product would spread.
             activated = tl.where((piece * WIDE + columns < CHANNELS)[None, :], activated, 0.0)
         hidden = hidden + (operand(activated, u.dtype.element_ty, PREC),)
 
     scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if NORMALIZE:
-        # The norm needs all output channels before the first is written: the product is cheap enough to form twice.
+        # The norm needs all output channels before the first is written: the product is cheap enough to compute twice.
         square = tl.zeros((ROWS,), dtype=tl.float32)
         for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
             value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PIECES, PREC, ROWS)
@@ -147,17 +147,17 @@ def accumulators_of(weights: HeadWeights) -> list[int]:
 
 
 def _out_stages(weights: HeadWeights, tile: Tile, u: Tensor) -> int:
-    """How many blocks of the 1x1 convolution's weights can be in flight beside the hidden channels of the positions."""
+    """How many blocks of the 1x1 convolution's weights can be in flight along with the positions' hidden channels."""
     inner, itemsize = weights.conv.shape[0], u.element_size()
     room = shared_memory(launch.capability(u.device)) - (4 << 10) - tile.rows * inner * itemsize
     return max(1, min(3, room // (inner * columns_of(weights.out_channels) * itemsize)))
 
 
 def head(u: Tensor, weights: HeadWeights, tile: Tile, normalize: bool = False) -> Tensor:
-    """Second 3x3 convolution, ReLU, 1x1 convolution; optionally each descriptor divided by its norm.
+    """Second 3x3 convolution, ReLU, 1x1 convolution; optionally divides each descriptor by its norm.
 
     Args:
-        u: ``[B, H, W, c]`` contiguous, of :func:`lift_fast.kernels.lift_forward_upsample.upsample`.
+        u: ``[B, H, W, c]`` contiguous, from :func:`lift_fast.kernels.lift_forward_upsample.upsample`.
         weights: in the dtype of ``u``.
         tile: see :mod:`lift_fast.kernels.tiles`.
         normalize: L2-normalise, with max(norm, 1e-12), from the float32 sums.

@@ -1,6 +1,6 @@
 """The head with wide accumulators: a candidate for tiles that merge some, to be measured before it is used.
 
-Computes what :mod:`lift_fast.kernels.lift_forward_head` does from the same weights.
+Computes the same as :mod:`lift_fast.kernels.lift_forward_head`, from the same weights.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def head_wide_kernel(
     depth = tl.arange(0, DEPTH)
     acc = zeros(ROWS, N, WIDE)
     STEPS: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
-    # Offsets within the block fit into 32 bits; its first window's first cell, which may lie outside, does not.
+    # Offsets within the block fit into 32 bits; the first cell of its first window, maybe outside the image, does not.
     corner = u + (first.to(tl.int64) - width - 1) * CHANNELS
-    # Taps innermost, for the first cache.
+    # Taps innermost, for the L1 cache.
     for step in tl.range(0, 9 * STEPS, num_stages=STAGES):
         tap = step % 9
         k = step // 9 * DEPTH
@@ -80,13 +80,13 @@ def head_wide_kernel(
         columns = start + tl.arange(0, WIDE if start + WIDE <= N else N - start)
         activated = relu(acc[start // WIDE] + tl.load(conv_bias + columns)[None, :])
         if N > CHANNELS:
-            # An infinity times the padding's zeros is NaN, which the next product would spread.
+            # Infinity times the padding's zeros is NaN, which the next product would spread.
             activated = tl.where((columns < CHANNELS)[None, :], activated, 0.0)
         hidden = hidden + (operand(activated, u.dtype.element_ty, PREC),)
 
     scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if NORMALIZE:
-        # The norm needs all output channels before the first is written: the product is cheap enough to form twice.
+        # The norm needs all output channels before the first is written: the product is cheap enough to compute twice.
         square = tl.zeros((ROWS,), dtype=tl.float32)
         for block in tl.range(0, M // OUT_WIDE, num_stages=OUT_STAGES):
             value = _project(hidden, out_weight, out_bias, block, N, WIDE, OUT_WIDE, PREC, ROWS)

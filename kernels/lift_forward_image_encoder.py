@@ -1,7 +1,7 @@
 """LiFT's image encoders on the GPU: f from the image, and g from f.
 
-The first kernel makes f from the image: for each convolution window of the second convolution it computes the first
-convolution anew instead of keeping its map, 2.25 times the products for none of the memory.
+The first kernel computes f from the image. For each window of the second convolution it computes the first convolution
+again instead of storing its map: 2.25 times the products, and no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .launch import product_precision
 from .lift_forward_activation import larger, operand, relu
 from .tiles import cdiv
 
-# Positions of a block; every convolution is 32 channels wide, so registers and not memory set the limit.
+# Positions of a block; every convolution is 32 channels wide, so registers, not memory, set the limit.
 _ROWS = 64
 
 
@@ -60,7 +60,7 @@ def fine_kernel(
     ROWS: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """f on its grid ``height x width``; the second convolution's grid is POOL times that, the first's twice more."""
+    """f on its grid ``height x width``; the second convolution's grid is POOL times that, the first's twice as fine."""
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = position < batch * height * width
     column = position % width
@@ -96,14 +96,14 @@ def fine_kernel(
             at += pixel_row.to(tl.int64) * stride_row + pixel_column.to(tl.int64) * stride_column
             pixels = tl.load(imgs + at, mask=seen, other=0.0)
             value = tl.dot(pixels, first, input_precision=PREC) + first_shift[None, :]
-            # The second convolution's padding is zero, and not the first convolution of padding; nor is what infinite
-            # pixels make of the channels that fill the tile.
+            # The second convolution's padding is zero, not the first convolution of padding. The channels that fill the
+            # tile are zero too, even for infinite pixels.
             value = relu(value)
             value = tl.where(valid[:, None] & (channel < CHANNELS)[None, :], value, 0.0)
             value = operand(value, imgs.dtype.element_ty, PREC)
             weight = tl.load(second_weight + tap * (WIDE * WIDE) + channel[None, :] * WIDE + channel[:, None])
             acc = tl.dot(value, weight, acc, input_precision=PREC)
-        # ReLU before the maximum: no value is below the zero that it starts with.
+        # ReLU before the maximum, because the maximum starts with zero.
         best = larger(best, acc + second_shift[None, :])
     target = out + position.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     tl.store(target, operand(best, out.dtype.element_ty, PREC), mask=exists[:, None] & (channel < CHANNELS)[None, :])

@@ -1,7 +1,7 @@
-"""What the convolution kernels with wide accumulators share: which cells of a window exist, and the products.
+"""What the convolution kernels with wide accumulators share: the cells of a window that exist, and the products.
 
-A block's accumulators lie side by side: as many of WIDE output channels as fit into its BLOCK channels, then one of the
-rest. Wide ones read the inputs from shared memory less often, which bounds the products on Hopper.
+A block's accumulators lie side by side: as many of WIDE output channels as fit into its BLOCK channels, then one of
+the rest. Wide accumulators read the inputs less often from shared memory, which limits the products on Hopper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 def cells_seen(top, left, height, width, exists, SIDE: tl.constexpr):
     """Bit ``SIDE * dy + dx`` for each cell (dy, dx) of a window that lies in the image; 0 where ``exists`` is false.
 
-    One register a position, where rows and columns to compare with the image's would take two in every step.
+    One register a position; comparing rows and columns with the image's would take two in every step.
     """
     ONE_ROW: tl.constexpr = (1 << SIDE) - 1
     ONE_COLUMN: tl.constexpr = ((1 << (SIDE * SIDE)) - 1) // ((1 << SIDE) - 1)
@@ -39,14 +39,14 @@ def zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 def load_window(
     base, own, channel, seen, tap, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, CACHED: tl.constexpr
 ):  # fmt: skip
-    """[positions, DEPTH] of the window's cell ``tap``: it begins at ``base``, the positions' own offsets aside."""
+    """[positions, DEPTH] of the window's cell ``tap``, which begins at ``base`` plus the positions' own offsets."""
     mask = ((seen >> tap) & 1 != 0)[:, None]
     if CHANNELS % DEPTH != 0:
         mask = mask & (channel < CHANNELS)[None, :]
     pointers = base + own
     if CACHED:
-        # Neighbouring windows overlap: most of what a step loads came into the first cache with the step before. But
-        # Triton's copies of 16 bytes pass that cache by, whatever the load says; those of 8 do not.
+        # Neighbouring windows overlap: most of a step's inputs came into the L1 cache with the step before. Triton's
+        # copies of 16 bytes bypass that cache, whatever the load says; copies of 8 bytes do not.
         pointers = tl.max_contiguous(pointers, [1, 8 // (base.dtype.element_ty.primitive_bitwidth // 8)])
     return tl.load(pointers, mask=mask, other=0.0)
 

@@ -32,14 +32,14 @@ class UpsampleWeights(NamedTuple):
     bias: Tensor
     """[9 position classes, N] float32, 0 the first row (column) of the fine grid, 2 the last, 1 between"""
     bias_terms: Tensor
-    """[N, 32], the same as wide accumulators take it: three terms for each class, in digits that products keep"""
+    """[N, 32], the same for wide accumulators: three terms for each class, with digits that products keep"""
     channels: int
     """c <= N, output channels"""
 
 
 @triton.jit
 def _accumulate(a, weight, columns, stride, inside, acc, WIDE: tl.constexpr, PIECES: tl.constexpr, PREC: tl.constexpr):
-    """acc[piece] += a @ weight[piece].T for accumulators of WIDE output channels; ``columns`` of the first."""
+    """acc[piece] += a @ weight[piece].T for accumulators of WIDE output channels; ``columns`` are the first's."""
     result = ()
     for piece in tl.static_range(PIECES):
         b = tl.load(weight + (columns + piece * WIDE)[None, :] * stride, mask=inside[:, None], other=0.0)
@@ -72,7 +72,7 @@ def upsample_kernel(
     STAGES: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    # Neighbouring blocks share their coarse cells, which then stay in the cache; the weights always do.
+    # Neighbouring blocks share coarse cells, which then stay in the cache, as the weights always do.
     COLUMN_BLOCKS: tl.constexpr = N // (WIDE * PIECES)
     program = tl.program_id(0)
     phase = program % 4
@@ -95,11 +95,11 @@ def upsample_kernel(
 
     depth = tl.arange(0, DEPTH)
     STEPS: tl.constexpr = (C + DEPTH - 1) // DEPTH
-    # The window's first cell, which may lie outside; each step adds an offset that all positions share.
+    # The window's first cell, which may lie outside the image; each step adds an offset that all positions share.
     top = row + phase_row - 1
     left = column + phase_column - 1
     corner = x + (((image * height + top) * width + left) * C)[:, None]
-    # Taps innermost: windows overlap, so most of what a step loads came into the first cache with the step before.
+    # Taps innermost: windows overlap, so most of a step's inputs came into the L1 cache with the step before.
     for step in tl.range(0, 4 * STEPS, num_stages=STAGES):
         tap = step % 4
         channel = (step // 4) * DEPTH + depth
@@ -157,7 +157,7 @@ def upsample_kernel(
 
 
 def accumulators_of(weights: UpsampleWeights) -> list[int]:
-    """Accumulators that a block may have, most first: whole fractions of the output channels, up to 192 channels."""
+    """Numbers of accumulators of a block, most first: whole fractions of the output channels, up to 192 channels."""
     count = weights.bias.shape[1] // columns_of(weights.channels)
     return [pieces for pieces in (3, 2, 1) if count % pieces == 0]
 

@@ -1,6 +1,6 @@
 """The upsample stage with wide accumulators: a candidate for tiles that merge some, to be measured before it is used.
 
-Computes what :mod:`lift_fast.kernels.lift_forward_upsample` does from the same weights.
+Computes the same as :mod:`lift_fast.kernels.lift_forward_upsample`, from the same weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def upsample_wide_kernel(
     CACHED: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    # Neighbouring blocks share their coarse cells, which then stay in the cache; the weights always do.
+    # Neighbouring blocks share coarse cells, which then stay in the cache, as the weights always do.
     COLUMN_BLOCKS: tl.constexpr = N // BLOCK
     program = tl.program_id(0)
     phase = program % 4
@@ -57,21 +57,21 @@ def upsample_wide_kernel(
     # 0 the first row (column) of the fine grid, 2 the last, 1 between; an image of one cell has both.
     row_class = tl.where(y == 0, 0, tl.where(y == 2 * height - 1, 2, 1))
     column_class = tl.where(z == 0, 0, tl.where(z == 2 * width - 1, 2, 1))
-    # The bias is a product, too: looked up for every position and channel it would need more registers than there are.
+    # The bias is a product too: looking it up for every position and channel would need too many registers.
     term = tl.arange(0, 32)
     chosen = (term % 9)[None, :] == (row_class * 3 + column_class)[:, None]
     chosen = (chosen & (term < 27)[None, :]).to(x.dtype.element_ty)
     acc = zeros(ROWS, BLOCK, WIDE)
     acc = accumulate(chosen, bias_terms + first_column * 32, 32, term, term, acc, 32, 32, BLOCK, WIDE, PREC)
 
-    # Offsets within the block fit into 32 bits; its first window's first cell, which may lie outside, does not.
+    # Offsets within the block fit into 32 bits; the first cell of its first window, maybe outside the image, does not.
     seen = cells_seen(row + phase_row - 1, column + phase_column - 1, height, width, exists, 2)
     start = first.to(tl.int64) + (phase_row - 1) * width + phase_column - 1
     depth = tl.arange(0, DEPTH)
     STEPS: tl.constexpr = (C + DEPTH - 1) // DEPTH
     corner = x + start * C
     weights = coarse_weight + (phase * N + first_column) * (4 * C)
-    # Taps innermost, for the first cache.
+    # Taps innermost, for the L1 cache.
     for step in tl.range(0, 4 * STEPS, num_stages=STAGES):
         tap = step % 4
         k = step // 4 * DEPTH
@@ -115,7 +115,7 @@ def upsample_wide_kernel(
 
 @triton.jit
 def _fine_start(first, width):
-    """The fine position of phase (0, 0) in the first column of the coarse row that coarse position ``first`` is in."""
+    """The fine position of phase (0, 0) in the first column of coarse position ``first``'s row."""
     return (first // width).to(tl.int64) * (4 * width)
 
 

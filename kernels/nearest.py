@@ -1,7 +1,7 @@
 """``nearest`` on the GPU: products on the tensor cores and the best keys of each query in one kernel.
 
-No product ever leaves the registers. Half-precision descriptors are multiplied as they were given, scaled by a power of
-two at most, and their norms divide the sums. Float32 descriptors are multiplied as three TF32 products each;
+No product leaves the registers. Half-precision descriptors are multiplied as given, or scaled by a power of two, and
+their norms divide the sums. Float32 descriptors are multiplied as three TF32 products each;
 :mod:`lift_fast.kernels.nearest_float32` searches cosines of many of them in float16.
 """
 
@@ -19,12 +19,12 @@ from . import launch
 from .nearest_rows import FREE, INFINITY, Rows
 from .tiles import Tile, cdiv, next_power_of_2, shared_memory
 
-# Parts of the keys for each tile of them, where they are few.
+# Parts of the keys for each tile of queries if queries are few.
 _CHOSEN_PARTS = 8
 
 
 class Geometry(NamedTuple):
-    """A window: grids of the rows and of the columns of the product, and how far their cells may be apart."""
+    """A window: grids of the product's rows and columns, and the largest distance of their cells."""
 
     row_height: int
     row_width: int
@@ -49,7 +49,7 @@ def products(
     for step in tl.range(0, WIDTH // DEPTH, num_stages=STAGES):
         at = step * DEPTH + depth
         if COPIED:
-            # The same rows for every tile of keys: through the first cache, for which a small stage leaves room.
+            # The same rows for every tile of keys: through the L1 cache, for which small stages leave room.
             a = tl.load(query_row[:, None] + at[None, :], cache_modifier=".ca")
             b = tl.load(key_row[None, :] + at[:, None])
         else:
@@ -65,12 +65,12 @@ def products(
 
 @triton.jit
 def insert(values, indices, v, column, ROWS: tl.constexpr):
-    """Put what is larger than the smallest of a row's list ``[ROWS, PLACES]`` into it, from ``v [ROWS, COLUMNS]``."""
+    """Insert the values of ``v [ROWS, COLUMNS]`` that exceed the smallest of a row's list ``[ROWS, PLACES]``."""
     most = tl.max(v, axis=1)
     least = tl.min(values, axis=1)
     while tl.max((most > least).to(tl.int32), axis=0) > 0:
         found = tl.min(tl.where(v == most[:, None], column, FREE), axis=1)
-        # The smallest leaves; among equals the one with the highest index.
+        # The smallest value leaves; among equals the one with the highest index.
         smallest = values == least[:, None]
         last = tl.max(tl.where(smallest, indices, -1), axis=1)
         leaves = smallest & (indices == last[:, None]) & (most > least)[:, None]
@@ -84,7 +84,7 @@ def insert(values, indices, v, column, ROWS: tl.constexpr):
 
 @triton.jit
 def _parts(blocks, tiles, SPLITS: tl.constexpr):
-    """Into how many parts each of few tiles of queries cuts the keys, so that all blocks have work."""
+    """The number of parts of the keys for each tile of queries, so that all blocks have work."""
     return tl.maximum(tl.minimum(blocks // tl.maximum(tiles, 1), SPLITS), 1)
 
 
@@ -136,7 +136,7 @@ def search_kernel(
     places = tl.arange(0, PLACES)
     top, left, box_width, box = 0, 0, 1, 1
     if WINDOW:
-        # A rectangle of neighbouring cells has a smaller neighbourhood than as many in a row.
+        # A rectangle of neighbouring cells has a smaller neighbourhood than the same number of cells in a row.
         across = tl.cdiv(row_width, PATCH)
         down = tl.cdiv(row_height, ROWS // PATCH)
         frame = tile // (across * down)
@@ -147,7 +147,7 @@ def search_kernel(
         row = tl.where(exists, frame * row_height * row_width + y * row_width + x, 0)
         last_y = tl.minimum(first_y + ROWS // PATCH, row_height) - 1
         last_x = tl.minimum(first_x + PATCH, row_width) - 1
-        # Cells that may lie near enough to some row of the tile.
+        # Cells that may be near enough to a row of the tile.
         top = tl.maximum((2 * first_y + 1) * height - reach_y - row_height, 0) // (2 * row_height)
         left = tl.maximum((2 * first_x + 1) * width - reach_x - row_width, 0) // (2 * row_width)
         low = (2 * last_y + 1) * height + reach_y - row_height
@@ -161,7 +161,7 @@ def search_kernel(
         row_y, row_x = (2 * y + 1) * height, (2 * x + 1) * width
     elif chosen is not None:
         count = tl.load(chosen_count)
-        # Few rows leave most blocks without any: those take parts of the keys.
+        # With few rows most blocks have none: these blocks take parts of the keys.
         parts = _parts(tl.num_programs(0), tl.cdiv(count, ROWS), SPLITS)
         tile, split, splits, lists = tile // parts, tile % parts, parts, SPLITS
         exists = tile * ROWS + lane < count
@@ -211,7 +211,7 @@ def search_kernel(
         )  # fmt: skip
         v = acc * k_scale[None, :] + k_bias[None, :] if COPIED else acc + k_bias[None, :]
         if not NORMALIZED or not COPIED:
-            # What overflows, or holds NaN, takes no part.
+            # Infinite values and NaN take no part.
             v = tl.where(tl.abs(acc) < INFINITY, v, -INFINITY)
         if WINDOW:
             far_y = tl.abs(((2 * column_y + 1) * row_height)[None, :] - row_y[:, None]) > reach_y
@@ -291,7 +291,7 @@ def finish_kernel(
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Merge the lists of all splits and evaluate what is left in float32, from the descriptors as given."""
+    """Merge the lists of all splits and evaluate the rest in float32, from the descriptors as given."""
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     needed = row < n
@@ -355,7 +355,7 @@ def mutual_kernel(
     STAGES: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Whether each query is the best one of its match: of all tiles of queries, and of its tile."""
+    """Whether each query is the best one of its match, among all tiles of queries and within its tile."""
     PARTS: tl.constexpr = ROWS // COLUMNS
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     batch = tl.program_id(1).to(tl.int64)
@@ -382,13 +382,13 @@ def mutual_kernel(
 def default_tile(
     channels: int, itemsize: int, places: int, both: bool, window: bool, capability: tuple[int, int]
 ) -> Tile:
-    """The tile where nothing was measured; its ``accumulators`` count for nothing here.
+    """The tile if nothing was measured; its ``accumulators`` are not used here.
 
     Args:
-        channels: of a descriptor.
-        itemsize: bytes of an element that is multiplied.
+        channels: channels of a descriptor.
+        itemsize: bytes of a multiplied element.
         places: best keys for each query.
-        both: whether the other direction is searched, too.
+        both: whether the other direction is searched too.
         window: whether only neighbours count.
         capability: of the device.
     """
@@ -396,9 +396,8 @@ def default_tile(
     if itemsize == 4:
         # Three products of each element, all from registers.
         return Tile(32, 64, 1, 16, 4, 2) if window and capability < (9, 0) else Tile(64, 64, 1, 16, 8, 2)
-    # On Hopper the sums of a wide tile fit, where little else is kept beside them. For both directions two blocks share
-    # a multiprocessor, one of which multiplies while the other compares: on an H200, 50,176 x 50,176 x 384, 4.9 ms
-    # instead of 6.7.
+    # On Hopper the sums of a wide tile fit if little else is kept. For both directions two blocks share a
+    # multiprocessor: one multiplies while the other compares. On an H200, 50,176 x 50,176 x 384: 4.9 ms instead of 6.7.
     single = places == 1 and not window and (9, 0) <= capability < (10, 0)
     columns = 64 if window else 256 if single and not both else 128
     tile = Tile(128, columns, 1, depth, 4, 3) if single and both else Tile(128, columns, 1, depth, 8, 4)
@@ -422,17 +421,17 @@ def candidates(channels: int, capability: tuple[int, int]) -> list[Tile]:
 
 
 def split_keys(tiles: int, column_tiles: int, places: int, device: torch.device) -> int:
-    """Into how many parts to cut the keys, so that few queries, too, keep the device busy to the end."""
+    """The number of parts of the keys, so that even few queries keep the device busy to the end."""
     return max(1, min(4 * launch.multiprocessors(device) // tiles, column_tiles, 32, 512 // places))
 
 
 class Found(NamedTuple):
-    """What :func:`search` leaves to :func:`finish`."""
+    """The results of :func:`search` for :func:`finish`."""
 
     values: Tensor
     """``[B, splits, n, places]`` float32"""
     indices: Tensor
-    """the same, int32; 2^30 and above where there is none"""
+    """the same, int32; 2^30 and above if there is none"""
     back: Tensor | None
     """``[B, padded m]`` int64: the largest similarity of each key, and the first tile of queries that reaches it"""
     rows: int
@@ -471,7 +470,7 @@ def search(
     if chosen is None:
         splits = blocks = split_keys(tiles * batch, column_tiles, places, query.given.device)
     else:
-        # Of each tile of rows that are chosen; the blocks of the others do them.
+        # For each tile of chosen rows; the blocks of other rows help.
         splits, blocks = max(1, min(_CHOSEN_PARTS, column_tiles, 16 // places)), 1
     values = memory.new_empty(query.given, (batch, splits, n, places), dtype=torch.float32)
     indices = memory.empty_like(values, dtype=torch.int32)
@@ -507,7 +506,7 @@ def search(
         PATCH=patch,
         WIDTH=query.copy.shape[2] if query.copy is not None else cdiv(channels, tile.depth) * tile.depth,
         PLACES=places,
-        # Not a kernel of its own for each number of parts that follows from the sets' sizes.
+        # Not specialised on the number of parts, which follows from the sets' sizes.
         SPLITS=1 if chosen is None else splits,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -567,7 +566,7 @@ def mutual(query: Rows, key: Rows, index: Tensor, back: Tensor, tile: Tile) -> T
     assert query.copy is not None
     batch, n, k = index.shape
     valid = memory.empty((batch, n), dtype=torch.int8, device=index.device)
-    # Blackwell's registers hold less of a product at one time.
+    # Blackwell's registers hold a smaller part of a product at one time.
     columns = tile.rows // 2 if (10, 0) <= launch.capability(index.device) < (12, 0) else tile.rows
     staged = (tile.rows + columns) * tile.depth * query.copy.element_size()
     launch.run(

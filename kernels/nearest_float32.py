@@ -1,7 +1,7 @@
 """Cosines of float32 descriptors, searched in float16 with proven bounds.
 
-:func:`blocks_kernel` keeps the largest product of each block of keys, and :func:`rescore_kernel` evaluates in float32
-the blocks that can hold a match, by the measured rounding of the two sets.
+:func:`blocks_kernel` keeps the largest product of each block of keys. :func:`rescore_kernel` evaluates in float32 the
+blocks that can hold a match, given the measured rounding of the two sets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .nearest import insert, products, split_keys, write_sorted
 from .nearest_rows import FREE, HALF_LENGTH, INFINITY, Rows
 from .tiles import Tile, next_power_of_2
 
-# Queries whose match may lie in more blocks than this are searched once more, in float32.
+# Queries whose match may lie in more blocks than this are searched again, in float32.
 MOST_BLOCKS = 128
 
 
@@ -88,29 +88,29 @@ def rescore_kernel(
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Evaluate in float32 the blocks that can hold one of a query's ``k`` best keys; leave it to others if too many."""
+    """Evaluate in float32 the blocks that can hold one of a query's ``k`` best keys; list the query if too many can."""
     portion = tl.program_id(0)
     row = first_row + portion
     lane = tl.arange(0, LANES)
     offset = tl.arange(0, BLOCK)
     depth = tl.arange(0, DEPTH)
     places = tl.arange(0, PLACES)
-    # |q.k - q'.k'| <= |q - q'| |k'| + |q| |k - k'| for unit vectors, and what the sums round.
+    # |q.k - q'.k'| <= |q - q'| |k'| + |q| |k - k'| for unit vectors, plus the rounding of the sums.
     error = 1.001 * (tl.load(query_residual + row) + tl.load(key_residual)) + rounding
     least = tl.load(bar + portion) - 2.0 * error
-    sound = tl.load(query_bias + row) == 0.0
+    finite = tl.load(query_bias + row) == 0.0
     own = maxima + portion.to(tl.int64) * blocks
     candidates = 0
     for start in tl.range(0, blocks, LANES):
         bound = tl.load(own + start + lane, mask=start + lane < blocks, other=-INFINITY)
         candidates += tl.sum(((bound >= least) & (bound > -INFINITY)).to(tl.int32), axis=0)
     few = candidates <= MOST
-    if sound & (few == 0):
+    if finite & (few == 0):
         place = tl.atomic_add(chosen_count, 1)
         tl.store(chosen + place, row)
     values = tl.full((1, PLACES), -INFINITY, dtype=tl.float32)
     indices = places[None, :] + FREE
-    if sound & few:
+    if finite & few:
         shift, scale = tl.load(query_shift + row), tl.load(query_scale + row)
         source = query + row.to(tl.int64) * channels
         for start in tl.range(0, blocks, LANES):
@@ -132,7 +132,7 @@ def rescore_kernel(
                 values, indices = insert(values, indices, exact[None, :], column[None, :], 1)
                 open_blocks = tl.where(open_blocks == block, FREE, open_blocks)
                 block = tl.min(open_blocks, axis=0)
-    if few | (sound == 0):
+    if few | (finite == 0):
         value, found = tl.reshape(values, (PLACES,)), tl.reshape(indices, (PLACES,))
         write_sorted(value, found, similarity_out, index_out, row.to(tl.int64), k, PLACES)
 
@@ -174,11 +174,11 @@ def block_maxima(query: Rows, key: Rows, first: int, count: int, block: int, til
 
 
 def sum_error(channels: int) -> float:
-    """How far the tensor cores' sum of float16 products of two unit vectors may be from the exact one.
+    """How far the tensor cores' sum of float16 products of two unit vectors may be from the exact sum.
 
-    They align the products of a block and the sum so far to the largest, cut off what is below its 23 fractional bits
-    (fewer than any of them is known to keep), and truncate the result. No term and no partial sum exceeds 1, and the
-    largest loses nothing: at most 2^-23 for each product, and where results carry, which doubles them, 2^-22 in all.
+    They align the products of a block and the sum so far to the largest, cut off all below its 23 fractional bits
+    (fewer than any of them is known to keep), and truncate the result. No term or partial sum exceeds 1, and the
+    largest loses nothing: at most 2^-23 for each product, or 2^-22 if results carry, which doubles the error.
     """
     return (channels + 16) * 2.0**-23
 
@@ -194,7 +194,7 @@ def rescore(
     similarity: Tensor,
     index: Tensor,
 ) -> None:
-    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` those it leaves.
+    """Write ``similarity``, ``index [1, n, k]`` of a portion's queries; list in ``chosen`` the queries left over.
 
     Args:
         query, key: as for :func:`block_maxima`.

@@ -1,9 +1,9 @@
-"""The best keys of each query in half precision: one stream of products, and no index until it has ended.
+"""The best keys of each query in half precision: one stream of products, and no index until its end.
 
-Eight keys whose products lie in one thread's registers are a group, and groups form eight classes, by thread and
-register. The stream keeps, of each class, the largest product and its group: about two instructions for each product.
+Eight keys with products in one thread's registers are a group, and groups form eight classes, by thread and register.
+The stream keeps the largest product of each class and its group: about two instructions for each product.
 :func:`resolve_kernel` then evaluates the keys of the best group in float32. Loads never pause: the steps of all tiles
-of keys are one loop, so that the next tile's descriptors arrive while this one's products are compared.
+of keys are one loop, so the next tile's descriptors arrive while this tile's products are compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES = 8
 
 @triton.jit
 def _keep(top, number, best, group, second, second_group, PLACES: tl.constexpr):
-    """Put the groups ``number`` of values ``top`` into their classes' lists; the earlier one stays among equals."""
+    """Insert the groups ``number`` of values ``top`` into their classes' lists; among equals the earlier one stays."""
     better = top > best
     if PLACES == 2:
         rival, rival_group = tl.where(better, best, top), tl.where(better, group, number)
@@ -79,7 +79,7 @@ def groups_kernel(
     if not TMA:
         query_rows = query + ((batch * query_padded + row) * WIDTH)[:, None] + depth[None, :]
         key_offset = (column * WIDTH)[None, :] + depth[:, None]
-    # NaN for what takes no part: no comparison finds its products larger.
+    # NaN for rows that take no part: no comparison finds their products larger.
     q_factor = tl.load(query_scale + batch * query_padded + row)
     q_factor += tl.load(query_bias + batch * query_padded + row) * 0.0
     best = tl.full((ROWS, CLASSES), -INFINITY, dtype=tl.float32)
@@ -104,7 +104,7 @@ def groups_kernel(
                 along = tl.max(tl.where(tl.abs(acc) < INFINITY, acc, -INFINITY) * q_factor[:, None], axis=0)
                 if NORMALIZED:
                     along = tl.max(acc * q_factor[:, None], axis=0)
-                # Of -0 and 0 one.
+                # Makes -0 and 0 one.
                 along += 0.0
                 bits = along.to(tl.int32, bitcast=True)
                 ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -113,7 +113,7 @@ def groups_kernel(
                 tl.atomic_max(back + here, packed, mask=(along > -INFINITY) & (packed > known), sem="relaxed")
             v = acc * factor[None, :]
             if not NORMALIZED:
-                # What overflows takes no part.
+                # Infinite values take no part.
                 v = tl.where(tl.abs(v) < INFINITY, v, -INFINITY)
             most = tl.max(tl.reshape(v, (ROWS, PER, MEMBERS, CLASSES)), axis=2)
             if PLACES == 1:
@@ -178,7 +178,7 @@ def resolve_kernel(
     least = tl.max(v, axis=0)
     if PLACES == 2 and tl.sum((v == least).to(tl.int32), axis=0) == 1:
         least = tl.max(tl.where(v == least, -INFINITY, v), axis=0)
-    # Equal values in several classes may be equal keys, of which the lowest is asked for: each is looked at.
+    # Equal values in several classes may be equal keys; the lowest one wins, so each class is searched.
     open_lanes = tl.where((v >= least) & (v > -INFINITY), lane, LANES)
     aux = batch * query_padded + row
     shift, scale = tl.load(query_shift + aux), tl.load(query_scale + aux)
@@ -188,7 +188,7 @@ def resolve_kernel(
     here = tl.min(open_lanes, axis=0)
     while here < LANES:
         number = tl.sum(tl.where(lane == here, g, 0), axis=0)
-        # Every part of a tile has classes of its own where there are several.
+        # Each part of a tile has its own classes if there are several.
         number = number * PARTS + here // CLASSES % PARTS
         column = number * (MEMBERS * CLASSES) + member * CLASSES + here % CLASSES
         k_aux = batch * key_padded + column
@@ -228,11 +228,11 @@ class Stream(NamedTuple):
     tile: Tile
     feed: str
     """Who loads: "threads"; "tma", the tensor memory accelerator of Hopper and Blackwell; "warp", on Hopper, a warp
-    that does nothing else (:mod:`lift_fast.kernels.nearest_pingpong`)."""
+    that only loads (:mod:`lift_fast.kernels.nearest_pingpong`)."""
 
 
 class Groups(NamedTuple):
-    """What :func:`search` leaves to :func:`resolve`."""
+    """The results of :func:`search` for :func:`resolve`."""
 
     values: Tensor
     """``[B, splits, n, places * classes]`` float32"""
@@ -246,7 +246,7 @@ class Groups(NamedTuple):
 def default_stream(
     channels: int, capability: tuple[int, int], depth: int = 1, mutual: bool = False, feed: str = "tma"
 ) -> Stream:
-    """The stream for ``depth`` best keys where nothing was measured, fed as asked for where that is served."""
+    """The stream for ``depth`` best keys if nothing was measured, with the given feed if that is supported."""
     if feed == "warp" and depth == 1 and (9, 0) <= capability < (10, 0):
         for tile in _RESIDENT:
             if tile.depth <= channels and _fits_resident(tile, channels, mutual):
@@ -261,19 +261,19 @@ def default_stream(
 
 
 def _fits(tile: Tile, capability: tuple[int, int]) -> bool:
-    # Beside the descriptors: factors, barriers, and the columns' maxima on their way between threads.
+    # In addition to the descriptors: factors, barriers, and the columns' maxima passed between threads.
     room = shared_memory(capability) - (24 << 10)
     return (tile.rows + tile.columns) * tile.depth * 2 * tile.stages <= room
 
 
-# Tiles whose queries stay in shared memory, the one to be preferred first.
+# Tiles whose queries stay in shared memory, the preferred one first.
 _RESIDENT = tuple(
     Tile(128, 256, 1, depth, 8, stages) for depth, stages in ((64, 4), (64, 3), (32, 8), (32, 7), (32, 4))
 )
 
 
 def _fits_resident(tile: Tile, channels: int, mutual: bool) -> bool:
-    """Whether a block's queries have room beside the keys on their way; and the columns' maxima, if asked for."""
+    """Whether a block's queries fit along with the keys in flight, and with ``both`` the columns' maxima."""
     depths = -(-channels // tile.depth) * tile.depth
     staged = 2 * (tile.rows * depths + tile.columns * tile.depth * tile.stages)
     return staged + 8 * tile.columns + (12 << 10 if mutual else 512) <= shared_memory((9, 0))
@@ -297,7 +297,7 @@ def candidates(channels: int, capability: tuple[int, int], mutual: bool) -> dict
 
 
 def _splits(tiles: int, key_tiles: int, device: torch.device) -> int:
-    """Into how many parts to cut the keys: the fewest whose blocks leave little of the last round idle."""
+    """The number of parts of the keys: the fewest whose blocks leave little of the last round idle."""
     multiprocessors = launch.multiprocessors(device)
     most = max(1, min(4 * multiprocessors // tiles, key_tiles, 32))
 
@@ -322,7 +322,7 @@ def search(query: Rows, key: Rows, depth: int, stream: Stream, mutual: bool = Fa
     Args:
         query, key: of :func:`lift_fast.kernels.nearest_rows.prepare`, with copies.
         depth: 1 or 2 best keys.
-        stream: its tile's columns are whole groups of every class. With "warp", 128 rows and ``depth`` 1.
+        stream: its tile's columns are whole groups of every class. "warp" needs 128 rows and ``depth`` 1.
         mutual: fill ``back``.
     """
     assert query.copy is not None

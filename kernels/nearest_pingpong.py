@@ -1,8 +1,8 @@
-"""The search of :mod:`lift_fast.kernels.nearest_groups` for Hopper, each kind of work by warps of its own.
+"""The search of :mod:`lift_fast.kernels.nearest_groups` for Hopper, with warps of their own for each kind of work.
 
-One warp calls the descriptors from memory; two groups of four warps multiply 64 queries each, which stay in shared
-memory, by the same keys. The groups wait for loads and never for each other, so that while one compares its sums the
-other has the tensor cores. Written in Gluon, Triton's language of explicit layouts and barriers.
+One warp loads the descriptors; two groups of four warps each multiply 64 queries, which stay in shared memory, by the
+same keys. The groups wait for loads but never for each other: while one compares its sums, the other uses the tensor
+cores. Written in Gluon, Triton's language of explicit layouts and barriers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _load(query, key, query_memory, key_memory, query_there, there, free, query_
 
 @gluon.jit
 def _halves(table):
-    """The left and the right half of the columns; each thread keeps what it has."""
+    """The left and the right half of the columns; each thread keeps its own values."""
     return gl.split(gl.permute(gl.reshape(table, [table.shape[0], 2, table.shape[1] // 2]), (0, 2, 1)))
 
 
@@ -62,9 +62,9 @@ def _look_back(products, query_scale, query_bias, back, tile, NORMALIZED: gl.con
     # NaN for a query that takes no part.
     along = products * (gl.load(query_scale + row) + gl.load(query_bias + row) * 0.0)[:, None]
     if not NORMALIZED:
-        # What overflows takes no part.
+        # Infinite values take no part.
         along = gl.where(gl.abs(along) < INFINITY, along, -INFINITY)
-    # Of -0 and 0 one.
+    # Makes -0 and 0 one.
     along = gl.convert_layout(gl.max(along, axis=0), LINE) + 0.0
     bits = along.to(gl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(gl.int64)
@@ -77,7 +77,7 @@ def _look_back(products, query_scale, query_bias, back, tile, NORMALIZED: gl.con
 def _multiply(query_memory, key_memory, factor_memory, query_there, there, free, query_scale, query_bias, key_scale,
               key_bias, values_out, groups_out, back, tile, n, first, count, HALF: gl.constexpr,
               NORMALIZED: gl.constexpr, MUTUAL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Four warps that multiply and compare: what belongs to queries, and ``n``, begins at their 64."""
+    """Four warps that multiply and compare; the queries' pointers, and ``n``, begin at their 64 queries."""
     ROWS: gl.constexpr = query_memory.shape[1]
     COLUMNS: gl.constexpr = key_memory.shape[1]
     PARTS: gl.constexpr = COLUMNS // 64
@@ -91,7 +91,7 @@ def _multiply(query_memory, key_memory, factor_memory, query_there, there, free,
     mbarrier.wait(query_there, 0)
     at = 0
     for step in range(first, first + count):
-        # Early, so that they are there when they are needed; NaN for a key that takes no part.
+        # Loaded early, so that they arrive in time; NaN for a key that takes no part.
         here = step * COLUMNS + column
         factor_memory.store(gl.load(key_scale + here) + gl.load(key_bias + here) * 0.0)
         for k in range(STEPS):
@@ -234,7 +234,7 @@ def launch(
         key.bias,
         values,
         numbers,
-        # Any pointer where there is nothing to write.
+        # Any pointer if there is nothing to write.
         numbers if back is None else back,
         query.given.shape[1],
         query.bias.shape[1],

@@ -1,4 +1,4 @@
-"""Sets of descriptors as the searches of ``nearest`` read them: norms, which rows take part, half-precision copies."""
+"""Sets of descriptors for the searches of ``nearest``: norms, the rows that take part, half-precision copies."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Rows(NamedTuple):
     given: Tensor
     """``[B, n, C]`` contiguous"""
     copy: Tensor | None
-    """``[B, padded n, padded C]`` in half precision; None where the kernels read ``given``"""
+    """``[B, padded n, padded C]`` in half precision; None if the kernels read ``given``"""
     shift: Tensor
-    """``[B, padded n]`` float32 powers of two that keep squares in range; ``given * shift * scale`` is what counts"""
+    """``[B, padded n]`` float32 powers of two that keep squares in range; rows count as ``given * shift * scale``"""
     scale: Tensor
     """``[B, padded n]`` float32"""
     bias: Tensor
     """``[B, padded n]`` float32: 0, or -inf for rows that take no part"""
     residual: Tensor | None
-    """``[B, padded n]`` float32 norms of what the float16 copy lost"""
+    """``[B, padded n]`` float32 norms of the float16 copy's rounding errors"""
     normalized: bool
 
 
@@ -67,14 +67,14 @@ def prepare_kernel(
     source = given + ((batch * n + row) * channels)[:, None]
     depth = tl.arange(0, DEPTH)
     largest = tl.zeros((ROWS,), dtype=tl.float32)
-    # Zero; NaN as soon as one element is not finite.
-    sound = tl.zeros((ROWS,), dtype=tl.float32)
+    # Becomes NaN when an element is not finite.
+    zero_if_finite = tl.zeros((ROWS,), dtype=tl.float32)
     for start in tl.range(0, channels, DEPTH):
         at = start + depth
         x = tl.load(source + at[None, :], mask=exists[:, None] & (at < channels)[None, :], other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-        sound += tl.sum(x * 0.0, axis=1)
-    takes_part = exists & (sound == 0.0)
+        zero_if_finite += tl.sum(x * 0.0, axis=1)
+    takes_part = exists & (zero_if_finite == 0.0)
     shift = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if SHIFT:
         exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
@@ -88,7 +88,7 @@ def prepare_kernel(
             x = tl.load(source + at[None, :], mask=takes_part[:, None] & (at < channels)[None, :], other=0.0)
             x = x.to(tl.float32) * shift[:, None]
             square += tl.sum(x * x, axis=1)
-        # Rounded to nearest: by default both would be approximations on a GPU.
+        # Rounded to nearest: by default both are approximations on a GPU.
         length = tl.maximum(tl.sqrt_rn(square), FLOOR * shift)
         scale = tl.where(takes_part, tl.div_rn(tl.full((ROWS,), 1.0, dtype=tl.float32), length), 1.0)
     if copy is not None:
@@ -108,7 +108,7 @@ def prepare_kernel(
             mask = (row < padded)[:, None] & (at < WIDTH)[None, :]
             tl.store(target + at[None, :], x.to(copy.dtype.element_ty), mask=mask)
         if residual_out is not None:
-            # Upwards: the sum has rounded, too.
+            # Upwards, because the sum is rounded too.
             tl.store(residual_out + batch * padded + row, tl.sqrt_rn(lost) * 1.0001, mask=row < padded)
     tl.store(shift_out + batch * padded + row, shift, mask=row < padded)
     tl.store(scale_out + batch * padded + row, scale, mask=row < padded)
@@ -116,15 +116,15 @@ def prepare_kernel(
 
 
 def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int = 16, measured: bool = False) -> Rows:
-    """Norms of descriptors, which of them take part, and their copy for the tensor cores.
+    """Norms of descriptors, the rows that take part, and a copy for the tensor cores.
 
     Args:
-        given: ``[B, n, C]`` contiguous; none of them 0.
-        normalize: whether cosines are asked for.
+        given: ``[B, n, C]`` contiguous, not empty.
+        normalize: whether to compute cosines.
         copy: dtype of the copy: that of ``given``, or float16 for float32; None for no copy.
         depth: the copy's channels are padded to a multiple of this.
-        measured: as :mod:`lift_fast.kernels.nearest_float32` needs them: the copy holds unit vectors, with the norms
-            of what their rounding lost.
+        measured: for :mod:`lift_fast.kernels.nearest_float32`: the copy holds unit vectors, with the norms of their
+        rounding errors.
     """
     batch, n, channels = given.shape
     padded = -(-n // _PADDING) * _PADDING
@@ -156,7 +156,7 @@ def prepare(given: Tensor, normalize: bool, copy: torch.dtype | None, depth: int
         channels,
         WIDTH=width,
         NORMALIZE=normalize,
-        # Float16 products never pass the range of float32.
+        # Float16 products never exceed the range of float32.
         SHIFT=normalize and given.dtype != torch.float16,
         LENGTH=HALF_LENGTH,
         FLOOR=NORM_FLOOR,

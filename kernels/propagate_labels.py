@@ -1,7 +1,7 @@
 """Label propagation on the GPU: windowed search and weighted average of labels in one kernel.
 
-A block holds a square patch of neighbouring queries and meets, frame by frame, the rectangle of keys that covers their
-windows; the best matches of each query stay in registers, and most keys are turned away by one comparison.
+A block holds a square patch of neighbouring queries and visits, frame by frame, the rectangle of keys that covers their
+windows. The best matches of each query stay in registers, and one comparison rejects most keys.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .. import memory
 from . import launch
 from .tiles import cdiv, next_power_of_2
 
-# A query's matches lie in registers; PyTorch's own selection serves more of them.
+# A query's matches lie in registers; PyTorch's own selection serves larger numbers.
 MOST_MATCHES = 32
-# Blocks that fill a device: with fewer the patches are made smaller.
+# Blocks that fill a device: with fewer, patches are made smaller.
 _FULL = 96
 
 
 @triton.jit
 def _within_reach(position, queries, keys, reach):
     """Along one axis: the first and the last key whose centre lies within reach of the query's."""
-    # Products of two sides need 64 bits. Written so that only numbers >= 0 are divided: Triton rounds towards zero.
+    # Products of two sides need 64 bits. Only numbers >= 0 are divided, because Triton rounds towards zero.
     centre = (2 * position.to(tl.int64) + 1) * keys - queries
     first = tl.where(centre > reach, (centre - reach + 2 * queries - 1) // (2 * queries), 0)
     last = tl.where(centre + reach >= 0, (centre + reach) // (2 * queries), -1)
@@ -44,7 +44,7 @@ def propagate_labels_kernel(
     row = (patch // patches_x) * SIDE + place // SIDE
     column = (patch % patches_x) * SIDE + place % SIDE
     exists = (row < query_h) & (column < query_w)
-    # What lies beyond the grid repeats its last row and column, so that it widens no window.
+    # Queries beyond the grid repeat its last row and column, so that they widen no window.
     row = tl.minimum(row, query_h - 1)
     column = tl.minimum(column, query_w - 1)
     row_first, row_last = _within_reach(row, query_h, key_h, reach_y)
@@ -58,7 +58,7 @@ def propagate_labels_kernel(
     query_rows = query + at[:, None] * C
     part = tl.load(query_part + at)
     slot = tl.arange(0, TOP)[None, :]
-    # Slots beyond K hold what nothing surpasses.
+    # Slots beyond K hold a value that nothing exceeds.
     best = tl.zeros([SIDE * SIDE, TOP], tl.float32) + tl.where(slot < K, -float("inf"), float("inf"))
     index = tl.zeros([SIDE * SIDE, TOP], tl.int32) - 1
     for frame in range(frames):
@@ -80,14 +80,14 @@ def propagate_labels_kernel(
             acc += part[:, None] + tl.load(key_part + key_at, mask=inside, other=0.0)[None, :]
             inside = inside[None, :] & (y[None, :] >= row_first[:, None]) & (y[None, :] <= row_last[:, None])
             inside = inside & (x[None, :] >= column_first[:, None]) & (x[None, :] <= column_last[:, None])
-            # A comparison with NaN is false; products that overflowed are shut out too.
+            # A comparison with NaN is false; infinite products are excluded too.
             acc = tl.where(inside & (tl.abs(acc) < float("inf")), acc, -float("inf"))
             # Keys come in ascending order, so an equal one later never wins.
             while tl.max((tl.max(acc, 1) > tl.min(best, 1)).to(tl.int32), 0) > 0:
                 value, least = tl.max(acc, 1), tl.min(best, 1)
                 lane = tl.min(tl.where(acc == value[:, None], tl.arange(0, KEYS)[None, :], KEYS), 1)
                 chosen = tl.arange(0, KEYS)[None, :] == lane[:, None]
-                # Of equal ones the highest index leaves, an empty slot before any.
+                # Among equals the highest index leaves, an empty slot first.
                 low = best == least[:, None]
                 latest = tl.max(tl.where(low, index, -2), 1)
                 leaves = tl.min(tl.where(low & (index == latest[:, None]), slot, TOP), 1)
@@ -130,10 +130,10 @@ def propagate_labels(
 
     Args:
         query, key: ``[B, N, C]`` and ``[B, M, C]`` contiguous float32, without NaN or infinity.
-        query_part, key_part: ``[B, N]`` and ``[B, M]`` float32, 0 for a row that takes part and NaN for any other.
+        query_part, key_part: ``[B, N]`` and ``[B, M]`` float32, 0 for a row that takes part, else NaN.
         labels: ``[B, M, L]`` contiguous float32.
-        window: ``[radius, query_h, query_w, key_h, key_w]``; a pair of rows y and y' is in it where
-            ``|(2 y' + 1) query_h - (2 y + 1) key_h| <= 2 radius query_h``, and likewise in x.
+        window: ``[radius, query_h, query_w, key_h, key_w]``; a pair of rows y and y' is in it if
+        ``|(2 y' + 1) query_h - (2 y + 1) key_h| <= 2 radius query_h``, and likewise in x.
         k: 1 <= k <= MOST_MATCHES.
         temperature: > 0, a normal float32 number.
 
@@ -141,7 +141,7 @@ def propagate_labels(
         ``[B, N, L]`` float32; zeros for a query without match.
     """
     radius, query_h, query_w, key_h, key_w = window
-    # A radius as long as the grid reaches every key; a longer one may pass 64 bits below.
+    # A radius as long as the grid reaches every key; a longer one may overflow 64 bits below.
     radius = min(radius, max(key_h, key_w))
     batch, n, channels = query.shape
     m, objects = labels.shape[1:]

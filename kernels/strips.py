@@ -1,4 +1,4 @@
-"""How ``dense_match`` cuts images into pieces, for the native core and for kernels in Triton and in CUDA C++ alike."""
+"""How ``dense_match`` cuts images into pieces, for the native core and the kernels in Triton and CUDA C++."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Strips(NamedTuple):
-    """One axis of an image: the pixels between the same two cells, or at one, on the device that searches."""
+    """One axis of an image, on the device that searches: strips of pixels between the same two cells, or at one."""
 
     cells: int
     pixels: int
@@ -34,13 +34,13 @@ class Strips(NamedTuple):
         return torch.minimum(self.first[:-1, None] + offset, self.first[1:, None] - 1)
 
     def arguments(self) -> tuple[int, ...]:
-        """As the native core takes them: sizes and addresses."""
+        """Sizes and addresses, for the native core."""
         parts = (self.low, self.high, self.first, self.weight)
         return (self.cells, self.pixels, self.count, *(part.data_ptr() for part in parts))
 
 
 class Scales(NamedTuple):
-    """What the similarity to each pixel of an image is multiplied by, positive."""
+    """A positive factor of the similarity to each pixel of an image."""
 
     pixel: Tensor
     """[H * W] float32"""

@@ -1,14 +1,14 @@
-"""Tile shapes of the Triton kernels: what each kernel may use, and what it uses where nothing was measured."""
+"""Tile shapes of the Triton kernels: those that a kernel may use, and its default if nothing was measured."""
 
 from __future__ import annotations
 
 import itertools
 from typing import NamedTuple
 
-# Blocks that fill a device: those that these kernels are for have about 100 multiprocessors.
+# Blocks that fill a device: these kernels are for devices with about 100 multiprocessors.
 _FULL = 96
-# Bytes of shared memory that a block may have, by compute capability (CUDA programming guide, technical
-# specifications); later parts of a family fall back to its first.
+# Bytes of shared memory that a block may use, by compute capability (CUDA programming guide, technical
+# specifications); later members of a family fall back to its first.
 _SHARED_MEMORY = {
     (8, 0): 163 << 10,
     (8, 6): 99 << 10,
@@ -20,7 +20,7 @@ _SHARED_MEMORY = {
 }
 
 
-# Output channels of one product: Hopper's instructions go no further.
+# Most output channels of one product of Hopper's instructions.
 _WIDEST = 256
 
 
@@ -39,21 +39,21 @@ class Tile(NamedTuple):
     stages: int
     """Loads in flight."""
     merged: int = 1
-    """How many of the accumulators are one wider accumulator, a power of two; what is left over is another. More than 1
-    is for kernels of their own, which are candidates: no default has it."""
+    """How many of the accumulators form one wider accumulator, a power of two; the rest form another. More than 1 is
+    for kernels of their own, which are only candidates: no default uses it."""
     cached: int = 0
-    """1: inputs come through the first cache, in which overlapping windows meet, in copies half as wide; 0: past it.
-    For those kernels, too."""
+    """1: inputs pass through the L1 cache, which overlapping windows share, in copies half as wide; 0: they bypass it.
+    Only for these kernels too."""
 
     @property
     def wide(self) -> bool:
-        """Whether the kernels with wide accumulators take it."""
+        """Whether it is for the kernels with wide accumulators."""
         return self.merged > 1 or self.cached == 1
 
 
-# Triton's functions of these names, made for kernels as well, cost the host 2 us a call.
+# Triton's functions of these names, which also serve kernels, cost the host 2 us a call.
 def cdiv(count: int, size: int) -> int:
-    """How many pieces of ``size`` hold ``count``."""
+    """The number of pieces of ``size`` that hold ``count``."""
     return -(-count // size)
 
 
@@ -63,7 +63,7 @@ def next_power_of_2(count: int) -> int:
 
 
 def shared_memory(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may use on a device of this compute capability."""
+    """Bytes of shared memory that a block may use at this compute capability."""
     known = [key for key in _SHARED_MEMORY if key <= capability]
     return _SHARED_MEMORY[max(known)] if known else 48 << 10
 
@@ -85,19 +85,19 @@ def depth_of(itemsize: int, channels: int) -> int:
 
 
 def fits(tile: Tile, itemsize: int, capability: tuple[int, int]) -> bool:
-    """Whether the tile's staged loads have room in shared memory, and its accumulators in registers."""
+    """Whether the tile's staged loads fit into shared memory and its accumulators into registers."""
     columns = tile.accumulators * tile.columns
     staged = (tile.rows + columns) * tile.depth * itemsize * tile.stages
     registers = tile.rows * columns / (32 * tile.warps)
-    # Of a thread's 255 registers. Before Hopper the operands of a product take their share, too, and so do float32's.
+    # Of a thread's 255 registers. Before Hopper, and in float32, the operands of a product take registers too.
     room = 96 if capability >= (9, 0) and itemsize == 2 else 64
     if tile.wide:
         left = tile.accumulators % tile.merged
         if tile.merged > tile.accumulators or left & (left - 1) or tile.merged * tile.columns > _WIDEST:
             return False
-        # Beside the loads lies the upsample stage's bias, 32 terms for each channel; its blocks have 192 at most.
+        # The upsample stage's bias lies next to the loads, 32 terms for each channel; its blocks have at most 192.
         staged += 32 * min(columns, 192) * itemsize
-        # Their kernels keep little else in registers, and Hopper's products none of their operands.
+        # Their kernels keep little else in registers, and Hopper's products keep no operands there.
         room = 192 if tile.warps == 8 and tile.merged > 1 else 96
     return staged <= shared_memory(capability) - (2 << 10) and registers <= room
 
@@ -105,7 +105,7 @@ def fits(tile: Tile, itemsize: int, capability: tuple[int, int]) -> bool:
 def candidates(columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]) -> list[Tile]:
     """Every tile worth measuring, for each number of accumulators in ``counts``; merged accumulators first.
 
-    Those are for Hopper's products in half precision and the data centre's Blackwells, which read their operands from
+    Merging is for half-precision products of Hopper and of the data centre's Blackwells, which read their operands from
     shared memory, again for each accumulator.
     """
     merging = (9, 0) <= capability < (12, 0) and itemsize == 2
@@ -126,7 +126,7 @@ def candidates(columns: int, counts: list[int], depth: int, itemsize: int, capab
 def default(
     positions: int, columns: int, counts: list[int], depth: int, itemsize: int, capability: tuple[int, int]
 ) -> Tile:
-    """The tile where nothing was measured: large where the work fills the device, small where it would leave it idle.
+    """The tile if nothing was measured: large if the work fills the device, small if it would leave it idle.
 
     Args:
         positions: output positions of the launch.

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel as its launcher would launch it, for GPUs that need not be there; prints JSON.
+"""Compiles every Triton kernel as its launcher would launch it, for GPUs that may be absent; prints JSON.
 
 Run as a program: pytest itself may have Triton in interpreter mode, in which nothing can be compiled.
 """
@@ -46,10 +46,10 @@ def compile_call(kernel, args, options, capability):
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
-            # What PyTorch allocates is aligned so, and the launcher finds that out itself.
+            # PyTorch's allocations have this alignment, and the launcher detects it.
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif value is None or name in options or (value == 1 and not kernel.params[position].do_not_specialize):
-            # The launcher, too, compiles a kernel of its own for integers that are 1.
+            # The launcher too compiles a special kernel for integers that are 1.
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"

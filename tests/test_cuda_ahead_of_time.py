@@ -1,4 +1,4 @@
-"""Every CUDA source, compiled for GPUs that are not here: no warnings, no spills, products on tensor cores."""
+"""Every CUDA source, compiled for absent GPUs: no warnings, no spills, products on tensor cores."""
 
 import re
 import shutil
@@ -10,15 +10,15 @@ import compiled
 import pytest
 
 SOURCES = sorted((compiled.ROOT / "csrc" / "cuda").glob("*.cu"))
-# The kernels fill the registers to the last; another compiler than this one may need a few bytes more.
+# The kernels fill all registers; another compiler may need a few more bytes.
 TUNED_FOR, ELSEWHERE = "release 13.0", 64
-# What one block may have beside its dynamic shared memory, which the launcher fits to the device.
+# Most static shared memory of a block, in addition to the dynamic part that the launcher fits to the device.
 STATIC_SHARED = 1024
 pytestmark = pytest.mark.slow
 
 
 def nvidia_tool(name):
-    """A program of the CUDA toolkit, or of those that Triton brings with it."""
+    """A program of the CUDA toolkit, or Triton's own copy."""
     triton = pytest.importorskip("triton")
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     found = str(bundled) if bundled.is_file() else shutil.which(name)
@@ -73,7 +73,7 @@ def test_two_blocks_fit_in_the_registers(cubins):
 
 
 def test_blocks_of_the_dense_matcher_share_a_multiprocessor(cubins):
-    """As many registers as leave room for 24 warps that match groups and for 32 of the others."""
+    """Registers leave room for 24 warps that match groups and for 32 other warps."""
     usage = {name: one["REG"] for name, one in resources(cubins["dense_match"]).items()}
     assert len(usage) == 10
     assert all(registers <= (80 if "groups" in name else 64) for name, registers in usage.items())
@@ -92,6 +92,6 @@ def test_the_image_encoder_runs_on_tensor_cores(source, cubins):
         # twice as many.
         products = 216 if source == "image_encoder" else 32 + 8 + 72
         assert text.count(f"HMMA.{kind} ") >= products * (2 if "Tf32" in name else 1), name
-        # What lies outside the image is not read: copies of it are switched off, not only of length zero.
+        # Pixels outside the image are not read: their copies are switched off, not only of length zero.
         copies = re.findall(r"LDGSTS\.E\.BYPASS\.128 (.*?);", text)
         assert any(re.search(r", !?P\d", copy) for copy in copies), name

@@ -1,4 +1,4 @@
-"""What the CUDA launchers ask of CUDA, written down by a runtime that does nothing else: no GPU is needed."""
+"""The CUDA launchers' calls of CUDA, recorded by a runtime that does nothing else; no GPU is needed."""
 
 import re
 
@@ -29,7 +29,7 @@ def launches(events):
 
 
 def test_nothing_breaks_a_capture(scenes):
-    """Not even the first call of all; and nothing goes to the legacy stream, which no capture permits beside itself."""
+    """Not even the very first call does; and nothing uses the legacy stream, which a capture forbids."""
     events = [event for scene in scenes.values() for event in scene]
     assert len(launches(events)) > 20
     for mark in ("BREAKS-CAPTURE", "LEGACY-STREAM", "cudaMalloc", "cudaFree", "cudaMemcpy "):

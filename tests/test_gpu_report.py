@@ -1,4 +1,4 @@
-"""The GPU report's arithmetic, what it does when a kernel kills its process, and a rehearsal of the whole."""
+"""The GPU report's arithmetic, its reaction to a kernel that kills its process, and a rehearsal of the whole."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from bench import gpu_report  # noqa: E402
 from bench.gpu import checks, crew, output, predictions, stages  # noqa: E402
 from bench.gpu.context import Context, Job, Skip  # noqa: E402
 from bench.gpu.cost import Cost, forward_cost  # noqa: E402
-from bench.gpu.state import State  # noqa: E402
+from bench.gpu.state import Listener, State  # noqa: E402
 
 
 def test_cost_of_the_published_network():
@@ -51,8 +51,8 @@ def test_floor_is_the_slower_of_the_two():
     assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
 
 
-def state(tmp_path, budget=100.0):
-    return State(tmp_path / "r", True, budget, 1)
+def state(tmp_path):
+    return State(tmp_path / "r", True, 100.0, 1)
 
 
 def report(*arguments, script=False):
@@ -67,15 +67,15 @@ def report(*arguments, script=False):
 
 def test_every_row_is_on_disk_when_it_is_known(tmp_path):
     now = state(tmp_path)
-    listener = now.listener("smoke")
+    listener = Listener(now, "smoke")
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(1,)", "error": 0.5, "limit": 0.1})
     listener.row("head", {"what": "head", "dtype": "bf16", "case": "(2,)", "error": float("nan"), "limit": 0.1})
     listener.failed("upsample", "illegal access")
-    # Readers other than Python's know no NaN.
+    # JSON has no NaN.
     content = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert [row["what"] for row in content["smoke"]] == ["head", "head"]
     assert content["smoke"][1]["error"] == "nan"
-    # NaN passes nothing.
+    # NaN is above every limit.
     assert content["failures"] == [
         "smoke: head (1,) bf16: error 5.000e-01 > 1e-01",
         "smoke: head (2,) bf16: error nan > 1e-01",
@@ -134,7 +134,7 @@ def devoured(context):
     os.kill(os.getpid(), signal.SIGKILL)
 def left(context):
     yield {"what": "before it leaves"}
-    os.write(2, b"\\xff said in no encoding")
+    os.write(2, b"\\xff is in no encoding")
     os._exit(0)
 def stuck(context):
     yield {"what": "before it hangs"}
@@ -164,8 +164,8 @@ def test_a_broken_kernel_ends_only_itself(tmp_path, monkeypatch):
     jobs = [
         Job(name, None, 0.05) for name in ("good", "wrong", "killed", "devoured", "left", "stuck", "skipped", "last")
     ]
-    now = state(tmp_path, budget=500)
-    crew.run_group("smoke", jobs, rehearse=True, seed=7, deadline=now.deadline, listener=now.listener("x"), patience=1)
+    now = State(tmp_path / "r", True, 500.0, 7)
+    crew.run_group(jobs, Listener(now, "x"), patience=1)
     found = [(row["job"], row["what"]) for row in now.rows("x")]
     assert found == [
         ("good", "good"),
@@ -205,7 +205,7 @@ def test_workers_end_with_a_report_that_is_killed(tmp_path):
         wait_for(lambda: rows.exists() and "before it hangs" in rows.read_text())
         parent.kill()
         parent.wait()
-        # Whoever adopts it may never ask how it ended.
+        # The process that adopts it may never reap it.
         wait_for(lambda: state_of(worker) in ("Z", None))
     finally:
         parent.kill()
@@ -228,16 +228,9 @@ def state_of(process):
 
 
 def test_jobs_that_the_time_leaves_no_room_for_are_named(tmp_path):
-    now = state(tmp_path, budget=5)
-    crew.run_group(
-        "figures",
-        [Job("long", None, 60)],
-        rehearse=False,
-        seed=1,
-        deadline=now.deadline,
-        listener=now.listener("figures"),
-    )
-    assert now.skipped == ["figures: long: no time left: it wants 60 s"]
+    now = State(tmp_path / "r", False, 5.0, 1)
+    crew.run_group([Job("long", None, 60)], Listener(now, "figures"))
+    assert now.skipped == ["figures: long: no time left: it takes 60 s"]
 
 
 def test_jobs_have_names_of_their_own():
@@ -255,7 +248,7 @@ def test_the_build_leaves_the_number_of_compilers_to_setup(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, 0, "lift_fast: built\n", "")
 
     monkeypatch.delenv("MAX_JOBS", raising=False)
-    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     gpu_report.build(state(tmp_path))
     assert [environment["TORCH_CUDA_ARCH_LIST"] for environment in given] == ["9.0"]
     assert "MAX_JOBS" not in given[0]
@@ -337,7 +330,7 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_the_report(tmp_path):
-    """Limits that nothing can meet stand for a kernel that is wrong."""
+    """Limits that nothing can meet simulate a wrong kernel."""
     pytest.importorskip("triton")
     wrong = tmp_path / "sitecustomize.py"
     wrong.write_text(

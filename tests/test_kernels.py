@@ -1,7 +1,6 @@
 """The Triton kernels against the plain module in float64: on a GPU where there is one, else in Triton's interpreter."""
 
 import copy
-import json
 import os
 
 import pytest
@@ -52,7 +51,7 @@ def full_precision(monkeypatch):
 
 
 class Network:
-    """A random LiFT, its inputs aligned as the operator takes them, and what the plain module makes of them."""
+    """A random LiFT, its inputs aligned for the operator, and the plain module's result."""
 
     def __init__(self, channels, patch, h, w, batch, options, seed=None):
         self.seed = int(torch.randint(1 << 30, ())) if seed is None else seed
@@ -111,12 +110,12 @@ def test_image_encoder(encoder, grid, patch, dtype):
     exact = plain.prepare_encoder(network.plan, torch.device("cpu"), torch.float64)
     f, g = plain.encode_image(exact, network.imgs.double())
     imgs, _ = network.inputs(dtype)
-    # A crop arrives as a view of a larger image; what lies beyond the view must not be read.
+    # A crop is a view of a larger image; pixels outside the view must not be read.
     framed = torch.full((*imgs.shape[:2], imgs.shape[2] + 3, imgs.shape[3] + 5), torch.nan, dtype=dtype, device=DEVICE)
     view = framed[:, :, 1:-2, 2:-3].copy_(imgs)
-    for pictures in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
+    for images in (imgs, view, imgs.contiguous(memory_format=torch.channels_last)):
         with torch.no_grad():
-            ours = gpu_plan.encode_image(network.prepare(dtype, encoder), pictures)
+            ours = gpu_plan.encode_image(network.prepare(dtype, encoder), images)
         for actual, expected in zip(ours, (f, g), strict=True):
             assert actual.is_contiguous()
             assert relative_error(actual.cpu(), expected.permute(0, 2, 3, 1)) <= LIMITS[dtype], network.seed
@@ -164,7 +163,7 @@ def test_normalized_on_the_way_out(channels, basis):
         assert relative_error(out @ out.T, exact @ exact.T) <= 2 * LIMITS[torch.float32], network.seed
     else:
         assert relative_error(out, exact) <= LIMITS[torch.float32], network.seed
-    # Rounding of the stored values alone.
+    # Only the rounding of the stored values.
     assert float((out.norm(dim=1) - 1).abs().max()) <= 1e-6
 
 
@@ -240,7 +239,7 @@ def test_images_may_be_spread_beyond_the_range_of_int32():
     network = Network(8, 8, 1, 1, 1, {})
     imgs, _ = network.inputs(torch.float16)
     step = (1 << 31) // 7 + 8
-    # Only what is written takes memory on the CPU.
+    # Only pages that are written take memory on the CPU.
     spread = torch.empty(7 * step + 200, dtype=torch.float16, device=DEVICE)
     spread = spread.as_strided(imgs.shape, (192, 64, 8, step)).copy_(imgs)
     ready = network.prepare(torch.float16, "triton")
@@ -250,7 +249,7 @@ def test_images_may_be_spread_beyond_the_range_of_int32():
 
 
 def merged(plan):
-    """Merged tiles for the stages of a plan, whatever its widths: half a usual accumulator, two of them in one."""
+    """Merged tiles for the stages of a plan of any width: accumulators of half the usual width, two of them merged."""
     found = []
     for weights, counts in ((plan.upsample, plan.upsample_counts), (plan.head, plan.head_counts)):
         columns = tiles.columns_of(weights.channels) // 2
@@ -309,7 +308,7 @@ def test_wide_accumulators_spoil_what_the_plain_module_spoils(channels, use_imag
     assert torch.equal(usual.isnan(), wide.isnan())
     assert torch.equal(usual.isinf(), wide.isinf())
     if value != value:
-        # Infinities cancel in another way in composed weights than in the plain module.
+        # Infinities cancel differently in composed weights than in the plain module.
         assert torch.equal(out.isnan().cpu(), plain.isnan())
 
 
@@ -330,7 +329,7 @@ def test_an_infinite_channel_does_not_meet_the_padding_of_wide_accumulators(chan
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
 def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
-    """To the nearest: what the tensor cores cut off is zero by then."""
+    """To the nearest, so that the tensor cores cut off only zeros."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     network = Network(16, 8, 3, 2, 1, {})
     imgs, x = network.inputs(torch.float32)
@@ -345,17 +344,17 @@ def test_float32_is_rounded_to_tf32_between_products(value, merge, monkeypatch):
     for rounded in (f, g, u):
         assert int((rounded.view(torch.int32) & 0x1FFF).masked_fill(~rounded.isfinite(), 0).abs().max()) == 0
     assert torch.equal(u.isfinite(), exact.isfinite())
-    sound = exact.isfinite()
+    finite = exact.isfinite()
     limit = 2**-11 * (3 if DEVICE.type == "cuda" else 1.01)
-    assert float(((u - exact)[sound].abs() / exact[sound].clamp_min(1e-3)).max()) <= limit, network.seed
-    # Signs of both kinds: what is cut off would make all of it smaller.
+    assert float(((u - exact)[finite].abs() / exact[finite].clamp_min(1e-3)).max()) <= limit, network.seed
+    # Both signs: cutting off would make all magnitudes smaller.
     assert bool((u > exact).any())
     assert bool((u < exact).any())
 
 
 @numeric
 def test_what_the_head_keeps_is_rounded_to_tf32(monkeypatch):
-    """In the interpreter, whose products are exact: an output channel that copies a hidden one shows it."""
+    """In the interpreter, whose products are exact, an output channel that copies a hidden one shows it."""
     network = Network(16, 8, 3, 2, 1, {"use_image": False})
     with torch.no_grad():
         network.lift.outc.weight.zero_()[:8, :, 0, 0].fill_diagonal_(1)
@@ -377,7 +376,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_float32_with_pooling_leaves_the_triton_encoder_aside_on_a_gpu(runs, monkeypatch):
-    """It gave wrong results on a GPU: PyTorch's convolutions take over where the CUDA kernel does not serve."""
+    """It gave wrong results on a GPU: PyTorch's convolutions run where the CUDA kernel cannot."""
     monkeypatch.setattr(devices, "cuda_runs", lambda device: (runs, "as if"))
     pooled, unpooled = (Network(8, patch, 1, 1, 1, {}).plan for patch in (16, 8))
     for allowed in (False, True):
@@ -403,164 +402,6 @@ def test_float32_products_follow_pytorchs_setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert launch.product_precision(torch.float32) == "tf32"
     assert launch.product_precision(torch.bfloat16) == "tf32"
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("channels", [1, 16, 192, 384])
-@pytest.mark.parametrize("positions", [1, 100, 3136, 200704])
-def test_default_tiles_fit(positions, channels, itemsize, capability):
-    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
-    counts = [tiles.padded(channels) // columns]
-    tile = tiles.default(positions, columns, counts, depth, itemsize, capability)
-    assert tiles.fits(tile, itemsize, capability)
-    assert all(value & (value - 1) == 0 for value in (tile.rows, tile.columns, tile.depth, tile.warps))
-    assert tile in tiles.candidates(columns, counts, depth, itemsize, capability)
-    # Wide accumulators are to be measured first.
-    assert not tile.wide
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("channels", [1, 16, 64, 100, 192, 384, 768])
-def test_candidates_fit(channels, itemsize, capability):
-    columns, depth = tiles.columns_of(channels), tiles.depth_of(itemsize, channels)
-    count = tiles.padded(channels) // columns
-    counts = [pieces for pieces in (count, 3, 2, 1) if count % pieces == 0]
-    found = tiles.candidates(columns, list(dict.fromkeys(counts)), depth, itemsize, capability)
-    assert len(set(found)) == len(found)
-    for tile in found:
-        wide = tile.columns * tile.merged
-        left = (tile.accumulators % tile.merged) * columns
-        assert all(width & (width - 1) == 0 for width in (wide, left))
-        assert wide <= 256
-        assert tile.merged <= tile.accumulators
-        block, bias = tile.accumulators * columns, min(tile.accumulators * columns, 192) * 32 * tile.wide
-        staged = (tile.rows + block) * tile.depth * tile.stages
-        assert itemsize * (staged + bias) <= tiles.shared_memory(capability)
-        assert tile.rows * block // (32 * tile.warps) <= (192 if tile.merged > 1 and tile.warps == 8 else 96)
-    # Products that read their operands from shared memory, and more than one accumulator.
-    merged = any(tile.merged > 1 for tile in found)
-    assert merged == (capability[0] in (9, 10) and itemsize == 2 and channels > 64)
-    if capability[0] == 9 and channels == 192 and itemsize == 2:
-        assert tiles.Tile(256, 64, 3, 64, 8, 3, 2) in found
-        assert tiles.Tile(256, 64, 3, 64, 8, 4, 2) not in found
-        # The first that a report measures, as they are what it is to find out about.
-        assert found[0].merged > 1
-
-
-@pytest.mark.parametrize("number", [[], [1], [2]])
-def test_files_hold_tiles_with_and_without_merged_accumulators(number, monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile = [64, 64, 3, 64, 8, 2, *number]
-    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 2, "tiles": {work.key(): tile}}))
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == tiles.Tile(64, 64, 3, 64, 8, 2, *number)
-    tile_table.forget()
-
-
-def test_tiles_of_the_kernels_as_they_were_are_passed_over(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.forget()
-    default = tile_table.tile_for(work, DEVICE)
-    other = default._replace(rows=16, stages=2)
-    tile_table.cache_file(DEVICE).write_text(json.dumps({"format": 1, "tiles": {work.key(): list(other)[:6]}}))
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == default
-    tile_table.forget()
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_a_tile_fits_the_widest_features_that_are_served(capability, itemsize):
-    assert gpu_plan.serves(2048)
-    assert not gpu_plan.serves(4096)
-    depth = tiles.depth_of(itemsize, 1024)
-    assert tiles.fits(tiles.default(1, 64, [16], depth, itemsize, capability), itemsize, capability)
-
-
-def test_chosen_tiles_are_kept_on_disk(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.forget()
-    before = tile_table.tile_for(work, DEVICE)
-    other = before._replace(rows=16, stages=2)
-    assert other != before
-    path = tile_table.cache_file(DEVICE)
-    tile_table.store(path, {work.key(): other})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == other
-    # Work of about the same size shares it, larger work does not.
-    assert tile_table.tile_for(work._replace(positions=2500), DEVICE) == other
-    assert tile_table.tile_for(work._replace(positions=300_000), DEVICE) != other
-    tile_table.store(path, {"head other": before})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE) == other
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    tile_table.forget()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        '{"format": 2, "tiles": {"a": "b"}}',
-        '{"format": 2, "tiles": {"a": [1]}}',
-        '{"format": 2, "tiles": {"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}}',
-        "\0",
-    ],
-)
-def test_a_broken_tile_file_is_named_and_passed_over(content, monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    tile_table.forget()
-    path = tile_table.cache_file(DEVICE)
-    path.write_text(content)
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"tiles-.*\.json cannot be read"):
-        assert tile_table.tile_for(work, DEVICE).columns == 64
-    tile_table.forget()
-
-
-def test_a_tile_that_no_longer_fits_is_passed_over(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIFT_FAST_CACHE", str(tmp_path))
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.bfloat16)
-    tile_table.store(tile_table.cache_file(DEVICE), {work.key(): tiles.Tile(4096, 64, 3, 64, 4, 3)})
-    tile_table.forget()
-    assert tile_table.tile_for(work, DEVICE).rows <= 128
-    tile_table.forget()
-
-
-def test_the_fastest_sound_tile_is_chosen(monkeypatch):
-    work = tile_table.Work("head", 3000, 192, 192, (3,), torch.float32)
-    tile_table.forget()
-    first, others = tile_table.tile_for(work, DEVICE), tile_table.candidates(work, DEVICE)
-    wrong, broken, best = [tile for tile in others if tile != first][:3]
-    right = torch.randn(50)
-    running = []
-
-    def run(tile):
-        running[:] = [tile]
-        if tile == broken:
-            raise RuntimeError("out of resource")
-        return right + 1 if tile == wrong else right.clone()
-
-    def milliseconds(call):
-        call()
-        return {wrong: 0.1, best: 0.5}.get(running[0], 1.0)
-
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    assert tuning._fastest(work, DEVICE, run, quiet=True) == best
-    tile_table.forget()
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a machine without CUDA")
-def test_tune_says_what_it_needs():
-    with pytest.raises(RuntimeError, match=r"on cpu; move it with \.cuda\(\)"):
-        tuning.tune(LiFT(16, 8), (1, 3, 32, 32))
 
 
 def test_switched_off(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that are not here: no spills, shared memory that fits, tensor cores used."""
+"""Every Triton kernel, compiled for absent GPUs: no spills, shared memory that fits, tensor cores in use."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CASES = [
     {"channels": 384, "patch": 8, "batch": 3, "side": 224, "dtype": "float32", "capability": 80, "normalize": True},
     {"channels": 1024, "patch": 16, "batch": 1, "side": 224, "dtype": "bfloat16", "capability": 86},
     {"channels": 33, "patch": 16, "batch": 2, "side": 48, "dtype": "float16", "capability": 80},
-    # More output channels than the accumulators before them have, which are half as many.
+    # Twice as many output channels as the accumulators before them.
     {"channels": 33, "patch": 14, "batch": 1, "side": 28, "dtype": "float16", "capability": 90, "normalize": True},
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 90, "use_image": False},
     {"channels": 384, "patch": 16, "batch": 1, "side": 448, "dtype": "bfloat16", "capability": 100},
@@ -45,7 +45,7 @@ WIDE = [
     )
 ]
 WIDE = [{**case, "capability": capability, "normalize": True} for case in WIDE for capability in (90, 100)]
-# One direction, both, a list, a window, and the searches of float32; sets as large as matching images needs them.
+# One direction, both, a list, a window, and the searches of float32; sets as large as for matching images.
 LARGE = {"operator": "nearest", "n": 50176, "m": 50176, "channels": 384}
 WINDOW = {"operator": "nearest", "n": 3136, "m": 7 * 3136, "channels": 384, "window": [12, 56, 56, 56, 56], "k": 5}
 DENSE = {"operator": "dense_match", "grid": [56, 56], "size": [448, 448], "dtype": "float32"}
@@ -186,7 +186,7 @@ def test_wide_accumulators_run_on_tensor_cores(wide):
 
 
 def test_wide_accumulators_compile_once_for_all_sizes():
-    """Of images and batches: nothing of theirs is compiled in, not even that it is 1."""
+    """Sizes of images and batches are not compiled in, not even a size of 1."""
     case = {"channels": 384, "patch": 16, "dtype": "bfloat16", "capability": 90, "tile": SMALL_TILE}
     compiled = compile_all([{**case, "batch": batch, "side": side} for batch, side in ((1, 16), (64, 448))])
     for kernel in ("upsample_wide_kernel", "head_wide_kernel"):
@@ -222,7 +222,7 @@ def test_matching_keeps_to_its_registers_and_shared_memory(matching):
     # A few addresses.
     assert [one for one in matching if one["stack"] > (160 if one["kernel"] == "pingpong_kernel" else 128)] == []
     hopper = [one for one in matching if one["capability"] == 90]
-    # Two blocks a multiprocessor, and warps that take turns, have fewer registers than both directions ask for.
+    # Two blocks a multiprocessor, and warps that take turns, have fewer registers than both directions need.
     most = {"pingpong_kernel": 160, "search_kernel": 32}
     assert [one for one in hopper if one["stack"] > most.get(one["kernel"], 0)] == []
 

@@ -50,7 +50,7 @@ def check(prediction, target, dim, reduction="mean"):
     assert none is None
     assert gradient.dtype == prediction.dtype
     if reduction != "mean" or prediction.dtype != torch.float16:
-        # The mean's gradients lie below float16's range: its backward pass gives what comes from above along.
+        # The mean's gradients lie below float16's range: its backward pass includes the upstream gradient.
         assert gradient_error(gradient.cpu(), slope, prediction, dim, reduction) <= EPS[prediction.dtype]
     if reduction == "none":
         above = torch.randn(loss.shape)
@@ -97,7 +97,7 @@ def test_zero_vectors_and_infinities():
 def test_lengths_beyond_the_squares_range(shape, scales):
     generator = torch.Generator().manual_seed(sum(shape))
     x, y = (torch.randn(shape, generator=generator) for _ in range(2))
-    # Ordinary positions beside them.
+    # And ordinary positions.
     x[..., 1:] *= scales[0]
     y[..., :-1] *= scales[1]
     check(x, y, 1, "none")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from torch.nn import functional as F
+from brute_force import pixel_similarities
 
 from lift_fast import dense_match, devices
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
@@ -20,7 +20,6 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 numeric = pytest.mark.numeric("dense_match")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TIE = 1e-6
 # Of NumPy, which the interpreter computes with.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
@@ -45,36 +44,9 @@ def run(query_map, key_map, query_size, key_size, normalize="grid", points=None)
         return [part.cpu() for part in dense_match_gpu.match(query, key, at, normalize == "pixel", "triton")]
 
 
-def table(query_map, key_map, query_size, key_size, normalize):
-    """Similarities in float64 and how far each may be off in float32: both [query pixels, key pixels]."""
-
-    def descriptors(cells, size):
-        cells = cells.double()
-        # What is not finite spoils the pixels in which it has weight.
-        bad = ~torch.isfinite(cells).all(0, keepdim=True)
-        cells = torch.where(bad, 0.0, cells)
-        if normalize == "grid":
-            cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
-        # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale, spoiled = (
-            F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest, bad.double())
-        )
-        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
-        if normalize == "pixel":
-            norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            wide, scale = wide / norm, scale / norm
-        return wide, scale.clamp_min(1.0)
-
-    (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
-    values = query @ key.T
-    return values.masked_fill(~torch.isfinite(values), -torch.inf), (TIE * query_scale * key_scale.T).nan_to_num(0.0)
-
-
 def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     similarity, index = run(query_map, key_map, query_size, key_size, normalize, points)
-    values, tie = table(query_map, key_map, query_size, key_size, normalize)
+    values, tie = pixel_similarities(query_map, key_map, query_size, key_size, normalize)
     if points is not None:
         rows = points[:, 1] * query_size[1] + points[:, 0]
         values, tie = values[rows], tie[rows]
@@ -124,7 +96,7 @@ def test_many_points_are_looked_up():
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands_and_chunks(normalize, monkeypatch):
-    """Tables of part of the query image, and key images of more patches than a program holds at one time."""
+    """Tables of a part of the query image, and key images with more patches than a program keeps at one time."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
     query_map, key_map = maps(3, (3, 2), (5, 4))
@@ -137,11 +109,11 @@ def test_bands_and_chunks(normalize, monkeypatch):
 @pytest.mark.parametrize("normalize", ["grid", "pixel", "none"])
 def test_flat_images_go_to_the_first_pixel(normalize):
     query_map, key_map = maps(4, (2, 2), (3, 2))
-    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    # Products without rounding, because a matrix product of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)
     key_map[0] = 1
     similarity, index = run(query_map, key_map, (4, 5), (7, 6), normalize)
-    values, _ = table(query_map, key_map, (4, 5), (7, 6), normalize)
+    values, _ = pixel_similarities(query_map, key_map, (4, 5), (7, 6), normalize)
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=1e-5)
     assert bool((index == 0).all())
 
@@ -169,8 +141,8 @@ def test_cosines_of_every_magnitude(scale):
     query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (2, 3), (3, 2)))
     query_map[:, 1, 1] *= 1e-3
     similarity, index = run(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")
-    # Below a norm of 1e-12 cells and pixels are divided by that.
-    values = table(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")[0]
+    # Cells and pixels with a norm below 1e-12 are divided by 1e-12.
+    values = pixel_similarities(query_map * scale, key_map * scale, (5, 4), (6, 3), "pixel")[0]
     rounding = 2e-5 * float(values.abs().amax())
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=rounding)
     assert bool((values.gather(1, index[:, None])[:, 0] >= values.amax(1) - rounding).all())
@@ -179,10 +151,10 @@ def test_cosines_of_every_magnitude(scale):
 def test_bands_cover_every_strip_once():
     for rows in (4, 5, 9, 30, 1000):
         for grid, size in (((5, 7), (13, 40)), ((9, 3), (4, 2)), ((1, 6), (7, 7))):
-            picture = StretchedMap(torch.zeros(grid[0] * grid[1], 1), grid, size)
-            y, x = picture.strips()
+            image = StretchedMap(torch.zeros(grid[0] * grid[1], 1), grid, size)
+            y, x = image.strips()
             seen = torch.zeros(y.count, x.count, dtype=torch.int32)
-            for band, bottom, right in dense_match_gpu._bands(picture, rows):
+            for band, bottom, right in dense_match_gpu._bands(image, rows):
                 seen[slice(*band.strips_y), slice(*band.strips_x)] += 1
                 assert (bottom - band.top) * band.width <= rows
                 assert band.left + band.width == right
@@ -192,10 +164,10 @@ def test_bands_cover_every_strip_once():
 
 
 def test_what_it_leaves_to_others():
-    picture = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
-    assert "float64" in dense_match_gpu.fits(picture._replace(tokens=picture.tokens.double()), picture)[1]
-    assert "2^31" in dense_match_gpu.fits(picture, picture._replace(size=(1 << 16, 1 << 15)))[1]
-    assert "not on a CUDA device" in dense_match_gpu.can_run(picture, picture)[1]
+    image = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
+    assert "float64" in dense_match_gpu.fits(image._replace(tokens=image.tokens.double()), image)[1]
+    assert "2^31" in dense_match_gpu.fits(image, image._replace(size=(1 << 16, 1 << 15)))[1]
+    assert "not on a CUDA device" in dense_match_gpu.can_run(image, image)[1]
 
 
 @pytest.mark.gpu

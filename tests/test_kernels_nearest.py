@@ -73,7 +73,7 @@ def similarities(query, key, window=None, normalize=True):
 
 
 def check(query, key, k=1, mutual=False, ratio=None, window=None, normalize=True, fast=False, tie=TIE, stream=None):
-    """Where rounding may decide, any choice within ``tie`` of the best is right."""
+    """Any choice within ``tie`` of the best is right, because rounding may decide."""
     similarity, index, valid = run(query, key, k, mutual, ratio, window, normalize, fast, stream)
     table = similarities(query, key, window, normalize)
     finite = torch.isfinite(table)
@@ -161,7 +161,7 @@ def test_float32_search_in_float16(options, most_blocks, monkeypatch):
     monkeypatch.setattr(float32, "MOST_BLOCKS", most_blocks)
     monkeypatch.setattr(nearest_gpu, "_BOUNDS_BUDGET", 1 << 10)
     query, key = sets(11, 140, 24)
-    # Float16 cannot tell these apart.
+    # Equal in float16.
     key[0, 70:75] = key[0, 10:15] * (1 + 1e-5 * torch.randn(5, 24))
     query[0, :5] = key[0, 10:15]
     check(query, key, **options)
@@ -196,7 +196,7 @@ def tensor_core_sum(products, block, bits):
     total = 0.0
     for start in range(0, len(products), block):
         terms = torch.tensor([total, *products[start : start + block]], dtype=torch.float64)
-        # Of products, the sum of the factors' exponents, which is the product's or one less.
+        # The sum of the factors' exponents, which is the product's exponent or one less.
         unit = 2.0 ** (math.floor(math.log2(float(terms.abs().max()))) - bits)
         total = float((terms / unit).trunc().sum() * unit)
         unit = 2.0 ** (math.floor(math.log2(abs(total))) - 23)
@@ -207,7 +207,7 @@ def tensor_core_sum(products, block, bits):
 @pytest.mark.parametrize("block", [4, 8, 16])
 @pytest.mark.parametrize("channels", [16, 384, 1024])
 def test_bound_of_sums_on_tensor_cores(channels, block):
-    """Against what cuts off most: no bit kept below float32's own."""
+    """Against the coarsest hardware: no bit kept below float32's own."""
     bound = float32.sum_error(channels)
     # One large product, and small ones just below the last bit of the sum.
     worst = torch.full((channels,), 2.0**-11.5 * (1 - 2.0**-10)).half()
@@ -250,7 +250,7 @@ def test_few_queries_that_float16_leaves_open_are_searched_by_many_blocks(k, mon
     def spoil(*arguments, chosen):
         found = search(*arguments, chosen=chosen)
         counts.append(int(chosen[1]))
-        # Lists that no block has written: better than any match.
+        # Lists that no block has written hold values better than any match.
         found.values.nan_to_num_(nan=9.0)
         return found
 
@@ -404,7 +404,7 @@ def test_equal_keys_in_groups_classes_tiles_and_splits(options, splits, stream, 
 
 
 def test_resolving_groups_of_tiles_whose_parts_have_their_own_classes():
-    """As :mod:`lift_fast.kernels.nearest_pingpong` leaves them, which no interpreter runs."""
+    """The results of :mod:`lift_fast.kernels.nearest_pingpong`, which no interpreter runs."""
     query, key = sets(19, 700, 40, torch.float16, batch=2)
     key[0, [9, 130, 650]] = key[0, 77].clone()
     query[0, 3] = key[0, 77]

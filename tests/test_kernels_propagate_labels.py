@@ -103,7 +103,7 @@ def test_large_products():
     key[0, 1] = 1
     ours, expected = both(query, key, labels, [3, 1, 3, 1, 3], 2, 0.1, True)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    # Dot products that pass float32 take no part.
+    # Dot products beyond float32 take no part.
     out = op.propagate_labels_triton(
         query.to(DEVICE), key.to(DEVICE), labels.to(DEVICE), [3, 1, 3, 1, 3], 2, 0.1, False
     )

@@ -31,14 +31,14 @@ def runs(isa):
         return False
 
 
-# Every kernel that this CPU can run, those that search in short numbers among them.
+# Every kernel that this CPU can run, including searches in short numbers.
 ISAS = [isa for isa in KERNELS if runs(isa)]
 CHANNELS = (0, 1, 2, 7, 8, 17, 384)
 LARGEST = torch.finfo(torch.float32).max
 
 
 def match(query, key, *, normalize=True, k=2, back=True, rescore=True, threads=2, isa="auto"):
-    """Call the core on ``[B, N, C]`` and ``[B, M, C]``; all of the outputs, and nothing beside them, is written."""
+    """Call the core on ``[B, N, C]`` and ``[B, M, C]``; it must write all of the outputs and nothing else."""
     (batch, n, c), m = query.shape, key.shape[1]
     query, key = query.float().contiguous(), key.float().contiguous()
     with poisoned_outputs():
@@ -71,12 +71,12 @@ def match(query, key, *, normalize=True, k=2, back=True, rescore=True, threads=2
 
 def table_of(query, key, normalize):
     """[N, M] similarities in float64 of ``[N, C]`` and ``[M, C]``; -inf where a pair takes no part."""
-    sound = query.isfinite().all(1)[:, None] & key.isfinite().all(1)[None]
+    finite = query.isfinite().all(1)[:, None] & key.isfinite().all(1)[None]
     query, key = query.double(), key.double()
     if normalize:
         query, key = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) for rows in (query, key))
     table = query @ key.T
-    return table.masked_fill(~sound | ~table.isfinite() | (table.abs() > LARGEST), -torch.inf)
+    return table.masked_fill(~finite | ~table.isfinite() | (table.abs() > LARGEST), -torch.inf)
 
 
 def rounding(table, c):
@@ -135,7 +135,7 @@ def test_equals_brute_force(c, isa):
 
 
 def wave(count, c):
-    """Neighbouring rows differ by little: the search cannot tell them apart."""
+    """Neighbouring rows differ too little for the search to order them."""
     phase = torch.rand(c) * 6.3
     return torch.sin(torch.arange(count)[:, None] * torch.linspace(0.001, 0.01, c) + phase)[None]
 
@@ -158,7 +158,7 @@ def test_norms_of_every_size_beside_each_other(isa):
     query *= 10.0 ** torch.randint(-12, 13, (1, 150, 1))
     key *= 10.0 ** torch.randint(-12, 13, (1, 400, 1))
     check_all(query, key, match(query, key, isa=isa), True)
-    # Row by row on its own scale: a table of products has no common one.
+    # Each row on its own scale: a table of products has no common scale.
     result = match(query, key, normalize=False, isa=isa)
     table = table_of(query[0], key[0], False)
     for i in range(query.shape[1]):
@@ -183,7 +183,7 @@ def test_without_rescoring_the_error_is_that_of_the_search(isa):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_batches_are_independent(isa, normalize):
     query, key = torch.randn(3, 33, 17), torch.randn(3, 47, 17)
-    # Scales that differ must not reach from one batch to another.
+    # Different scales of one batch must not affect another batch.
     query *= torch.tensor([1e-20, 1.0, 1e10])[:, None, None]
     result = match(query, key, normalize=normalize, isa=isa, threads=3)
     check_all(query, key, result, normalize)
@@ -347,8 +347,8 @@ def call(**changes):
         ({"c": -1}, "negative"),
         ({"n": 2**31}, "2147483648"),
         ({"m": 2**40}, "1099511627776"),
-        ({"c": 2**40}, "cannot exist"),
-        ({"m": 2**30, "c": 2**30}, "cannot exist"),
+        ({"c": 2**40}, "too large"),
+        ({"m": 2**30, "c": 2**30}, "too large"),
         ({"k": 0}, "k must be 1 to 128, got 0"),
         ({"k": 129}, "k must be 1 to 128, got 129"),
         ({"query": 0}, "null"),
@@ -390,7 +390,7 @@ def test_other_python_threads_run_meanwhile():
         time.sleep(0.001)
     thread.join()
     start, end = spans[0]
-    # With the GIL held, nothing could have ticked in the middle of the call.
+    # With the GIL held, nothing could tick during the call.
     assert any(start + 0.25 * (end - start) < tick < end - 0.25 * (end - start) for tick in ticks)
 
 
@@ -411,7 +411,7 @@ def test_one_openmp_runtime():
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="that kernel is not built here")
 def test_the_kernel_for_avx512_vnni_on_any_processor():
-    """Its very source, with a header that says in plain C++ what its instructions do."""
+    """The kernel's own source, with a header that defines its instructions in plain C++."""
     emulated = ["-DLIFT_FAST_ISA=avx512_int16", f"-I{native_build.NATIVE / 'emulated_avx512'}"]
     units = [
         (source, name, emulated if name == "nearest_kernel_avx512_int16" else flags)

@@ -19,7 +19,7 @@ ISAS = native.cpu_isas()
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def picture(tokens, grid, size):
+def image(tokens, grid, size):
     return bilinear.StretchedMap(tokens, grid, size)
 
 
@@ -34,14 +34,14 @@ def exact(query, key, points, per_pixel):
     table = a @ b.T
     scale = 1.0
     for rows in (query.tokens, key.tokens) if not per_pixel else ():
-        sound = rows[rows.isfinite().all(1)]
-        scale *= float(sound.double().norm(dim=1).max()) if len(sound) else 1.0
+        finite = rows[rows.isfinite().all(1)]
+        scale *= float(finite.double().norm(dim=1).max()) if len(finite) else 1.0
     return table.masked_fill(~torch.isfinite(table), -torch.inf), scale
 
 
-def map_sample(picture, points, normalize):
+def map_sample(image, points, normalize):
     """The first step of matching a few points: their descriptors ``[P, C]``."""
-    cells, points = picture.tokens, points.contiguous()
+    cells, points = image.tokens, points.contiguous()
     descriptors = memory.new_empty(cells, (len(points), cells.shape[1]))
     native.map_sample_f32(
         points.data_ptr(),
@@ -49,9 +49,9 @@ def map_sample(picture, points, normalize):
         cells.stride(1),
         cells.stride(0),
         *descriptors.shape,
-        picture.grid,
-        picture.size,
-        picture.unnormalized,
+        image.grid,
+        image.size,
+        image.unnormalized,
         normalize,
         descriptors.data_ptr(),
         torch.get_num_threads(),
@@ -92,9 +92,9 @@ def check(query, key, points, per_pixel, limit=2e-6):
     assert bool((similarity[~lost] - chosen).abs().le(limit * scale).all())
 
 
-def random_pictures(generator, grids, sizes, channels):
+def random_images(generator, grids, sizes, channels):
     tokens = [torch.randn(h * w, channels, generator=generator) for h, w in grids]
-    return [picture(t, g, s) for t, g, s in zip(tokens, grids, sizes, strict=True)]
+    return [image(t, g, s) for t, g, s in zip(tokens, grids, sizes, strict=True)]
 
 
 sides = st.integers(1, 7)
@@ -113,9 +113,9 @@ def test_equals_brute_force(isa, grids, sizes, channels, seed):
     generator = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIFT_FAST_CPU_ISA", isa)
-        query, key = random_pictures(generator, grids, sizes, channels)
+        query, key = random_images(generator, grids, sizes, channels)
         check(query, key, None, False)
-        # Few points take the other way through: similarities of their own descriptors.
+        # Few points take the other path: similarities of their own descriptors.
         few = bilinear.pixel_grid(query.size, 0, min(3, query.pixels), torch.device("cpu")).flip(0)
         check(query, key, few, False)
 
@@ -126,14 +126,14 @@ def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     # Strips of more and of fewer pixels than a vector, and images smaller than their map.
     for sizes in (((61, 50), (70, 83)), ((40, 40), (17, 400)), ((33, 21), (9, 7))):
-        query, key = random_pictures(torch.Generator().manual_seed(1), ((16, 24), (20, 19)), sizes, 16)
+        query, key = random_images(torch.Generator().manual_seed(1), ((16, 24), (20, 19)), sizes, 16)
         check(query, key, None, per_pixel, 2e-5 if per_pixel else 2e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
-    query, key = random_pictures(torch.Generator().manual_seed(2), ((9, 11), (12, 7)), ((50, 60), (70, 40)), 8)
+    query, key = random_images(torch.Generator().manual_seed(2), ((9, 11), (12, 7)), ((50, 60), (70, 40)), 8)
     expected = cpu.match(query, key, None, False)
     threads = torch.get_num_threads()
     try:
@@ -162,7 +162,7 @@ def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
 def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     ones, more = torch.ones(35, 1), torch.ones(12, 1)
-    query, key = picture(more, (3, 4), (20, 30)), picture(ones, (5, 7), (40, 30))
+    query, key = image(more, (3, 4), (20, 30)), image(ones, (5, 7), (40, 30))
     for points in (None, torch.tensor([[29, 19], [0, 0]])):
         similarity, index = cpu.match(query, key, points, False)
         assert bool((index == 0).all())
@@ -170,7 +170,7 @@ def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
     # A plateau inside: the first pixel beyond the centre of cell (1, 1).
     cells = torch.zeros(4, 4)
     cells[1:3, 1:3] = 1
-    query, key = picture(torch.ones(1, 1), (1, 1), (1, 1)), picture(cells.view(16, 1), (4, 4), (16, 16))
+    query, key = image(torch.ones(1, 1), (1, 1), (1, 1)), image(cells.view(16, 1), (4, 4), (16, 16))
     assert cpu.match(query, key, None, False)[1].tolist() == [6 * 16 + 6]
 
 
@@ -179,7 +179,7 @@ def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_cells_that_are_not_finite_take_no_part(poison, per_pixel, isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
-    query, key = random_pictures(torch.Generator().manual_seed(3), ((6, 5), (7, 6)), ((30, 20), (41, 37)), 5)
+    query, key = random_images(torch.Generator().manual_seed(3), ((6, 5), (7, 6)), ((30, 20), (41, 37)), 5)
     query.tokens[7, 2] = key.tokens[20, 1] = poison
     check(query, key, None, per_pixel, 1e-4 if per_pixel else 2e-6)
     key.tokens[:] = poison
@@ -261,7 +261,7 @@ def test_bad_arguments_are_refused(changes, message):
 
 
 def laid_out(cells):
-    """The same cells in every order in which a map may come."""
+    """The same cells in every layout of a map."""
     n, c = cells.shape
     framed = torch.full((n + 5, c + 3), torch.nan)
     framed[2 : n + 2, 1 : c + 1] = cells
@@ -414,13 +414,13 @@ def test_points_in_portions_and_in_every_layout(table_bytes, isa, monkeypatch):
             bilinear.StretchedMap(t, g, s, unnormalized)
             for t, g, s in zip(tokens, ((8, 7), (7, 9)), sizes, strict=True)
         )
-        sound = [p._replace(tokens=unit_rows(p.tokens) if unnormalized else p.tokens) for p in (query, key)]
-        table, scale = exact(*sound, points, False)
+        given = [p._replace(tokens=unit_rows(p.tokens) if unnormalized else p.tokens) for p in (query, key)]
+        table, scale = exact(*given, points, False)
         for query_tokens, key_tokens in zip(laid_out(tokens[0]), laid_out(tokens[1]), strict=True):
             similarity, index = cpu.match(
                 query._replace(tokens=query_tokens), key._replace(tokens=key_tokens), points.flip(0), False
             )
-            # Pixels beyond the outermost cells tie, so the index is judged by what it leads to.
+            # Pixels beyond the outermost cells tie, so the index is checked by what it leads to.
             chosen = table.flip(0).gather(1, index[:, None])[:, 0]
             torch.testing.assert_close(similarity.double(), table.flip(0).amax(1), rtol=0, atol=2e-6 * scale)
             torch.testing.assert_close(similarity.double(), chosen, rtol=0, atol=2e-6 * scale)

@@ -1,4 +1,4 @@
-"""``dense_match``'s CUDA kernels without a GPU: their own source, run on the CPU, against every pixel in float64."""
+"""``dense_match``'s CUDA kernels without a GPU: their own source runs on the CPU, against every pixel in float64."""
 
 import ctypes
 import struct
@@ -7,6 +7,7 @@ import subprocess
 import compiled
 import pytest
 import torch
+from brute_force import pixel_similarities
 from torch.nn import functional as F
 
 from lift_fast import _native, devices
@@ -16,13 +17,12 @@ from lift_fast.ops.dense_match import op
 from lift_fast.ops.dense_match.bilinear import StretchedMap, scales_of
 
 numeric = pytest.mark.numeric("dense_match (CUDA C++)")
-TIE = 1e-6
 PROTOCOLS = ["grid", "pixel", "none"]
 CPU = torch.device("cpu")
 
 
 def raw(address, size):
-    """What lies at an address on the CPU, after its size; nothing at 0."""
+    """The bytes at an address on the CPU, after their number; none at 0."""
     content = ctypes.string_at(address, size) if address else b""
     return struct.pack("<q", len(content)) + content
 
@@ -40,7 +40,7 @@ def condition(flag, wanted):
     return raw(flag, 4) + struct.pack("<q", wanted)
 
 
-def picture(y, x, scale):
+def image(y, x, scale):
     patches = y[2] * x[2]
     counts = (y[1] * x[1], patches, patches, y[1] * x[2])
     scales = (raw(address, 4 * count) for address, count in zip(scale, counts, strict=True))
@@ -54,7 +54,7 @@ class Emulation:
         self.process = subprocess.Popen(
             [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        # Warps in ascending, descending or random order; bytes of shared memory that a block may have.
+        # Warps in ascending, descending or random order; bytes of shared memory that a block may use.
         self.order, self.seed, self.shared_block = 0, 0, 227 << 10
         self.calls = []
 
@@ -65,7 +65,7 @@ class Emulation:
         self.process.stderr.close()
 
     def run(self, kind, content, *results):
-        """Send one call, and write the answer where the results lie: (address, size)."""
+        """Send one call and write the answer to the results: (address, size)."""
         self.calls.append(kind)
         self.process.stdin.write(kind + struct.pack("<3q", self.order, self.seed, self.shared_block) + content)
         self.process.stdin.flush()
@@ -79,14 +79,14 @@ class Emulation:
         self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, when, device, stream
     ):
         content = raw(table, 4 * rows * key_y[0] * key_x[0]) + struct.pack("<q", rows)
-        content += picture(key_y, key_x, key_scale) + axis(query_y) + axis(query_x) + struct.pack("<7q", *band)
+        content += image(key_y, key_x, key_scale) + axis(query_y) + axis(query_x) + struct.pack("<7q", *band)
         pixels = query_y[1] * query_x[1]
         content += raw(similarity, 4 * pixels) + raw(index, 8 * pixels) + condition(*when)
         self.run(b"g", content, (similarity, 4 * pixels), (index, 8 * pixels))
 
     def dense_match_points(self, table, points, key_y, key_x, key_scale, similarity, index, when, device, stream):
         content = raw(table, 4 * points * key_y[0] * key_x[0]) + struct.pack("<q", points)
-        content += picture(key_y, key_x, key_scale)
+        content += image(key_y, key_x, key_scale)
         content += raw(similarity, 4 * points) + raw(index, 8 * points) + condition(*when)
         self.run(b"p", content, (similarity, 4 * points), (index, 8 * points))
 
@@ -95,7 +95,7 @@ class Emulation:
     ):
         query_cells, key_cells = query_y[0] * query_x[0], key_y[0] * key_x[0]
         pixels = query_y[1] * query_x[1]
-        content = raw(table, 4 * query_cells * key_cells) + picture(query_y, query_x, query_scale)
+        content = raw(table, 4 * query_cells * key_cells) + image(query_y, query_x, query_scale)
         content += axis(key_y) + axis(key_x) + raw(index, 8 * pixels)
         content += raw(valid, pixels) + struct.pack("<q", words) + condition(*when)
         assert not any(ctypes.string_at(scratch, 4 * words))
@@ -109,7 +109,7 @@ def program():
 
 @pytest.fixture
 def emulation(program, monkeypatch):
-    """``lift_fast.ops.dense_match`` on the CPU as on a GPU; what it allocates is full of NaN."""
+    """``lift_fast.ops.dense_match`` on the CPU as on a GPU; its allocations are full of NaN."""
     served = Emulation(program)
     monkeypatch.setattr(_native, "require", lambda: served)
     monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
@@ -125,33 +125,6 @@ def maps(channels, query_grid, key_grid):
     return torch.randn(channels, *query_grid), torch.randn(channels, *key_grid)
 
 
-def brute_force(query_map, key_map, query_size, key_size, normalize):
-    """Similarities in float64 and how far each may be off in float32: both [query pixels, key pixels]."""
-
-    def descriptors(cells, size):
-        cells = cells.double()
-        # What is not finite spoils the pixels in which it has weight.
-        bad = ~torch.isfinite(cells).all(0, keepdim=True)
-        cells = torch.where(bad, 0.0, cells)
-        if normalize == "grid":
-            cells = cells / cells.norm(dim=0, keepdim=True).clamp_min(1e-12)
-        # Rounding is on the scale of the longest cell around, divided by the norm where cells nearly cancel.
-        longest = F.max_pool2d(cells.norm(dim=0, keepdim=True), 3, stride=1, padding=1)
-        wide, scale, spoiled = (
-            F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-            for part in (cells, longest, bad.double())
-        )
-        wide = torch.where(spoiled > 1e-9, torch.nan, wide)
-        if normalize == "pixel":
-            norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            wide, scale = wide / norm, scale / norm
-        return wide, scale.clamp_min(1.0)
-
-    (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
-    values = query @ key.T
-    return values.masked_fill(~torch.isfinite(values), -torch.inf), (TIE * query_scale * key_scale.T).nan_to_num(0.0)
-
-
 def run(query_map, key_map, query_size, key_size, normalize="grid", points=None, mutual=True):
     points = None if points is None else points[None]
     similarity, xy, valid = op.dense_match(
@@ -163,7 +136,7 @@ def run(query_map, key_map, query_size, key_size, normalize="grid", points=None,
 
 def check(query_map, key_map, query_size, key_size, normalize="grid", points=None):
     similarity, index, valid = run(query_map, key_map, query_size, key_size, normalize, points)
-    values, tie = brute_force(query_map, key_map, query_size, key_size, normalize)
+    values, tie = pixel_similarities(query_map, key_map, query_size, key_size, normalize)
     rows = torch.arange(len(values)) if points is None else points[:, 1] * query_size[1] + points[:, 0]
     lost = values[rows].amax(1) == -torch.inf
     assert torch.equal(index == -1, lost)
@@ -173,7 +146,7 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
     found, rounding = values[rows, index], tie[rows, index]
     assert bool((found + rounding >= (values - tie)[rows].amax(1)).all())
     assert bool(((similarity.double() - found).abs() <= rounding).all())
-    # Mutual: judged only where no other query pixel comes within rounding of the best.
+    # Mutual: checked only where no other query pixel comes within rounding of the best.
     clear = (values + tie)[:, index] >= (values - tie)[:, index].amax(0)
     clear = clear.sum(0) == 1
     assert torch.equal(valid[clear], (values[:, index].argmax(0) == rows)[clear])
@@ -267,7 +240,7 @@ def test_a_row_that_no_block_holds_has_no_mutual_check(emulation, monkeypatch):
 @numeric
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
 def test_bands(normalize, emulation, monkeypatch):
-    """Tables of part of the query image; then there is none for the mutual check, and a second search makes it."""
+    """Tables of a part of the query image; the mutual check has no table then, and a second search does it."""
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
@@ -286,11 +259,11 @@ def test_large_groups_have_no_mutual_check(emulation, monkeypatch):
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_flat_images_go_to_the_first_pixel(normalize, emulation):
     query_map, key_map = maps(4, (2, 2), (3, 2))
-    # Products without rounding: what a matrix product makes of equal columns may differ in the last bit.
+    # Products without rounding, because a matrix product of equal columns may differ in the last bit.
     key_map = torch.zeros_like(key_map)
     key_map[0] = 1
     similarity, index, _ = run(query_map, key_map, (4, 5), (7, 6), normalize)
-    values, _ = brute_force(query_map, key_map, (4, 5), (7, 6), normalize)
+    values, _ = pixel_similarities(query_map, key_map, (4, 5), (7, 6), normalize)
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=1e-5)
     assert bool((index == 0).all())
 
@@ -298,10 +271,10 @@ def test_flat_images_go_to_the_first_pixel(normalize, emulation):
 @numeric
 @pytest.mark.parametrize("normalize", ["pixel", "none"])
 def test_zeros_of_either_sign_are_equal(normalize, emulation):
-    """As a zero vector's products are; wherever the first of them lies among the lanes."""
-    picture = StretchedMap(torch.randn(40, 3), (5, 8), (23, 41))
-    axes = picture.strips()
-    scales = scales_of(picture.inverse_norms() if normalize == "pixel" else None, axes)
+    """Such as a zero vector's products, with the first of them in any lane."""
+    image = StretchedMap(torch.randn(40, 3), (5, 8), (23, 41))
+    axes = image.strips()
+    scales = scales_of(image.inverse_norms() if normalize == "pixel" else None, axes)
     table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
     dense_match_cuda.match(table, axes, scales, similarity, index)
@@ -372,7 +345,7 @@ def test_cells_that_are_not_finite(sizes, normalize, emulation):
 @numeric
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulation):
-    """Three pixels to a cell: of two launches of each kernel one does nothing."""
+    """Three pixels to a cell: one of two launches of each kernel does nothing."""
     query_map, key_map = maps(4, (3, 4), (4, 3))
     sizes = (9, 12), (12, 9)
     points = torch.tensor([[4, 4], [0, 8]])
@@ -391,18 +364,18 @@ def test_strips_of_single_cells_are_joined_where_all_is_finite(normalize, emulat
 @pytest.mark.parametrize("normalize", PROTOCOLS)
 @pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e19, 3e38])
 def test_magnitudes(scale, normalize, emulation):
-    """Products that float32 cannot hold; a cell of another magnitude in their midst."""
+    """Products beyond float32, and a cell of another magnitude among them."""
     query_map, key_map = (part.clamp(-1, 1) for part in maps(4, (3, 3), (3, 4)))
     query_map[:, 1, 1] *= 1e-3
     key_map[:, 0, 3] *= 1e-5
     large = query_map * scale, key_map * scale
     similarity, index, _ = run(*large, (7, 8), (9, 7), normalize)
     if normalize == "none":
-        values = brute_force(query_map, key_map, (7, 8), (9, 7), normalize)[0]
+        values = pixel_similarities(query_map, key_map, (7, 8), (9, 7), normalize)[0]
         torch.testing.assert_close(similarity, (values.amax(1) * scale * scale).float(), rtol=1e-5, atol=1e-30)
     else:
-        # Below a norm of 1e-12 cells and pixels are divided by that.
-        values = brute_force(*large, (7, 8), (9, 7), normalize)[0]
+        # Cells and pixels with a norm below 1e-12 are divided by 1e-12.
+        values = pixel_similarities(*large, (7, 8), (9, 7), normalize)[0]
         most = float(values.abs().amax())
         torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=2e-5 * most)
     chosen = values.gather(1, index[:, None])[:, 0]
@@ -411,14 +384,14 @@ def test_magnitudes(scale, normalize, emulation):
 
 @numeric
 def test_what_overflows_takes_no_part(emulation):
-    """A table that no maps make: between similarities of either sign the slope is infinite."""
-    picture = StretchedMap(torch.zeros(6, 3), (2, 3), (5, 7))
+    """A table that no maps give: the slope between similarities of either sign is infinite."""
+    image = StretchedMap(torch.zeros(6, 3), (2, 3), (5, 7))
     table = torch.full((1, 6), 3e38)
     table[0, 2] = -3e38
     similarity, index = torch.empty(1), torch.empty(1, dtype=torch.int64)
-    dense_match_cuda.match(table, picture.strips(), None, similarity, index)
+    dense_match_cuda.match(table, image.strips(), None, similarity, index)
     assert (float(similarity), int(index)) == (float(torch.tensor(3e38)), 0)
-    dense_match_cuda.match(table * 2, picture.strips(), None, similarity, index)
+    dense_match_cuda.match(table * 2, image.strips(), None, similarity, index)
     assert (float(similarity), int(index)) == (-torch.inf, -1)
 
 
@@ -521,11 +494,11 @@ def test_bad_arguments_are_refused(kind, changes, message):
         ("groups", {"band": (0, 3, 0, 3, 1, 0, 3)}, "a table of 9 rows does not hold rows of 3 cells"),
         ("groups", {"rows": 8}, "a table of 8 rows does not hold"),
         ("groups", {"similarity": 0}, "similarity is null"),
-        ("points", {"points": -1}, r"between 0 and 2\^31 - 1 points, got -1"),
-        ("points", {"points": 1 << 31}, r"between 0 and 2\^31 - 1 points"),
+        ("points", {"points": -1}, r"expected 0 to 2\^31 - 1 points, got -1"),
+        ("points", {"points": 1 << 31}, r"expected 0 to 2\^31 - 1 points"),
         ("mutual", {"query_scale": (0, 0, ADDRESS, ADDRESS)}, "query scale is null"),
         ("mutual", {"query_y": axis_with(pixels=2000, longest=700)}, "groups of 4200 query pixels are too large"),
-        ("mutual", {"key_y": axis_with(cells=8001)}, "at most 24000 key cells for the mutual check, got 24003"),
+        ("mutual", {"key_y": axis_with(cells=8001)}, "at most 24000 key cells fit the mutual check, got 24003"),
         ("mutual", {"valid": 0}, "valid is null"),
         ("mutual", {"scratch": 1 << 20 | 8}, "scratch must be aligned to 16 bytes"),
         ("mutual", {"scratch_words": 8 * 36}, "scratch must have 296 words, got 288"),
@@ -577,7 +550,7 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 class TestChoice:
-    """Which kernel serves a call."""
+    """The kernel that runs a call."""
 
     def test_the_native_one_comes_first(self, monkeypatch):
         monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
@@ -605,10 +578,10 @@ class TestChoice:
         assert dense_match_gpu.select(CPU) == "triton"
 
     def test_the_mutual_check_is_the_native_ones(self, monkeypatch):
-        picture = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
+        image = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 5))
         monkeypatch.setattr(devices, "cuda_runs", lambda device: (True, "as if"))
-        assert dense_match_gpu.checks_mutual(picture, picture, None)
-        assert not dense_match_gpu.checks_mutual(picture, picture, None, "triton")
-        assert not dense_match_gpu.checks_mutual(picture, picture, torch.zeros(3, 2, dtype=torch.int64))
+        assert dense_match_gpu.checks_mutual(image, image, None)
+        assert not dense_match_gpu.checks_mutual(image, image, None, "triton")
+        assert not dense_match_gpu.checks_mutual(image, image, torch.zeros(3, 2, dtype=torch.int64))
         monkeypatch.setattr(devices, "cuda_runs", lambda device: (False, "no such luck"))
-        assert not dense_match_gpu.checks_mutual(picture, picture, None)
+        assert not dense_match_gpu.checks_mutual(image, image, None)

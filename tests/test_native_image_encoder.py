@@ -1,4 +1,4 @@
-"""The native image encoder without a GPU: its kernel's own source, run on the CPU with the tensor cores emulated."""
+"""The native image encoder without a GPU: its kernel's own source runs on the CPU, with emulated tensor cores."""
 
 import itertools
 import struct
@@ -20,7 +20,7 @@ from lift_fast.testing import randomize
 numeric = pytest.mark.numeric("image_encoder (CUDA C++)")
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 CUTS = ["walk", "stream", "spread"]
-# Relative to the largest value: what a stored value and a few roundings that fell the other way make of it.
+# Relative to the largest value: a stored value's rounding and a few roundings in the other direction.
 LIMITS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-10}
 H200 = (132, 227 << 10, 228 << 10)
 A100 = (108, 163 << 10, 164 << 10)
@@ -51,7 +51,7 @@ def rounded_reference(plan, imgs, dtype):
 
 
 def in_frame(imgs, layout):
-    """The storage that an image tensor of some layout lives in, where it starts in it, and its strides."""
+    """The storage of an image tensor of some layout, the tensor's start in it, and its strides."""
     if layout == "contiguous":
         return imgs.contiguous().flatten(), 0, imgs.contiguous().stride()
     if layout == "channels_last":
@@ -69,7 +69,7 @@ def in_frame(imgs, layout):
 
 
 class Case:
-    """One launch for the emulation, and what it should give."""
+    """One launch for the emulation, and its expected results."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ def test_equals_the_rounded_reference(dtype, patch, emulation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_any_strides(dtype, emulation, tmp_path):
-    """What lies beside a crop is NaN and beyond it out of bounds."""
+    """Pixels beside a crop are NaN; beyond them memory is out of bounds."""
     layouts = ["channels_last", "crop", "aligned crop", "expanded"]
     run_cases(emulation, tmp_path, [Case(dtype, p, (2, 3), 2, layout) for p in (8, 16) for layout in layouts])
 
@@ -338,7 +338,7 @@ def test_inputs_that_do_not_fit_the_weights_are_refused():
 
 
 class TestChoice:
-    """Which image encoder a plan is prepared for."""
+    """The image encoder that a plan is prepared for."""
 
     @pytest.fixture(autouse=True)
     def runs(self, monkeypatch):

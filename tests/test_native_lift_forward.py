@@ -122,9 +122,9 @@ def test_many_blocks_and_groups_of_images():
     weights = random_weights(channels)
     inputs = random_inputs(channels, (13, 33, 31), "float32")
     y = decode(pack(weights, channels, "float32"), *inputs)
-    for picture in (0, 12):
-        expected = reference(weights, *[tensor[picture : picture + 1] for tensor in inputs])
-        assert relative_error(y[picture : picture + 1], expected) <= LIMIT["float32"]
+    for image in (0, 12):
+        expected = reference(weights, *[tensor[image : image + 1] for tensor in inputs])
+        assert relative_error(y[image : image + 1], expected) <= LIMIT["float32"]
 
 
 @pytest.mark.parametrize(("dtype", "isa"), KERNELS)
@@ -132,14 +132,14 @@ def test_nan_and_infinity_propagate_and_stay_near(dtype, isa):
     channels = (40, 3, 3)
     packed = pack(random_weights(channels), channels, dtype, isa)
     x, g, f = random_inputs(channels, (1, 14, 14), dtype)
-    sound = decode(packed, x, g, f, isa=isa)
+    valid = decode(packed, x, g, f, isa=isa)
     for value in (float("nan"), float("inf")):
         x[0, 1, 1, 7] = value
         y = decode(packed, x, g, f, isa=isa)
         assert not y[0, 2:4, 2:4].isfinite().any()
         # Tiles of 3x3 cells, one cell of overlap, then 4x4 pixels and one pixel of overlap.
-        assert torch.equal(y[0, 16:], sound[0, 16:])
-        assert torch.equal(y[0, :, 16:], sound[0, :, 16:])
+        assert torch.equal(y[0, 16:], valid[0, 16:])
+        assert torch.equal(y[0, :, 16:], valid[0, :, 16:])
     assert decode(packed, *random_inputs(channels, (1, 14, 14), dtype), isa=isa).isfinite().all()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Sources of csrc/cpu/, the operator first; whether several calls at one time are of interest beside their threads.
+# Sources of csrc/cpu/, the operator first; whether to test several calls at one time too.
 OPERATORS = {
     ("bit_matrix",): False,
     ("cosine_loss",): True,
@@ -44,8 +44,8 @@ def test_sanitizers(sanitizer, sources):
 @pytest.mark.skipif(shutil.which("nm") is None or shutil.which("g++") is None, reason="needs g++ and nm")
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF symbols")
 def test_no_function_is_shared_between_instruction_sets(tmp_path):
-    """Of an inline function in several objects the linker keeps one, perhaps that of a newer CPU's instructions."""
-    # Without optimisation nothing is inlined, and all that could be shared is there.
+    """The linker keeps one copy of a function in several objects, perhaps one with a newer CPU's instructions."""
+    # Without optimisation nothing is inlined, so all functions that could be shared exist.
     units = [unit for unit in native_build.core() if unit[0].stem.endswith("_kernel")]
     assert units
     for made in native_build.objects(units, ["-O0", "-fopenmp"], tmp_path):

@@ -1,4 +1,4 @@
-"""What the build says, and what the source distribution and the wheel hold."""
+"""The build's messages, and the contents of the source distribution and the wheel."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def import_from(wheel, folder, code):
 
 @pytest.fixture(scope="module")
 def built():
-    """The tree after building a source distribution, and from it a wheel, without CUDA; what that said."""
+    """The tree after building a source distribution and from it a wheel, without CUDA; the build's output."""
     folder = packages.built()
     return folder / "tree", (folder / "output.txt").read_text()
 
@@ -118,7 +118,7 @@ print(json.dumps([index, lift_fast.backends().as_dict()["cpu native"]]))
 
 
 def fake_nvcc(folder, architectures=(80, 86, 90)):
-    """A CUDA folder whose compiler can do no more than list its architectures."""
+    """A CUDA folder whose compiler can only list its architectures."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     listed = " ".join(f"compute_{number}" for number in architectures)
@@ -132,7 +132,7 @@ def fake_nvcc(folder, architectures=(80, 86, 90)):
     [
         ({"LIFT_FAST_CUDA": "maybe"}, "LIFT_FAST_CUDA must be one of auto, 1, 0, got 'maybe'"),
         ({"LIFT_FAST_NATIVE": "2"}, "LIFT_FAST_NATIVE must be one of 1, 0, got '2'"),
-        ({"TORCH_CUDA_ARCH_LIST": "9.0 hopper"}, "TORCH_CUDA_ARCH_LIST: 'hopper' is no architecture"),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0 hopper"}, "TORCH_CUDA_ARCH_LIST: 'hopper' is not an architecture"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
     ],
 )
@@ -146,7 +146,7 @@ def test_build_names_what_is_wrong(environment, message, tmp_path):
 
 @pytest.fixture
 def setup_module(monkeypatch):
-    """setup.py's functions, with the call that builds taken out."""
+    """setup.py's functions, without the call that builds."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for name in ("LIFT_FAST_CUDA", "LIFT_FAST_NATIVE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -186,7 +186,7 @@ def test_cuda_home_comes_first(setup_module, monkeypatch, tmp_path):
     ("known", "names"),
     [
         ((70, 80, 86, 89, 90, 100, 120), ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX"]),
-        # An older compiler leaves out what it does not know; PTX of its newest still serves newer devices.
+        # An older compiler skips architectures that it does not support; its newest PTX still runs on newer devices.
         ((50, 80, 86, 89, 90), ["sm_80", "sm_86", "sm_89", "sm_90+PTX"]),
     ],
 )
@@ -212,7 +212,7 @@ def test_wanted_architectures(wanted, setup_module, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("9.0 8.x", "'8.x' is no architecture"), ("99.0", r"does not know 99.0; it knows \[80, 86, 90\]")],
+    [("9.0 8.x", "'8.x' is not an architecture"), ("99.0", r"does not support 99.0; it supports \[80, 86, 90\]")],
 )
 def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
@@ -221,7 +221,7 @@ def test_bad_architectures_are_named(wanted, message, setup_module, monkeypatch,
 
 
 def test_a_compiler_too_old_for_every_architecture(setup_module, tmp_path):
-    with pytest.raises(SystemExit, match="knows none of"):
+    with pytest.raises(SystemExit, match="supports none of"):
         setup_module.architectures(fake_nvcc(tmp_path, (50, 60)))
 
 
@@ -245,7 +245,7 @@ class TestCompilersAtOnce:
                 setup_module.compilers_at_once()
 
     def test_free_memory(self, setup_module, tmp_path):
-        """Of the machine, and no more than a container's limit leaves, of either version of control groups."""
+        """The machine's free memory, within a container's limit, for both versions of control groups."""
         assert setup_module.free_memory(tmp_path) == 8 << 30
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc" / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable:   20971520 kB\n")
@@ -304,7 +304,7 @@ def test_only_what_is_out_of_date_is_compiled(setup_module, tmp_path):
     assert not compiles()
     touch(header)
     assert compiles()
-    # The header lies in the future of what was just made.
+    # The header is newer than the object.
     os.utime(header, (1, 1))
     assert not compiles()
     assert compiles("-O1")
@@ -315,7 +315,7 @@ def test_only_what_is_out_of_date_is_compiled(setup_module, tmp_path):
         compiles("-O1")
     source.write_text("int value() { return 2; }\n")
     os.utime(source, (1, 1))
-    # What a failed compilation left is not taken for the object.
+    # The remains of a failed compilation do not count as the object.
     assert compiles("-O1")
     header.unlink()
     assert not compiles("-O1")

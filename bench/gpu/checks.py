@@ -1,4 +1,4 @@
-"""What other programs say of the kernels: the repository's tests, compute-sanitizer, Nsight Compute."""
+"""Checks by other programs: the repository's tests, compute-sanitizer, Nsight Compute."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .crew import ROOT
+from .context import call, last_line
 from .state import State
 
-# Small sizes of every CUDA C++ kernel: the sanitizer runs them a hundred times slower.
+# Every CUDA C++ kernel at small sizes, because the sanitizer runs them a hundred times slower.
 SANITIZED = """
 import torch
 from bench.gpu import smoke
@@ -28,7 +28,7 @@ for normalize in ("grid", "pixel"):
     for maps in smoke.MAPS[1:]:
         print(smoke.dense_error(*maps, normalize, cuda, "cuda"))
 """
-# Parts of the metrics' names that Nsight Compute's sections give; releases differ in the rest of them.
+# Beginnings of the names of Nsight Compute's metrics; releases differ in the rest.
 METRICS = (
     "Duration",
     "Compute (SM) Throughput",
@@ -46,7 +46,7 @@ METRICS = (
 )
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats",
             "LaunchStats", "Occupancy")  # fmt: skip
-# The tensor cores' share; a metric that a device does not know is left out by the profiler.
+# The tensor cores' share; the profiler leaves out a metric that a device does not know.
 TENSOR = "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active"
 
 
@@ -60,7 +60,7 @@ def run_tests(state: State) -> None:
         command.append("--collect-only")
     limit = max(30.0, min(state.left(), 240))
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
+        done = call(command, timeout=limit)
     except subprocess.TimeoutExpired:
         state.failures.append(f"tests: not done within {limit:.0f} s")
         return
@@ -79,24 +79,21 @@ def run_sanitizer(state: State) -> None:
         if not state.rehearse:
             state.skipped.append("sanitizer: compute-sanitizer is not on this machine")
             return
-        # What the tool would run must at least be a program.
+        # A rehearsal checks at least that the program compiles.
         compile(SANITIZED, "sanitized", "exec")
     results: dict[str, str] = state.results.setdefault("sanitizer", {})
     for check in () if state.rehearse else ("memcheck", "racecheck"):
-        # Kernels that Python's other parts launch are not what is asked about.
+        # Only this package's kernels, not PyTorch's.
         command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=lift_fast"]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         limit = max(20.0, min(state.left() - 10, 120))
         try:
-            done = subprocess.run(
-                [*command, sys.executable, "-c", SANITIZED],
-                capture_output=True, text=True, check=False, timeout=limit, env=environment, cwd=ROOT,
-            )  # fmt: skip
+            done = call([*command, sys.executable, "-c", SANITIZED], timeout=limit, env=environment)
         except subprocess.TimeoutExpired:
             state.skipped.append(f"sanitizer: {check} not done within {limit:.0f} s")
             continue
-        said = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or done.stderr.strip().splitlines()[-1:]
-        results[check] = said[-1].strip("= ") if said else f"exit status {done.returncode}"
+        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        results[check] = last_line(*summary[-1:], done.stderr, f"exit status {done.returncode}").strip("= ")
         print(check, results[check])
         if done.returncode:
             first = next((line.strip("= ") for line in done.stdout.splitlines() if " at " in line), "")
@@ -104,7 +101,7 @@ def run_sanitizer(state: State) -> None:
 
 
 def run_profile(state: State) -> None:
-    """Nsight Compute on one launch of each of the kernels that take most of the time."""
+    """Nsight Compute on one launch of each kernel that takes much of the time."""
     from .figures import profiled
 
     tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
@@ -121,21 +118,18 @@ def run_profile(state: State) -> None:
                 state.skipped.append(f"profile: {job.name}: no time left")
                 continue
             sections = [part for name in SECTIONS for part in ("--section", name)]
-            # The card's clocks are not this program's to set.
+            # This program must not set the card's clocks.
             command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details",
                        *sections, "--metrics", TENSOR, *command]  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(25.0, min(state.left(), 90))
-            )
+            done = call(command, timeout=max(25.0, min(state.left(), 90)))
         except subprocess.TimeoutExpired:
             state.skipped.append(f"profile: {job.name}: not done in time")
             continue
         finally:
             log.unlink(missing_ok=True)
         if done.returncode:
-            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            state.failures.append(f"profile: {job.name}: {last}")
+            state.failures.append(f"profile: {job.name}: {last_line(done.stderr, done.stdout)}")
         for kernel, metrics in parse_profile(done.stdout).items():
             results[f"{job.name}: {kernel}"] = metrics
             print(f"{job.name}: {kernel}: {metrics}", flush=True)
@@ -143,7 +137,7 @@ def run_profile(state: State) -> None:
 
 
 def parse_profile(text: str) -> dict[str, dict[str, str]]:
-    """Nsight Compute's table of details: kernel to metric to value with its unit."""
+    """Nsight Compute's table of details as kernel -> metric -> value with its unit."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
     found: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Times of device work: events around many calls, the median; graphs for calls that the host launches too slowly."""
+"""Times of device work: the median of events around many calls; graphs for calls that the host launches slowly."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Run = Callable[..., Any]
 
 
 def milliseconds(run: Run, inputs: Sequence[tuple[Any, ...]], device: torch.device, seconds: float = 0.3) -> float:
-    """Median time of one call, taking turns among ``inputs`` so that no single set stays in the cache."""
+    """Median time of one call, with ``inputs`` in turn so that no set stays in the cache."""
     if device.type != "cuda":
-        # A rehearsal: once is enough.
+        # A rehearsal needs one call.
         return _wall(run, inputs[0])
     turns = itertools.cycle(inputs)
     for _ in range(max(3, len(inputs))):
@@ -37,7 +37,7 @@ def milliseconds(run: Run, inputs: Sequence[tuple[Any, ...]], device: torch.devi
 
 
 def replay_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device, replays: int = 200) -> float:
-    """Time of one call when it is replayed as a CUDA graph, many replays one after the other."""
+    """Time of one call as a CUDA graph, over many replays in a row."""
     if device.type != "cuda":
         return milliseconds(run, [arguments], device)
     replay = recorded(lambda: run(*arguments), device)
@@ -55,7 +55,7 @@ def replay_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.devi
 
 
 def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The same call as a CUDA graph: without the time that Python and launches take."""
+    """The same call as a CUDA graph, without the time of Python and launches."""
     if device.type != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -66,15 +66,15 @@ def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # What it returns must stay alive: the graph writes there.
+        # The result must stay alive, because the graph writes there.
         result = call()
     return lambda: (graph.replay(), result)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device, warm: bool = True) -> int | None:
-    """Bytes that one call holds at its peak beyond what was there before, its result included; None on the CPU.
+    """Bytes that one call adds at its peak, its result included; None on the CPU.
 
-    ``warm``: call it once before, so that what it keeps is there before.
+    ``warm``: call it once before, so that memory that it keeps is not counted.
     """
     if device.type != "cuda":
         return None
@@ -92,12 +92,12 @@ def peak_bytes(call: Callable[[], Any], device: torch.device, warm: bool = True)
 def host_milliseconds(run: Run, arguments: tuple[Any, ...], device: torch.device, calls: int = 20) -> float:
     """Time in which the host launches one call, without waiting for the device.
 
-    Of several calls in a row, few enough for the device's queue: the first launch after a wait costs more than others.
+    Measured over several calls, few enough for the device's queue: the first launch after a wait costs more.
     """
     if device.type != "cuda":
         return _wall(run, arguments)
     times = []
-    # Compilation, and what a launcher learns of its first calls.
+    # Compilation, and the first launches of a launcher.
     for _ in range(4):
         run(*arguments)
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""Operations and least bytes of LiFT's forward pass, stage by stage: what a measured time is judged by."""
+"""Operations and least bytes of each stage of LiFT's forward pass, to compare measured times with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """What a stage must do."""
+    """The least work of a stage."""
 
     flops: int
     """Multiplications and additions of its linear maps."""
@@ -27,7 +27,7 @@ def forward_cost(
 ) -> dict[str, Cost]:
     """Stages of the composed forward pass for ``batch`` images of ``h x w`` cells: image encoder, upsample, head."""
     hidden, coarse, fine = channels // 2, batch * h * w, 4 * batch * h * w
-    # Without pool the second convolution writes f itself; with it, a grid twice as fine.
+    # Without pool the second convolution writes f itself, with pool a grid twice as fine.
     second = fine * (4 if pool else 1)
     first = 4 * second
     encoder = 27 * image * first + 9 * image**2 * (second + coarse)

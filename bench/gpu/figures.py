@@ -33,14 +33,14 @@ from .workloads import (
     timed,
 )
 
-# Of the candidates for the search, which no device has run yet: each in a process of its own.
+# Feeds of the candidate searches that no device has run yet; each is a job of its own.
 FEEDS = ("tma", "warp", "threads")
-# What publishes an exact search on the GPU; measured where it is installed.
+# Packages with an exact search on the GPU; measured if installed.
 PEERS = ("faiss", "flash_kmeans", "pykeops")
 
 
 def jobs(rehearse: bool) -> list[Job]:
-    """Every figure's job in the order in which they are worth having."""
+    """The jobs of all figures, the most valuable first."""
     first = [
         Job("ceilings", _ceilings, 5),
         *(Job(f"forward {work[0]}", partial(figures_lift.forward, work), 4) for work in (ONE, MANY, LARGE)),
@@ -63,23 +63,18 @@ def jobs(rehearse: bool) -> list[Job]:
         Job("training compiled", figures_training.training_compiled, 150),
         *(Job(f"peer {name}", partial(_peer, name), 30) for name in PEERS),
     ]
-    # One network of every size is the same at a rehearsal's size.
+    # At a rehearsal's size all networks are the same.
     return [job for job in first if not rehearse or job.name not in {f"forward {work[0]}" for work in (MANY, *FURTHER)}]
 
 
 def profiled(rehearse: bool) -> list[Job]:
     """Single launches for a profiler: the kernels that take most of the time."""
-    return [
-        Job("upsample B64 448", partial(_one_launch, "upsample"), 10),
-        Job("head B64 448", partial(_one_launch, "head"), 10),
-        Job("image encoder B64 448", partial(_one_launch, "image encoder"), 10),
-        Job("nearest bf16", partial(_one_launch, "nearest"), 10),
-        Job("dense_match", partial(_one_launch, "dense_match"), 10),
-    ]
+    sizes = {"upsample": " B64 448", "head": " B64 448", "image encoder": " B64 448", "nearest": " bf16"}
+    return [Job(what + sizes.get(what, ""), partial(_one_launch, what), 10) for what in (*sizes, "dense_match")]
 
 
 def _ceilings(context: Context) -> Iterator[Row]:
-    """What this device reaches at best: copies, bfloat16 products, the least time of a launch."""
+    """The device's best: copies, bfloat16 products, the least time of a launch."""
     device = context.device
     megabytes, side = (1, 64) if context.rehearse else (1024, 8192)
     source = torch.randint(255, (megabytes << 20,), dtype=torch.uint8, device=device)

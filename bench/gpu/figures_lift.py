@@ -45,7 +45,7 @@ def forward(work: Work, context: Context) -> Iterator[Row]:
         time = replay_milliseconds(gpu_plan.encode_image, (other, imgs), device, replays)
         yield row_of(f"image encoder {name}, triton", time, cost["image encoder"])
     if plan.encoder == "cuda":
-        # Those that nothing chooses yet.
+        # Cuts that nothing chooses yet.
         for cut in ("stream", "spread"):
             arguments = (imgs, plan.encoder_weights, cut)
             time = replay_milliseconds(image_encoder_cuda.encode_image, arguments, device, replays)
@@ -53,7 +53,7 @@ def forward(work: Work, context: Context) -> Iterator[Row]:
 
     peak = peak_bytes(lambda: network.lift(*inputs[0]), device)
     if peak is not None:
-        # Beside the output: f, g and the c-channel fine map.
+        # f, g, the c-channel fine map and the output.
         coarse, size = network.batch * network.h**2, network.dtype.itemsize
         least = size * coarse * (4 * 32 + 32 + 4 * (network.channels // 2) + 4 * network.channels)
         yield {"what": f"forward {name}, memory over the least", "ratio": peak / least}
@@ -76,7 +76,7 @@ def forward(work: Work, context: Context) -> Iterator[Row]:
 
 @torch.no_grad()
 def tiles_of_lift(context: Context) -> Iterator[Row]:
-    """Every tile of both stages for one image and for a batch: what the default should be."""
+    """Every tile of both stages for one image and for a batch, to choose the defaults."""
     for work in (TINY,) if context.rehearse else (ONE, MANY):
         network = Network(work, torch.bfloat16, context.device)
         plan, (imgs, x) = network.plan, network.inputs[0]

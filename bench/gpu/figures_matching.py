@@ -44,7 +44,7 @@ def matcher(maps: Tensor, backend: str | None, context: Context, at: Tensor | No
 
 
 def chosen_backend(context: Context) -> str:
-    """The one that the package chooses."""
+    """The package's choice."""
     return "cuda" if devices.cuda_runs(context.device)[0] else "triton"
 
 
@@ -73,15 +73,12 @@ def dense_match_more(context: Context) -> Iterator[Row]:
     backends = ("cuda", "triton") if devices.cuda_runs(context.device)[0] else ("triton",)
     for backend in backends:
         what = f"dense_match {SIDE}, {channels} channels, {backend}"
-        if backend != chosen_backend(context):
-            yield timed(what, matcher(maps, backend, context), context)
-            yield timed(f"{what}, mutual", matcher(maps, backend, context, mutual=True), context)
-        yield timed(f"{what}, cosines of pixels", matcher(maps, backend, context, normalize="pixel"), context)
-        yield timed(
-            f"{what}, cosines of pixels, mutual",
-            matcher(maps, backend, context, normalize="pixel", mutual=True),
-            context,
-        )
+        for normalize, kind in (("grid", ""), ("pixel", ", cosines of pixels")):
+            if normalize == "grid" and backend == chosen_backend(context):
+                continue
+            for mutual in (False, True):
+                call = matcher(maps, backend, context, normalize=normalize, mutual=mutual)
+                yield timed(f"{what}{kind}{', mutual' if mutual else ''}", call, context)
         yield from both_ways(f"{what}, {POINTS} points", matcher(maps, backend, context, points), context)
         yield timed(f"{what}, flat features", matcher(flat, backend, context), context)
 
@@ -103,10 +100,8 @@ def nearest_call(sets: Tensor, stream: Any = None, **options: Any) -> Callable[[
 def nearest_half(context: Context) -> Iterator[Row]:
     half = half_sets(context)
     flops = products(half)
-    yield timed("nearest bf16", nearest_call(half), context, flops)
-    yield timed("nearest bf16, mutual", nearest_call(half, mutual=True), context, flops)
-    yield timed("nearest bf16, ratio", nearest_call(half, ratio=0.9), context, flops)
-    yield timed("nearest bf16, k 5", nearest_call(half, k=5), context, flops)
+    for name, options in (("", {}), (", mutual", {"mutual": True}), (", ratio", {"ratio": 0.9}), (", k 5", {"k": 5})):
+        yield timed(f"nearest bf16{name}", nearest_call(half, **options), context, flops)
     side, frames = (3, 2) if context.rehearse else (56, 7)
     some = half[:1, : side * side]
     video = torch.randn(1, frames * side * side, half.shape[2], device=context.device).to(half.dtype)
@@ -125,7 +120,7 @@ def nearest_float32(context: Context) -> Iterator[Row]:
 
 
 def chunked(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """What people write: normalise, multiply in portions, take the maximum."""
+    """The usual code: normalise, multiply in portions, take the maximum."""
     unit, keys = F.normalize(query, dim=-1), F.normalize(key, dim=-1).t()
     parts = [(part @ keys).max(dim=1) for part in unit.split(4096)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
@@ -159,7 +154,7 @@ def tiles_of_nearest(context: Context) -> Iterator[Row]:
 
 @torch.no_grad()
 def streams_of_nearest(feed: str, context: Context) -> Iterator[Row]:
-    """The same for the streams of groups that one kind of feed serves, and the whole call with the first of them."""
+    """The same for the streams of groups with one feed, and the whole call with the first of them."""
     from lift_fast.kernels import launch, nearest, nearest_groups, nearest_rows
 
     if context.rehearse and feed == "warp":
@@ -203,7 +198,7 @@ def pair(context: Context) -> Iterator[Row]:
     module = ViTLiFTExtractor(
         "dino_vits16", random_weights=True, random_lift=True, device=context.device, dtype=dtype, silent=True
     )
-    # Random weights give features that hardly differ: the matcher's worst case.
+    # Features of random weights hardly differ, which is the matcher's worst case.
     yield from _pair_rows("ViT-S/16 of random weights", module, batch, context, graph=False)
     maps = recorded(lambda: module.matching_map(batch), context.device)
     yield timed("backbone and LiFT, ViT-S/16, 2 images of 448, graph", maps, context, memory=False)

@@ -1,4 +1,4 @@
-"""Figures of training: the loss and whole steps, against what people run today."""
+"""Figures of training: the loss and whole steps, against the usual code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def loss(context: Context) -> Iterator[Row]:
             def step(loss: Any = loss, x: Tensor = x, y: Tensor = y) -> None:
                 loss_step(loss, x, y)
 
-            # Two inputs read, one gradient written. As a graph, and with the time that autograd takes on the host.
+            # Two inputs read, one gradient written. As a graph, and eager with autograd's time on the host.
             x.grad = None
             row = {"what": f"{what} {name}", "ms": replay_milliseconds(step, (), context.device, 20), "bytes": 3 * size}
             x.grad = None

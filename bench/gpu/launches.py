@@ -1,6 +1,6 @@
-"""What each operator launches for a shape, recorded without launching it: for compilation ahead of time.
+"""The launches of each operator for a shape, recorded and not run: for compilation ahead of time.
 
-Operators run on meta tensors, which hold no memory, with a recorder in each kernel's place.
+Operators run on meta tensors, which hold no memory, with a recorder in place of each kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lift_fast.ops.lift_forward.plan import Plan, build_plan
 from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.ops.nearest.op import depth_of, nearest_by
 
-# (kernel, args, options) as the launcher gives them.
+# (kernel, args, options) of a launcher's call.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 CPU = torch.device("cpu")
 _NEAREST = [(nearest_rows, "prepare_kernel")]
@@ -49,7 +49,7 @@ _STAGES += [(head, "head_kernel"), (head, "head_wide_kernel")]
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what a launcher calls it with."""
+    """Replaces a kernel and keeps the arguments of each call."""
 
     def __init__(self, module: ModuleType, name: str) -> None:
         self.module, self.name, self.kernel, self.calls = module, name, getattr(module, name), []
@@ -63,7 +63,7 @@ class Recorder:
 
 @contextmanager
 def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[list[Recorder]]:
-    """Put recorders in the kernels' places, and a device of this compute capability (such as 90) in the real one's."""
+    """Replace the kernels by recorders, and the device by one of this compute capability, such as 90."""
     recorders = [Recorder(module, name) for module, name in kernels]
     real = launch.capability
     for recorder in recorders:
@@ -79,6 +79,10 @@ def recording(capability: int, *kernels: tuple[ModuleType, str]) -> Iterator[lis
         tile_table.forget()
 
 
+def _calls(recorders: list[Recorder]) -> list[Launch]:
+    return [call for recorder in recorders for call in recorder.calls]
+
+
 @cache
 def _network(channels: int, patch: int, use_image: bool) -> Plan:
     lift = LiFT(channels, patch, use_image=use_image).eval().requires_grad_(False)
@@ -87,6 +91,11 @@ def _network(channels: int, patch: int, use_image: bool) -> Plan:
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _prepared(n: int, m: int, channels: int, dtype: torch.dtype, depth: int) -> list[Any]:
+    """Query and key, ready for a search in half precision."""
+    return [nearest_rows.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, depth) for count in (n, m)]
 
 
 def lift_forward(
@@ -102,21 +111,20 @@ def lift_forward(
 ) -> list[Launch]:
     """One forward pass with the default tiles of a device of this capability.
 
-    With ``tile`` instead its two last stages with that one, so far as it is a candidate there.
+    With ``tile`` only its two last stages with this tile, where it is a candidate.
     """
     if tile is not None:
         return lift_tiles(channels, patch, batch, side, dtype, capability, normalize, Tile(*tile))
     network = _network(channels, patch, use_image)
     height, width = (side, side) if isinstance(side, int) else side
     h, w = height // patch, width // patch
-    kernels = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel")]
-    kernels += _STAGES
+    kernels = [(image_encoder, "fine_kernel"), (image_encoder, "coarse_kernel"), *_STAGES]
     with recording(capability, *kernels) as recorders, torch.no_grad():
         plan = gpu_plan.prepare_gpu(network, CPU, dtype, "triton")
         pixels = 8 if patch == 8 else 16
         imgs = _empty(batch, 3, pixels * h, pixels * w, dtype=dtype)
         gpu_plan.run_gpu_plan(plan, imgs, _empty(batch, h, w, channels, dtype=dtype), normalize)
-    return [call for recorder in recorders for call in recorder.calls]
+    return _calls(recorders)
 
 
 def nearest_search(
@@ -133,8 +141,7 @@ def nearest_search(
     fast: bool = False,
     feed: str = "",
 ) -> list[Launch]:
-    """One call of ``nearest``, by the search of groups that ``feed`` serves if given; each kernel once for each set of
-    options."""
+    """One call of ``nearest``, with ``feed`` by the search of groups; each kernel once for each set of options."""
     stream = None
     if feed:
         stream = nearest_groups.default_stream(channels, divmod(capability, 10), depth_of(k, ratio), mutual, feed)
@@ -143,9 +150,8 @@ def nearest_search(
         search = partial(nearest_gpu.search, stream=stream)
         nearest_by(search, query, key, k, mutual, ratio, window, normalize, fast)
     found: dict[Any, Launch] = {}
-    for recorder in recorders:
-        for call in recorder.calls:
-            found.setdefault((recorder.name, *sorted(call[2].items())), call)
+    for call in _calls(recorders):
+        found.setdefault((call[0], *sorted(call[2].items())), call)
     return list(found.values())
 
 
@@ -158,10 +164,10 @@ def dense_search(
     dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
     """Every pixel (``points`` None) or some points of one image, matched to itself."""
-    picture = dense_match_op.stretch(torch.randn(8, *grid, dtype=dtype), (size[0], size[1]), normalize)
+    image = dense_match_op.stretch(torch.randn(8, *grid, dtype=dtype), (size[0], size[1]), normalize)
     at = None if points is None else torch.zeros(points, 2, dtype=torch.int64)
     with recording(capability, (dense_match, "match_kernel")) as recorders:
-        dense_match_gpu.match(picture, picture, at, normalize == "pixel")
+        dense_match_gpu.match(image, image, at, normalize == "pixel")
     return recorders[0].calls[:1]
 
 
@@ -186,8 +192,8 @@ def propagation(
 
 
 def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool = False) -> list[Launch]:
-    """One loss with its gradient, [outer, C, inner], and the scaling of the gradient; float16's gradients, whose passes
-    take what comes from above along."""
+    """One loss with its gradient, [outer, C, inner], and the scaling of the gradient; in float16 also the gradients
+    with an upstream factor."""
     outer, channels, inner = shape
     x = _empty(outer, inner, channels, dtype=dtype).transpose(1, 2) if tokens else _empty(*shape, dtype=dtype)
     each = _empty(outer, inner)
@@ -196,7 +202,7 @@ def loss(shape: Sequence[int], dtype: torch.dtype, capability: int, tokens: bool
         cosine_loss.scale_in_place(x, each[0, 0])
         for upstream in (each, each[0, 0]) if dtype == torch.float16 else ():
             cosine_loss.cosine_loss(x, x, x, each, 0.5, 1e-12, upstream)
-    return [call for recorder in recorders for call in recorder.calls]
+    return _calls(recorders)
 
 
 def lift_tiles(
@@ -223,19 +229,15 @@ def lift_tiles(
         for tile in tile_table.candidates(gpu_plan.head_work(plan, u), CPU):
             if only in (None, tile):
                 gpu_plan.head(plan, u, normalize, tile)
-    return [call for recorder in recorders for call in recorder.calls]
+    return _calls(recorders)
 
 
 def nearest_tiles(n: int, m: int, channels: int, dtype: torch.dtype, capability: int) -> list[Launch]:
     """The search for one best key with every tile worth measuring, in one direction and in both."""
     with recording(capability, (nearest, "search_kernel"), (nearest_rows, "prepare_kernel")) as recorders:
         for tile in nearest.candidates(channels, divmod(capability, 10)):
-            query, key = (
-                nearest_rows.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, tile.depth)
-                for count in (n, m)
-            )
             for both in (False, True):
-                nearest.search(query, key, 1, tile, mutual=both)
+                nearest.search(*_prepared(n, m, channels, dtype, tile.depth), 1, tile, mutual=both)
     return recorders[0].calls
 
 
@@ -246,12 +248,8 @@ def nearest_streams(n: int, m: int, channels: int, dtype: torch.dtype, capabilit
         streams = nearest_groups.candidates(channels, divmod(capability, 10), both)
         with recording(capability, *_GROUPS, (nearest_rows, "prepare_kernel")) as recorders:
             for stream in streams.values():
-                query, key = (
-                    nearest_rows.prepare(_empty(1, count, channels, dtype=dtype), True, dtype, stream.tile.depth)
-                    for count in (n, m)
-                )
-                nearest_groups.search(query, key, 1, stream, both)
-        found += [call for recorder in recorders[:-1] for call in recorder.calls]
+                nearest_groups.search(*_prepared(n, m, channels, dtype, stream.tile.depth), 1, stream, both)
+        found += _calls(recorders[:-1])
         for feed in dict.fromkeys(stream.feed for stream in streams.values()):
             found += nearest_search(n, m, channels, dtype, capability, mutual=both, feed=feed)
     return found

@@ -12,7 +12,7 @@ from .state import State
 
 
 def smoke_lines(rows: list[Row]) -> list[str]:
-    """One line a kernel and dtype, the worst first: its largest error as a share of what is allowed."""
+    """One line for each kernel and dtype, the worst first: its largest error as a share of the limit."""
     worst: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row["what"], row["dtype"]
@@ -27,8 +27,8 @@ def smoke_lines(rows: list[Row]) -> list[str]:
     ]
 
 
-def judged(state: State) -> list[dict[str, Any]]:
-    """The table of predictions beside outcomes; of a rehearsal, without outcomes."""
+def outcomes(state: State) -> list[dict[str, Any]]:
+    """The table of predictions and outcomes; a rehearsal has no outcomes."""
     figures = Figures([] if state.rehearse else state.rows("figures"))
     return [prediction.line(figures) for prediction in table()]
 
@@ -38,13 +38,13 @@ def prediction_lines(lines: list[dict[str, Any]]) -> list[str]:
     found = [f"{'what':62} {'predicted':>16} {'outcome':>12} {'goal':>8}"]
     for line in lines:
         outcome = "" if line["outcome"] is None else f"{line['outcome']:.3g} {line['unit']}"
-        verdict = {None: "", True: "  met", False: "  MISSED"}[line["met"]]
-        found.append(f"{line['what']:62} {line['predicted']:>16} {outcome:>12} {line['goal'] or '':>8}{verdict}")
+        met = {None: "", True: "  met", False: "  MISSED"}[line["met"]]
+        found.append(f"{line['what']:62} {line['predicted']:>16} {outcome:>12} {line['goal'] or '':>8}{met}")
     return found
 
 
 def markdown(state: State) -> str:
-    """The whole report for a reader."""
+    """The whole report as Markdown."""
     about = state.results.get("environment", {})
     lines = [f"# GPU report: {about.get('gpu', 'no GPU')}", ""]
     if state.rehearse:
@@ -52,7 +52,7 @@ def markdown(state: State) -> str:
     lines += [", ".join(f"{name} {value}" for name, value in about.items() if value)]
     lines += ["", "## Predictions and outcomes", "", "| what | predicted | outcome | goal | met |"]
     lines.append("| --- | ---: | ---: | ---: | --- |")
-    for line in judged(state):
+    for line in outcomes(state):
         outcome = "not measured" if line["outcome"] is None else f"{line['outcome']:.3g} {line['unit']}"
         met = {None: "", True: "yes", False: "**no**"}[line["met"]]
         lines.append(f"| {line['what']} | {line['predicted']} | {outcome} | {line['goal'] or ''} | {met} |")
@@ -72,7 +72,7 @@ def markdown(state: State) -> str:
         time = f"{1e3 * row['ms']:.1f} us" if row["ms"] < 1 else f"{row['ms']:.3f} ms"
         rates = []
         for key, ceiling in (("flops", PRODUCTS), ("bytes", COPY)):
-            share = None if state.rehearse else figures.of(row["what"], ceiling, key)
+            share = None if state.rehearse else figures.of(ceiling, key, row["what"])
             rates += [
                 f"{row[key] / row['ms'] / 1e9:.3g}" if key in row else "",
                 "" if share is None else f"{share:.0%}",

@@ -1,4 +1,4 @@
-"""Every kernel, in every dtype that it claims, on awkward sizes, against float64: fresh inputs, poisoned outputs."""
+"""Every kernel in each of its dtypes on awkward sizes against float64: fresh inputs, poisoned outputs."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ TINY_NEAREST: list[tuple[int, int, int, dict[str, Any]]] = [
     (2, 5, 3, {"k": 3}),
     (6, 12, 4, {"k": 2, "window": [1, 2, 3, 2, 3]}),
 ]
-# Of the descriptors' products; beyond float32's rounding, as the largest of many thousands is compared.
+# Of the descriptors' products; above float32's rounding, because the largest of many thousands is compared.
 SIMILARITY_LIMIT = 5e-6
-# Of mutual checks: share of pixels whose verdict differs from float64's, which rounding alone may decide.
+# Of mutual checks: share of pixels whose result differs from float64's, where rounding may decide.
 MUTUAL_LIMIT = 1e-3
 # ((h, w) of both maps, (H, W) of both images)
 MAPS = [
@@ -105,7 +105,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _launched_directly(call: Callable[[], Any], device: torch.device) -> Any:
-    """What a call gives once its kernels are launched without Triton's part, which makes the first two launches."""
+    """The result of a call whose kernels are launched directly, after the two launches through Triton."""
     for _ in range(2 if device.type == "cuda" else 0):
         call()
     return call()
@@ -132,7 +132,7 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
     seen: dict[str, Tensor] = {}
     keep = {"f": exact.scale_adapter, "g": exact.image_convs_2, "u": exact.up1.conv_1.double_conv[2]}
     for name, module in keep.items():
-        # ReLU works in place: keep what it returns before the next layer sees it.
+        # ReLU works in place: keep its result before the next layer changes it.
         module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out.clone()))
     with torch.no_grad():
         y = exact._forward_plain(imgs.double(), x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -155,19 +155,19 @@ def stage_errors(stage: str, case: Case, dtype: torch.dtype, device: torch.devic
                 "head": relative_error(out.cpu(), y),
                 "head, normalised": relative_error(unit.cpu(), F.normalize(y, dim=-1)),
             }
-        # Triton launches twice, then its compiled kernels are launched directly, at last with addresses alone.
+        # Triton launches twice, then its compiled kernels are launched directly, at last with addresses only.
         worst, held = 0.0, []
         for _ in range(4 if device.type == "cuda" else 1):
             given = to(imgs), to(x)
             worst = max(worst, relative_error(gpu_plan.run_gpu_plan(plan, *given).cpu(), y))
-            # Whoever reads the inputs of an earlier call gets nothing.
+            # A call that reads an earlier call's inputs gets NaN.
             held += [tensor.fill_(torch.nan) for tensor in given]
         return {"forward": worst}
 
 
 def _run_encoder(kind: str, dtype: torch.dtype, context: Context, cut: str = "walk") -> Iterator[Row]:
     if kind == "CUDA":
-        _needs_cuda(devices.cuda_runs(context.device), context)
+        _needs_cuda(context)
     reasons = []
     for number, case in enumerate(TINY_ENCODERS if context.rehearse else ENCODERS):
         reason = _triton_leaves_out(case, dtype, context.device) if kind == "Triton" else None
@@ -189,9 +189,9 @@ def _triton_leaves_out(case: Case, dtype: torch.dtype, device: torch.device) -> 
     return encoder_unsupported(build_plan(*lift._plan_sources(), lift.architecture), device, dtype)
 
 
-def _needs_cuda(can_run: tuple[bool, str], context: Context) -> None:
-    """On a GPU a missing native kernel is a failure, elsewhere it cannot be there."""
-    runs, reason = can_run
+def _needs_cuda(context: Context) -> None:
+    """A missing native kernel is a failure on a GPU; elsewhere there is none."""
+    runs, reason = devices.cuda_runs(context.device)
     if not runs and context.rehearse:
         raise Skip(reason)
     if not runs:
@@ -219,17 +219,17 @@ def encoder_error(
     imgs = torch.randn(batch, 3, patch * h, patch * w).to(device, dtype)
     exact = plain.prepare_encoder(plan, device, torch.float64)
     expected = [part.permute(0, 2, 3, 1) for part in plain.encode_image(exact, imgs.double())]
-    # What lies beside a crop must not be read.
+    # Pixels outside a crop must not be read.
     frame = imgs.new_full((batch, 3, patch * h + 3, patch * w + 5), torch.nan)
     crop = frame[:, :, 1:-2, 2:-3].copy_(imgs)
     worst = 0.0
     with poisoned_outputs():
         ready = gpu_plan.prepare_gpu(plan, device, dtype, encoder)
-        for pictures in (imgs, crop, imgs.contiguous(memory_format=torch.channels_last))[:layouts]:
+        for images in (imgs, crop, imgs.contiguous(memory_format=torch.channels_last))[:layouts]:
             if cut == "walk":
-                found = gpu_plan.encode_image(ready, pictures)
+                found = gpu_plan.encode_image(ready, images)
             else:
-                found = image_encoder_cuda.encode_image(pictures, ready.encoder_weights, cut)
+                found = image_encoder_cuda.encode_image(images, ready.encoder_weights, cut)
             for actual, wanted in zip(found, expected, strict=True):
                 worst = max(worst, relative_error(actual, wanted))
     return worst
@@ -265,7 +265,7 @@ def _run_nearest(dtype: torch.dtype, context: Context) -> Iterator[Row]:
 def nearest_error(
     n: int, m: int, channels: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> float:
-    """How far the chosen keys, and the similarities given, are from the best in float64; infinite for a wrong form."""
+    """How far the chosen keys and their similarities are from the best in float64; infinite for invalid results."""
     arguments = {"k": 1, "mutual": False, "ratio": None, "window": None, "normalize": True, **options}
     query, key = (torch.randn(1, count, channels, device=device).to(dtype) for count in (n, m))
     with poisoned_outputs():
@@ -287,7 +287,7 @@ def nearest_error(
 @torch.no_grad()
 def _run_dense(backend: str, context: Context) -> Iterator[Row]:
     if backend == "cuda":
-        _needs_cuda(devices.cuda_runs(context.device), context)
+        _needs_cuda(context)
     torch.manual_seed(context.seed)
     for maps in TINY_MAPS if context.rehearse else MAPS:
         for normalize in ("grid", "pixel", "none"):
@@ -307,7 +307,7 @@ def dense_error(
     device: torch.device,
     backend: str,
 ) -> tuple[float, float, float]:
-    """The same for every pixel of an image, the share of them whose mutual check differs, and the same for points."""
+    """The same for every pixel of an image, the share of pixels whose mutual check differs, and the same for points."""
     # Positive: norms that nearly cancel would magnify rounding.
     maps = [torch.randn(1, 24, *side, device=device).abs() for side in (grid, other)]
     sizes = list(size), list(other_size)
@@ -344,17 +344,17 @@ def propagation_error(
         call = partial(propagate_op.propagate_labels_triton, query, key, labels, window, k, 0.1, True)
         ours = _launched_directly(call, device)
     exact = propagate_op.propagate_labels_plain(query.double(), key.double(), labels.double(), window, k, 0.1, True)
-    # Where the k-th and the next key are equal within rounding, either may be averaged.
+    # If the k-th and the next key are equal within rounding, either may be averaged.
     off = (ours.double() - exact).abs().amax(-1)
     deeper = nearest_plain.search(query.double(), key.double(), k + 1, False, window, True)[0]
     clear = deeper[..., k - 1] - deeper[..., k] > SIMILARITY_LIMIT
-    # Missing matches leave a difference of NaN (-inf - -inf): nothing to confuse.
+    # Missing matches leave a difference of NaN (-inf - -inf) and cannot be confused.
     return float(off[clear | ~deeper[..., k].isfinite()].nan_to_num(torch.inf).max())
 
 
 @torch.no_grad()
 def _run_capture(context: Context) -> Iterator[Row]:
-    """``lift_fast.capture`` against the eager extractor; in a rehearsal the graph's recording is left out."""
+    """``lift_fast.capture`` against the eager extractor; a rehearsal does not record the graph."""
     dtypes = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2))
     model, shape = ("vit_tiny_patch16_224", (1, 3, 32, 48)) if context.rehearse else ("dino_vits16", (2, 3, 80, 112))
     for dtype, limit in dtypes[: 1 if context.rehearse else 2]:

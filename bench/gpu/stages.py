@@ -1,4 +1,4 @@
-"""Which jobs each stage has, in groups: a group is one process, unless a kernel ends it."""
+"""The jobs of each stage, in groups: a group is one process, unless a kernel ends it."""
 
 from __future__ import annotations
 

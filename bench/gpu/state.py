@@ -1,9 +1,10 @@
-"""What a run has found so far; on disk from the first row on, so that a kill loses one row."""
+"""The results of a run so far; on disk from the first row on, so that a kill loses one row."""
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 from lift_fast._files import atomic_path
 
 from .context import Row
-from .crew import Listener
 
 
 @dataclass
@@ -22,7 +22,7 @@ class State:
     out: Path
     """Prefix of the files."""
     rehearse: bool
-    """On the CPU, at tiny sizes: that everything runs, and no figures."""
+    """On the CPU at tiny sizes: a check that everything runs, without figures."""
     budget: float
     """Seconds for the whole run."""
     seed: int
@@ -36,7 +36,7 @@ class State:
         return self.deadline - time.monotonic()
 
     def file(self, suffix: str) -> Path:
-        """One of the files; the stem's own dots stay."""
+        """One of the files; dots in the stem are kept."""
         return self.out.with_name(self.out.name + suffix)
 
     @property
@@ -47,35 +47,8 @@ class State:
         found: list[Row] = self.results.setdefault(stage, [])
         return found
 
-    def listener(self, stage: str) -> Listener:
-        """Keeps what a stage's workers say, and prints it as it comes."""
-        seconds: dict[str, float] = self.results.setdefault("seconds of jobs", {})
-
-        def row(job: str, found: Row) -> None:
-            self.rows(stage).append({"job": job, **found})
-            error, limit = found.get("error"), found.get("limit")
-            if error is not None and limit is not None and not error <= limit:
-                case = f" {found['case']} {found['dtype']}" if "case" in found else ""
-                self.failures.append(f"{stage}: {found['what']}{case}: error {error:.3e} > {limit:.0e}")
-            if stage != "smoke":
-                print(describe(found), flush=True)
-            self.write()
-
-        def failed(job: str, reason: str) -> None:
-            self.failures.append(f"{stage}: {job}: {reason}")
-            print(f"FAILED {job}: {reason}", flush=True)
-            self.write()
-
-        def skipped(job: str, reason: str) -> None:
-            self.skipped.append(f"{stage}: {job}: {reason}")
-
-        def ended(job: str, took: float) -> None:
-            seconds[f"{stage}: {job}"] = took
-
-        return Listener(row, failed, skipped, ended)
-
     def write(self) -> None:
-        """Write what there is so far."""
+        """Write the results so far."""
         content = {
             "rehearsal": self.rehearse,
             "seed": self.seed,
@@ -87,8 +60,37 @@ class State:
             path.write_text(json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
 
 
+class Listener:
+    """Keeps and prints the reports of a stage's workers. Several threads call its methods, with ``lock`` held."""
+
+    def __init__(self, state: State, stage: str) -> None:
+        self.state, self.stage, self.lock = state, stage, threading.Lock()
+        self.seconds: dict[str, float] = state.results.setdefault("seconds of jobs", {})
+
+    def row(self, job: str, found: Row) -> None:
+        self.state.rows(self.stage).append({"job": job, **found})
+        error, limit = found.get("error"), found.get("limit")
+        if error is not None and limit is not None and not error <= limit:
+            case = f" {found['case']} {found['dtype']}" if "case" in found else ""
+            self.state.failures.append(f"{self.stage}: {found['what']}{case}: error {error:.3e} > {limit:.0e}")
+        if self.stage != "smoke":
+            print(describe(found), flush=True)
+        self.state.write()
+
+    def failed(self, job: str, reason: str) -> None:
+        self.state.failures.append(f"{self.stage}: {job}: {reason}")
+        print(f"FAILED {job}: {reason}", flush=True)
+        self.state.write()
+
+    def skipped(self, job: str, reason: str) -> None:
+        self.state.skipped.append(f"{self.stage}: {job}: {reason}")
+
+    def ended(self, job: str, took: float) -> None:
+        self.seconds[f"{self.stage}: {job}"] = took
+
+
 def _strict(value: Any) -> Any:
-    """The same in what JSON has: NaN and infinity, a broken kernel's errors, as text."""
+    """The same without values that JSON lacks: NaN and infinity, a broken kernel's errors, become text."""
     if isinstance(value, dict):
         return {name: _strict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

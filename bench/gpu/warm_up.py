@@ -1,8 +1,8 @@
-"""Compiles what smoke and figures launch, on every core at once, into the disk cache that all processes share.
+"""Compiles the kernels of smoke and figures on all cores, into the disk cache that all processes share.
 
 Runs as a program: ``python -m bench.gpu.warm_up --capability 90 --workers 16``; with ``--tiles`` it compiles the many
-kernels that only the figures of tiles launch. No device is touched, so it compiles for GPUs that are not there.
-Launches that differ in run-time sizes alone share one compilation.
+kernels that only the figures of tiles launch. It uses no device, so it compiles for GPUs that are absent too. Launches
+that differ only in run-time sizes share one compilation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .launches import OPERATORS, Launch
 
 
 class NoDevice:
-    """Stands in for Triton's driver where nothing is launched."""
+    """Replaces Triton's driver; nothing is launched."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -45,7 +45,7 @@ class NoDevice:
 
 
 def works() -> list[Callable[[int], list[Launch]]]:
-    """What smoke and figures run, as functions of the compute capability; what takes longest to compile first."""
+    """The calls of smoke and figures as functions of the compute capability, the longest compilations first."""
     forward, search = partial(partial, OPERATORS["lift_forward"]), partial(partial, OPERATORS["nearest"])
     dense, loss = partial(partial, OPERATORS["dense_match"]), partial(partial, OPERATORS["cosine_loss"])
     found = []
@@ -93,7 +93,7 @@ def works() -> list[Callable[[int], list[Launch]]]:
 
 
 def tiles_of_works() -> list[Callable[[int], list[Launch]]]:
-    """What the figures of tiles and streams launch: three times as much to compile as all the rest."""
+    """The calls of the figures of tiles and streams: three times as much to compile as all others."""
     found = []
     for _, batch, side, patch, channels in (workloads.ONE, workloads.MANY):
         tiles = {"channels": channels, "patch": patch, "batch": batch, "side": side, "dtype": torch.bfloat16}
@@ -112,7 +112,7 @@ def distinct(launches: list[Launch]) -> list[Launch]:
             return str(value.dtype), value.storage_offset() * value.element_size() % 16 == 0
         if isinstance(value, bool) or not isinstance(value, int):
             return type(value).__name__ if isinstance(value, float) else repr(value)
-        # A number that is 1 becomes a constant, and the launcher tells multiples of 16 and long numbers apart.
+        # A 1 becomes a constant, and the launcher distinguishes multiples of 16 and long numbers.
         return value == 1, value % 16 == 0, abs(value) >= 1 << 31
 
     found: dict[Any, Launch] = {}
@@ -142,8 +142,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.warm_up", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, required=True, help="such as 90")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--tiles", action="store_true", help="compile what the figures of tiles launch instead")
-    parser.add_argument("--most", type=int, help="compile so many alone")
+    parser.add_argument("--tiles", action="store_true", help="compile only the kernels of the figures of tiles")
+    parser.add_argument("--most", type=int, help="compile at most so many")
     arguments = parser.parse_args()
     start = time.monotonic()
     driver.set_active(NoDevice(arguments.capability))
@@ -151,7 +151,7 @@ def main() -> int:
     launches = [launch for work in chosen for launch in work(capability=arguments.capability)]
     _launches[:] = distinct(launches)[: arguments.most]
     listed = time.monotonic() - start
-    # Forked: PyTorch and Triton are imported once, and no device is open.
+    # Forked, because PyTorch and Triton are then imported once and no device is open.
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("fork")) as pool:
         rows = list(pool.map(_compile, range(len(_launches)), chunksize=1))
     failures = [f"{row['kernel']}: {row['failure']}" for row in rows if "failure" in row]

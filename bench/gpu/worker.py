@@ -1,7 +1,7 @@
-"""Runs jobs of one stage in a process of its own, and writes each row the moment it is known.
+"""Runs jobs of one stage in a process of its own and writes each row as soon as it is known.
 
-A kernel that reads out of bounds ends every later call of its process: the worker then leaves, and the crew starts
-another one behind the job that failed. Run by :mod:`bench.gpu.crew` alone.
+After a kernel reads out of bounds, every later call of its process fails: the worker then exits, and the crew starts
+another one after the failed job. Only :mod:`bench.gpu.crew` runs it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The exit status of a worker whose device is lost to it.
+# The exit status of a worker that can no longer use its device.
 LOST = 3
 
 
 def _end_with_the_report() -> None:
-    """A report that is killed cannot end its workers, and the device would stay busy with theirs (Linux alone)."""
+    """Let Linux end this worker with the report: a killed report cannot, and the device would stay busy."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        # PR_SET_PDEATHSIG; before imports, which take seconds.
+        # PR_SET_PDEATHSIG, before the imports, which take seconds.
         prctl(1, signal.SIGKILL)
 
 
@@ -53,35 +53,35 @@ def main() -> int:
     jobs = {job.name: job for group in jobs_of(arguments.stage, arguments.rehearse).values() for job in group}
     with arguments.out.open("a") as file:
 
-        def say(**line: Any) -> None:
+        def report(**line: Any) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
 
         for name in arguments.names:
-            say(job=name, begin=True)
+            report(job=name, begin=True)
             start = time.monotonic()
             try:
                 for row in jobs[name].run(context):
-                    say(job=name, row=row)
+                    report(job=name, row=row)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
             except Skip as reason:
-                say(job=name, skipped=str(reason))
+                report(job=name, skipped=str(reason))
             except Exception as error:
                 lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-                # A compiler's error begins with a place and ends with the reason.
+                # A compiler's error begins with a position and ends with the reason.
                 reason = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1][:200]}"
-                say(job=name, failure=f"{type(error).__name__}: {reason}")
+                report(job=name, failure=f"{type(error).__name__}: {reason}")
                 if _lost(device):
                     return LOST
-            say(job=name, end=True, seconds=round(time.monotonic() - start, 2))
+            report(job=name, end=True, seconds=round(time.monotonic() - start, 2))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return 0
 
 
 def _lost(device: Any) -> bool:
-    """Whether this process can use its device no more."""
+    """Whether this process can no longer use its device."""
     import torch
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What the figures are measured on, and how one becomes a row: networks, descriptors, maps, times."""
+"""Inputs of the figures (networks, descriptors, maps) and their rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.maps import smooth_maps
 from lift_fast import LiFT
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 from lift_fast.ops.lift_forward.plan import build_plan
@@ -30,7 +30,7 @@ FURTHER: tuple[Work, ...] = (
     ("B8 448 C768", 8, 448, 16, 768),
 )
 TINY: Work = ("B1 32", 1, 32, 16, 32)
-# Inputs take turns until together they are larger than any second-level cache.
+# Inputs take turns; together they are larger than any L2 cache.
 _ROTATED_BYTES = 256 << 20
 # Sets of this many descriptors: all pixels of a quarter of a 448-pixel image; width of ViT-S.
 DESCRIPTORS, CHANNELS = 50176, 384
@@ -40,7 +40,7 @@ LOSS_SHAPE, TINY_LOSS = (256, 384, 28, 28), (2, 3, 4, 5)
 
 
 class Network:
-    """A random LiFT in one dtype, its kernels' plan, and inputs as the operator takes them."""
+    """A random LiFT in one dtype, its kernels' plan, and inputs for the operator."""
 
     def __init__(self, work: Work, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.batch, side, self.patch, self.channels = work
@@ -78,11 +78,8 @@ class Network:
 
 
 def maps_like_features(channels: int, context: Context) -> Tensor:
-    """``[2, C, h, w]`` with the neighbourhood correlation of ViT features: rough noise enlarged from half the grid."""
-    side = 2 if context.rehearse else GRID
-    rough = torch.randn(2, channels, max(1, side // 2), max(1, side // 2), device=context.device)
-    noise = torch.randn(2, channels, side, side, device=context.device)
-    return F.interpolate(rough, size=(side, side), mode="bilinear") + 0.3 * noise
+    """``[2, C, h, w]`` with the neighbourhood correlation of ViT features."""
+    return smooth_maps(2, channels, 2 if context.rehearse else GRID, context.device)
 
 
 @cache
@@ -115,13 +112,13 @@ def timed(what: str, call: Callable[[], Any], context: Context, flops: float | N
 
 
 def both_ways(what: str, call: Callable[[], Any], context: Context) -> Iterator[Row]:
-    """As a graph, and eager, where the host may be what takes the time."""
+    """As a graph, and eager, where the host may take the time."""
     yield timed(f"{what}, graph", recorded(call, context.device), context, memory=False)
     yield timed(what, call, context)
 
 
 def tile_row(what: str, run: Callable[[], Tensor], expected: Tensor, cost: Cost) -> Iterator[Row]:
-    """One tile's time, or the reason why it has none: an odd tile may be refused by the compiler."""
+    """One tile's time, or the reason why it has none: the compiler may refuse an odd tile."""
     try:
         error = relative_error(run(), expected)
         # As a graph: the host launches small kernels more slowly than they run.

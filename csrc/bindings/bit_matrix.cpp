@@ -32,12 +32,12 @@ void bind_bit_matrix(py::module_& m) {
   m.def(
       "bit_matrix_set_rows_f32", &set_rows, py::arg("similarity"), py::arg("start"), py::arg("rows"), py::arg("n"),
       py::arg("tau"), py::arg("bits"), py::arg("threads"),
-      "Sets the bits (i, j) and (j, i) of a symmetric n x n matrix to similarity > tau for the rows i = start .. start "
-      "+ rows - 1 and j <= i. similarity: address of contiguous float32 [rows, start + rows]; bits: of uint64 [64 w, "
-      "w], w = ceil(n / 64); start is a multiple of 64.");
+      "Sets bits (i, j) and (j, i) of a symmetric n x n matrix to similarity > tau for rows i = start .. start + rows - 1 "
+      "and j <= i. Addresses: similarity of contiguous float32 [rows, start + rows], bits of uint64 [64 w, w], w = "
+      "ceil(n / 64); start is a multiple of 64.");
   m.def("bit_matrix_multiply_f64", &multiply, py::arg("bits"), py::arg("n"), py::arg("vector"), py::arg("out"),
         py::arg("threads"), py::arg("isa") = "auto",
-        "Writes out [n] float64, the product of such a matrix with vector [n] float64 of finite numbers.");
+        "Writes to out [n] float64 the product of such a matrix with vector [n], finite float64 numbers.");
 }
 
 }  // namespace lift_fast

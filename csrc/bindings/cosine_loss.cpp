@@ -55,9 +55,9 @@ void bind_cosine_loss(py::module_& m) {
   m.def("cosine_loss", &run, py::arg("prediction"), py::arg("target"), py::arg("dtype"), py::arg("shape"),
         py::arg("prediction_strides"), py::arg("target_strides"), py::arg("gradient_strides"), py::arg("weight"),
         py::arg("loss"), py::arg("gradient"), py::arg("threads"), py::arg("isa") = "auto", py::arg("upstream") = 0,
-        "1 - cosine of prediction and target [outer, c, inner] along c: writes loss [outer, inner] float32 and, where "
-        "its address is not 0, weight times the gradient for prediction, in the inputs' dtype; times upstream [outer, "
-        "inner] float32 too where that is given. Strides in elements.");
+        "1 - cosine of prediction and target [outer, c, inner] along c. Writes loss [outer, inner] float32 and, if its "
+        "address is not 0, weight times the gradient for prediction in the inputs' dtype, also times upstream [outer, "
+        "inner] float32 if given. Strides in elements.");
 }
 
 }  // namespace lift_fast

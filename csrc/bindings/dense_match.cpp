@@ -45,7 +45,7 @@ void run(const py::handle& table, std::int64_t rows, std::int64_t groups, const 
   run_interruptibly(dense_match_run, call, target);
 }
 
-// (address, channel stride, cell stride, (h, w), whether cells are to be normalised)
+// (address, channel stride, cell stride, (h, w), whether to normalise cells)
 DenseMatchMap map_of(const py::tuple& t) {
   if (t.size() != 5)
     throw py::value_error("dense_match: a map is (address, channel stride, cell stride, (h, w), normalize)");
@@ -128,7 +128,7 @@ void bind_dense_match(py::module_& m) {
       py::arg("start"), py::arg("weights"), py::arg("y"), py::arg("x"), py::arg("scale"), py::arg("similarity"),
       py::arg("index"), py::arg("threads"), py::arg("isa") = "auto",
       "For each query pixel the key pixel of the largest bilinearly interpolated similarity, the lowest row-major one "
-      "of equals. Addresses of contiguous arrays: table [rows, y cells * x cells] float32, similarities of query to "
+      "among equals. Addresses of contiguous arrays: table [rows, y cells * x cells] float32, similarities of query to "
       "key cells; corners [groups, 4] int32 rows of the table, start [groups + 1] int64, weights [points, 2] float32 "
       "(x, y): query pixels grouped by the four cells around them; scale [y pixels, x pixels] float32, a positive "
       "factor of each key pixel, or 0. y and x are (cells, pixels, strips, low, high, first, weight): int32 low and "
@@ -138,20 +138,19 @@ void bind_dense_match(py::module_& m) {
         py::arg("key"), py::arg("size"), py::arg("normalize"), py::arg("y"), py::arg("x"), py::arg("scale"),
         py::arg("similarity"), py::arg("index"), py::arg("table_bytes"), py::arg("threads"), py::arg("isa") = "auto",
         "For points [count, 2] int64 (x, y) of a query image of size (H, W) the key pixel as in dense_match_f32, each "
-        "by its own descriptor, divided by its norm if asked for. Maps are (address, channel stride, cell stride, "
-        "(h, w), whether cells are to be divided by their norm), [c, h, w] float32; one stride of the key's is 1. "
+        "by its own descriptor, divided by its norm with normalize. Maps are (address, channel stride, cell stride, "
+        "(h, w), whether to divide cells by their norms), [c, h, w] float32; one of the key's strides is 1. "
         "map_sample_f32 and map_products_f32 are its first two steps.");
   m.def("map_sample_f32", &map_sample, py::arg("points"), py::arg("map"), py::arg("channel_stride"),
         py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("grid"), py::arg("size"),
         py::arg("normalize_cells"), py::arg("normalize_result"), py::arg("descriptors"), py::arg("threads"),
         "Bilinear interpolation of a map [c, h, w] of grid (h, w), stretched over an image of size (H, W), at points "
-        "[count, 2] int64 (x, y): writes descriptors [count, c]. Addresses; float32 but for the points.");
-  m.def(
-      "map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
-      py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"), py::arg("table"),
-      py::arg("threads"), py::arg("isa") = "auto",
-      "Products of descriptors [count, c] with the cells of a map [c, cells], one of whose strides is 1: writes table "
-      "[count, cells], divided by max(norm of the cell, 1e-12) if asked for. Addresses of float32 arrays.");
+        "[count, 2] int64 (x, y): writes descriptors [count, c]. Addresses; all but the points are float32.");
+  m.def("map_products_f32", &map_products, py::arg("descriptors"), py::arg("map"), py::arg("channel_stride"),
+        py::arg("cell_stride"), py::arg("count"), py::arg("c"), py::arg("cells"), py::arg("normalize"),
+        py::arg("table"), py::arg("threads"), py::arg("isa") = "auto",
+        "Products of descriptors [count, c] with the cells of a map [c, cells] that has a stride of 1: writes table "
+        "[count, cells], with normalize divided by max(norm of the cell, 1e-12). Addresses of float32 arrays.");
 }
 
 }  // namespace lift_fast

@@ -26,7 +26,7 @@ MatchAxis axis(const py::tuple& t) {
           pointer<const float>(t[6]),        t[7].cast<std::int64_t>()};
 }
 
-MatchPicture picture(const py::tuple& y, const py::tuple& x, const py::tuple& scale) {
+MatchImage image(const py::tuple& y, const py::tuple& x, const py::tuple& scale) {
   expect(scale, 4, "scales (pixel, high, low, rows)");
   return {axis(y),
           axis(x),
@@ -68,7 +68,7 @@ void groups(std::uintptr_t table, std::int64_t rows, const py::tuple& key_y, con
   GroupMatchCall call{};
   call.table = pointer<const float>(table);
   call.rows = rows;
-  call.key = picture(key_y, key_x, key_scale);
+  call.key = image(key_y, key_x, key_scale);
   call.query_y = axis(query_y);
   call.query_x = axis(query_x);
   expect(band, 7, "a band (first y, end y, first x, end x, top, left, width)");
@@ -88,7 +88,7 @@ void points(std::uintptr_t table, std::int64_t count, const py::tuple& key_y, co
   PointMatchCall call{};
   call.table = pointer<const float>(table);
   call.points = count;
-  call.key = picture(key_y, key_x, key_scale);
+  call.key = image(key_y, key_x, key_scale);
   call.similarity = pointer<float>(similarity);
   call.index = pointer<std::int64_t>(index);
   call.when = when_of(when);
@@ -102,7 +102,7 @@ void mutual(std::uintptr_t table, const py::tuple& query_y, const py::tuple& que
             std::uintptr_t stream) {
   MutualMatchCall call{};
   call.table = pointer<const float>(table);
-  call.query = picture(query_y, query_x, query_scale);
+  call.query = image(query_y, query_x, query_scale);
   call.key_y = axis(key_y);
   call.key_x = axis(key_x);
   call.index = pointer<const std::int64_t>(index);
@@ -122,14 +122,14 @@ void bind_dense_match_cuda(py::module_& m) {
       py::arg("key_scale"), py::arg("query_y"), py::arg("query_x"), py::arg("band"), py::arg("similarity"),
       py::arg("index"), py::arg("when"), py::arg("device"), py::arg("stream"),
       "On a CUDA device, for each query pixel of a band the key pixel of the largest bilinearly interpolated "
-      "similarity, the lowest row-major one of equals. Addresses of contiguous arrays on the device: table [rows, "
+      "similarity, the lowest row-major one among equals. Addresses of contiguous arrays on the device: table [rows, "
       "key cells] float32, similarities of the band's query cells; similarity float32 and index int64, both of every "
       "query pixel, -inf and -1 where every value is NaN or infinite. An axis is (cells, pixels, strips, low, high, "
       "first, weight, longest): int32 low and high [strips], first [strips + 1], float32 weight [pixels]; these "
-      "arrays are trusted. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range in "
-      "each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, width): query strips, and the table's "
-      "first cell and row length. when is (flag, wanted): the address of an int32 on the device, so that the launch does "
-      "something only where that is not zero, or is zero, as wanted says; (0, True) for always. Launches on `stream` "
+      "arrays are not checked. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range "
+      "in each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, "
+      "width): query strips, and the table's first cell and row length. when is (flag, wanted), flag the address of an "
+      "int32 on the device: the launch works only if (*flag != 0) == wanted; (0, True) means always. Launches on `stream` "
       "and returns.");
   m.def("dense_match_points", &points, py::arg("table"), py::arg("points"), py::arg("key_y"), py::arg("key_x"),
         py::arg("key_scale"), py::arg("similarity"), py::arg("index"), py::arg("when"), py::arg("device"),
@@ -138,9 +138,9 @@ void bind_dense_match_cuda(py::module_& m) {
       "dense_match_mutual", &mutual, py::arg("table"), py::arg("query_y"), py::arg("query_x"), py::arg("query_scale"),
       py::arg("key_y"), py::arg("key_x"), py::arg("index"), py::arg("valid"), py::arg("scratch"),
       py::arg("scratch_words"), py::arg("when"), py::arg("device"), py::arg("stream"),
-      "Whether the best query pixel of each query pixel's match is that pixel: table [query cells, key cells] float32, "
-      "index [query pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool. scratch: int32 "
-      "zeros, 8 for each query pixel, or for four in each patch where there are no scales, and 8 more.");
+      "Whether each query pixel is the best one of its match: table [query cells, key cells] float32, index [query "
+      "pixels] int64 as dense_match_groups writes it; writes valid [query pixels] bool. scratch: int32 zeros, 8 for each "
+      "query pixel (without scales for four in each patch), and 8 more.");
   m.attr("most_mutual_group") = kMostMutualGroup;
   m.attr("most_mutual_cells") = kMostMutualCells;
 }

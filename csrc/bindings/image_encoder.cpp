@@ -56,16 +56,17 @@ void run(std::uintptr_t imgs, const py::sequence& strides, std::uintptr_t packed
 }  // namespace
 
 void bind_image_encoder(py::module_& m) {
-  m.def("image_encoder", &run, py::arg("imgs"), py::arg("strides"), py::arg("packed"), py::arg("packed_elements"),
-        py::arg("bias"), py::arg("f"), py::arg("f_elements"), py::arg("g"), py::arg("g_elements"), py::arg("batch"),
-        py::arg("h"), py::arg("w"), py::arg("pool"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::arg("cut") = "walk",
-        "LiFT's image encoders, 32 channels wide, on a CUDA device: f [batch, 2h, 2w, 32] and g [batch, h, w, 32], "
-        "contiguous, from imgs [batch, 3, s h, s w] of any strides (in elements), s = 16 with pool, else 8. Addresses "
-        "on the device of `dtype` elements (float32 is computed as TF32), bias [3, 32] float32; packed is what "
-        "lift_fast.ops.image_encoder_cuda.pack_encoder makes. cut: whether each warp walks down a strip of the image "
-        "(\"walk\"), row by row in shorter code (\"stream\"), or makes one step of it (\"spread\", for few images). "
-        "Launches on `stream` and returns.");
+  m.def(
+      "image_encoder", &run, py::arg("imgs"), py::arg("strides"), py::arg("packed"), py::arg("packed_elements"),
+      py::arg("bias"), py::arg("f"), py::arg("f_elements"), py::arg("g"), py::arg("g_elements"), py::arg("batch"),
+      py::arg("h"), py::arg("w"), py::arg("pool"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
+      py::arg("cut") = "walk",
+      "LiFT's image encoders, 32 channels wide, on a CUDA device: f [batch, 2h, 2w, 32] and g [batch, h, w, 32], "
+      "contiguous, from imgs [batch, 3, s h, s w] of any strides (in elements), s = 16 with pool, else 8. Addresses "
+      "on the device of `dtype` elements (float32 is computed as TF32), bias [3, 32] float32; packed is what "
+      "lift_fast.ops.lift_forward.image_encoder_cuda.pack_encoder makes. cut: each warp walks down a strip of the image "
+      "(\"walk\"), row by row in shorter code (\"stream\"), or makes one step of it (\"spread\", for few images). "
+      "Launches on `stream` and returns.");
 }
 
 }  // namespace lift_fast

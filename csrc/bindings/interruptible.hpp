@@ -1,4 +1,4 @@
-// Ctrl-C during a native call: the calling thread lets Python's signal handlers run, and the call ends if one raises.
+// Ctrl-C during a native call: the calling thread runs Python's signal handlers, and the call ends if one raises.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,25 +10,26 @@
 
 namespace lift_fast {
 
-// To be made with the GIL held, outlive the call that is run without it, and asked afterwards, with the GIL again.
+// Construct it with the GIL held. It must outlive the call, which runs without the GIL; query it with the GIL
+// afterwards.
 class Interruptible : public Stop {
  public:
   Interruptible() : Stop{&ask, 0}, next_(Clock::now() + kInterval) {}
-  // Throws what the handler raised, KeyboardInterrupt as a rule.
+  // Throws what the handler raised, usually KeyboardInterrupt.
   void raise() const {
     if (flag != 0) throw pybind11::error_already_set();
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  // Taking the GIL costs microseconds, and milliseconds where other threads run Python.
+  // Taking the GIL costs microseconds, or milliseconds while other threads run Python.
   static constexpr std::chrono::milliseconds kInterval{50};
 
   static void ask(Stop* stop) {
     Interruptible* self = static_cast<Interruptible*>(stop);
     if (self->flag != 0 || Clock::now() < self->next_) return;
     const PyGILState_STATE state = PyGILState_Ensure();
-    // Python runs handlers in its main thread alone; elsewhere this does nothing.
+    // Python runs handlers in its main thread only; in other threads this does nothing.
     if (PyErr_CheckSignals() != 0) __atomic_store_n(&self->flag, 1, __ATOMIC_RELAXED);
     PyGILState_Release(state);
     self->next_ = Clock::now() + kInterval;
@@ -37,7 +38,7 @@ class Interruptible : public Stop {
   Clock::time_point next_;
 };
 
-// Without the GIL, until it is done or Ctrl-C ends it.
+// Runs without the GIL until it is done or Ctrl-C ends it.
 template <class Call, class Target>
 void run_interruptibly(void (*run)(Call, Target), typename std::decay<Call>::type& call, Target target) {
   Interruptible stop;

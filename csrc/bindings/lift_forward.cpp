@@ -61,7 +61,7 @@ py::list isas(const std::string& dtype) {
 
 void bind_lift_forward(py::module_& m) {
   m.def("lift_forward_isas", &isas, py::arg("dtype"),
-        "Instruction sets that this CPU can run the decoder with, best (what isa='auto' takes) first.");
+        "Instruction sets for the decoder on this CPU, best first; isa='auto' takes the first.");
   m.def("lift_forward_packed_size", &packed_size, py::arg("C"), py::arg("c"), py::arg("G"), py::arg("F"),
         py::arg("dtype"), py::arg("isa") = "auto", "Bytes that lift_forward_pack fills.");
   m.def("lift_forward_pack", &pack, py::arg("phase"), py::arg("fine"), py::arg("edge_bias"), py::arg("conv"),
@@ -73,7 +73,7 @@ void bind_lift_forward(py::module_& m) {
         py::arg("y"), py::arg("batch"), py::arg("h"), py::arg("w"), py::arg("C"), py::arg("c"), py::arg("G"),
         py::arg("F"), py::arg("dtype"), py::arg("threads"), py::arg("isa") = "auto",
         "y [batch, 2h, 2w, C] from x [batch, h, w, C], g [batch, h, w, G] and f [batch, 2h, 2w, F]; addresses of "
-        "contiguous arrays of `dtype`, g and f ignored when they have no channels. The result does not depend on "
+        "contiguous arrays of `dtype`; g and f are ignored if they have no channels. The result does not depend on "
         "`threads`. A NaN or infinity spreads over the tiles that read it.");
 }
 

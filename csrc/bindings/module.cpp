@@ -1,4 +1,4 @@
-// lift_fast._C: plain functions on addresses and sizes. Python checks every argument before an address leaves it.
+// lift_fast._C: plain functions on addresses and sizes. Python checks every argument before it passes an address.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.hpp"
@@ -64,8 +64,8 @@ py::tuple cuda_probe(int device) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of lift_fast";
-  m.def("build_info", &lift_fast::build_info, "What this binary was built from and for.");
-  m.def("cpu_isas", &lift_fast::isas, "Instruction sets that this CPU can run the kernels with, best first.");
+  m.def("build_info", &lift_fast::build_info, "How this binary was built.");
+  m.def("cpu_isas", &lift_fast::isas, "Instruction sets for the kernels on this CPU, best first.");
   m.def("cuda_probe", &lift_fast::cuda_probe, py::arg("device"),
         "(works, reason): whether this binary's kernels run on a CUDA device.");
   lift_fast::bind_bit_matrix(m);

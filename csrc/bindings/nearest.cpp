@@ -48,17 +48,18 @@ std::string search(const std::string& isa) {
 }  // namespace
 
 void bind_nearest(py::module_& m) {
-  m.def("nearest_f32", &run, py::arg("query"), py::arg("key"), py::arg("batch"), py::arg("n"), py::arg("m"),
-        py::arg("c"), py::arg("normalize"), py::arg("rescore"), py::arg("k"), py::arg("similarity"), py::arg("index"),
-        py::arg("back"), py::arg("threads"), py::arg("isa") = "auto",
-        "For each row of query [batch, n, c] the k most similar rows of key [batch, m, c]; addresses of contiguous "
-        "float32 arrays. Writes similarity [batch, n, k] float32, descending, index [batch, n, k] int64 and, where not "
-        "0, back [batch, n] int64, the query that is most similar to the first of these keys. Equal similarities go to "
-        "the lowest index. A row with NaN or infinity takes no part; where matches are missing, index is -1 and "
-        "similarity -inf. Without rescore, similarities and order are those of the search.");
+  m.def(
+      "nearest_f32", &run, py::arg("query"), py::arg("key"), py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("c"),
+      py::arg("normalize"), py::arg("rescore"), py::arg("k"), py::arg("similarity"), py::arg("index"), py::arg("back"),
+      py::arg("threads"), py::arg("isa") = "auto",
+      "For each row of query [batch, n, c] the k most similar rows of key [batch, m, c]; addresses of contiguous "
+      "float32 arrays. Writes similarity [batch, n, k] float32, descending, index [batch, n, k] int64 and, if not 0, "
+      "back [batch, n] int64, the query that is most similar to the first of these keys. Equal similarities go to the "
+      "lowest index. A row with NaN or infinity takes no part; missing matches have index -1 and similarity -inf. "
+      "Without rescore, similarities and order are those of the search.");
   m.def("nearest_isa", &isa_in_use, py::arg("isa") = "auto", "Which kernel nearest_f32 runs for a name.");
   m.def("nearest_search", &search, py::arg("isa") = "auto",
-        "What its search multiplies: \"float32\", \"int16\" or \"bfloat16\".");
+        "The type that its search multiplies: \"float32\", \"int16\" or \"bfloat16\".");
   m.attr("most_neighbours") = kMostNeighbours;
 }
 

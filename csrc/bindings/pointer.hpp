@@ -1,4 +1,4 @@
-// Addresses as Python gives them.
+// Addresses from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -11,7 +11,7 @@
 namespace lift_fast {
 namespace {
 
-// Work for one thread.
+// One thread's least work.
 constexpr std::int64_t kThreadWords = 1 << 18;
 
 void require(bool holds, const std::string& what) {
@@ -24,7 +24,7 @@ void check(std::int64_t n, int threads) {
   require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
 }
 
-// Bit j of word i becomes bit i of word j, by exchanging ever smaller quarters.
+// Transposes: bit j of word i becomes bit i of word j, by exchanging ever smaller quarters.
 void transpose(std::uint64_t block[64]) {
   std::uint64_t mask = 0x00000000ffffffffull;
   for (int half = 32; half != 0; half >>= 1, mask ^= mask << half) {
@@ -46,7 +46,7 @@ void bit_matrix_set_rows(const float* similarity, std::int64_t start, std::int64
               "; expected a start that is a multiple of 64");
   require(similarity != nullptr && bits != nullptr, "similarity and bits must not be null");
   const std::int64_t words = (n + 63) / 64, stop = start + rows, tile_rows = (rows + 63) / 64, stride = stop;
-  // Words of one tile in the upper triangle belong to no other tile.
+  // Tiles share no words of the upper triangle.
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (std::int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
     const std::int64_t first = start + 64 * tile_row, count = std::min<std::int64_t>(64, stop - first);
@@ -87,7 +87,7 @@ void bit_matrix_multiply(const std::uint64_t* bits, std::int64_t n, const double
   std::fill(padded.get() + n, padded.get() + 64 * call.words, 0.0);
   call.vector = padded.get();
   call.out = out;
-  // Where one thread needs a millisecond, a second one costs more in waiting for it than it saves.
+  // For work of a millisecond, waiting for a second thread costs more than that thread saves.
   call.threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + n / 64 * n / kThreadWords));
   Kernels<BitMultiplyKernel>::of(isa).run(call);
 }

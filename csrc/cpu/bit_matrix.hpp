@@ -7,16 +7,16 @@
 
 namespace lift_fast {
 
-// Rows `start .. start + rows - 1` of an n x n matrix that is kept as [64 words][words] words, words = ceil(n / 64), bit
-// j % 64 of word j / 64 of a row for column j. Bit (i, j) is similarity > tau for j <= i < start + rows, and so is bit
-// (j, i); the rest is left alone. Throws std::invalid_argument for sizes out of range or a start that is no multiple of
-// 64.
+// Sets rows `start .. start + rows - 1` of an n x n matrix. It is stored as [64 words][words] words, words = ceil(n /
+// 64); column j of a row is bit j % 64 of word j / 64. Bits (i, j) and (j, i) become similarity > tau for j <= i <
+// start + rows; the others stay. Throws std::invalid_argument for sizes out of range or a start that is not a multiple
+// of 64.
 void bit_matrix_set_rows(const float* similarity,  // [rows, start + rows]
                          std::int64_t start, std::int64_t rows, std::int64_t n, float tau, std::uint64_t* bits,
                          int threads);
 
 struct BitMultiplyCall {
-  const std::uint64_t* bits;  // [64 words][words]; what lies beyond n is zero
+  const std::uint64_t* bits;  // [64 words][words]; zeros beyond n
   std::int64_t n, words;
   const double* vector;       // [64 words], zeros beyond n
   double* out;                // [n]

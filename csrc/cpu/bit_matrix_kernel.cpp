@@ -45,9 +45,9 @@ void run_bit_multiply(const BitMultiplyCall& call) {
 
 #else
 
-// Where processors cannot add under a mask of bits: the sums of all subsets of eight neighbouring values are tabulated,
-// and each byte of a row looks its own up.
-constexpr int kBytes = 8;  // of a word; its tables, 16 KiB, stay in the first cache while all rows pass
+// For processors without masked additions: a table holds the sums of all subsets of eight neighbouring values, and each
+// byte of a row looks up its sum.
+constexpr int kBytes = 8;  // of a word; its 16 KiB of tables stay in the L1 cache while all rows pass
 
 inline void tabulate(const double* values, double (*tables)[256]) {
   for (int b = 0; b < kBytes; ++b) {

@@ -9,14 +9,14 @@
 namespace lift_fast {
 namespace {
 
-// A gradient that exceeds what the caches keep is written past them: reading its lines first would cost a third more.
+// A gradient larger than the caches is written past them: reading its lines first would cost a third more.
 constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
-// What all threads' tiles of both inputs may take of the last cache. The larger a tile, the longer the pieces in which
-// memory is read: short ones, a page apart, come at half the speed.
+// Bytes of the last cache for all threads' tiles of both inputs. Larger tiles read memory in longer pieces: short
+// pieces, a page apart, are read at half the speed.
 constexpr std::int64_t kTileBytes = std::int64_t{12} << 20;
 constexpr std::int64_t kFewestPositions = 128;
 
-// Tiles of nearly one size, whole cache lines of them, some for each thread.
+// Tiles of nearly equal size, in whole cache lines, several for each thread.
 std::int64_t tile_positions(const CosineLossCall& call) {
   const std::int64_t bytes = call.type == CosineLossType::float32 ? 4 : 2;
   const std::int64_t most = kTileBytes / (2 * bytes * (call.c > 0 ? call.c : 1) * call.threads);
@@ -54,7 +54,7 @@ void cosine_loss_run(const CosineLossCall& call, CpuIsa isa) {
   const std::int64_t elements = call.outer * call.c * call.inner;
   work.stream = call.gradient != nullptr && call.type == CosineLossType::float32 && elements * 4 >= kStreamBytes;
   work.positions = tile_positions(call);
-  // Either a row of both inputs and of the gradient, or twelve of a tile's.
+  // A row of both inputs and of the gradient, or twelve rows of a tile.
   const bool rows = call.prediction_layout.channel == 1 && call.target_layout.channel == 1;
   const std::int64_t words = rows ? 3 * call.c : 12 * work.positions;
   work.scratch_words = (words + 31) / 16 * 16;

@@ -1,5 +1,5 @@
 // 1 - cosine of two vectors at each position, and its gradient, in one pass over memory: a tile of positions is read
-// once, stays in the cache for the second sweep, and the gradient is written.
+// once and stays in the cache for the second sweep, which writes the gradient.
 #pragma once
 
 #include <cstdint>
@@ -22,20 +22,20 @@ struct CosineLossCall {
   CosineLossLayout prediction_layout, target_layout, gradient_layout;
   std::int64_t outer, c, inner;
   float weight;    // the gradient's factor
-  const float* upstream;  // [outer, inner], one more factor of each position's gradient, or null
+  const float* upstream;  // [outer, inner], another factor of each position's gradient, or null
   float* loss;     // [outer, inner]
   void* gradient;  // [outer, c, inner], or null
   int threads;
 };
 
-// Throws std::invalid_argument for sizes or addresses that do not fit, std::bad_alloc.
+// Throws std::invalid_argument for invalid sizes or addresses, std::bad_alloc.
 void cosine_loss_run(const CosineLossCall& call, CpuIsa isa);
 
 // `scratch` holds `scratch_words` floats for each thread.
 struct CosineLossWork {
   float* scratch;
   std::int64_t scratch_words;
-  std::int64_t positions;  // that a kernel takes at one time where they lie side by side
+  std::int64_t positions;  // that a kernel takes at one time if they lie side by side
   bool stream;             // write the gradient past the caches
 };
 struct CosineLossKernel {

@@ -35,27 +35,27 @@ struct Float16 {
   static float widen(Raw value) {
     const std::uint32_t sign = static_cast<std::uint32_t>(value & 0x8000u) << 16, rest = value & 0x7fffu;
     if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-    // Subnormal or not: the exponent is shifted by a product, which is exact.
+    // Subnormal or not: a product shifts the exponent exactly.
     return as_float(sign | (rest << 13)) * 5.192296858534828e33f;
   }
   static Raw narrow(float value) {
     const std::uint32_t bits = as_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) return static_cast<Raw>(sign | 0x7e00u | ((rest >> 13) & 0x3ffu));
-    // From 65520 on the nearest is infinity.
+    // From 65520 on, infinity is the nearest.
     if (rest >= 0x477ff000u) return static_cast<Raw>(sign | 0x7c00u);
-    // Subnormal: adding 0.5 leaves the digits that count at the end of the significand, rounded to nearest even.
+    // Subnormal: adding 0.5 leaves the digits that matter at the end of the significand, rounded to nearest even.
     if (rest < 0x38800000u) return static_cast<Raw>(sign | (as_bits(as_float(rest) + 0.5f) - 0x3f000000u));
     return static_cast<Raw>(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
   }
 #endif
 };
 
-// What the gradient of one position is made of: gradient = toward * target + along * prediction.
+// The gradient of one position: gradient = toward * target + along * prediction.
 struct Factors {
   float toward, along;
 };
 
-// In float64: products of squared norms leave the range of float32.
+// In float64, because products of squared norms leave the range of float32.
 template <class Number>
 inline Factors factors(Number product, Number own, Number other, double weight, float* loss,
                        double exact[2] = nullptr) {
@@ -71,7 +71,7 @@ inline Factors factors(Number product, Number own, Number other, double weight, 
   return {static_cast<float>(toward), static_cast<float>(along)};
 }
 
-// Squared norms beyond which sums or factors may leave the range of float32; NaN is beyond.
+// Whether sums or factors of these squared norms may leave the range of float32; true for NaN.
 constexpr float kModerate = 1e28f;
 inline bool moderate(float own, float other) { return own <= kModerate && other <= kModerate; }
 
@@ -79,7 +79,7 @@ inline double weight_of(const CosineLossCall& call, std::int64_t position) {
   return call.upstream == nullptr ? call.weight : static_cast<double>(call.weight) * call.upstream[position];
 }
 
-// One position of any size of numbers, all in float64.
+// One position with numbers of any size, all in float64.
 template <class Type>
 __attribute__((noinline)) void position_in_float64(const CosineLossCall& call, std::int64_t o, std::int64_t i) {
   using Raw = typename Type::Raw;
@@ -110,7 +110,7 @@ inline void combine(const float* x, const float* y, const float* a, const float*
                     bool stream) {
   std::int64_t i = 0;
   const Vec one_a = Vec{} + *a, one_b = Vec{} + *b;
-  // Writes past the caches must be aligned; single elements lead up to the first that is.
+  // Writes past the caches must be aligned; single elements come before the first aligned one.
   constexpr std::uintptr_t line = sizeof(Vec);
   const std::int64_t lead = stream ? static_cast<std::int64_t>((line - reinterpret_cast<std::uintptr_t>(out) % line) %
                                                                line / sizeof(float))
@@ -128,7 +128,7 @@ inline void combine(const float* x, const float* y, const float* a, const float*
   for (; i < count; ++i) out[i] = x[i] * a[kScalar ? 0 : i] + y[i] * b[kScalar ? 0 : i];
 }
 
-// `count` elements a stride apart as floats: where they lie if they are floats side by side, else in `room`.
+// `count` elements a stride apart as floats: in place if they are contiguous floats, else copied to `room`.
 template <class Type>
 inline const float* gather(const typename Type::Raw* from, std::int64_t stride, std::int64_t count, float* room) {
   if (stride == 1) {
@@ -154,7 +154,7 @@ inline void scatter(const float* from, typename Type::Raw* to, std::int64_t stri
   }
 }
 
-// A gradient that can be written in place is computed there, without a detour.
+// A gradient that can be written in place is computed there.
 template <class Type>
 inline float* in_place(typename Type::Raw*, std::int64_t) {
   return nullptr;
@@ -208,7 +208,7 @@ inline void row(const CosineLossCall& call, const CosineLossWork& work, std::int
   if (direct == nullptr) scatter<Type>(out, to, g.channel, call.c);
 }
 
-// Channels whose products are summed one after the other.
+// Channels whose products form one chain of additions.
 constexpr std::int64_t kChain = 32;
 
 // The products of one channel, set or added.
@@ -234,8 +234,8 @@ inline void add(const float* part, std::int64_t count, float* sum) {
   for (; i < count; ++i) sum[i] += part[i];
 }
 
-// Positions [first, first + count) of one outer index, channel by channel: once for the sums, once for the gradient, when
-// the tile is still in the cache. `room` holds 12 rows of work.positions floats.
+// Positions [first, first + count) of one outer index, channel by channel: once for the sums, once for the gradient
+// while the tile is still in the cache. `room` holds 12 rows of work.positions floats.
 template <class Type>
 inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::int64_t o, std::int64_t first,
                  std::int64_t count, float* room) {
@@ -288,7 +288,7 @@ inline void tile(const CosineLossCall& call, const CosineLossWork& work, std::in
     }
   }
   if (all_moderate) return;
-  // What went past the caches must not arrive after what replaces it.
+  // Writes past the caches must arrive before later writes to the same memory.
   if (work.stream) Isa::fence();
   for (std::int64_t i = 0; i < count; ++i) {
     if (!moderate(own[i], other[i])) position_in_float64<Type>(call, o, first + i);

@@ -34,8 +34,8 @@ void check(const DenseMatchAxis& axis, const std::string& name) {
   }
 }
 
-// Strips with those of a single cell, its centre and what lies beyond the outermost ones, joined to the strip that begins
-// there: fewer patches. The far cell has no weight at such pixels, so nothing changes where all cells are finite.
+// Joins strips of a single cell (at its centre, or beyond the outermost centres) to the strip that begins there: fewer
+// patches. The far cell has no weight at such pixels, so nothing changes if all cells are finite.
 struct JoinedAxis {
   std::vector<std::int32_t> low, high, first;
 
@@ -95,7 +95,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
     }
   }
 
-  // A key cell that is not finite shows in every row.
+  // A key cell that is not finite is not finite in any row.
   const std::int64_t cells = call.y.cells * call.x.cells;
   std::optional<JoinedAxis> joined_y, joined_x;
   if (std::all_of(call.table, call.table + cells, [](float value) { return std::isfinite(value); })) {
@@ -103,7 +103,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
     joined_x.emplace(call.x);
   }
 
-  // Widest vectors, whatever the instruction set.
+  // The widest vectors of all instruction sets.
   constexpr std::int64_t lanes = 16;
   const DenseMatchAxis &x = call.x, &y = call.y;
   call.strips_padded = (x.strips + lanes - 1) / lanes * lanes;
@@ -123,7 +123,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   Memory<float> scale, high, low;
   if (call.scale != nullptr) {
     const std::int64_t pixels = y.pixels * x.pixels;
-    // A strip is read in whole vectors: its padding, thrown away, may lie beyond the last pixel.
+    // A strip is read in whole vectors; its unused padding may lie beyond the last pixel.
     scale = allocate<float>(pixels + call.width_padded);
     std::memcpy(scale.get(), call.scale, static_cast<std::size_t>(pixels) * 4);
     std::memset(scale.get() + pixels, 0, static_cast<std::size_t>(call.width_padded) * 4);
@@ -141,7 +141,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
           }
         }
         high.get()[sy * call.strips_padded + sx] = most;
-        // Not NaN, which marks pixels that take no part.
+        // Not NaN, because NaN marks pixels that take no part.
         call.scale_largest = std::max(call.scale_largest, most);
         low.get()[sy * call.strips_padded + sx] = least;
       }

@@ -1,8 +1,8 @@
 // Dense matching from similarities of coarse cells: for each query pixel the key pixel whose bilinearly interpolated
-// similarity is largest, looking only at those patches of the key image that can hold it.
+// similarity is largest. Only patches of the key image that can hold it are visited.
 //
-// A patch is the set of key pixels between the same four cells; no value inside passes its corners. Query pixels
-// between the same four query cells form a group, whose similarities to a key cell lie between those of the corners.
+// A patch is the set of key pixels between the same four cells; no value inside exceeds its corners. Query pixels
+// between the same four query cells form a group; their similarities to a key cell lie between the corners'.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ namespace lift_fast {
 struct DenseMatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;    // [strips] cell on the near side
-  const std::int32_t* high;   // [strips] cell on the far side; low itself where that has no weight
+  const std::int32_t* high;   // [strips] cell on the far side; low itself if that has no weight
   const std::int32_t* first;  // [strips + 1] first pixel of each strip, ascending from 0; the last is `pixels`
   const float* weight;        // [pixels] share of the far cell
 };
 
-// Where a thread's working memory holds what, in 4-byte words; multiples of 16.
+// Layout of a thread's working memory, in 4-byte words; multiples of 16.
 struct DenseMatchScratch {
   std::int64_t upper, rows, bounds, weights, best, index, end;
 };
@@ -36,7 +36,7 @@ struct DenseMatchCall {
   DenseMatchAxis y, x;
   const float* scale;  // [y.pixels, x.pixels] factor of each key pixel, positive, or null
   float* similarity;   // [points]; -inf where there is no match
-  std::int64_t* index;  // [points] row-major key pixel, the lowest of equals; -1 where there is no match
+  std::int64_t* index;  // [points] row-major key pixel, the lowest among equals; -1 where there is no match
   int threads;
   Stop* stop;  // or null
   // Set by dense_match_run.
@@ -55,8 +55,8 @@ struct DenseMatchCall {
 
 constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
 
-// Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc. Where it is stopped the outputs hold
-// anything.
+// Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc. If it is stopped, the outputs are
+// undefined.
 void dense_match_run(DenseMatchCall call, CpuIsa isa);
 
 struct DenseMatchKernel {

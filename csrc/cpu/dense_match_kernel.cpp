@@ -7,18 +7,18 @@ namespace lift_fast {
 namespace {
 
 constexpr std::int64_t kBlock = dense_match_block;
-// A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+// Rounding may lift a value above its corners: three interpolations, a scale, and the bound's own.
 constexpr float kSlack = 16 * __FLT_EPSILON__;
 
 // Zero, or NaN if the value is not finite.
 template <class T>
-T unsound(T value) {
+T zero_if_finite(T value) {
   return value - value;
 }
 // The larger of two values that are finite or NaN; NaN if either is.
 template <class T>
-T sound_larger(T a, T b) {
-  return larger(a, b) + (unsound(a) + unsound(b));
+T larger_or_nan(T a, T b) {
+  return larger(a, b) + (zero_if_finite(a) + zero_if_finite(b));
 }
 inline float lane_max(Vec v) {
   float best = v[0];
@@ -44,7 +44,7 @@ class Matcher {
         weight_xy_(weight_y_ + kBlock),
         best_(scratch + call.layout.best),
         index_(reinterpret_cast<std::int32_t*>(scratch + call.layout.index)) {
-    // Strips between neighbouring cells, one after the other, can be read side by side.
+    // Consecutive strips between neighbouring cells can be read as vectors.
     const DenseMatchAxis& x = call.x;
     regular_first_ = 0;
     while (regular_first_ < x.strips && x.high[regular_first_] != x.low[regular_first_] + 1) ++regular_first_;
@@ -67,24 +67,24 @@ class Matcher {
   }
 
  private:
-  // The largest similarity of the group's corners to each key cell; NaN where one is not finite.
+  // The largest similarity of the group's corners to each key cell; NaN if one is not finite.
   void bound_cells() {
     Vec magnitude{};
     std::int64_t k = 0;
     for (; k + kLanes <= cells_; k += kLanes) {
       const Vec a = load(row_[0] + k), b = load(row_[1] + k), c = load(row_[2] + k), d = load(row_[3] + k);
       const Vec most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const Vec sound = (unsound(a) + unsound(b)) + (unsound(c) + unsound(d));
-      store(upper_ + k, most + sound);
-      magnitude = larger(larger(most, least) + sound, magnitude);
+      const Vec zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
+      store(upper_ + k, most + zero);
+      magnitude = larger(larger(most, least) + zero, magnitude);
     }
     largest_ = lane_max(magnitude);
     for (; k < cells_; ++k) {
       const float a = row_[0][k], b = row_[1][k], c = row_[2][k], d = row_[3][k];
       const float most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const float sound = (unsound(a) + unsound(b)) + (unsound(c) + unsound(d));
-      upper_[k] = most + sound;
-      largest_ = larger(larger(most, least) + sound, largest_);
+      const float zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
+      upper_[k] = most + zero;
+      largest_ = larger(larger(most, least) + zero, largest_);
     }
   }
 
@@ -95,12 +95,12 @@ class Matcher {
     for (std::int64_t cell = 0; cell < y.cells; ++cell) {
       const float* upper = upper_ + cell * x.cells;
       float* row = rows_ + cell * padded;
-      const auto one = [&](std::int64_t s) { row[s] = sound_larger(upper[x.low[s]], upper[x.high[s]]); };
+      const auto one = [&](std::int64_t s) { row[s] = larger_or_nan(upper[x.low[s]], upper[x.high[s]]); };
       std::int64_t s = 0;
       for (; s < regular_first_; ++s) one(s);
       for (const float* from = upper + (regular_first_ < x.strips ? x.low[regular_first_] : 0) - regular_first_;
            s + kLanes <= regular_end_; s += kLanes) {
-        store(row + s, sound_larger(load(from + s), load(from + s + 1)));
+        store(row + s, larger_or_nan(load(from + s), load(from + s + 1)));
       }
       for (; s < x.strips; ++s) one(s);
       for (; s < padded; ++s) row[s] = __builtin_nanf("");
@@ -109,7 +109,7 @@ class Matcher {
       const float *near = rows_ + y.low[s] * padded, *far = rows_ + y.high[s] * padded;
       float* bounds = bounds_ + s * padded;
       for (std::int64_t i = 0; i < padded; i += kLanes) {
-        Vec bound = sound_larger(load(near + i), load(far + i));
+        Vec bound = larger_or_nan(load(near + i), load(far + i));
         if (call_.scale != nullptr) {
           const Vec high = load(call_.scale_high + s * padded + i), low = load(call_.scale_low + s * padded + i);
           bound *= bound > 0 ? high : low;
@@ -120,7 +120,8 @@ class Matcher {
     slack_ = kSlack * largest_ * call_.scale_largest;
   }
 
-  // Patches that hold good matches of the group's corners, and so of the pixels between them: a high bar from the start.
+  // Patches with good matches of the group's corners, and so of the pixels between them: a high threshold from the
+  // start.
   void seed(std::int64_t group) {
     seeds_ = 0;
     for (int i = 0; i < 4; ++i) {
@@ -145,7 +146,7 @@ class Matcher {
   void match_block(std::int64_t point, std::int64_t count) {
     count_ = count;
     for (std::int64_t i = 0; i < kBlock; ++i) {
-      // Lanes beyond the block: a best that no bound reaches.
+      // Lanes beyond the block have a best value that no bound reaches.
       weight_x_[i] = i < count ? call_.weights[2 * (point + i)] : 0.0f;
       weight_y_[i] = i < count ? call_.weights[2 * (point + i) + 1] : 0.0f;
       weight_xy_[i] = weight_x_[i] * weight_y_[i];
@@ -227,8 +228,8 @@ class Matcher {
     }
   }
 
-  // Without scales, and linear in each direction, a patch is largest at one of its four outermost pixels: those alone,
-  // for a vector of points.
+  // Without scales a patch is linear in each direction, so its largest value is at one of its four outermost pixels.
+  // Visits these for a vector of points.
   void compare_extremes(std::int64_t point, std::int64_t strip_y, std::int64_t strip_x, const Bilinear<Vec>& patch) {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
     const std::int32_t rows[2] = {y.first[strip_y], y.first[strip_y + 1] - 1};
@@ -242,7 +243,7 @@ class Matcher {
       for (const std::int32_t column : columns) {
         const Vec value = Isa::multiply_add(slope, splat(x.weight[column]), start);
         const IntVec pixel = IntVec{} + static_cast<std::int32_t>(row * x.pixels + column);
-        // What overflows takes no part.
+        // An infinite value takes no part.
         const IntVec better = ((value > best) | ((value == best) & (pixel < index))) & (value <= kLargest);
         best = better ? value : best;
         index = better ? pixel : index;
@@ -269,7 +270,7 @@ class Matcher {
     for (std::int64_t row = first_y; row < last_y; ++row) {
       for (std::int64_t column = 0; column < width; column += kLanes) {
         const Vec value = values(row, column);
-        // Padding is NaN and never larger; what overflows takes no part.
+        // Padding is NaN and never larger; an infinite value takes no part.
         most = (value > most) & (value <= kLargest) ? value : most;
       }
     }
@@ -302,7 +303,7 @@ class Matcher {
   int seeds_ = 0;
 };
 
-// The most similar key cell of one query cell; -1 where nothing is finite.
+// The most similar key cell of one query cell; -1 if no similarity is finite.
 inline std::int32_t best_cell(const float* row, std::int64_t cells) {
   Vec best = splat(-kInfinity);
   IntVec index = IntVec{} - 1, at;

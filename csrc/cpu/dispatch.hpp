@@ -1,5 +1,6 @@
-// An operator's kernel is a struct of functions and sizes, one for each instruction set: csrc/cpu/X_kernel.cpp, compiled
-// for a set, defines Compiled<XKernel, set>::kernel. Constants, so that no instruction of a set runs before it is chosen.
+// An operator's kernel is a struct of functions and sizes, one for each instruction set. csrc/cpu/X_kernel.cpp,
+// compiled for a set, defines Compiled<XKernel, set>::kernel. It is constant, so that no code of a set runs before it
+// is chosen.
 #pragma once
 
 #include "isa.hpp"
@@ -11,7 +12,7 @@ struct Compiled {
   static const Kernel kernel;
 };
 
-// An operator's kernels, `more` those that setup.py compiles beside baseline, avx2 and avx512.
+// An operator's kernels: baseline, avx2, avx512 and the sets in `more`, as setup.py compiles them.
 template <class Kernel, CpuIsa... more>
 struct Kernels {
   static std::vector<CpuIsa> isas() { return cpu_isas({more...}); }

@@ -20,7 +20,7 @@ constexpr std::int64_t kHeaderBytes = 128;
 constexpr std::uint64_t kMagic = 0x314345445446494cull;  // "LIFTDEC1"
 constexpr std::int64_t kMaxChannels = std::int64_t{1} << 20;
 
-// The arithmetic of bfloat16 is not for float32.
+// float32 does not use bfloat16 arithmetic.
 using FloatKernels = Kernels<LiftForwardKernel>;
 using HalfKernels = Kernels<LiftForwardKernel, CpuIsa::avx512_bf16>;
 
@@ -31,7 +31,7 @@ struct Header {
   std::int64_t tokens, hidden, coarse, fine;
   std::int64_t bytes;
 };
-static_assert(sizeof(Header) <= kHeaderBytes, "the header has outgrown its place");
+static_assert(sizeof(Header) <= kHeaderBytes, "the header needs more room");
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
@@ -75,7 +75,7 @@ class Panel {
   bool pairs_;
 };
 
-// How much of tap 0 and tap 1 each point multiplies.
+// Factors of tap 0 and tap 1 at each point.
 constexpr double kPhaseFilter[4][2] = {{1, 0}, {.5, .5}, {.5, -.5}, {0, 1}};
 
 void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, const LiftForwardLayout& layout,
@@ -91,7 +91,7 @@ void pack_phases(const LiftForwardWeights& w, const LiftForwardChannels& n, cons
     Panel panel(packed + layout.phase_at + item * layout.phase_panel_words, layout);
     for (int point = 0; point < side * side; ++point) {
       const int row = point / side, column = point % side;
-      // weight(p, q, k, j): what tap (p, q) gives input channel k and the panel's output channel j.
+      // weight(p, q, k, j): tap (p, q) of input channel k and the panel's output channel j.
       const auto fill = [&](std::int64_t blocks, std::int64_t channels, auto weight) {
         for (std::int64_t k = 0; k < channels; ++k) {
           for (std::int64_t j = 0; j < width; ++j) {
@@ -204,7 +204,7 @@ LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, CpuIsa isa) 
   l.panel = isa == CpuIsa::baseline ? 8 : isa == CpuIsa::avx2 ? 16 : 32;
   l.block = pairs ? 2 * kBlockWords : kBlockWords;
   l.phase_tile = 3;
-  // F(4x4) loses too many digits to bfloat16 arithmetic.
+  // F(4x4) loses too many digits in bfloat16 arithmetic.
   l.conv_tile = pairs ? 2 : 4;
   l.hidden_width = round_up(n.hidden, l.panel > l.block ? l.panel : l.block);
   l.token_blocks = ceil_div(n.tokens, l.block);
@@ -218,7 +218,8 @@ LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, CpuIsa isa) 
   const std::int64_t block_words = kBlockWords * l.panel;
   const std::int64_t phase_points = (l.phase_tile + 1) * (l.phase_tile + 1);
   const std::int64_t conv_points = (l.conv_tile + 2) * (l.conv_tile + 2);
-  // What fine_needed leaves: in each dimension one sub-pixel has both taps, the other has one and so lacks one point.
+  // The points of fine_needed: in each dimension one sub-pixel has both taps, the other has one tap and one point
+  // fewer.
   const std::int64_t fine_pairs = 2 * l.phase_tile + 1;
   l.phase_panel_words = (phase_points * l.coarse_side_blocks + fine_pairs * fine_pairs * l.fine_blocks) * block_words;
   l.conv_panel_words = conv_points * l.hidden_blocks * block_words;
@@ -272,7 +273,7 @@ void lift_forward_pack(const LiftForwardWeights& w, const LiftForwardChannels& n
     throw std::invalid_argument("lift_forward_pack: a weight address is null");
   }
 #if defined(__linux__)
-  // Weights are streamed once per tile block; huge pages keep that from missing the TLB. Advice only.
+  // Weights are streamed once per tile block; huge pages avoid misses of the TLB. Advice only.
   const std::uintptr_t page = std::uintptr_t{2} << 20;
   const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(packed) + page - 1) / page * page;
   const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(packed) + header.bytes) / page * page;

@@ -1,4 +1,4 @@
-// LiFT's decoder on the CPU: everything behind the image encoder, BatchNorm folded. NHWC throughout.
+// LiFT's decoder on the CPU: everything after the image encoder, BatchNorm folded. NHWC throughout.
 //
 //   u = relu(phases(coarse) + conv3x3(f) + edge_bias)   coarse = [x, g] on h x w, f and u on 2h x 2w
 //   v = relu(conv3x3(u) + conv_bias)
@@ -31,9 +31,9 @@ struct LiftForwardChannels {
 namespace {
 
 // Minimal filtering of the phases' two taps in one dimension, `tile` outputs from tile + 1 points: point 0 multiplies
-// tap 0, the last point tap 1, those between multiply both.
+// tap 0, the last point tap 1, the points between them both.
 constexpr bool phase_tap(int points, int point, int tap) { return point != (tap == 0 ? points - 1 : 0); }
-// Sub-row r of f lies under tap p of phase a as row 2p + r - (1 - a) of the 3x3 kernel, if there is such a row.
+// Sub-row r of f meets tap p of phase a at row 2p + r - (1 - a) of the 3x3 kernel, if there is such a row.
 constexpr int fine_row(int phase, int tap, int sub) { return 2 * tap + sub - (1 - phase); }
 constexpr bool fine_needed(int phase, int points, int point, int sub) {
   for (int tap = 0; tap < 2; ++tap) {
@@ -45,8 +45,8 @@ constexpr bool fine_needed(int phase, int points, int point, int sub) {
 
 }  // namespace
 
-// How a packed buffer is laid out. All offsets and sizes in 32-bit words; a word holds one float32 weight or a pair of
-// bfloat16 weights of neighbouring input channels. A K block is 16 words: one cache line of activations.
+// Layout of a packed buffer. All offsets and sizes in 32-bit words; a word holds one float32 weight or two bfloat16
+// weights of neighbouring input channels. A K block is 16 words: one cache line of activations.
 struct LiftForwardLayout {
   std::int64_t panel;         // output channels of a micro-kernel
   std::int64_t block;         // input channels of a K block
@@ -79,7 +79,7 @@ struct LiftForwardCall {
   const void* x;
   const void* g;
   const void* f;
-  const float* packed;  // behind the header
+  const float* packed;  // after the header
   void* y;
   std::int64_t batch, height, width;  // of the coarse grid
   LiftForwardChannels channels;
@@ -88,7 +88,7 @@ struct LiftForwardCall {
   int threads;
 };
 
-// What this CPU and build can run, best first; for float32 without the bfloat16 arithmetic.
+// The sets that this CPU and build can run, best first; for float32 without bfloat16 arithmetic.
 std::vector<CpuIsa> lift_forward_isas(LiftForwardType type);
 CpuIsa lift_forward_isa(const std::string& name, LiftForwardType type);
 LiftForwardType lift_forward_type(const std::string& name);
@@ -102,8 +102,8 @@ struct LiftForwardKernel {
   void (*run)(const LiftForwardCall& call);
 };
 
-// Scratch of the calling thread, 64-byte aligned, kept for its next call (so that no call pays page faults twice) up
-// to lift_forward_scratch_kept bytes; a larger one is released when the call ends.
+// Scratch of the calling thread, 64-byte aligned. Up to lift_forward_scratch_kept bytes are kept for its next call,
+// which then has no page faults; a larger one is released when the call ends.
 constexpr std::size_t lift_forward_scratch_kept = std::size_t{64} << 20;
 void* lift_forward_scratch(std::size_t bytes);
 void lift_forward_scratch_trim();

@@ -1,6 +1,6 @@
-// Products of matrices for LiFT's decoder. Activations lie as [point][K block][row][16 words]: a micro-kernel reads its
-// rows of one K block at constant distances and the transforms write whole cache lines. A word is a float or a pair of
-// bfloat16, see LiftForwardLayout.
+// Matrix products for LiFT's decoder. Activations lie as [point][K block][row][16 words]: a micro-kernel reads its rows
+// of one K block at constant distances, and the transforms write whole cache lines. A word is a float or two bfloat16,
+// see LiftForwardLayout.
 #pragma once
 
 #include "simd/simd.hpp"
@@ -21,10 +21,10 @@ constexpr int kVecs = kBlock / kLanes;
 typedef std::uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef std::uint32_t BitsVec __attribute__((vector_size(4 * kLanes)));
 
-// A NaN is not below zero and comes through.
+// NaN is not below zero and is kept.
 inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
 
-// Templates, so that no set is asked for what it lacks.
+// Templates, so that a set without these instructions compiles.
 template <class Set = Isa>
 Vec dot(Vec a, Vec b, Vec sum) {
   if constexpr (kPairs) {
@@ -75,7 +75,7 @@ inline void store(Bfloat16* p, Vec v) {
 
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// K blocks [first, first + count) of an activation matrix; a GEMM reads up to five such ranges in weight order.
+// K blocks [first, first + count) of an activation matrix; a GEMM reads up to five such ranges, in the weights' order.
 struct Range {
   std::int64_t first, count;
 };

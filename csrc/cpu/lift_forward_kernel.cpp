@@ -1,4 +1,4 @@
-// LiFT's decoder: the transforms of minimal filtering around the products of matrices.
+// LiFT's decoder: the transforms of minimal filtering around matrix products.
 #include "lift_forward.hpp"
 #include "lift_forward_gemm.hpp"
 #include "simd/simd.hpp"
@@ -46,9 +46,9 @@ class Decoder {
     conv_columns_ = ceil_div(width_, kConvTile);
     u_height_ = conv_rows_ * kConvTile + 2;
     u_width_ = conv_columns_ * kConvTile + 2;
-    u_picture_ = u_height_ * u_width_ * layout_.hidden_width;
+    u_image_ = u_height_ * u_width_ * layout_.hidden_width;
     group_ = larger<std::int64_t>(
-        1, smaller<std::int64_t>(call.batch, kGroupBytes / (u_picture_ * std::int64_t{sizeof(float)})));
+        1, smaller<std::int64_t>(call.batch, kGroupBytes / (u_image_ * std::int64_t{sizeof(float)})));
     for (int rows = 0; rows <= kRows; ++rows) kernels_[rows] = MicroTable<kRows>::get(rows);
 
     const std::int64_t phase_words = kPhasePoints * (layout_.phase_blocks * kWords + kPanel);
@@ -60,7 +60,7 @@ class Decoder {
       phase_block_ = even_block(phase_tiles, phase_blocks, call_.threads);
       phase_parts_ = 1;
     } else {
-      // Few blocks: rather than cut them smaller, which would stream all weights more often, share their panels.
+      // Few blocks: threads share their panels. Smaller blocks would stream all weights more often.
       phase_block_ = even_block(phase_tiles, phase_blocks, 1);
       phase_parts_ = call_.threads;
       while (phase_parts_ % 2 == 0 && phase_blocks * (phase_parts_ / 2) % call_.threads == 0) phase_parts_ /= 2;
@@ -76,27 +76,27 @@ class Decoder {
     scratch_words_ = round_up(scratch_words_, kPageWords);
   }
 
-  // Images are taken together while their u stays within a last-level cache.
+  // As many images are taken together as keep their u within a last-level cache.
   static constexpr std::int64_t kGroupBytes = std::int64_t{24} << 20;
   static constexpr std::int64_t kPageWords = 1024;
 
   static std::int64_t most_tiles(std::int64_t words) { return larger<std::int64_t>(1, kCacheWords / words); }
 
-  // Tiles per block: as many as the L2 cache holds, in a number of blocks that the threads share evenly.
+  // Tiles per block: as many as the L2 cache holds, with a number of blocks that the threads share evenly.
   static std::int64_t even_block(std::int64_t tiles, std::int64_t blocks, std::int64_t threads) {
     return larger<std::int64_t>(1, ceil_div(tiles, ceil_div(blocks, threads) * threads));
   }
 
   void execute() {
-    const std::int64_t u_words = round_up(group_ * u_picture_, kPageWords);
+    const std::int64_t u_words = round_up(group_ * u_image_, kPageWords);
     u_ = static_cast<float*>(
         lift_forward_scratch(static_cast<std::size_t>(u_words + workers_ * scratch_words_) * sizeof(float)));
     scratch_ = u_ + u_words;
     for (std::int64_t first = 0; first < call_.batch; first += group_) {
       first_ = first;
-      pictures_ = smaller<std::int64_t>(group_, call_.batch - first);
-      const std::int64_t phase_tiles = pictures_ * phase_rows_ * phase_columns_;
-      const std::int64_t conv_tiles = pictures_ * conv_rows_ * conv_columns_;
+      images_ = smaller<std::int64_t>(group_, call_.batch - first);
+      const std::int64_t phase_tiles = images_ * phase_rows_ * phase_columns_;
+      const std::int64_t conv_tiles = images_ * conv_rows_ * conv_columns_;
       const std::int64_t phase_items = ceil_div(phase_tiles, phase_block_) * phase_parts_;
       const std::int64_t panels = 4 * layout_.hidden_panels;
       const std::int64_t conv_items = ceil_div(conv_tiles, conv_block_);
@@ -104,7 +104,7 @@ class Decoder {
       {
         Word* scratch = scratch_ + thread_index() * scratch_words_;
 #pragma omp for schedule(static) nowait
-        for (std::int64_t row = 0; row < pictures_ * u_height_; ++row) clear_frame(row);
+        for (std::int64_t row = 0; row < images_ * u_height_; ++row) clear_frame(row);
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t item = 0; item < phase_items; ++item) {
           const std::int64_t tile = item / phase_parts_ * phase_block_, part = item % phase_parts_;
@@ -135,7 +135,7 @@ class Decoder {
   }
 
   struct Tile {
-    std::int64_t picture, row, column;
+    std::int64_t image, row, column;
   };
   static Tile locate(std::int64_t tile, std::int64_t rows, std::int64_t columns) {
     return {tile / (rows * columns), tile / columns % rows, tile % columns};
@@ -143,8 +143,8 @@ class Decoder {
 
   // Stage 1. In one dimension, the three coarse outputs 3t .. 3t + 2 of phase 0 (fine rows 6t, 6t + 2, 6t + 4) and
   // 3t - 1 .. 3t + 1 of phase 1 (fine rows 6t - 1, 6t + 1, 6t + 3) read the same coarse rows 3t - 1 .. 3t + 2, so one
-  // transformed input serves all four phases: 16 products instead of 36 for each phase's 3 x 3 outputs. Sub-pixels of
-  // f count as channels of the coarse grid. The panels [first_panel, last_panel) run over the phases.
+  // transformed input serves all four phases: 16 products instead of 36 for each phase's 3 x 3 outputs. Sub-pixels of f
+  // are channels of the coarse grid. The panels [first_panel, last_panel) run over the phases.
   void phases(std::int64_t first, std::int64_t tiles, std::int64_t first_panel, std::int64_t last_panel,
               Word* scratch) {
     const std::int64_t blocks = layout_.phase_blocks, block_stride = tiles * kWords;
@@ -160,7 +160,7 @@ class Decoder {
           const std::int64_t x = kPhaseTile * tile.column - 1 + cell % kPhaseSide;
           const bool inside = y >= 0 && y < call_.height && x >= 0 && x < call_.width;
           from[cell] = inside ? static_cast<const T*>(base) +
-                                    (((first_ + tile.picture) * call_.height + y) * call_.width + x) * channels
+                                    (((first_ + tile.image) * call_.height + y) * call_.width + x) * channels
                               : nullptr;
         }
         to = phase_inputs(from, channels, to, block_stride, point_stride);
@@ -174,7 +174,7 @@ class Decoder {
           const std::int64_t x = 2 * (kPhaseTile * tile.column - 1 + cell % kPhaseSide) + sub % 2;
           const bool inside = y >= 0 && y < height_ && x >= 0 && x < width_;
           from[cell] = inside ? static_cast<const T*>(call_.f) +
-                                    (((first_ + tile.picture) * height_ + y) * width_ + x) * n_.fine
+                                    (((first_ + tile.image) * height_ + y) * width_ + x) * n_.fine
                               : nullptr;
         }
         to = phase_inputs(from, n_.fine, to, block_stride, point_stride);
@@ -264,7 +264,7 @@ class Decoder {
             const std::int64_t x = x0 + 2 * dx;
             if (x < 0 || x >= width_) continue;
             const int place = 3 * row_class + (x == 0 ? 0 : x == width_ - 1 ? 2 : 1);
-            store(u_at(tile.picture, y, x) + channel + half,
+            store(u_at(tile.image, y, x) + channel + half,
                   relu(s[dx] + load(edge + place * layout_.hidden_width + half)));
           }
         }
@@ -273,8 +273,8 @@ class Decoder {
   }
 
   // Fine pixel (y, x) lies one row and one column inside the frame of zeros.
-  float* u_at(std::int64_t picture, std::int64_t y, std::int64_t x) const {
-    return u_ + picture * u_picture_ + ((y + 1) * u_width_ + x + 1) * layout_.hidden_width;
+  float* u_at(std::int64_t image, std::int64_t y, std::int64_t x) const {
+    return u_ + image * u_image_ + ((y + 1) * u_width_ + x + 1) * layout_.hidden_width;
   }
 
   // Stage 2: minimal filtering of the 3x3 convolution, then the 1x1 convolution of the same pixels.
@@ -286,7 +286,7 @@ class Decoder {
     float* products = v + blocks * pixel_stride;
     for (std::int64_t i = 0; i < tiles; ++i) {
       const Tile tile = locate(first + i, conv_rows_, conv_columns_);
-      const float* corner = u_at(tile.picture, tile.row * kConvTile - 1, tile.column * kConvTile - 1);
+      const float* corner = u_at(tile.image, tile.row * kConvTile - 1, tile.column * kConvTile - 1);
       for (std::int64_t k = 0; k < blocks; ++k) {
         conv_inputs(corner + k * kBlock, scratch + k * block_stride + i * kWords, point_stride);
       }
@@ -348,7 +348,7 @@ class Decoder {
     const std::int64_t y = tile.row * kConvTile + pixel / kConvTile;
     const std::int64_t x = tile.column * kConvTile + pixel % kConvTile;
     if (y >= height_ || x >= width_) return nullptr;
-    return static_cast<T*>(call_.y) + (((first_ + tile.picture) * height_ + y) * width_ + x) * n_.tokens;
+    return static_cast<T*>(call_.y) + (((first_ + tile.image) * height_ + y) * width_ + x) * n_.tokens;
   }
 
   static inline void phase_output_points(const Vec* m, Vec* s) {
@@ -440,8 +440,8 @@ class Decoder {
   std::int64_t height_, width_;                // fine grid
   std::int64_t phase_rows_, phase_columns_;    // tiles of stage 1
   std::int64_t conv_rows_, conv_columns_;      // tiles of stage 2
-  std::int64_t u_height_, u_width_, u_picture_;  // u with its frame of zeros
-  std::int64_t group_;                         // images whose u is held at a time
+  std::int64_t u_height_, u_width_, u_image_;  // u with its frame of zeros
+  std::int64_t group_;                         // images whose u is kept at one time
   std::int64_t phase_block_, conv_block_;      // tiles per block
   std::int64_t phase_parts_;                   // shares of a block's panels
   std::int64_t scratch_words_;                 // per thread
@@ -449,7 +449,7 @@ class Decoder {
   Micro kernels_[kRows + 1];
   float* u_ = nullptr;
   Word* scratch_ = nullptr;
-  std::int64_t first_ = 0, pictures_ = 0;
+  std::int64_t first_ = 0, images_ = 0;
 };
 
 inline void run_lift_forward(const LiftForwardCall& call) {

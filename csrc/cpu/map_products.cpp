@@ -22,8 +22,8 @@ struct Neighbours {
   float weight;  // of the higher one
 };
 
-// Times 2 * pixels and so in whole numbers, which tell exactly where a pixel has a cell's centre: there the other cell,
-// of weight zero, is none of its own.
+// Multiplied by 2 * pixels, so in whole numbers: these show exactly where a pixel lies at a cell's centre, where the
+// other cell has weight zero and must not count.
 Neighbours neighbours(std::int64_t pixel, std::int64_t cells, std::int64_t pixels) {
   const std::int64_t whole = 2 * pixels;
   const std::int64_t source = std::clamp<std::int64_t>((2 * pixel + 1) * cells - pixels, 0, whole * (cells - 1));
@@ -31,7 +31,7 @@ Neighbours neighbours(std::int64_t pixel, std::int64_t cells, std::int64_t pixel
   return {low, rest > 0 ? low + 1 : low, static_cast<float>(static_cast<double>(rest) / static_cast<double>(whole))};
 }
 
-// 1 / max(norm, 1e-12), the norm in float64 so that it cannot overflow; NaN for what is not finite.
+// 1 / max(norm, 1e-12), the norm in float64 so that it cannot overflow; NaN for a cell that is not finite.
 double inverse_norm(const float* values, std::int64_t count) {
   double sums[4] = {};
   std::int64_t k = 0;
@@ -54,13 +54,14 @@ void sample_point(const MapSampleCall& call, std::int64_t point, float* room) {
                              y.weight * (1.0 - x.weight), static_cast<double>(y.weight) * x.weight};
   float* from[4];
   for (int i = 0; i < 4; ++i) from[i] = room + i * call.c;
-  // Channels may lie a page apart: all four cells at once, so that the waits for memory overlap.
+  // Channels may lie a page apart: all four cells at once, so that their memory latencies overlap.
   for (std::int64_t k = 0; k < call.c; ++k) {
     const float* channel = call.map + k * call.channel_stride;
     for (int i = 0; i < 4; ++i) from[i][k] = channel[cells[i] * call.cell_stride];
   }
   double factors[4];
-  // Where a weight is zero, its cell is one with the other: what is not finite spoils the points that it has a part in.
+  // A cell of weight zero is replaced by the other one: a value that is not finite spoils only points in which it
+  // counts.
   for (int i = 0; i < 4; ++i) factors[i] = weights[i] * (call.normalize_cells ? inverse_norm(from[i], call.c) : 1.0);
   float* to = call.descriptors + point * call.c;
   for (std::int64_t k = 0; k < call.c; ++k) {
@@ -116,7 +117,7 @@ void map_products_run(const MapProductsCall& call, CpuIsa isa) {
     return;
   }
   MapProductsCall inner = call;
-  // The stride of a dimension of one element says nothing: the layout of columns takes any distance of the other.
+  // The stride of a dimension of one element does not matter: the layout of columns takes any distance of the other.
   if (call.c == 1) inner.channel_stride = call.cells;
   if (call.cells == 1) inner.cell_stride = 1;
   const std::int64_t channel = inner.channel_stride, cell = inner.cell_stride;

@@ -1,5 +1,5 @@
-// Similarities of a few descriptors to all cells of a map, in one pass over the map as it lies: what a general matrix
-// product needs a normalised copy for.
+// Similarities of a few descriptors to all cells of a map, in one pass over the map in place. A general matrix product
+// would need a normalised copy.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +33,10 @@ struct MapSampleCall {
   int threads;
 };
 
-// Throws std::invalid_argument for sizes or addresses that do not fit and for points outside the image.
+// Throws std::invalid_argument for invalid sizes or addresses and for points outside the image.
 void map_sample_run(const MapSampleCall& call);
 
-// Throws std::invalid_argument for sizes, strides or addresses that do not fit, std::bad_alloc.
+// Throws std::invalid_argument for invalid sizes, strides or addresses, std::bad_alloc.
 void map_products_run(const MapProductsCall& call, CpuIsa isa);
 
 // `scratch` holds scratch_words floats for each thread, `padded` the descriptors with rows of padded_channels.
@@ -46,7 +46,7 @@ struct MapProductsWork {
   float* scratch;
   std::int64_t scratch_words;
 };
-// Cells that it takes at one time, and lanes to which it pads channels.
+// Cells that it takes at one time, and the multiple to which it pads channels.
 struct MapProductsKernel {
   std::int64_t cells, lanes;
   void (*run)(const MapProductsCall& call, const MapProductsWork& work);

@@ -5,18 +5,18 @@
 namespace lift_fast {
 namespace {
 
-// 20 accumulators, 4 vectors of cells and a broadcast descriptor of the 32 registers of AVX-512.
+// 20 accumulators, 4 vectors of cells and a broadcast descriptor in the 32 registers of AVX-512.
 constexpr int kRows = by_lanes(2, 6, 5);     // descriptors of a tile
-constexpr int kVectors = by_lanes(2, 2, 4);  // vectors of cells of a tile where cells lie side by side
+constexpr int kVectors = by_lanes(2, 2, 4);  // vectors of cells of a tile if cells lie side by side
 constexpr int kCells = kLanes * kVectors;
-constexpr int kPanels = by_lanes(4, 4, 2);   // tiles' widths that are copied together
+constexpr int kPanels = by_lanes(4, 4, 2);   // tiles that are copied together
 constexpr int kBlock = kCells * kPanels;
-constexpr int kRowCells = by_lanes(4, 2, 4);  // cells of a tile where channels lie side by side
-constexpr std::int64_t kFewest = 8;   // descriptors for which cells with their channels side by side are copied
-constexpr std::int64_t kAhead = 16;   // channels that are on their way from memory while a block is copied
+constexpr int kRowCells = by_lanes(4, 2, 4);  // cells of a tile if channels lie side by side
+constexpr std::int64_t kFewest = 8;   // least descriptors for which cells with contiguous channels are copied
+constexpr std::int64_t kAhead = 16;   // channels that are prefetched while a block is copied
 
-// What a cell's products are multiplied by, from the sum of its squares. Squares that leave the range of float32 are
-// taken again in float64, and with them the cell's products.
+// The factor of a cell's products, from the sum of its squares. If the squares leave the range of float32, they and the
+// cell's products are computed again in float64.
 inline float inverse_norm(const MapProductsCall& call, const MapProductsWork& work, std::int64_t cell, float square) {
   if (square > 1e-20f && square < 1e36f) return 1.0f / __builtin_sqrtf(square);
   const float* at = call.map + cell * call.cell_stride;
@@ -35,8 +35,8 @@ inline float inverse_norm(const MapProductsCall& call, const MapProductsWork& wo
   return 1.0f;
 }
 
-// kRows descriptors times one panel [c][kCells], as [kRows][kCells]. Sums whose address is taken would be stored in every
-// step, so they are copied at the end.
+// kRows descriptors times one panel [c][kCells], as [kRows][kCells]. Taking the address of a sum would store it in
+// every step, so the sums are copied at the end.
 inline void panel_tile(const float* const* rows, const float* panel, std::int64_t c, float* products) {
   Vec sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
@@ -60,8 +60,8 @@ inline void panel_tile(const float* const* rows, const float* panel, std::int64_
   }
 }
 
-// A block of cells as panels [kPanels][c][kCells], and the sums of their squares. In a map of one row for each channel
-// these are on a page each, which every descriptor would have to look up anew.
+// Copies a block of cells to panels [kPanels][c][kCells] and sums their squares. In a map of one row for each channel,
+// every channel is on a page of its own, which each descriptor would look up again.
 inline void pack_channels(const float* cells, std::int64_t stride, std::int64_t c, float* panels, float* squares) {
   Vec sums[kPanels * kVectors] = {};
   for (std::int64_t k = 0; k < c; ++k) {
@@ -108,7 +108,7 @@ inline void pack_cells(const float* cells, std::int64_t stride, std::int64_t c, 
   }
 }
 
-// The same of fewer cells, the others zero.
+// The same for fewer cells; the others are zero.
 inline void pack_part(const float* cells, std::int64_t width, const MapProductsCall& call, float* panels,
                       float* squares) {
   const std::int64_t channel = call.channel_stride, cell = call.cell_stride, c = call.c;
@@ -143,7 +143,7 @@ inline void block_of_cells(const MapProductsCall& call, const MapProductsWork& w
     const std::int64_t filled = smaller<std::int64_t>(kCells, width - start);
     for (std::int64_t p = 0; p < call.count; p += kRows) {
       const float* rows[kRows];
-      // Beyond the last descriptor the last one again, whose result is not kept.
+      // Beyond the last descriptor: the last one again; the result is not kept.
       for (int r = 0; r < kRows; ++r) rows[r] = work.padded + smaller(p + r, call.count - 1) * work.padded_channels;
       float products[kRows * kCells];
       panel_tile(rows, panel, call.c, products);
@@ -196,7 +196,7 @@ inline void row_tile(const float* const* rows, const float* const* cells, std::i
 // Cells [first, first + kRowCells), each with its channels side by side.
 inline void rows_of_channels(const MapProductsCall& call, const MapProductsWork& work, std::int64_t first) {
   const float* cells[kRowCells];
-  // Beyond the last cell the last one again, whose result is not kept.
+  // Beyond the last cell: the last one again; the result is not kept.
   for (int i = 0; i < kRowCells; ++i) cells[i] = call.map + smaller(first + i, call.cells - 1) * call.cell_stride;
   float inverse[kRowCells];
   for (int i = 0; i < kRowCells; ++i) inverse[i] = 1.0f;

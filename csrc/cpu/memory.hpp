@@ -1,4 +1,4 @@
-// Working memory for kernels. For translation units without instruction-set flags alone: it brings in library templates.
+// Working memory for kernels. Only for translation units without instruction-set flags: it uses library templates.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct FreeMemory {
 template <class T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
-// Uninitialised, on a cache line of its own; room behind the end for a vector's load. Throws std::bad_alloc.
+// Uninitialised, aligned to a cache line, with room after the end for a vector's load. Throws std::bad_alloc.
 template <class T>
 Memory<T> allocate(std::int64_t count) {
   void* data = std::aligned_alloc(64, (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64);

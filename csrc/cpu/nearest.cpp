@@ -55,9 +55,9 @@ void nearest_run(NearestCall call, CpuIsa isa) {
     throw std::invalid_argument("nearest: at most 2^31 - 1025 rows each, got " + std::to_string(call.n) + " and " +
                                 std::to_string(call.m));
   }
-  // Far below the range of an address, so that bytes and their sums do not overflow either.
+  // Far below the range of an address, so that neither bytes nor their sums overflow.
   if (call.c > limit || (call.n > call.m ? call.n : call.m) * call.c > std::int64_t{1} << 56) {
-    throw std::invalid_argument("nearest: arrays of that size cannot exist, rows of " + std::to_string(call.c));
+    throw std::invalid_argument("nearest: the arrays are too large, with rows of " + std::to_string(call.c));
   }
   if (call.k < 1 || call.k > kMostNeighbours) {
     throw std::invalid_argument("nearest: k must be 1 to " + std::to_string(kMostNeighbours) + ", got " +
@@ -77,7 +77,7 @@ void nearest_run(NearestCall call, CpuIsa isa) {
   NearestWork work{};
   work.padded_keys = (call.m + kernel.key_rows - 1) / kernel.key_rows * kernel.key_rows;
   if (panels < call.threads) call.threads = static_cast<int>(panels);
-  // Few panels: smaller tasks, so that every thread has some.
+  // Few panels: smaller tasks, so that every thread gets some.
   for (work.task_panels = 1; work.task_panels < kTaskPanels && 8 * work.task_panels * call.threads <= panels;) {
     work.task_panels *= 2;
   }

@@ -1,4 +1,4 @@
-// The matcher. The verdict's arithmetic sees the two rows alone, never where they stand: equal rows give bitwise equal
+// The matcher. Rescoring depends on the two rows only, never on their positions: equal rows give bitwise equal
 // similarities, so ties are real ties, and the result does not depend on tiles or threads.
 #include "nearest.hpp"
 #include "nearest_rows.hpp"
@@ -8,32 +8,33 @@
 namespace lift_fast {
 namespace {
 
-// 12 accumulators, 2 vectors of keys, a query and perhaps a product of 16 registers; 24 of 32 in AVX-512.
+// 12 accumulators, 2 vectors of keys, a query and perhaps a product in 16 registers; 24 accumulators in AVX-512's 32.
 constexpr int kQueries = by_lanes(6, 6, 12);
 constexpr int kVectors = 2;
 constexpr int kKeys = kLanes * kVectors;
-// Panels of keys, rows, panels to pack and keys between two looks whether to stop: at most milliseconds each. Small work
-// never looks: that would be noticed where there are thousands of small batches.
+// Panels of keys, rows, panels to pack and keys between two checks for a stop: at most milliseconds each. Small work
+// never checks, which would cost time with thousands of small batches.
 constexpr std::int64_t kPanelsBetween = 256, kRowsBetween = 256, kPanelsPacked = 16, kKeysBetween = 16;
-static_assert(kKeys <= 32, "the keys of a tile are told apart by the bits of a word");
+static_assert(kKeys <= 32, "each key of a tile has a bit of a word");
 
-// What is the same for all queries of one batch.
+// The values that all queries of one batch share.
 //
-// The search takes rows q, k less a centre each, which leaves short rows where all have much in common:
-// q.k = (q - a).(k - b) + a.k + (q - a).b. The last two terms belong to the key and to the query alone.
+// The search subtracts a centre from each row q, k, which leaves short rows if all have much in common:
+// q.k = (q - a).(k - b) + a.k + (q - a).b. The last two terms depend on the key alone and on the query alone.
 struct Batch {
   const NearestCall& call;
   const NearestWork& work;
   const float* queries;   // [n, c]
   const float* keys;      // [m, c]
   double query_unit;      // largest power of two above a query's norm, without normalize; else 1
-  double key_unit;        // the same of the keys: what they were divided by
+  double key_unit;        // the same of the keys, which were divided by it
   double key_length;      // longest key, as packed
-  double key_moved;       // farthest that rounding moved a key
+  double key_moved;       // the farthest that rounding moved a key
   double centre_product;  // a.b
 
-  float judge(std::int64_t query, std::int64_t key) const {
-    return verdict(call, queries + query * call.c, work.query_norms[query], keys + key * call.c, work.key_norms[key]);
+  float rescore(std::int64_t query, std::int64_t key) const {
+    return rescored_similarity(call, queries + query * call.c, work.query_norms[query], keys + key * call.c,
+                               work.key_norms[key]);
   }
 };
 
@@ -41,16 +42,16 @@ struct Batch {
 struct Row {
   std::int64_t query;
   double unit;    // similarity = unit * similarity of the search
-  double shift;   // and the search leaves out this much of it, in its own units
-  float bound;    // search and verdict differ by no more, in units of the search
+  double shift;   // and the search omits this part of it, in its own units
+  float bound;    // most that search and rescoring differ, in units of the search
   float* threshold;
-  std::int32_t* counts;  // candidates, of the top, judged
+  std::int32_t* counts;  // candidates, of the top, rescored
   NearestCandidates at;
-  bool judged;    // candidates are judged; false: the search's own values are the result
-  bool trusted;   // the search's values may raise the threshold: none of them stands for an overflown similarity
+  bool rescored;    // candidates are rescored; false: the search's own values are the result
+  bool trusted;   // the search's values may raise the threshold: none of them replaces an overflown similarity
 };
 
-// Keeps `values` descending and the earlier of equal ones in front.
+// Keeps `values` descending, the earlier one first among equals.
 inline void insert(float value, std::int32_t key, std::int64_t k, float* values, std::int32_t* keys,
                    std::int32_t* count) {
   std::int64_t at = *count;
@@ -78,10 +79,10 @@ inline void drop_beaten(const Row& row) {
   row.counts[0] = kept;
 }
 
-inline void judge_all(const Batch& batch, const Row& row) {
+inline void rescore_all(const Batch& batch, const Row& row) {
   const std::int64_t k = batch.call.k;
   for (std::int32_t i = 0; i < row.counts[0]; ++i) {
-    const float value = batch.judge(row.query, row.at.key[i]);
+    const float value = batch.rescore(row.query, row.at.key[i]);
     if (value >= -kLargest && value <= kLargest) {
       insert(value, row.at.key[i], k, row.at.best, row.at.where, row.counts + 2);
     }
@@ -99,21 +100,21 @@ __attribute__((noinline)) void offer(const Batch& batch, const Row& row, std::in
   if (!(value > *row.threshold) || key >= batch.call.m) return;
   if (batch.work.key_norms[key] != batch.work.key_norms[key]) return;
   const std::int64_t k = batch.call.k;
-  if (row.judged) {
+  if (row.rescored) {
     row.at.found[row.counts[0]] = value;
     row.at.key[row.counts[0]++] = static_cast<std::int32_t>(key);
   }
   if (row.trusted) {
     insert(value, static_cast<std::int32_t>(key), k, row.at.top, row.at.place, row.counts + 1);
     if (row.counts[1] == k) {
-      const float floor = row.judged ? row.at.top[k - 1] - 2 * row.bound : row.at.top[k - 1];
+      const float floor = row.rescored ? row.at.top[k - 1] - 2 * row.bound : row.at.top[k - 1];
       if (floor > *row.threshold) *row.threshold = floor;
     }
   }
   if (row.counts[0] < room) return;
   drop_beaten(row);
-  // Too many that cannot be told apart: the verdict raises the threshold better than the search can.
-  if (row.counts[0] > room / 2) judge_all(batch, row);
+  // Too many candidates within the bound: rescoring raises the threshold further than the search can.
+  if (row.counts[0] > room / 2) rescore_all(batch, row);
 }
 
 // Similarities of the search between a panel of queries and one of keys, [kQueries][kKeys].
@@ -158,7 +159,7 @@ inline void raise_group(const float* table, const float* factors, const float* s
   }
 }
 
-// A thread's scratch, taken apart.
+// The parts of a thread's scratch.
 class Task {
  public:
   Task(const Batch& batch, char* scratch)
@@ -237,9 +238,9 @@ class Task {
     r.at.key = at<std::int32_t>(scratch_, layout_.key) + i * room;
     r.at.best = at<float>(scratch_, layout_.best) + i * k;
     r.at.where = at<std::int32_t>(scratch_, layout_.where) + i * k;
-    // Twice: a sum may pass the range where the similarity does not.
+    // Twice, because a sum may leave the range although the similarity does not.
     r.trusted = batch_.call.normalize || 2 * r.unit < static_cast<double>(kLargest);
-    r.judged = batch_.call.rescore || !r.trusted;
+    r.rescored = batch_.call.rescore || !r.trusted;
     return r;
   }
 
@@ -253,7 +254,7 @@ class Task {
     if (norm != norm) {
       clear_row(words_, kQueries, r, panel);
       thresholds_[i] = kInfinity;
-      // Rows that take no part must not win a column; minus infinity times their similarity of zero would be NaN.
+      // Rows that take no part must not win a column; their similarity of zero times minus infinity would be NaN.
       factors_[i] = shifts_[i] = bounds_[i] = steps_[i] = 0;
       return;
     }
@@ -268,7 +269,7 @@ class Task {
     steps_[i] = packed.step;
   }
 
-  // |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'|, and what float32 sums round.
+  // |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'|, plus the rounding of float32 sums.
   double bound(const PackedRow& query) const {
     constexpr double ulp = 6e-8;
     const double c = static_cast<double>(batch_.call.c);
@@ -276,9 +277,9 @@ class Task {
     const double rounding = query.moved * batch_.key_length + length * batch_.key_moved;
     // Sums of integers are exact.
     const double search = ulp * (((kIntegers ? 0 : c) + 8) * length * key_length + 16);
-    // Rows are no longer than one here. A lane of the verdict sums a part of the channels, then lanes are added.
-    const double judgement = ulp * (c / (4 * kLanes) + 2 * kLanes + 16);
-    return 1.001 * (rounding + search + judgement) + 1e-30;
+    // Rows have a length of at most one here. In rescoring a lane sums a part of the channels, then lanes are added.
+    const double rescoring = ulp * (c / (4 * kLanes) + 2 * kLanes + 16);
+    return 1.001 * (rounding + search + rescoring) + 1e-30;
   }
 
   __attribute__((noinline)) void take(std::int64_t first, std::int64_t i, std::int64_t key, std::uint32_t hits,
@@ -295,19 +296,19 @@ class Task {
     std::int32_t count = r.counts[1];
     const float* values = r.at.top;
     const std::int32_t* keys = r.at.place;
-    if (r.judged) {
+    if (r.rescored) {
       drop_beaten(r);
-      judge_all(batch_, r);
+      rescore_all(batch_, r);
       count = r.counts[2];
       values = r.at.best;
       keys = r.at.where;
     }
-    // Of this batch: the call's outputs were moved to it.
+    // The call's outputs already point to this batch.
     for (std::int64_t j = 0; j < call.k; ++j) {
       const std::int64_t out = r.query * call.k + j;
-      call.similarity[out] = j >= count ? -kInfinity
-                             : r.judged ? values[j]
-                                        : static_cast<float>((values[j] + r.shift) * r.unit);
+      call.similarity[out] = j >= count   ? -kInfinity
+                             : r.rescored ? values[j]
+                                          : static_cast<float>((values[j] + r.shift) * r.unit);
       call.index[out] = j < count ? keys[j] : -1;
     }
   }
@@ -325,13 +326,13 @@ class Task {
   char* const scratch_;
 };
 
-// The query that is most similar to a key, the first of equal ones.
+// The query that is most similar to a key, the first among equals.
 inline std::int64_t best_query(const Batch& batch, std::int64_t key, double slack) {
   const NearestCall& call = batch.call;
   const NearestWork& work = batch.work;
   const std::int64_t rows = work.group_panels * kQueries;
   const double unit = call.normalize ? 1.0 : batch.query_unit * batch.key_unit;
-  // A query chose this key with that similarity: no worse one can be its best.
+  // A query chose this key with that similarity, so its best query is at least as similar.
   const double floor = static_cast<double>(work.wanted[key]) / unit - slack;
   float best = -kInfinity;
   std::int64_t where = -1;
@@ -339,7 +340,7 @@ inline std::int64_t best_query(const Batch& batch, std::int64_t key, double slac
     if (!(static_cast<double>(work.group_best[group * work.padded_keys + key]) >= floor)) continue;
     for (std::int64_t query = group * rows; query < smaller(call.n, (group + 1) * rows); ++query) {
       if (work.query_norms[query] != work.query_norms[query]) continue;
-      const float value = batch.judge(query, key);
+      const float value = batch.rescore(query, key);
       if (value > best && value <= kLargest) {
         best = value;
         where = query;
@@ -351,7 +352,7 @@ inline std::int64_t best_query(const Batch& batch, std::int64_t key, double slac
 
 void run_nearest(const NearestCall& whole, const NearestWork& work) {
   const std::int64_t words = ceil_div(whole.c, kChannels), panels = ceil_div(whole.n, kQueries);
-  // One thread's piece holds whole groups, or one.
+  // One thread's piece holds whole groups, or lies within one.
   const std::int64_t piece = work.task_panels > work.group_panels ? work.task_panels : work.group_panels;
   const bool reverse = whole.back != nullptr;
   NearestCall call = whole;
@@ -379,7 +380,7 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       }
       if (over) break;
       double longest = 0;
-      // Once stopped, what is left undone is read as numbers alone, never as a place.
+      // After a stop, unwritten results are read as values only, never as positions.
       bool skip = false;
 #pragma omp for schedule(static) nowait
       for (std::int64_t i = 0; i < whole.n; ++i) {
@@ -449,7 +450,7 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       for (std::int64_t first = 0; first < panels; first += piece) {
         const std::int64_t end = smaller(panels, first + piece);
         if (stopped(whole.stop)) {
-          // What comes after reads these.
+          // The next steps read these.
           for (std::int64_t i = first * kQueries; i < smaller(end * kQueries, whole.n); ++i)
             call.index[i * whole.k] = -1;
           continue;
@@ -469,7 +470,7 @@ void run_nearest(const NearestCall& whole, const NearestWork& work) {
       for (std::int64_t i = 0; i < whole.n; ++i) {
         const std::int64_t key = call.index[i * whole.k];
         if (key < 0) continue;
-        const float value = whole.rescore ? call.similarity[i * whole.k] : batch.judge(i, key);
+        const float value = whole.rescore ? call.similarity[i * whole.k] : batch.rescore(i, key);
         if (value > work.wanted[key] && value <= kLargest) work.wanted[key] = value;
       }
 #pragma omp for schedule(dynamic, 16)

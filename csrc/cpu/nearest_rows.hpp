@@ -1,4 +1,4 @@
-// What the matcher makes of single rows: norms, similarities of two, and rows packed for the search.
+// The matcher's work on rows: norms, similarities of two rows, and rows packed for the search.
 #pragma once
 
 #include "nearest.hpp"
@@ -23,16 +23,16 @@ inline double row_norm(const float* row, std::int64_t c) {
   return sum < __builtin_inf() ? __builtin_sqrt(sum) : __builtin_nan("");
 }
 
-// What a row's similarities are multiplied by.
+// The factor of a row's similarities.
 inline double unit_factor(double norm, bool normalize) { return normalize ? 1.0 / (norm > 1e-12 ? norm : 1e-12) : 1.0; }
 
-// Norms whose rows can be multiplied in float32 without loss at either end of its range.
+// Norms of rows that can be multiplied in float32 without overflow or underflow.
 inline bool moderate(double norm) { return norm >= 1e-18 && norm <= 1e18; }
 
-// The verdict: similarity of two rows of the call, float32. Infinite where it passes the range of float32.
-// Not inlined: the same instructions wherever it is asked, or ties would depend on the asker.
-__attribute__((noinline)) float verdict(const NearestCall& call, const float* query, double query_norm,
-                                        const float* key, double key_norm) {
+// The similarity of two rows of the call, float32. Infinite if it exceeds the range of float32.
+// Not inlined: every caller must run the same instructions, or ties would depend on the caller.
+__attribute__((noinline)) float rescored_similarity(const NearestCall& call, const float* query, double query_norm,
+                                                    const float* key, double key_norm) {
   const double query_factor = unit_factor(query_norm, call.normalize);
   const double key_factor = unit_factor(key_norm, call.normalize);
   const std::int64_t c = call.c;
@@ -67,16 +67,16 @@ inline std::uint32_t to_bfloat16(float value) {
 }
 
 struct PackedRow {
-  double length;  // of the row as the search takes it, before rounding
+  double length;  // of the row that the search multiplies, before rounding
   double moved;   // how far rounding moved it
-  double along;   // its product with the other side's centre, the row's own centre not yet subtracted
-  float step;     // what a packed number stands for
+  double along;   // its product with the other side's centre, before subtracting the row's own
+  float step;     // the value of one unit of a packed number
 };
 
-// Integers of a row of this length: none passes 16 bits, and by Cauchy and Schwarz no sum of products passes 32.
+// Integer rows of this length: none exceeds 16 bits, and by Cauchy and Schwarz no sum of products exceeds 32.
 constexpr float kIntegerLength = 32000;
 
-// One row, times `factor` and less its side's centre, into column `r` of a panel [words][width].
+// Packs one row, times `factor` minus its side's centre, into column `r` of a panel [words][width].
 inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const float* centre, const float* other,
                           int width, int r, float* panel) {
   const float scale = static_cast<float>(factor);
@@ -93,7 +93,7 @@ inline PackedRow pack_row(const float* row, std::int64_t c, double factor, const
   if (kIntegers) {
     for (std::int64_t i = 0; i < c; ++i) take(i);
     const double whole = __builtin_sqrt(length[0] + length[1]);
-    // A row that is all but its centre is left out of the products; squares below 1e-38 would be lost.
+    // A row that nearly equals its centre is left out of the products; squares below 1e-38 would be lost.
     const float step = whole > 1e-15 ? static_cast<float>(whole) / kIntegerLength : 0.0f;
     const float numbers = step > 0 ? 1.0f / step : 0.0f;
     const auto round = [&](std::int64_t i) {
@@ -127,7 +127,7 @@ inline void clear_row(std::int64_t words, int width, int r, float* panel) {
   for (std::int64_t w = 0; w < words; ++w) panel[w * width + r] = 0;
 }
 
-// Rows are brought to norms of at most one for the search: by their norm, or by a power of two.
+// The search divides rows by their norm or a power of two, so that norms are at most one.
 inline double power_of_two(double norm) {
   if (!(norm > 0)) return 1.0;
   int exponent;
@@ -135,7 +135,7 @@ inline double power_of_two(double norm) {
   return __builtin_ldexp(1.0, exponent);
 }
 
-// The mean of some hundred rows as the search scales them: by their norm, by `unit`, or by their own power of two.
+// The mean of some hundred rows, scaled for the search: by their norm, by `unit`, or by their own power of two.
 inline void centre_of(const NearestCall& call, const float* rows, const double* norms, std::int64_t count, double unit,
                       float* centre) {
   const std::int64_t step = 1 + count / 512;

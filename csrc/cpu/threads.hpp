@@ -1,5 +1,5 @@
-// Which OpenMP thread this is, and of how many, also where the compiler has no OpenMP. In an anonymous namespace because the kernels'
-// translation units are compiled for different instruction sets and must not share code.
+// The number of this OpenMP thread and of its team, also without OpenMP. In an anonymous namespace, because the
+// kernels' translation units are compiled for different instruction sets and must not share code.
 #pragma once
 
 #if defined(_OPENMP)
@@ -17,7 +17,7 @@ inline int thread_index() {
 #endif
 }
 
-// Threads of the running team: it may have got fewer than it asked for.
+// Threads of the running team, which may be fewer than requested.
 inline int thread_count() {
 #if defined(_OPENMP)
   return omp_get_num_threads();

@@ -13,8 +13,8 @@
 namespace lift_fast {
 namespace {
 
-// Packed keys of a stage; queries of a task, which stay in the L2 cache beside a row of keys; queries that are packed
-// once for all stages.
+// Bytes of a stage's packed keys; of a task's queries, which share the L2 cache with a row of keys; of queries that are
+// packed once for all stages.
 constexpr std::int64_t kStageBytes = 8 << 20, kTaskBytes = 256 << 10, kQueryBytes = 8 << 20;
 
 void require(bool holds, const std::string& what) {
@@ -24,8 +24,8 @@ void require(bool holds, const std::string& what) {
 std::int64_t product(std::initializer_list<std::int64_t> sizes) {
   std::int64_t all = 1;
   for (const std::int64_t size : sizes) {
-    // Far below the range of an address, so that bytes and their sums do not overflow either.
-    require(size == 0 || all <= (std::int64_t{1} << 56) / size, "the arrays are too large to exist");
+    // Far below the range of an address, so that neither bytes nor their sums overflow.
+    require(size == 0 || all <= (std::int64_t{1} << 56) / size, "the arrays are too large");
     all *= size;
   }
   return all;
@@ -36,7 +36,7 @@ std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b <
 // Along one axis: the keys within reach of each query, [low, high].
 void within_reach(std::int64_t queries, std::int64_t keys, std::int64_t reach, std::vector<std::int32_t>& low,
                   std::vector<std::int32_t>& high) {
-  // The far corners are within reach of each other, whatever lies beyond.
+  // The far corners are within reach of each other; larger reaches change nothing.
   reach = std::min(reach, 2 * queries * keys);
   for (std::int64_t q = 0; q < queries; ++q) {
     const std::int64_t centre = (2 * q + 1) * keys - queries;
@@ -85,7 +85,7 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   call.column_low = column_low.data();
   call.column_high = column_high.data();
 
-  // Where half of a unit vector's squared length is left, the bound has come down to half; earlier it decides on pairs
+  // When half of a unit vector's squared length is left, the bound is down to half; before that it only excludes pairs
   // that are far from similar.
   const std::int64_t ends[] = {call.c / 4, call.c / 2, call.c};
   call.sections = call.c < 64 ? 1 : window_nearest_sections;
@@ -103,7 +103,7 @@ void window_nearest_run(WindowNearestCall call, CpuIsa isa) {
   const std::int64_t tiles = call.query_frames * call.query_h * ((call.query_w + kernel.queries - 1) / kernel.queries),
                      tile = packed * kernel.queries;
   if (tiles < call.threads) call.threads = static_cast<int>(tiles);
-  // Few tiles: smaller tasks, so that every thread has some.
+  // Few tiles: smaller tasks, so that every thread gets some.
   call.tiles_per_task = std::max<std::int64_t>(1, std::min(kTaskBytes / (4 * tile), tiles / (4 * call.threads)));
   const Memory<float> packed_keys = allocate<float>(call.stage_frames * frame);
   call.pack_queries_once = call.stage_frames < call.key_frames && tiles <= kQueryBytes / (4 * tile);

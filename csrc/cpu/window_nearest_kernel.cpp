@@ -1,8 +1,8 @@
-// The windowed matcher. A tile of neighbouring queries of one grid row meets one row of keys at a time. The keys of a row
-// lie side by side for each channel, so vectors may start at any cell and cover the union of the tile's windows with
-// little beside it. Keys are met in ascending order, so that of equal similarities the lowest index stays in front. A dot
-// product is accumulated over c in order, in one register lane, wherever the pair stands: equal rows give bitwise equal
-// similarities, and the result does not depend on tiles or threads. A tile that is given up early holds no match.
+// The windowed matcher. A tile of neighbouring queries of one grid row meets one row of keys at a time. The keys of a
+// row lie side by side for each channel, so vectors may start at any cell and cover the union of the tile's windows
+// with little waste. Keys come in ascending order, so the lowest index stays first among equal similarities. A dot
+// product is accumulated over c in order, in one register lane, wherever the pair lies: equal rows give bitwise equal
+// similarities, and the result does not depend on tiles or threads. A tile that is abandoned early holds no match.
 #include "simd/simd.hpp"
 #include "threads.hpp"
 #include "window_nearest.hpp"
@@ -10,8 +10,8 @@
 namespace lift_fast {
 namespace {
 
-// 12 accumulators, 2 vectors of keys and a broadcast query of 16 registers; 24, 3 and 1 of 32 in AVX-512. With few
-// queries to a tile the union of their windows is little wider than one of them.
+// 12 accumulators, 2 vectors of keys and a broadcast query in 16 registers; 24, 3 and 1 in AVX-512's 32. With few
+// queries in a tile the union of their windows is little wider than one window.
 constexpr int kQueries = by_lanes(6, 6, 8);
 constexpr int kVectors = by_lanes(2, 2, 3);
 // Queries of a tile that are packed at one time.
@@ -27,7 +27,7 @@ inline IntVec ramp() {
 }
 
 inline double squared_norm(const float* row, std::int64_t begin, std::int64_t end) {
-  // Whole vectors, said plainly: compilers leave the same sum of scalars as it is.
+  // Explicit vectors: compilers do not vectorise the same sum of scalars.
   typedef double Doubles __attribute__((vector_size(4 * kLanes)));
   typedef float Floats __attribute__((vector_size(2 * kLanes)));
   constexpr int half = kLanes / 2;
@@ -47,8 +47,8 @@ inline double squared_norm(const float* row, std::int64_t begin, std::int64_t en
   return sum;
 }
 
-// What a row is multiplied by, NaN for a row that takes no part, and a bound on what is left after each section: the
-// product of two rows' bounds is at least the rest of their dot product and all that rounding may add to it.
+// A row's factor, NaN for a row that takes no part, and a bound for the channels after each section: the product of two
+// rows' bounds is at least the rest of their dot product plus its rounding.
 struct RowScale {
   double scale;
   float rest[window_nearest_sections];
@@ -64,7 +64,7 @@ struct RowScale {
     // Squares of finite floats never overflow a double.
     if (!(sum < __builtin_inf())) scale = __builtin_nan("");
     // A sum of c products, each step rounded twice, errs by less than 2 c 2^-24 |q| |k|; twice that for the bound's own
-    // rounding. The square root of it stands in either factor, and products that underflow weigh nothing beside 1e-19^2.
+    // rounding. Each factor holds the square root of it. Products that underflow are negligible beside 1e-19^2.
     const double slack = __builtin_sqrt(static_cast<double>(call.c + 16) * 0x1p-22);
     for (std::int64_t s = 0; s < call.sections; ++s) {
       rest[s] = static_cast<float>((__builtin_sqrt(left[s]) + slack * norm) * scale * (1 + 1e-6) + 1e-19);
@@ -72,8 +72,8 @@ struct RowScale {
   }
 };
 
-// `count` rows as [c][stride], scaled, and below them their bounds; zeros beyond the rows. kWidth columns at a time,
-// of which `stride` is a multiple.
+// Packs `count` scaled rows as [c][stride], followed by their bounds; zeros beyond the rows. kWidth columns at a time;
+// `stride` is a multiple of it.
 template <int kWidth>
 void pack(const float* rows, std::int64_t count, std::int64_t stride, const WindowNearestCall& call, float* packed) {
   static_assert(kWidth <= kLanes, "the rows of a block are columns of one vector");
@@ -113,7 +113,7 @@ void pack(const float* rows, std::int64_t count, std::int64_t stride, const Wind
   }
 }
 
-// A tile of queries: those of row `row` (over all query grids) from column `column` on.
+// A tile of queries: row `row` (over all query grids), from column `column` on.
 struct Tile {
   std::int64_t row, column, count;
   std::int32_t row_low, row_high;  // key rows of its windows
@@ -149,7 +149,7 @@ class WindowMatcher {
     std::int32_t column = t.column_low;
     std::int64_t vectors = (static_cast<std::int64_t>(t.column_high) - column + kLanes) / kLanes;
     while (vectors > 0) {
-      // Two middling steps rather than a long one and one of a single vector, which leaves the multipliers idle.
+      // Two medium steps: a long one and one of a single vector would leave the multipliers idle.
       const std::int64_t step = vectors == kVectors + 1 ? (vectors + 1) / 2 : smaller<std::int64_t>(vectors, kVectors);
       switch (step) {
         case 1: multiply<1>(t, queries, keys, first_key, column); break;
@@ -188,7 +188,7 @@ class WindowMatcher {
       if (s + 1 == call_.sections) break;
       const float* key_rest = keys + (call_.c + s) * call_.row_stride + column;
       const float* query_rest = queries + (call_.c + s) * kQueries;
-      // Lanes that are shown to lose; not those of NaN, which fail every comparison.
+      // Lanes that are proven to lose; not lanes of NaN, which fail every comparison.
       IntVec lost = splat(-1);
 #pragma GCC unroll 16
       for (int q = 0; q < kQueries; ++q) {
@@ -211,7 +211,7 @@ class WindowMatcher {
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
           const IntVec x = splat(column + v * kLanes) + ramp();
-          // A comparison with NaN is false: such pairs never win. Products that overflowed are shut out too.
+          // A comparison with NaN is false, so such pairs never win. Infinite products are excluded too.
           const IntVec wins = (sums[q][v] > splat(best[call_.k - 1])) & (sums[q][v] <= splat(kLargest)) & (x >= low) &
                               (x <= high);
           const unsigned bits = Isa::bits(wins);
@@ -221,7 +221,7 @@ class WindowMatcher {
     }
   }
 
-  // The similarity that a match of query `q` of the tile must pass.
+  // The similarity that a match of query `q` of the tile must exceed.
   float worst_of(const Tile& t, int q) const {
     return similarity_[(t.row * call_.query_w + t.column + q) * call_.k + call_.k - 1];
   }

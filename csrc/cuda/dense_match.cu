@@ -11,7 +11,7 @@ ReadyKernels& kernels() {
   static ReadyKernels ready(kName, match_groups_kernel<true, true>, match_groups_kernel<true, false>,
                             match_groups_kernel<false, true>, match_groups_kernel<false, false>,
                             match_points_kernel<true>, match_points_kernel<false>, find_mutual_kernel<true>,
-                            find_mutual_kernel<false>, judge_mutual_kernel<true>, judge_mutual_kernel<false>);
+                            find_mutual_kernel<false>, check_mutual_kernel<true>, check_mutual_kernel<false>);
   return ready;
 }
 
@@ -50,10 +50,10 @@ void match_mutual_run(const MutualMatchCall& call, int device, void* stream) {
   const DeviceGuard guard(device, kName);
   kernels().on(device);
   const MutualParams params = mutual_params(call);
-  const MatchLaunch find = find_launch(call), judge = judge_launch(call);
+  const MatchLaunch find = find_launch(call), check = check_launch(call);
   const bool scale = call.query.scale != nullptr;
   launch(scale ? find_mutual_kernel<true> : find_mutual_kernel<false>, params, find, stream);
-  launch(scale ? judge_mutual_kernel<true> : judge_mutual_kernel<false>, params, judge, stream);
+  launch(scale ? check_mutual_kernel<true> : check_mutual_kernel<false>, params, check, stream);
 }
 
 }  // namespace lift_fast

@@ -1,5 +1,5 @@
-// Dense matching from similarities of coarse cells on a CUDA device: for each query pixel the key pixel whose bilinearly
-// interpolated similarity is largest, the lowest row-major one of equals, and whether it leads back.
+// Dense matching from similarities of coarse cells on a CUDA device: for each query pixel the key pixel whose
+// bilinearly interpolated similarity is largest, the lowest row-major one among equals, and whether it leads back.
 //
 // A patch is the set of an image's pixels between the same four cells, a group the query pixels between the same four.
 #pragma once
@@ -8,8 +8,8 @@
 
 namespace lift_fast {
 
-// How one axis of an image is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays are on the device and
-// not checked there: ascending cells below `cells`, and strips that cover the pixels.
+// How one axis of an image is cut: strips of pixels between two neighbouring cells, or at one alone. The arrays lie on
+// the device and are not checked: cells must ascend below `cells`, and strips must cover the pixels.
 struct MatchAxis {
   std::int64_t cells, pixels, strips;
   const std::int32_t* low;  // [strips] cell on the near side
@@ -19,9 +19,9 @@ struct MatchAxis {
   std::int64_t longest;  // pixels of the longest strip
 };
 
-struct MatchPicture {
+struct MatchImage {
   MatchAxis y, x;
-  // What similarities to each pixel are multiplied by, positive; all null for ones.
+  // A positive factor of the similarities to each pixel; all null for ones.
   const float* scale;  // [y.pixels, x.pixels]
   const float* scale_high;  // [y.strips, x.strips] the largest of each patch
   const float* scale_low;
@@ -33,9 +33,9 @@ struct MatchBand {
   std::int64_t first_y, end_y, first_x, end_x, top, left, width;
 };
 
-// Two launches of which the device decides which one runs: the one whose `wanted` says whether *flag is not zero.
+// Lets the device choose between two launches: the one with `wanted` == (*flag != 0) runs, the other does nothing.
 struct MatchWhen {
-  const std::int32_t* flag;  // on the device; null for a launch that runs
+  const std::int32_t* flag;  // on the device; null to run always
   bool wanted;
 };
 
@@ -43,7 +43,7 @@ struct MatchWhen {
 struct GroupMatchCall {
   const float* table;  // [rows, key cells] similarities of the band's query cells, row-major, `band.width` in a row
   std::int64_t rows;
-  MatchPicture key;
+  MatchImage key;
   MatchAxis query_y, query_x;
   MatchBand band;
   float* similarity;  // [query pixels]; -inf where there is no match
@@ -51,20 +51,20 @@ struct GroupMatchCall {
   MatchWhen when;
 };
 
-// Single points, each with similarities of its own.
+// Single points, each with its own similarities.
 struct PointMatchCall {
   const float* table;  // [points, key cells]
   std::int64_t points;
-  MatchPicture key;
+  MatchImage key;
   float* similarity;  // [points]
   std::int64_t* index;  // [points]
   MatchWhen when;
 };
 
-// Which matches lead back: the best query pixel of the matched key pixel is the one that it was matched from.
+// Which matches lead back: the best query pixel of the matched key pixel is the one that was matched to it.
 struct MutualMatchCall {
   const float* table;  // [query cells, key cells] similarities
-  MatchPicture query;  // with the scales of the query's pixels
+  MatchImage query;  // with the scales of the query's pixels
   MatchAxis key_y, key_x;
   const std::int64_t* index;  // [query pixels] of a GroupMatchCall
   bool* valid;  // [query pixels]
@@ -73,17 +73,17 @@ struct MutualMatchCall {
   MatchWhen when;
 };
 
-// Query pixels between the same four cells, each of which is compared with all of them.
+// Query pixels between the same four cells; each is compared with all of them.
 constexpr std::int64_t kMostMutualGroup = 4096;
-// Key cells, of whose similarities a row has to fit into shared memory.
+// Key cells; a row of similarities to all of them must fit into shared memory.
 constexpr std::int64_t kMostMutualCells = 24000;
 constexpr std::int64_t kCandidateWords = 8;
 
-// Loads the kernels on a device, which the first call there does otherwise. Throws std::runtime_error where CUDA refuses.
+// Loads the kernels on a device; otherwise the first call does. Throws std::runtime_error if CUDA refuses.
 void dense_match_prepare(int device);
 
-// Each launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls,
-// std::runtime_error where CUDA refuses. They allocate nothing, wait for nothing, and leave the current device as it was.
+// Each launches on `stream` of `device` and returns. Throws std::invalid_argument for impossible calls and
+// std::runtime_error if CUDA refuses. Allocates nothing, waits for nothing, and keeps the current device.
 void match_groups_run(const GroupMatchCall& call, int device, void* stream);
 void match_points_run(const PointMatchCall& call, int device, void* stream);
 void match_mutual_run(const MutualMatchCall& call, int device, void* stream);

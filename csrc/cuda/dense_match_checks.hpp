@@ -1,4 +1,4 @@
-// Whether a dense match on a CUDA device is possible, as far as that can be told without one.
+// Checks of a dense match on a CUDA device that need no device.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ inline void check_match_pointer(const void* pointer, const std::string& name, st
 }
 
 inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::string& name) {
-  // Cells, strips and pixels are numbered in 32 bits, the former with room for steps beyond the last.
+  // Cells, strips and pixels are numbered in 32 bits; cells leave room for steps beyond the last one.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 1, kMostCells = std::int64_t{1} << 30;
   for (const MatchAxis* axis : {&y, &x}) {
     if (axis->cells < 1 || axis->pixels < 1 || axis->strips < 1 || axis->longest < 1) {
@@ -28,7 +28,7 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
                    std::to_string(axis->pixels) + " and " + std::to_string(axis->strips));
     }
     if (axis->cells > kMostCells || axis->pixels > kMost) refuse_match(name + " is too large");
-    // One between every two cells, and one at each.
+    // At most one strip between every two cells and one at each.
     if (axis->strips > axis->pixels || axis->strips > 2 * axis->cells - 1 || axis->longest > axis->pixels) {
       refuse_match(name + " cannot have " + std::to_string(axis->strips) + " strips of up to " +
                    std::to_string(axis->longest) + " pixels");
@@ -43,25 +43,25 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
   }
 }
 
-inline void check_match_picture(const MatchPicture& picture, const std::string& name) {
-  check_match_axes(picture.y, picture.x, name);
-  if (picture.scale == nullptr && picture.scale_high == nullptr && picture.scale_low == nullptr &&
-      picture.scale_rows == nullptr) {
+inline void check_match_image(const MatchImage& image, const std::string& name) {
+  check_match_axes(image.y, image.x, name);
+  if (image.scale == nullptr && image.scale_high == nullptr && image.scale_low == nullptr &&
+      image.scale_rows == nullptr) {
     return;
   }
-  check_match_pointer(picture.scale, name + " scale", 4);
-  check_match_pointer(picture.scale_high, name + " scale_high", 4);
-  check_match_pointer(picture.scale_low, name + " scale_low", 4);
-  check_match_pointer(picture.scale_rows, name + " scale_rows", 4);
+  check_match_pointer(image.scale, name + " scale", 4);
+  check_match_pointer(image.scale_high, name + " scale_high", 4);
+  check_match_pointer(image.scale_low, name + " scale_low", 4);
+  check_match_pointer(image.scale_rows, name + " scale_rows", 4);
 }
 
 inline void check_match_when(const MatchWhen& when) {
   if (when.flag != nullptr) check_match_pointer(when.flag, "flag", 4);
 }
 
-// Throw std::invalid_argument where a pointer or a size is impossible.
+// Throw std::invalid_argument if a pointer or a size is impossible.
 inline void check_groups(const GroupMatchCall& call) {
-  check_match_picture(call.key, "key");
+  check_match_image(call.key, "key");
   check_match_axes(call.query_y, call.query_x, "query");
   const MatchBand& band = call.band;
   if (band.first_y < 0 || band.end_y <= band.first_y || band.end_y > call.query_y.strips || band.first_x < 0 ||
@@ -84,9 +84,9 @@ inline void check_groups(const GroupMatchCall& call) {
 }
 
 inline void check_points(const PointMatchCall& call) {
-  check_match_picture(call.key, "key");
+  check_match_image(call.key, "key");
   if (call.points < 0 || call.points > std::numeric_limits<std::int32_t>::max()) {
-    refuse_match("between 0 and 2^31 - 1 points, got " + std::to_string(call.points));
+    refuse_match("expected 0 to 2^31 - 1 points, got " + std::to_string(call.points));
   }
   if (call.points == 0) return;
   check_match_pointer(call.table, "table", 4);
@@ -95,7 +95,7 @@ inline void check_points(const PointMatchCall& call) {
   check_match_when(call.when);
 }
 
-// What a mutual check needs to remember its candidates: with scales any pixel, else the four outermost of each group.
+// Words that a mutual check needs for its candidates: with scales any pixel, else the four outermost of each group.
 inline std::int64_t match_scratch_words(const MutualMatchCall& call) {
   const std::int64_t most = call.query.scale != nullptr ? call.query.y.pixels * call.query.x.pixels
                                                         : 4 * call.query.y.strips * call.query.x.strips;
@@ -103,14 +103,14 @@ inline std::int64_t match_scratch_words(const MutualMatchCall& call) {
 }
 
 inline void check_mutual(const MutualMatchCall& call) {
-  check_match_picture(call.query, "query");
+  check_match_image(call.query, "query");
   check_match_axes(call.key_y, call.key_x, "key");
   if (call.query.y.longest * call.query.x.longest > kMostMutualGroup) {
     refuse_match("groups of " + std::to_string(call.query.y.longest * call.query.x.longest) +
                  " query pixels are too large for the mutual check");
   }
   if (call.key_y.cells * call.key_x.cells > kMostMutualCells) {
-    refuse_match("at most " + std::to_string(kMostMutualCells) + " key cells for the mutual check, got " +
+    refuse_match("at most " + std::to_string(kMostMutualCells) + " key cells fit the mutual check, got " +
                  std::to_string(call.key_y.cells * call.key_x.cells));
   }
   if (call.scratch_words != match_scratch_words(call)) {

@@ -1,5 +1,5 @@
-// Which matches lead back. Few query pixels are the best one, for their key pixel, of their own patch and of those around
-// it: a first kernel finds these candidates, a second one judges them against all query pixels.
+// Which matches lead back. A query pixel is a candidate if it is the best one for its key pixel in its own patch and in
+// the patches around it. Few are: a first kernel finds them, a second one checks them against all query pixels.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,12 @@ struct KeyPixel {
     right = x.weight[column];
     down = y.weight[row];
   }
-  // Its similarity to the query cell that a row of the table belongs to; NaN where one of them is not finite.
+  // Its similarity to the query cell of a row of the table; NaN if one of the four values is not finite.
   __device__ __forceinline__ float similarity(const float* row) const {
     const float a = row[cell], b = row[cell + step_right];
     const float c = row[cell + step_low], d = row[cell + step_low + step_right];
-    return Bilinear(a, b, c, d)(right, down) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
+    return Bilinear(a, b, c, d)(right, down) +
+           ((zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d)));
   }
   // The last of ascending numbers that is not above `most`, or the first.
   static __device__ __forceinline__ int strip_before(const std::int32_t* ascending, int count, int most) {
@@ -40,7 +41,7 @@ struct KeyPixel {
   }
 };
 
-// A match to judge: the query pixel, the patch that it lies in, the key pixel and their similarity.
+// A match to check: the query pixel, the patch that it lies in, the key pixel and their similarity.
 struct alignas(16) Candidate {
   KeyPixel key;
   float value;
@@ -60,7 +61,7 @@ template <bool kScale>
 __device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate& candidate, int strip_y, int strip_x) {
   const Bilinear patch = seen_from(p, candidate.key, Corners(p.query.y, p.query.x, strip_y, strip_x));
   bool beaten = false;
-  // A patch with a corner that is not finite has no pixel that is.
+  // If a corner of a patch is not finite, none of its pixels is.
   each_pixel<kScale>(p.query, strip_y, strip_x, patch, [&](float value, int pixel) {
     beaten = (value > candidate.value || (value == candidate.value && pixel < candidate.query)) &&
              magnitude(value) <= kMatchLargest;
@@ -69,8 +70,8 @@ __device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate
   return beaten;
 }
 
-// Finds the candidates: matches whose query pixel is the best one, for the key pixel, of its own patch and of those around
-// it. One warp for each group of query pixels. Without scales only its four outermost pixels can be the best.
+// Finds the candidates. One warp for each group of query pixels. Without scales only the four outermost pixels of a
+// group can be the best.
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
   if (!runs(p.when)) return;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIF
       const int row = start_y + (kScale ? own / across : (own / 2) * (down - 1));
       const int column = start_x + (kScale ? own % across : (own % 2) * (across - 1));
       const int query = row * x.pixels + column;
-      // Strips of one pixel have fewer outermost ones.
+      // Strips of one pixel have fewer outermost pixels.
       const bool once = kScale || ((own % 2 == 0 || across > 1) && (own / 2 == 0 || down > 1));
       const int found = once ? static_cast<int>(p.index[query]) : -1;
       if (found >= 0) {
@@ -114,19 +115,19 @@ __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIF
         if (lane / 8 == i) source = lowest_bit(open);
       }
       const int from = source < 0 ? 0 : source;
-      Candidate judged;
-      judged.key.cell = shuffle(mine.key.cell, from);
-      judged.key.step_right = shuffle(mine.key.step_right, from);
-      judged.key.step_low = shuffle(mine.key.step_low, from);
-      judged.key.right = as_float(shuffle(as_int(mine.key.right), from));
-      judged.key.down = as_float(shuffle(as_int(mine.key.down), from));
-      judged.value = as_float(shuffle(as_int(mine.value), from));
-      judged.query = shuffle(mine.query, from);
-      judged.patch = group;
+      Candidate checked;
+      checked.key.cell = shuffle(mine.key.cell, from);
+      checked.key.step_right = shuffle(mine.key.step_right, from);
+      checked.key.step_low = shuffle(mine.key.step_low, from);
+      checked.key.right = as_float(shuffle(as_int(mine.key.right), from));
+      checked.key.down = as_float(shuffle(as_int(mine.key.down), from));
+      checked.value = as_float(shuffle(as_int(mine.value), from));
+      checked.query = shuffle(mine.query, from);
+      checked.patch = group;
       const int side = lane % 8 < 4 ? lane % 8 : lane % 8 + 1;
       const int near_y = strip_y + side / 3 - 1, near_x = strip_x + side % 3 - 1;
       const bool beaten = source >= 0 && near_y >= 0 && near_y < y.strips && near_x >= 0 && near_x < x.strips &&
-                          beaten_in<kScale>(p, judged, near_y, near_x);
+                          beaten_in<kScale>(p, checked, near_y, near_x);
       const unsigned lost = ballot(beaten);
       const bool stays = source >= 0 && lane % 8 == 0 && ((lost >> (lane / 8 * 8)) & 0xffu) == 0;
       const unsigned staying = ballot(stays);
@@ -135,17 +136,17 @@ __global__ void __launch_bounds__(kMatchThreads, 8) find_mutual_kernel(const LIF
       if (lane == 0) slot = atomic_add(p.count, count_bits(staying));
       slot = shuffle(slot, 0) + count_bits(staying & ((1u << lane) - 1u));
       if (stays) {
-        p.candidates[slot] = judged;
-        p.valid[judged.query] = true;
+        p.candidates[slot] = checked;
+        p.valid[checked.query] = true;
       }
     }
   }
 }
 
-// Judges the candidates against all query pixels: a block has rows of the table, those of some query cells, in its shared
-// memory, and looks at the patches around a cell where that cell passes a candidate's value.
+// Checks the candidates against all query pixels. A block keeps the table's rows of some query cells in shared memory.
+// It looks at the patches around a cell if that cell exceeds a candidate's value.
 template <bool kScale>
-__global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
+__global__ void __launch_bounds__(kCheckThreads, 4) check_mutual_kernel(const LIFT_FAST_GRID_CONSTANT MutualParams p) {
   LIFT_FAST_DYNAMIC_SHARED(shared);
   if (!runs(p.when)) return;
   const AxisParams &y = p.query.y, &x = p.query.x;
@@ -156,8 +157,8 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
   const int here = query_cells - first < p.rows ? query_cells - first : p.rows;
   float* const range = rows + p.rows * key_cells;  // largest and smallest scale around each cell
   const float* const from = p.table + std::int64_t{first} * key_cells;
-  for (int i = thread; i < here * key_cells; i += kJudgeThreads) rows[i] = from[i];
-  // The strips that begin or end at a cell, or both: this one and the two before, where they do.
+  for (int i = thread; i < here * key_cells; i += kCheckThreads) rows[i] = from[i];
+  // The strips that begin or end at a cell, or both, are among this one and the two before.
   const auto last_y = [&](int cell) { return KeyPixel::strip_before(y.low, y.strips, cell / x.cells); };
   const auto last_x = [&](int cell) { return KeyPixel::strip_before(x.low, x.strips, cell % x.cells); };
   const auto touches = [](const AxisParams& axis, int strip, int cell) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
       for (int i = 0; i < 9; ++i) {
         const int near_y = strip_y - i / 3, near_x = strip_x - i % 3;
         if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
-        // NaN, of a patch that takes no part, leaves both as they are.
+        // NaN, from a patch that takes no part, changes neither.
         high = larger(p.query.scale_high[near_y * x.strips + near_x], high);
         low = -larger(-p.query.scale_low[near_y * x.strips + near_x], -low);
       }
@@ -180,20 +181,20 @@ __global__ void __launch_bounds__(kJudgeThreads, 4) judge_mutual_kernel(const LI
   }
   __syncthreads();
   const int count = *p.count;
-  for (int number = thread; number < count; number += kJudgeThreads) {
+  for (int number = thread; number < count; number += kCheckThreads) {
     const Candidate candidate = p.candidates[number];
     const float bar = candidate.value - kMatchSlack * magnitude(candidate.value);
     for (int i = 0; i < here; ++i) {
       float bound = candidate.key.similarity(rows + i * key_cells);
       if constexpr (kScale) bound *= bound > 0.0f ? range[2 * i] : range[2 * i + 1];
-      // NaN passes nothing.
+      // A comparison with NaN is false.
       if (!(bound >= bar)) continue;
       const int cell = first + i, strip_y = last_y(cell), strip_x = last_x(cell);
       const int own_y = candidate.patch / x.strips, own_x = candidate.patch % x.strips;
       for (int k = 0; k < 9; ++k) {
         const int near_y = strip_y - k / 3, near_x = strip_x - k % 3;
         if (!touches(y, near_y, cell / x.cells) || !touches(x, near_x, cell % x.cells)) continue;
-        // Those around the candidate's own have been looked at.
+        // The first kernel has looked at the patches around the candidate's own.
         const int off_y = near_y - own_y, off_x = near_x - own_x;
         if (off_y >= -1 && off_y <= 1 && off_x >= -1 && off_x <= 1) continue;
         if (beaten_in<kScale>(p, candidate, near_y, near_x)) p.valid[candidate.query] = false;

@@ -15,7 +15,7 @@ constexpr int kGroupPixels = 64;  // of a group that are matched together: two t
 constexpr int kSeeds = 4;         // one for each query cell of a group
 // Of a block for a point, for four groups, and for rows of the table.
 constexpr int kMatchThreads = 128;
-constexpr int kJudgeThreads = 256;
+constexpr int kCheckThreads = 256;
 
 // How a call is cut into blocks.
 struct MatchLaunch {
@@ -39,7 +39,7 @@ struct GroupLayout {
   }
 };
 
-// `shared_block`: bytes that a block of the device may have.
+// `shared_block`: bytes of shared memory that one block may use.
 inline MatchLaunch group_launch(const GroupMatchCall& call, std::int64_t shared_block) {
   const std::int64_t cells = call.key.y.cells * call.key.x.cells;
   MatchLaunch launch{};
@@ -49,7 +49,7 @@ inline MatchLaunch group_launch(const GroupMatchCall& call, std::int64_t shared_
   launch.shared = GroupLayout(launch.staged ? static_cast<int>(cells) : 0, launch.warps).total;
   const MatchBand& band = call.band;
   const std::int64_t groups = (band.end_y - band.first_y) * (band.end_x - band.first_x);
-  // The outermost groups are larger than the rest; few groups share their pixels among many blocks.
+  // The outermost groups are larger than the others. Where there are few groups, many blocks share the pixels of one.
   const std::int64_t portions = (call.query_y.longest * call.query_x.longest + kGroupPixels - 1) / kGroupPixels;
   launch.portions = static_cast<int>(std::min(portions, std::max<std::int64_t>(2, 4096 / groups)));
   launch.blocks = groups * launch.portions;
@@ -63,7 +63,7 @@ struct AxisParams {
   const float* weight;
 };
 
-struct PictureParams {
+struct ImageParams {
   AxisParams y, x;
   const float *scale, *scale_high, *scale_low, *scale_rows;
 };
@@ -72,7 +72,7 @@ struct Candidate;
 
 struct GroupParams {
   const float* table;
-  PictureParams key;
+  ImageParams key;
   AxisParams query_y, query_x;
   int first_y, first_x, across, top, left, width;  // of the band; `across` strips in a row
   int portions;
@@ -84,7 +84,7 @@ struct GroupParams {
 
 struct PointParams {
   const float* table;
-  PictureParams key;
+  ImageParams key;
   float* similarity;
   std::int64_t* index;
   MatchWhen when;
@@ -92,13 +92,13 @@ struct PointParams {
 
 struct MutualParams {
   const float* table;
-  PictureParams query;
+  ImageParams query;
   AxisParams key_y, key_x;
   const std::int64_t* index;
   bool* valid;
   int* count;  // of the candidates
   Candidate* candidates;
-  int rows;  // of the table that a block judges
+  int rows;  // of the table that a block checks
   MatchWhen when;
 };
 
@@ -112,16 +112,15 @@ inline AxisParams axis_params(const MatchAxis& axis) {
           axis.weight};
 }
 
-inline PictureParams picture_params(const MatchPicture& picture) {
-  return {axis_params(picture.y), axis_params(picture.x), picture.scale,
-          picture.scale_high,     picture.scale_low,      picture.scale_rows};
+inline ImageParams image_params(const MatchImage& image) {
+  return {axis_params(image.y), axis_params(image.x), image.scale, image.scale_high, image.scale_low, image.scale_rows};
 }
 
 inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& launch) {
   const MatchBand& band = call.band;
   GroupParams params{};
   params.table = call.table;
-  params.key = picture_params(call.key);
+  params.key = image_params(call.key);
   params.query_y = axis_params(call.query_y);
   params.query_x = axis_params(call.query_x);
   params.first_y = static_cast<int>(band.first_y);
@@ -139,13 +138,13 @@ inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& l
 }
 
 inline PointParams point_params(const PointMatchCall& call) {
-  return {call.table, picture_params(call.key), call.similarity, call.index, call.when};
+  return {call.table, image_params(call.key), call.similarity, call.index, call.when};
 }
 
 inline MutualParams mutual_params(const MutualMatchCall& call) {
   MutualParams params{};
   params.table = call.table;
-  params.query = picture_params(call.query);
+  params.query = image_params(call.query);
   params.key_y = axis_params(call.key_y);
   params.key_x = axis_params(call.key_x);
   params.index = call.index;
@@ -169,10 +168,10 @@ inline MatchLaunch find_launch(const MutualMatchCall& call) {
   return {(call.query.y.strips * call.query.x.strips + kWarps - 1) / kWarps, kWarps, 0, 1, false};
 }
 
-inline MatchLaunch judge_launch(const MutualMatchCall& call) {
+inline MatchLaunch check_launch(const MutualMatchCall& call) {
   const std::int64_t query_cells = call.query.y.cells * call.query.x.cells;
   const std::int64_t key_cells = call.key_y.cells * call.key_x.cells, rows = mutual_params(call).rows;
-  return {(query_cells + rows - 1) / rows, kJudgeThreads / 32, 4 * rows * (key_cells + 2), 1, true};
+  return {(query_cells + rows - 1) / rows, kCheckThreads / 32, 4 * rows * (key_cells + 2), 1, true};
 }
 
 }  // namespace lift_fast

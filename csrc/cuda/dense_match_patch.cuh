@@ -8,7 +8,7 @@ namespace lift_fast {
 // Larger than every pixel's number.
 constexpr int kNoPixel = 0x7fffffff;
 constexpr int kNoSeed = -0x7fffffff - 1;
-// A value may pass its corners by rounding: three interpolations, a scale, and the bound's own.
+// Rounding may lift a value above its corners: three interpolations, a scale, and the bound's own.
 constexpr float kMatchSlack = 16 * 1.1920929e-7f;
 constexpr float kMatchLargest = 3.4028235e38f;
 
@@ -18,14 +18,14 @@ __device__ __forceinline__ bool runs(const MatchWhen& when) {
 __device__ __forceinline__ float magnitude(float value) { return value < 0.0f ? -value : value; }
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 // Zero, or NaN if the value is not finite.
-__device__ __forceinline__ float unsound(float value) { return value - value; }
+__device__ __forceinline__ float zero_if_finite(float value) { return value - value; }
 // An integer that is ordered as the number is, with one zero; and the number of such an integer.
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 __device__ __forceinline__ int rank_of(float value) { return ordered(as_int(value + 0.0f)); }
 __device__ __forceinline__ float ranked(int rank) { return as_float(ordered(rank)); }
 
-// A bilinear function of the shares (right, down) from its values at the four corners; exact where they are equal, and
-// the same wherever it is computed.
+// A bilinear function of the shares (right, down), from its values at the four corners. Exact where these are equal,
+// and bitwise the same wherever it is computed.
 struct Bilinear {
   float near, right, down, both;
   __device__ __forceinline__ Bilinear(float top_left, float top_right, float low_left, float low_right)
@@ -38,7 +38,7 @@ struct Bilinear {
   }
 };
 
-// The better of two matches, the lower pixel among equals; what overflows takes no part.
+// The better of two matches, the lower pixel among equals; an infinite value takes no part.
 __device__ __forceinline__ void improve(float value, int pixel, float& best, int& index) {
   const bool better = (value > best || (value == best && pixel < index)) && magnitude(value) <= kMatchLargest;
   best = better ? value : best;
@@ -58,9 +58,9 @@ struct Corners {
   }
 };
 
-// What a bound becomes by the patch's scales, rounding allowed for; `slack` without scales.
+// The bound times the patch's scales, with room for rounding; `slack` without scales.
 template <bool kScale>
-__device__ __forceinline__ float scaled_bound(const PictureParams& p, int patch, float bound, float slack) {
+__device__ __forceinline__ float scaled_bound(const ImageParams& p, int patch, float bound, float slack) {
   if constexpr (!kScale) return bound + slack;
   const float high = p.scale_high[patch];
   return multiply_add(slack, high, bound * (bound > 0.0f ? high : p.scale_low[patch]));
@@ -68,7 +68,7 @@ __device__ __forceinline__ float scaled_bound(const PictureParams& p, int patch,
 
 // Calls visit(value, pixel) for the pixels of a patch that may be its largest, until that returns false.
 template <bool kScale, class Visit>
-__device__ __forceinline__ void each_pixel(const PictureParams& p, int strip_y, int strip_x, const Bilinear& patch,
+__device__ __forceinline__ void each_pixel(const ImageParams& p, int strip_y, int strip_x, const Bilinear& patch,
                                            Visit visit) {
   const int first_y = p.y.first[strip_y], end_y = p.y.first[strip_y + 1];
   const int first_x = p.x.first[strip_x], end_x = p.x.first[strip_x + 1];

@@ -1,10 +1,11 @@
 // Dense matching: blocks of threads search an image for the pixels that are most similar to those of another.
 //
 // Similarities of pixels are bilinear in both images' cells, so those of a group's four query cells to a patch's four
-// corners bound every pixel of the group against every pixel of the patch. A block holds these bounds in shared memory,
-// and each of its warps visits those patches of its own strips whose bound passes the least of the best values that the
-// group's pixels have so far. To begin with, that bar is raised by the patches around the best key cell of each query
-// cell. Without scales, and linear in each direction, a patch is largest at one of its four outermost pixels: those alone.
+// corners bound every pixel of the group against every pixel of the patch. A block holds these bounds in shared memory.
+// Each of its warps visits the patches of its own strips whose bound exceeds the threshold: the least of the best
+// values that the group's pixels have so far. The patches around the best key cell of each query cell come first and
+// raise it. Without scales a patch is linear in each direction, so its largest value is at one of its four outermost
+// pixels.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,7 @@ class GroupMatcher {
         const bool exists = lane_ + 32 * r < rest;
         right_[r] = exists ? p_.query_x.weight[start_x + own % across] : 0.0f;
         down_[r] = exists ? p_.query_y.weight[start_y + own / across] : 0.0f;
-        // Without a pixel: a best that no bound reaches.
+        // Lanes without a pixel have a best value that no bound reaches.
         best_[r] = as_float(exists ? static_cast<int>(0xff800000u) : 0x7f800000);
         index_[r] = kNoPixel;
       }
@@ -78,7 +79,8 @@ class GroupMatcher {
 
  private:
   __device__ __forceinline__ float bound_of(float a, float b, float c, float d) const {
-    return larger(larger(a, b), larger(c, d)) + ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)));
+    return larger(larger(a, b), larger(c, d)) +
+           ((zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d)));
   }
 
   // The largest similarity of the group's query cells to a key cell; NaN where one is not finite.
@@ -94,7 +96,7 @@ class GroupMatcher {
     if constexpr (kStaged) upper_[cell] = bound;
     if (!(bound == bound)) return;
     most = larger(most, larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d))));
-    // The best cells only to a few digits, with the slot in place of the others; negative numbers in any order.
+    // The best cells to a few digits only, with the slot in the place of the others; negative numbers in any order.
     const int tag = slot < 1023 ? slot : 1023;
     const float value[kSeeds] = {a, b, c, d};
 #pragma unroll
@@ -151,8 +153,8 @@ class GroupMatcher {
     return scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, bound, slack_);
   }
 
-  // The strip that begins at a cell, if all are as long; else one about there. Beside the strips between two cells there
-  // is one of pixels beyond the first centre and one beyond the last, or one at each centre.
+  // The strip that begins at a cell if all strips are equally long, else one near it. In addition to the strips between
+  // two cells there is one beyond the first centre and one beyond the last, or one at each centre.
   static __device__ __forceinline__ int strip_at(const AxisParams& axis, int cell) {
     const int strip = static_cast<int>(std::int64_t{cell} * (axis.strips - 1) / axis.cells) + 1;
     return strip < axis.strips ? strip : axis.strips - 1;
@@ -194,7 +196,7 @@ class GroupMatcher {
       for (int base = 0; base < x.strips; base += 32) {
         const int strip_x = base + lane_;
         const float bound = strip_x < x.strips ? bound_patch(top, low, strip_y, strip_x) : as_float(0x7fffffff);
-        // NaN passes nothing; an equal bound may hold a lower pixel.
+        // A comparison with NaN is false; an equal bound may hold a lower pixel.
         unsigned open = ballot(bound >= least);
         while (open != 0) {
           const int lane = lowest_bit(open);
@@ -206,7 +208,7 @@ class GroupMatcher {
     }
   }
 
-  // Looks for better matches of the group's pixels in one patch; whether there may be some.
+  // Looks for better matches of the group's pixels in one patch; returns whether there may be some.
   __device__ __forceinline__ bool visit(int strip_y, int strip_x) {
     const Corners at(p_.key.y, p_.key.x, strip_y, strip_x);
     const int cell[4] = {at.top_left, at.top_right, at.low_left, at.low_right};
@@ -242,7 +244,8 @@ class GroupMatcher {
     return promising;
   }
 
-  // With scales: a row of the patch is linear, so that its ends and its largest scale bound it; most hold nothing.
+  // With scales: a row of the patch is linear, so its ends and its largest scale bound it. Most rows hold no better
+  // match.
   __device__ __forceinline__ void visit_rows(int strip_y, int strip_x, const Bilinear& patch, float& best, int& index) {
     const AxisParams &y = p_.key.y, &x = p_.key.x;
     const int end_y = y.first[strip_y + 1], first_x = x.first[strip_x], end_x = x.first[strip_x + 1];
@@ -261,7 +264,7 @@ class GroupMatcher {
     }
   }
 
-  // For the pixel of one lane alone: the lanes share the patch's pixels.
+  // For the pixel of one lane: the lanes share the patch's pixels.
   __device__ __forceinline__ void visit_for(int owner, int strip_y, int strip_x, const float (&corner)[4], float& best,
                                             int& index) {
     float value[4];
@@ -297,7 +300,7 @@ class GroupMatcher {
                 index_[r]);
       }
     }
-    // Before anyone shares again.
+    // Before the next exchange.
     __syncthreads();
   }
 
@@ -339,7 +342,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
     const int strip_y = patch / x.strips, strip_x = patch % x.strips;
     const Corners at(y, x, strip_y, strip_x);
     const float a = row[at.top_left], b = row[at.top_right], c = row[at.low_left], d = row[at.low_right];
-    if ((unsound(a) + unsound(b)) + (unsound(c) + unsound(d)) != 0.0f) continue;
+    if ((zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d)) != 0.0f) continue;
     if constexpr (kScale) {
       const float most = larger(larger(a, b), larger(c, d));
       const float size = larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d)));
@@ -350,7 +353,7 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
       return true;
     });
   }
-  // The lowest pixel of those lanes that hold the largest value; each warp's, then the block's.
+  // The lowest pixel of the lanes that hold the largest value, of each warp, then of the block.
   int* const ranks = reinterpret_cast<int*>(shared);
   int* const pixels = ranks + kMatchThreads / 32;
   const int rank = rank_of(best), most = warp_max(rank);

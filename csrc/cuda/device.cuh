@@ -1,5 +1,4 @@
-// The instructions that kernels are written in: the device's, or those that the tests put in their place to run a kernel's
-// own source on the CPU.
+// The instructions that kernels use: the device's, or the tests' replacements, which run a kernel's source on the CPU.
 #pragma once
 
 #if defined(LIFT_FAST_EMULATED_DEVICE)

@@ -9,7 +9,7 @@ const DeviceFacts& ready(int device) {
   return encoder_kernels<EncoderCut::walk>().on(device);
 }
 
-// A call's tiling, found once for calls of the same kind that follow each other: that takes longer than the launch.
+// A call's tiling, kept for equal calls that follow: finding it takes longer than the launch.
 const EncoderTiling& tiling_of(const ImageEncoderCall& call, int device, const DeviceFacts& facts) {
   struct Found {
     int device = -1;

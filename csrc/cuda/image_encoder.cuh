@@ -2,16 +2,16 @@
 //
 // A block owns g rows and f columns of one image. Each of its warps owns a strip, 16 columns of the second
 // convolution, and walks down it two rows of the second convolution (a step) at a time. What the first convolution
-// leaves in a lane's registers is just what the second one takes from that lane, so its map is never stored. f goes
-// through shared memory, where the third convolution finds its windows.
+// leaves in a lane's registers is what the second one takes from that lane, so its map is never stored. f goes through
+// shared memory, where the third convolution finds its windows.
 //
-// Two other cuts of the same work, which are chosen by name. Where rows stream, a step is a loop over its two rows of the
-// second convolution: each row of the first convolution goes at once into every sum that it is part of, so that nothing
-// is made twice and the code is a third as long. Where steps are spread, each warp makes a single one, those of a g row
-// side by side: the way from the image to g is one step long, for few images on many multiprocessors.
+// Two other cuts of the same work are chosen by name. "stream": a step is a loop over its two rows of the second
+// convolution. Each row of the first convolution is added at once to every sum that needs it, so nothing is computed
+// twice and the code is a third as long. "spread": each warp makes a single step, those of a g row side by side. The
+// way from the image to g is then one step long, for few images on many multiprocessors.
 //
-// Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: what the
-// tensor cores put into it as a result and take from it as an operand. f lies in shared memory in that order too.
+// Everywhere lane = 4 g + t, and a lane's 8 values of a position's 32 channels are 8 (v / 2) + 2 t + v % 2: the layout
+// of both the tensor cores' results and their operands. f lies in shared memory in that order too.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@ class ImageEncoder {
   static constexpr bool kSpread = kCut == EncoderCut::spread;
   using Layout = EncoderLayout<T, kPool, kSpread>;
   static constexpr int kWords = T::kWords, kPerStep = Layout::kPerStep;
-  // A row of the second convolution as far as the row of the first one above it goes.
+  // The part of a row of the second convolution that comes from the row of the first one above it.
   struct Begun {
     float sum[4][4];
   };
-  // What a warp takes from one step to the next.
+  // What a warp keeps from one step to the next.
   using State = std::conditional_t<kCut == EncoderCut::walk, FirstRow<T>, Begun>;
 
  public:
@@ -44,7 +44,7 @@ class ImageEncoder {
     image = blockIdx.x / p.column_blocks / p.row_blocks;
     first_column = column_block == 0 ? 0 : p.columns_first + (column_block - 1) * p.columns;
     last_column = min(first_column + (column_block == 0 ? p.columns_first : p.columns), 2 * p.w);
-    // g's windows reach one f column to the left; two keep the strips on even columns.
+    // g's windows reach one f column to the left; with two the strips stay on even columns.
     strips_from = column_block == 0 ? 0 : first_column - 2;
     const int row = blockIdx.x / p.column_blocks % p.row_blocks * p.rows;
     own_step = 2 * row / kPerStep;
@@ -72,7 +72,7 @@ class ImageEncoder {
   }
 
  private:
-  // Every warp down its strip, the next step's image rows on their way.
+  // Every warp walks down its strip while the next step's image rows arrive.
   __device__ __forceinline__ void walk() {
     State above{};
     if (first_step > 0) stage(first_step - 1, 6, kLines);
@@ -86,7 +86,8 @@ class ImageEncoder {
     begin(above, first_step);
     for (int step = first_step; step < end_step; ++step) {
       wait_copies<0>();
-      // The step's image rows are there; f rows of the step before too, and no one reads its image rows any more.
+      // The step's image rows and the previous step's f rows have arrived; no warp reads the previous image rows any
+      // more.
       __syncthreads();
       if (step + 1 < end_step) stage(step + 1, 0, kLines);
       commit_copies();
@@ -97,7 +98,7 @@ class ImageEncoder {
     finish(end_step - 1);
   }
 
-  // Every warp one step; then all together what lies behind.
+  // Every warp makes one step; then all of them compute g.
   __device__ __forceinline__ void spread() {
     stage(first_step - 1, 6, kLines + 24 * (end_step - first_step));
     commit_copies();
@@ -116,7 +117,7 @@ class ImageEncoder {
     for (int done = own_step; done < end_step; ++done) finish(done);
   }
 
-  // The row of the first convolution above a warp's first step; zero above the image, the second one's padding.
+  // The row of the first convolution above a warp's first step; above the image zero, the second one's padding.
   __device__ __forceinline__ void begin(FirstRow<T>& above, int step) {
     if (step > 0) {
       left_column(step - 1, true);
@@ -137,7 +138,7 @@ class ImageEncoder {
     window_row(above.sum, 0, row, before);
   }
 
-  // The weights of nine taps, in the background: of the second convolution from part 0, of the third from part 9 on.
+  // Copies nine taps' weights in the background: the second convolution's begin at part 0, the third's at part 9.
   __device__ __forceinline__ void copy_weights(int part) {
     const auto* source = static_cast<const unsigned char*>(p.packed) + (1 + part) * kPart * T::kItem;
     unsigned char* const target = shared + part * kPart * T::kItem;
@@ -158,7 +159,7 @@ class ImageEncoder {
       const int y = 8 * step - 1 + line / 3;
       const bool inside = static_cast<unsigned>(y) < height;
       std::int64_t at = start + line % 3 * p.stride[1] + y * p.stride[2];
-      unsigned char* to = picture(step) + line * Layout::pitch(strips) + lane * Layout::kChunk;
+      unsigned char* to = image_lines(step) + line * Layout::pitch(strips) + lane * Layout::kChunk;
       if (p.aligned) {
         const unsigned char* from = static_cast<const unsigned char*>(p.imgs) + at * T::kItem;
 #pragma unroll 1
@@ -199,7 +200,7 @@ class ImageEncoder {
 
   // The three lines of this lane's window values, for row 1 to 4 of a step's new rows of the first convolution.
   __device__ __forceinline__ void load_chunks(Chunks<T>& c, int step, int row, int chunk) const {
-    const unsigned char* from = picture(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk;
+    const unsigned char* from = image_lines(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk;
 #pragma unroll
     for (int i = 0; i < 3; ++i) load_words<kWords>(c.line[i], from + line(i));
   }
@@ -207,8 +208,8 @@ class ImageEncoder {
   // Byte offset of a lane's line: t, t + 4, and 8 for every lane.
   __device__ __forceinline__ int line(int i) const { return (i == 2 ? 8 : t + 4 * i) * Layout::pitch(strips); }
 
-  // The first convolution of the column to the left of the strip, rows 1 to 4, into shared memory; row 4 `only_last`,
-  // whose image rows alone are there then.
+  // Writes the first convolution of the column to the left of the strip, rows 1 to 4, to shared memory; with
+  // `only_last` row 4 alone, because only its image rows have arrived.
   __device__ __forceinline__ void left_column(int step, bool only_last) {
     Chunks<T> c;
     load_chunks(c, step, only_last ? 4 : 1 + g % 4, 8 * strip);
@@ -219,7 +220,7 @@ class ImageEncoder {
     std::uint32_t word[kWords];
     activate<T>(word, sum, 0);
     if (strips_from == 0 && strip == 0) {
-      // The second convolution's padding is zero, and not the first convolution of padding.
+      // The second convolution's padding is zero, not the first convolution of padding.
 #pragma unroll
       for (int i = 0; i < kWords; ++i) word[i] = 0;
     }
@@ -227,14 +228,15 @@ class ImageEncoder {
     __syncwarp();
   }
 
-  // Row 1 to 4 of a step's new rows: the even columns where `even` is wanted, the odd ones where `odd` is.
+  // Row 1 to 4 of a step's new rows: even columns if `even`, odd columns if `odd`.
   __device__ __forceinline__ void first_convolution(std::uint32_t (*even)[kWords], std::uint32_t (*odd)[kWords],
                                                     int step, int row) const {
     const int chunk = 1 + 8 * strip + g;
     Chunks<T> c;
     load_chunks(c, step, row, chunk);
     if (even) {
-      const unsigned char* before = picture(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk - 4;
+      const unsigned char* before = image_lines(step) + (6 * row - 6) * Layout::pitch(strips) + chunk * Layout::kChunk -
+                                    4;
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
         c.before[i] = shuffle_up(c.line[i][kWords - 1], 4);
@@ -249,7 +251,7 @@ class ImageEncoder {
     std::uint32_t upper[kWords], lower[kWords];
     window<T>(upper, c, parity, t, p.same);
     window<T>(lower, c, parity + 2, t, p.same);
-    // Here and below: keeps the compiler from working on several rows at a time, for which there are not enough registers.
+    // Here and below: keeps the compiler from working on several rows at a time, for which registers do not suffice.
     __syncwarp();
     float sum[4][4] = {};
     multiply<T>(sum, upper, lower, first_weight);
@@ -258,7 +260,7 @@ class ImageEncoder {
     __syncwarp();
   }
 
-  // The odd columns one to the left: 4g - 1 and 4g + 1. Lane g = 0 finds the first where left_column has put it.
+  // The odd columns shifted one to the left: 4g - 1 and 4g + 1. Lane g = 0 reads the first from left_column's result.
   __device__ __forceinline__ void shift(std::uint32_t (&out)[kWords], const std::uint32_t (*odd)[kWords],
                                         const unsigned char* left) const {
 #pragma unroll
@@ -269,8 +271,8 @@ class ImageEncoder {
     }
   }
 
-  // One tap of the second convolution for both rows of the step, so that its weights are loaded once: rows g and g + 8
-  // of the operands of the upper and of the lower row.
+  // One tap of the second convolution for both rows of the step, so its weights are loaded once: rows g and g + 8 of
+  // the operands belong to the upper and the lower row.
   __device__ __forceinline__ void tap(float (&sum)[2][4][4], int number, const std::uint32_t* upper_first,
                                       const std::uint32_t* upper_second, const std::uint32_t* lower_first,
                                       const std::uint32_t* lower_second) const {
@@ -339,7 +341,7 @@ class ImageEncoder {
     __syncwarp();
   }
 
-  // Row by row in a loop that is short enough for the instruction cache of a quarter of a multiprocessor.
+  // Row by row, in a loop short enough for the instruction cache of a quarter of a multiprocessor.
   __device__ __forceinline__ void second_convolution(Begun& above, int step) {
     left_column(step, false);
     float held[4][2];
@@ -363,7 +365,7 @@ class ImageEncoder {
     }
   }
 
-  // The larger of two columns; with those of the row above in the ring after the second one.
+  // The larger of two columns; after the second row the larger of both rows goes into the ring.
   __device__ __forceinline__ void pool_row(const float (&sum)[4][4], float (&held)[4][2], int step, int i) const {
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
@@ -380,7 +382,7 @@ class ImageEncoder {
     store_words<kWords>(ring(step, 8 * strip + g) + t * Layout::kChunk, word);
   }
 
-  // A row of the second convolution into the ring where nothing is pooled.
+  // Without pooling: a row of the second convolution goes into the ring.
   __device__ __forceinline__ void store_row(const float (&sum)[4][4], int step, int i) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -393,7 +395,7 @@ class ImageEncoder {
     }
   }
 
-  // Both rows of the step, pooled if asked for, into the ring of f rows; `above` moves on.
+  // Writes both rows of the step, pooled with `pool`, into the ring of f rows and advances `above`.
   __device__ __forceinline__ void second_convolution(FirstRow<T>& above, int step) {
     left_column(step, false);
     float sum[2][4][4];
@@ -527,13 +529,13 @@ class ImageEncoder {
     }
   }
 
-  // Where a step's image lines begin. A line that two spread steps need is there once.
-  __device__ __forceinline__ unsigned char* picture(int step) const {
+  // Where a step's image lines begin. Spread steps share the lines that two of them need.
+  __device__ __forceinline__ unsigned char* image_lines(int step) const {
     const int line = kSpread ? Layout::kLinesBefore + 24 * (step - first_step) : (step & 1) * kLines;
-    return shared + Layout::picture(strips, steps()) + line * Layout::pitch(strips);
+    return shared + Layout::image_lines(strips, steps()) + line * Layout::pitch(strips);
   }
 
-  // What left_column leaves for a row of a step; that of the step before is there still.
+  // left_column's result for a row of a step; the previous step's is still there.
   __device__ __forceinline__ unsigned char* halo(int step, int row) const {
     return shared + Layout::halo() + ((warp * 8 + (step & 1) * 4 + row - 1) * 4 + t) * Layout::kChunk;
   }

@@ -25,13 +25,13 @@ struct ImageEncoderCall {
 };
 
 // The three convolutions' weights in the order in which a warp's lanes hold them as operands of the tensor cores:
-// [1 + 9 + 9 parts][4 output octets][32 lanes][8 values]; lift_fast/ops/image_encoder_cuda.py fills it.
+// [1 + 9 + 9 parts][4 output octets][32 lanes][8 values]; lift_fast/ops/lift_forward/image_encoder_cuda.py fills it.
 constexpr std::int64_t kEncoderWeights = (1 + 9 + 9) * 4 * 32 * 8;
 
 // How a call is cut into blocks.
 struct EncoderTiling {
   EncoderCut cut;
-  int strips, steps;     // of a block, side by side; one step but where they are spread
+  int strips, steps;     // of a block, side by side; one step except with spread
   std::int64_t all_steps;
   int warps;             // one for each strip and step
   int columns_first;     // f columns that the first block of a row owns
@@ -44,14 +44,14 @@ struct EncoderTiling {
 // What the tiling depends on.
 struct EncoderDevice {
   std::int64_t multiprocessors;
-  std::int64_t shared_block, shared_multiprocessor;  // bytes that one block may have, and that all together have
+  std::int64_t shared_block, shared_multiprocessor;  // bytes of one block at most, and of all together
 };
 
-// Loads the kernels on a device, which the first call there does otherwise. Throws std::runtime_error where CUDA refuses.
+// Loads the kernels on a device; otherwise the first call does. Throws std::runtime_error if CUDA refuses.
 void image_encoder_prepare(int device);
 
-// Launches on `stream` of `device` and returns; throws std::invalid_argument for impossible calls, std::runtime_error
-// where CUDA refuses. Allocates nothing, waits for nothing, leaves the current device as it was.
+// Launches on `stream` of `device` and returns. Throws std::invalid_argument for impossible calls and
+// std::runtime_error if CUDA refuses. Allocates nothing, waits for nothing, and keeps the current device.
 void image_encoder_run(const ImageEncoderCall& call, int device, void* stream);
 
 }  // namespace lift_fast

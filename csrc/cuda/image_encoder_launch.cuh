@@ -1,4 +1,4 @@
-// Launches of the image encoder's kernels; each source that includes this compiles those of one cut.
+// Launches of the image encoder's kernels; each source that includes this compiles the kernels of one cut.
 #pragma once
 
 #include "image_encoder.cuh"
@@ -36,7 +36,7 @@ void encoder_launch(const ImageEncoderCall& call, const EncoderTiling& tiling, c
   }
 }
 
-// Those of a source of its own, which compiles beside the others.
+// Each in a source of its own, so that they compile at the same time.
 void stream_encoder_prepare(int device);
 void stream_encoder_launch(const ImageEncoderCall& call, const EncoderTiling& tiling, cudaStream_t stream);
 void spread_encoder_prepare(int device);

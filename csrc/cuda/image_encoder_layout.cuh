@@ -28,7 +28,7 @@ struct EncoderParams {
   int columns_first, columns;  // f columns that the first, and each further, block of a row owns
   int column_blocks, row_blocks;
   int rows;           // g rows of a block
-  int strips, steps;  // of a block; steps only where it is spread
+  int strips, steps;  // of a block; steps only with spread
   std::uint32_t same;  // kSameBytes
   bool aligned;        // 8 pixels of a row can be copied as they lie
 };
@@ -63,8 +63,8 @@ struct EncoderLayout {
   static constexpr int kPerStep = kPool ? 1 : 2;               // f rows of a step
   static constexpr int kRing = kPool ? 4 : 5;                  // f rows of a step and of the windows behind it
   static constexpr int kChunk = 8 * T::kItem;  // 8 pixels, or a lane's share of one position's channels
-  static constexpr int kParts = kSpread ? 18 : 9;  // taps whose weights are here
-  static constexpr int kLinesBefore = 6;  // image lines before those of the first step
+  static constexpr int kParts = kSpread ? 18 : 9;  // taps whose weights lie here
+  static constexpr int kLinesBefore = 6;  // image lines before the first step's
 
   __host__ __device__ static constexpr int warps(int strips, int steps) { return kSpread ? strips * steps : strips; }
   __host__ __device__ static constexpr int chunks(int strips) { return 1 + strips * kStripPixels / 8; }
@@ -74,7 +74,7 @@ struct EncoderLayout {
   }
   __host__ __device__ static constexpr int ring_row(int strips) { return strips * kStripColumns * 4 * kChunk; }
   __host__ __device__ static constexpr int ring_rows(int steps) { return kSpread ? kPerStep * steps : kRing; }
-  // All image rows where steps are spread, else two steps' in turn.
+  // With spread all image rows, else those of two steps in turn.
   __host__ __device__ static constexpr int lines(int steps) {
     return kSpread ? kLinesBefore + 3 + 24 * steps : 2 * kLines;
   }
@@ -84,11 +84,11 @@ struct EncoderLayout {
   __host__ __device__ static constexpr int ring(int strips, int steps) {
     return halo() + warps(strips, steps) * 8 * 4 * kChunk;
   }
-  __host__ __device__ static constexpr int picture(int strips, int steps) {
+  __host__ __device__ static constexpr int image_lines(int strips, int steps) {
     return ring(strips, steps) + ring_rows(steps) * ring_row(strips);
   }
   __host__ __device__ static constexpr int total(int strips, int steps) {
-    return picture(strips, steps) + lines(steps) * pitch(strips);
+    return image_lines(strips, steps) + lines(steps) * pitch(strips);
   }
 };
 

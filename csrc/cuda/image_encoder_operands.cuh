@@ -1,4 +1,4 @@
-// What a lane of the image encoder holds: operands of each dtype on the tensor cores, windows of the image and products.
+// What a lane of the image encoder holds: operands of each dtype for the tensor cores, windows of the image, products.
 #pragma once
 
 #include <cstdint>
@@ -82,8 +82,8 @@ struct Chunks {
 };
 
 // A lane's 8 of the 32 window values of the first convolution's column m of a chunk. With i = 3 row + channel a line of
-// the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1, and
-// lanes 2 and 3 hold ones, whose weights are the bias in three parts.
+// the window: lines t and t + 4 (middle and right pixel each), their left pixels; line 8 is shared by lanes 0 and 1,
+// and lanes 2 and 3 hold ones, whose weights are the bias in three parts.
 template <class T>
 __device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const Chunks<T>& c, int m, int t,
                                        std::uint32_t same) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void window(std::uint32_t (&value)[T::kWords], const 
     std::uint32_t left[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) left[i] = m == 0 ? c.before[i] : c.line[i][m - 1];
-    // A move in effect, but one that is made once: plain moves the compiler makes anew for each of the four products.
+    // In effect a move, but one that happens once: the compiler repeats plain moves for each of the four products.
     value[0] = select_bytes(c.line[0][m], 0, same);
     value[1] = select_bytes(c.line[1][m], 0, same);
     value[2] = select_bytes(left[0], left[1], 0x7632);

@@ -1,4 +1,4 @@
-// What can be decided about a call of the image encoder without a device: whether it is possible, and its blocks.
+// What a call of the image encoder needs before a device: checks of its arguments, and its blocks.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline EncoderType encoder_type(const std::string& name) {
   throw std::invalid_argument("image_encoder: dtype must be bfloat16, float16 or float32, got " + name);
 }
 
-// Throws std::invalid_argument where a pointer, a size or an alignment is impossible.
+// Throws std::invalid_argument if a pointer, a size or an alignment is impossible.
 inline void check_encoder_call(const ImageEncoderCall& call) {
   const auto fail = [](const std::string& what) { throw std::invalid_argument("image_encoder: " + what); };
   constexpr std::int64_t kSide = std::int64_t{1} << 24, kElements = std::int64_t{1} << 58;
@@ -59,11 +59,11 @@ inline void check_encoder_call(const ImageEncoderCall& call) {
   check(call.g, "g", 16);
 }
 
-// Whether 8 pixels of a row lie together and aligned for every row, so that they can be copied as they are.
+// Whether 8 pixels of a row are contiguous and aligned in every row, so that they can be copied as they are.
 inline bool encoder_rows_aligned(const ImageEncoderCall& call) {
   const std::int64_t pixels = 16 / encoder_itemsize(call.type);
-  const bool pictures = call.batch == 1 || call.stride[0] % pixels == 0;
-  return reinterpret_cast<std::uintptr_t>(call.imgs) % 16 == 0 && call.stride[3] == 1 && pictures &&
+  const bool aligned_images = call.batch == 1 || call.stride[0] % pixels == 0;
+  return reinterpret_cast<std::uintptr_t>(call.imgs) % 16 == 0 && call.stride[3] == 1 && aligned_images &&
          call.stride[1] % pixels == 0 && call.stride[2] % pixels == 0;
 }
 
@@ -86,16 +86,16 @@ inline EncoderTiling encoder_blocks(const ImageEncoderCall& call, int strips, st
   tiling.column_blocks = columns <= first ? 1 : 1 + (columns - first + further - 1) / further;
   tiling.row_blocks = (call.h + rows - 1) / rows;
   tiling.rows = rows;
-  // With pool a step makes half of the f rows that a g row needs, else all. A further one makes the f row above the
-  // block's own.
+  // With pool a step makes half of the f rows that a g row needs, else all. One more step makes the f row above the
+  // block's own rows.
   tiling.all_steps = (call.pool ? 2 : 1) * rows + (tiling.row_blocks > 1 ? 1 : 0);
   tiling.steps = call.cut == EncoderCut::spread ? static_cast<int>(tiling.all_steps) : 1;
   tiling.warps = strips * tiling.steps;
   return tiling;
 }
 
-// The tiling of a cut with the least predicted time. `max_blocks` of them fit into a multiprocessor's registers where blocks walk,
-// one where steps are spread; `shared(tiling)` are the bytes of shared memory that a block needs.
+// The tiling of a cut with the least predicted time. A multiprocessor's registers hold `max_blocks` blocks, with spread
+// one; `shared(tiling)` returns the bytes of shared memory that a block needs.
 template <class Shared>
 EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& device, int max_warps, int max_blocks,
                              Shared shared) {
@@ -104,21 +104,21 @@ EncoderTiling encoder_tiling(const ImageEncoderCall& call, const EncoderDevice& 
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](EncoderTiling tiling) {
     tiling.shared = shared(tiling);
-    const std::int64_t of_picture = tiling.column_blocks * tiling.row_blocks;
-    if (tiling.shared > device.shared_block || of_picture > std::numeric_limits<std::int32_t>::max() / call.batch)
+    const std::int64_t image_blocks = tiling.column_blocks * tiling.row_blocks;
+    if (tiling.shared > device.shared_block || image_blocks > std::numeric_limits<std::int32_t>::max() / call.batch)
       return;
-    const std::int64_t here = (call.batch * of_picture + device.multiprocessors - 1) / device.multiprocessors;
+    const std::int64_t here = (call.batch * image_blocks + device.multiprocessors - 1) / device.multiprocessors;
     // CUDA keeps 1 KB of every block for itself.
     const std::int64_t fitting = device.shared_multiprocessor / (tiling.shared + 1024);
     const std::int64_t resident = std::clamp<std::int64_t>(fitting, 1, spread ? 1 : max_blocks);
     const std::int64_t together = std::min(resident, here);
     const auto turns = static_cast<double>((here + together - 1) / together);
-    // A multiprocessor has four tensor cores; the half is the time for which one warp waits for itself.
+    // A multiprocessor has four tensor cores; the half is the time that one warp waits for its own results.
     const double busy = std::max(1.0, static_cast<double>(together * tiling.warps) / 4) + 0.5;
     const auto rows = static_cast<double>(tiling.all_steps);
-    // The row above a step takes a third of one, and reading the weights takes about as long as one.
+    // The row above a step takes a third of a step, and reading the weights takes about as long as one.
     const double steps = spread ? 2.3 : rows + 1;
-    // What a block copies is the same for every number of warps that share it.
+    // A block copies the same amount for any number of warps.
     const double time = turns * (steps * busy + (rows + 5) / (2 * tiling.warps));
     if (time < least) {
       least = time;

@@ -1,4 +1,4 @@
-// What every launch of a CUDA kernel needs: errors as exceptions, its device made current, and kernels that are ready.
+// What every launch of a CUDA kernel needs: errors as exceptions, the right current device, and loaded kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace lift_fast {
 // `what` is the kernel's name, for the message.
 inline void succeed(cudaError_t error, const char* what, const char* step) {
   if (error == cudaSuccess) return;
-  // Clears the error, so that the next user of the runtime does not meet it.
+  // Clears the error, so that the runtime's next user does not see it.
   (void)cudaGetLastError();
   throw std::runtime_error(std::string(what) + ": " + step + ": " + cudaGetErrorString(error));
 }
@@ -23,9 +23,9 @@ inline void succeed(cudaError_t error, const char* what, const char* step) {
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* what) {
-    succeed(cudaGetDevice(&previous_), what, "the current device");
+    succeed(cudaGetDevice(&previous_), what, "cannot query the current device");
     if (device != previous_) {
-      succeed(cudaSetDevice(device), what, "the device cannot be chosen");
+      succeed(cudaSetDevice(device), what, "cannot select the device");
       changed_ = true;
     }
   }
@@ -40,7 +40,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// In here the thread may load kernels although one of its streams is being captured into a graph.
+// In this scope the thread may load kernels even while one of its streams is being captured into a graph.
 class CaptureTolerated {
  public:
   CaptureTolerated() { known_ = cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess; }
@@ -57,11 +57,11 @@ class CaptureTolerated {
 
 struct DeviceFacts {
   int multiprocessors;
-  int shared_block, shared_multiprocessor;  // bytes that one block may have, and that all together have
+  int shared_block, shared_multiprocessor;  // bytes of one block at most, and of all together
 };
 
-// The kernels of one source, which are made ready once on each device: loaded there, and allowed all the shared memory
-// that a block may have. A launch then asks CUDA for nothing, and no thread changes a limit under another one's launch.
+// The kernels of one source. Each device prepares them once: it loads them and allows them all the shared memory that a
+// block may have. A launch then needs no other CUDA call, and no thread changes a limit during another's launch.
 class ReadyKernels {
  public:
   template <class... Kernels>
@@ -83,7 +83,7 @@ class ReadyKernels {
     const CaptureTolerated tolerated;
     const auto ask = [&](cudaDeviceAttr name) {
       int value = 0;
-      succeed(cudaDeviceGetAttribute(&value, name, device), what_, "a device attribute");
+      succeed(cudaDeviceGetAttribute(&value, name, device), what_, "cannot query a device attribute");
       return value;
     };
     known.facts = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),

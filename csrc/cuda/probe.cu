@@ -20,17 +20,17 @@ __global__ void report_architecture() {
 #endif
 }
 
-// A stream that waits for no other, and that no other waits for.
+// A stream that neither waits for another one nor makes another one wait.
 class OwnStream {
  public:
-  OwnStream() { succeed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kName, "no stream"); }
+  OwnStream() { succeed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kName, "cannot create a stream"); }
   ~OwnStream() { (void)cudaStreamDestroy(stream); }
   OwnStream(const OwnStream&) = delete;
   OwnStream& operator=(const OwnStream&) = delete;
   cudaStream_t stream = nullptr;
 };
 
-// What a kernel on the current device says it was compiled for.
+// The architecture that a kernel running on the current device was compiled for.
 int architecture() {
   const OwnStream own;
   int value = -1;
@@ -54,12 +54,12 @@ CudaProbe probe_cuda(int device) {
     if (device < 0 || device >= count) {
       return {false, "CUDA device " + std::to_string(device) + " does not exist, there are " + std::to_string(count)};
     }
-    // The first call of an operator may come while its stream is captured.
+    // An operator's first call may come while its stream is being captured.
     const CaptureTolerated tolerated;
     const DeviceGuard guard(device, kName);
     const int value = architecture();
     if (value < 800) return {false, "a kernel ran but wrote " + std::to_string(value) + " for its architecture"};
-    // Kernels load when they are first used; so that none has to within a capture.
+    // Kernels would load at their first use; this way none has to load within a capture.
     image_encoder_prepare(device);
     dense_match_prepare(device);
     return {true, "kernels compiled for compute_" + std::to_string(value / 10) + " run"};

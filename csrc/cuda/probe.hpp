@@ -1,4 +1,4 @@
-// Whether the CUDA part of this binary runs on a device, found out by running it.
+// Runs a kernel to learn whether the CUDA part of this binary works on a device.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no words for: tensor-core products, conversions with ReLU, asynchronous copies.
-// The tests put their own definitions of the same names in place of these to run a kernel on the CPU.
+// Instructions that CUDA C++ does not offer: tensor-core products, conversions with ReLU, asynchronous copies.
+// The tests replace them with definitions of the same names to run a kernel on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the latest `pending` groups of this thread's copies are there.
+// Waits for all but the latest `pending` groups of this thread's copies.
 template <int pending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

@@ -49,10 +49,10 @@ struct Axis {
   }
 };
 
-struct Picture {
+struct Image {
   Axis y, x;
   Bytes scale, high, low, rows;
-  operator MatchPicture() const {
+  operator MatchImage() const {
     return {y, x, scale.as<const float>(), high.as<const float>(), low.as<const float>(), rows.as<const float>()};
   }
 };
@@ -78,7 +78,7 @@ void groups(const Settings& settings) {
   const Bytes table;
   call.table = table.as<const float>();
   call.rows = number();
-  const Picture key;
+  const Image key;
   const Axis query_y, query_x;
   call.key = key;
   call.query_y = query_y;
@@ -86,7 +86,7 @@ void groups(const Settings& settings) {
   std::int64_t* const band[7] = {&call.band.first_y, &call.band.end_y, &call.band.first_x, &call.band.end_x,
                                  &call.band.top,     &call.band.left,  &call.band.width};
   for (std::int64_t* part : band) *part = number();
-  // Of which the band's pixels alone are written.
+  // Only the band's pixels are written.
   const Bytes similarity, index;
   call.similarity = similarity.as<float>();
   call.index = index.as<std::int64_t>();
@@ -105,7 +105,7 @@ void points(const Settings& settings) {
   const Bytes table;
   call.table = table.as<const float>();
   call.points = number();
-  const Picture key;
+  const Image key;
   call.key = key;
   const Bytes similarity, index;
   call.similarity = similarity.as<float>();
@@ -124,7 +124,7 @@ void mutual(const Settings& settings) {
   MutualMatchCall call{};
   const Bytes table;
   call.table = table.as<const float>();
-  const Picture query;
+  const Image query;
   const Axis key_y, key_x;
   call.query = query;
   call.key_y = key_y;
@@ -141,10 +141,10 @@ void mutual(const Settings& settings) {
   call.when = when;
   check_mutual(call);
   const MutualParams params = mutual_params(call);
-  const MatchLaunch find = find_launch(call), judge = judge_launch(call);
+  const MatchLaunch find = find_launch(call), check = check_launch(call);
   const bool scale = call.query.scale != nullptr;
   run(settings, find, [&] { scale ? find_mutual_kernel<true>(params) : find_mutual_kernel<false>(params); });
-  run(settings, judge, [&] { scale ? judge_mutual_kernel<true>(params) : judge_mutual_kernel<false>(params); });
+  run(settings, check, [&] { scale ? check_mutual_kernel<true>(params) : check_mutual_kernel<false>(params); });
   valid.reply();
 }
 

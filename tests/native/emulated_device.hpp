@@ -1,7 +1,7 @@
 // Runs a CUDA kernel's own source on the CPU: the threads of a block are fibers, the instructions of
-// csrc/cuda/tensor_core.cuh plain functions with the layouts that the PTX manual gives. A warp's instruction waits for all
-// its lanes, as the hardware does; warps run in an order that the test chooses, so that a missing barrier shows, and
-// asynchronous copies arrive as early or as late as the program allows.
+// csrc/cuda/tensor_core.cuh plain functions with the layouts that the PTX manual gives. A warp's instruction waits for
+// all its lanes, as the hardware does; warps run in an order that the test chooses, so that a missing barrier shows,
+// and asynchronous copies arrive as early or as late as the program allows.
 #pragma once
 
 #include <ucontext.h>
@@ -70,7 +70,7 @@ struct Thread {
   std::vector<Copy> open;
 };
 
-// What the lanes of a warp bring to an instruction that they execute together.
+// The lanes' inputs of an instruction that a warp executes together.
 struct Warp {
   int arrived = 0, kind = 0;
   long turn = 0;
@@ -124,7 +124,7 @@ inline void arrive(const Copy& copy) {
   }
 }
 
-// All lanes of the warp meet here; the last one to come executes `together`.
+// All lanes of the warp meet here; the last one to arrive executes `together`.
 template <class F>
 void meet(int kind, F together) {
   Block& b = block();
@@ -161,13 +161,13 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
   block_index.x = static_cast<unsigned>(index);
   block_size.x = static_cast<unsigned>(count);
   constexpr std::size_t kStack = 128 << 10;
-  // Kept for the blocks to come.
+  // Kept for the next blocks.
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() < b.threads.size()) stacks.emplace_back(new char[kStack]);
   for (Thread& thread : b.threads) {
     char* const stack = stacks[static_cast<std::size_t>(&thread - b.threads.data())].get();
 #if defined(__SANITIZE_ADDRESS__)
-    // Of a thread that ended without leaving its last function.
+    // From a thread that ended without leaving its last function.
     __asan_unpoison_memory_region(stack, kStack);
 #endif
     getcontext(&thread.context);
@@ -186,7 +186,7 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
     const long barriers = b.barriers;
     if (order == Order::random) std::shuffle(sequence.begin(), sequence.end(), random);
     for (int warp : sequence) {
-      // As far as this warp gets without the others.
+      // Runs this warp until it waits for the others.
       for (bool moved = true; moved;) {
         moved = false;
         const long turn = b.warps[static_cast<std::size_t>(warp)].turn;
@@ -202,7 +202,7 @@ inline void run_block(int index, int warps, std::size_t shared_bytes, Copies cop
       }
     }
     if (left == before && b.barriers == barriers)
-      fail("the block cannot go on: some lanes wait for lanes that do not come");
+      fail("the block is stuck: some lanes wait for lanes that never arrive");
   }
   std::free(shared);
 }

@@ -15,7 +15,7 @@ namespace {
 
 // As tests/test_native_image_encoder.py writes it, before the image's bytes, the packed weights and the biases.
 struct Case {
-  std::int64_t type, pool, batch, h, w, stride[4], picture_bytes;
+  std::int64_t type, pool, batch, h, w, stride[4], image_bytes;
   std::int64_t cut;  // of EncoderCut
   std::int64_t strips, rows;  // 0: as the launcher would choose on a device of these properties
   std::int64_t multiprocessors, shared_block, shared_multiprocessor;
@@ -58,7 +58,7 @@ void run_file(const std::string& path) {
   file.read(reinterpret_cast<char*>(&c), sizeof c);
   const auto type = static_cast<EncoderType>(c.type);
   const int item = encoder_itemsize(type);
-  const emulated::Array imgs(c.picture_bytes), packed(kEncoderWeights * item), bias(3 * 32 * 4);
+  const emulated::Array imgs(c.image_bytes), packed(kEncoderWeights * item), bias(3 * 32 * 4);
   for (const emulated::Array* array : {&imgs, &packed, &bias}) file.read(array->as<char>(), array->bytes());
   if (!file) {
     std::fprintf(stderr, "%s ends early\n", path.c_str());

@@ -66,7 +66,7 @@ int main() {
           double scale = 0;
           for (std::int64_t i = 0; i < n * k; ++i) scale = std::fmax(scale, std::fabs(other.similarity[i]));
           for (std::int64_t i = 0; i < n * k; ++i) {
-            // The verdict is each kernel's own sum in float32.
+            // The rescored similarity is computed by each kernel in float32.
             const double difference = std::fabs(static_cast<double>(ours.similarity[i]) - other.similarity[i]);
             const bool same = ours.index[i] == other.index[i] || difference <= 2e-6 * scale;
             if (!same || !(difference <= 2e-6 * scale + 1e-30) || ours.index[i] < 0 || ours.index[i] >= m) {

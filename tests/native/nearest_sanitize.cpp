@@ -4,7 +4,7 @@
 namespace lift_fast {
 namespace {
 
-// Stops the call when it has been asked so often.
+// Stops the call after this many checks.
 struct Countdown : Stop {
   int left;
   explicit Countdown(int looks) : Stop{&count, 0}, left(looks) {}
@@ -13,7 +13,7 @@ struct Countdown : Stop {
   }
 };
 
-// With `looks` below 0 to the end.
+// Runs to the end if `looks` is negative.
 void run(CpuIsa isa, std::int64_t batch, std::int64_t n, std::int64_t m, std::int64_t c, int looks = -1) {
   const auto query = rows(batch * n * c), key = rows(batch * m * c);
   for (int outputs = 0; outputs < 4; ++outputs) {

@@ -1,8 +1,8 @@
-// A CUDA runtime that does nothing but write down what it is asked for, one line each, and the launchers of csrc/cuda/ at
-// work on it: compiled by nvcc, linked with this in place of the runtime.
+// A CUDA runtime that does nothing but write down what it is asked for, one line each, and the launchers of csrc/cuda/
+// at work on it: compiled by nvcc, linked with this in place of the runtime.
 //
-// Line: scene, function, current device, and more where it matters. What would break a capture in progress, a kernel that
-// is launched before it was loaded, and a launch on the legacy stream are marked so.
+// Line: scene, function, current device, and more where it matters. What would break a capture in progress, a kernel
+// that is launched before it was loaded, and a launch on the legacy stream are marked so.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -30,7 +30,7 @@ bool capturing = false;
 cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 std::string failing;  // the function that fails
 cudaError_t last = cudaSuccess;
-// Filled before main, in no order that the language fixes.
+// Filled before main, in an order that the language does not define.
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> known;
   return known;
@@ -137,7 +137,7 @@ cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void*, std::size_t, std::s
   std::memcpy(to, &architecture, sizeof architecture);
   return done("cudaMemcpyFromSymbolAsync", stream_name(stream), true);
 }
-// No launcher may call these; one that does shall be named by a test, not by the linker.
+// No launcher may call these; a test, not the linker, must report one that does.
 cudaError_t cudaMalloc(void**, std::size_t) { return done("cudaMalloc", "", true); }
 cudaError_t cudaFree(void*) { return done("cudaFree", "", true); }
 cudaError_t cudaMemcpy(void*, const void*, std::size_t, cudaMemcpyKind) {
@@ -157,7 +157,7 @@ namespace {
 
 using namespace lift_fast;
 
-// Addresses that no one reads.
+// Addresses that are never read.
 template <class T>
 T* somewhere(std::uintptr_t offset = 0) {
   return reinterpret_cast<T*>((std::uintptr_t{1} << 30) + offset);
@@ -176,7 +176,7 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
           2 * pixels / cells};
 }
 
-MatchPicture picture(bool scale) {
+MatchImage image(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
   return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
 }
@@ -204,7 +204,7 @@ void match(int device, std::uintptr_t on, bool scale) {
   GroupMatchCall groups{};
   groups.table = somewhere<float>();
   groups.rows = 56 * 56;
-  groups.key = picture(scale);
+  groups.key = image(scale);
   groups.query_y = groups.query_x = axis(56, 448);
   groups.band = {0, 56, 0, 56, 0, 0, 56};
   groups.similarity = somewhere<float>();
@@ -213,13 +213,13 @@ void match(int device, std::uintptr_t on, bool scale) {
   PointMatchCall points{};
   points.table = somewhere<float>();
   points.points = 30;
-  points.key = picture(scale);
+  points.key = image(scale);
   points.similarity = somewhere<float>();
   points.index = somewhere<std::int64_t>();
   match_points_run(points, device, stream(on));
   MutualMatchCall mutual{};
   mutual.table = somewhere<float>();
-  mutual.query = picture(scale);
+  mutual.query = image(scale);
   mutual.key_y = mutual.key_x = axis(56, 448);
   mutual.index = somewhere<std::int64_t>();
   mutual.valid = somewhere<bool>();

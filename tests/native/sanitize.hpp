@@ -13,7 +13,7 @@
 
 namespace lift_fast {
 
-// Numbers, and now and then what takes no part and values whose product overflows.
+// Numbers, with a few values that take no part and a few whose product overflows.
 inline std::unique_ptr<float[]> rows(std::int64_t count) {
   std::unique_ptr<float[]> values(new float[count]);
   for (std::int64_t i = 0; i < count; ++i) {

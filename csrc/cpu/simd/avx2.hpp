@@ -29,7 +29,7 @@ struct avx2 {
   static void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
   static void fence() { _mm_sfence(); }
 
-  // Twice the work of float32 in a product of vectors, and its sum goes to other units of the processor.
+  // Twice as many products as float32, and other units of the processor add them.
   static constexpr Numbers numbers = Numbers::int16;
   typedef IntVec Sum;
   static Sum dot(Vec a, Vec b, Sum sum) {

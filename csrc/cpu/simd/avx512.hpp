@@ -15,7 +15,7 @@ struct avx512 {
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
   static float sum(Vec v) {
-    // By halves: the library's own reduction makes compilers warn of what it leaves undefined on purpose.
+    // By halves: the library's own reduction uses undefined values on purpose, and compilers warn of them.
     typedef float Half __attribute__((vector_size(32)));
     typedef float Quarter __attribute__((vector_size(16)));
     Half low, high;

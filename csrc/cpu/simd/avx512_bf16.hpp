@@ -12,7 +12,7 @@ struct avx512_bf16 : avx512 {
   static Sum dot(Vec a, Vec b, Sum sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
-  // Floats as bfloat16, the nearest: of one vector, of two side by side.
+  // Floats as the nearest bfloat16: of one vector, of two side by side.
   static void narrow(float* to, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v));
   }

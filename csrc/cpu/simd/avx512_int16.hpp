@@ -1,4 +1,4 @@
-// AVX-512 with VNNI, which processors have that lack bfloat16.
+// AVX-512 with VNNI, for processors without bfloat16.
 #pragma once
 
 #include "avx512.hpp"

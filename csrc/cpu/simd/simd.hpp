@@ -1,9 +1,9 @@
 // Vectors of the instruction set that a kernel is compiled for, LIFT_FAST_ISA.
 //
-// setup.py compiles each csrc/cpu/*_kernel.cpp once for every set. What is compiled for a set lies in anonymous namespaces,
-// and none of it may use a template of the standard library: of a function that several translation units emit the
-// linker keeps one, and were that the one made of AVX-512 instructions, other CPUs would stop at it. A test looks for
-// such functions in the objects.
+// setup.py compiles each csrc/cpu/*_kernel.cpp once for every set. All code compiled for a set lies in anonymous
+// namespaces and must not use templates of the standard library. If several translation units emit a function, the
+// linker keeps one of them; if that one held AVX-512 instructions, other CPUs would crash. A test looks for such
+// functions in the objects.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,10 @@
 //   any, bits    of a comparison's result: whether a lane holds; bit i for lane i
 //   above        the same bits of v > limit
 //   zip_low      the first halves of two vectors, their lanes in turn; zip_high the second halves
-//   stream       a store past the caches, aligned; fence: before what it wrote is read or written again
-//   numbers      the shortest that the set multiplies faster than float32; a word of Vec holds one float32 or two others
-//   dot          sum + the products of the words of a and b, as such numbers
+//   stream       an aligned store past the caches; fence: before its result is read or written again
+//   numbers      the shortest type that the set multiplies faster than float32; a word of Vec holds one float32 or two
+//                of another type
+//   dot          sum + the products of the words of a and b, in that type
 #define LIFT_FAST_QUOTED(name) #name
 #define LIFT_FAST_HEADER(set) LIFT_FAST_QUOTED(set.hpp)
 #include LIFT_FAST_HEADER(LIFT_FAST_ISA)
@@ -73,8 +74,7 @@ inline float as_float(std::uint32_t bits) {
   return value;
 }
 
-// Rows of a square block become its columns: after each step a pair of neighbours stands for rows that were half the
-// block apart.
+// Transposes a square block: each step makes neighbours of rows that were half the block apart.
 inline void transpose(Vec (&block)[kLanes]) {
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
