@@ -1,4 +1,4 @@
-"""Published numbers to compare with, each with its source: those that ship with the package, or one's own file."""
+"""Published numbers to compare with, each with its source: the ones in the package, or those of a file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Source:
 
     paper: str
     arxiv: str | None
-    """Number, such as ``2403.14625``; None for a paper that is not there."""
+    """Number, such as ``2403.14625``; None for a paper that is not on arXiv."""
     version: str | None
     """Of the arXiv text, such as ``v2``; None where it is not known."""
     place: str
     """Table, figure or section."""
     read_from: str
-    """The text or image that the numbers were copied from."""
+    """The text or image from which the numbers were copied."""
     quoted: bool
-    """True if that is somebody else's quotation of the paper."""
+    """True if that text only quotes the paper."""
 
     def __str__(self) -> str:
         arxiv = f", arXiv:{self.arxiv}{self.version or ''}" if self.arxiv else ""
@@ -43,15 +43,15 @@ class Entry:
     """One published number."""
 
     protocol: str
-    """As the results name it: ``spair``, ``davis``, ``discovery``, ``cka`` or ``cost``; ``warp`` for other people's."""
+    """As in the results: ``spair``, ``davis``, ``discovery``, ``cka`` or ``cost``; ``warp`` for others."""
     dataset: str | None
     """``2017 val`` for DAVIS, ``voc07``, ``voc12`` or ``coco20k`` for discovery, SPair's split; None for any."""
     label: str
-    """What to call the row."""
+    """Name of the row."""
     method: str
-    """As ``lift-fast eval --method`` names it, or a name of its own."""
+    """As for ``lift-fast eval --method``, or a name of its own."""
     backbone: str
-    """As ``--model`` names it, or a name of its own."""
+    """As for ``--model``, or a name of its own."""
     metric: str
     size: int | None
     """Pixels S of S x S images; None for images in their own size."""
@@ -72,11 +72,11 @@ def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
     """Read published numbers.
 
     Args:
-        path: a JSON file as docs/evaluation_report.md describes it; by default the one that ships with the package.
+        path: a JSON file in the form of docs/evaluation_report.md; by default the one in the package.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, no JSON, or breaks the schema; says which entry and why.
+        ValueError: if it is a folder, not JSON, or breaks the schema; names the entry and the reason.
     """
     content = read_json(path, "file of published numbers")
     try:
