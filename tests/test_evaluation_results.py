@@ -13,6 +13,7 @@ from lift_fast.evaluation.results import (
     bootstrap,
     load_json,
     provenance,
+    read_json,
     save_json,
     sha256,
 )
@@ -62,6 +63,16 @@ def test_json_round_trip(tmp_path):
         load_json(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="is a folder"):
         load_json(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_json_is_read_in_each_of_its_encodings(encoding, tmp_path):
+    path = tmp_path / "annotation.json"
+    path.write_bytes('{"name": "é"}'.encode(encoding))
+    assert read_json(path, "annotation") == {"name": "é"}
+    path.write_bytes(b'{"name": "\xff\xfe"}')
+    with pytest.raises(ValueError, match=r"annotation\.json is no JSON file \('utf-8' codec"):
+        read_json(path, "annotation")
 
 
 def test_provenance_hashes_files(tmp_path):

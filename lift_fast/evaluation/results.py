@@ -123,7 +123,8 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         ValueError: if it is a folder or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        # Bytes: json finds out whether they are UTF-8, 16 or 32, and drops a byte order mark.
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no {what} at {path}") from error
     except IsADirectoryError as error:
