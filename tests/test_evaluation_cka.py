@@ -228,7 +228,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monk
     partial.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"partial\.pt cannot be resumed .* delete it"):
         run(out=out)
-    with pytest.raises(ValueError, match="each size once"):
+    with pytest.raises(ValueError, match="each size must be given once"):
         run(sizes=(16, 16))
 
 

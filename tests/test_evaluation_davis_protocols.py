@@ -212,7 +212,7 @@ def test_masks_of_0_and_255(tmp_path):
     for path in folder.iterdir():
         save_mask(path, np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8))
     video = Davis(tmp_path).sequence("shape-0")
-    with pytest.raises(DavisError, match=r"00000\.png holds no object: all that is not 0 in it is 255, which is void"):
+    with pytest.raises(DavisError, match=r"00000\.png holds no object: all values but 0 are 255, which is void"):
         reader.first_annotation(video)
     binary = Davis(tmp_path, binary_masks=True).sequence("shape-0")
     first = reader.first_annotation(binary)

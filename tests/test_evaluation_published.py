@@ -102,7 +102,7 @@ def test_broken_files_of_published_numbers_are_refused(case, tmp_path):
 
 def test_files_of_published_numbers_that_are_no_json(tmp_path):
     (tmp_path / "numbers.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         load_published(tmp_path / "numbers.json")
     with pytest.raises(FileNotFoundError, match="no file of published numbers at"):
         load_published(tmp_path / "gone.json")

@@ -51,13 +51,13 @@ def test_json_round_trip(tmp_path):
     save_json(path, {"protocol": "x", "value": np.float32(0.5), "nan": float("nan"), 3: [np.int64(2), (1, 2)]})
     assert load_json(path, "x") == {"protocol": "x", "value": 0.5, "nan": None, "3": [2, [1, 2]]}
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match=r"holds no results of y, but of x"):
+    with pytest.raises(ValueError, match=r"is not a file of results of y: it holds results of x"):
         load_json(path, "y")
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="holds no results of an evaluation"):
+    with pytest.raises(ValueError, match="is not a file of results of an evaluation"):
         load_json(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         load_json(path)
     with pytest.raises(FileNotFoundError, match="no file of results at"):
         load_json(tmp_path / "gone.json")
@@ -71,7 +71,7 @@ def test_json_is_read_in_each_of_its_encodings(encoding, tmp_path):
     path.write_bytes('{"name": "é"}'.encode(encoding))
     assert read_json(path, "annotation") == {"name": "é"}
     path.write_bytes(b'{"name": "\xff\xfe"}')
-    with pytest.raises(ValueError, match=r"annotation\.json is no JSON file \('utf-8' codec"):
+    with pytest.raises(ValueError, match=r"annotation\.json is not a JSON file \('utf-8' codec"):
         read_json(path, "annotation")
 
 

@@ -275,8 +275,8 @@ def without(field):
 
 MALFORMED = {
     "missing": (Path.unlink, "no annotation at"),
-    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is no JSON file"),
-    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is no JSON file"),
+    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is not a JSON file"),
+    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is not a JSON file"),
     "list": (lambda path: path.write_text("[1]"), "holds a list"),
     "no box": (without("trg_bndbox"), "no 'trg_bndbox'"),
     "box": (change(trg_bndbox=[5, 5, 5, 5]), "trg_bndbox is"),
@@ -317,7 +317,7 @@ def test_disagreement_with_the_images_annotation_is_a_remark(root):
     found = spair.SPair(root).select()
     assert not found.skipped
     assert "key points differ from those of" in found.remarks[f"PairAnnotation/test/{victim.name}"]
-    assert "is no JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
+    assert "is not a JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
     assert len(found.remarks) == 2
 
 

@@ -21,7 +21,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures by method; a cell is an :class:`Estimate`, a number, or None for what was not measured."""
+    """Figures by method; a cell is an :class:`Estimate`, a number, or None if it was not measured."""
 
     title: str
     columns: Sequence[Column]
@@ -93,12 +93,12 @@ def _number(cell: Estimate | float | None) -> float | None:
 
 
 def _bars(text: str) -> str:
-    """Text that stays in one cell of a Markdown table."""
+    """Text for one cell of a Markdown table."""
     return " ".join(text.splitlines()).replace("|", r"\|")
 
 
 def _first_cell(text: str) -> str:
-    """Text that begins a row: what begins with these would be taken for an argument of the row before."""
+    """Text that begins a row: LaTeX takes these characters for an argument of the row before."""
     escaped = escape_latex(text)
     return "{}" + escaped if escaped.startswith(("[", "(", "*")) else escaped
 

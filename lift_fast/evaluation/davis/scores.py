@@ -56,8 +56,8 @@ def _measures(j: npt.NDArray[np.float64], f: npt.NDArray[np.float64]) -> dict[st
 def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> SequenceScores:
     """J and F of each object in each frame but the first and the last.
 
-    The objects are numbered 1 to the largest number in the first annotation, as published: a number that is skipped
-    there counts as an object that is never seen, a later number as background.
+    The objects are 1 to the largest number in the first annotation, as published: a number that does not occur there
+    counts as an object that is never seen, a larger number in a later annotation as background.
 
     Args:
         video: of the data set.
@@ -65,12 +65,12 @@ def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> Sequ
         threads: frames scored at one time.
 
     Raises:
-        DavisError: naming the file, if one is missing or cannot be read, has another size, or numbers an object that
-            the first annotation does not have.
+        DavisError: naming the file, if it is missing or cannot be read, has another size, or holds an object that is
+            not in the first annotation.
     """
     if len(video.frames) < 3:
         raise DavisError(
-            f"{video.name} has {len(video.frames)} frames; without the first and the last nothing is to score"
+            f"{video.name} has {len(video.frames)} frames; expected 3 or more: the first and the last do not count"
         )
     count = int(first_annotation(video).max())
     frames = video.frames[1:-1]
@@ -104,7 +104,7 @@ def score_folder(
     threads: int = 1,
     progress: Callable[[int], Any] = lambda sequences: None,
 ) -> tuple[list[SequenceScores], dict[str, str]]:
-    """Scores of all sequences, and by name what is wrong with those that could not be scored.
+    """Scores of all sequences, and by name why a sequence could not be scored.
 
     Args:
         dataset: with annotations of all frames.
@@ -131,10 +131,10 @@ def write_csv(scores: list[SequenceScores], folder: str | os.PathLike[str], subs
     means = mean_measures([o for _, o in objects])
     columns = ("J-Mean", "F-Mean")
     tables = {
-        f"global_results-{subset}.csv": [MEASURES, [_decimals(means[name]) for name in MEASURES]],
+        f"global_results-{subset}.csv": [MEASURES, [f"{means[name]:.3f}" for name in MEASURES]],
         f"per-sequence_results-{subset}.csv": [
             ("Sequence", *columns),
-            *([name, *(_decimals(o[column]) for column in columns)] for name, o in objects),
+            *([name, *(f"{o[column]:.3f}" for column in columns)] for name, o in objects),
         ],
     }
     written = []
@@ -144,7 +144,3 @@ def write_csv(scores: list[SequenceScores], folder: str | os.PathLike[str], subs
             csv.writer(file, lineterminator="\n").writerows(rows)
         written.append(path)
     return written
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.3f}"

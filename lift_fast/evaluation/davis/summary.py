@@ -1,4 +1,4 @@
-"""Results of DAVIS as JSON holds them, and their table."""
+"""Results of DAVIS in the form of JSON, and their table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def content(
     options: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything of a run.
+    """The result of a run.
 
     Args:
         scores: by method.
@@ -30,7 +30,7 @@ def content(
         ``"protocol", "complete", "options", "record", "skipped"``; ``"scores"``: method -> sequence -> ``"frames"``,
         ``"J"`` and ``"F"`` ``[objects][frames]`` and ``"objects"``, the measures of each, all from 0 to 1; and
         ``"summary"``: method -> measures in percent, means over all objects, with the number of ``"sequences"`` and
-        ``"objects"`` that went in.
+        ``"objects"`` in them.
     """
     return {
         "protocol": PROTOCOL,
@@ -65,7 +65,7 @@ def _summary(sequences: Sequence[SequenceScores]) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table of all methods, in percent; none where nothing could be scored."""
+    """One table of all methods, in percent; none if nothing could be scored."""
     summary = result["summary"]
     columns = [Column(name, "low" if name.endswith("Decay") else "high") for name in MEASURES]
     counts = {(entry["sequences"], entry["objects"]) for entry in summary.values()}
