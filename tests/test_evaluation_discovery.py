@@ -19,9 +19,9 @@ from lift_fast.evaluation.discovery import (
     draw_discovery,
     evaluate,
     iou,
-    judge,
     overlaps,
     prepare,
+    score_box,
 )
 from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
@@ -116,10 +116,10 @@ def test_planted_objects_in_coco_are_all_found(tmp_path, images):
 
 def test_any_box_counts_and_half_is_enough():
     sample = type("S", (), {"name": "a", "boxes": ((50, 50, 60, 60), (0, 0, 10, 20))})()
-    half = judge(sample, (0, 0, 10, 10), False)
+    half = score_box(sample, (0, 0, 10, 10), False)
     assert half.found
     assert half.iou == 0.5
-    assert not judge(sample, (0, 0, 10, 9), False).found
+    assert not score_box(sample, (0, 0, 10, 9), False).found
 
 
 def test_hard_objects_count_unless_left_out(tmp_path):
@@ -163,14 +163,14 @@ def test_bad_voc_annotations_are_named_and_left_out(tmp_path):
     reasons = dict(data.skipped)
     assert set(reasons) == set(names) - {"good"}
     for name, message in (
-        ("cut", "cut.xml is no annotation"),
-        ("empty", "empty.xml is no annotation"),
+        ("cut", "cut.xml is not a valid annotation"),
+        ("empty", "empty.xml is not a valid annotation"),
         ("none", "no objects"),
         ("words", "words.xml, object 0: expected a number in its bndbox, got 'nine'"),
         ("inverted", "is empty"),
         ("entities", "document type"),
         ("missing", "no annotation at"),
-        ("binary", "binary.xml is no annotation"),
+        ("binary", "binary.xml is not a valid annotation"),
     ):
         assert message in reasons[name]
 
@@ -214,7 +214,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
         read_coco(coco)
     make_coco(coco, {1: ((80, 64), (8, 8, 32, 40), [([8, 8, 24, 32], 0)])})
     source = coco / "annotations" / "instances_train2014.json"
-    for content, message in (("{", "no JSON"), ("[]", "images"), ('{"images": [3], "annotations": []}', "images")):
+    for content, message in (("{", "not a JSON"), ("[]", "images"), ('{"images": [3], "annotations": []}', "images")):
         source.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_coco(coco)
@@ -325,7 +325,7 @@ def test_sheet_shows_image_eigenvector_and_boxes(tmp_path):
     sample = read_voc(tmp_path, 2007).samples[0]
     image = read_image(sample.path, upright=False)
     found = find(image)
-    sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
+    sheet = np.asarray(draw_discovery(sample, image, found, score_box(sample, found.box, False)))
     assert (sheet == (220, 40, 40)).all(2).sum() > 300
     assert (sheet == (40, 200, 80)).all(2).sum() > 100
     # Nothing to show is shown too.
@@ -396,7 +396,7 @@ def published_square(path, boxes, side):
 
 
 @pytest.mark.parametrize("side", [56, 60, 64])
-def test_resized_images_are_judged_as_published(tmp_path, side):
+def test_resized_images_are_scored_as_published(tmp_path, side):
     pictures = {}
     for number, (size, box) in enumerate(sizes_and_boxes(side, 12)):
         # True boxes shifted and shrunk, so that some count and some do not.
@@ -428,10 +428,10 @@ def test_resized_images_are_judged_as_published(tmp_path, side):
 def test_half_an_overlap_is_none_where_the_published_program_divides():
     sample = type("S", (), {"name": "a", "boxes": ((0, 0, 10.9, 20.9),)})()
     # True boxes are cut to whole pixels: (0, 0, 10, 20).
-    assert judge(sample, (0, 0, 10, 10.01), False, ((100, 100), 100)).found
-    half = judge(sample, (0, 0, 10, 10), False, ((100, 100), 100))
+    assert score_box(sample, (0, 0, 10, 10.01), False, ((100, 100), 100)).found
+    half = score_box(sample, (0, 0, 10, 10), False, ((100, 100), 100))
     assert (half.iou, half.found) == (0.5, False)
-    assert judge(sample, (0, 0, 20, 20), False, ((200, 200), 100)).box == (0, 0, 20, 20)
+    assert score_box(sample, (0, 0, 20, 20), False, ((200, 200), 100)).box == (0, 0, 20, 20)
 
 
 def test_an_unknown_rule_is_named():
