@@ -263,7 +263,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         (["--chart", str(chart)], "give the files"),
         (["--results", str(other), "--metric", "AP"], "there are PCK@0.1"),
-        (["--results", str(elsewhere)], "measured with dino_vits16, the costs are those of vit_tiny_patch16_224"),
+        (["--results", str(elsewhere)], "measured with dino_vits16, the costs are of vit_tiny_patch16_224"),
         (["--results", str(tmp_path / "gone.json")], "no file of results at"),
         (["--results", str(tmp_path)], "is a folder"),
     ):

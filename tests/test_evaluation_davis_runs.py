@@ -296,7 +296,7 @@ def test_command_predicts_and_scores(tmp_path, capsys):
     assert command(*options, "--predict-only") == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "3 of 3 were there already" in said.err
+    assert "3 of 3 exist already" in said.err
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").rglob("*.png")}
 
 
@@ -313,8 +313,8 @@ def test_command_names_what_cannot_be_used(tmp_path, capsys):
         (["--root", root, *masks, "--temperature", "0"], "temperature must be a positive number"),
         (["--root", root, *masks, "--size", "15"], "patch"),
         (["--root", root, *masks, "--out", tmp_path / "no/r.json"], "does not exist"),
-        (["--root", root, *masks, "--masks", file], "note.txt is a file; give a folder"),
-        (["--root", root, *masks, "--masks", file / "deeper/still"], "note.txt is a file; give a folder"),
+        (["--root", root, *masks, "--masks", file], "note.txt is a file; expected a folder"),
+        (["--root", root, *masks, "--masks", file / "deeper/still"], "note.txt is a file; expected a folder"),
     ):
         assert command(*arguments) == 2
         assert message in capsys.readouterr().err

@@ -49,11 +49,7 @@ class Cost:
 
 
 def method_cost(
-    name: str,
-    backbone: FrozenViT,
-    size: int,
-    network: nn.Module | None = None,
-    milliseconds: float | None = None,
+    name: str, backbone: FrozenViT, size: int, network: nn.Module | None = None, milliseconds: float | None = None
 ) -> Cost:
     """Cost of a method for one image.
 
@@ -280,10 +276,7 @@ def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], 
 
 
 def draw_curve(
-    costs: Sequence[Cost],
-    scores: dict[tuple[str, int], Estimate],
-    metric: str,
-    published: bool = False,
+    costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], metric: str, published: bool = False
 ) -> Image.Image:
     """Accuracy against cost: a line for each method over the sizes, cost on a logarithmic axis.
 

@@ -1,4 +1,4 @@
-"""A sheet by which a person can judge the warp protocol: pairs of views, and where each method finds their points."""
+"""A sheet of the warp protocol: pairs of views, and where each method finds their points."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lift_fast.drawing import draw_match_line, wrap
 from lift_fast.evaluation.methods import Batch, Method
 from lift_fast.images import read_image
 
-from .protocol import View, WarpProtocol, make_view, matches, picture_name
+from .protocol import View, WarpProtocol, image_name, make_view, matches
 
-# Okabe and Ito: unlike red and green, everybody can tell them apart.
+# Okabe and Ito: colour-blind people can tell them apart, unlike red and green.
 RIGHT, WRONG = (86, 180, 233), (213, 94, 0)
 _INK, _PAPER = (25, 25, 25), (255, 255, 255)
 _PANEL, _GAP, _TEXT = 320, 12, 18
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 def choose(paths: Sequence[Path], count: int) -> list[Path]:
-    """Up to ``count`` photographs, spread evenly over the list and blind to how well they are matched."""
+    """Up to ``count`` photographs, spread evenly over the list, whatever their matches."""
     return [paths[(2 * n + 1) * len(paths) // (2 * count)] for n in range(count)] if count < len(paths) else [*paths]
 
 
@@ -50,15 +50,13 @@ def match_pairs(
     """Matches of the points of each photograph; photographs that cannot be used are left out.
 
     Args:
-        methods: of one backbone.
-        paths: photographs; ``root`` is the folder that their names are relative to.
+        methods, paths, root, protocol: as :func:`lift_fast.evaluation.warp.evaluate`.
         size: S of the views.
         normalise: of :func:`lift_fast.evaluation.warp.normaliser`.
-        protocol: options.
         seed: of the warps.
     """
     for path in paths:
-        name = picture_name(path, root)
+        name = image_name(path, root)
         try:
             view = make_view(read_image(path), name, size, seed, protocol)
         except (ValueError, OSError):
@@ -77,8 +75,8 @@ def draw_sheet(pairs: Sequence[Pair], alpha: float, points: int = 16, caption: s
     """Photographs below each other, methods beside each other: both views, and lines from the points to their matches.
 
     A line is blue if the match lies less than alpha * S pixels from the true place, else orange, with a white ring
-    around the true place and a thin white line to it. The points are the protocol's first, drawn at random; the count
-    in a panel's title is of all its points.
+    around the true place and a thin white line to it. The points are the protocol's first, a random choice; the count in
+    a panel's title is of all its points.
 
     Args:
         pairs: of :func:`match_pairs`, of the same methods and size.
