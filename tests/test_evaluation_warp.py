@@ -353,7 +353,10 @@ USAGE = {
     "out": (["--root", "{}", "--out", "nowhere/x.json"], "the folder nowhere does not exist"),
     "method": (["--root", "{}", "--method", "bicubic"], "unknown method 'bicubic'"),
     "size": (["--root", "{}", "--method", "backbone", "--sizes", "8"], "sizes of at least a patch"),
-    "reference": (["--root", "{}", "--method", "backbone", "--reference", "lift"], "the reference 'lift' is not one of"),
+    "reference": (
+        ["--root", "{}", "--method", "backbone", "--reference", "lift"],
+        "the reference 'lift' is not one of",
+    ),
     "held out": (["--root", "{}", "--held-out", "2"], "held_out must be a fraction"),
     "device": (["--root", "{}", "--random-lift", "--device", "gpu7"], "gpu7"),
 }

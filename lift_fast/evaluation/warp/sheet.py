@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lift_fast.drawing import draw_match_line, wrap
 from lift_fast.evaluation.methods import Batch, Method
-from lift_fast.images import read_image
 
-from .protocol import View, WarpProtocol, image_name, make_view, matches
+from .protocol import View, WarpProtocol, matches, read_views
 
 # Okabe and Ito: colour-blind people can tell them apart, unlike red and green.
 RIGHT, WRONG = (86, 180, 233), (213, 94, 0)
@@ -55,11 +54,8 @@ def match_pairs(
         normalise: of :func:`lift_fast.evaluation.warp.normaliser`.
         seed: of the warps.
     """
-    for path in paths:
-        name = image_name(path, root)
-        try:
-            view = make_view(read_image(path), name, size, seed, protocol)
-        except (ValueError, OSError):
+    for name, view in read_views(paths, root, size, seed, protocol):
+        if isinstance(view, str):
             continue
         batches = [Batch(normalise(image)) for image in view[:2]]
         points = torch.from_numpy(view.points)[None]
@@ -75,8 +71,8 @@ def draw_sheet(pairs: Sequence[Pair], alpha: float, points: int = 16, caption: s
     """Photographs below each other, methods beside each other: both views, and lines from the points to their matches.
 
     A line is blue if the match lies less than alpha * S pixels from the true place, else orange, with a white ring
-    around the true place and a thin white line to it. The points are the protocol's first, a random choice; the count in
-    a panel's title is of all its points.
+    around the true place and a thin white line to it. The points are the protocol's first, a random choice; the count
+    in a panel's title is of all its points.
 
     Args:
         pairs: of :func:`match_pairs`, of the same methods and size.
