@@ -171,10 +171,10 @@ def test_any_module(tiny):
 def test_counting_leaves_the_backbone_as_it_was(tiny):
     for parameter in tiny.model.parameters():
         nn.init.normal_(parameter.data, std=0.1)
-    pictures = torch.randn(1, 3, 48, 48)
-    before = tiny(pictures)
+    imgs = torch.randn(1, 3, 48, 48)
+    before = tiny(imgs)
     method_cost("lift", tiny, 48)
-    assert torch.equal(tiny(pictures), before)
+    assert torch.equal(tiny(imgs), before)
     assert not any(module._forward_hooks for module in tiny.modules())
 
 

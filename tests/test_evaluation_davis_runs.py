@@ -32,10 +32,10 @@ def run(dataset, folder, seen=None, features=None, record=None, **options):
     """Predictions with a small network; ``seen`` collects the number of each batch of frames."""
     network = patch_features(0)
 
-    def counted(pictures):
+    def counted(imgs):
         if seen is not None:
-            seen.append(len(pictures))
-        return network(pictures)
+            seen.append(len(imgs))
+        return network(imgs)
 
     used = network_of(features or counted)
     job = Job("patches", used.methods[0], folder, record or {"features": "patches"})
@@ -48,12 +48,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     run(dataset, whole)
     network, left = patch_features(0), 4
 
-    def interrupted(pictures):
+    def interrupted(imgs):
         nonlocal left
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
-        return network(pictures)
+        return network(imgs)
 
     # Two batches of frames for each sequence: stopped in the middle of the second.
     with pytest.raises(KeyboardInterrupt):

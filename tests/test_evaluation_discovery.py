@@ -33,8 +33,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def whole(pictures, maps):
-    return Features(maps, (0, 0, *pictures.shape[2:]))
+def whole(imgs, maps):
+    return Features(maps, (0, 0, *imgs.shape[2:]))
 
 
 def colours(batch):
@@ -87,29 +87,29 @@ def test_overlap_counts_pixels(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_objects_in_voc_are_all_found(tmp_path, seed):
-    pictures = {
+    contents = {
         f"{i:06d}": (size, box, [voc_object(box, difficult=0, truncated=0)])
         for i, (size, box) in enumerate(sizes_and_boxes(seed, 5))
     }
-    make_voc(tmp_path, pictures)
+    make_voc(tmp_path, contents)
     data = read_voc(tmp_path, 2007)
     assert not data.skipped
-    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in contents.values()]
     predictions = run(data)[0]
-    assert [p.box for p in predictions] == [box for _, box, _ in pictures.values()]
+    assert [p.box for p in predictions] == [box for _, box, _ in contents.values()]
     assert corloc(predictions) == {"corloc": 100.0, "pictures": 5, "found": 5, "mean_iou": 1.0, "degenerate": 0}
 
 
 @pytest.mark.parametrize("images", ["train2014", "images/train2014"])
 def test_planted_objects_in_coco_are_all_found(tmp_path, images):
-    pictures = {}
+    contents = {}
     for i, (size, box) in enumerate(sizes_and_boxes(7, 4)):
         x0, y0, x1, y1 = box
         exact = [x0 + 0.3, y0 - 0.3, x1 - x0 - 0.1, y1 - y0 + 0.4]
-        pictures[100 + i] = (size, box, [([0.0, 0.0, 5.0, 5.0], 1), (exact, 0)])
-    data = read_coco(make_coco(tmp_path, pictures, images))
+        contents[100 + i] = (size, box, [([0.0, 0.0, 5.0, 5.0], 1), (exact, 0)])
+    data = read_coco(make_coco(tmp_path, contents, images))
     # Crowds do not count; corners are rounded.
-    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in contents.values()]
     predictions = run(data)[0]
     assert corloc(predictions)["corloc"] == 100
 
@@ -337,8 +337,8 @@ def test_sheet_shows_image_eigenvector_and_boxes(tmp_path):
 def test_command(tmp_path, capsys):
     from lift_fast.cli import main
 
-    pictures = {f"{i}": (size, box, [voc_object(box)]) for i, (size, box) in enumerate(sizes_and_boxes(1, 3))}
-    base = make_voc(tmp_path, pictures)
+    contents = {f"{i}": (size, box, [voc_object(box)]) for i, (size, box) in enumerate(sizes_and_boxes(1, 3))}
+    base = make_voc(tmp_path, contents)
     (base / "JPEGImages" / "2.jpg").unlink()
     options = ["eval", "discovery", "--dataset", "voc07", "--root", str(tmp_path), "--quiet", "--json"]
     model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift", "--device", "cpu"]
@@ -366,9 +366,12 @@ def test_command(tmp_path, capsys):
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
         ([*options, "--resolution", "15"], "smaller than one patch"),
         ([*options, "--rule", "exact"], "give --resolution S"),
-        ([*options, "--list", "x"], "--list belongs to coco20k"),
-        (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
-        ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),
+        ([*options, "--list", "x"], "--list is an option of coco20k"),
+        (
+            ["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"],
+            "--no-hard is an option of VOC",
+        ),
+        ([*options, "--pictures", str(out)], "run.json is a file; expected a folder"),
     ):
         assert main([*wrong, *model]) == 2
         assert message in capsys.readouterr().err
@@ -397,15 +400,15 @@ def published_square(path, boxes, side):
 
 @pytest.mark.parametrize("side", [56, 60, 64])
 def test_resized_images_are_scored_as_published(tmp_path, side):
-    pictures = {}
+    contents = {}
     for number, (size, box) in enumerate(sizes_and_boxes(side, 12)):
         # True boxes shifted and shrunk, so that some count and some do not.
         x, y = number % 4, number // 4
-        pictures[f"{number}"] = (size, box, [voc_object((box[0] + 2 * x, box[1] + 3 * y, box[2] + x, box[3]))])
-    make_voc(tmp_path, pictures)
+        contents[f"{number}"] = (size, box, [voc_object((box[0] + 2 * x, box[1] + 3 * y, box[2] + x, box[3]))])
+    make_voc(tmp_path, contents)
     data = read_voc(tmp_path, 2007)
     found, _ = run(data, resolution=side)
-    verdicts = []
+    results = []
     for prediction, sample in zip(found, data.samples, strict=True):
         if prediction.degenerate:
             # The published program's cut is then whatever rounding makes of it.
@@ -415,9 +418,9 @@ def test_resized_images_are_scored_as_published(tmp_path, side):
         back = (box[0] * width / side, box[1] * height / side, box[2] * width / side, box[3] * height / side)
         assert prediction.box == pytest.approx(back)
         assert prediction.found == good
-        verdicts.append(good)
-    assert len(verdicts) > 8
-    assert len(set(verdicts)) == 2
+        results.append(good)
+    assert len(results) > 8
+    assert len(set(results)) == 2
     exact, _ = run(data, resolution=side, rule="exact")
     if side % 8:
         # Padding makes a row and a column more.
@@ -454,7 +457,7 @@ def test_features_that_are_not_finite_leave_an_image_out_for_all_methods(tmp_pat
     methods = [("colours", colours), ("broken", broken)]
     content = evaluate(methods, whereabouts(), read_voc(tmp_path, 2007), tau=0.2, out=out)
     assert content["skipped"] == {
-        "b": "broken: features hold NaN or infinity; an image or weights that are not finite make them"
+        "b": "broken: features hold NaN or infinity; check that the image and the weights are finite"
     }
     for name in ("colours", "broken"):
         assert [entry["name"] for entry in content["predictions"][name]] == ["a", "c"]

@@ -58,9 +58,9 @@ BROKEN = {
     "list": ([], "the file must be an object, got list"),
     "format": (numbers(format=2), '"format" must be 1, got 2'),
     "entries": (numbers(entries={}), '"entries" a list'),
-    "missing": ({"format": 1, "sources": {}}, 'the file lacks "entries"'),
+    "missing": ({"format": 1, "sources": {}}, 'the file has no "entries"'),
     "unknown": (numbers(number(), note="x"), "the file has an unknown 'note'"),
-    "source": (numbers(sources={"here": {"paper": "A"}}), "source 'here' lacks \"place\""),
+    "source": (numbers(sources={"here": {"paper": "A"}}), "source 'here' has no \"place\""),
     "quoted": (
         numbers(sources={"a": {"paper": "A", "place": "B", "read_from": "C", "quoted": "no"}}),
         "must be true or false, got 'no'",
@@ -86,7 +86,7 @@ BROKEN = {
     "extra": (numbers(number(unit="%")), "entry 1 has an unknown 'unit'"),
     "twice": (
         numbers(number(), number(value=1)),
-        "entry 2 says again what entry 1 says: Mine, PCK@0.1",
+        "entry 2 repeats entry 1: Mine, PCK@0.1",
     ),
     "dataset": (numbers(number(dataset=3)), '"dataset" must be a line of text'),
 }

@@ -148,7 +148,7 @@ def test_long_lists_are_counted(saved):
     del other["options"]["photographs"]
     assert "photographs: 9 (one), 7 (two), 6 of them in all" in report.build(runs).markdown()
     text = report.build([*runs, saved("three", other)]).markdown()
-    assert "photographs: 9 (one), 7 (two), not said (three), 6 of them in all" in text
+    assert "photographs: 9 (one), 7 (two), not recorded (three), 6 of them in all" in text
 
 
 UNLIKE = {
@@ -468,7 +468,7 @@ def test_charts_that_cannot_be_drawn(saved):
         with pytest.raises(ValueError, match=message):
             report.draw(found, metric, against)
     other = report.build([saved("mine", spair_result()), saved("k", cost_result(model="dino_vitb16"))])
-    with pytest.raises(ValueError, match="hold none of the runs' backbones, methods and sizes"):
+    with pytest.raises(ValueError, match="hold no backbone, method and size of the runs"):
         report.draw(other, "PCK@0.1", "cost")
     changed = cost_result()
     changed["costs"][0]["gflops"] = 99.0

@@ -330,9 +330,9 @@ def test_command_draws_a_sheet(folder, tmp_path, capsys):
     sheet, table = tmp_path / "sheet.png", tmp_path / "r.md"
     options = ["--sizes", "32", "64", "--points", "9", "--quiet", "--table", table, "--sheet", sheet]
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "2") == 1
-    with Image.open(sheet) as picture:
-        assert picture.format == "PNG"
-        assert picture.height > 2 * 320
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+        assert image.height > 2 * 320
     drawn = sheet.read_bytes()
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "1") == 1
     assert sheet.read_bytes() != drawn

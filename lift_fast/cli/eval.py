@@ -1,4 +1,4 @@
-"""``lift-fast eval``: evaluation protocols, each a command of its own."""
+"""``lift-fast eval``: one command for each evaluation protocol."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from lift_fast.evaluation.methods import Method
 
 _METHODS = ("backbone", "bilinear", "lift")
-_DESCRIPTION = """DAVIS 2017, semi-supervised: the masks of each video's first frame are carried through the video by
-label propagation, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean,
-recall and decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; an
-interrupted run resumes there. A sequence that cannot be used is named and left out (exit status 1)."""
+_DESCRIPTION = """DAVIS 2017, semi-supervised: label propagation carries the masks of each video's first frame through
+the video, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean, recall and
+decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; an interrupted run
+resumes there. A sequence that cannot be used is named and left out (exit status 1)."""
 _EXAMPLE = (
     "examples: lift-fast eval davis --root DAVIS --model dino_vits16 --lift lift_dino_vits16.pth --out davis.json; "
     "lift-fast eval davis --root DAVIS --model dino_vits16 --protocol dino --out dino.json; "

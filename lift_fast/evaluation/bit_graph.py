@@ -20,13 +20,9 @@ class BitGraph:
     """
 
     def __init__(self, count: int, *, native: bool | None = None) -> None:
-        """
-        Args:
-            count: nodes, at least 1.
-            native: None takes the native core if it is available; True raises ``RuntimeError`` without it.
+        """A graph without edges yet; raises ``ValueError`` for fewer than one node.
 
-        Raises:
-            ValueError: if there are no nodes.
+        ``native``: None takes the native core if it is available; True raises ``RuntimeError`` without it.
         """
         if count < 1:
             raise ValueError(f"a graph needs at least one node, got {count}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito: colour-blind people can tell them apart; each with a mark of its own, for print.
+from .results import Estimate, as_estimate
+
+# Okabe and Ito: colour-blind people can tell them apart; different marks help in print.
 _COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
 _MARKS = ("circle", "square", "triangle", "diamond")
 _INK, _PAPER, _GRID = (25, 25, 25), (255, 255, 255), (225, 225, 225)
@@ -30,16 +32,18 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    intervals: Sequence[tuple[float, float]] = field(default_factory=tuple)
+    intervals: Sequence[tuple[float, float]] = ()
     dashed: bool = False
+
+    @classmethod
+    def of(cls, name: str, points: Iterable[tuple[float, Estimate | float]], dashed: bool = False) -> Series:
+        """From figures (x, y), with the intervals of estimates."""
+        known = [(x, as_estimate(y)) for x, y in points]
+        return cls(name, [(x, y.value) for x, y in known], [(y.low, y.high) for _, y in known], dashed)
 
 
 def line_chart(series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False) -> Image.Image:
-    """A chart with its legend.
-
-    Raises:
-        ValueError: without a point, for points that are not finite, and for x <= 0 on a logarithmic axis (``log_x``).
-    """
+    """A chart with its legend; raises ``ValueError`` without finite points, and for x <= 0 on a logarithmic axis."""
     points = [point for line in series for point in line.points]
     if not points or not all(math.isfinite(v) for point in points for v in point):
         raise ValueError("a chart needs at least one point, and all points finite")
@@ -100,7 +104,7 @@ class _Axis:
         if log:
             self.low, self.high = math.log10(low) - 0.1, math.log10(high) + 0.1
         else:
-            # A single value stands in the middle.
+            # A single value is put in the middle.
             room = 0.06 * (high - low) or 0.1 * max(abs(high), 1e-12)
             self.low, self.high = low - room, high + room
 

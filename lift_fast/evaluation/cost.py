@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from lift_fast.backbones.vit import shared_copy
 from lift_fast.lift import LiFT
 
 from .charts import Series, line_chart
-from .results import Estimate
+from .results import Estimate, as_estimate
 from .runs import Run
 from .tables import Column, Table
 
 # Of layers with an affine part, as in the published count.
 _NORM_OPERATIONS = 4
+_shapes_only = partial(FakeTensorMode, allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,9 @@ def _layer_operations(network: nn.Module) -> Iterator[list[int]]:
             hook.remove()
 
 
-def _shapes_only() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
 @contextmanager
 def flop_counter() -> Iterator[FlopCounterMode]:
-    """PyTorch's counter of FLOPs, attention included whatever the release and the device."""
+    """PyTorch's counter of FLOPs; it counts attention in every release and on every device."""
     # Attention as matrix products: which fused attention the counter knows depends on PyTorch's version, and the CPU's
     # is often missing.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -212,14 +210,13 @@ def measure(run: Callable[[], object], device: torch.device, repeats: int = 10) 
             torch.cuda.synchronize(device)
 
     times = []
-    for number in range(repeats + 2):
+    for _ in range(repeats + 2):
         drain()
         start = time.perf_counter()
         run()
         drain()
-        if number >= 2:
-            times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[len(times) // 2]
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times[2:])[repeats // 2]
 
 
 def as_content(costs: Iterable[Cost]) -> dict[str, Any]:
@@ -242,24 +239,19 @@ def table(costs: Sequence[Cost]) -> Table:
 
 
 def accuracies(runs: Iterable[Run], metric: str) -> dict[tuple[str, int], Estimate]:
-    """A metric by method and size.
-
-    Args:
-        runs: results with figures by size, see :func:`lift_fast.evaluation.runs.read_run`.
-        metric: e.g. ``PCK@0.1``.
+    """A metric such as ``PCK@0.1`` by method and size, from results with figures by size.
 
     Raises:
         ValueError: if no result has the metric; lists those that there are.
     """
-    figures = [figure for run in runs for figure in run.figures if figure.size is not None]
-    found = {}
-    for figure in figures:
-        if figure.metric == metric and figure.size is not None:
-            value = figure.value
-            known = value if isinstance(value, Estimate) else Estimate(value, math.nan, math.nan)
-            found[figure.method, figure.size] = known
+    found, known = {}, set()
+    for figure in (figure for run in runs for figure in run.figures):
+        if figure.size is not None:
+            known.add(figure.metric)
+            if figure.metric == metric:
+                found[figure.method, figure.size] = as_estimate(figure.value)
     if not found:
-        there = ", ".join(sorted({figure.metric for figure in figures}))
+        there = ", ".join(sorted(known))
         raise ValueError(f"no result has {metric!r}; there are {there or 'no figures by size'}")
     return found
 
@@ -278,21 +270,15 @@ def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], 
 def draw_curve(
     costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], metric: str, published: bool = False
 ) -> Image.Image:
-    """Accuracy against cost: a line for each method over the sizes, cost on a logarithmic axis.
-
-    Raises:
-        ValueError: if no cost has a score.
-    """
+    """Accuracy against cost, a line for each method; raises ``ValueError`` if no cost has a score."""
     if not any((cost.method, cost.size) in scores for cost in costs):
         there = ", ".join(f"{method} at {size}" for method, size in sorted(scores))
         raise ValueError(f"nothing to draw: no result has {metric} of these methods and sizes; there are {there}")
     series = []
     for method in dict.fromkeys(cost.method for cost in costs):
         known = [c for c in costs if c.method == method and (c.method, c.size) in scores]
-        values = [scores[c.method, c.size] for c in known]
+        spent = (c.published_gflops if published else c.gflops for c in known)
         if known:
-            spent = [c.published_gflops if published else c.gflops for c in known]
-            points = [(x, one.value) for x, one in zip(spent, values, strict=True)]
-            series.append(Series(method, points, [(one.low, one.high) for one in values]))
+            series.append(Series.of(method, zip(spent, (scores[c.method, c.size] for c in known), strict=True)))
     x = "GFLOPs as published" if published else "GFLOPs"
     return line_chart(series, title=f"{metric} against cost", x=x, y=metric, log_x=True)

@@ -7,7 +7,7 @@
 ``random-lift``    an untrained LiFT, the control
 ``double-size``    the backbone on the image enlarged 2x bilinearly
 ``stride-S``       the backbone with patches S pixels apart
-``LABEL=FILE``     another LiFT checkpoint under a label of its own, for example one without image
+``LABEL=FILE``     another LiFT checkpoint under its own label, for example one without image
 ``LABEL=m:f``      any ``nn.Module`` with LiFT's ``forward(imgs, x)``: what f of the Python module m returns
 =================  =====================================================================================
 
@@ -199,20 +199,16 @@ class _Builder:
             raise ValueError(f"a label is letters, digits and . + - _, got {label!r} in {label}={source}")
         module, colon, attribute = source.partition(":")
         if colon and re.fullmatch(r"[A-Za-z_][\w.]*", module) and not os.path.exists(source):
-            network = _load_module(module, attribute)
-            return Method(label, self._foreign(source, network), source, network)
+            network = _load_module(module, attribute).to(self.backbone.device, self.backbone.dtype)
+            network.eval().requires_grad_(False)
+
+            def compute(batch: Batch) -> Features:
+                out = network(batch.imgs, batch.tokens(self.backbone))
+                maps = _as_map(source, out, self.backbone.grid(*batch.imgs.shape[2:]))
+                return Features(maps, _covered(self.backbone, batch.imgs))
+
+            return Method(label, compute, source, network)
         return self._lifted(label, self._extractor(lift_path=source), 1, source)
-
-    def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:
-        network = network.to(self.backbone.device, self.backbone.dtype).eval().requires_grad_(False)
-
-        def compute(batch: Batch) -> Features:
-            tokens = batch.tokens(self.backbone)
-            out = network(batch.imgs, tokens)
-            maps = _as_map(source, out, self.backbone.grid(*batch.imgs.shape[2:]))
-            return Features(maps, _covered(self.backbone, batch.imgs))
-
-        return compute
 
 
 def _plain(backbone: FrozenViT, batch: Batch) -> Features:

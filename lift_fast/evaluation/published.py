@@ -69,10 +69,7 @@ class Published:
 
 
 def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
-    """Read published numbers.
-
-    Args:
-        path: a JSON file in the form of docs/evaluation_report.md; by default the one in the package.
+    """Read published numbers from a JSON file in the form of docs/evaluation_report.md.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -98,7 +95,7 @@ def _published(content: Any) -> Published:
         entry = _entry(f"entry {number}", item, sources)
         key = (entry.protocol, entry.dataset, entry.label, entry.backbone, entry.metric, entry.size)
         if key in places:
-            raise ValueError(f"entry {number} says again what entry {places[key]} says: {entry.label}, {entry.metric}")
+            raise ValueError(f"entry {number} repeats entry {places[key]}: {entry.label}, {entry.metric}")
         places[key] = number
         entries.append(entry)
     return Published(sources, tuple(entries))
@@ -106,21 +103,17 @@ def _published(content: Any) -> Published:
 
 def _source(where: str, source: Any) -> Source:
     _check_keys(where, source, ("paper", "place", "read_from", "quoted"), ("arxiv", "version"))
-    for name in ("paper", "place", "read_from"):
+    for name in ("paper", "place", "read_from", *(n for n in ("arxiv", "version") if source.get(n) is not None)):
         _check_text(where, name, source[name])
-    for name in ("arxiv", "version"):
-        if source.get(name) is not None:
-            _check_text(where, name, source[name])
     if not isinstance(source["quoted"], bool):
         raise ValueError(f'{where}: "quoted" must be true or false, got {source["quoted"]!r}')
     return Source(**{"arxiv": None, "version": None, **source})
 
 
 def _entry(where: str, item: Any, sources: dict[str, Source]) -> Entry:
-    _check_keys(
-        where, item, ("protocol", "label", "method", "backbone", "metric", "size", "value", "sources"), ("dataset",)
-    )
-    for name in ("protocol", "label", "method", "backbone", "metric"):
+    texts = ("protocol", "label", "method", "backbone", "metric")
+    _check_keys(where, item, (*texts, "size", "value", "sources"), ("dataset",))
+    for name in texts if item.get("dataset") is None else (*texts, "dataset"):
         _check_text(where, name, item[name])
     if item["protocol"] not in METRIC_PROTOCOLS:
         raise ValueError(f'{where}: "protocol" must be one of {", ".join(METRIC_PROTOCOLS)}, got {item["protocol"]!r}')
@@ -133,11 +126,8 @@ def _entry(where: str, item: Any, sources: dict[str, Source]) -> Entry:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f'{where}: "value" must be a number, got {value!r}')
     if not metric.lowest <= value <= metric.highest:
-        raise ValueError(
-            f"{where}: {item['metric']} must lie from {metric.lowest:g} to {metric.highest:g}, got {value!r}"
-        )
-    if item.get("dataset") is not None:
-        _check_text(where, "dataset", item["dataset"])
+        limits = f"{metric.lowest:g} to {metric.highest:g}"
+        raise ValueError(f"{where}: {item['metric']} must lie from {limits}, got {value!r}")
     names = item["sources"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "sources" must name at least one source, got {names!r}')
@@ -152,10 +142,10 @@ def _check_keys(where: str, item: Any, needed: Iterable[str], more: Iterable[str
         raise ValueError(f"{where} must be an object, got {type(item).__name__}")
     missing = [name for name in needed if name not in item]
     if missing:
-        raise ValueError(f'{where} lacks "{missing[0]}"')
+        raise ValueError(f'{where} has no "{missing[0]}"')
     unknown = [name for name in item if name not in {*needed, *more}]
     if unknown:
-        raise ValueError(f"{where} has an unknown {unknown[0]!r}; it takes {', '.join([*needed, *more])}")
+        raise ValueError(f"{where} has an unknown {unknown[0]!r}; expected {', '.join([*needed, *more])}")
 
 
 def _check_text(where: str, name: str, text: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,8 +239,8 @@ def _notes(group: Group) -> list[str]:
     notes = [f"{run.name}: {_about(run)}" for run in group.runs]
     if group.unlike:
         notes.append(
-            "UNLIKE RUNS: they did not all measure the same thing (see below), so their figures do not compare; the "
-            "best is bold within each set of like runs"
+            "UNLIKE RUNS: they did not all measure the same thing (see below), so their figures cannot be compared; "
+            "the best is bold within each set of like runs"
         )
     for kind, title in _KINDS.items():
         parts = [f"{d.name}: {_values(d)}" for d in group.differences if d.kind == kind]
@@ -285,14 +284,14 @@ def _values(difference: Difference) -> str:
     if any(len(value) > _LONG for value in lists.values()):
         shared = set.intersection(*(set(map(str, value)) for value in lists.values()))
         counts = [f"{len(value)} ({run})" for run, value in lists.items()]
-        counts += [f"not said ({run})" for run in difference.values if run not in lists]
+        counts += [f"not recorded ({run})" for run in difference.values if run not in lists]
         return f"{', '.join(counts)}, {len(shared)} of them in all"
     return ", ".join(f"{_short(difference.name, value)} ({run})" for run, value in difference.values.items())
 
 
 def _short(name: str, value: Any) -> str:
     if value is None:
-        return "all" if name == "pairs_per_category" else "not said"
+        return "all" if name == "pairs_per_category" else "not recorded"
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)[:_HASH] if name.startswith("weights of ") else str(value)
@@ -331,7 +330,7 @@ def draw(report: Report, metric: str | None = None, against: str = "size") -> Im
         report: runs of one protocol that has the metric by size; for cost also runs of the protocol ``cost``, with the
             the same backbones and methods.
         metric: to draw; None takes the first with at least two sizes.
-        against: ``"size"``, with published numbers of the runs' methods beside theirs, or ``"cost"``.
+        against: ``"size"``, with published numbers of the runs' methods, or ``"cost"``.
 
     Raises:
         ValueError: if nothing fits, or more than one group does.
@@ -362,7 +361,7 @@ def draw(report: Report, metric: str | None = None, against: str = "size") -> Im
     costs = _costs(report)
     series = _lines(group, name, lambda row, size: row.run and costs.get((row.backbone, row.method, size)))
     if not series:
-        raise ValueError("the cost results hold none of the runs' backbones, methods and sizes")
+        raise ValueError("the cost results hold no backbone, method and size of the runs")
     return line_chart(series, title=f"{group.title}: {name} against cost", x="GFLOPs", y=name, log_x=True)
 
 
@@ -373,9 +372,7 @@ def _lines(group: Group, metric: str, place: Callable[[Row, int | None], Any]) -
         cells = ((place(row, size), cell) for (name, size), cell in row.cells.items() if name == metric)
         points = sorted(((x, cell) for x, cell in cells if x is not None), key=lambda point: point[0])
         if points:
-            bare = [(x, y.value if isinstance(y, Estimate) else y) for x, y in points]
-            spread = [(y.low, y.high) if isinstance(y, Estimate) else (math.nan, math.nan) for _, y in points]
-            found.append(Series(_name(row), bare, spread, dashed=row.run is None))
+            found.append(Series.of(_name(row), points, dashed=row.run is None))
     return found
 
 

@@ -42,16 +42,16 @@ class Estimate:
         return cls(value, low, high)
 
 
+def as_estimate(value: Estimate | float) -> Estimate:
+    """A figure with its interval; NaN for an interval that is not known."""
+    return value if isinstance(value, Estimate) else Estimate(value, math.nan, math.nan)
+
+
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
-    """Mean of each column with a 95 % percentile bootstrap interval over the rows.
+    """Mean of each column of ``[rows, columns]`` with a 95 % percentile bootstrap interval over the rows.
 
     Rows are what was drawn independently, the images: points of one image fail together, so an interval over points
     would be too narrow. Columns are resampled together. Fewer than two rows give an interval of NaN.
-
-    Args:
-        values: ``[rows, columns]``.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
     """
     table = np.asarray(values, dtype=np.float64)
     count = table.shape[0]
@@ -97,11 +97,7 @@ def provenance(device: str, files: dict[str, str | os.PathLike[str] | None]) -> 
 
 
 def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write a result, atomically; NaN becomes null.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
+    """Write a result, atomically; NaN becomes null. Raises ``FileNotFoundError`` without the folder."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(as_json(content)) + "\n", encoding="utf-8")
 

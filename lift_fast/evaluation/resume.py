@@ -20,8 +20,7 @@ T = TypeVar("T")
 
 def settings_of(options: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Everything that results depend on, as JSON holds it. They do not depend on the date."""
-    found: dict[str, Any] = as_json({**options, **{name: value for name, value in record.items() if name != "date"}})
-    return found
+    return as_json({**options, **{name: value for name, value in record.items() if name != "date"}})
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -35,12 +34,7 @@ def made_otherwise(where: object, names: Iterable[str], remedy: str = REMEDY) ->
 
 
 def check_same(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse results that were made with other options, or that depend on something else; the date does not count.
-
-    Args:
-        path: of the file, for the message.
-        before: its content.
-        now: the content of a new run; both have ``"options"`` and ``"record"``.
+    """Refuse the content of ``path`` if its ``"options"`` or ``"record"`` (but for the date) differ from a new run's.
 
     Raises:
         ValueError: naming what differs, or which of the objects of ``now`` are missing in ``before``.
@@ -62,10 +56,8 @@ def new_result(protocol: str, options: dict[str, Any], record: dict[str, Any] | 
 def load_same(path: Path | None, head: dict[str, Any], read: Callable[[Path], dict[str, Any]] | None = None) -> Any:
     """The content of a file that an earlier run wrote with the same settings; None without such a file.
 
-    Args:
-        path: the file, or None.
-        head: ``"protocol"``, ``"options"``, ``"record"`` and other objects that the file must hold.
-        read: reads the file; None reads a result.
+    ``head`` holds ``"protocol"``, ``"options"``, ``"record"`` and other objects that the file must hold. Without
+    ``read`` the file is a result.
 
     Raises:
         FileNotFoundError: if the folder of ``path`` does not exist: before any work, not when its result is written.
@@ -83,20 +75,15 @@ def load_same(path: Path | None, head: dict[str, Any], read: Callable[[Path], di
 
 
 class Journal:
-    """The findings of a run so far, in memory and on disk.
+    """The findings of a run so far, in memory and, unless ``path`` is None, on disk; raises as :func:`load_same`.
 
     Args:
-        path: file; None keeps everything in memory.
-        content: of a new run, see :func:`load_same`.
+        content: of a new run; what is written to the file.
         seconds: between two writes; :meth:`finish` writes at once.
-        read, write: for the file; None takes a result as JSON.
+        read, write: for the file; by default a result as JSON.
 
     Attributes:
-        content: what is written to the file.
         before: what the file held; None for a new run.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_same`.
     """
 
     def __init__(
@@ -135,13 +122,11 @@ class Journal:
 class Lines(Generic[T]):
     """Findings by name, in a file that grows by a line for each; the first line holds the settings.
 
-    A last line that an interruption cut off is dropped.
+    A last line that an interruption cut off is dropped. Without a ``path`` everything stays in memory.
 
     Args:
-        path: file; None keeps everything in memory.
         settings: as JSON holds them.
-        decode: makes a finding of a line's object, which has a ``"name"``.
-        encode: the reverse.
+        decode, encode: between a finding and its line's object, which has a ``"name"``.
 
     Raises:
         ValueError: if the file was made with other settings, or a line is malformed; names the line.

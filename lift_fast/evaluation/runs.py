@@ -47,11 +47,7 @@ class Difference(NamedTuple):
 
 
 def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
-    """Read a result of ``lift-fast eval``.
-
-    Args:
-        path: the file.
-        name: of the run in the report; None takes the file's name without suffix.
+    """Read a result of ``lift-fast eval``; ``name`` in the report defaults to the file's name without suffix.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -82,19 +78,10 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         raise ValueError(f"{path} holds no figures: nothing could be evaluated")
     # The date does not matter for the findings.
     undated = {**content, "record": {k: v for k, v in (content.get("record") or {}).items() if k != "date"}}
-    return Run(
-        path.stem if name is None else name,
-        path,
-        protocol,
-        shape.dataset,
-        tuple(shape.figures),
-        _flat(shape.measured),
-        _flat({**record, **weights}),
-        _flat(surroundings),
-        date,
-        skipped,
-        json.dumps(undated, sort_keys=True),
-    )
+    name = path.stem if name is None else name
+    about = (_flat(shape.measured), _flat({**record, **weights}), _flat(surroundings))
+    content_of = json.dumps(undated, sort_keys=True)
+    return Run(name, path, protocol, shape.dataset, tuple(shape.figures), *about, date, skipped, content_of)
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:

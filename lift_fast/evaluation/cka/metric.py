@@ -19,15 +19,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     Network Representations Revisited", ICML 2019): the plain, biased estimator. It does not change if either side is
     turned or scaled. Computed in float64 from C x C or N x N products, whichever is smaller.
 
-    Args:
-        x: ``[N, C1]``.
-        y: ``[N, C2]``.
-
     Returns:
         0 to 1; NaN if one side is constant.
 
     Raises:
-        ValueError: for other shapes, or values that are not finite.
+        ValueError: unless both are finite and ``[N, C1]`` and ``[N, C2]``.
     """
     _check_pair(x, y)
     # CKA does not depend on scale, but fourth powers would overflow even float64.
@@ -53,11 +49,7 @@ class StreamingCKA:
         self._products: list[Tensor] = []
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add positions, ``[N, C1]`` and ``[N, C2]``.
-
-        Raises:
-            ValueError: as :func:`linear_cka`, and for other channels than before.
-        """
+        """Add positions, ``[N, C1]`` and ``[N, C2]``; raises as :func:`linear_cka`, and if channels change."""
         _check_pair(x, y)
         x, y = x.double(), y.double()
         if not self._sums:

@@ -20,7 +20,6 @@ from lift_fast.images import read_image, resize, to_tensor
 
 from .metric import StreamingCKA, centres, linear_cka, sample
 
-PROTOCOL = "cka"
 SIZES = (56, 112, 224, 448)
 _SAVE_SECONDS = 30.0
 
@@ -59,10 +58,8 @@ def scale_invariance(
         device, dtype: of the methods' input.
         seed: of the interval's resampling.
         root: folder to which the names of images in results are relative; None names them as ``paths`` do.
-        out: file for the result. If it exists and was made with the same ``record`` and options, it is the result.
-            An interrupted run is resumed from ``OUT.partial.pt`` next to it.
-        record: what the result depends on in addition to the options, stored with it.
-        progress: called with the number of images that are done.
+        out, record, progress: as :func:`lift_fast.evaluation.spair.evaluate`; an interrupted run is resumed from
+            ``OUT.partial.pt`` next to ``out``.
 
     Returns:
         ``curves``: method -> size -> ``cka`` (mean over images, low, high) and ``pooled``; ``pictures`` (how many);
@@ -91,7 +88,7 @@ def scale_invariance(
         "grid": grid,
         "photographs": [_name(path, root) for path in paths],
     }
-    head = {"protocol": PROTOCOL, "options": options, "record": record or {}}
+    head = {"protocol": "cka", "options": options, "record": record or {}}
     finished: dict[str, Any] | None = load_same(out, head)
     if finished is not None:
         progress(len(paths))
@@ -120,7 +117,7 @@ def scale_invariance(
             journal.save()
         progress(1)
     if not rows:
-        raise ValueError(f"none of {len(paths)} images could be read: {next(iter(skipped.values()), 'none given')}")
+        raise ValueError(f"cannot read any of {len(paths)} images: {next(iter(skipped.values()), 'none given')}")
     estimates = _means(list(rows.values()), seed)
     curves: dict[str, dict[str, Any]] = {name: {} for name, _ in methods}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in methods}

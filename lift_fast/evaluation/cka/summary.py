@@ -13,17 +13,12 @@ from lift_fast.evaluation.tables import Column, Table
 
 
 def draw_curves(content: dict[str, Any]) -> Image.Image:
-    """The curves of :func:`scale_invariance` as a chart.
-
-    Raises:
-        ValueError: if no value is defined.
-    """
+    """The curves of :func:`scale_invariance` as a chart; raises ``ValueError`` if no value is defined."""
     series = []
     for name, curve in content["curves"].items():
         estimates = ((int(size), Estimate.of(entry["cka"])) for size, entry in curve.items())
         known = [(size, one) for size, one in estimates if one is not None and math.isfinite(one.value)]
-        points, intervals = [(size, one.value) for size, one in known], [(one.low, one.high) for _, one in known]
-        series.append(Series(name, points, intervals))
+        series.append(Series.of(name, known))
     title = f"Linear CKA with the features at {content['reference']} x {content['reference']}"
     return line_chart(series, title=f"{title}, {content['pictures']} images", x="input size", y="CKA")
 

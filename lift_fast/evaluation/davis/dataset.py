@@ -104,11 +104,7 @@ class Davis:
         return usual_palette()
 
     def sequence(self, name: str) -> Video:
-        """The sequence of that name, frames in natural order: 2.jpg before 10.jpg.
-
-        Raises:
-            DavisError: if it has no frames.
-        """
+        """The sequence of that name, 2.jpg before 10.jpg; raises ``DavisError`` if it has no frames."""
         folder = self.frames_folder / name
         frames = tuple(sorted(folder.glob("*.jpg"), key=natural_key))
         if not frames:
@@ -151,11 +147,7 @@ def read_annotation(path: Path, binary: bool = False) -> Mask:
 
 
 def first_annotation(video: Video) -> Mask:
-    """Mask of the first frame; its objects are 1 to its largest number.
-
-    Raises:
-        DavisError: as :func:`read_mask`, and if it has no object.
-    """
+    """Mask of the first frame, with objects 1 to its largest number; raises ``DavisError`` if there is none."""
     path = video.annotation(video.frames[0])
     mask = read_annotation(path, video.binary_masks)
     if not mask.any():

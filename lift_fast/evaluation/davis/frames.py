@@ -42,11 +42,7 @@ def frame_size(size: tuple[int, ...], side: int, protocol: str) -> tuple[int, in
 
 
 def read_frame(path: Path, size: tuple[int, ...], side: int, protocol: str = "lift") -> Image.Image:
-    """A frame, resized.
-
-    Raises:
-        DavisError: if it cannot be read or is not of ``size`` (height, width).
-    """
+    """A frame, resized; raises ``DavisError`` if it cannot be read or is not of ``size`` (height, width)."""
     try:
         image = images.read_image(path)
     except (ValueError, OSError) as error:

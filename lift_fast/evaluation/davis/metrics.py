@@ -62,7 +62,7 @@ def boundary_f(
     annotation, segmentation = _pair(annotation, segmentation, void)
     radius = int(tolerance if tolerance >= 1 else math.ceil(tolerance * math.hypot(*annotation.shape)))
     rows, columns = _occupied(annotation | segmentation)
-    # Boundaries reach at most a pixel beyond the masks; the last row and column of the image stay the last.
+    # Boundaries reach at most a pixel beyond the masks; the image's last row and column are kept as the last.
     crop = (slice(max(rows[0] - 1, 0), rows[1] + 1), slice(max(columns[0] - 1, 0), columns[1] + 1))
     # A crop that ends inside the image ends in background, where the rule for the last row finds no edge either.
     truth, found = boundary(annotation[crop]), boundary(segmentation[crop])

@@ -96,10 +96,7 @@ class PropagationOptions:
 class LabelPropagation:
     """The state of one video: features and soft labels of the first frame and of a queue of the last ones.
 
-    Args:
-        features: of the first frame, ``[C, h, w]``.
-        labels: of its cells, ``[L, h, w]``.
-        options: numbers of the protocol.
+    It begins with the first frame's ``features [C, h, w]`` and the ``labels [L, h, w]`` of its cells.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, options: PropagationOptions) -> None:
@@ -124,8 +121,7 @@ class LabelPropagation:
             temperature=self.options.temperature,
         )
         self._queue.append((query, labels))
-        maps: Tensor = labels.T.unflatten(1, self.grid)
-        return maps
+        return labels.T.unflatten(1, self.grid)
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -143,12 +139,8 @@ def cell_labels(
 ) -> Tensor:
     """A mask of objects 1 to n, nearest-resized to the grid: one-hot ``[n + 1, h, w]`` float32, background first.
 
-    Args:
-        mask: of any size.
-        grid: (h, w).
-        device: of the result.
-        frame, covered: the mask stands for ``frame`` (H, W) pixels, and the grid lies over ``covered`` of them; None
-            lays it over the whole mask.
+    With ``frame`` and ``covered`` the mask stands for ``frame`` (H, W) pixels, and the grid lies over ``covered`` of
+    them; otherwise it lies over the whole mask.
     """
     box = None
     if frame is not None and covered is not None:
@@ -200,12 +192,6 @@ def predict(frames: Sequence[Path], mask: Mask, network: Network, options: Propa
 
     Memory holds images and features of a batch of frames and the features of the context frames, whatever the video's
     length.
-
-    Args:
-        frames: files of the video.
-        mask: object numbers of the first frame.
-        network: makes features of images.
-        options: numbers of the protocol.
 
     Raises:
         DavisError: naming the frame, if it cannot be read or differs from the mask in size.

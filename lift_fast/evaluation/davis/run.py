@@ -63,7 +63,6 @@ def predict_dataset(
         dataset: with at least the first annotation of each sequence.
         jobs: methods; they share the images and common parts of the features.
         network: normalisation and device; its methods are not used.
-        options: numbers of the protocol.
         names: of sequences; None for all of the data set's list.
         overwrite: compute again the masks that exist.
         progress: called with the number of frames that are done or left out.
@@ -98,7 +97,7 @@ def predict_dataset(
 
 
 def _write(masks: Iterator[list[Mask]], video: Video, jobs: Sequence[Job], palette: list[int]) -> Iterator[None]:
-    """Masks of one video into its folders, which appear at the end; yields after each frame."""
+    """Write the masks of one video; its folders appear at the end. Yields after each frame."""
     folders = [job.folder / f".{video.name}.partial" for job in jobs]
     try:
         for folder in folders:
@@ -123,7 +122,7 @@ def _complete(folder: Path, frames: Sequence[Path]) -> bool:
 
 
 def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
-    """Masks of different settings, or masks that somebody else wrote, never stand next to ours."""
+    """Refuse to mix our masks with masks of other settings or of another program."""
     folder, path = job.folder, job.folder / RECORD
     record = as_json(job.record)
     there = [name for name in dataset.names if (folder / name).exists()]

@@ -37,11 +37,7 @@ class SequenceScores:
 
 
 def mean_measures(objects: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each measure over objects.
-
-    Raises:
-        ValueError: for no objects.
-    """
+    """Mean of each measure over objects; raises ``ValueError`` for no objects."""
     if not objects:
         raise ValueError("no object has been scored")
     return {name: float(np.mean([scores[name] for scores in objects])) for name in MEASURES}
@@ -59,10 +55,7 @@ def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> Sequ
     The objects are 1 to the largest number in the first annotation, as published: a number that does not occur there
     counts as an object that is never seen, a larger number in a later annotation as background.
 
-    Args:
-        video: of the data set.
-        predictions: folder of masks ``<frame>.png`` of object numbers.
-        threads: frames scored at one time.
+    ``predictions`` is a folder of masks ``<frame>.png`` of object numbers; ``threads`` frames are scored at one time.
 
     Raises:
         DavisError: naming the file, if it is missing or cannot be read, has another size, or holds an object that is
@@ -106,12 +99,8 @@ def score_folder(
 ) -> tuple[list[SequenceScores], dict[str, str]]:
     """Scores of all sequences, and by name why a sequence could not be scored.
 
-    Args:
-        dataset: with annotations of all frames.
-        folder: holds a folder of masks for each sequence.
-        names: of sequences; None for all of the data set's list.
-        threads: see :func:`score_sequence`.
-        progress: called with 1 after each sequence.
+    ``dataset`` has annotations of all frames, ``folder`` a folder of masks for each sequence; ``names`` defaults to all
+    sequences. ``progress`` is called with 1 after each.
     """
     scores: list[SequenceScores] = []
     problems: dict[str, str] = {}

@@ -9,8 +9,6 @@ from lift_fast.evaluation.tables import Column, Table
 
 from .scores import MEASURES, SequenceScores, mean_measures
 
-PROTOCOL = "davis"
-
 
 def content(
     scores: Mapping[str, Sequence[SequenceScores]],
@@ -18,13 +16,7 @@ def content(
     options: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The result of a run.
-
-    Args:
-        scores: by method.
-        skipped: what could not be predicted or scored, and why.
-        options: of the protocol.
-        record: what the results depend on.
+    """The result of a run from the scores by method; ``skipped`` is what could not be predicted or scored, and why.
 
     Returns:
         ``"protocol", "complete", "options", "record", "skipped"``; ``"scores"``: method -> sequence -> ``"frames"``,
@@ -33,19 +25,14 @@ def content(
         ``"objects"`` in them.
     """
     return {
-        "protocol": PROTOCOL,
+        "protocol": "davis",
         "complete": not skipped,
         "options": dict(options),
         "record": dict(record),
         "scores": {
             method: {
-                one.name: {
-                    "frames": list(one.frames),
-                    "J": one.j.tolist(),
-                    "F": one.f.tolist(),
-                    "objects": one.objects(),
-                }
-                for one in sequences
+                s.name: {"frames": list(s.frames), "J": s.j.tolist(), "F": s.f.tolist(), "objects": s.objects()}
+                for s in sequences
             }
             for method, sequences in scores.items()
         },

@@ -118,8 +118,6 @@ def discover(
     """TokenCut's box in an image, in the image's pixels; padding is clipped off, a resized image scaled back.
 
     Args:
-        image: the image.
-        prepared: of :func:`prepare`.
         features: a :class:`lift_fast.evaluation.methods.Method` or the like.
         tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
 
@@ -145,7 +143,6 @@ def score_box(
     """Compare the box of an image with its ground truth.
 
     Args:
-        sample: the image.
         box: in the image's pixels.
         degenerate: of the cut.
         square: the image's (width, height) and S, to compare in the pixels of the image at S x S as the LiFT paper's

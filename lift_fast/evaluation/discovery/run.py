@@ -44,10 +44,8 @@ def evaluate(
         tau, eps: of TokenCut.
         out: file for the result. Next to it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
             image, from which an interrupted run with the same settings is resumed.
-        record: what the result depends on in addition to these options; all entries but ``"date"`` must be the same to
-            resume.
+        record, progress: as :func:`lift_fast.evaluation.spair.evaluate`.
         show: called with each method's name and result, unless the journal holds it already.
-        progress: called with 1 after each image.
 
     Returns:
         The result as JSON holds it: ``"protocol"``, ``"options"``, ``"record"``, ``"summary"`` (method -> the figures

@@ -17,7 +17,6 @@ from lift_fast.evaluation.results import read_json
 
 Array = npt.NDArray[np.float64]
 
-SPLITS = ("trn", "val", "test")
 LAYOUTS = ("large", "small")
 # Pixels by which a pair's key points may differ from those of its images' own annotations without a remark.
 _TOLERANCE = 1.0
@@ -69,11 +68,7 @@ class Filters:
     occlusion: tuple[int, ...] | None = None
 
     def takes(self, pair: Pair) -> bool:
-        """Whether the pair passes.
-
-        Raises:
-            SPairError: if the annotation does not have a field to choose by.
-        """
+        """Whether the pair passes; raises ``SPairError`` if its annotation does not have a field to choose by."""
         for name, wanted in vars(self).items():
             if wanted is None:
                 continue
@@ -144,11 +139,7 @@ class SPair:
             (self.strays if category is None else self.names[category]).append(name)
 
     def read(self, name: str, category: str) -> Pair:
-        """The pair of that name.
-
-        Raises:
-            SPairError: naming the file, if it is missing or malformed.
-        """
+        """The pair of that name; raises ``SPairError`` with the file if it is missing or malformed."""
         path = self._path(name)
         content = _read_json(path)
         try:
@@ -163,15 +154,9 @@ class SPair:
         filters: Filters | None = None,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> Selection:
-        """Read the pairs of some categories.
+        """Read the pairs of some categories, or of all; raises ``SPairError`` for an unknown category.
 
-        Args:
-            categories: None for all.
-            filters: by difficulty.
-            progress: called with the number of annotations that have been read.
-
-        Raises:
-            SPairError: for an unknown category.
+        ``progress`` is called with the number of annotations that have been read.
         """
         unknown = [name for name in categories or () if name not in self.categories]
         if unknown:
@@ -224,7 +209,7 @@ class SPair:
 
     def _pair(self, name: str, category: str, path: Path, content: dict[str, Any]) -> Pair:
         if content.get("category", category) != category:
-            raise ValueError(f"category is {shown(content['category'])}, the file's name says {category!r}")
+            raise ValueError(f"category is {shown(content['category'])}, but {category!r} in the file's name")
         if content.get("mirror", 0) != 0:
             raise ValueError("the pair is mirrored; the protocol has no such pairs")
         source, target = (_points(content, key) for key in ("src_kps", "trg_kps"))

@@ -119,13 +119,9 @@ def match_points(
 def is_right(
     matches: Array, truth: Array, box: Sequence[float], scale: float, alphas: Sequence[float]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which matches are right.
+    """Which of ``matches [N, 2]`` are right, compared with ``truth [N, 2]``, both (x, y) in the target's square.
 
-    Args:
-        matches, truth: ``[N, 2]`` (x, y) in the target's square.
-        box: left, top, right, bottom of the object in the target image.
-        scale: of the target image.
-        alphas: of PCK.
+    ``box`` (left, top, right, bottom) is of the object in the target image, ``scale`` of that image.
 
     Returns:
         Two arrays ``[N, len(alphas)]``: with ``<``, the LiFT paper's, and with ``<=``, the data set authors'.

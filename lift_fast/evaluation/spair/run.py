@@ -21,7 +21,6 @@ from .features import CACHE_BYTES, ImageFeatures, size_of
 from .protocol import Protocol, fit, is_right, match_points
 from .summary import summarise
 
-PROTOCOL = "spair"
 # Of the maps that one call matches.
 _STACKED_BYTES = 32 << 20
 
@@ -136,7 +135,7 @@ def evaluate(
         "placement": protocol.placement,
     }
     lists = {"skipped": dict(selection.skipped), "left_out": {}, "remarks": dict(selection.remarks)}
-    journal = Journal(out, new_result(PROTOCOL, options, record, draws=None, **lists), seconds=0)
+    journal = Journal(out, new_result("spair", options, record, draws=None, **lists), seconds=0)
     left_out = _LeftOut(dataset, journal.content)
     _resume(journal, selection, left_out)
     if pairs_per_category is not None:
@@ -183,7 +182,7 @@ class _LeftOut:
             elif noted is None or noted == size:
                 continue
             else:
-                there = f"{size[0]} x {size[1]} pixels, the annotation says {noted[0]} x {noted[1]}"
+                there = f"{size[0]} x {size[1]} pixels, {noted[0]} x {noted[1]} in the annotation"
                 where, reason = pair.annotation, f"{pair.annotation}: {path.name} is {there}"
             name = self.dataset.below(where)
             self.reasons.setdefault(name, reason)

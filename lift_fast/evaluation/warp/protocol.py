@@ -121,8 +121,7 @@ def project(homography: Array, points: Array) -> Array:
     """``[N, 2]`` points through a 3x3 homography; NaN beyond the horizon."""
     out = np.concatenate([points, np.ones_like(points[:, :1])], 1) @ homography.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        result: Array = np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
-    return result
+        return np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
 
 
 def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image:
@@ -154,11 +153,7 @@ def change_colours(view: Image.Image, random: np.random.Generator) -> Image.Imag
 
 
 def make_view(photograph: Image.Image, name: str, size: int, seed: int, protocol: WarpProtocol) -> View:
-    """Both views of a photograph and the points in them.
-
-    Raises:
-        ValueError: if the views overlap too little to hold the points.
-    """
+    """Both views of a photograph and their points; raises ``ValueError`` if they overlap too little for the points."""
     homography = random_homography(name_seed(name, seed, 0))
     first = render(photograph, np.eye(3), size)
     second = render(photograph, homography, size)

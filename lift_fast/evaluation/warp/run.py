@@ -17,8 +17,6 @@ from lift_fast.evaluation.rules import check_sizes
 from .protocol import WarpProtocol, evaluate_batch, image_name, normaliser, read_views
 from .summary import summarise
 
-PROTOCOL = "warp"
-
 
 def evaluate(
     methods: Sequence[Method],
@@ -71,7 +69,7 @@ def evaluate(
         "reference": reference,
         "photographs": [name for _, name in named],
     }
-    journal = Journal(out, new_result(PROTOCOL, options, record, skipped={}))
+    journal = Journal(out, new_result("warp", options, record, skipped={}))
     if journal.before is not None:
         journal.content.update({name: journal.before[name] for name in ("scores", "skipped")})
     skipped = journal.content["skipped"]

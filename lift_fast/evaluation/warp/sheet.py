@@ -48,11 +48,8 @@ def match_pairs(
 ) -> Iterator[Pair]:
     """Matches of the points of each photograph; photographs that cannot be used are left out.
 
-    Args:
-        methods, paths, root, protocol: as :func:`lift_fast.evaluation.warp.evaluate`.
-        size: S of the views.
-        normalise: of :func:`lift_fast.evaluation.warp.normaliser`.
-        seed: of the warps.
+    Arguments are as for :func:`lift_fast.evaluation.warp.evaluate`; ``normalise`` is of
+    :func:`lift_fast.evaluation.warp.normaliser`.
     """
     for name, view in read_views(paths, root, size, seed, protocol):
         if isinstance(view, str):
@@ -68,7 +65,7 @@ def match_pairs(
 
 
 def draw_sheet(pairs: Sequence[Pair], alpha: float, points: int = 16, caption: str = "") -> Image.Image:
-    """Photographs below each other, methods beside each other: both views, and lines from the points to their matches.
+    """A row for each photograph, a column for each method: both views, and lines from the points to their matches.
 
     A line is blue if the match lies less than alpha * S pixels from the true place, else orange, with a white ring
     around the true place and a thin white line to it. The points are the protocol's first, a random choice; the count
@@ -78,7 +75,7 @@ def draw_sheet(pairs: Sequence[Pair], alpha: float, points: int = 16, caption: s
         pairs: of :func:`match_pairs`, of the same methods and size.
         alpha: share of the side within which a match is right.
         points: how many to draw in each panel.
-        caption: goes on top.
+        caption: text at the top.
 
     Raises:
         ValueError: for no pairs, or fewer than one point.
