@@ -120,8 +120,7 @@ def _cka(content: dict[str, Any]) -> Shape:
 
 
 def _cost(content: dict[str, Any]) -> Shape:
-    figures = []
-    timed = False
+    figures, timed = [], False
     for cost in content["costs"]:
         values = {
             "parameters, M": _number(cost["parameters"]) / 1e6,

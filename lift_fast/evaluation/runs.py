@@ -103,8 +103,5 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in entries.items():
-        if isinstance(value, dict):
-            result.update(_flat(value, f"{prefix}{key} "))
-        else:
-            result[f"{prefix}{key}"] = value
+        result.update(_flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return result

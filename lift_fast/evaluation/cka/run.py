@@ -95,9 +95,8 @@ def scale_invariance(
         return finished
     # The sums are C x C matrices, too large for JSON.
     partial = out and out.with_suffix(".partial.pt")
-    journal = Journal(
-        partial, {**head, "skipped": {}, "rows": {}, "sums": []}, _SAVE_SECONDS, _read_partial, _write_partial
-    )
+    begun = {**head, "skipped": {}, "rows": {}, "sums": []}
+    journal = Journal(partial, begun, _SAVE_SECONDS, _read_partial, _write_partial)
     if journal.before is not None:
         journal.content.update({name: journal.before[name] for name in ("skipped", "rows")})
         for one, state in zip(pooled.values(), journal.before["sums"], strict=True):

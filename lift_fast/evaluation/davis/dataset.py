@@ -69,10 +69,7 @@ class Davis:
         *,
         binary_masks: bool = False,
     ) -> None:
-        self.root = Path(root)
-        self.binary_masks = binary_masks
-        self.subset = subset
-        self.resolution = resolution
+        self.root, self.subset, self.resolution, self.binary_masks = Path(root), subset, resolution, binary_masks
         self.frames_folder = self.root / "JPEGImages" / resolution
         self.annotations_folder = self.root / "Annotations" / resolution
         self.list_path = self.root / "ImageSets" / year / f"{subset}.txt"

@@ -33,7 +33,12 @@ class SequenceScores:
 
     def objects(self) -> list[dict[str, float]]:
         """The :data:`MEASURES` of each object."""
-        return [_measures(j, f) for j, f in zip(self.j, self.f, strict=True)]
+        found = []
+        for j, f in zip(self.j, self.f, strict=True):
+            region, contour = statistics(j), statistics(f)
+            values = ((region.mean + contour.mean) / 2, *region, *contour)
+            found.append(dict(zip(MEASURES, values, strict=True)))
+        return found
 
 
 def mean_measures(objects: list[dict[str, float]]) -> dict[str, float]:
@@ -41,12 +46,6 @@ def mean_measures(objects: list[dict[str, float]]) -> dict[str, float]:
     if not objects:
         raise ValueError("no object has been scored")
     return {name: float(np.mean([scores[name] for scores in objects])) for name in MEASURES}
-
-
-def _measures(j: npt.NDArray[np.float64], f: npt.NDArray[np.float64]) -> dict[str, float]:
-    region, contour = statistics(j), statistics(f)
-    values = ((region.mean + contour.mean) / 2, *region, *contour)
-    return dict(zip(MEASURES, values, strict=True))
 
 
 def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> SequenceScores:
