@@ -150,25 +150,25 @@ def voc_object(box, name="cat", **flags):
     return f"<object><name>{escape(name)}</name>{marks}<bndbox>{inner}</bndbox>{part}</object>"
 
 
-def make_voc(root, pictures, year=2007):
-    """VOCdevkit in its original layout; ``pictures``: name -> (size, painted box, list of objects' XML)."""
+def make_voc(root, contents, year=2007):
+    """VOCdevkit in its original layout; ``contents``: name -> (size, painted box, list of objects' XML)."""
     base = root / "VOCdevkit" / f"VOC{year}"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (base / folder).mkdir(parents=True)
-    for seed, (name, (size, box, objects)) in enumerate(pictures.items()):
+    for seed, (name, (size, box, objects)) in enumerate(contents.items()):
         paint(base / "JPEGImages" / f"{name}.jpg", size, box, seed)
         (base / "Annotations" / f"{name}.xml").write_text(
             f"<annotation><folder>VOC{year}</folder><filename>{name}.jpg</filename><size><width>{size[0]}</width>"
             f"<height>{size[1]}</height><depth>3</depth></size>{''.join(objects)}</annotation>"
         )
-    (base / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{name}\n" for name in pictures))
+    (base / "ImageSets" / "Main" / "trainval.txt").write_text("".join(f"{name}\n" for name in contents))
     return base
 
 
-def make_coco(root, pictures, images="train2014"):
-    """COCO in its original layout; ``pictures``: id -> (size, painted box, [(bbox, iscrowd)])."""
+def make_coco(root, contents, images="train2014"):
+    """COCO in its original layout; ``contents``: id -> (size, painted box, [(bbox, iscrowd)])."""
     names, entries, annotations = [], [], []
-    for number, (size, box, things) in pictures.items():
+    for number, (size, box, things) in contents.items():
         name = f"COCO_train2014_{number:012d}.jpg"
         paint(root / images / name, size, box, number)
         names.append(name)
@@ -209,20 +209,20 @@ def shapes(seed, frames=6, size=(60, 96), objects=2):
     at = random.uniform(0.25, 0.75, (objects, 2)) * size
     speed = random.uniform(-0.06, 0.06, (objects, 2)) * size
     extent = random.uniform(0.12, 0.25, objects) * min(size)
-    pictures = np.empty((frames, height, width, 3), dtype=np.uint8)
+    images = np.empty((frames, height, width, 3), dtype=np.uint8)
     masks = np.zeros((frames, height, width), dtype=np.uint8)
     for t in range(frames):
-        pictures[t] = ground
+        images[t] = ground
         for number in range(objects):
             dy, dx = y - at[number, 0] - t * speed[number, 0], x - at[number, 1] - t * speed[number, 1]
             far = np.hypot(dy, dx) if number % 2 == 0 else np.maximum(abs(dy), abs(dx))
             inside = far < extent[number]
-            pictures[t][inside] = colours[number]
+            images[t][inside] = colours[number]
             masks[t][inside] = number + 1
-        pictures[t] += random.integers(0, 10, pictures[t].shape).astype(np.uint8)
+        images[t] += random.integers(0, 10, images[t].shape).astype(np.uint8)
     # The first annotation tells how many objects there are, also where one is covered.
     masks[0, 0, :objects] = np.arange(1, objects + 1)
-    return pictures, masks
+    return images, masks
 
 
 def save_mask(path, mask, palette=PALETTE):
@@ -231,11 +231,11 @@ def save_mask(path, mask, palette=PALETTE):
     image.save(path)
 
 
-def write_sequence(root, name, pictures, masks):
+def write_sequence(root, name, images, masks):
     for folder in ("JPEGImages", "Annotations"):
         (root / folder / "480p" / name).mkdir(parents=True)
-    for t, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-        Image.fromarray(picture).save(root / "JPEGImages/480p" / name / f"{t:05d}.jpg", quality=95)
+    for t, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        Image.fromarray(image).save(root / "JPEGImages/480p" / name / f"{t:05d}.jpg", quality=95)
         save_mask(root / "Annotations/480p" / name / f"{t:05d}.png", mask)
 
 
@@ -414,8 +414,8 @@ def patch_features(seed, patch=8, channels=24, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(channels, 3, patch, patch, generator=generator) / patch
 
-    def features(pictures):
-        return torch.nn.functional.conv2d(pictures, weight, stride=patch).tanh().to(dtype)
+    def features(imgs):
+        return torch.nn.functional.conv2d(imgs, weight, stride=patch).tanh().to(dtype)
 
     return features
 

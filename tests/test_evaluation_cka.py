@@ -228,12 +228,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photographs, tmp_path, monk
     partial.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"partial\.pt cannot be resumed .* delete it"):
         run(out=out)
-    with pytest.raises(ValueError, match="each size once"):
+    with pytest.raises(ValueError, match="each size must be given once"):
         run(sizes=(16, 16))
 
 
 def test_nothing_to_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of 1"):
+    with pytest.raises(ValueError, match="cannot read any of 1"):
         scale_invariance([], [tmp_path / "none.png"], mean=(0,) * 3, std=(1,) * 3)
     with pytest.raises(ValueError, match="grid"):
         scale_invariance([], [], grid=1, mean=(0,) * 3, std=(1,) * 3)

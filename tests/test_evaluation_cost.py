@@ -171,10 +171,10 @@ def test_any_module(tiny):
 def test_counting_leaves_the_backbone_as_it_was(tiny):
     for parameter in tiny.model.parameters():
         nn.init.normal_(parameter.data, std=0.1)
-    pictures = torch.randn(1, 3, 48, 48)
-    before = tiny(pictures)
+    imgs = torch.randn(1, 3, 48, 48)
+    before = tiny(imgs)
     method_cost("lift", tiny, 48)
-    assert torch.equal(tiny(pictures), before)
+    assert torch.equal(tiny(imgs), before)
     assert not any(module._forward_hooks for module in tiny.modules())
 
 
@@ -263,7 +263,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         (["--chart", str(chart)], "give the files"),
         (["--results", str(other), "--metric", "AP"], "there are PCK@0.1"),
-        (["--results", str(elsewhere)], "measured with dino_vits16, the costs are those of vit_tiny_patch16_224"),
+        (["--results", str(elsewhere)], "measured with dino_vits16, the costs are of vit_tiny_patch16_224"),
         (["--results", str(tmp_path / "gone.json")], "no file of results at"),
         (["--results", str(tmp_path)], "is a folder"),
     ):

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_frame(path, size):
-    picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(picture, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
@@ -174,8 +174,8 @@ def test_the_whole_protocol_in_float32(tmp_path, seed):
         assert min(same) > 0.98
         dataset = Davis(tmp_path)
         sequence = dataset.sequence(dataset.names[0])
-        pictures = torch.cat([load(frame) for frame in sequence.frames])
-        maps = features(pictures)
+        imgs = torch.cat([load(frame) for frame in sequence.frames])
+        maps = features(imgs)
         propagation = LabelPropagation(maps[0], cell_labels(masks[0], (16, 16)), OPTIONS)
         for frame, expected in zip(maps[1:], soft, strict=True):
             labels = propagation.step(frame)
@@ -217,8 +217,8 @@ def test_perfect_features_propagate_perfectly(tmp_path):
     write_sequence(tmp_path, "cells", colours[masks], masks)
     write_list(tmp_path, ["cells"])
 
-    def features(pictures):
-        pixels = pictures * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    def features(imgs):
+        pixels = imgs * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         means = torch.nn.functional.avg_pool2d(pixels, 8)
         number = torch.where(means[:, 0] > 0.5, 1, torch.where(means[:, 1] > 0.5, 2, 0))
         return torch.nn.functional.one_hot(number, 3).permute(0, 3, 1, 2).float()

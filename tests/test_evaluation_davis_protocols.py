@@ -111,13 +111,13 @@ def dino_pixels(pixels, height, width):
 
 
 def dino_frame(path, size):
-    picture = np.asarray(Image.open(path).convert("RGB"))
-    height, width = picture.shape[:2]
+    image = np.asarray(Image.open(path).convert("RGB"))
+    height, width = image.shape[:2]
     if height > width:
         tw, th = size, int(((size * height) / width // 64) * 64)
     else:
         th, tw = size, int(((size * width) / height // 64) * 64)
-    small = dino_pixels(picture, th, tw).astype(np.float32) / 255
+    small = dino_pixels(image, th, tw).astype(np.float32) / 255
     small = (small - np.float32([0.485, 0.456, 0.406])) / np.float32([0.228, 0.224, 0.225])
     return torch.from_numpy(small).permute(2, 0, 1)[None].double()
 
@@ -187,8 +187,8 @@ def test_bytes_are_resized_in_whole_numbers(size):
 
 
 def test_frames_without_leading_zeros_come_in_their_order(tmp_path):
-    pictures, masks = shapes(2, frames=12)
-    write_sequence(tmp_path, "counted", pictures, masks)
+    frames, masks = shapes(2, frames=12)
+    write_sequence(tmp_path, "counted", frames, masks)
     write_list(tmp_path, ["counted"])
     folders = [tmp_path / kind / "480p/counted" for kind in ("JPEGImages", "Annotations")]
     padded = [found for (found,) in predict(*ingredients(tmp_path))]
@@ -212,7 +212,7 @@ def test_masks_of_0_and_255(tmp_path):
     for path in folder.iterdir():
         save_mask(path, np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8))
     video = Davis(tmp_path).sequence("shape-0")
-    with pytest.raises(DavisError, match=r"00000\.png holds no object: all that is not 0 in it is 255, which is void"):
+    with pytest.raises(DavisError, match=r"00000\.png holds no object: all values but 0 are 255, which is void"):
         reader.first_annotation(video)
     binary = Davis(tmp_path, binary_masks=True).sequence("shape-0")
     first = reader.first_annotation(binary)

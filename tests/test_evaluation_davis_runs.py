@@ -32,10 +32,10 @@ def run(dataset, folder, seen=None, features=None, record=None, **options):
     """Predictions with a small network; ``seen`` collects the number of each batch of frames."""
     network = patch_features(0)
 
-    def counted(pictures):
+    def counted(imgs):
         if seen is not None:
-            seen.append(len(pictures))
-        return network(pictures)
+            seen.append(len(imgs))
+        return network(imgs)
 
     used = network_of(features or counted)
     job = Job("patches", used.methods[0], folder, record or {"features": "patches"})
@@ -48,12 +48,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     run(dataset, whole)
     network, left = patch_features(0), 4
 
-    def interrupted(pictures):
+    def interrupted(imgs):
         nonlocal left
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
-        return network(pictures)
+        return network(imgs)
 
     # Two batches of frames for each sequence: stopped in the middle of the second.
     with pytest.raises(KeyboardInterrupt):
@@ -296,7 +296,7 @@ def test_command_predicts_and_scores(tmp_path, capsys):
     assert command(*options, "--predict-only") == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "3 of 3 were there already" in said.err
+    assert "3 of 3 exist already" in said.err
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").rglob("*.png")}
 
 
@@ -313,8 +313,8 @@ def test_command_names_what_cannot_be_used(tmp_path, capsys):
         (["--root", root, *masks, "--temperature", "0"], "temperature must be a positive number"),
         (["--root", root, *masks, "--size", "15"], "patch"),
         (["--root", root, *masks, "--out", tmp_path / "no/r.json"], "does not exist"),
-        (["--root", root, *masks, "--masks", file], "note.txt is a file; give a folder"),
-        (["--root", root, *masks, "--masks", file / "deeper/still"], "note.txt is a file; give a folder"),
+        (["--root", root, *masks, "--masks", file], "note.txt is a file; expected a folder"),
+        (["--root", root, *masks, "--masks", file / "deeper/still"], "note.txt is a file; expected a folder"),
     ):
         assert command(*arguments) == 2
         assert message in capsys.readouterr().err

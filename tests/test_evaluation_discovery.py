@@ -19,9 +19,9 @@ from lift_fast.evaluation.discovery import (
     draw_discovery,
     evaluate,
     iou,
-    judge,
     overlaps,
     prepare,
+    score_box,
 )
 from lift_fast.evaluation.discovery.dataset import read_coco, read_voc
 from lift_fast.evaluation.methods import Features
@@ -33,8 +33,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def whole(pictures, maps):
-    return Features(maps, (0, 0, *pictures.shape[2:]))
+def whole(imgs, maps):
+    return Features(maps, (0, 0, *imgs.shape[2:]))
 
 
 def colours(batch):
@@ -87,39 +87,39 @@ def test_overlap_counts_pixels(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_objects_in_voc_are_all_found(tmp_path, seed):
-    pictures = {
+    contents = {
         f"{i:06d}": (size, box, [voc_object(box, difficult=0, truncated=0)])
         for i, (size, box) in enumerate(sizes_and_boxes(seed, 5))
     }
-    make_voc(tmp_path, pictures)
+    make_voc(tmp_path, contents)
     data = read_voc(tmp_path, 2007)
     assert not data.skipped
-    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in contents.values()]
     predictions = run(data)[0]
-    assert [p.box for p in predictions] == [box for _, box, _ in pictures.values()]
+    assert [p.box for p in predictions] == [box for _, box, _ in contents.values()]
     assert corloc(predictions) == {"corloc": 100.0, "pictures": 5, "found": 5, "mean_iou": 1.0, "degenerate": 0}
 
 
 @pytest.mark.parametrize("images", ["train2014", "images/train2014"])
 def test_planted_objects_in_coco_are_all_found(tmp_path, images):
-    pictures = {}
+    contents = {}
     for i, (size, box) in enumerate(sizes_and_boxes(7, 4)):
         x0, y0, x1, y1 = box
         exact = [x0 + 0.3, y0 - 0.3, x1 - x0 - 0.1, y1 - y0 + 0.4]
-        pictures[100 + i] = (size, box, [([0.0, 0.0, 5.0, 5.0], 1), (exact, 0)])
-    data = read_coco(make_coco(tmp_path, pictures, images))
+        contents[100 + i] = (size, box, [([0.0, 0.0, 5.0, 5.0], 1), (exact, 0)])
+    data = read_coco(make_coco(tmp_path, contents, images))
     # Crowds do not count; corners are rounded.
-    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in pictures.values()]
+    assert [sample.boxes for sample in data.samples] == [(box,) for _, box, _ in contents.values()]
     predictions = run(data)[0]
     assert corloc(predictions)["corloc"] == 100
 
 
 def test_any_box_counts_and_half_is_enough():
     sample = type("S", (), {"name": "a", "boxes": ((50, 50, 60, 60), (0, 0, 10, 20))})()
-    half = judge(sample, (0, 0, 10, 10), False)
+    half = score_box(sample, (0, 0, 10, 10), False)
     assert half.found
     assert half.iou == 0.5
-    assert not judge(sample, (0, 0, 10, 9), False).found
+    assert not score_box(sample, (0, 0, 10, 9), False).found
 
 
 def test_hard_objects_count_unless_left_out(tmp_path):
@@ -163,14 +163,14 @@ def test_bad_voc_annotations_are_named_and_left_out(tmp_path):
     reasons = dict(data.skipped)
     assert set(reasons) == set(names) - {"good"}
     for name, message in (
-        ("cut", "cut.xml is no annotation"),
-        ("empty", "empty.xml is no annotation"),
+        ("cut", "cut.xml is not a valid annotation"),
+        ("empty", "empty.xml is not a valid annotation"),
         ("none", "no objects"),
         ("words", "words.xml, object 0: expected a number in its bndbox, got 'nine'"),
         ("inverted", "is empty"),
         ("entities", "document type"),
         ("missing", "no annotation at"),
-        ("binary", "binary.xml is no annotation"),
+        ("binary", "binary.xml is not a valid annotation"),
     ):
         assert message in reasons[name]
 
@@ -214,7 +214,7 @@ def test_data_sets_that_are_not_there_say_what_was_looked_for(tmp_path):
         read_coco(coco)
     make_coco(coco, {1: ((80, 64), (8, 8, 32, 40), [([8, 8, 24, 32], 0)])})
     source = coco / "annotations" / "instances_train2014.json"
-    for content, message in (("{", "no JSON"), ("[]", "images"), ('{"images": [3], "annotations": []}', "images")):
+    for content, message in (("{", "not a JSON"), ("[]", "images"), ('{"images": [3], "annotations": []}', "images")):
         source.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_coco(coco)
@@ -325,7 +325,7 @@ def test_sheet_shows_image_eigenvector_and_boxes(tmp_path):
     sample = read_voc(tmp_path, 2007).samples[0]
     image = read_image(sample.path, upright=False)
     found = find(image)
-    sheet = np.asarray(draw_discovery(sample, image, found, judge(sample, found.box, False)))
+    sheet = np.asarray(draw_discovery(sample, image, found, score_box(sample, found.box, False)))
     assert (sheet == (220, 40, 40)).all(2).sum() > 300
     assert (sheet == (40, 200, 80)).all(2).sum() > 100
     # Nothing to show is shown too.
@@ -337,8 +337,8 @@ def test_sheet_shows_image_eigenvector_and_boxes(tmp_path):
 def test_command(tmp_path, capsys):
     from lift_fast.cli import main
 
-    pictures = {f"{i}": (size, box, [voc_object(box)]) for i, (size, box) in enumerate(sizes_and_boxes(1, 3))}
-    base = make_voc(tmp_path, pictures)
+    contents = {f"{i}": (size, box, [voc_object(box)]) for i, (size, box) in enumerate(sizes_and_boxes(1, 3))}
+    base = make_voc(tmp_path, contents)
     (base / "JPEGImages" / "2.jpg").unlink()
     options = ["eval", "discovery", "--dataset", "voc07", "--root", str(tmp_path), "--quiet", "--json"]
     model = ["--model", "vit_tiny_patch16_224", "--random-weights", "--random-lift", "--device", "cpu"]
@@ -366,9 +366,12 @@ def test_command(tmp_path, capsys):
         ([*options[:4], "--root", str(tmp_path / "none")], "VOCdevkit"),
         ([*options, "--resolution", "15"], "smaller than one patch"),
         ([*options, "--rule", "exact"], "give --resolution S"),
-        ([*options, "--list", "x"], "--list belongs to coco20k"),
-        (["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"], "belongs to VOC"),
-        ([*options, "--pictures", str(out)], "run.json is a file; give a folder"),
+        ([*options, "--list", "x"], "--list is an option of coco20k"),
+        (
+            ["eval", "discovery", "--dataset", "coco20k", "--root", str(tmp_path), "--no-hard"],
+            "--no-hard is an option of VOC",
+        ),
+        ([*options, "--pictures", str(out)], "run.json is a file; expected a folder"),
     ):
         assert main([*wrong, *model]) == 2
         assert message in capsys.readouterr().err
@@ -396,16 +399,16 @@ def published_square(path, boxes, side):
 
 
 @pytest.mark.parametrize("side", [56, 60, 64])
-def test_resized_images_are_judged_as_published(tmp_path, side):
-    pictures = {}
+def test_resized_images_are_scored_as_published(tmp_path, side):
+    contents = {}
     for number, (size, box) in enumerate(sizes_and_boxes(side, 12)):
         # True boxes shifted and shrunk, so that some count and some do not.
         x, y = number % 4, number // 4
-        pictures[f"{number}"] = (size, box, [voc_object((box[0] + 2 * x, box[1] + 3 * y, box[2] + x, box[3]))])
-    make_voc(tmp_path, pictures)
+        contents[f"{number}"] = (size, box, [voc_object((box[0] + 2 * x, box[1] + 3 * y, box[2] + x, box[3]))])
+    make_voc(tmp_path, contents)
     data = read_voc(tmp_path, 2007)
     found, _ = run(data, resolution=side)
-    verdicts = []
+    results = []
     for prediction, sample in zip(found, data.samples, strict=True):
         if prediction.degenerate:
             # The published program's cut is then whatever rounding makes of it.
@@ -415,9 +418,9 @@ def test_resized_images_are_judged_as_published(tmp_path, side):
         back = (box[0] * width / side, box[1] * height / side, box[2] * width / side, box[3] * height / side)
         assert prediction.box == pytest.approx(back)
         assert prediction.found == good
-        verdicts.append(good)
-    assert len(verdicts) > 8
-    assert len(set(verdicts)) == 2
+        results.append(good)
+    assert len(results) > 8
+    assert len(set(results)) == 2
     exact, _ = run(data, resolution=side, rule="exact")
     if side % 8:
         # Padding makes a row and a column more.
@@ -428,10 +431,10 @@ def test_resized_images_are_judged_as_published(tmp_path, side):
 def test_half_an_overlap_is_none_where_the_published_program_divides():
     sample = type("S", (), {"name": "a", "boxes": ((0, 0, 10.9, 20.9),)})()
     # True boxes are cut to whole pixels: (0, 0, 10, 20).
-    assert judge(sample, (0, 0, 10, 10.01), False, ((100, 100), 100)).found
-    half = judge(sample, (0, 0, 10, 10), False, ((100, 100), 100))
+    assert score_box(sample, (0, 0, 10, 10.01), False, ((100, 100), 100)).found
+    half = score_box(sample, (0, 0, 10, 10), False, ((100, 100), 100))
     assert (half.iou, half.found) == (0.5, False)
-    assert judge(sample, (0, 0, 20, 20), False, ((200, 200), 100)).box == (0, 0, 20, 20)
+    assert score_box(sample, (0, 0, 20, 20), False, ((200, 200), 100)).box == (0, 0, 20, 20)
 
 
 def test_an_unknown_rule_is_named():
@@ -454,7 +457,7 @@ def test_features_that_are_not_finite_leave_an_image_out_for_all_methods(tmp_pat
     methods = [("colours", colours), ("broken", broken)]
     content = evaluate(methods, whereabouts(), read_voc(tmp_path, 2007), tau=0.2, out=out)
     assert content["skipped"] == {
-        "b": "broken: features hold NaN or infinity; an image or weights that are not finite make them"
+        "b": "broken: features hold NaN or infinity; check that the image and the weights are finite"
     }
     for name in ("colours", "broken"):
         assert [entry["name"] for entry in content["predictions"][name]] == ["a", "c"]

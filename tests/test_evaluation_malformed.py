@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 40
 SECONDS = 5.0
 # What a campaign of 500 of each kind found.
-FOUND = {"spair-picture": (86,), "coco-json": (228, 331), "davis-mask": (119,)}
+FOUND = {"spair-image": (86,), "coco-json": (228, 331), "davis-mask": (119,)}
 
 
 # How any file can be spoilt.
@@ -230,7 +230,7 @@ def large(pick, _data):
     return bomb(pick.choice([0, 2, 6]))
 
 
-def other_picture(pick, _data):
+def other_image(pick, _data):
     mode = pick.choice(["RGB", "RGBA", "LA", "L", "1", "I", "I;16", "F", "P", "CMYK"])
     file = io.BytesIO()
     image = Image.new(mode, pick.choice([(96, 60), (60, 96), (1, 1)]))
@@ -246,7 +246,7 @@ def other_numbers(pick, _data):
     return file.getvalue()
 
 
-MASK = (cut, flip, flip, remove, insert, repeat, replace, other_header, other_header, other_picture, other_numbers)
+MASK = (cut, flip, flip, remove, insert, repeat, replace, other_header, other_header, other_image, other_numbers)
 
 
 # What is spoilt, and the command that reads it.
@@ -280,7 +280,7 @@ def coco_case(root):
 
 KINDS = {
     "spair-pair": (spair_case, "PairAnnotation/test/*.json", JSON),
-    "spair-picture": (spair_case, "ImageAnnotation/*/*.json", JSON),
+    "spair-image": (spair_case, "ImageAnnotation/*/*.json", JSON),
     "spair-layout": (spair_case, "Layout/large/test.txt", LIST),
     "davis-list": (davis_case, "ImageSets/2017/val.txt", LIST),
     "davis-mask": (davis_case, "Annotations/480p/*/*.png", MASK),
@@ -358,4 +358,4 @@ def small(monkeypatch):
 def test_malformed_annotations_give_a_line(kind, small):
     statuses, _ = campaign(kind, [*range(COUNT), *FOUND.get(kind, ())])
     # The key points of images are compared with those of pairs, which are what counts.
-    assert bool(any(statuses)) == (kind != "spair-picture")
+    assert bool(any(statuses)) == (kind != "spair-image")

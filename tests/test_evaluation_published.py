@@ -58,9 +58,9 @@ BROKEN = {
     "list": ([], "the file must be an object, got list"),
     "format": (numbers(format=2), '"format" must be 1, got 2'),
     "entries": (numbers(entries={}), '"entries" a list'),
-    "missing": ({"format": 1, "sources": {}}, 'the file lacks "entries"'),
+    "missing": ({"format": 1, "sources": {}}, 'the file has no "entries"'),
     "unknown": (numbers(number(), note="x"), "the file has an unknown 'note'"),
-    "source": (numbers(sources={"here": {"paper": "A"}}), "source 'here' lacks \"place\""),
+    "source": (numbers(sources={"here": {"paper": "A"}}), "source 'here' has no \"place\""),
     "quoted": (
         numbers(sources={"a": {"paper": "A", "place": "B", "read_from": "C", "quoted": "no"}}),
         "must be true or false, got 'no'",
@@ -86,7 +86,7 @@ BROKEN = {
     "extra": (numbers(number(unit="%")), "entry 1 has an unknown 'unit'"),
     "twice": (
         numbers(number(), number(value=1)),
-        "entry 2 says again what entry 1 says: Mine, PCK@0.1",
+        "entry 2 repeats entry 1: Mine, PCK@0.1",
     ),
     "dataset": (numbers(number(dataset=3)), '"dataset" must be a line of text'),
 }
@@ -102,7 +102,7 @@ def test_broken_files_of_published_numbers_are_refused(case, tmp_path):
 
 def test_files_of_published_numbers_that_are_no_json(tmp_path):
     (tmp_path / "numbers.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         load_published(tmp_path / "numbers.json")
     with pytest.raises(FileNotFoundError, match="no file of published numbers at"):
         load_published(tmp_path / "gone.json")

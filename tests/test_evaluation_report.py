@@ -148,7 +148,7 @@ def test_long_lists_are_counted(saved):
     del other["options"]["photographs"]
     assert "photographs: 9 (one), 7 (two), 6 of them in all" in report.build(runs).markdown()
     text = report.build([*runs, saved("three", other)]).markdown()
-    assert "photographs: 9 (one), 7 (two), not said (three), 6 of them in all" in text
+    assert "photographs: 9 (one), 7 (two), not recorded (three), 6 of them in all" in text
 
 
 UNLIKE = {
@@ -251,19 +251,23 @@ MALFORMED = {
     "unknown protocol": (
         warp_result,
         lambda c: c.update(protocol="ap"),
-        "results of 'ap'; a report takes those of warp, spair",
+        "results of 'ap'; expected results of one of warp, spair",
     ),
-    "no text": (warp_result, lambda c: c.update(protocol=["warp"]), "a report takes those of"),
-    "report": (warp_result, lambda c: c.update(protocol="report"), "a report takes those of"),
+    "no text": (warp_result, lambda c: c.update(protocol=["warp"]), "expected results of one of"),
+    "report": (warp_result, lambda c: c.update(protocol="report"), "expected results of one of"),
     "interrupted": (
         warp_result,
         lambda c: (c.update(complete=False), c.pop("summary")),
-        "interrupted; give its command again",
+        "holds an interrupted run; give its command again",
     ),
-    "no summary": (spair_result, without(["summary"]), "not in their form .KeyError: 'summary'"),
-    "summary": (spair_result, lambda c: c.update(summary=3), "not in their form"),
-    "sizes": (spair_result, lambda c: c["summary"].update(sizes=[1]), "not in their form"),
-    "size": (spair_result, lambda c: c["summary"]["sizes"].update(big={"lift": {"PCK@0.1": 3}}), "not in their form"),
+    "no summary": (spair_result, without(["summary"]), "is not a valid .* results file .KeyError: 'summary'"),
+    "summary": (spair_result, lambda c: c.update(summary=3), "is not a valid .* results file"),
+    "sizes": (spair_result, lambda c: c["summary"].update(sizes=[1]), "is not a valid .* results file"),
+    "size": (
+        spair_result,
+        lambda c: c["summary"]["sizes"].update(big={"lift": {"PCK@0.1": 3}}),
+        "is not a valid .* results file",
+    ),
     "truth": (
         spair_result,
         lambda c: c["summary"]["sizes"]["112"]["lift"].update({"PCK@0.1": True}),
@@ -272,18 +276,22 @@ MALFORMED = {
     "pair": (
         spair_result,
         lambda c: c["summary"]["sizes"]["112"]["lift"].update({"PCK@0.1": [1, 2]}),
-        "not in their form",
+        "is not a valid .* results file",
     ),
     "nothing": (spair_result, lambda c: c["summary"].update(sizes={}), "holds no figures"),
-    "davis": (davis_result, without(["options", "subset"]), "not in their form"),
+    "davis": (davis_result, without(["options", "subset"]), "is not a valid .* results file"),
     "davis text": (davis_result, lambda c: c["summary"]["lift"].update({"J-Mean": "7"}), "expected a number, got '7'"),
-    "discovery": (discovery_result, without(["summary", "lift", "corloc"]), "not in their form"),
-    "cka": (cka_result, without(["curves"]), "not in their form"),
-    "huge": (davis_result, lambda c: c["summary"]["lift"].update({"J-Mean": 10**400}), "not in their form"),
+    "discovery": (discovery_result, without(["summary", "lift", "corloc"]), "is not a valid .* results file"),
+    "cka": (cka_result, without(["curves"]), "is not a valid .* results file"),
+    "huge": (
+        davis_result,
+        lambda c: c["summary"]["lift"].update({"J-Mean": 10**400}),
+        "is not a valid .* results file",
+    ),
     "model": (warp_result, lambda c: c["record"].update(model=["x"]), "expected the name of a model"),
-    "cost": (cost_result, lambda c: c["costs"].append({}), "not in their form"),
-    "record": (warp_result, lambda c: c.update(record=[1]), "not in their form"),
-    "weights": (warp_result, lambda c: c["record"].update(weights={"lift": "x"}), "not in their form"),
+    "cost": (cost_result, lambda c: c["costs"].append({}), "is not a valid .* results file"),
+    "record": (warp_result, lambda c: c.update(record=[1]), "is not a valid .* results file"),
+    "weights": (warp_result, lambda c: c["record"].update(weights={"lift": "x"}), "is not a valid .* results file"),
 }
 
 
@@ -308,7 +316,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', "\x00"])
 def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(ValueError, match=r"odd\.json (is no JSON file|holds no results)"):
+    with pytest.raises(ValueError, match=r"odd\.json (is not a JSON file|is not a file of results)"):
         read_run(tmp_path / "odd.json")
     with pytest.raises(FileNotFoundError):
         read_run(tmp_path / "gone.json")
@@ -460,7 +468,7 @@ def test_charts_that_cannot_be_drawn(saved):
         with pytest.raises(ValueError, match=message):
             report.draw(found, metric, against)
     other = report.build([saved("mine", spair_result()), saved("k", cost_result(model="dino_vitb16"))])
-    with pytest.raises(ValueError, match="hold none of the runs' backbones, methods and sizes"):
+    with pytest.raises(ValueError, match="hold no backbone, method and size of the runs"):
         report.draw(other, "PCK@0.1", "cost")
     changed = cost_result()
     changed["costs"][0]["gflops"] = 99.0

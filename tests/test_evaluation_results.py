@@ -13,6 +13,7 @@ from lift_fast.evaluation.results import (
     bootstrap,
     load_json,
     provenance,
+    read_json,
     save_json,
     sha256,
 )
@@ -50,18 +51,28 @@ def test_json_round_trip(tmp_path):
     save_json(path, {"protocol": "x", "value": np.float32(0.5), "nan": float("nan"), 3: [np.int64(2), (1, 2)]})
     assert load_json(path, "x") == {"protocol": "x", "value": 0.5, "nan": None, "3": [2, [1, 2]]}
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match=r"holds no results of y, but of x"):
+    with pytest.raises(ValueError, match=r"is not a file of results of y: it holds results of x"):
         load_json(path, "y")
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="holds no results of an evaluation"):
+    with pytest.raises(ValueError, match="is not a file of results of an evaluation"):
         load_json(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         load_json(path)
     with pytest.raises(FileNotFoundError, match="no file of results at"):
         load_json(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="is a folder"):
         load_json(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_json_is_read_in_each_of_its_encodings(encoding, tmp_path):
+    path = tmp_path / "annotation.json"
+    path.write_bytes('{"name": "é"}'.encode(encoding))
+    assert read_json(path, "annotation") == {"name": "é"}
+    path.write_bytes(b'{"name": "\xff\xfe"}')
+    with pytest.raises(ValueError, match=r"annotation\.json is not a JSON file \('utf-8' codec"):
+        read_json(path, "annotation")
 
 
 def test_provenance_hashes_files(tmp_path):

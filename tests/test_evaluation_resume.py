@@ -193,7 +193,7 @@ def test_davis_resumes_masks_of_the_release_before(tmp_path):
 def test_results_of_another_form_are_not_resumed(change):
     now = {"protocol": "x", "options": {"a": 1}, "record": {}, "scores": {}}
     check_same("r.json", now, now)
-    with pytest.raises(ValueError, match=rf"r\.json cannot be resumed: it holds no {next(iter(change))}"):
+    with pytest.raises(ValueError, match=rf"r\.json cannot be resumed: it holds no valid {next(iter(change))}"):
         check_same("r.json", {**now, **change}, now)
     with pytest.raises(ValueError, match=r"made with other settings \(a\);"):
         check_same("r.json", {**now, "options": {"a": 2}}, now)

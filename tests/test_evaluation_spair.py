@@ -275,8 +275,8 @@ def without(field):
 
 MALFORMED = {
     "missing": (Path.unlink, "no annotation at"),
-    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is no JSON file"),
-    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is no JSON file"),
+    "no json": (lambda path: path.write_text('{"src_kps": [[1, 2'), "is not a JSON file"),
+    "binary": (lambda path: path.write_bytes(b"\xff\x00\x81"), "is not a JSON file"),
     "list": (lambda path: path.write_text("[1]"), "holds a list"),
     "no box": (without("trg_bndbox"), "no 'trg_bndbox'"),
     "box": (change(trg_bndbox=[5, 5, 5, 5]), "trg_bndbox is"),
@@ -317,7 +317,7 @@ def test_disagreement_with_the_images_annotation_is_a_remark(root):
     found = spair.SPair(root).select()
     assert not found.skipped
     assert "key points differ from those of" in found.remarks[f"PairAnnotation/test/{victim.name}"]
-    assert "is no JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
+    assert "is not a JSON file" in found.remarks["ImageAnnotation/pottedplant/2008_000001.json"]
     assert len(found.remarks) == 2
 
 
@@ -390,7 +390,7 @@ def test_a_category_with_fewer_pairs_than_wanted_is_said(root, tmp_path, capsys)
     options = ["eval", "spair", "--root", str(root), *map(str, TINY), "--sizes", "32", "--method", "backbone"]
     assert main([*options, "--pairs-per-category", "8"]) == 0
     said = capsys.readouterr().err
-    assert "2 of 2 categories hold fewer than 8 pairs, the fewest cat with 7; all of theirs are taken\n" in said
+    assert "2 of 2 categories hold fewer than 8 pairs (the fewest: cat with 7); all of their pairs are taken\n" in said
     assert main([*options, "--pairs-per-category", "7"]) == 0
     assert "fewer than" not in capsys.readouterr().err
 
@@ -488,7 +488,7 @@ def test_an_image_of_another_size_than_annotated_is_left_out(root, tmp_path):
     assert run("--root", root, *TINY, "--sizes", "32", "--out", out) == 1
     ((name, reason),) = load(out)["skipped"].items()
     assert name == f"PairAnnotation/test/{victim.name}"
-    assert "the annotation says 7 x 9" in reason
+    assert "7 x 9 in the annotation" in reason
     assert run("--root", root, *TINY, "--sizes", "32", "--out", out) == 1
     assert list(load(out)["left_out"]) == [victim.stem]
 
@@ -507,8 +507,8 @@ def test_a_category_without_a_usable_image_is_empty(root, tmp_path):
 USAGE = {
     "root": (["--root", "nowhere"], "no folder nowhere"),
     "category": (["--root", "{}", "--categories", "unicorn"], "has no category unicorn; there are cat, pottedplant"),
-    "seeds": (["--root", "{}", "--seeds", "2"], "give --pairs-per-category"),
-    "draw": (["--root", "{}", "--draw", "published"], "give --pairs-per-category"),
+    "seeds": (["--root", "{}", "--seeds", "2"], "needs --pairs-per-category"),
+    "draw": (["--root", "{}", "--draw", "published"], "needs --pairs-per-category"),
     "alpha": (["--root", "{}", "--alphas", "2"], "alphas must lie in 0 to 1"),
     "alpha twice": (["--root", "{}", "--alphas", "0.1", "0.1"], "each alpha once"),
     "size": (["--root", "{}", "--sizes", "8"], "sizes of at least a patch"),

@@ -330,9 +330,9 @@ def test_command_draws_a_sheet(folder, tmp_path, capsys):
     sheet, table = tmp_path / "sheet.png", tmp_path / "r.md"
     options = ["--sizes", "32", "64", "--points", "9", "--quiet", "--table", table, "--sheet", sheet]
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "2") == 1
-    with Image.open(sheet) as picture:
-        assert picture.format == "PNG"
-        assert picture.height > 2 * 320
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+        assert image.height > 2 * 320
     drawn = sheet.read_bytes()
     assert run("eval", "warp", "--root", folder, *TINY, "--method", "backbone", *options, "--sheet-count", "1") == 1
     assert sheet.read_bytes() != drawn
@@ -353,7 +353,10 @@ USAGE = {
     "out": (["--root", "{}", "--out", "nowhere/x.json"], "the folder nowhere does not exist"),
     "method": (["--root", "{}", "--method", "bicubic"], "unknown method 'bicubic'"),
     "size": (["--root", "{}", "--method", "backbone", "--sizes", "8"], "sizes of at least a patch"),
-    "reference": (["--root", "{}", "--method", "backbone", "--reference", "lift"], "the reference 'lift' is none of"),
+    "reference": (
+        ["--root", "{}", "--method", "backbone", "--reference", "lift"],
+        "the reference 'lift' is not one of",
+    ),
     "held out": (["--root", "{}", "--held-out", "2"], "held_out must be a fraction"),
     "device": (["--root", "{}", "--random-lift", "--device", "gpu7"], "gpu7"),
 }

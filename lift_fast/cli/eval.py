@@ -1,4 +1,4 @@
-"""``lift-fast eval``: evaluation protocols, each a command of its own."""
+"""``lift-fast eval``: one command for each evaluation protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="evaluation protocols",
-        description="Compare ways to dense features by the published protocols.",
+        description="Compare methods for dense features by the published protocols.",
         epilog="Each protocol has its own --help with an example.",
     )
     protocols = parser.add_subparsers(dest="protocol", metavar="PROTOCOL", title="protocols", required=True)

@@ -13,7 +13,7 @@ from .options import positive
 _DESCRIPTION = """Scale invariance: linear CKA between a method's features of an image at each size and its features at
 the reference size, both read at the same lattice of positions; averaged over images, with 95 % confidence
 intervals. Any folder of images will do. Images that do not decode are named and left out (exit status 1). An
-interrupted run goes on from --out."""
+interrupted run resumes from --out."""
 _EXAMPLE = (
     "example: lift-fast eval cka --root photos/ --model dino_vits16 --lift lift_dino_vits16.pth --out cka.json "
     "--chart cka.png"

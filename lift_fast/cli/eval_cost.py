@@ -32,7 +32,7 @@ def add_parser(protocols: Any) -> None:
         "cost", help="parameters, FLOPs, milliseconds", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     common.add_sizes(parser, (56, 112, 224, 448), "S x S pixels ")
-    parser.add_argument("--measure", action="store_true", help="milliseconds too: median of 10 calls, one image")
+    parser.add_argument("--measure", action="store_true", help="also milliseconds: median of 10 calls, one image")
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="JSON", help="results by size of other protocols"
     )
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         for method, size in pairs:
             milliseconds = None
             if arguments.measure:
-                picture = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
-                milliseconds = cost.measure(partial(_once, method, picture), backbone.device)
+                imgs = torch.zeros(1, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+                milliseconds = cost.measure(partial(_once, method, imgs), backbone.device)
             costs.append(cost.method_cost(method.name, backbone, size, method.network, milliseconds))
             update(1)
     content = cost.as_content(costs)
@@ -90,22 +90,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _results(paths: list[Path], model: str) -> list[Run]:
-    """Results of the backbone whose costs are counted."""
+    """Read the results, which must be of the backbone whose costs are counted."""
     from lift_fast.evaluation.runs import read_run
 
     runs = [read_run(path) for path in paths]
     for run in runs:
         measured = run.networks.get("model", model)
         if measured != model:
-            # One's figures over the other's costs would make a chart of nothing.
+            # The figures of one backbone over the costs of another would mean nothing.
             raise UsageError(
-                f"{run.path} was measured with {measured}, the costs are those of {model}; give --model {measured}"
+                f"{run.path} was measured with {measured}, the costs are of {model}; give --model {measured}"
             )
     return runs
 
 
-def _once(method: Method, picture: Tensor) -> None:
+def _once(method: Method, imgs: Tensor) -> None:
     from lift_fast.evaluation.methods import Batch
 
-    # A batch keeps its tokens: each call needs its own.
-    method(Batch(picture))
+    # A batch keeps its tokens, so each call needs its own.
+    method(Batch(imgs))

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from lift_fast.evaluation.methods import Method
 
 _METHODS = ("backbone", "bilinear", "lift")
-_DESCRIPTION = """DAVIS 2017, semi-supervised: the masks of each video's first frame are carried through the video by
-label propagation, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean,
-recall and decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; a run that
-was interrupted goes on there. A sequence that cannot be used is named and left out (exit status 1)."""
+_DESCRIPTION = """DAVIS 2017, semi-supervised: label propagation carries the masks of each video's first frame through
+the video, and the masks of all frames but the first and the last are scored: J (region), F (boundary), mean, recall and
+decay, means over objects. Masks go to --masks as MASKS/<method>/<sequence>/<frame>.png, indexed; an interrupted run
+resumes there. A sequence that cannot be used is named and left out (exit status 1)."""
 _EXAMPLE = (
     "examples: lift-fast eval davis --root DAVIS --model dino_vits16 --lift lift_dino_vits16.pth --out davis.json; "
     "lift-fast eval davis --root DAVIS --model dino_vits16 --protocol dino --out dino.json; "
@@ -54,10 +54,12 @@ def add_parser(protocols: Any) -> None:
         "--score",
         nargs="+",
         metavar="[LABEL=]DIR",
-        help="score folders of masks, DIR/<sequence>/<frame>.png, that are there, and predict nothing",
+        help="score existing folders of masks, DIR/<sequence>/<frame>.png, and predict nothing",
     )
-    parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
-    parser.add_argument("--csv", action="store_true", help="beside the masks, the published evaluation's two CSV files")
+    parser.add_argument("--overwrite", action="store_true", help="predict again what exists")
+    parser.add_argument(
+        "--csv", action="store_true", help="next to the masks, the published evaluation's two CSV files"
+    )
     numbers = parser.add_argument_group("protocol")
     common.add_rule(
         numbers,
@@ -101,11 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     _by_protocol(arguments)
     with as_usage_error():
         dataset = Davis(
-            arguments.root,
-            arguments.subset,
-            arguments.resolution,
-            arguments.year,
-            binary_masks=arguments.binary_masks,
+            arguments.root, arguments.subset, arguments.resolution, arguments.year, binary_masks=arguments.binary_masks
         )
     names = _chosen(dataset, arguments.sequences)
     options = {
@@ -147,7 +145,7 @@ def _predict(
     methods: list[Method],
     record: dict[str, Any],
 ) -> dict[str, str]:
-    """Masks of all methods; what had to be left out, and why."""
+    """Predict the masks of all methods. Returns what was left out, and why."""
     from lift_fast.evaluation.davis import Job, Network, PropagationOptions, frames, predict_dataset
 
     normalisation = (backbone.mean, backbone.std)
@@ -156,7 +154,7 @@ def _predict(
     network = Network(methods, *normalisation, backbone.patch_size, backbone.device, backbone.dtype)
     with as_usage_error():
         options = PropagationOptions(**_numbers(arguments), batch_size=arguments.batch_size)
-    # Machines and versions may change while a run goes on, networks and numbers may not.
+    # Machines and versions may change between parts of a run, networks and numbers may not.
     kept = ("model", "random_weights", "facet", "layer", "stride", "dtype", "seed", "image_branch")
     jobs = []
     for method in methods:
@@ -177,8 +175,7 @@ def _predict(
         )
     if done.kept and not arguments.quiet:
         print(
-            f"{len(done.kept)} of {len(done.kept) + len(done.computed)} were there already; --overwrite computes them "
-            "again",
+            f"{len(done.kept)} of {len(done.kept) + len(done.computed)} exist already; --overwrite predicts them again",
             file=sys.stderr,
         )
     return done.problems
@@ -191,7 +188,7 @@ def _score(
     folders: dict[str, Path],
     skipped: dict[str, str],
 ) -> dict[str, list[SequenceScores]]:
-    """Scores by method. What could not be scored joins ``skipped``, and is left out for every method."""
+    """Scores by method. What could not be scored is added to ``skipped`` and left out for every method."""
     import torch
 
     from lift_fast.evaluation.davis import score_folder, write_csv
@@ -204,7 +201,7 @@ def _score(
             )
             for name, problem in problems.items():
                 skipped.setdefault(name, problem)
-    # Means over different objects could not be compared.
+    # Means over different objects cannot be compared.
     scores = {method: [one for one in found if one.name not in skipped] for method, found in scores.items()}
     if arguments.csv:
         for method, folder in folders.items():
@@ -219,12 +216,12 @@ def _numbers(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _by_protocol(arguments: argparse.Namespace) -> None:
-    """What each protocol takes where nothing else was asked for."""
+    """Each protocol's defaults."""
     from lift_fast.evaluation.davis import frames
 
     dino = arguments.protocol == "dino"
     if arguments.method is None:
-        # A LiFT that was asked for is taken, trained on these features or not.
+        # A requested LiFT is used, whether or not it was trained on these features.
         arguments.method = list(_METHODS if not dino or arguments.lift or arguments.random_lift else _METHODS[:1])
     if arguments.facet is None:
         arguments.facet = "final" if dino else "key"
@@ -240,7 +237,7 @@ def _chosen(dataset: Davis, wanted: list[str] | None) -> list[str]:
 
 
 def _labelled(entries: list[str]) -> dict[str, Path]:
-    """Folders of masks by label, by default the folder's name."""
+    """Folders of masks by label; the default label is the folder's name."""
     folders: dict[str, Path] = {}
     for entry in entries:
         label, equals, path = entry.partition("=")

@@ -15,7 +15,7 @@ from .options import positive
 _DESCRIPTION = """CorLoc: the share of images in which TokenCut's one box overlaps an object by half (IoU >= 0.5).
 Data sets in their original layouts: VOCdevkit/VOC2007 or VOC2012 (trainval), or COCO with annotations/
 instances_train2014.json, train2014/ and the published list coco_20k_filenames.txt. Images without a usable
-annotation or that do not decode are named and left out (exit status 1). An interrupted run goes on from --out."""
+annotation or that do not decode are named and left out (exit status 1). An interrupted run resumes from --out."""
 _EXAMPLE = (
     "example: lift-fast eval discovery --dataset voc07 --root data/ --model dino_vits16 --lift lift_dino_vits16.pth "
     "--method backbone bilinear lift --out voc07.json --table voc07.md"
@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("list", "annotations") if voc else ("no_hard",):
         if getattr(arguments, option):
             other = "coco20k" if voc else "VOC"
-            raise UsageError(f"--{option.replace('_', '-')} belongs to {other}, not to {arguments.dataset}")
+            raise UsageError(f"--{option.replace('_', '-')} is an option of {other}, got --dataset {arguments.dataset}")
     if arguments.rule != "published" and arguments.resolution is None:
-        raise UsageError("--rule says how images of one size are judged, but they keep their own; give --resolution S")
+        raise UsageError("--rule is for images resized to one size; give --resolution S with it")
     with as_usage_error():
         if voc:
             data = read_voc(arguments.root, _YEARS[arguments.dataset], split=arguments.split, no_hard=arguments.no_hard)
@@ -89,9 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
             return
         drawn[name] += 1
         stem = re.sub(r"[^\w.-]", "_", f"{Path(sample.name).stem}_{name}")
-        common.save_image(
-            arguments.pictures / f"{stem}.png", discovery.draw_discovery(sample, image, found, prediction)
-        )
+        sheet = discovery.draw_discovery(sample, image, found, prediction)
+        common.save_image(arguments.pictures / f"{stem}.png", sheet)
 
     with common.progress(arguments, len(data.samples), "image") as update:
         content = discovery.evaluate(

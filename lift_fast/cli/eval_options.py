@@ -1,4 +1,4 @@
-"""What the commands of ``lift-fast eval`` share: options for methods and results, and what is built from them."""
+"""What the commands of ``lift-fast eval`` share: options for methods and results, and what they describe."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ METHODS = (
 def add_method_options(
     parser: argparse.ArgumentParser, default: Sequence[str], batches: bool = True, by_protocol: Sequence[str] = ()
 ) -> None:
-    """What is compared, and where the results go; with the options of :func:`add_model_options`.
+    """Options for the methods and the results, and those of :func:`add_model_options`.
 
-    With ``by_protocol``, which says what else the command takes in which case, ``--method`` and ``--facet`` are None
-    where they are not given.
+    With ``by_protocol``, which describes what else the command takes in which case, ``--method`` and ``--facet`` are
+    None by default.
     """
     shown = " ".join(default)
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_method_options(
         metavar="M",
         help=f"{METHODS} ({'; '.join([shown, *by_protocol[:1]])})",
     )
-    parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; gone on with if there")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="results with their provenance; resumed if they exist")
     parser.add_argument("--table", type=Path, metavar="FILE", help="tables, Markdown or by the suffix .tex LaTeX")
     if batches:
         parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (%(default)s)")
@@ -59,14 +59,14 @@ def add_method_options(
         parser,
         "--image-branch",
         IMAGE_BRANCHES,
-        "where images are no whole patches: what LiFT's image branch sees as in the published evaluation (from "
-        "pixel 2 on at 56 pixels and patch 16), or the pixels that the tokens saw",
+        "where images are not whole patches: what LiFT's image branch sees as in the published evaluation (from "
+        "pixel 2 on at 56 pixels and patch 16), or the pixels of the tokens",
     )
     add_output_options(parser)
 
 
 def add_rule(group: argparse._ActionsContainer, option: str, rules: Sequence[str], about: str) -> None:
-    """An option that takes one of the rules of :mod:`lift_fast.evaluation.rules`, the first if it is not given."""
+    """An option that takes one of the rules of :mod:`lift_fast.evaluation.rules`; the first is the default."""
     group.add_argument(option, choices=rules, default=rules[0], help=f"{about} (%(default)s)")
 
 
@@ -85,10 +85,10 @@ def add_alphas(parser: argparse.ArgumentParser) -> None:
 
 
 def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
-    """Backbone and methods that the options describe; ``arguments.lift`` then names the LiFT that was taken.
+    """Backbone and methods of the options; ``arguments.lift`` then names the LiFT that was used.
 
     Raises:
-        UsageError: if they cannot be built; says which option helps.
+        UsageError: if they cannot be built; names the option that helps.
     """
     import torch
 
@@ -115,7 +115,7 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
             seed=arguments.seed,
         ).to(device, getattr(torch, arguments.dtype))
         lift: Any = arguments.lift
-        # Commands that draw have no published placement to follow.
+        # Commands that draw do not follow a published placement.
         image_branch = getattr(arguments, "image_branch", "aligned")
         if arguments.random_lift:
             with torch.random.fork_rng(devices=[]):
@@ -125,7 +125,7 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
 
 
 def _require_lift(arguments: argparse.Namespace) -> None:
-    """Refuse methods that need a LiFT where there is none, and say which option gives one."""
+    """Refuse methods that need a LiFT where there is none; name the option that gives one."""
     wanted = [name for name in arguments.method if re.fullmatch(r"lift(-\d+)?", name)]
     if not wanted or arguments.lift or arguments.random_lift:
         return
@@ -137,18 +137,14 @@ def _require_lift(arguments: argparse.Namespace) -> None:
 
 
 def say_remarks(arguments: argparse.Namespace) -> None:
-    """What somebody who looks at the results should know, on standard error unless that is switched off."""
+    """Print what a reader of the results should know, on standard error unless that is switched off."""
     for remark in [] if arguments.quiet or arguments.json else remarks(arguments):
         print(remark, file=sys.stderr)
 
 
 @contextmanager
 def progress(arguments: argparse.Namespace, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """A bar, shown where somebody watches and not switched off; what is inside calls its update.
-
-    Raises:
-        UsageError: for errors of the input inside.
-    """
+    """A bar on a terminal unless it is switched off; gives its update, and turns input errors into usage errors."""
     from tqdm import tqdm
 
     hidden = True if arguments.quiet else None
@@ -165,7 +161,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 
 def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:
-    """What the results depend on, as they store it."""
+    """What the results depend on, in the form of JSON."""
     from lift_fast import demonstration
     from lift_fast.evaluation.results import provenance
 
@@ -189,7 +185,7 @@ def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence
 
 
 def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequence[Table]) -> int:
-    """Print the figures and write the tables. Returns the exit status: 1 where something had to be left out."""
+    """Print the figures and write the tables. Returns the exit status: 1 if something was left out."""
     from lift_fast._files import atomic_path
     from lift_fast.evaluation.results import as_json
 
@@ -209,7 +205,7 @@ def show(arguments: argparse.Namespace, content: dict[str, Any], tables: Sequenc
 
 
 def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
-    """Refuse what could not be written (--out, --table and ``more``), before hours of work."""
+    """Refuse files that cannot be written (--out, --table and ``more``) before hours of work."""
     for option in ("out", "table", *more):
         path = getattr(arguments, option, None)
         if path is not None:
@@ -217,7 +213,7 @@ def check_outputs(arguments: argparse.Namespace, *more: str) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Refuse a folder that cannot be made because a file lies in its place or above it."""
+    """Refuse a folder that cannot be made because there is a file at its path or above it."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
-        raise UsageError(f"--{option} {path}: {there} is a file; give a folder")
+        raise UsageError(f"--{option} {path}: {there} is a file; expected a folder")

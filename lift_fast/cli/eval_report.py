@@ -10,9 +10,9 @@ from typing import Any
 from . import eval_options as common
 from .errors import UsageError, as_usage_error
 
-_DESCRIPTION = """Put results of any protocol side by side, one table for each protocol and data set, and beside them
-published numbers with their source. Below each table stands what the runs do not share: weights, options, versions,
-images. Runs that did not measure the same thing are said to be unlike. Tables go to standard output as Markdown."""
+_DESCRIPTION = """Put results of any protocol side by side, one table for each protocol and data set, and next to them
+published numbers with their source. The notes below each table list what differs between the runs: weights, options,
+versions, images. They name runs that did not measure the same thing. Tables go to standard output as Markdown."""
 _EXAMPLE = "example: lift-fast eval report old=runs/warp1.json new=runs/warp2.json cka.json --chart size.png"
 
 

@@ -16,8 +16,8 @@ from .options import positive
 _DESCRIPTION = """SPair-71k: each key point of a source image is matched to all S x S pixels of a target image with
 another object of the category. PCK@alpha, the share of right matches, per category and mean, in both usual averages:
 "PCK@alpha" over key points with <, as in the LiFT paper, and "PCK@alpha per image" with <=, as by the data set's
-authors. A run that was interrupted goes on from --out after its last complete category. What cannot be read is named
-and left out (exit status 1)."""
+authors. An interrupted run resumes from --out after its last complete category. What cannot be read is named and left
+out (exit status 1)."""
 _EXAMPLE = (
     "example: lift-fast eval spair --root SPair-71k --model dino_vits16 --lift lift_dino_vits16.pth "
     "--method backbone bilinear lift double-size stride-8 --out spair.json --table spair.md"
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     common.check_outputs(arguments)
     if arguments.seeds > 1 and arguments.pairs_per_category is None:
-        raise UsageError("--seeds draws pairs anew, but all are taken; give --pairs-per-category N")
+        raise UsageError("--seeds needs --pairs-per-category N: without it all pairs are taken and none is drawn")
     if arguments.draw != "distinct" and arguments.pairs_per_category is None:
-        raise UsageError("--draw says how pairs are drawn, but all are taken; give --pairs-per-category N")
+        raise UsageError("--draw needs --pairs-per-category N: without it all pairs are taken and none is drawn")
     names = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
     chosen = {name: getattr(arguments, name) for name in names}
     filters = spair.Filters(**{name: None if k is None else tuple(k) for name, k in chosen.items()})
@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     if few and arguments.draw == "distinct" and not (arguments.quiet or arguments.json):
         least = min(few, key=lambda name: few[name])
         print(
-            f"{len(few)} of {len(selection.pairs)} categories hold fewer than {count} pairs, the "
-            f"fewest {least} with {few[least]}; all of theirs are taken",
+            f"{len(few)} of {len(selection.pairs)} categories hold fewer than {count} pairs (the fewest: {least} with "
+            f"{few[least]}); all of their pairs are taken",
             file=sys.stderr,
         )
     wanted = spair.drawn(selection, arguments.pairs_per_category, arguments.seeds, arguments.draw)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Find points of photographs again in a second view of the same photograph, a known random homography of
 it with changed colours: PCK@alpha, the share of points found within alpha * S pixels of S x S, with 95 % confidence
-intervals over photographs. Any folder of photographs will do. A run that was interrupted goes on from --out."""
+intervals over photographs. Any folder of photographs will do. An interrupted run resumes from --out."""
 _EXAMPLE = (
     "example: lift-fast eval warp --root photos/ --held-out --model dino_vits16 --lift lift_dino_vits16.pth "
     "--method backbone bilinear lift random-lift l1=l1/lift.pth --seeds 3 --out warp.json --table warp.md"
@@ -61,7 +61,7 @@ def add_parser(protocols: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The warp protocol. Returns the exit status."""
     from lift_fast.evaluation import warp
-    from lift_fast.evaluation.warp import WarpProtocol, picture_name
+    from lift_fast.evaluation.warp import WarpProtocol, image_name
     from lift_fast.images import list_images
     from lift_fast.training import split
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             paths = split(paths, arguments.held_out, root=root)[1]
         paths = paths[: arguments.limit]
         if not paths:
-            raise UsageError(f"no photographs of {arguments.root} are held out; leave out --held-out")
+            raise UsageError(f"no photographs of {arguments.root} are held out; run without --held-out")
         protocol = WarpProtocol(arguments.points, tuple(arguments.alphas), not arguments.no_photometric)
     backbone, methods = common.build(arguments)
     common.say_remarks(arguments)
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=update,
         )
     if arguments.sheet is not None:
-        readable = [path for path in paths if picture_name(path, root) not in content["skipped"]]
+        readable = [path for path in paths if image_name(path, root) not in content["skipped"]]
         _draw_sheet(arguments, methods, backbone, readable, root, protocol)
     return common.show(arguments, content, warp.tables(content))
 
@@ -122,6 +122,6 @@ def _draw_sheet(
         print(f"--sheet {arguments.sheet}: there is no photograph to draw", file=sys.stderr)
         return
     caption = "; ".join([f"{arguments.model}, {size} x {size} pixels", *remarks(arguments)])
-    # The middle threshold: the widest hides what the narrowest asks too much for.
+    # The middle threshold: the widest accepts too much, the narrowest too little.
     alpha = sorted(protocol.alphas)[len(protocol.alphas) // 2]
     common.save_image(arguments.sheet, warp.draw_sheet(pairs, alpha, caption=caption))

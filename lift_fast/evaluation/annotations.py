@@ -1,4 +1,4 @@
-"""What readers of annotations share: names from lists, whatever a file holds."""
+"""Names from the lists of data sets, checked because a file may hold anything."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pathlib import Path
 
 from lift_fast._text import shown
 
-# Of every usual file system.
+# The limit of every usual file system.
 _LONGEST_NAME = 255
 _LONGEST_LIST = 1 << 26
 
 
 def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", first_word: bool = False) -> list[str]:
-    """Names from a list, one a line, without spaces around them, empty lines and doubles.
+    """Names from a list, one per line, without surrounding spaces, empty lines and duplicates.
 
     Args:
         path: the list.
-        kind: what it lists, in the singular.
-        expected: what each line should hold, for the message.
-        forbidden: characters that no name has.
-        first_word: of each line alone.
+        kind: of its entries, in the singular.
+        expected: content of each line, for the message.
+        forbidden: characters that a name must not have.
+        first_word: take only the first word of each line.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no text, lists nothing, has more than 64 MiB, or holds a name that leads elsewhere, does
-            not print or is no file's; names the list.
+        ValueError: naming the list, if it is not text, lists nothing, has more than 64 MiB, or holds a name that leads
+            elsewhere, does not print or cannot be that of a file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no list of {kind}s at {path}")
@@ -46,7 +46,7 @@ def read_names(path: Path, kind: str, expected: str, forbidden: str = "/\\", fir
 
 
 def is_name(name: object, forbidden: str = "/\\") -> bool:
-    """Whether it is the name of a file that prints and stays in its folder."""
+    """Whether ``name`` is a printable file name that does not leave its folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in forbidden):
         return False
     return name.isprintable() and len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME

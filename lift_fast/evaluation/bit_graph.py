@@ -11,23 +11,18 @@ from lift_fast import _env, _native, devices, memory
 class BitGraph:
     """A graph of ``count`` nodes, filled row by row from similarities.
 
-    With the native core one pair of nodes takes one bit: 1.2 MB for 3136 nodes, which stay in the cache, against 79 MB
-    as float64. Without it the plain form keeps that float64 matrix.
-
-    It lies on the CPU, whatever PyTorch's default device is.
+    With the native core one pair of nodes takes one bit: 1.2 MB for 3136 nodes, which fit the cache, against 79 MB as
+    float64. Without it the plain form keeps that float64 matrix. It lies on the CPU, whatever PyTorch's default device
+    is.
 
     Attributes:
-        degree: [N] int64, edges of each node, the one to itself included where there is one; after :meth:`close`.
+        degree: [N] int64, edges of each node, including one to itself; known after :meth:`close`.
     """
 
     def __init__(self, count: int, *, native: bool | None = None) -> None:
-        """
-        Args:
-            count: nodes, at least 1.
-            native: None takes the native core where there is one; True raises ``RuntimeError`` without it.
+        """A graph without edges yet; raises ``ValueError`` for fewer than one node.
 
-        Raises:
-            ValueError: if there are no nodes.
+        ``native``: None takes the native core if it is available; True raises ``RuntimeError`` without it.
         """
         if count < 1:
             raise ValueError(f"a graph needs at least one node, got {count}")
@@ -46,13 +41,13 @@ class BitGraph:
         """Edges of the nodes ``start .. start + R - 1`` to those before them and among them: similarity > tau.
 
         Args:
-            start: the next row that has none yet; a multiple of 64.
-            similarity: ``[R, start + R]`` float32 on the CPU. What lies above the graph's diagonal is not read, so the
+            start: the next row without edges; a multiple of 64.
+            similarity: ``[R, start + R]`` float32 on the CPU. Values above the graph's diagonal are not read, so the
                 graph is undirected whatever rounding does.
-            tau: threshold; a similarity of NaN makes no edge.
+            tau: threshold; NaN does not make an edge.
 
         Raises:
-            ValueError: for rows out of turn, or of another shape, dtype or device.
+            ValueError: for rows out of order, or of another shape, dtype or device.
         """
         rows = len(similarity)
         stop = start + rows
@@ -83,11 +78,7 @@ class BitGraph:
             self._matrix[:stop, start:stop] = torch.maximum(self._matrix[:stop, start:stop], edges.T.double())
 
     def close(self) -> None:
-        """To be called once all rows are set.
-
-        Raises:
-            ValueError: if rows are missing.
-        """
+        """Finish the graph after all rows; a ``ValueError`` if rows are missing."""
         if self._filled != self.count:
             raise ValueError(f"{self._filled} of {self.count} rows are set")
         self.degree = self.multiply(torch.ones(self.count, dtype=torch.float64, device="cpu")).round().long()
@@ -104,10 +95,9 @@ class BitGraph:
         return (self._bits[nodes, nodes // 64] >> (nodes % 64)) & 1
 
     def multiply(self, vector: Tensor) -> Tensor:
-        """For each node the sum of ``vector`` ([N] float64 on the CPU, finite) over the nodes that it is joined to.
+        """For each node the sum of ``vector`` over the nodes that it is joined to.
 
-        Raises:
-            ValueError: for another shape, dtype or device.
+        ``vector`` is [N] float64 on the CPU and finite; another shape, dtype or device is a ``ValueError``.
         """
         if vector.shape != (self.count,) or vector.dtype != torch.float64 or vector.device.type != "cpu":
             raise ValueError(

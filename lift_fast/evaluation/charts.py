@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito: colour-blind people can tell them apart; each with a mark of its own, for print.
+from .results import Estimate, as_estimate
+
+# Okabe and Ito: colour-blind people can tell them apart; different marks help in print.
 _COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
 _MARKS = ("circle", "square", "triangle", "diamond")
 _INK, _PAPER, _GRID = (25, 25, 25), (255, 255, 255), (225, 225, 225)
@@ -25,29 +27,26 @@ class Series:
     Attributes:
         points: (x, y), finite.
         intervals: (low, high) of each point, or empty; NaN where there is none.
-        dashed: tells what was taken from elsewhere from what was measured.
+        dashed: for numbers that were taken from elsewhere, not measured.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    intervals: Sequence[tuple[float, float]] = field(default_factory=tuple)
+    intervals: Sequence[tuple[float, float]] = ()
     dashed: bool = False
+
+    @classmethod
+    def of(cls, name: str, points: Iterable[tuple[float, Estimate | float]], dashed: bool = False) -> Series:
+        """From figures (x, y), with the intervals of estimates."""
+        known = [(x, as_estimate(y)) for x, y in points]
+        return cls(name, [(x, y.value) for x, y in known], [(y.low, y.high) for _, y in known], dashed)
 
 
 def line_chart(series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False) -> Image.Image:
-    """A chart with its legend.
-
-    Args:
-        series: at least one point in all.
-        title, x, y: labels.
-        log_x: logarithmic x axis, for positive x.
-
-    Raises:
-        ValueError: without a point, for points that are not finite, and for x <= 0 on a logarithmic axis.
-    """
+    """A chart with its legend; raises ``ValueError`` without finite points, and for x <= 0 on a logarithmic axis."""
     points = [point for line in series for point in line.points]
     if not points or not all(math.isfinite(v) for point in points for v in point):
-        raise ValueError("a chart needs at least one point, and finite ones")
+        raise ValueError("a chart needs at least one point, and all points finite")
     if log_x and min(p[0] for p in points) <= 0:
         raise ValueError("a logarithmic axis needs positive values")
     font = ImageFont.load_default(size=_TEXT)
@@ -67,26 +66,23 @@ def line_chart(series: Sequence[Series], *, title: str, x: str, y: str, log_x: b
     draw.text(((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 30), x, font=font, fill=_INK, anchor="mm")
     for value in up.ticks():
         draw.line((_LEFT, up(value), _WIDTH - _RIGHT, up(value)), fill=_GRID)
-        draw.text((_LEFT - 12, up(value)), up.label(value), font=font, fill=_INK, anchor="rm")
+        draw.text((_LEFT - 12, up(value)), f"{value:.6g}", font=font, fill=_INK, anchor="rm")
     values = sorted({p[0] for p in points})
     # The sizes that were measured, where there is room for their names.
     ticks = values if len(values) <= 9 and not log_x else across.ticks()
     for value in ticks:
         draw.line((across(value), _TOP, across(value), _HEIGHT - _BELOW), fill=_GRID)
-        draw.text((across(value), _HEIGHT - _BELOW + 18), across.label(value), font=font, fill=_INK, anchor="mm")
+        draw.text((across(value), _HEIGHT - _BELOW + 18), f"{value:.6g}", font=font, fill=_INK, anchor="mm")
     draw.rectangle((_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BELOW), outline=_INK)
 
     for number, line in enumerate(series):
         colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
-        order = sorted(range(len(line.points)), key=lambda i: line.points[i])
-        places = [(across(line.points[i][0]), up(line.points[i][1])) for i in order]
-        for i in order if line.intervals else []:
-            low, high = line.intervals[i]
+        for (value, _), (low, high) in zip(line.points, line.intervals, strict=bool(line.intervals)):
             if math.isfinite(low) and math.isfinite(high):
-                at = across(line.points[i][0])
-                draw.line((at, up(low), at, up(high)), fill=colour, width=2)
-                for end in (low, high):
-                    draw.line((at - 6, up(end), at + 6, up(end)), fill=colour, width=2)
+                at, bars = across(value), (up(low), up(high))
+                for piece in ((at, *bars[:1], at, *bars[1:]), *((at - 6, end, at + 6, end) for end in bars)):
+                    draw.line(piece, fill=colour, width=2)
+        places = [(across(one), up(other)) for one, other in sorted(line.points)]
         for start, stop in pairwise(places):
             for piece in _dashes(start, stop) if line.dashed else [(*start, *stop)]:
                 draw.line(piece, fill=colour, width=3)
@@ -108,7 +104,7 @@ class _Axis:
         if log:
             self.low, self.high = math.log10(low) - 0.1, math.log10(high) + 0.1
         else:
-            # A single value stands in the middle.
+            # A single value is put in the middle.
             room = 0.06 * (high - low) or 0.1 * max(abs(high), 1e-12)
             self.low, self.high = low - room, high + room
 
@@ -127,10 +123,6 @@ class _Axis:
         first = math.ceil(self.low / step)
         return [i * step for i in range(first, math.floor(self.high / step) + 1)]
 
-    @staticmethod
-    def label(value: float) -> str:
-        return f"{value:.6g}"
-
 
 def _dashes(start: tuple[float, float], stop: tuple[float, float]) -> list[tuple[float, float, float, float]]:
     """Every other piece of a line, as ends (x0, y0, x1, y1)."""
@@ -142,15 +134,12 @@ def _dashes(start: tuple[float, float], stop: tuple[float, float]) -> list[tuple
     ]
 
 
-def _draw_mark(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], mark: str, colour: tuple[int, int, int], size: float = 7
-) -> None:
-    x, y = at
-    if mark == "circle":
-        draw.ellipse((x - size, y - size, x + size, y + size), fill=colour, outline=_PAPER)
-    elif mark == "square":
-        draw.rectangle((x - size, y - size, x + size, y + size), fill=colour, outline=_PAPER)
-    elif mark == "triangle":
-        draw.polygon(((x, y - size), (x + size, y + size), (x - size, y + size)), fill=colour, outline=_PAPER)
+def _draw_mark(draw: ImageDraw.ImageDraw, at: tuple[float, float], mark: str, colour: tuple[int, int, int]) -> None:
+    (x, y), size = at, 7
+    if mark in ("circle", "square"):
+        shape = draw.ellipse if mark == "circle" else draw.rectangle
+        shape((x - size, y - size, x + size, y + size), fill=colour, outline=_PAPER)
     else:
-        draw.polygon(((x, y - size), (x + size, y), (x, y + size), (x - size, y)), fill=colour, outline=_PAPER)
+        diamond = ((x + size, y), (x, y + size), (x - size, y))
+        base = ((x + size, y + size), (x - size, y + size)) if mark == "triangle" else diamond
+        draw.polygon(((x, y - size), *base), fill=colour, outline=_PAPER)

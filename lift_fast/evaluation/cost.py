@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from lift_fast.backbones.vit import shared_copy
 from lift_fast.lift import LiFT
 
 from .charts import Series, line_chart
-from .results import Estimate
+from .results import Estimate, as_estimate
 from .runs import Run
 from .tables import Column, Table
 
-# Of layers with an affine part, as the published count has it.
+# Of layers with an affine part, as in the published count.
 _NORM_OPERATIONS = 4
+_shapes_only = partial(FakeTensorMode, allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,29 @@ class Cost:
     grid: tuple[int, int]
     """Cells (h, w) of its map."""
     parameters: int
-    """Of the whole backbone (the published tables count all of it) and of what comes after it."""
+    """Of the whole backbone (the published tables count all of it) and of the network after it."""
     gflops: float
-    """2 x multiply-adds of matrix products, attention and convolutions that the plain graph runs, in 10^9; of the
-    backbone only what the facet needs."""
+    """2 x multiply-adds of the matrix products, attention and convolutions of the plain graph, in 10^9; of the backbone
+    only what the facet needs."""
     published_gflops: float
     """As the LiFT paper counts, see :func:`published_count`."""
     milliseconds: float | None = None
 
 
 def method_cost(
-    name: str,
-    backbone: FrozenViT,
-    size: int,
-    network: nn.Module | None = None,
-    milliseconds: float | None = None,
+    name: str, backbone: FrozenViT, size: int, network: nn.Module | None = None, milliseconds: float | None = None
 ) -> Cost:
     """Cost of a method for one image.
 
-    Nothing is computed: shapes alone run through the networks, so sizes and weights do not matter.
+    Only shapes run through the networks, so large sizes cost nothing and weights do not matter.
 
     Args:
         name: ``backbone``, ``bilinear``, ``double-size``, ``stride-S``, ``lift``, ``lift-N``, ``random-lift``, or with
             ``network`` any label.
         backbone: the frozen backbone.
         size: side of the image in pixels.
-        network: what comes after the backbone: a ``LiFT`` or any module with ``forward(imgs, x)``. None takes a LiFT of
-            the published form for the methods that have one.
+        network: what follows the backbone: a ``LiFT`` or any module with ``forward(imgs, x)``. None takes a LiFT of the
+            published form for the methods that have one.
         milliseconds: goes into the result.
 
     Raises:
@@ -86,14 +84,18 @@ def method_cost(
         backbone = backbone.strided(number)
     count = sum(p.numel() for p in backbone.model.parameters())
     flops, published = _backbone_flops(backbone, pixels), published_backbone_count(backbone, pixels)
-    grid = backbone.grid(pixels, pixels)
+    grid: tuple[int, int] = backbone.grid(pixels, pixels)
     if kind in ("lift", "random-lift", "label"):
-        network = network if network is not None else _published_lift(backbone)
+        if network is None:
+            # Whatever PyTorch's default device and dtype are.
+            with backbone.device:
+                network = LiFT(backbone.embed_dim, backbone.patch_size).to(backbone.dtype)
         count += sum(p.numel() for p in network.parameters())
-        seen = _seen_by(network, backbone, size)
+        # A LiFT sees whole patches, one for each token.
+        height, width = (backbone.patch_size * n for n in grid) if isinstance(network, LiFT) else (size, size)
         for step in range(number):
-            picture, cells = (seen[0] << step, seen[1] << step), (grid[0], grid[1])
-            more, more_published, grid = _upsampler_flops(network, backbone, picture, cells)
+            seen = (height << step, width << step)
+            more, more_published, grid = _upsampler_flops(network, backbone, seen, grid)
             flops, published = flops + more, published + more_published
     elif kind == "bilinear":
         grid = (2 * grid[0], 2 * grid[1])
@@ -104,111 +106,89 @@ def published_backbone_count(backbone: FrozenViT, size: int) -> int:
     """What the LiFT paper's cost table counts for a backbone.
 
     DINO S/16 has 4.34 "GFLOPs" there at 224 pixels and 17.28 at 448. This rule gives both: multiply-adds, counted once,
-    of the linear and convolution layers of the whole network; 4 operations for each element of a LayerNorm; no
-    products of attention, which are no layers; and the qkv layer of the chosen block twice, for the extractor of Amir
-    et al. that the paper builds on computes it a second time to read the facet.
+    of the linear and convolution layers of the whole network; 4 operations for each element of a LayerNorm; nothing
+    for the products of attention, which are not layers; and the qkv layer of the chosen block twice, because the
+    extractor of Amir et al., on which the paper builds, computes it again to read the facet.
     """
     copy = shared_copy(backbone)
     model: Any = copy.model
-    with _shapes_only(), torch.no_grad(), _LayerCount(model) as layers:
-        imgs = _picture(backbone, size, size)
-        grid = copy.grid(size, size)
-        tokens, rotary = copy._embed(imgs, grid)
+    with _shapes_only(), torch.no_grad(), _layer_operations(model) as operations:
+        imgs = _empty_image(backbone, size, size)
+        tokens, rotary = copy._embed(imgs, copy.grid(size, size))
         for index, block in enumerate(model.blocks):
-            before = layers.total
             tokens = copy._run(block, index, tokens, rotary)
-            if index == copy.layer and copy.facet not in ("token", "final"):
-                projection = getattr(block.attn, "qkv", None)
-                again = projection.weight.numel() * tokens.shape[1] if projection is not None else 0
-                layers.total = max(before, layers.total) + again
+            projection = getattr(block.attn, "qkv", None)
+            if index == copy.layer and copy.facet not in ("token", "final") and projection is not None:
+                operations.append(projection.weight.numel() * tokens.shape[1])
         model.norm(tokens)
-    return layers.total
+    return sum(operations)
 
 
 def published_count(network: nn.Module, *inputs: Tensor) -> int:
     """The same rule for any module: linear layers, convolutions and normalisations that run as modules.
 
-    A transposed convolution counts its output's elements times its whole kernel, as the paper's tool does, which is
-    stride^2 times what it computes: LiFT's four times too many.
+    A transposed convolution counts its output's elements times its whole kernel, as the paper's tool does. This is
+    stride^2 times what it computes: four times too many for LiFT.
     """
-    with torch.no_grad(), _LayerCount(network) as layers:
+    with torch.no_grad(), _layer_operations(network) as operations:
         network(*inputs)
-    return layers.total
+    return sum(operations)
 
 
-class _LayerCount:
-    """Sums up what modules do while it is active."""
+@contextmanager
+def _layer_operations(network: nn.Module) -> Iterator[list[int]]:
+    """The operations of each layer that runs in the meantime."""
+    operations: list[int] = []
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.total = network, 0
-
-    def __enter__(self) -> _LayerCount:
-        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.BatchNorm2d)
-        self._hooks = [m.register_forward_hook(self._add) for m in self.network.modules() if isinstance(m, kinds)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _add(self, module: Any, _: object, out: Tensor) -> None:
+    def add(module: Any, _: object, out: Tensor) -> None:
         if isinstance(module, nn.Linear):
-            self.total += out.numel() * module.in_features
+            each = module.in_features
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            self.total += out.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
+            each = (module.in_channels // module.groups) * math.prod(module.kernel_size)
         else:
-            self.total += out.numel() * (_NORM_OPERATIONS if module.weight is not None else _NORM_OPERATIONS // 2)
+            each = _NORM_OPERATIONS if module.weight is not None else _NORM_OPERATIONS // 2
+        operations.append(out.numel() * each)
 
-
-def _shapes_only() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.BatchNorm2d)
+    hooks = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, kinds)]
+    try:
+        yield operations
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
 def flop_counter() -> Iterator[FlopCounterMode]:
-    """PyTorch's counter of FLOPs, attention included whatever the release and the device."""
-    # Attention as matrix products: which of its fused operators the counter knows depends on PyTorch's version, and
-    # the CPU's is not among them everywhere.
+    """PyTorch's counter of FLOPs; it counts attention in every release and on every device."""
+    # Attention as matrix products: which fused attention the counter knows depends on PyTorch's version, and the CPU's
+    # is often missing.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
-def _picture(backbone: FrozenViT, height: int, width: int) -> Tensor:
+def _empty_image(backbone: FrozenViT, height: int, width: int) -> Tensor:
     return torch.empty(1, 3, height, width, dtype=backbone.dtype, device=backbone.device)
 
 
 def _backbone_flops(backbone: FrozenViT, size: int) -> int:
-    # A copy, because the position embeddings that it keeps would be made of nothing.
+    # A copy: the position embeddings that the backbone keeps would hold no values.
     copy = shared_copy(backbone)
     with _shapes_only(), torch.no_grad(), flop_counter() as counter:
-        copy(_picture(backbone, size, size))
+        copy(_empty_image(backbone, size, size))
     return int(counter.get_total_flops())
-
-
-def _published_lift(backbone: FrozenViT) -> LiFT:
-    """An untrained LiFT beside the backbone, whatever PyTorch's defaults are."""
-    with backbone.device:
-        return LiFT(backbone.embed_dim, backbone.patch_size).to(backbone.dtype)
-
-
-def _seen_by(network: nn.Module, backbone: FrozenViT, size: int) -> tuple[int, int]:
-    """(height, width) of what ``network`` sees of an image: a LiFT whole patches, one for each token."""
-    if not isinstance(network, LiFT):
-        return size, size
-    h, w = backbone.grid(size, size)
-    return backbone.patch_size * h, backbone.patch_size * w
 
 
 def _upsampler_flops(
     network: nn.Module, backbone: FrozenViT, size: tuple[int, int], cells: tuple[int, int]
 ) -> tuple[int, int, tuple[int, int]]:
-    """FLOPs, the published count, and the grid of what ``network`` makes of the tokens of ``cells``."""
+    """FLOPs, the published count, and the grid of the network's output for the tokens of ``cells``."""
     copy: Any = shared_copy(network).eval()
     if isinstance(copy, LiFT):
-        # The folded plan is one operator, of which the counter sees nothing.
+        # The counter does not see into the folded plan, which is one operator.
         copy.fused, copy.pre_shape, copy.post_shape = False, True, False
     with _shapes_only():
-        imgs = _picture(backbone, *size)
+        imgs = _empty_image(backbone, *size)
         h, w = cells
         tokens = imgs.new_empty(1, h * w, backbone.embed_dim)
         with torch.no_grad(), flop_counter() as counter:
@@ -223,21 +203,20 @@ def _upsampler_flops(
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Milliseconds of one call: the median of ``repeats`` after two to warm up, the device's queue drained."""
+    """Milliseconds of one call: the median of ``repeats`` after two warm-up calls; the device's queue is drained."""
 
     def drain() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     times = []
-    for number in range(repeats + 2):
+    for _ in range(repeats + 2):
         drain()
         start = time.perf_counter()
         run()
         drain()
-        if number >= 2:
-            times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[len(times) // 2]
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times[2:])[repeats // 2]
 
 
 def as_content(costs: Iterable[Cost]) -> dict[str, Any]:
@@ -247,52 +226,38 @@ def as_content(costs: Iterable[Cost]) -> dict[str, Any]:
 
 def table(costs: Sequence[Cost]) -> Table:
     """Costs by method and size."""
-    columns = [
-        Column("cells", "", 0),
-        Column("parameters, M", "", 2),
-        Column("GFLOPs", "", 2),
-        Column("GFLOPs as published", "", 2),
-    ]
+    titles = ("parameters, M", "GFLOPs", "GFLOPs as published")
+    columns = [Column("cells", "", 0), *(Column(title, "", 2) for title in titles)]
     timed = any(cost.milliseconds is not None for cost in costs)
     if timed:
         columns.append(Column("ms", "", 2))
     rows = []
     for cost in costs:
-        cells: list[Any] = [
-            math.prod(cost.grid),
-            cost.parameters / 1e6,
-            cost.gflops,
-            cost.published_gflops,
-        ]
+        cells: list[Any] = [math.prod(cost.grid), cost.parameters / 1e6, cost.gflops, cost.published_gflops]
         rows.append((f"{cost.method}, {cost.size}", cells + ([cost.milliseconds] if timed else [])))
     return Table("Cost of one image", columns, rows)
 
 
 def accuracies(runs: Iterable[Run], metric: str) -> dict[tuple[str, int], Estimate]:
-    """A metric by method and size.
-
-    Args:
-        runs: results of protocols that have figures by size, see :func:`lift_fast.evaluation.runs.read_run`.
-        metric: e.g. ``PCK@0.1``.
+    """A metric such as ``PCK@0.1`` by method and size, from results with figures by size.
 
     Raises:
-        ValueError: if no result has the metric; says which there are.
+        ValueError: if no result has the metric; lists those that there are.
     """
-    figures = [figure for run in runs for figure in run.figures if figure.size is not None]
-    found = {}
-    for figure in figures:
-        if figure.metric == metric and figure.size is not None:
-            value = figure.value
-            known = value if isinstance(value, Estimate) else Estimate(value, math.nan, math.nan)
-            found[figure.method, figure.size] = known
+    found, known = {}, set()
+    for figure in (figure for run in runs for figure in run.figures):
+        if figure.size is not None:
+            known.add(figure.metric)
+            if figure.metric == metric:
+                found[figure.method, figure.size] = as_estimate(figure.value)
     if not found:
-        there = ", ".join(sorted({figure.metric for figure in figures}))
+        there = ", ".join(sorted(known))
         raise ValueError(f"no result has {metric!r}; there are {there or 'no figures by size'}")
     return found
 
 
 def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], metric: str) -> Table:
-    """A metric beside the cost that it takes, cheapest first."""
+    """A metric and the cost that it takes, cheapest first."""
     rows: list[tuple[str, list[Any]]] = []
     for cost in sorted(costs, key=lambda cost: cost.gflops):
         if (cost.method, cost.size) in scores:
@@ -303,26 +268,17 @@ def score_table(costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], 
 
 
 def draw_curve(
-    costs: Sequence[Cost],
-    scores: dict[tuple[str, int], Estimate],
-    metric: str,
-    published: bool = False,
+    costs: Sequence[Cost], scores: dict[tuple[str, int], Estimate], metric: str, published: bool = False
 ) -> Image.Image:
-    """Accuracy against cost: a line for each method over the sizes, cost on a logarithmic axis.
-
-    Raises:
-        ValueError: if no cost has a score.
-    """
+    """Accuracy against cost, a line for each method; raises ``ValueError`` if no cost has a score."""
     if not any((cost.method, cost.size) in scores for cost in costs):
         there = ", ".join(f"{method} at {size}" for method, size in sorted(scores))
-        raise ValueError(f"nothing to draw: of these methods and sizes no result has {metric}; there are {there}")
+        raise ValueError(f"nothing to draw: no result has {metric} of these methods and sizes; there are {there}")
     series = []
     for method in dict.fromkeys(cost.method for cost in costs):
         known = [c for c in costs if c.method == method and (c.method, c.size) in scores]
-        values = [scores[c.method, c.size] for c in known]
+        spent = (c.published_gflops if published else c.gflops for c in known)
         if known:
-            spent = [c.published_gflops if published else c.gflops for c in known]
-            points = [(x, one.value) for x, one in zip(spent, values, strict=True)]
-            series.append(Series(method, points, [(one.low, one.high) for one in values]))
+            series.append(Series.of(method, zip(spent, (scores[c.method, c.size] for c in known), strict=True)))
     x = "GFLOPs as published" if published else "GFLOPs"
     return line_chart(series, title=f"{metric} against cost", x=x, y=metric, log_x=True)

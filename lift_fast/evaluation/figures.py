@@ -1,4 +1,4 @@
-"""What each protocol's results say, in one form: figures by method, metric and size, and what decides them."""
+"""The results of each protocol in one form: figures by method, metric and size, and what decides them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .discovery.dataset import PUBLISHED_NAMES
 from .metrics import metric_of
 from .results import Estimate
 
-# Options that choose what is reported and change no figure; sizes are columns.
+# Options that choose what is reported and do not change a figure; sizes are columns.
 _NEUTRAL = {"methods", "sizes", "alphas", "reference"}
 
 
@@ -23,22 +23,22 @@ class Figure:
     metric: str
     """As :mod:`lift_fast.evaluation.metrics` names it."""
     size: int | None
-    """Pixels S of S x S images; None for images in their own size, and where the result does not say."""
+    """Pixels S of S x S images; None for images in their own size, and where the result does not record it."""
     value: Estimate | float
 
 
 class Shape(NamedTuple):
-    """What one protocol's result says."""
+    """The content of one protocol's result."""
 
     dataset: str
-    """Results of different ones never share a table; empty where the protocol has none."""
+    """Results on different data sets never share a table; empty where the protocol has none."""
     figures: list[Figure]
     measured: dict[str, Any]
-    """What decides which figures are measured: runs where it differs do not compare."""
+    """What decides which figures are measured: runs that differ in it cannot be compared."""
 
 
 def _options(content: dict[str, Any], *columns: str) -> dict[str, Any]:
-    """Options that decide what is measured; ``columns`` are told apart by the table already."""
+    """Options that decide what is measured; the table shows ``columns`` already."""
     return {key: value for key, value in content["options"].items() if key not in _NEUTRAL and key not in columns}
 
 
@@ -49,16 +49,11 @@ def _number(value: Any) -> float:
 
 
 def _value(entry: Any) -> Estimate | float | None:
-    """A figure as results hold it: a number, ``[value, low, high]`` or null."""
+    """A figure of a result: a number, ``[value, low, high]`` or null."""
     if not isinstance(entry, list):
         return None if entry is None else _number(entry)
     value, low, high = (math.nan if part is None else _number(part) for part in entry)
     return Estimate(value, low, high) if math.isfinite(value) else None
-
-
-def _count(value: Any) -> Any:
-    """A number; of numbers by category their sum."""
-    return sum(value.values()) if isinstance(value, dict) else value
 
 
 def _by_size(content: dict[str, Any]) -> Shape:
@@ -67,18 +62,22 @@ def _by_size(content: dict[str, Any]) -> Shape:
     for size, methods in summary["sizes"].items():
         for method, entries in methods.items():
             for metric, entry in entries.items():
-                # Differences, categories and the like stand beside the metrics.
+                # Differences, categories and other entries stand next to the metrics.
                 if metric_of(content["protocol"], metric) is not None:
                     value = _value(entry)
                     if value is not None:
                         figures.append(Figure(method, metric, int(size), value))
-    counts = {f"number of {key}": _count(value) for key, value in summary.items() if key != "sizes"}
+    counts = {
+        f"number of {key}": sum(value.values()) if isinstance(value, dict) else value
+        for key, value in summary.items()
+        if key != "sizes"
+    }
     return Shape(str(content["options"].get("split", "")), figures, {**_options(content, "split"), **counts})
 
 
 def _davis(content: dict[str, Any]) -> Shape:
     options = content["options"]
-    # Masks that were only scored do not say how large the frames were that they come from.
+    # Masks that were only scored do not record the size of the frames.
     size = options.get("size")
     figures, counts = [], {}
     for method, entries in content["summary"].items():
@@ -87,13 +86,10 @@ def _davis(content: dict[str, Any]) -> Shape:
                 counts[f"number of {metric}"] = entry
             elif entry is not None:
                 figures.append(Figure(method, metric, None if size is None else int(size), _number(entry)))
-    # LiFT's published figures are no neighbours of what DINO's own protocol gives.
+    # LiFT's published figures do not belong next to results of DINO's own protocol.
     protocol = ", DINO's protocol" if options.get("protocol") == "dino" else ""
-    return Shape(
-        f"{options['year']} {options['subset']}{protocol}",
-        figures,
-        {**_options(content, "year", "subset", "size"), **counts},
-    )
+    dataset = f"{options['year']} {options['subset']}{protocol}"
+    return Shape(dataset, figures, {**_options(content, "year", "subset", "size"), **counts})
 
 
 def _discovery(content: dict[str, Any]) -> Shape:
@@ -124,8 +120,7 @@ def _cka(content: dict[str, Any]) -> Shape:
 
 
 def _cost(content: dict[str, Any]) -> Shape:
-    figures = []
-    timed = False
+    figures, timed = [], False
     for cost in content["costs"]:
         values = {
             "parameters, M": _number(cost["parameters"]) / 1e6,

@@ -1,4 +1,4 @@
-"""What evaluations compare: ways from an image to a map of descriptors, all on top of one frozen backbone.
+"""The methods that evaluations compare: ways from an image to a map of descriptors, all on one frozen backbone.
 
 =================  =====================================================================================
 ``backbone``       the backbone's own map
@@ -7,11 +7,11 @@
 ``random-lift``    an untrained LiFT, the control
 ``double-size``    the backbone on the image enlarged 2x bilinearly
 ``stride-S``       the backbone with patches S pixels apart
-``LABEL=FILE``     another LiFT checkpoint under a label of its own, for example one without image
-``LABEL=m:f``      any ``nn.Module`` with LiFT's ``forward(imgs, x)``: what calling f of the Python module m returns
+``LABEL=FILE``     another LiFT checkpoint under its own label, for example one without image
+``LABEL=m:f``      any ``nn.Module`` with LiFT's ``forward(imgs, x)``: what f of the Python module m returns
 =================  =====================================================================================
 
-All of them see the same backbone tokens, heads interleaved, the order that LiFT weights are trained on.
+All of them see the same backbone tokens, with interleaved heads, the order that LiFT weights are trained on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Method:
     weights: str | None = None
     """File of its LiFT, for the record."""
     network: nn.Module | None = None
-    """What comes after the backbone, ``forward(imgs, x)``."""
+    """The network after the backbone, ``forward(imgs, x)``."""
 
     def __call__(self, batch: Batch) -> Features:
         """Descriptors of a batch, without gradients."""
@@ -90,8 +91,8 @@ def build_methods(
         backbone: with heads interleaved, on the device and in the dtype to compute in.
         lift: checkpoint or module behind ``lift`` and ``lift-N``.
         seed: of ``random-lift``.
-        image_branch: what LiFT's image branch sees where images are no whole patches: ``"published"``, as the
-            published evaluation (:func:`published_offset`), or ``"aligned"``, the pixels that the tokens saw.
+        image_branch: what LiFT's image branch sees where the sides of images are not whole patches: ``"published"``, as
+            in the published evaluation (:func:`published_offset`), or ``"aligned"``, the pixels of the tokens.
 
     Raises:
         ValueError: for an unknown or repeated name, an unknown ``image_branch``, ``lift`` without a LiFT, weights that
@@ -113,13 +114,13 @@ def build_methods(
 
 
 def published_offset(height: int, width: int, patch_size: int) -> int:
-    """From which row and column on the published evaluation shows an image to LiFT's image branch: 2 or 0.
+    """The first row and column that the published evaluation shows to LiFT's image branch: 2 or 0.
 
-    Its strided convolutions drop up to 4 pixels that are no whole patch. Where more are left, so that they give a cell
-    too many, two pixels are taken off each side for the image branch alone; the tokens are those of the whole image,
-    from (0, 0) on. That works out for remainders of 5 to 8 pixels and patches of 16 (56 pixels among them), and of 4
-    for patches of 8; with others the published code does not run, or, for 1 to 3 and patches of 8, reads less than the
-    tokens saw.
+    Its strided convolutions drop up to 4 pixels at the border that do not fill a patch. Where more are left, they would
+    give one cell too many, and the image branch alone loses two pixels on each side; the tokens still see the whole
+    image from (0, 0) on. This works for remainders of 5 to 8 pixels and patches of 16 (56 pixels among them), and of 4
+    for patches of 8. With others the published code fails, or, for 1 to 3 and patches of 8, the branch sees less than
+    the tokens.
     """
     remainders = {8: range(4, 5), 16: range(5, 9)}.get(patch_size, range(0))
     return 2 if height % patch_size in remainders and width % patch_size in remainders else 0
@@ -136,50 +137,37 @@ class _Builder:
         label, equals, source = name.partition("=")
         if equals:
             return self._labelled(label, source)
-        if name == "backbone":
-            return Method(name, self._plain)
-        if name == "bilinear":
-            return Method(name, self._bilinear)
-        if name == "double-size":
-            return Method(name, self._double_size)
+        simple: dict[str, Callable[[Batch], Features]] = {
+            "backbone": partial(_plain, self.backbone),
+            "bilinear": self._bilinear,
+            "double-size": self._double_size,
+        }
+        if name in simple:
+            return Method(name, simple[name])
         if name == "random-lift":
             return self._lifted(name, self._extractor(random_lift=True, seed=self.seed), 1, None)
         if match := re.fullmatch(r"lift(?:-([1-9][0-9]?))?", name):
             if self.lift is None:
                 raise ValueError(f"{name} needs a LiFT; give its checkpoint, or leave the method out")
+            module = isinstance(self.lift, nn.Module)
             if self._main is None:
-                self._main = self._extractor(**_as_lift(self.lift))
+                self._main = self._extractor(**{"lift" if module else "lift_path": self.lift})
             weights = None if isinstance(self.lift, nn.Module) else os.fspath(self.lift)
             return self._lifted(name, self._main, int(match[1] or 1), weights)
         if match := re.fullmatch(r"stride-([1-9][0-9]*)", name):
-            return self._strided(name, int(match[1]))
+            return Method(name, partial(_plain, self.backbone.strided(int(match[1]))))
         raise ValueError(f"unknown method {name!r}; there are {', '.join(NAMES)}")
 
-    def _plain(self, batch: Batch) -> Features:
-        h, w = self.backbone.grid(*batch.imgs.shape[2:])
-        tokens = batch.tokens(self.backbone)
-        return Features(tokens.transpose(1, 2).unflatten(2, (h, w)), _covered(self.backbone, batch.imgs))
-
     def _bilinear(self, batch: Batch) -> Features:
-        coarse = self._plain(batch)
+        coarse = _plain(self.backbone, batch)
         enlarged = F.interpolate(coarse.map, scale_factor=2, mode="bilinear", align_corners=False)
         return Features(enlarged, coarse.covered)
 
     def _double_size(self, batch: Batch) -> Features:
         large = Batch(F.interpolate(batch.imgs, scale_factor=2, mode="bilinear", align_corners=False))
-        fine = self._plain(large)
+        fine = _plain(self.backbone, large)
         top, left, height, width = fine.covered
         return Features(fine.map, (top // 2, left // 2, height // 2, width // 2))
-
-    def _strided(self, name: str, stride: int) -> Method:
-        strided = self.backbone.strided(stride)
-
-        def compute(batch: Batch) -> Features:
-            grid = strided.grid(*batch.imgs.shape[2:])
-            found = batch.tokens(strided).transpose(1, 2).unflatten(2, grid)
-            return Features(found, _covered(strided, batch.imgs))
-
-        return Method(name, compute)
 
     def _extractor(self, **lift: Any) -> ViTLiFTExtractor:
         return ViTLiFTExtractor(
@@ -211,25 +199,21 @@ class _Builder:
             raise ValueError(f"a label is letters, digits and . + - _, got {label!r} in {label}={source}")
         module, colon, attribute = source.partition(":")
         if colon and re.fullmatch(r"[A-Za-z_][\w.]*", module) and not os.path.exists(source):
-            network = _load_module(module, attribute)
-            return Method(label, self._foreign(source, network), source, network)
+            network = _load_module(module, attribute).to(self.backbone.device, self.backbone.dtype)
+            network.eval().requires_grad_(False)
+
+            def compute(batch: Batch) -> Features:
+                out = network(batch.imgs, batch.tokens(self.backbone))
+                maps = _as_map(source, out, self.backbone.grid(*batch.imgs.shape[2:]))
+                return Features(maps, _covered(self.backbone, batch.imgs))
+
+            return Method(label, compute, source, network)
         return self._lifted(label, self._extractor(lift_path=source), 1, source)
 
-    def _foreign(self, source: str, network: nn.Module) -> Callable[[Batch], Features]:
-        network = network.to(self.backbone.device, self.backbone.dtype).eval().requires_grad_(False)
 
-        def compute(batch: Batch) -> Features:
-            tokens = batch.tokens(self.backbone)
-            out = network(batch.imgs, tokens)
-            return Features(
-                _as_map(source, out, self.backbone.grid(*batch.imgs.shape[2:])), _covered(self.backbone, batch.imgs)
-            )
-
-        return compute
-
-
-def _as_lift(lift: str | os.PathLike[str] | nn.Module) -> dict[str, Any]:
-    return {"lift": lift} if isinstance(lift, nn.Module) else {"lift_path": lift}
+def _plain(backbone: FrozenViT, batch: Batch) -> Features:
+    grid = backbone.grid(*batch.imgs.shape[2:])
+    return Features(batch.tokens(backbone).transpose(1, 2).unflatten(2, grid), _covered(backbone, batch.imgs))
 
 
 def _covered(backbone: FrozenViT, imgs: Tensor) -> Rectangle:

@@ -1,4 +1,4 @@
-"""What results measure: each protocol's metrics, their range, and how a table shows them."""
+"""The metrics of each protocol: their range, and how a table shows them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Metric:
     lowest: float = 0.0
     highest: float = math.inf
     shown: bool = True
-    """Whether a report shows it unasked."""
+    """Whether a report shows it by default."""
     title: str = ""
     """Of its column; empty for its name."""
 
@@ -39,7 +39,7 @@ METRICS = (
     Metric(("davis",), r"[JF]-Decay", "low", 1, lowest=-100.0, highest=100.0, shown=False),
     Metric(("discovery",), r"CorLoc", "high", 2, highest=100.0, title="CorLoc, %"),
     Metric(("discovery",), r"mean IoU", "high", 3, highest=1.0),
-    # Mostly whole images, which are right where objects are large: CorLoc cannot be read without their number.
+    # Mostly whole images, which count as right where objects are large: CorLoc cannot be read without this number.
     Metric(("discovery",), r"not determined", "", 0),
     Metric(("cka",), r"CKA", "high", 3, highest=1.0),
     Metric(("cka",), r"pooled CKA", "high", 3, highest=1.0, shown=False),
@@ -52,7 +52,7 @@ METRIC_PROTOCOLS = tuple(dict.fromkeys(name for metric in METRICS for name in me
 
 
 def metric_of(protocol: str, name: str) -> Metric | None:
-    """The metric that a protocol's results call ``name``; None for none."""
+    """The metric with this name in a protocol's results, or None."""
     for metric in METRICS:
         if protocol in metric.protocols and re.fullmatch(metric.pattern, name):
             return metric

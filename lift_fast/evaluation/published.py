@@ -1,4 +1,4 @@
-"""Published numbers to compare with, each with its source: those that ship with the package, or one's own file."""
+"""Published numbers to compare with, each with its source: the ones in the package, or those of a file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Source:
 
     paper: str
     arxiv: str | None
-    """Number, such as ``2403.14625``; None for a paper that is not there."""
+    """Number, such as ``2403.14625``; None for a paper that is not on arXiv."""
     version: str | None
     """Of the arXiv text, such as ``v2``; None where it is not known."""
     place: str
     """Table, figure or section."""
     read_from: str
-    """The text or image that the numbers were copied from."""
+    """The text or image from which the numbers were copied."""
     quoted: bool
-    """True if that is somebody else's quotation of the paper."""
+    """True if that text only quotes the paper."""
 
     def __str__(self) -> str:
         arxiv = f", arXiv:{self.arxiv}{self.version or ''}" if self.arxiv else ""
@@ -43,15 +43,15 @@ class Entry:
     """One published number."""
 
     protocol: str
-    """As the results name it: ``spair``, ``davis``, ``discovery``, ``cka`` or ``cost``; ``warp`` for other people's."""
+    """As in the results: ``spair``, ``davis``, ``discovery``, ``cka`` or ``cost``; ``warp`` for others."""
     dataset: str | None
     """``2017 val`` for DAVIS, ``voc07``, ``voc12`` or ``coco20k`` for discovery, SPair's split; None for any."""
     label: str
-    """What to call the row."""
+    """Name of the row."""
     method: str
-    """As ``lift-fast eval --method`` names it, or a name of its own."""
+    """As for ``lift-fast eval --method``, or a name of its own."""
     backbone: str
-    """As ``--model`` names it, or a name of its own."""
+    """As for ``--model``, or a name of its own."""
     metric: str
     size: int | None
     """Pixels S of S x S images; None for images in their own size."""
@@ -69,14 +69,11 @@ class Published:
 
 
 def load_published(path: str | os.PathLike[str] = SHIPPED) -> Published:
-    """Read published numbers.
-
-    Args:
-        path: a JSON file as docs/evaluation_report.md describes it; by default the one that ships with the package.
+    """Read published numbers from a JSON file in the form of docs/evaluation_report.md.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, no JSON, or breaks the schema; says which entry and why.
+        ValueError: if it is a folder, not JSON, or breaks the schema; names the entry and the reason.
     """
     content = read_json(path, "file of published numbers")
     try:
@@ -98,7 +95,7 @@ def _published(content: Any) -> Published:
         entry = _entry(f"entry {number}", item, sources)
         key = (entry.protocol, entry.dataset, entry.label, entry.backbone, entry.metric, entry.size)
         if key in places:
-            raise ValueError(f"entry {number} says again what entry {places[key]} says: {entry.label}, {entry.metric}")
+            raise ValueError(f"entry {number} repeats entry {places[key]}: {entry.label}, {entry.metric}")
         places[key] = number
         entries.append(entry)
     return Published(sources, tuple(entries))
@@ -106,21 +103,17 @@ def _published(content: Any) -> Published:
 
 def _source(where: str, source: Any) -> Source:
     _check_keys(where, source, ("paper", "place", "read_from", "quoted"), ("arxiv", "version"))
-    for name in ("paper", "place", "read_from"):
+    for name in ("paper", "place", "read_from", *(n for n in ("arxiv", "version") if source.get(n) is not None)):
         _check_text(where, name, source[name])
-    for name in ("arxiv", "version"):
-        if source.get(name) is not None:
-            _check_text(where, name, source[name])
     if not isinstance(source["quoted"], bool):
         raise ValueError(f'{where}: "quoted" must be true or false, got {source["quoted"]!r}')
     return Source(**{"arxiv": None, "version": None, **source})
 
 
 def _entry(where: str, item: Any, sources: dict[str, Source]) -> Entry:
-    _check_keys(
-        where, item, ("protocol", "label", "method", "backbone", "metric", "size", "value", "sources"), ("dataset",)
-    )
-    for name in ("protocol", "label", "method", "backbone", "metric"):
+    texts = ("protocol", "label", "method", "backbone", "metric")
+    _check_keys(where, item, (*texts, "size", "value", "sources"), ("dataset",))
+    for name in texts if item.get("dataset") is None else (*texts, "dataset"):
         _check_text(where, name, item[name])
     if item["protocol"] not in METRIC_PROTOCOLS:
         raise ValueError(f'{where}: "protocol" must be one of {", ".join(METRIC_PROTOCOLS)}, got {item["protocol"]!r}')
@@ -133,11 +126,8 @@ def _entry(where: str, item: Any, sources: dict[str, Source]) -> Entry:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f'{where}: "value" must be a number, got {value!r}')
     if not metric.lowest <= value <= metric.highest:
-        raise ValueError(
-            f"{where}: {item['metric']} must lie from {metric.lowest:g} to {metric.highest:g}, got {value!r}"
-        )
-    if item.get("dataset") is not None:
-        _check_text(where, "dataset", item["dataset"])
+        limits = f"{metric.lowest:g} to {metric.highest:g}"
+        raise ValueError(f"{where}: {item['metric']} must lie from {limits}, got {value!r}")
     names = item["sources"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "sources" must name at least one source, got {names!r}')
@@ -152,10 +142,10 @@ def _check_keys(where: str, item: Any, needed: Iterable[str], more: Iterable[str
         raise ValueError(f"{where} must be an object, got {type(item).__name__}")
     missing = [name for name in needed if name not in item]
     if missing:
-        raise ValueError(f'{where} lacks "{missing[0]}"')
+        raise ValueError(f'{where} has no "{missing[0]}"')
     unknown = [name for name in item if name not in {*needed, *more}]
     if unknown:
-        raise ValueError(f"{where} has an unknown {unknown[0]!r}; it takes {', '.join([*needed, *more])}")
+        raise ValueError(f"{where} has an unknown {unknown[0]!r}; expected {', '.join([*needed, *more])}")
 
 
 def _check_text(where: str, name: str, text: Any) -> None:

@@ -1,10 +1,9 @@
-"""Several runs side by side, with published numbers: tables, what the runs do not share, charts."""
+"""Several runs side by side, with published numbers: tables, what differs between the runs, charts."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +47,7 @@ class Row:
     """Rows of the same rank measured the same thing; None for published numbers."""
     backbone: str | None
     label: str
-    """What the table calls it."""
+    """Name in the table."""
     cited: dict[Key, tuple[str, ...]] = field(default_factory=dict)
     """Sources of published numbers."""
 
@@ -69,7 +68,7 @@ class Group:
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     left_out: int
-    """Published numbers of other backbones than the runs'."""
+    """Number of published numbers of other backbones than the runs'."""
 
     @property
     def title(self) -> str:
@@ -90,10 +89,10 @@ class Report:
     runs: tuple[Run, ...]
     groups: tuple[Group, ...]
     sources: dict[str, str]
-    """Of the published numbers that are shown, in the order of their numbers."""
+    """Of the published numbers that are shown, in the order of their footnotes."""
 
     def markdown(self) -> str:
-        """Tables, and below each what it needs to be read with."""
+        """Tables, each with its notes below."""
         parts = []
         for group in self.groups:
             notes = "\n".join(f"- {note}" for note in _notes(group))
@@ -121,13 +120,13 @@ class Report:
 
 
 def build(runs: Sequence[Run], published: Published | None = None, metrics: Sequence[str] | None = None) -> Report:
-    """Lay runs out by protocol and data set.
+    """Arrange runs by protocol and data set.
 
     Args:
         runs: of :func:`lift_fast.evaluation.runs.read_run`.
-        published: numbers to show below them, where a run has the same protocol, data set, metric and size; only those
-            of the runs' backbones, if there are any, else all.
-        metrics: which to show; None shows each protocol's main ones.
+        published: numbers to show below the runs, where a run has the same protocol, data set, metric and size; only
+            those of the runs' backbones if there are any, else all.
+        metrics: to show; None shows the main ones of each protocol.
 
     Raises:
         ValueError: for no runs, two of one name, one file twice, or metrics that no run has.
@@ -172,11 +171,11 @@ def _group(runs: list[Run], published: Published | None, metrics: Sequence[str] 
         for entry in (published.entries if published is not None else ())
         if entry.protocol == protocol and entry.dataset in (None, dataset) and (entry.metric, entry.size) in columns
     ]
-    own = _of_backbones(entries, {run.networks.get("model") for run in runs})
+    models = {run.networks.get("model") for run in runs}
+    own = [entry for entry in entries if entry.backbone in models] or entries
     rows += _published_rows(own)
-    return Group(
-        protocol, dataset, tuple(runs), tuple(columns), tuple(rows), tuple(differences(runs)), len(entries) - len(own)
-    )
+    differing = tuple(differences(runs))
+    return Group(protocol, dataset, tuple(runs), tuple(columns), tuple(rows), differing, len(entries) - len(own))
 
 
 def _wanted(protocol: str, metric: str, metrics: Sequence[str] | None) -> bool:
@@ -187,7 +186,7 @@ def _wanted(protocol: str, metric: str, metrics: Sequence[str] | None) -> bool:
 
 
 def _order(protocol: str, metrics: Sequence[str] | None) -> Any:
-    """Sorting key of columns: metrics as they were asked for or as protocols list them, wide thresholds and small
+    """Sorting key of columns: metrics in the requested order or as protocols list them, wide thresholds and small
     images first."""
     known = [metric for metric in METRICS if protocol in metric.protocols]
 
@@ -202,27 +201,16 @@ def _order(protocol: str, metrics: Sequence[str] | None) -> Any:
     return key
 
 
-def _of_backbones(entries: list[Entry], models: set[Any]) -> list[Entry]:
-    own = [entry for entry in entries if entry.backbone in models]
-    return own or entries
-
-
 def _published_rows(entries: list[Entry]) -> list[Row]:
     rows: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         rows.setdefault((entry.label, entry.method, entry.backbone), []).append(entry)
-    return [
-        Row(
-            None,
-            method,
-            {(entry.metric, entry.size): entry.value for entry in own},
-            None,
-            backbone,
-            label,
-            {(entry.metric, entry.size): entry.sources for entry in own},
-        )
-        for (label, method, backbone), own in rows.items()
-    ]
+    found = []
+    for (label, method, backbone), own in rows.items():
+        values: dict[Key, Estimate | float] = {(entry.metric, entry.size): entry.value for entry in own}
+        cited = {(entry.metric, entry.size): entry.sources for entry in own}
+        found.append(Row(None, method, values, None, backbone, label, cited))
+    return found
 
 
 def _table(group: Group, sources: dict[str, str]) -> Table:
@@ -247,17 +235,17 @@ def _name(row: Row) -> str:
 
 
 def _notes(group: Group) -> list[str]:
-    """What the table needs to be read with."""
+    """What a reader of the table has to know."""
     notes = [f"{run.name}: {_about(run)}" for run in group.runs]
     if group.unlike:
         notes.append(
-            "UNLIKE RUNS: they did not all measure the same thing (see below), so their figures do not compare; the "
-            "best is bold within each set of like runs"
+            "UNLIKE RUNS: they did not all measure the same thing (see below), so their figures cannot be compared; "
+            "the best is bold within each set of like runs"
         )
     for kind, title in _KINDS.items():
-        told = [f"{d.name}: {_values(d)}" for d in group.differences if d.kind == kind]
-        if told:
-            notes.append(f"{title}: " + "; ".join(told))
+        parts = [f"{d.name}: {_values(d)}" for d in group.differences if d.kind == kind]
+        if parts:
+            notes.append(f"{title}: " + "; ".join(parts))
     seen: dict[str, str] = {}
     for run in group.runs:
         if run.content in seen:
@@ -295,15 +283,15 @@ def _values(difference: Difference) -> str:
     lists = {run: value for run, value in difference.values.items() if isinstance(value, list)}
     if any(len(value) > _LONG for value in lists.values()):
         shared = set.intersection(*(set(map(str, value)) for value in lists.values()))
-        told = [f"{len(value)} ({run})" for run, value in lists.items()]
-        told += [f"not said ({run})" for run in difference.values if run not in lists]
-        return f"{', '.join(told)}, {len(shared)} of them in all"
+        counts = [f"{len(value)} ({run})" for run, value in lists.items()]
+        counts += [f"not recorded ({run})" for run in difference.values if run not in lists]
+        return f"{', '.join(counts)}, {len(shared)} of them in all"
     return ", ".join(f"{_short(difference.name, value)} ({run})" for run, value in difference.values.items())
 
 
 def _short(name: str, value: Any) -> str:
     if value is None:
-        return "all" if name == "pairs_per_category" else "not said"
+        return "all" if name == "pairs_per_category" else "not recorded"
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)[:_HASH] if name.startswith("weights of ") else str(value)
@@ -323,7 +311,9 @@ def _group_content(group: Group) -> dict[str, Any]:
                 "backbone": row.backbone,
                 "label": row.label,
                 "set": row.rank,
-                "values": [_json_cell(row.cells.get(key)) for key in group.columns],
+                "values": [
+                    cell.as_list() if isinstance(cell, Estimate) else cell for cell in map(row.cells.get, group.columns)
+                ],
                 "sources": [list(row.cited.get(key, ())) for key in group.columns],
             }
             for row in group.rows
@@ -333,18 +323,14 @@ def _group_content(group: Group) -> dict[str, Any]:
     }
 
 
-def _json_cell(cell: Estimate | float | None) -> Any:
-    return cell.as_list() if isinstance(cell, Estimate) else cell
-
-
 def draw(report: Report, metric: str | None = None, against: str = "size") -> Image.Image:
     """A chart of a metric against the images' size or against cost.
 
     Args:
         report: runs of one protocol that has the metric by size; for cost also runs of the protocol ``cost``, with the
-            same backbones and methods.
-        metric: what to draw; None takes the first that has at least two sizes.
-        against: ``"size"``, with published numbers of the runs' methods beside theirs, or ``"cost"``.
+            the same backbones and methods.
+        metric: to draw; None takes the first with at least two sizes.
+        against: ``"size"``, with published numbers of the runs' methods, or ``"cost"``.
 
     Raises:
         ValueError: if nothing fits, or more than one group does.
@@ -369,24 +355,24 @@ def draw(report: Report, metric: str | None = None, against: str = "size") -> Im
         raise ValueError(f"one chart takes one protocol, but several fit: {titles}; give their runs one at a time")
     group, name = fitting[0]
     if against == "size":
-        return line_chart(_by_size(group, name), title=f"{group.title}: {name}", x="input size, pixels", y=name)
-    series = _by_cost(group, name, _costs(report))
+        methods = {row.method for row in group.rows if row.run is not None}
+        sizes = _lines(group, name, lambda row, size: float(size) if size and row.method in methods else None)
+        return line_chart(sizes, title=f"{group.title}: {name}", x="input size, pixels", y=name)
+    costs = _costs(report)
+    series = _lines(group, name, lambda row, size: row.run and costs.get((row.backbone, row.method, size)))
+    if not series:
+        raise ValueError("the cost results hold no backbone, method and size of the runs")
     return line_chart(series, title=f"{group.title}: {name} against cost", x="GFLOPs", y=name, log_x=True)
 
 
-def _series(row: Row, points: list[tuple[float, Estimate | float]]) -> Series:
-    bare = [(x, y.value if isinstance(y, Estimate) else y) for x, y in points]
-    spread = [(y.low, y.high) if isinstance(y, Estimate) else (math.nan, math.nan) for _, y in points]
-    return Series(_name(row), bare, spread, dashed=row.run is None)
-
-
-def _by_size(group: Group, metric: str) -> list[Series]:
+def _lines(group: Group, metric: str, place: Callable[[Row, int | None], Any]) -> list[Series]:
+    """The rows that have points; ``place`` gives x of a row's figure at a size, or None to leave it out."""
     found = []
-    methods = {row.method for row in group.rows if row.run is not None}
-    for row in (row for row in group.rows if row.run is not None or row.method in methods):
-        points = [(float(size), cell) for (name, size), cell in row.cells.items() if name == metric and size]
+    for row in group.rows:
+        cells = ((place(row, size), cell) for (name, size), cell in row.cells.items() if name == metric)
+        points = sorted(((x, cell) for x, cell in cells if x is not None), key=lambda point: point[0])
         if points:
-            found.append(_series(row, sorted(points, key=lambda point: point[0])))
+            found.append(Series.of(_name(row), points, dashed=row.run is None))
     return found
 
 
@@ -402,20 +388,5 @@ def _costs(report: Report) -> dict[tuple[Any, str, int | None], float]:
                         f"two runs give different costs of {figure.method} on {key[0]} at {figure.size} pixels"
                     )
     if not costs:
-        raise ValueError("a chart against cost needs a result of lift-fast eval cost among the runs")
+        raise ValueError("a chart against cost needs a result of lift-fast eval cost; give one with the runs")
     return costs
-
-
-def _by_cost(group: Group, metric: str, costs: dict[tuple[Any, str, int | None], float]) -> list[Series]:
-    found = []
-    for row in (row for row in group.rows if row.run is not None):
-        points = [
-            (costs[row.backbone, row.method, size], cell)
-            for (name, size), cell in row.cells.items()
-            if name == metric and (row.backbone, row.method, size) in costs
-        ]
-        if points:
-            found.append(_series(row, sorted(points, key=lambda point: point[0])))
-    if not found:
-        raise ValueError("the cost results hold none of the runs' backbones, methods and sizes")
-    return found

@@ -1,4 +1,4 @@
-"""Results of evaluations: JSON with everything needed to repeat them, and tables made from it."""
+"""Results of evaluations: JSON with everything that is needed to repeat them."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class Estimate:
 
     @classmethod
     def of(cls, entry: Sequence[float | None] | None) -> Estimate | None:
-        """The other way round; None without a value."""
+        """From ``[value, low, high]`` of JSON; None without a value."""
         if entry is None or entry[0] is None:
             return None
         value, low, high = (math.nan if part is None else part for part in entry)
         return cls(value, low, high)
 
 
+def as_estimate(value: Estimate | float) -> Estimate:
+    """A figure with its interval; NaN for an interval that is not known."""
+    return value if isinstance(value, Estimate) else Estimate(value, math.nan, math.nan)
+
+
 def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
-    """Mean of each column with a 95 % percentile bootstrap interval over the rows.
+    """Mean of each column of ``[rows, columns]`` with a 95 % percentile bootstrap interval over the rows.
 
     Rows are what was drawn independently, the images: points of one image fail together, so an interval over points
     would be too narrow. Columns are resampled together. Fewer than two rows give an interval of NaN.
-
-    Args:
-        values: ``[rows, columns]``.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
     """
     table = np.asarray(values, dtype=np.float64)
     count = table.shape[0]
@@ -66,22 +66,17 @@ def bootstrap(values: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) 
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hash of a file's content in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    # Python 3.10 has no file_digest.
     state = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        state.update(chunk)
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
     return state.hexdigest()
 
 
 def provenance(device: str, files: dict[str, str | os.PathLike[str] | None]) -> dict[str, Any]:
-    """What a result depends on beside its options: versions, machine, date, and the hash of each of ``files``.
+    """What a result depends on in addition to its options: versions, machine, date, and the hash of each of ``files``.
 
-    Entries of ``files`` that are None, or no files, such as ``module:callable``, are recorded by name alone.
+    Entries of ``files`` that are not files, such as ``module:callable``, are recorded by name alone; None is left out.
     """
     from lift_fast import env_report
 
@@ -102,58 +97,46 @@ def provenance(device: str, files: dict[str, str | os.PathLike[str] | None]) -> 
 
 
 def save_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write a result, atomically; NaN becomes null.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
+    """Write a result, atomically; NaN becomes null. Raises ``FileNotFoundError`` without the folder."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(as_json(content)) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """What a JSON file holds.
-
-    Args:
-        path: the file.
-        what: it is, for the message, such as "file of results".
+    """The content of a JSON file; ``what`` names it in messages, such as "file of results".
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder or no JSON.
+        ValueError: if it is a folder or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        # Bytes: json detects UTF-8, 16 and 32, and drops a byte order mark.
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no {what} at {path}") from error
     except IsADirectoryError as error:
         raise ValueError(f"{path} is a folder; expected a {what}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
 
 
 def load_json(path: str | os.PathLike[str], protocol: str | None = None) -> dict[str, Any]:
-    """Read a result.
-
-    Args:
-        path: the file.
-        protocol: what its ``"protocol"`` must be.
+    """A result; if ``protocol`` is given, one of that protocol.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, holds no result, or one of another protocol.
+        ValueError: if it is a folder, not a result, or one of another protocol.
     """
-    content = read_json(path, "file of results")
+    content: dict[str, Any] = read_json(path, "file of results")
     found = content.get("protocol") if isinstance(content, dict) else None
     if found is None or (protocol is not None and found != protocol):
-        wanted = f"results of {protocol}" if protocol else "results of an evaluation"
-        raise ValueError(f"{path} holds no {wanted}" + (f", but of {found}" if found else ""))
-    result: dict[str, Any] = content
-    return result
+        but = f": it holds results of {found}" if found else ""
+        raise ValueError(f"{path} is not a file of results of {protocol or 'an evaluation'}{but}")
+    return content
 
 
 def as_json(value: Any) -> Any:
-    """What reading ``value`` back from JSON gives, which knows neither NaN nor NumPy's numbers."""
+    """``value`` as it comes back from JSON, which has neither NaN nor NumPy's numbers."""
     if isinstance(value, dict):
         return {str(key): as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""How a run that was interrupted is resumed: what it has found lies on disk, with the settings that it was made with.
+"""Resuming an interrupted run: its findings lie on disk with the settings that they were made with.
 
-A :class:`Journal` is one file, rewritten after a part or now and then; :class:`Lines` is a file that grows by a line
-for each finding. Both are found again by their path and refused where their settings are others, which are named.
+A :class:`Journal` is one file, rewritten after a part or every few seconds; :class:`Lines` is a file that grows by a
+line for each finding. Both find their file again by its path, and refuse one of other settings, which they name.
 """
 
 from __future__ import annotations
@@ -19,59 +19,49 @@ T = TypeVar("T")
 
 
 def settings_of(options: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """All that results depend on, as JSON holds it; a date says nothing of them."""
-    found: dict[str, Any] = as_json({**options, **{name: value for name, value in record.items() if name != "date"}})
-    return found
+    """Everything that results depend on, as JSON holds it. They do not depend on the date."""
+    return as_json({**options, **{name: value for name, value in record.items() if name != "date"}})
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings that are not the same. One that was not known before counts as None."""
+    """Names of the settings that differ. One that is missing in ``before`` counts as None."""
     return [name for name in now if before.get(name) != now[name]] + [name for name in before if name not in now]
 
 
 def made_otherwise(where: object, names: Iterable[str], remedy: str = REMEDY) -> str:
-    """Message about what ``where`` holds, made with settings of which ``names`` differ."""
+    """Message that ``where`` was made with settings of which ``names`` differ."""
     return f"{where} was made with other settings ({', '.join(names)}); {remedy}"
 
 
 def check_same(path: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse results that were made with other options, or depend on something else but the date.
-
-    Args:
-        path: of the file, for the message.
-        before: its content.
-        now: the content that a new run begins with; both have ``"options"`` and ``"record"``.
+    """Refuse the content of ``path`` if its ``"options"`` or ``"record"`` (but for the date) differ from a new run's.
 
     Raises:
-        ValueError: naming what differs, or what ``before`` lacks of the objects that ``now`` holds.
+        ValueError: naming what differs, or which of the objects of ``now`` are missing in ``before``.
     """
     lacking = [name for name in now if isinstance(now[name], dict) and not isinstance(before.get(name), dict)]
     if lacking:
-        raise ValueError(
-            f"{path} cannot be resumed: it holds no {', '.join(lacking)} in the form of such results; {REMEDY}"
-        )
+        raise ValueError(f"{path} cannot be resumed: it holds no valid {', '.join(lacking)}; {REMEDY}")
     names = differing(*(settings_of(content["options"], content["record"]) for content in (before, now)))
     if names:
         raise ValueError(made_otherwise(path, names))
 
 
 def new_result(protocol: str, options: dict[str, Any], record: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
-    """What the file of a result holds before anything is known."""
+    """The content of a result's file at the start of a run."""
     begun = {"protocol": protocol, "complete": False, "options": options, "record": record or {}, "scores": {}}
     return {**begun, **more}
 
 
 def load_same(path: Path | None, head: dict[str, Any], read: Callable[[Path], dict[str, Any]] | None = None) -> Any:
-    """The content of a file that an earlier run with the same settings wrote; None where there is none.
+    """The content of a file that an earlier run wrote with the same settings; None without such a file.
 
-    Args:
-        path: the file, or None.
-        head: ``"protocol"``, ``"options"``, ``"record"`` and other objects that the file must hold.
-        read: reads it; None reads a result.
+    ``head`` holds ``"protocol"``, ``"options"``, ``"record"`` and other objects that the file must hold. Without
+    ``read`` the file is a result.
 
     Raises:
-        FileNotFoundError: if the folder of ``path`` does not exist, before any work whose result is to go there.
-        ValueError: as :func:`check_same`, or if it cannot be read.
+        FileNotFoundError: if the folder of ``path`` does not exist: before any work, not when its result is written.
+        ValueError: as :func:`check_same`, or if the file cannot be read.
     """
     if path is None:
         return None
@@ -85,20 +75,15 @@ def load_same(path: Path | None, head: dict[str, Any], read: Callable[[Path], di
 
 
 class Journal:
-    """What a run has found so far, in memory and on disk.
+    """The findings of a run so far, in memory and, unless ``path`` is None, on disk; raises as :func:`load_same`.
 
     Args:
-        path: file; None keeps everything in memory.
-        content: what a new run begins with, see :func:`load_same`.
-        seconds: between two times of writing; :meth:`finish` writes at once.
-        read, write: the file; None takes a result as JSON.
+        content: of a new run; what is written to the file.
+        seconds: between two writes; :meth:`finish` writes at once.
+        read, write: for the file; by default a result as JSON.
 
     Attributes:
-        content: what stands in the file when it is written.
-        before: what the file held; None for a run that begins.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_same`.
+        before: what the file held; None for a new run.
     """
 
     def __init__(
@@ -114,7 +99,7 @@ class Journal:
         self.before: dict[str, Any] | None = load_same(path, content, read)
 
     def save(self) -> None:
-        """Write the file, unless that was done a moment ago."""
+        """Write the file, unless that was done less than ``seconds`` ago."""
         if self.path is not None and time.monotonic() - self.saved >= self.seconds:
             self.write(self.path, self.content)
             self.saved = time.monotonic()
@@ -137,16 +122,14 @@ class Journal:
 class Lines(Generic[T]):
     """Findings by name, in a file that grows by a line for each; the first line holds the settings.
 
-    A last line that an interruption cut off is dropped.
+    A last line that an interruption cut off is dropped. Without a ``path`` everything stays in memory.
 
     Args:
-        path: file; None keeps everything in memory.
         settings: as JSON holds them.
-        decode: makes a finding of a line's object, which has a ``"name"``.
-        encode: the other way round.
+        decode, encode: between a finding and its line's object, which has a ``"name"``.
 
     Raises:
-        ValueError: if the file was made with other settings, or holds something else; says in which line.
+        ValueError: if the file was made with other settings, or a line is malformed; names the line.
     """
 
     def __init__(
@@ -177,9 +160,7 @@ class Lines(Generic[T]):
                 entry = json.loads(line)
                 self.done[entry["name"]] = decode(entry)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is malformed: {error}; delete the file to start over"
-                ) from error
+                raise ValueError(f"{path}, line {number} is malformed: {error}; delete it to start over") from error
         if not content.endswith("\n"):
             path.write_text("\n".join([head, *whole]) + "\n", "utf-8")
 

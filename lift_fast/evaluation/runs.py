@@ -1,4 +1,4 @@
-"""Results of any protocol read back into one form: figures by method, metric and size, and what they depend on."""
+"""Results of any protocol in one form: figures by method, metric and size, and what they depend on."""
 
 from __future__ import annotations
 
@@ -31,40 +31,36 @@ class Run:
     """Versions and machine."""
     date: str
     skipped: int
-    """What could not be used."""
+    """How many inputs could not be used."""
     content: str
-    """All of the result but its date, to recognise copies."""
+    """The whole result without its date, to recognise copies."""
 
 
 class Difference(NamedTuple):
-    """Something that is not the same in all runs."""
+    """Something that differs between runs."""
 
     kind: str
     """``"measured"``, ``"networks"`` or ``"surroundings"``."""
     name: str
     values: dict[str, Any]
-    """By the name of the run; None where a run does not say."""
+    """By the name of the run; None where a run does not record it."""
 
 
 def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
-    """Read a result of ``lift-fast eval``.
-
-    Args:
-        path: the file.
-        name: what the report calls it; None takes the file's name without suffix.
+    """Read a result of ``lift-fast eval``; ``name`` in the report defaults to the file's name without suffix.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no result, one of an unknown protocol, one without a summary, or one of another form.
+        ValueError: if it is not a valid result, its protocol is unknown, or it has no summary.
     """
     path = Path(path)
     content = load_json(path)
     protocol = content["protocol"]
     reader = READERS.get(protocol) if isinstance(protocol, str) else None
     if reader is None:
-        raise ValueError(f"{path} holds results of {protocol!r}; a report takes those of {', '.join(READERS)}")
+        raise ValueError(f"{path} holds results of {protocol!r}; expected results of one of {', '.join(READERS)}")
     if content.get("complete") is False and "summary" not in content:
-        raise ValueError(f"{path} is of a run that was interrupted; give its command again, and it goes on to the end")
+        raise ValueError(f"{path} holds an interrupted run; give its command again to resume it")
     try:
         shape = reader(content)
         record = dict(content.get("record") or {})
@@ -73,38 +69,29 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         skipped = len(content.get("skipped") or {})
         surroundings = {key: record.pop(key) for key in _SURROUNDINGS if key in record}
         date = str(record.pop("date", ""))
-        weights = {f"weights of {key}": _weights(entry) for key, entry in dict(record.pop("weights", {})).items()}
+        files = dict(record.pop("weights", {}))
+        weights = {f"weights of {key}": str(entry["sha256"] or entry["file"]) for key, entry in files.items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{path} says that it holds results of {protocol}, but not in their form ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a valid {protocol} results file ({reason})") from error
     if not shape.figures:
         raise ValueError(f"{path} holds no figures: nothing could be evaluated")
-    # A date says nothing of what was found.
+    # The date does not matter for the findings.
     undated = {**content, "record": {k: v for k, v in (content.get("record") or {}).items() if k != "date"}}
-    return Run(
-        path.stem if name is None else name,
-        path,
-        protocol,
-        shape.dataset,
-        tuple(shape.figures),
-        _flat(shape.measured),
-        _flat({**record, **weights}),
-        _flat(surroundings),
-        date,
-        skipped,
-        json.dumps(undated, sort_keys=True),
-    )
+    name = path.stem if name is None else name
+    about = (_flat(shape.measured), _flat({**record, **weights}), _flat(surroundings))
+    content_of = json.dumps(undated, sort_keys=True)
+    return Run(name, path, protocol, shape.dataset, tuple(shape.figures), *about, date, skipped, content_of)
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """What is not the same in all runs, in the order of the kinds."""
+    """What differs between runs, in the order of the kinds."""
     found = []
     for kind in ("measured", "networks", "surroundings"):
-        told = {run.name: getattr(run, kind) for run in runs}
-        for name in dict.fromkeys(key for entries in told.values() for key in entries):
-            values = {run: entries.get(name) for run, entries in told.items()}
-            # A method's weights say nothing about runs without that method.
+        by_run = {run.name: getattr(run, kind) for run in runs}
+        for name in dict.fromkeys(key for entries in by_run.values() for key in entries):
+            values = {run: entries.get(name) for run, entries in by_run.items()}
+            # The weights of a method mean nothing for runs without that method.
             if name.startswith("weights of "):
                 values = {run: value for run, value in values.items() if value is not None}
             first = next(iter(values.values()))
@@ -113,15 +100,8 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     return found
 
 
-def _weights(entry: Any) -> str:
-    return str(entry["sha256"] or entry["file"])
-
-
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in entries.items():
-        if isinstance(value, dict):
-            result.update(_flat(value, f"{prefix}{key} "))
-        else:
-            result[f"{prefix}{key}"] = value
+        result.update(_flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return result

@@ -21,7 +21,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures by method; a cell is an :class:`Estimate`, a number, or None for what was not measured."""
+    """Figures by method; a cell is an :class:`Estimate`, a number, or None if it was not measured."""
 
     title: str
     columns: Sequence[Column]
@@ -44,13 +44,16 @@ class Table:
     def latex(self) -> str:
         """A ``tabular`` for ``booktabs``."""
         head = " & ".join(["method", *(escape_latex(column.title) for column in self.columns)])
+        cells = ([escape_latex(name), *figures] for name, *figures in self._cells(r"\textbf{{{}}}"))
+        rows = [" & ".join(row) + r" \\" for row in cells]
         lines = [
             "% " + self.title.replace("\n", " "),
             r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
             r"\toprule",
             head + r" \\",
             r"\midrule",
-            *(" & ".join([_first_cell(cells[0]), *cells[1:]]) + r" \\" for cells in self._cells(r"\textbf{{{}}}")),
+            # At the start of a row LaTeX takes these characters for an argument of the row before.
+            *("{}" * row.startswith(("[", "(", "*")) + row for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
         ]
@@ -93,14 +96,8 @@ def _number(cell: Estimate | float | None) -> float | None:
 
 
 def _bars(text: str) -> str:
-    """Text that stays in one cell of a Markdown table."""
+    """Text for one cell of a Markdown table."""
     return " ".join(text.splitlines()).replace("|", r"\|")
-
-
-def _first_cell(text: str) -> str:
-    """Text that begins a row: what begins with these would be taken for an argument of the row before."""
-    escaped = escape_latex(text)
-    return "{}" + escaped if escaped.startswith(("[", "(", "*")) else escaped
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -2,7 +2,7 @@
 
 The published procedure (Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized
 Cut", CVPR 2022) builds dense N x N matrices and hands them to a dense generalised eigensolver. The graph is binary, so
-here it is a matrix of bits, and the one eigenvector that is needed comes from a Lanczos iteration on it.
+here it is a matrix of bits, and the only eigenvector of interest comes from a Lanczos iteration on it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ TAU = {"voc07": 0.2, "voc12": 0.2, "coco20k": 0.3}
 """Thresholds of the published evaluations."""
 EPS = 1e-5
 
-# Angle, in radians, that may be left between the computed eigenvector and the exact one.
+# Bound, in radians, of the angle between the computed eigenvector and the exact one.
 _ANGLE = 1e-9
-# Eigenvalues (they lie in -1 .. 1) nearer than this are one: float64 cannot tell their vectors apart.
+# Eigenvalues (in -1 .. 1) closer than this count as equal: float64 cannot tell their vectors apart.
 _SAME = 1e-10
-# Entries that differ by less than this share of the largest count as equal, so that rounding decides on no seed.
+# Entries that differ by less than this share of the largest count as equal, so that rounding never decides the seed.
 _TIE = 1e-7
 _MOST_STEPS, _CHECK_EVERY = 400, 4
-# Below this the dense solver is quicker.
+# For fewer nodes the dense solver is faster.
 _SMALL = 48
-# Rows of similarities at one time.
+# Rows of similarities computed at one time.
 _PANEL = 512
 
 
 class NotFiniteError(ValueError):
-    """Features with NaN or infinity among them, of which no cosine says what is alike."""
+    """Features that hold NaN or infinity, so that their cosines mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Eigenpair:
     """The second smallest solution of (D - W) x = lambda D x."""
 
     vector: Tensor
-    """[N] float64, x^T D x = 1; its sign means nothing."""
+    """[N] float64, x^T D x = 1; its sign is arbitrary."""
     value: float
     """lambda, 0 to 2."""
     gap: float
-    """Distance to the next eigenvalue (a lower bound is not claimed); 0 if they are one."""
+    """Estimated distance to the next eigenvalue; 0 if they count as equal."""
     degenerate: bool
     """Several eigenvectors share the eigenvalue: the vector is a start vector's projection onto their span."""
     solver: str
     """``"lanczos"`` or ``"dense"``."""
     products: int
-    """Matrix-vector products that it took."""
+    """Number of matrix-vector products."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TokenCut:
     foreground: npt.NDArray[np.bool_]
     """[h, w], the side of the cut that holds the seed."""
     component: npt.NDArray[np.bool_]
-    """[h, w], the part of the foreground that hangs together (4 neighbours) with the seed."""
+    """[h, w], the part of the foreground that is connected (4 neighbours) with the seed."""
     seed: tuple[int, int]
     """(row, column)"""
     cells: tuple[int, int, int, int]
@@ -82,28 +82,22 @@ class TokenCut:
     products: int
 
     def box(
-        self, picture: tuple[int, int], covered: tuple[float, float, float, float] | None = None
+        self, size: tuple[int, int], covered: tuple[float, float, float, float] | None = None
     ) -> tuple[float, float, float, float]:
         """The box in pixels: (x0, y0, x1, y1), continuous, so that a whole image is (0, 0, width, height).
 
         Args:
-            image: (height, width) of the image, to which the box is clipped.
-            covered: (top, left, height, width) of the pixels over which the cells lie side by side; None for the
-                image's own. A cell is one patch of a plain backbone, half a patch after LiFT.
+            size: (height, width) of the image, to which the box is clipped.
+            covered: (top, left, height, width) of the pixels over which the cells lie side by side; None for the whole
+                image. A cell is one patch of a plain backbone, half a patch after LiFT.
         """
-        top, left, height, width = covered or (0, 0, *picture)
+        top, left, height, width = covered or (0, 0, *size)
         rows, columns = self.eigenvector.shape
-        y0, x0, y1, x1 = self.cells
+        y0, x0, y1, x1 = map(float, self.cells)
 
-        def pixel(cell: int, start: float, length: float, cells: int, end: int) -> float:
-            return min(max(start + cell * length / cells, 0.0), end)
-
-        return (
-            pixel(x0, left, width, columns, picture[1]),
-            pixel(y0, top, height, rows, picture[0]),
-            pixel(x1, left, width, columns, picture[1]),
-            pixel(y1, top, height, rows, picture[0]),
-        )
+        x0, x1 = (min(max(left + cell * width / columns, 0.0), size[1]) for cell in (x0, x1))
+        y0, y1 = (min(max(top + cell * height / rows, 0.0), size[0]) for cell in (y0, y1))
+        return x0, y0, x1, y1
 
 
 def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: float = EPS) -> TokenCut:
@@ -113,23 +107,23 @@ def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: 
     eigenvector of (D - W) x = lambda D x is split at its mean; the foreground is the side of the entry that is largest
     in absolute value (the seed); the object is the foreground's connected component around the seed.
 
-    Three things that the published code leaves to rounding are decided here: of several seeds within 1e-7 of the
-    largest the first in reading order is taken, and entries that close to the mean are background; the lower triangle
-    of the cosines counts (as for its eigensolver) where the two differ by rounding; and where several eigenvectors
-    share the eigenvalue, a fixed start vector is projected onto their span (``degenerate``). A graph without any cut,
-    complete or without edges, or of a single token, gives the whole grid, and is ``degenerate`` too.
+    Three cases that the published code leaves to rounding are decided here. Of several seeds within 1e-7 of the
+    largest, the first in reading order is taken, and entries that close to the mean are background. Where the two
+    triangles of the cosines differ by rounding, the lower one counts (as for its eigensolver). Where several
+    eigenvectors share the eigenvalue, a fixed start vector is projected onto their span (``degenerate``). A graph
+    without any cut (complete, without edges, or of a single token) gives the whole grid and is ``degenerate`` too.
 
     Args:
         features: ``[N, C]`` in reading order, N = h * w, dense, of any floating point dtype and device, and of any
-            finite length: 1e-40 and 1e300 count like 1. Cosines are computed in float32 where they lie, everything
-            else in float64 on the CPU. A row of zeros is like no other.
+            finite length: 1e-40 and 1e300 count like 1. Cosines are computed in float32 on their device, everything
+            else in float64 on the CPU. A row of zeros is similar to no other row.
         grid: (h, w).
         tau: threshold of the cosine.
         eps: weight of the other pairs, 0 < eps < 1.
 
     Raises:
-        TypeError: if ``features`` is no dense floating point tensor.
-        NotFiniteError: a ``ValueError``, for NaN or infinity in any cell: no cosine of them says what is alike.
+        TypeError: if ``features`` is not a dense floating point tensor.
+        NotFiniteError: a ``ValueError``, for NaN or infinity in any cell.
         ValueError: for a wrong shape, a tensor on ``meta``, or thresholds out of range.
     """
     h, w = _check(features, grid, tau, eps)
@@ -150,18 +144,8 @@ def tokencut(features: Tensor, grid: tuple[int, int], *, tau: float = 0.2, eps: 
     component = _component(foreground, at)
     rows, columns = np.flatnonzero(component.any(1)), np.flatnonzero(component.any(0))
     cells = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
-    return TokenCut(
-        vector.reshape(h, w),
-        foreground,
-        component,
-        at,
-        cells,
-        pair.degenerate,
-        pair.value,
-        pair.gap,
-        pair.solver,
-        pair.products,
-    )
+    known = (pair.degenerate, pair.value, pair.gap, pair.solver, pair.products)
+    return TokenCut(vector.reshape(h, w), foreground, component, at, cells, *known)
 
 
 def similarity_graph(features: Tensor, tau: float) -> BitGraph:
@@ -170,7 +154,7 @@ def similarity_graph(features: Tensor, tau: float) -> BitGraph:
     graph = BitGraph(len(unit))
     for start in range(0, len(unit), _PANEL):
         stop = min(start + _PANEL, len(unit))
-        # Only what lies below the diagonal is needed.
+        # Only the part below the diagonal is needed.
         graph.set_rows(start, (unit[start:stop] @ unit[:stop].T).cpu(), tau)
     graph.close()
     return graph
@@ -179,12 +163,12 @@ def similarity_graph(features: Tensor, tau: float) -> BitGraph:
 def _near_one(features: Tensor) -> Tensor:
     """Each row of ``[N, C]`` times a power of two, in float32, so that its largest value lies from 0.5 to 1.
 
-    Squares of what is finite neither overflow nor vanish then, and the cosines of usual features stay what they were,
-    bit for bit.
+    Squares of finite values then neither overflow nor vanish, and the cosines of usual features stay the same, bit for
+    bit.
     """
     values = features if features.dtype in (torch.float32, torch.float64) else features.float()
     exponents = np.frexp(values.abs().amax(1).double().cpu().numpy())[1]
-    # In two steps, for 2^1074 is none of float64's numbers.
+    # In two steps, because float64 cannot hold 2^1074.
     for part in (-exponents // 2, -exponents - -exponents // 2):
         values = values * torch.from_numpy(np.ldexp(1.0, part)).to(values)[:, None]
     return values.float()
@@ -194,10 +178,10 @@ def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto
     """The second smallest solution of (D - W) x = lambda D x, for W = 1 on the graph's edges and ``eps`` elsewhere.
 
     With S = D^-1/2 W D^-1/2 these are the largest solutions of S v = (1 - lambda) v, x = D^-1/2 v. The largest is known
-    (v = D^1/2 1) and is kept out; the next comes from Lanczos's iteration in float64, every vector kept orthogonal to
-    all before it, until its residual over its distance to the next eigenvalue bounds the angle of its error by 1e-9. A
-    second iteration beside it, from another start, then looks for further eigenvectors of the same eigenvalue, which
-    one alone never meets. If either does not come to an end, the dense solver decides.
+    (v = D^1/2 1) and is projected out. The next comes from Lanczos's iteration in float64, with every vector orthogonal
+    to all before it, until its residual over its distance to the next eigenvalue bounds the angle of its error by 1e-9.
+    A second iteration from another start then looks for further eigenvectors of the same eigenvalue, which a single
+    iteration never finds. If either does not converge, the dense solver is used.
 
     Args:
         graph: at least two nodes.
@@ -213,7 +197,7 @@ def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto
     if solver not in ("auto", "lanczos", "dense"):
         raise ValueError(f"solver must be 'auto', 'lanczos' or 'dense', got {solver!r}")
     operator = _NormalisedAffinity(graph, eps)
-    # One start for each size: every run, on every machine, takes the same vector of a degenerate eigenspace.
+    # One start for each size: every run on every machine takes the same vector of a degenerate eigenspace.
     seeded = torch.Generator(device="cpu").manual_seed(graph.count)
     starts = torch.randn(2, graph.count, generator=seeded, dtype=torch.float64, device="cpu")
     if solver == "lanczos" or (solver == "auto" and graph.count > _SMALL):
@@ -221,7 +205,7 @@ def second_eigenvector(graph: BitGraph, eps: float = EPS, *, solver: str = "auto
         if found is not None:
             return found
         if solver == "lanczos":
-            raise ArithmeticError(f"Lanczos's iteration did not converge in {_MOST_STEPS} steps; take solver='auto'")
+            raise ArithmeticError(f"Lanczos's iteration did not converge in {_MOST_STEPS} steps; use solver='auto'")
     return _dense_pair(operator, starts[0])
 
 
@@ -261,7 +245,7 @@ _Enough = Callable[[float, float, float], bool]
 
 
 def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor], enough: _Enough) -> _Ritz | None:
-    """The top Ritz pair orthogonal to ``without``, once ``enough`` of it is known; None if that takes too long."""
+    """The top Ritz pair orthogonal to ``without``, once it is ``enough``; None if it does not converge."""
     count, kept = len(start), len(without)
     most = min(_MOST_STEPS, count - kept)
     basis = memory.empty(kept + most + 1, count, dtype=torch.float64, device="cpu")
@@ -270,7 +254,7 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
     alpha, beta = np.zeros(most), np.zeros(most + 1)
 
     def orthogonal(vector: Tensor, rows: int) -> Tensor:
-        # Twice is enough (Kahan): the first pass leaves what rounding took of a much longer vector.
+        # Twice is enough (Kahan): the first pass leaves the rounding errors of a much longer vector.
         for _ in range(2):
             vector = vector - basis[:rows].T @ (basis[:rows] @ vector)
         return vector
@@ -283,14 +267,14 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
         alpha[step] = float(image @ basis[current])
         image = orthogonal(image, current + 1)
         beta[step + 1] = float(image.norm())
-        # The largest eigenvalue is 1: what is left below this is rounding, the space is invariant.
+        # The largest eigenvalue is 1: anything below this is rounding, and the space is invariant.
         exhausted = beta[step + 1] < 1e-13 or step + 1 == count - kept
         if not exhausted:
             basis[current + 1] = image / beta[step + 1]
         if exhausted or (step + 1) % _CHECK_EVERY == 0 or step + 1 == most:
             values, vectors = _tridiagonal(alpha[: step + 1], beta[1 : step + 1])
             residuals = np.zeros(step + 1) if exhausted else beta[step + 1] * np.abs(vectors[-1])
-            # Rounding splits an eigenvalue of many vectors; its parts weigh as much as the start holds of them.
+            # Rounding splits a multiple eigenvalue; each part is weighted by its share of the start vector.
             cluster = values > values[-1] - _SAME
             gap = math.inf if cluster.all() else float(values[-1] - values[~cluster][-1])
             residual = float(residuals[cluster].max())
@@ -303,12 +287,12 @@ def _lanczos(operator: _NormalisedAffinity, start: Tensor, without: list[Tensor]
 
 
 def _tridiagonal(
-    diagonal: npt.NDArray[np.float64], beside: npt.NDArray[np.float64]
+    diagonal: npt.NDArray[np.float64], off_diagonal: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Eigenvalues, ascending, and eigenvectors (columns) of a symmetric tridiagonal matrix."""
     matrix = torch.diag(torch.from_numpy(diagonal))
-    matrix.diagonal(-1).copy_(torch.from_numpy(beside))
-    # Not NumPy's: its threads, beside PyTorch's, wait for each other far longer than this takes.
+    matrix.diagonal(-1).copy_(torch.from_numpy(off_diagonal))
+    # Not NumPy's: its threads and PyTorch's wait for each other far longer than this takes.
     values, vectors = torch.linalg.eigh(matrix)
     return values.numpy(), vectors.numpy()
 
@@ -349,7 +333,7 @@ def _pair(operator: _NormalisedAffinity, value: float, gap: float, vector: Tenso
 
 
 def _component(foreground: npt.NDArray[np.bool_], at: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """The cells of ``foreground`` that are reached from ``at`` through neighbours above, below, left and right."""
+    """The cells of ``foreground`` connected with ``at`` through neighbours above, below, left and right."""
     within = np.pad(foreground, 1)
     reached = np.zeros_like(within)
     reached[at[0] + 1, at[1] + 1] = True
@@ -375,16 +359,16 @@ def _check(features: Tensor, grid: tuple[int, int], tau: float, eps: float) -> t
         kind = "a nested one" if features.is_nested else f"layout {features.layout}"
         raise TypeError(f"features must be a dense tensor [N, C], got {kind}")
     if features.is_meta:
-        raise ValueError("features lie on the device meta and hold no values; give a tensor that holds some")
+        raise ValueError("features are on the device meta and hold no values; give a tensor with values")
     h, w = grid
     if features.ndim != 2 or features.shape[1] == 0 or min(h, w) < 1 or features.shape[0] != h * w:
         raise ValueError(
             f"features must be [N, C] with N = h * w >= 1 tokens of the grid {h} x {w} and C >= 1, "
             f"got {list(features.shape)}; leave out the class token"
         )
-    # Of the 8-bit formats PyTorch knows little beside how to convert them.
+    # PyTorch can do little more with the 8-bit formats than convert them.
     if not bool(torch.isfinite(features.float() if features.element_size() == 1 else features).all()):
-        raise NotFiniteError("features hold NaN or infinity; an image or weights that are not finite make them")
+        raise NotFiniteError("features hold NaN or infinity; check that the image and the weights are finite")
     if not 0 < eps < 1:
         raise ValueError(f"eps must lie between 0 and 1, got {eps}")
     if not math.isfinite(tau):

@@ -19,18 +19,14 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     Network Representations Revisited", ICML 2019): the plain, biased estimator. It does not change if either side is
     turned or scaled. Computed in float64 from C x C or N x N products, whichever is smaller.
 
-    Args:
-        x: ``[N, C1]``.
-        y: ``[N, C2]``.
-
     Returns:
         0 to 1; NaN if one side is constant.
 
     Raises:
-        ValueError: for other shapes, or values that are not finite.
+        ValueError: unless both are finite and ``[N, C1]`` and ``[N, C2]``.
     """
     _check_pair(x, y)
-    # Scale does not count; fourth powers of it would leave even float64.
+    # CKA does not depend on scale, but fourth powers would overflow even float64.
     x, y = (each.double() / (float(each.abs().max()) or 1.0) for each in (x, y))
     x, y = x - x.mean(0), y - y.mean(0)
     if len(x) <= max(x.shape[1], y.shape[1]):
@@ -44,7 +40,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 class StreamingCKA:
-    """:func:`linear_cka` over positions that come in parts: of many images, in memory of C x C."""
+    """:func:`linear_cka` over positions that come in parts, of many images, in memory of C x C."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,15 +49,11 @@ class StreamingCKA:
         self._products: list[Tensor] = []
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add positions, ``[N, C1]`` and ``[N, C2]``.
-
-        Raises:
-            ValueError: as :func:`linear_cka`, and for other channels than before.
-        """
+        """Add positions, ``[N, C1]`` and ``[N, C2]``; raises as :func:`linear_cka`, and if channels change."""
         _check_pair(x, y)
         x, y = x.double(), y.double()
         if not self._sums:
-            # Far from zero, sums of squares lose what centring needs; any point among the data will do as the origin.
+            # Far from zero, sums of squares lose the digits that centring needs; any point near the data is an origin.
             self._origin = x.mean(0), y.mean(0)
             shapes = ((x.shape[1],) * 2, (y.shape[1],) * 2, (y.shape[1], x.shape[1]))
             self._products = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in shapes]
@@ -79,14 +71,14 @@ class StreamingCKA:
             total += (a.T @ b).to(total.device)
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs; plain values and tensors on the CPU."""
+        """The values that :meth:`restore` needs: plain values and tensors on the CPU."""
         if not self.count:
             return {"count": 0}
         parts = {"origin": self._origin, "sums": self._sums, "products": self._products}
         return {"count": self.count, **{name: [t.cpu().clone() for t in part] for name, part in parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from the :meth:`state` of another."""
+        """Resume from the :meth:`state` of another."""
         self.count = state["count"]
         if self.count:
             self._origin = tuple(state["origin"])
@@ -118,20 +110,20 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError("features hold NaN or infinity")
 
 
-def sample(features: Features, positions: Tensor, picture: tuple[int, int]) -> Tensor:
-    """Features at positions of the image, bilinear between cells' centres, held constant beyond the outermost.
+def sample(features: Features, positions: Tensor, size: tuple[int, int]) -> Tensor:
+    """Features at positions of the image, bilinear between cells' centres, constant beyond the outermost centres.
 
     Args:
         features: a map ``[1, C, h, w]`` and the pixels that it covers.
         positions: ``[h', w', 2]`` (x, y) as shares of the image's width and height, 0 to 1.
-        image: (height, width) of the image that the map was made from.
+        size: (height, width) of the image from which the map was made.
 
     Returns:
         ``[h' * w', C]`` float64.
     """
     maps, (top, left, height, width) = features
-    x = (positions[..., 0] * picture[1] - left) / width
-    y = (positions[..., 1] * picture[0] - top) / height
+    x = (positions[..., 0] * size[1] - left) / width
+    y = (positions[..., 1] * size[0] - top) / height
     at = torch.stack([2 * x - 1, 2 * y - 1], dim=-1).to(maps.device, torch.float64)
     found = F.grid_sample(maps.double(), at[None], mode="bilinear", padding_mode="border", align_corners=False)
     return found[0].flatten(1).T

@@ -20,7 +20,6 @@ from lift_fast.images import read_image, resize, to_tensor
 
 from .metric import StreamingCKA, centres, linear_cka, sample
 
-PROTOCOL = "cka"
 SIZES = (56, 112, 224, 448)
 _SAVE_SECONDS = 30.0
 
@@ -45,8 +44,8 @@ def scale_invariance(
     """CKA of each method's features at each size with its own features at the reference size.
 
     An image is resized to S x S (Lanczos). Both maps are read, bilinearly, at the centres of one grid x grid lattice
-    over the image: so the number of positions does not depend on the size or the method. CKA is taken over the
-    positions of one image and averaged over images, with a bootstrap interval; beside it stands CKA over the
+    over the image, so the number of positions does not depend on the size or the method. CKA is taken over the
+    positions of one image and averaged over images, with a bootstrap interval. In addition, CKA is taken over the
     positions of all images together.
 
     Args:
@@ -56,13 +55,11 @@ def scale_invariance(
         reference: S to compare with.
         grid: side of the lattice, at least 2.
         mean, std: of the normalisation.
-        device, dtype: of what the methods take.
+        device, dtype: of the methods' input.
         seed: of the interval's resampling.
-        root: folder below which results name images; None names them as ``paths`` do.
-        out: file for the result; one that is there and was made with the same ``record`` and options is the result.
-            An interrupted run goes on from ``OUT.partial.pt`` beside it.
-        record: what the result depends on beside the options, stored with it.
-        progress: called with the number of images that have been done.
+        root: folder to which the names of images in results are relative; None names them as ``paths`` do.
+        out, record, progress: as :func:`lift_fast.evaluation.spair.evaluate`; an interrupted run is resumed from
+            ``OUT.partial.pt`` next to ``out``.
 
     Returns:
         ``curves``: method -> size -> ``cka`` (mean over images, low, high) and ``pooled``; ``pictures`` (how many);
@@ -75,9 +72,9 @@ def scale_invariance(
         FileNotFoundError: if the folder of ``out`` does not exist.
     """
     if grid < 2:
-        raise ValueError(f"grid must be at least 2, for CKA needs several positions, got {grid}")
+        raise ValueError(f"grid must be at least 2, because CKA needs several positions, got {grid}")
     if len(set(sizes)) < len(sizes):
-        raise ValueError(f"each size once, got {', '.join(map(str, sizes))}")
+        raise ValueError(f"each size must be given once, got {', '.join(map(str, sizes))}")
 
     def normalise(image: Image.Image) -> Tensor:
         return to_tensor(image, mean, std).to(device=device, dtype=dtype)
@@ -91,16 +88,15 @@ def scale_invariance(
         "grid": grid,
         "photographs": [_name(path, root) for path in paths],
     }
-    head = {"protocol": PROTOCOL, "options": options, "record": record or {}}
+    head = {"protocol": "cka", "options": options, "record": record or {}}
     finished: dict[str, Any] | None = load_same(out, head)
     if finished is not None:
         progress(len(paths))
         return finished
-    # The sums are matrices of C x C, too large for JSON.
+    # The sums are C x C matrices, too large for JSON.
     partial = out and out.with_suffix(".partial.pt")
-    journal = Journal(
-        partial, {**head, "skipped": {}, "rows": {}, "sums": []}, _SAVE_SECONDS, _read_partial, _write_partial
-    )
+    begun = {**head, "skipped": {}, "rows": {}, "sums": []}
+    journal = Journal(partial, begun, _SAVE_SECONDS, _read_partial, _write_partial)
     if journal.before is not None:
         journal.content.update({name: journal.before[name] for name in ("skipped", "rows")})
         for one, state in zip(pooled.values(), journal.before["sums"], strict=True):
@@ -120,13 +116,12 @@ def scale_invariance(
             journal.save()
         progress(1)
     if not rows:
-        raise ValueError(f"none of {len(paths)} images could be read: {next(iter(skipped.values()), 'none given')}")
+        raise ValueError(f"cannot read any of {len(paths)} images: {next(iter(skipped.values()), 'none given')}")
     estimates = _means(list(rows.values()), seed)
     curves: dict[str, dict[str, Any]] = {name: {} for name, _ in methods}
-    for (name, size), estimate in zip(pooled, estimates, strict=True):
-        curves[name][str(size)] = {"cka": estimate.as_list(), "pooled": pooled[name, size].value()}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in methods}
-    for index, (method, size) in enumerate(pooled):
+    for index, ((method, size), estimate) in enumerate(zip(pooled, estimates, strict=True)):
+        curves[method][str(size)] = {"cka": estimate.as_list(), "pooled": pooled[method, size].value()}
         scores[method][str(size)] = {name: row[index] for name, row in rows.items()}
     content = {
         **head,
@@ -153,7 +148,7 @@ def _measure(
     reference: int,
     normalise: Callable[[Image.Image], Tensor],
 ) -> list[float]:
-    """CKA of one image in the order of ``pooled``, method after method, whose sums take it up."""
+    """CKA of one image in the order of ``pooled``, method after method; adds the image to these sums."""
     sizes = list(dict.fromkeys(size for _, size in pooled))
     batches = {size: Batch(normalise(resize(image, (size, size)))) for size in {*sizes, reference}}
     pairs = []
@@ -161,7 +156,7 @@ def _measure(
         target = sample(method(batches[reference]), positions, (reference, reference))
         pairs += [(sample(method(batches[size]), positions, (size, size)), target) for size in sizes]
     row = [linear_cka(*pair) for pair in pairs]
-    # After everything that may fail: an image's part is in all sums or in none.
+    # After everything that may fail: an image is part of all sums or of none.
     for total, pair in zip(pooled.values(), pairs, strict=True):
         total.update(*pair)
     return row
@@ -176,7 +171,7 @@ def _read_partial(path: Path) -> dict[str, Any]:
 
 
 def _write_partial(path: Path, content: dict[str, Any]) -> None:
-    # Text, for the reader of tensors takes plain values alone.
+    # As text: the reader of tensors takes plain values alone.
     text = json.dumps(as_json({name: content[name] for name in ("protocol", "options", "record", "skipped")}))
     state = {"text": text, "rows": content["rows"], "sums": [one.state() for one in content["sums"]]}
     with atomic_path(path) as temporary:
@@ -184,12 +179,12 @@ def _write_partial(path: Path, content: dict[str, Any]) -> None:
 
 
 def _name(path: Path, root: Path | None) -> str:
-    """What results know an image by."""
+    """Name of an image in results."""
     return str(path) if root is None or path == root else path.relative_to(root).as_posix()
 
 
 def _means(scores: list[list[float]], seed: int) -> list[Estimate]:
-    """Mean of each column over the images where it is defined: the features of a plain image can be constant."""
+    """Mean of each column over the images where it is defined: features of an image of one colour can be constant."""
     columns = list(zip(*scores, strict=True))
     defined = [[value for value in column if math.isfinite(value)] for column in columns]
     if all(len(column) == len(scores) for column in defined):

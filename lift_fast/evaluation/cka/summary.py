@@ -13,36 +13,20 @@ from lift_fast.evaluation.tables import Column, Table
 
 
 def draw_curves(content: dict[str, Any]) -> Image.Image:
-    """The curves of :func:`scale_invariance` as a chart.
-
-    Raises:
-        ValueError: if no value is defined.
-    """
+    """The curves of :func:`scale_invariance` as a chart; raises ``ValueError`` if no value is defined."""
     series = []
     for name, curve in content["curves"].items():
-        known = [(int(size), entry["cka"]) for size, entry in curve.items() if _known(entry["cka"][0])]
-        series.append(
-            Series(
-                name,
-                [(size, cka[0]) for size, cka in known],
-                [(cka[1], cka[2]) if _known(cka[1]) else (math.nan, math.nan) for _, cka in known],
-            )
-        )
-    size, count = content["reference"], content["pictures"]
-    return line_chart(
-        series, title=f"Linear CKA with the features at {size} x {size}, {count} images", x="input size", y="CKA"
-    )
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+        estimates = ((int(size), Estimate.of(entry["cka"])) for size, entry in curve.items())
+        known = [(size, one) for size, one in estimates if one is not None and math.isfinite(one.value)]
+        series.append(Series.of(name, known))
+    title = f"Linear CKA with the features at {content['reference']} x {content['reference']}"
+    return line_chart(series, title=f"{title}, {content['pictures']} images", x="input size", y="CKA")
 
 
 def table(content: dict[str, Any]) -> Table:
     """CKA by method and size."""
     rows = []
     for name, curve in content["curves"].items():
-        cells = [Estimate.of(curve[str(size)]["cka"]) for size in content["sizes"]]
-        rows.append((name, cells))
+        rows.append((name, [Estimate.of(curve[str(size)]["cka"]) for size in content["sizes"]]))
     title = f"Linear CKA with the features at {content['reference']} pixels, {content['pictures']} images"
     return Table(title, [Column(f"{size}", digits=3) for size in content["sizes"]], rows)

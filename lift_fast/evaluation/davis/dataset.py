@@ -1,4 +1,4 @@
-"""DAVIS 2017 in its original layout: sequences of frames, indexed masks, and what is wrong with them."""
+"""DAVIS 2017 in its original layout: sequences of frames and indexed masks, checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lift_fast.evaluation.annotations import read_names
 
 Mask = npt.NDArray[np.uint8]
 
-# Pixels that annotators left open; the semi-supervised evaluation takes them for background.
+# Pixels that annotators left open; the semi-supervised evaluation treats them as background.
 VOID = 255
-# 64 Mi: a mask that says more of itself than any video has is not decoded.
+# 64 Mi: a mask that claims to be larger than any video is not decoded.
 _MOST_PIXELS = 1 << 26
 
 
@@ -69,10 +69,7 @@ class Davis:
         *,
         binary_masks: bool = False,
     ) -> None:
-        self.root = Path(root)
-        self.binary_masks = binary_masks
-        self.subset = subset
-        self.resolution = resolution
+        self.root, self.subset, self.resolution, self.binary_masks = Path(root), subset, resolution, binary_masks
         self.frames_folder = self.root / "JPEGImages" / resolution
         self.annotations_folder = self.root / "Annotations" / resolution
         self.list_path = self.root / "ImageSets" / year / f"{subset}.txt"
@@ -97,18 +94,14 @@ class Davis:
                     with Image.open(path) as image:
                         palette = image.getpalette() if image.mode == "P" else None
                 except Exception:
-                    # No image, or one that is too large: said where its objects are asked for.
+                    # Not an image, or too large: reading its objects reports it.
                     continue
                 if palette:
                     return palette
         return usual_palette()
 
     def sequence(self, name: str) -> Video:
-        """The sequence of that name, frames in natural order: 2.jpg before 10.jpg.
-
-        Raises:
-            DavisError: if it has no frames.
-        """
+        """The sequence of that name, 2.jpg before 10.jpg; raises ``DavisError`` if it has no frames."""
         folder = self.frames_folder / name
         frames = tuple(sorted(folder.glob("*.jpg"), key=natural_key))
         if not frames:
@@ -117,23 +110,23 @@ class Davis:
 
 
 def read_mask(path: Path, binary: bool = False) -> Mask:
-    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG; 255 stays, or with ``binary`` becomes 1 like all
-    values but 0.
+    """Object numbers ``[H, W]`` of an indexed (or grey 8-bit) PNG. 255 stays; with ``binary`` all values but 0 are 1.
 
     Raises:
-        DavisError: naming the file, if it is missing, does not decode or holds no numbers of objects.
+        DavisError: naming the file, if it is missing, does not decode or does not hold object numbers.
     """
     if not path.is_file():
         raise DavisError(f"no mask at {path}")
     try:
         with Image.open(path) as image:
-            # Before anything is decoded: a file of some kilobytes can hold gigabytes.
+            # Before decoding: a file of a few kilobytes can hold gigabytes.
             if image.mode not in ("P", "L", "1"):
                 raise DavisError(
                     f"{path} is an image of mode {image.mode}; expected an indexed PNG whose values number the objects"
                 )
             if image.width * image.height > _MOST_PIXELS:
-                raise DavisError(f"{path} says that it has {image.width} x {image.height} pixels; no video has so many")
+                size = f"{image.width} x {image.height}"
+                raise DavisError(f"{path} claims to have {size} pixels; expected at most {_MOST_PIXELS}")
             image.load()
             mask = np.array(image)
     except DavisError:
@@ -144,33 +137,29 @@ def read_mask(path: Path, binary: bool = False) -> Mask:
 
 
 def read_annotation(path: Path, binary: bool = False) -> Mask:
-    """:func:`read_mask` with void pixels as background, as the semi-supervised evaluation takes them."""
+    """:func:`read_mask` with void pixels as background, as in the semi-supervised evaluation."""
     mask = read_mask(path, binary)
     mask[mask == VOID] = 0
     return mask
 
 
 def first_annotation(video: Video) -> Mask:
-    """Mask of the first frame, which names the objects 1 to its largest number.
-
-    Raises:
-        DavisError: as :func:`read_mask`, and if there is no object.
-    """
+    """Mask of the first frame, with objects 1 to its largest number; raises ``DavisError`` if there is none."""
     path = video.annotation(video.frames[0])
     mask = read_annotation(path, video.binary_masks)
     if not mask.any():
         void = ""
         if not video.binary_masks and (read_mask(path) == VOID).any():
             void = (
-                f": all that is not 0 in it is {VOID}, which is void in DAVIS 2017; take masks of 0 and {VOID} (DAVIS "
-                "2016) as binary, --binary-masks"
+                f": all values but 0 are {VOID}, which is void in DAVIS 2017; for masks of 0 and {VOID} (DAVIS 2016) "
+                "give --binary-masks"
             )
         raise DavisError(f"{path} holds no object{void}")
     return mask
 
 
 def write_mask(path: Path, mask: Mask, palette: list[int]) -> None:
-    """Indexed PNG, written as a whole or not at all."""
+    """Write an indexed PNG, as a whole or not at all."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     image.putpalette(palette)
     with atomic_path(path) as temporary:
@@ -178,8 +167,8 @@ def write_mask(path: Path, mask: Mask, palette: list[int]) -> None:
 
 
 def usual_palette() -> list[int]:
-    """768 numbers: the colours of PASCAL VOC, which DAVIS uses too. Bits of an object's number, three by three, are the
-    high bits of red, green and blue."""
+    """768 numbers: the colours of PASCAL VOC, which DAVIS uses too. The bits of an object's number, three at a time,
+    are the high bits of red, green and blue."""
     numbers = np.arange(256)[:, None] >> np.arange(0, 24, 3)
     colours = [(((numbers >> channel) & 1) << np.arange(7, -1, -1)).sum(1) for channel in range(3)]
     return [int(value) for value in np.stack(colours, axis=1).ravel()]

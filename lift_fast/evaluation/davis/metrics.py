@@ -1,4 +1,4 @@
-"""The measures of DAVIS 2017's semi-supervised track: region similarity J, boundary accuracy F, and their statistics.
+"""The measures of DAVIS 2017's semi-supervised track: region similarity J, boundary accuracy F, their statistics.
 
 Definitions of Perazzi et al. (CVPR 2016) and Pont-Tuset et al. (2017) as published evaluation code computes them.
 """
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Bools = npt.NDArray[np.bool_]
 
-# Share of the image's diagonal by which boundaries may miss each other.
+# How far apart boundaries may be, as a share of the image's diagonal.
 TOLERANCE = 0.008
 # A frame counts for recall above this.
 RECALL_THRESHOLD = 0.5
@@ -46,11 +46,11 @@ def jaccard(annotation: Bools, segmentation: Bools, void: Bools | None = None) -
 def boundary_f(
     annotation: Bools, segmentation: Bools, void: Bools | None = None, *, tolerance: float = TOLERANCE
 ) -> float:
-    """Boundary accuracy F of two masks ``[H, W]``: of precision and recall, the harmonic mean.
+    """Boundary accuracy F of two masks ``[H, W]``: the harmonic mean of precision and recall.
 
-    Precision is the share of the segmentation's boundary pixels that have one of the annotation within a disk, recall
-    the same the other way round. The disk's radius is ``ceil(tolerance * diagonal)`` pixels of the image, the disk
-    holds ``x^2 + y^2 <= radius^2``. Two empty boundaries give 1; one empty boundary gives 0.
+    Precision is the share of the segmentation's boundary pixels that have one of the annotation within a disk; recall
+    is the reverse. The disk has a radius of ``ceil(tolerance * diagonal)`` pixels of the image: ``x^2 + y^2 <=
+    radius^2``. Two empty boundaries give 1, one empty boundary gives 0.
 
     Args:
         annotation, segmentation, void: as :func:`jaccard`.
@@ -62,9 +62,9 @@ def boundary_f(
     annotation, segmentation = _pair(annotation, segmentation, void)
     radius = int(tolerance if tolerance >= 1 else math.ceil(tolerance * math.hypot(*annotation.shape)))
     rows, columns = _occupied(annotation | segmentation)
-    # No boundary lies farther than a pixel beyond the masks; the last row and column of the image stay its last.
+    # Boundaries reach at most a pixel beyond the masks; the image's last row and column are kept as the last.
     crop = (slice(max(rows[0] - 1, 0), rows[1] + 1), slice(max(columns[0] - 1, 0), columns[1] + 1))
-    # A crop that ends inside the image ends in background, where the rule for the last row finds nothing either.
+    # A crop that ends inside the image ends in background, where the rule for the last row finds no edge either.
     truth, found = boundary(annotation[crop]), boundary(segmentation[crop])
     truth_count, found_count = int(np.count_nonzero(truth)), int(np.count_nonzero(found))
     if not truth_count or not found_count:
@@ -75,9 +75,9 @@ def boundary_f(
 
 
 def boundary(mask: Bools) -> Bools:
-    """One pixel wide boundary ``[H, W]``: pixels unlike their right, lower or lower right neighbour.
+    """One pixel wide boundary ``[H, W]``: pixels that differ from their right, lower or lower right neighbour.
 
-    In the last row only the right neighbour counts, in the last column only the lower one; the last pixel is none.
+    In the last row only the right neighbour counts, in the last column only the lower one; the last pixel has none.
     """
     edge = np.zeros_like(mask)
     edge[:, :-1] = mask[:, :-1] ^ mask[:, 1:]
@@ -91,7 +91,7 @@ def statistics(values: npt.ArrayLike) -> Statistics:
     """Mean, recall (share of frames above 0.5) and decay (mean of the first quarter less mean of the last) of frames.
 
     The four quarters share their border frames: with n frames they end at ``round(1 + i (n - 1) / 4)``, i = 1 to 4.
-    NaN counts as no frame in means.
+    Means leave out NaN.
 
     Raises:
         ValueError: for no values.
@@ -99,7 +99,7 @@ def statistics(values: npt.ArrayLike) -> Statistics:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"expected the values of at least one frame, got shape {list(values.shape)}")
-    # The published code numbers from 1 and rounds halves up by a small addition.
+    # The published code counts from 1 and rounds halves up by a small addition.
     ends = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(np.int64)
     first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
     return Statistics(_mean(values), float(np.mean(values > RECALL_THRESHOLD)), _mean(first) - _mean(last))
@@ -144,7 +144,7 @@ def _disk(radius: int, width: int) -> npt.NDArray[np.int64]:
 def _matched(pixels: Bools, others: Bools, radius: int) -> int:
     """How many of ``pixels`` have one of ``others`` within the disk.
 
-    The disk is stamped at each of the others, which are few beside the pixels of an image.
+    The disk is stamped at each of ``others``, which are few compared with the pixels of an image.
     """
     height, width = others.shape
     stride = width + 2 * radius

@@ -1,8 +1,8 @@
-"""Masks of a video from that of its first frame, by label propagation between features of its frames.
+"""Masks of a video from the mask of its first frame, by label propagation between features of its frames.
 
-The rule of DINO's evaluation on DAVIS 2017: soft labels of the first frame and of the last few travel along the most
-similar features nearby. docs/evaluation_davis.md says where published code differs, and how the LiFT paper's frames and
-DINO's differ from each other.
+The rule of DINO's evaluation on DAVIS 2017: soft labels of the first frame and of the last few frames follow the most
+similar features nearby. docs/evaluation_davis.md describes where published code differs, and how the frames of the LiFT
+paper and of DINO differ.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Covered = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Network:
-    """What the images of a video go through.
+    """The network and its input.
 
     Attributes:
-        methods: give features; all see the same batches, in which they share what they have in common.
-        mean, std: that images are normalised with.
-        patch_size: pixels of the backbone's patch, by which ``placement="stretch"`` enlarges labels.
+        methods: give features; all of them see the same batches and share what they have in common.
+        mean, std: normalisation of images.
+        patch_size: pixels of the backbone's patch, the factor by which ``placement="stretch"`` enlarges labels.
         device, dtype: of the images.
     """
 
@@ -58,19 +58,19 @@ class PropagationOptions:
     """Numbers of the protocol; the defaults are the published ones.
 
     Attributes:
-        size: S, pixels of the sides that frames are resized to; see ``protocol``.
-        queue: last frames that serve as context, beside the first one.
+        size: S, to which the sides of frames are resized; see ``protocol``.
+        queue: number of last frames in the context, in addition to the first one.
         radius: of the neighbourhood in cells of the feature grid; None for the whole frame.
-        topk: keys whose labels are averaged, of all context frames together.
+        topk: number of keys whose labels are averaged, from all context frames together.
         temperature: of the weights exp(cosine / temperature).
         batch_size: frames whose features are computed at one time.
         protocol: ``lift``: frames of S x S, as in the LiFT paper. ``dino``: S is the shorter side, as in DINO's own
             evaluation, whose S is 480 (:mod:`lift_fast.evaluation.davis.frames`); its features are the backbone's facet
             ``final``, its normalisation is ``frames.DINO_MEAN`` and ``frames.DINO_STD``.
-        placement: ``stretch`` lays each map over the whole frame and enlarges labels by the patch size, whatever that
-            gives, before they are resized to the file's pixels, as both published evaluations do; ``cover`` lays it
-            over the pixels that its cells see and enlarges labels to the resized frame. They differ for LiFT and every
-            other finer grid, for patches that do not divide the frame, and for overlapping ones.
+        placement: ``stretch`` lays each map over the whole frame and enlarges labels by the patch size, whatever size
+            that gives, before they are resized to the file's pixels, as both published evaluations do. ``cover`` lays
+            it over the pixels that its cells cover and enlarges labels to the resized frame. They differ for LiFT and
+            every other finer grid, for patches that do not divide the frame, and for overlapping patches.
     """
 
     size: int = 448
@@ -96,10 +96,7 @@ class PropagationOptions:
 class LabelPropagation:
     """The state of one video: features and soft labels of the first frame and of a queue of the last ones.
 
-    Args:
-        features: of the first frame, ``[C, h, w]``.
-        labels: of its cells, ``[L, h, w]``.
-        options: numbers of the protocol.
+    It begins with the first frame's ``features [C, h, w]`` and the ``labels [L, h, w]`` of its cells.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, options: PropagationOptions) -> None:
@@ -109,7 +106,7 @@ class LabelPropagation:
         self._queue: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.queue)
 
     def step(self, features: Tensor) -> Tensor:
-        """Soft labels ``[L, h, w]`` of the next frame, whose features and labels join the queue."""
+        """Soft labels ``[L, h, w]`` of the next frame; its features and labels join the queue."""
         if tuple(features.shape[1:]) != self.grid:
             raise ValueError(f"expected features on a grid of {self.grid}, got {list(features.shape)}")
         query = _rows(features)
@@ -124,8 +121,7 @@ class LabelPropagation:
             temperature=self.options.temperature,
         )
         self._queue.append((query, labels))
-        maps: Tensor = labels.T.unflatten(1, self.grid)
-        return maps
+        return labels.T.unflatten(1, self.grid)
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -135,7 +131,7 @@ def _rows(maps: Tensor) -> Tensor:
 
 def cell_labels(
     mask: Mask,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     device: torch.device | str = "cpu",
     *,
     frame: tuple[int, int] | None = None,
@@ -143,12 +139,8 @@ def cell_labels(
 ) -> Tensor:
     """A mask of objects 1 to n, nearest-resized to the grid: one-hot ``[n + 1, h, w]`` float32, background first.
 
-    Args:
-        mask: of any size.
-        grid: (h, w).
-        device: of the result.
-        frame, covered: the mask stands for ``frame`` (H, W) pixels, of which the grid lies over ``covered``; None lays
-            it over the whole mask.
+    With ``frame`` and ``covered`` the mask stands for ``frame`` (H, W) pixels, and the grid lies over ``covered`` of
+    them; otherwise it lies over the whole mask.
     """
     box = None
     if frame is not None and covered is not None:
@@ -161,13 +153,13 @@ def cell_labels(
 
 
 def enlarge(labels: Tensor, patch_size: int) -> Tensor:
-    """Soft labels ``[L, h, w]`` by the patch size, bilinearly: the published rule, whatever size that gives."""
+    """Soft labels ``[L, h, w]`` enlarged bilinearly by the patch size: the published rule, whatever size that gives."""
     size = (labels.shape[1] * patch_size, labels.shape[2] * patch_size)
     return F.interpolate(labels[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def enlarge_covered(labels: Tensor, frame: tuple[int, int], covered: Covered) -> Tensor:
-    """Soft labels ``[L, h, w]`` bilinearly to the pixels of ``frame`` that they cover, the outermost repeated."""
+    """Soft labels ``[L, h, w]`` bilinearly to the pixels of ``frame`` that they cover; the outermost are repeated."""
     top, left, height, width = covered
     enlarged = F.interpolate(labels[None], size=(height, width), mode="bilinear", align_corners=False)
     beyond = (left, frame[1] - left - width, top, frame[0] - top - height)
@@ -185,9 +177,9 @@ def hard_mask(enlarged: Tensor, output: tuple[int, ...]) -> Mask:
 
 
 def normalize_channels(labels: Tensor) -> Tensor:
-    """Each channel of ``[L, H, W]`` from its minimum and maximum to 0 and 1; a channel without positive values stays.
+    """Scale each channel of ``[L, H, W]`` to 0 to 1; a channel without positive values stays.
 
-    A constant positive channel becomes infinite: published code divides 0 by 0 there, and its maximum takes the NaN.
+    A constant positive channel becomes infinite: published code divides 0 by 0 there, and its argmax picks the NaN.
     """
     low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
     span = high - low
@@ -196,19 +188,13 @@ def normalize_channels(labels: Tensor) -> Tensor:
 
 
 def predict(frames: Sequence[Path], mask: Mask, network: Network, options: PropagationOptions) -> Iterator[list[Mask]]:
-    """For each frame of a video, in order, the mask ``[H, W]`` by each method; those of the first are the given one.
+    """For each frame of a video, in order, the mask ``[H, W]`` by each method; the first frame keeps the given mask.
 
-    Holds images and features of a batch of frames and the features of the context frames, whatever the video's
+    Memory holds images and features of a batch of frames and the features of the context frames, whatever the video's
     length.
 
-    Args:
-        frames: files of the video.
-        mask: object numbers of the first frame.
-        network: images to features.
-        options: numbers of the protocol.
-
     Raises:
-        DavisError: naming the frame, if it cannot be read or has another size than the mask.
+        DavisError: naming the frame, if it cannot be read or differs from the mask in size.
     """
     yield [mask] * len(network.methods)
     frame = frame_size(mask.shape, options.size, options.protocol)
@@ -220,23 +206,19 @@ def predict(frames: Sequence[Path], mask: Mask, network: Network, options: Propa
         for i in range(len(batch.imgs)):
             if not videos:
                 places = [None if options.placement == "stretch" else features.covered for features in found]
-                videos = [
-                    _begin(one.map[0], mask, options, frame, place) for one, place in zip(found, places, strict=True)
+                labels = [
+                    cell_labels(mask, one.map.shape[2:], one.map.device, frame=frame, covered=place)
+                    for one, place in zip(found, places, strict=True)
                 ]
+                firsts = zip(found, labels, strict=True)
+                videos = [LabelPropagation(one.map[0], of_cells, options) for one, of_cells in firsts]
                 continue
             masks = []
             for video, features, place in zip(videos, found, places, strict=True):
-                labels = video.step(features.map[i])
-                labels = enlarge(labels, network.patch_size) if place is None else enlarge_covered(labels, frame, place)
-                masks.append(hard_mask(labels, mask.shape))
+                soft = video.step(features.map[i])
+                soft = enlarge(soft, network.patch_size) if place is None else enlarge_covered(soft, frame, place)
+                masks.append(hard_mask(soft, mask.shape))
             yield masks
-
-
-def _begin(
-    first: Tensor, mask: Mask, options: PropagationOptions, frame: tuple[int, int], covered: Covered | None
-) -> LabelPropagation:
-    grid = first.shape[1], first.shape[2]
-    return LabelPropagation(first, cell_labels(mask, grid, first.device, frame=frame, covered=covered), options)
 
 
 def _batches(
@@ -252,6 +234,6 @@ def _batches(
     with ThreadPoolExecutor(max_workers=min(4, options.batch_size)) as pool:
         ahead = [pool.submit(read, path) for path in batches[0]]
         for following in [*batches[1:], ()]:
-            pictures = torch.cat([future.result() for future in ahead])
+            imgs = torch.cat([future.result() for future in ahead])
             ahead = [pool.submit(read, path) for path in following]
-            yield Batch(pictures.to(network.device, network.dtype))
+            yield Batch(imgs.to(network.device, network.dtype))

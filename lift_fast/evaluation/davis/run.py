@@ -1,4 +1,4 @@
-"""A prediction run over a data set: sequence by sequence into a folder of masks, and on where it stopped."""
+"""A prediction run over a data set: each sequence becomes a folder of masks; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lift_fast.evaluation.resume import differing, made_otherwise
 from .dataset import Davis, DavisError, Mask, Video, first_annotation, write_mask
 from .protocol import FeatureMaps, Network, PropagationOptions, predict
 
-# Says how the masks beside it were made.
+# Records how the masks next to it were made.
 RECORD = "predictions.json"
 
 
 @dataclass
 class Predictions:
-    """What a run did, by sequence and method, and what is wrong with the sequences that were left out."""
+    """The outcome of a run, by sequence and method; ``problems`` holds why sequences were left out."""
 
     computed: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
@@ -32,13 +32,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Job:
-    """One method and where its masks go.
+    """One method, its features and the folder for its masks, which is made if missing.
 
-    Attributes:
-        name: of the method.
-        features: what it computes.
-        folder: for its masks; made if missing.
-        record: what they depend on, as JSON can hold it; written beside them and compared when a run goes on.
+    ``record`` is what the masks depend on, as JSON can hold it. It is written next to them and compared when a run is
+    resumed.
     """
 
     name: str
@@ -59,17 +56,16 @@ def predict_dataset(
 ) -> Predictions:
     """Masks of each sequence by each method, ``folder/<sequence>/<frame>.png``, indexed, with the data set's palette.
 
-    A sequence's folder appears once all of its masks are there, and is then kept: an interrupted run goes on with the
-    next. A sequence that cannot be used is named and left out.
+    A sequence's folder appears once all of its masks are there, and is kept then: an interrupted run resumes with the
+    next sequence. A sequence that cannot be used is named and left out.
 
     Args:
         dataset: with at least the first annotation of each sequence.
-        jobs: methods that share the images and what they have in common of the features.
+        jobs: methods; they share the images and common parts of the features.
         network: normalisation and device; its methods are not used.
-        options: numbers of the protocol.
         names: of sequences; None for all of the data set's list.
-        overwrite: compute again what is there.
-        progress: called with the number of frames that have been done or left out.
+        overwrite: compute again the masks that exist.
+        progress: called with the number of frames that are done or left out.
 
     Raises:
         DavisError: if a folder holds masks of another record and ``overwrite`` is not set, or masks without a record.
@@ -101,7 +97,7 @@ def predict_dataset(
 
 
 def _write(masks: Iterator[list[Mask]], video: Video, jobs: Sequence[Job], palette: list[int]) -> Iterator[None]:
-    """Masks of one video into its folders, which appear at the end; yields after each frame."""
+    """Write the masks of one video; its folders appear at the end. Yields after each frame."""
     folders = [job.folder / f".{video.name}.partial" for job in jobs]
     try:
         for folder in folders:
@@ -126,13 +122,13 @@ def _complete(folder: Path, frames: Sequence[Path]) -> bool:
 
 
 def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
-    """Masks of different settings, or masks that somebody else wrote, never stand side by side with ours."""
+    """Refuse to mix our masks with masks of other settings or of another program."""
     folder, path = job.folder, job.folder / RECORD
     record = as_json(job.record)
     there = [name for name in dataset.names if (folder / name).exists()]
     if there and not path.exists():
         raise DavisError(
-            f"{folder} holds {there[0]}, but no {RECORD}: it was not written by this command and is left alone; choose "
+            f"{folder} holds {there[0]}, but no {RECORD}: this command did not write it and leaves it alone; choose "
             "another folder (--masks DIR)"
         )
     old = None
@@ -147,7 +143,7 @@ def _agree(dataset: Davis, job: Job, overwrite: bool) -> None:
         if not overwrite:
             names = differing(old, record) if isinstance(old, dict) else [*record]
             remedy = "choose another folder (--masks DIR), or compute them again (--overwrite)"
-            raise DavisError(made_otherwise(f"what lies in {folder}", names, remedy))
+            raise DavisError(made_otherwise(f"the content of {folder}", names, remedy))
         for name in there:
             shutil.rmtree(folder / name)
     with atomic_path(path) as temporary:

@@ -33,44 +33,36 @@ class SequenceScores:
 
     def objects(self) -> list[dict[str, float]]:
         """The :data:`MEASURES` of each object."""
-        return [_measures(j, f) for j, f in zip(self.j, self.f, strict=True)]
+        found = []
+        for j, f in zip(self.j, self.f, strict=True):
+            region, contour = statistics(j), statistics(f)
+            values = ((region.mean + contour.mean) / 2, *region, *contour)
+            found.append(dict(zip(MEASURES, values, strict=True)))
+        return found
 
 
 def mean_measures(objects: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each measure over objects.
-
-    Raises:
-        ValueError: for no objects.
-    """
+    """Mean of each measure over objects; raises ``ValueError`` for no objects."""
     if not objects:
         raise ValueError("no object has been scored")
     return {name: float(np.mean([scores[name] for scores in objects])) for name in MEASURES}
 
 
-def _measures(j: npt.NDArray[np.float64], f: npt.NDArray[np.float64]) -> dict[str, float]:
-    region, contour = statistics(j), statistics(f)
-    values = ((region.mean + contour.mean) / 2, *region, *contour)
-    return dict(zip(MEASURES, values, strict=True))
-
-
 def score_sequence(video: Video, predictions: Path, *, threads: int = 1) -> SequenceScores:
     """J and F of each object in each frame but the first and the last.
 
-    The objects are numbered 1 to the largest number in the first annotation, as published: a number that is skipped
-    there counts as an object that is never seen, a later number as background.
+    The objects are 1 to the largest number in the first annotation, as published: a number that does not occur there
+    counts as an object that is never seen, a larger number in a later annotation as background.
 
-    Args:
-        video: of the data set.
-        predictions: folder of masks ``<frame>.png`` of object numbers.
-        threads: frames scored at one time.
+    ``predictions`` is a folder of masks ``<frame>.png`` of object numbers; ``threads`` frames are scored at one time.
 
     Raises:
-        DavisError: naming the file, if one is missing or cannot be read, has another size, or numbers an object that
-            the first annotation does not have.
+        DavisError: naming the file, if it is missing or cannot be read, has another size, or holds an object that is
+            not in the first annotation.
     """
     if len(video.frames) < 3:
         raise DavisError(
-            f"{video.name} has {len(video.frames)} frames; without the first and the last nothing is to score"
+            f"{video.name} has {len(video.frames)} frames; expected 3 or more: the first and the last do not count"
         )
     count = int(first_annotation(video).max())
     frames = video.frames[1:-1]
@@ -104,14 +96,10 @@ def score_folder(
     threads: int = 1,
     progress: Callable[[int], Any] = lambda sequences: None,
 ) -> tuple[list[SequenceScores], dict[str, str]]:
-    """Scores of all sequences, and by name what is wrong with those that could not be scored.
+    """Scores of all sequences, and by name why a sequence could not be scored.
 
-    Args:
-        dataset: with annotations of all frames.
-        folder: holds a folder of masks for each sequence.
-        names: of sequences; None for all of the data set's list.
-        threads: see :func:`score_sequence`.
-        progress: called with 1 after each sequence.
+    ``dataset`` has annotations of all frames, ``folder`` a folder of masks for each sequence; ``names`` defaults to all
+    sequences. ``progress`` is called with 1 after each.
     """
     scores: list[SequenceScores] = []
     problems: dict[str, str] = {}
@@ -131,10 +119,10 @@ def write_csv(scores: list[SequenceScores], folder: str | os.PathLike[str], subs
     means = mean_measures([o for _, o in objects])
     columns = ("J-Mean", "F-Mean")
     tables = {
-        f"global_results-{subset}.csv": [MEASURES, [_decimals(means[name]) for name in MEASURES]],
+        f"global_results-{subset}.csv": [MEASURES, [f"{means[name]:.3f}" for name in MEASURES]],
         f"per-sequence_results-{subset}.csv": [
             ("Sequence", *columns),
-            *([name, *(_decimals(o[column]) for column in columns)] for name, o in objects),
+            *([name, *(f"{o[column]:.3f}" for column in columns)] for name, o in objects),
         ],
     }
     written = []
@@ -144,7 +132,3 @@ def write_csv(scores: list[SequenceScores], folder: str | os.PathLike[str], subs
             csv.writer(file, lineterminator="\n").writerows(rows)
         written.append(path)
     return written
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Results of DAVIS as JSON holds them, and their table."""
+"""Results of DAVIS in the form of JSON, and their table."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from lift_fast.evaluation.tables import Column, Table
 
 from .scores import MEASURES, SequenceScores, mean_measures
 
-PROTOCOL = "davis"
-
 
 def content(
     scores: Mapping[str, Sequence[SequenceScores]],
@@ -18,34 +16,23 @@ def content(
     options: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything of a run.
-
-    Args:
-        scores: by method.
-        skipped: what could not be predicted or scored, and why.
-        options: of the protocol.
-        record: what the results depend on.
+    """The result of a run from the scores by method; ``skipped`` is what could not be predicted or scored, and why.
 
     Returns:
         ``"protocol", "complete", "options", "record", "skipped"``; ``"scores"``: method -> sequence -> ``"frames"``,
         ``"J"`` and ``"F"`` ``[objects][frames]`` and ``"objects"``, the measures of each, all from 0 to 1; and
         ``"summary"``: method -> measures in percent, means over all objects, with the number of ``"sequences"`` and
-        ``"objects"`` that went in.
+        ``"objects"`` in them.
     """
     return {
-        "protocol": PROTOCOL,
+        "protocol": "davis",
         "complete": not skipped,
         "options": dict(options),
         "record": dict(record),
         "scores": {
             method: {
-                one.name: {
-                    "frames": list(one.frames),
-                    "J": one.j.tolist(),
-                    "F": one.f.tolist(),
-                    "objects": one.objects(),
-                }
-                for one in sequences
+                s.name: {"frames": list(s.frames), "J": s.j.tolist(), "F": s.f.tolist(), "objects": s.objects()}
+                for s in sequences
             }
             for method, sequences in scores.items()
         },
@@ -65,7 +52,7 @@ def _summary(sequences: Sequence[SequenceScores]) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table of all methods, in percent; none where nothing could be scored."""
+    """One table of all methods, in percent; none if nothing could be scored."""
     summary = result["summary"]
     columns = [Column(name, "low" if name.endswith("Decay") else "high") for name in MEASURES]
     counts = {(entry["sequences"], entry["objects"]) for entry in summary.values()}

@@ -23,10 +23,10 @@ Box = tuple[float, float, float, float]
 COCO_LIST = "coco_20k_filenames.txt"
 """The published list of COCO20k, from the repositories of LOST and TokenCut."""
 PUBLISHED_NAMES = {"VOC2007 trainval": "voc07", "VOC2012 trainval": "voc12", f"COCO {COCO_LIST[:-4]}": "coco20k"}
-"""What published numbers call a data set, by :attr:`BoxDataSet.name`; subsets and other lists are none of these."""
+"""What published numbers call a data set, by :attr:`BoxDataSet.name`; subsets and other lists have no such name."""
 # Real annotation files have some kilobytes.
 _LARGEST_XML = 1 << 24
-# Pixels; no image is larger, and sums and products of such coordinates stay what they are.
+# Pixels: no image is larger, and sums and products of such coordinates are exact enough.
 _FARTHEST = 1e9
 
 
@@ -57,17 +57,17 @@ def read_voc(root: str | os.PathLike[str], year: int, *, split: str = "trainval"
     """Pascal VOC detection: ``ImageSets/Main/SPLIT.txt``, ``Annotations/NAME.xml``, ``JPEGImages/NAME.jpg``.
 
     Every object counts, difficult and truncated ones too, as in the published evaluations of LOST and TokenCut. VOC
-    counts pixels from 1 and its boxes include their last pixel, so 1 is taken from xmin and ymin alone. Fractions in
-    coordinates (some files of VOC2012 have them) are cut off.
+    counts pixels from 1 and its boxes include their last pixel, so 1 is subtracted from xmin and ymin alone. Fractions
+    in coordinates (some files of VOC2012 have them) are cut off.
 
     Args:
-        root: the folder of that year, ``VOCdevkit``, or the one that holds ``VOCdevkit``.
+        root: the folder of that year, ``VOCdevkit``, or the folder that holds ``VOCdevkit``.
         year: 2007 or 2012 (any ``VOC<year>``).
         split: name of the list.
         no_hard: leave out difficult and truncated objects, and images that have no others (the ``VOC_all`` setting).
 
     Raises:
-        FileNotFoundError: if the layout or the list is not there; says what was looked for.
+        FileNotFoundError: if the layout or the list is missing; names the expected path.
         ValueError: if the list is empty or cannot be read.
     """
     root = Path(root)
@@ -107,12 +107,12 @@ def read_coco(
         root: holds ``annotations/instances_train2014.json`` and the images in ``train2014/`` or
             ``images/train2014/``.
         annotations: another annotation file.
-        names: text file with an image's file name in each line, of which the number after the last ``_`` is the
-            image's id; None takes ``coco_20k_filenames.txt`` in ``root`` or its ``annotations``.
+        names: text file with the file name of an image in each line; the number after its last ``_`` is the image's
+            id. None takes ``coco_20k_filenames.txt`` in ``root`` or in its ``annotations``.
 
     Raises:
-        FileNotFoundError: if a file or folder is not there; says where it was looked for.
-        ValueError: for a file that is no such JSON or list.
+        FileNotFoundError: if a file or folder is missing; names the expected path.
+        ValueError: for a file that is not a valid list or not such JSON.
     """
     root = Path(root)
     source = Path(annotations) if annotations is not None else root / "annotations" / "instances_train2014.json"
@@ -128,17 +128,17 @@ def read_coco(
     if folder is None:
         raise FileNotFoundError(f"no folder of images at {' or '.join(map(str, folders))}")
     wanted = {name: _coco_id(name, list_file) for name in _names(list_file)}
-    files, boxes = _coco_boxes(source, set(wanted.values()))
+    files, boxes, problems = _coco_boxes(source, set(wanted.values()))
     data = BoxDataSet(f"COCO {list_file.stem}")
     for name, number in wanted.items():
         if number not in files:
             data.skipped.append((name, f"no image with id {number} in {source}"))
-        elif number in boxes.problems:
-            data.skipped.append((name, boxes.problems[number]))
-        elif not boxes.found.get(number):
+        elif number in problems:
+            data.skipped.append((name, problems[number]))
+        elif not boxes.get(number):
             data.skipped.append((name, "no objects"))
         else:
-            data.samples.append(Sample(name, folder / files[number], tuple(boxes.found[number])))
+            data.samples.append(Sample(name, folder / files[number], tuple(boxes[number])))
     return data
 
 
@@ -161,7 +161,10 @@ def _voc_boxes(path: Path, no_hard: bool) -> list[Box]:
             continue
         corners = [_number(thing.findtext(f"bndbox/{side}"), path, number) for side in ("xmin", "ymin", "xmax", "ymax")]
         x0, y0, x1, y1 = (float(int(value)) for value in corners)
-        boxes.append(_checked((x0 - 1, y0 - 1, x1, y1), f"{path}, object {number}"))
+        box = (x0 - 1, y0 - 1, x1, y1)
+        if not (box[2] > box[0] and box[3] > box[1]):
+            raise ValueError(f"{path}, object {number}: the box {box} is empty")
+        boxes.append(box)
     return boxes
 
 
@@ -173,10 +176,10 @@ def _parse_xml(path: Path) -> ET.Element:
         text = path.read_bytes().decode("utf-8-sig")
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise ValueError("a document type is not accepted")
-        # Read as text, whatever encoding it declares.
+        # Parsed as text: the encoding that it declares does not matter.
         return ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
     except (ET.ParseError, ValueError) as error:
-        raise ValueError(f"{path} is no annotation: {error}") from error
+        raise ValueError(f"{path} is not a valid annotation: {error}") from error
 
 
 def _number(text: str | None, path: Path, number: int) -> float:
@@ -189,47 +192,36 @@ def _number(text: str | None, path: Path, number: int) -> float:
     return value
 
 
-def _checked(box: Box, where: str) -> Box:
-    if not (box[2] > box[0] and box[3] > box[1]):
-        raise ValueError(f"{where}: the box {box} is empty")
-    return box
-
-
 def _coco_id(name: str, source: Path) -> int:
     digits = Path(name).name.split("_")[-1].split(".")[0]
     if not digits.isascii() or not digits.isdigit():
-        raise ValueError(f"{source}: {shown(name)} ends in no image id; expected e.g. COCO_train2014_000000000009.jpg")
+        raise ValueError(f"{source}: {shown(name)} has no image id; expected e.g. COCO_train2014_000000000009.jpg")
     return int(digits)
 
 
-@dataclass
-class _CocoBoxes:
-    found: dict[int, list[Box]] = field(default_factory=dict)
-    problems: dict[int, str] = field(default_factory=dict)
-
-
-def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], _CocoBoxes]:
-    """File names and boxes of the wanted images."""
+def _coco_boxes(source: Path, wanted: set[int]) -> tuple[dict[int, str], dict[int, list[Box]], dict[int, str]]:
+    """File names, boxes and problems of the wanted images."""
     content = read_json(source, "annotation file")
     files: dict[int, str] = {}
-    boxes = _CocoBoxes()
+    boxes: dict[int, list[Box]] = {}
+    problems: dict[int, str] = {}
     for image in _entries(content, "images", source):
         number, file_name = image.get("id"), image.get("file_name")
         if not isinstance(number, int) or number not in wanted or not isinstance(file_name, str):
             continue
         files[number] = Path(file_name).name
         if not is_name(files[number]):
-            boxes.problems[number] = f"{source}, image {number}: file_name is {shown(file_name)}"
+            problems[number] = f"{source}, image {number}: file_name is {shown(file_name)}"
     for thing in _entries(content, "annotations", source):
         number = thing.get("image_id")
         if not isinstance(number, int) or number not in wanted or thing.get("iscrowd") == 1:
             continue
         where = f"{source}, annotation {shown(thing.get('id'))}"
         try:
-            boxes.found.setdefault(number, []).append(_coco_box(thing.get("bbox"), where))
+            boxes.setdefault(number, []).append(_coco_box(thing.get("bbox"), where))
         except ValueError as error:
-            boxes.problems[number] = str(error)
-    return files, boxes
+            problems[number] = str(error)
+    return files, boxes, problems
 
 
 def _entries(content: Any, key: str, source: Path) -> Iterable[dict[str, Any]]:
@@ -241,12 +233,12 @@ def _entries(content: Any, key: str, source: Path) -> Iterable[dict[str, Any]]:
 
 def _coco_box(bbox: Any, where: str) -> Box:
     numbers: list[Any] = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None]
-    # Compared before anything is computed: integers of JSON have no bound. NaN fails too.
+    # Compared before any arithmetic: integers of JSON have no bound. NaN fails too.
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= _FARTHEST for v in numbers):
         raise ValueError(f"{where}: bbox must be four numbers, got {shown(bbox)}")
     x, y, width, height = numbers
     x0, y0, x1, y1 = (float(round(v)) for v in (x, y, x + width, y + height))
     if width <= 0 or height <= 0:
         raise ValueError(f"{where}: the bbox {shown(bbox)} is empty")
-    # Thinner than a pixel: rounding empties it, and nothing overlaps it by half; the published code keeps it too.
+    # A box thinner than a pixel is empty after rounding and is never found; the published code keeps it too.
     return x0, y0, x1, y1

@@ -1,4 +1,4 @@
-"""One box for each image by TokenCut, and whether it is correct: the published rules and the exact ones."""
+"""One box for each image by TokenCut, and whether it is correct: by the published rules or the exact ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .dataset import Box, Sample
 
 @dataclass(frozen=True)
 class Discovery:
-    """What :func:`discover` finds."""
+    """Result of :func:`discover`."""
 
     cut: TokenCut
     box: Box
@@ -31,7 +31,7 @@ class Discovery:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The box of one image, and how it fares."""
+    """The box of one image, and whether it is correct."""
 
     name: str
     box: Box
@@ -57,9 +57,9 @@ def overlaps(a: Box, b: Box) -> bool:
 
 
 def _published_overlap(found: Box, truth: Box) -> bool:
-    """:func:`overlaps` as the LiFT paper's evaluation computes it, for ``truth`` in whole pixels.
+    """:func:`overlaps` in the arithmetic of the LiFT paper's evaluation, for ``truth`` in whole pixels.
 
-    Areas are float32 there, what is common to both float64, and a term against division by zero keeps equality out.
+    Areas are float32 there and the intersection float64; a term against division by zero excludes equality.
     """
     eps = 1e-7
     inter, _ = _areas(found, truth)
@@ -76,13 +76,13 @@ def _areas(a: Box, b: Box) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as features take it."""
+    """An image in the form that features take."""
 
     batch: Batch
     size: tuple[int, int]
-    """(height, width) of what is no padding."""
+    """(height, width) without the padding."""
     stretch: bool = False
-    """The grid lies over all of it, whatever its cells cover."""
+    """The grid lies over the whole image, whatever its cells cover."""
 
 
 def prepare(
@@ -92,9 +92,9 @@ def prepare(
 
     Args:
         image: RGB.
-        backbone: says what a patch is, how images are normalised, and where it runs.
+        backbone: gives the patch size, the normalisation and the device.
         resolution: None keeps the image's own size (TokenCut's published evaluation); S resizes it to S x S.
-        rule: of such resizing. ``published``, as in the LiFT paper's evaluation: bilinear and not padded, the grid
+        rule: for such resizing. ``published``, as in the LiFT paper's evaluation: bilinear and not padded, the grid
             stretched over the square. ``exact``: Lanczos and padded.
 
     Raises:
@@ -118,14 +118,12 @@ def discover(
     """TokenCut's box in an image, in the image's pixels; padding is clipped off, a resized image scaled back.
 
     Args:
-        image: the image.
-        prepared: of :func:`prepare`.
-        features: what to cut: a :class:`lift_fast.evaluation.methods.Method` or the like.
+        features: a :class:`lift_fast.evaluation.methods.Method` or the like.
         tau, eps: as :func:`lift_fast.evaluation.tokencut.tokencut`.
 
     Raises:
         NotFiniteError: for features that are not finite.
-        ValueError: for features of another form.
+        ValueError: for features of another shape.
     """
     maps, covered = features(prepared.batch)
     if prepared.stretch:
@@ -139,32 +137,28 @@ def discover(
     return Discovery(cut, box, (covered[0] / tall, covered[1] / wide, covered[2] / tall, covered[3] / wide))
 
 
-def judge(sample: Sample, box: Box, degenerate: bool, square: tuple[tuple[int, int], int] | None = None) -> Prediction:
-    """The prediction for an image against its ground truth.
+def score_box(
+    sample: Sample, box: Box, degenerate: bool, square: tuple[tuple[int, int], int] | None = None
+) -> Prediction:
+    """Compare the box of an image with its ground truth.
 
     Args:
-        sample: the image.
         box: in the image's pixels.
         degenerate: of the cut.
-        square: the image's (width, height) and S, to judge in the pixels of the image at S x S as the LiFT paper's
-            evaluation does: true boxes are scaled and cut to whole pixels (towards zero), and an IoU of just 0.5 is
-            none, for a term against division by zero makes it smaller.
+        square: the image's (width, height) and S, to compare in the pixels of the image at S x S as the LiFT paper's
+            evaluation does: true boxes are scaled and cut to whole pixels (towards zero), and an IoU of exactly 0.5 is
+            not enough, because a term against division by zero makes it smaller.
     """
     truths, seen = sample.boxes, box
-    judged: Callable[[Box, Box], bool] = overlaps
+    enough: Callable[[Box, Box], bool] = overlaps
     if square is not None:
         (width, height), side = square
         x, y = side / width, side / height
         seen = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
         truths = tuple((_whole(a * x), _whole(b * y), _whole(c * x), _whole(d * y)) for a, b, c, d in truths)
-        judged = _published_overlap
-    return Prediction(
-        sample.name,
-        box,
-        max(iou(seen, truth) for truth in truths),
-        any(judged(seen, truth) for truth in truths),
-        degenerate,
-    )
+        enough = _published_overlap
+    found = any(enough(seen, truth) for truth in truths)
+    return Prediction(sample.name, box, max(iou(seen, truth) for truth in truths), found, degenerate)
 
 
 def _whole(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Unsupervised object discovery: one box for each image by TokenCut, judged by CorLoc."""
+"""Unsupervised object discovery: one box for each image by TokenCut, measured by CorLoc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lift_fast.evaluation.tokencut import EPS, NotFiniteError
 from lift_fast.images import read_image
 
 from .dataset import BoxDataSet, Sample
-from .protocol import Discovery, Prediction, discover, judge, prepare
+from .protocol import Discovery, Prediction, discover, prepare, score_box
 from .summary import corloc
 
 
@@ -39,15 +39,13 @@ def evaluate(
 
     Args:
         methods: names and :class:`lift_fast.evaluation.methods.Method` or the like, of one backbone.
-        backbone: as :func:`prepare`.
+        backbone, resolution, rule: as for :func:`prepare`.
         data: images with boxes.
         tau, eps: of TokenCut.
-        resolution, rule: as :func:`prepare` and :func:`judge`.
-        out: file for the result. Beside it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
-            image, from which an interrupted run with the same settings goes on.
-        record: what the result depends on beside these options; entries but ``"date"`` must be the same to go on.
-        show: called with each method's name and result, unless it came from the journal.
-        progress: called with 1 after each image.
+        out: file for the result. Next to it stands a journal of each method, ``OUT.METHOD.jsonl``, with a line for each
+            image, from which an interrupted run with the same settings is resumed.
+        record, progress: as :func:`lift_fast.evaluation.spair.evaluate`.
+        show: called with each method's name and result, unless the journal holds it already.
 
     Returns:
         The result as JSON holds it: ``"protocol"``, ``"options"``, ``"record"``, ``"summary"`` (method -> the figures
@@ -89,13 +87,13 @@ def evaluate(
                     if name not in known:
                         found[name] = discover(image, prepared, method, tau=tau, eps=eps)
                 except NotFiniteError as error:
-                    # Left out for all methods, or their figures would be of different images.
+                    # Left out for all methods: otherwise their figures would be of different images.
                     skipped.setdefault(sample.name, f"{name}: {error}")
             if sample.name in skipped:
                 return
             square = (image.size, resolution) if resolution is not None and rule == "published" else None
             for name, discovery in found.items():
-                known[name] = judge(sample, discovery.box, discovery.cut.degenerate, square)
+                known[name] = score_box(sample, discovery.box, discovery.cut.degenerate, square)
                 journals[name].add(sample.name, known[name])
                 show(name, sample, image, discovery, known[name])
         for name, prediction in known.items():

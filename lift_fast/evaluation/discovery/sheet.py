@@ -1,4 +1,4 @@
-"""A sheet by which a person can see what TokenCut found: boxes, eigenvector, foreground."""
+"""A sheet that shows what TokenCut found: boxes, eigenvector, foreground."""
 
 from __future__ import annotations
 
@@ -19,25 +19,20 @@ def draw_discovery(sample: Sample, image: Image.Image, discovery: Discovery, pre
     font = ImageFont.load_default(size=_TEXT)
     scale = min(_PANEL / image.width, _PANEL / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    cut = discovery.cut
-    vector = cut.eigenvector
+    cut, vector = discovery.cut, discovery.cut.eigenvector
     spread = float(vector.max() - vector.min())
-    stretched = (vector - vector.min()) / (spread if spread > 0 else 1.0)
+    stretched = confidence_colours((vector - vector.min()) / (spread if spread > 0 else 1.0))
     rows = cut.foreground.astype(np.uint8) * 90 + cut.component.astype(np.uint8) * 165
     panels = [
         ("image", image.resize(size, Image.Resampling.LANCZOS)),
-        (
-            f"eigenvector, {cut.eigenvector.shape[1]} x {cut.eigenvector.shape[0]}",
-            place_cells(confidence_colours(stretched), size, discovery.covered),
-        ),
+        (f"eigenvector, {vector.shape[1]} x {vector.shape[0]}", place_cells(stretched, size, discovery.covered)),
         ("foreground, its component", place_cells(np.repeat(rows[..., None], 3, 2), size, discovery.covered)),
     ]
-    top = 2 * _GAP + 2 * _TEXT + _GAP
+    top = 3 * _GAP + 2 * _TEXT
     sheet = Image.new("RGB", (_GAP + 3 * (size[0] + _GAP), top + size[1] + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    verdict = "found" if prediction.found else "missed"
-    note = ", cut not determined" if prediction.degenerate else ""
-    draw.text((_GAP, _GAP), f"{sample.name}: IoU {prediction.iou:.3f}, {verdict}{note}", font=font, fill=_INK)
+    result = ("found" if prediction.found else "missed") + (", cut not determined" if prediction.degenerate else "")
+    draw.text((_GAP, _GAP), f"{sample.name}: IoU {prediction.iou:.3f}, {result}", font=font, fill=_INK)
     for number, (title, panel) in enumerate(panels):
         left = _GAP + number * (size[0] + _GAP)
         draw.text((left, _GAP + _TEXT + _GAP), title, font=font, fill=_INK)

@@ -1,4 +1,4 @@
-"""SPair-71k in its original layout: pairs of images with key points, and what is wrong with them."""
+"""SPair-71k in its original layout: pairs of images with key points, checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from lift_fast.evaluation.results import read_json
 
 Array = npt.NDArray[np.float64]
 
-SPLITS = ("trn", "val", "test")
 LAYOUTS = ("large", "small")
-# How far, in pixels, a pair's key points may lie from those of its images' own annotations without a remark.
+# Pixels by which a pair's key points may differ from those of its images' own annotations without a remark.
 _TOLERANCE = 1.0
 
 
@@ -47,7 +46,7 @@ class Pair:
     """(width, height) that the annotation gives for the source image."""
     target_size: tuple[int, int] | None
     difficulty: dict[str, int]
-    """``viewpoint_variation``, ``scale_variation``, ``truncation`` and ``occlusion``, as far as annotated."""
+    """``viewpoint_variation``, ``scale_variation``, ``truncation`` and ``occlusion``, where annotated."""
     part_names: tuple[str, ...] = ()
     """Names of the N key points in the images' own annotations; empty where the pair does not give them."""
 
@@ -69,11 +68,7 @@ class Filters:
     occlusion: tuple[int, ...] | None = None
 
     def takes(self, pair: Pair) -> bool:
-        """Whether the pair passes.
-
-        Raises:
-            SPairError: if the annotation lacks what is asked for.
-        """
+        """Whether the pair passes; raises ``SPairError`` if its annotation does not have a field to choose by."""
         for name, wanted in vars(self).items():
             if wanted is None:
                 continue
@@ -86,14 +81,14 @@ class Filters:
 
 @dataclass
 class Selection:
-    """The pairs of an evaluation and what had to be left out of them."""
+    """The pairs of an evaluation and what was left out."""
 
     categories: tuple[str, ...] = ()
-    """What was asked for."""
+    """The requested ones."""
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
-    """By category, in the order of their names; none that is empty."""
+    """By category, in the order of their names; empty categories are missing."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Annotation (its path below the root) or category -> what is wrong with it."""
+    """Annotation (its path below the root) or category -> the reason."""
     remarks: dict[str, str] = field(default_factory=dict)
     """Annotations that are used but disagree with those of their images."""
 
@@ -105,8 +100,8 @@ class SPair:
     Args:
         root: folder of the data set.
         split: ``test``, ``val`` or ``trn``.
-        layout: list of pairs, ``large`` or ``small``; None takes ``large`` or, where there is no such list, every file
-            of ``PairAnnotation/<split>``.
+        layout: list of pairs, ``large`` or ``small``; None takes ``large`` or, without such a list, every file of
+            ``PairAnnotation/<split>``.
 
     Raises:
         SPairError: if a folder or list is missing, or there is no pair.
@@ -115,8 +110,8 @@ class SPair:
     def __init__(self, root: str | os.PathLike[str], split: str = "test", layout: str | None = None) -> None:
         self.root, self.split = Path(root), split
         self.annotations = self.root / "PairAnnotation" / split
-        self.pictures = self.root / "JPEGImages"
-        for folder in (self.annotations, self.pictures):
+        self.images_folder = self.root / "JPEGImages"
+        for folder in (self.annotations, self.images_folder):
             if not folder.is_dir():
                 raise SPairError(
                     f"no folder {folder}; expected the layout of SPair-71k: PairAnnotation/{split}, ImageAnnotation, "
@@ -133,22 +128,18 @@ class SPair:
                 raise SPairError(str(error)) from error
         if not names:
             raise SPairError(f"{self.annotations} holds no pair")
-        self.categories = tuple(sorted({*_folders(self.pictures), *_folders(self.root / "ImageAnnotation")}))
+        self.categories = tuple(sorted({*_folders(self.images_folder), *_folders(self.root / "ImageAnnotation")}))
         if not self.categories:
-            raise SPairError(f"{self.pictures} holds no folder; expected one for each category")
+            raise SPairError(f"{self.images_folder} holds no folder; expected one for each category")
         self.names: dict[str, list[str]] = {category: [] for category in self.categories}
         self.strays: list[str] = []
-        """Names of pairs that belong to no category."""
+        """Names of pairs whose category has no folder."""
         for name in names:
             category = self._category(name)
             (self.strays if category is None else self.names[category]).append(name)
 
     def read(self, name: str, category: str) -> Pair:
-        """The pair of that name.
-
-        Raises:
-            SPairError: naming the file, if it is missing or malformed.
-        """
+        """The pair of that name; raises ``SPairError`` with the file if it is missing or malformed."""
         path = self._path(name)
         content = _read_json(path)
         try:
@@ -163,15 +154,9 @@ class SPair:
         filters: Filters | None = None,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> Selection:
-        """Read the pairs of some categories.
+        """Read the pairs of some categories, or of all; raises ``SPairError`` for an unknown category.
 
-        Args:
-            categories: None for all.
-            filters: by difficulty.
-            progress: called with the number of annotations that have been read.
-
-        Raises:
-            SPairError: for an unknown category.
+        ``progress`` is called with the number of annotations that have been read.
         """
         unknown = [name for name in categories or () if name not in self.categories]
         if unknown:
@@ -192,7 +177,7 @@ class SPair:
         return found
 
     def below(self, path: Path) -> str:
-        """A file's path below the root, by which results name it."""
+        """A file's path below the root, its name in results."""
         return path.relative_to(self.root).as_posix()
 
     def _read_category(
@@ -213,7 +198,7 @@ class SPair:
         stem, colon, category = name.rpartition(":")
         if colon and stem:
             return category if category in self.categories else None
-        # File systems without colons in names.
+        # For file systems without colons in names.
         fitting = [category for category in self.categories if name.endswith(f"_{category}")]
         return max(fitting, key=len, default=None)
 
@@ -224,7 +209,7 @@ class SPair:
 
     def _pair(self, name: str, category: str, path: Path, content: dict[str, Any]) -> Pair:
         if content.get("category", category) != category:
-            raise ValueError(f"category is {shown(content['category'])}, the file's name says {category!r}")
+            raise ValueError(f"category is {shown(content['category'])}, but {category!r} in the file's name")
         if content.get("mirror", 0) != 0:
             raise ValueError("the pair is mirrored; the protocol has no such pairs")
         source, target = (_points(content, key) for key in ("src_kps", "trg_kps"))
@@ -233,21 +218,20 @@ class SPair:
         box = np.asarray(content["trg_bndbox"], dtype=np.float64)
         if box.shape != (4,) or not np.isfinite(box).all() or max(box[2] - box[0], box[3] - box[1]) <= 0:
             raise ValueError(f"trg_bndbox is {shown(content['trg_bndbox'])}; expected left, top, right, bottom")
-        grades = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
         parts = tuple(str(part) for part in content.get("kps_ids") or ())
         left, top, right, bottom = (float(value) for value in box)
         return Pair(
             name,
             category,
             path,
-            self.pictures / category / _file_name(content, "src_imname"),
-            self.pictures / category / _file_name(content, "trg_imname"),
+            self.images_folder / category / _file_name(content, "src_imname"),
+            self.images_folder / category / _file_name(content, "trg_imname"),
             source,
             target,
             (left, top, right, bottom),
-            _picture_size(content, "src_imsize"),
-            _picture_size(content, "trg_imsize"),
-            {grade: int(content[grade]) for grade in grades if grade in content},
+            _image_size(content, "src_imsize"),
+            _image_size(content, "trg_imsize"),
+            {grade: int(content[grade]) for grade in vars(Filters()) if grade in content},
             parts if len(parts) == len(source) else (),
         )
 
@@ -257,8 +241,8 @@ class SPair:
         known: dict[Path, dict[str, Any] | None] = {}
         remarks = {}
         for pair in pairs:
-            for picture, points in ((pair.source, pair.source_points), (pair.target, pair.target_points)):
-                path = folder / f"{picture.stem}.json"
+            for image, points in ((pair.source, pair.source_points), (pair.target, pair.target_points)):
+                path = folder / f"{image.stem}.json"
                 if path not in known:
                     try:
                         own = _read_json(path).get("kps")
@@ -268,8 +252,8 @@ class SPair:
                     except SPairError as error:
                         known[path] = None
                         remarks[self.below(path)] = f"{error}; the pairs' own key points are used"
-                of_picture = known[path]
-                if of_picture is not None and not _agree(of_picture, pair.part_names, points):
+                of_image = known[path]
+                if of_image is not None and not _agree(of_image, pair.part_names, points):
                     remarks[self.below(pair.annotation)] = f"{pair.annotation}: key points differ from those of {path}"
         return remarks
 
@@ -313,7 +297,7 @@ def _file_name(content: dict[str, Any], key: str) -> str:
     return name
 
 
-def _picture_size(content: dict[str, Any], key: str) -> tuple[int, int] | None:
+def _image_size(content: dict[str, Any], key: str) -> tuple[int, int] | None:
     if content.get(key) is None:
         return None
     width, height = (int(value) for value in content[key][:2])

@@ -1,4 +1,4 @@
-"""Descriptors of a category's images, kept as far as memory allows."""
+"""Descriptors of a category's images; those that fit into memory are kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageFeatures:
     features: dict[Path, dict[str, Features]] = field(default_factory=dict)
 
     def load(self, paths: Iterable[Path]) -> None:
-        """Compute what is missing of ``paths``, without regard to the budget."""
+        """Compute those of ``paths`` that are missing, without regard to the budget."""
         missing = [path for path in paths if path not in self.features and path not in self.problems]
         with ThreadPoolExecutor(torch.get_num_threads()) as readers:
             for start in range(0, len(missing), self.batch_size):
@@ -49,16 +49,16 @@ class ImageFeatures:
                     self._compute(tensors)
 
     def look(self, path: Path) -> tuple[int, int] | str:
-        """(width, height) of an image that has been loaded, or what is wrong with it."""
+        """(width, height) of an image that has been loaded, or why it cannot be used."""
         return self.problems.get(path) or self.sizes[path]
 
     def keep(self, paths: Iterable[Path]) -> None:
-        """Forget all others."""
+        """Drop all others."""
         wanted = set(paths)
         self.features = {path: found for path, found in self.features.items() if path in wanted}
 
     def capacity(self) -> int:
-        """How many images' descriptors fit the budget; needs one that has been loaded."""
+        """Number of images whose descriptors fit the budget; needs one that has been loaded."""
         if not self.features:
             return 2
         each = next(iter(self.features.values()))
@@ -78,7 +78,7 @@ class ImageFeatures:
         for method in self.methods:
             found = method(batch)
             for path, one in zip(tensors, found.map, strict=True):
-                # A copy: a view would keep the whole batch when others of it are forgotten.
+                # A copy: a view would keep the whole batch in memory when other images of it are dropped.
                 self.features[path][method.name] = Features(one.contiguous().clone(), found.covered)
 
 

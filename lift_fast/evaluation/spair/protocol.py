@@ -1,4 +1,4 @@
-r"""PCK on SPair-71k, to the letter of the LiFT paper's evaluation and of the data set authors'.
+r"""PCK on SPair-71k, exactly as in the LiFT paper's evaluation and that of the data set's authors.
 
 1. An image of w x h pixels is resized by s = S / max(w, h) so that it fits a square of S x S (Lanczos; the shorter
    side becomes round(S * short / long), halves to even) and laid centred on black, at an offset rounded down. Key
@@ -8,7 +8,7 @@ r"""PCK on SPair-71k, to the letter of the LiFT paper's evaluation and of the da
 3. A source key point takes the descriptor of the pixel (floor x, floor y). Its match is the target pixel with the
    largest dot product.
 4. It is right at alpha if its distance from the target key point is below alpha * max(w, h of the target's box) * s
-   (LiFT paper), or at most that (authors of the data set). All this in float64.
+   (LiFT paper), or at most that (authors of the data set). All this is float64.
 """
 
 from __future__ import annotations
@@ -34,15 +34,12 @@ ALPHAS = (0.1, 0.05, 0.01)
 
 @dataclass(frozen=True)
 class Protocol:
-    """The options of the protocol.
+    """The options of the protocol; a ``ValueError`` for options out of range.
 
     Attributes:
         alphas: of PCK.
         placement: ``stretch`` lays each map over the whole square, as published evaluations do; ``cover`` over the
-            pixels that its cells see, which differs where the patch does not divide S and for overlapping patches.
-
-    Raises:
-        ValueError: for options out of range.
+            pixels that its cells cover, which differs where the patch does not divide S and for overlapping patches.
     """
 
     alphas: tuple[float, ...] = ALPHAS
@@ -72,7 +69,7 @@ class Frame(NamedTuple):
 
 
 def fit(size: tuple[int, int], side: int) -> Frame:
-    """How an image of ``size`` (width, height) lies in a square of ``side`` pixels."""
+    """Where an image of ``size`` (width, height) lies in a square of ``side`` pixels."""
     width, height = size
     if height <= width:
         new_width, new_height = side, max(1, round(side * height / width))
@@ -97,19 +94,18 @@ def match_points(
 
     Args:
         source, target: of B pairs.
-        points: of each pair ``[N, 2]`` (x, y) in pixels of the source's square; those outside it take its nearest
-            pixel.
+        points: of each pair ``[N, 2]`` (x, y) in pixels of the source's square; points outside take the nearest pixel.
         side: S.
         placement: see :class:`Protocol`.
 
     Returns:
-        Of each pair ``[N, 2]`` (x, y) whole pixels of the target's square; infinity where there is no match because
+        Of each pair ``[N, 2]`` (x, y) whole pixels of the target's square; infinity without a match, because
         descriptors are not finite.
     """
     whole = (0, 0, side, side)
     there, here = (whole if placement == "stretch" else features.covered for features in (source, target))
     count = max(len(each) for each in points)
-    # Pairs have different numbers of points: the last one fills up.
+    # Pairs have different numbers of points: the last point is repeated.
     padded = np.stack([np.concatenate([each, each[-1:].repeat(count - len(each), 0)]) for each in points])
     pixels = np.floor(padded).clip(0, side - 1)
     pixels = (pixels - [there[1], there[0]]).clip(0, [there[3] - 1, there[2] - 1])
@@ -123,13 +119,9 @@ def match_points(
 def is_right(
     matches: Array, truth: Array, box: Sequence[float], scale: float, alphas: Sequence[float]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which matches are right.
+    """Which of ``matches [N, 2]`` are right, compared with ``truth [N, 2]``, both (x, y) in the target's square.
 
-    Args:
-        matches, truth: ``[N, 2]`` (x, y) in the target's square.
-        box: left, top, right, bottom of the object in the target image.
-        scale: of the target image.
-        alphas: of PCK.
+    ``box`` (left, top, right, bottom) is of the object in the target image, ``scale`` of that image.
 
     Returns:
         Two arrays ``[N, len(alphas)]``: with ``<``, the LiFT paper's, and with ``<=``, the data set authors'.

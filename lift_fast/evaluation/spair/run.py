@@ -1,4 +1,4 @@
-"""Running SPair-71k: category by category, features of an image once for all of its pairs; summary and tables."""
+"""Running SPair-71k: category by category, with the features of an image computed once for all of its pairs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from .features import CACHE_BYTES, ImageFeatures, size_of
 from .protocol import Protocol, fit, is_right, match_points
 from .summary import summarise
 
-PROTOCOL = "spair"
-# Of the maps that are matched in one call.
+# Of the maps that one call matches.
 _STACKED_BYTES = 32 << 20
 
 
 def draw_pairs(pairs: Sequence[Pair], category: str, count: int | None, seed: int) -> list[Pair]:
     """``count`` of a category's pairs, drawn without replacement by seed and category alone, in the order of their
-    names; all if there are no more. A larger draw of the same seed holds every smaller one."""
+    names; all of them if there are no more. A larger draw of the same seed holds every smaller one."""
     if count is None or count >= len(pairs):
         return list(pairs)
     order = np.random.default_rng([seed, zlib.crc32(category.encode())]).permutation(len(pairs))
@@ -37,9 +36,9 @@ def draw_pairs(pairs: Sequence[Pair], category: str, count: int | None, seed: in
 
 def published_draw(selection: Selection, count: int, seed: int) -> dict[str, list[Pair]]:
     """``count`` pairs of each category as the LiFT paper's evaluation draws them: with replacement, by NumPy's global
-    generator from ``seed`` on, category after category.
+    generator, seeded once, category after category.
 
-    Its order of categories is that of a folder's listing, which file systems decide; here it is the selection's.
+    Its order of categories is that of a folder's listing, which depends on the file system; here it is the selection's.
     """
     random = np.random.RandomState(seed)
     return {
@@ -59,7 +58,7 @@ def draws(selection: Selection, count: int | None, seeds: int, draw: str = "dist
 
 
 def drawn(selection: Selection, count: int | None, seeds: int, draw: str = "distinct") -> dict[str, list[Pair]]:
-    """The pairs of each category that any of the seeds draws, each once."""
+    """The pairs of each category that at least one seed draws, each once."""
     found = draws(selection, count, seeds, draw)
     return {
         category: list({pair.name: pair for by_category in found for pair in by_category[category]}.values())
@@ -89,29 +88,29 @@ def evaluate(
 
     Args:
         methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
-        backbone: says how images are normalised and where it runs.
-        dataset: says what the results are of.
+        backbone: gives the normalisation of images and the device.
+        dataset: names what the results are of.
         selection: of :meth:`SPair.select`, made with ``filters``.
         sizes: pixels S of the squares.
-        seeds: draws of ``pairs_per_category``; 0 to ``seeds - 1``.
-        pairs_per_category: how many to draw; None for all.
+        seeds: number of draws of ``pairs_per_category``; 0 to ``seeds - 1``.
+        pairs_per_category: number of pairs to draw; None for all.
         draw: ``distinct``, no pair twice, or ``published`` (:func:`published_draw`), where a pair counts as often as it
             is drawn.
         filters: recorded with the results.
         protocol: options; None takes the defaults.
         batch_size: images that go through the backbone at one time.
-        cache_bytes: descriptors that are kept; where a category's images need more, it is done in parts.
-        out: file for the result, written after each category too; one that is there and was made with the same
-            ``record`` and options is resumed.
-        record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
-            must be the same to resume.
-        progress: called with the number of pairs that have been done.
+        cache_bytes: of descriptors to keep; a category whose images need more is done in parts.
+        out: file for the result, also written after each category. If it exists and was made with the same ``record``
+            and options, it is resumed.
+        record: what the result depends on (model, weights, provenance), stored with it; all entries but ``"date"`` must
+            be the same to resume.
+        progress: called with the number of pairs that are done.
 
     Returns:
         The result as JSON holds it: ``"protocol", "complete", "options", "record"``; ``"scores"``: size, method,
         category, pair -> number of key points, then how many are right at each alpha by ``<``, then by ``<=``;
-        ``"draws"``: for each seed category -> pairs, None where all are taken; ``"skipped"``: file or category -> what
-        is wrong with it; ``"left_out"``: pair -> file; ``"remarks"``; and ``"summary"``, see :func:`summarise`.
+        ``"draws"``: for each seed category -> pairs, None where all are taken; ``"skipped"``: file or category -> the
+        reason; ``"left_out"``: pair -> file; ``"remarks"``; and ``"summary"``, see :func:`summarise`.
 
     Raises:
         ValueError: for sizes or seeds that do not fit, or an ``out`` of other options.
@@ -120,7 +119,7 @@ def evaluate(
     protocol = protocol or Protocol()
     check_sizes(sizes, seeds, backbone.patch_size)
     if seeds > 1 and pairs_per_category is None:
-        raise ValueError(f"{seeds} seeds draw pairs, but all pairs are taken; say how many of each category to draw")
+        raise ValueError(f"{seeds} seeds need pairs_per_category: without it all pairs are taken and none is drawn")
     check_rule("draw", draw, DRAWS)
     options = {
         "methods": [method.name for method in methods],
@@ -135,16 +134,8 @@ def evaluate(
         "alphas": list(protocol.alphas),
         "placement": protocol.placement,
     }
-    begun = new_result(
-        PROTOCOL,
-        options,
-        record,
-        draws=None,
-        skipped=dict(selection.skipped),
-        left_out={},
-        remarks=dict(selection.remarks),
-    )
-    journal = Journal(out, begun, seconds=0)
+    lists = {"skipped": dict(selection.skipped), "left_out": {}, "remarks": dict(selection.remarks)}
+    journal = Journal(out, new_result("spair", options, record, draws=None, **lists), seconds=0)
     left_out = _LeftOut(dataset, journal.content)
     _resume(journal, selection, left_out)
     if pairs_per_category is not None:
@@ -161,9 +152,9 @@ def evaluate(
             if all(category in found and names <= found[category].keys() for found in by_method.values()):
                 progress(len(pairs))
                 continue
-            pictures = ImageFeatures(methods, backbone, size, batch_size, cache_bytes)
+            images = ImageFeatures(methods, backbone, size, batch_size, cache_bytes)
             with torch.inference_mode():
-                scores = _score(pictures, pairs, protocol, left_out, progress)
+                scores = _score(images, pairs, protocol, left_out, progress)
             for method, found in by_method.items():
                 found[category] = scores[method]
             journal.save()
@@ -175,7 +166,7 @@ def evaluate(
 
 
 class _LeftOut:
-    """Pairs that cannot be used, and what is wrong with the files because of which."""
+    """Pairs that cannot be used, and why their files cannot."""
 
     def __init__(self, dataset: SPair, content: dict[str, Any]) -> None:
         self.dataset = dataset
@@ -183,15 +174,15 @@ class _LeftOut:
         self.reasons: dict[str, str] = content["skipped"]
 
     def check(self, pair: Pair, look: Callable[[Path], tuple[int, int] | str]) -> bool:
-        """Whether a pair can be used; ``look`` gives (width, height) of an image, or says what is wrong with it."""
-        for path, said in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
+        """Whether a pair can be used; ``look`` gives (width, height) of an image, or why it cannot be used."""
+        for path, noted in ((pair.source, pair.source_size), (pair.target, pair.target_size)):
             size = look(path)
             if isinstance(size, str):
                 where, reason = path, size
-            elif said is None or said == size:
+            elif noted is None or noted == size:
                 continue
             else:
-                there = f"{size[0]} x {size[1]} pixels, the annotation says {said[0]} x {said[1]}"
+                there = f"{size[0]} x {size[1]} pixels, {noted[0]} x {noted[1]} in the annotation"
                 where, reason = pair.annotation, f"{pair.annotation}: {path.name} is {there}"
             name = self.dataset.below(where)
             self.reasons.setdefault(name, reason)
@@ -201,16 +192,16 @@ class _LeftOut:
 
 
 def _resume(journal: Journal, selection: Selection, left_out: _LeftOut) -> None:
-    """Take over what was scored before, and look again at what was left out."""
+    """Take over earlier scores, and check again what was left out."""
     if journal.before is None:
         return
-    # Annotations may have been spoilt or repaired since, and so may images.
+    # Annotations and images may have changed since.
     pairs = {pair.name: pair for pairs in selection.pairs.values() for pair in pairs}
     for size, by_method in journal.before["scores"].items():
         for method, by_category in by_method.items():
             for category, scores in by_category.items():
-                sound = {name: row for name, row in scores.items() if name in pairs}
-                journal.part(size, method)[category] = sound
+                known = {name: row for name, row in scores.items() if name in pairs}
+                journal.part(size, method)[category] = known
     for name, pair in pairs.items():
         if name in journal.before["left_out"]:
             left_out.check(pair, _size)
@@ -224,34 +215,34 @@ def _size(path: Path) -> tuple[int, int] | str:
 
 
 def _score(
-    pictures: ImageFeatures,
+    images: ImageFeatures,
     pairs: Sequence[Pair],
     protocol: Protocol,
     left_out: _LeftOut,
     progress: Callable[[int], object],
 ) -> dict[str, dict[str, list[int]]]:
     """Counts by method and pair."""
-    scores: dict[str, dict[str, list[int]]] = {method.name: {} for method in pictures.methods}
-    for part in _parts(pictures, pairs):
-        sound = [pair for pair in part if left_out.check(pair, pictures.look)]
-        progress(len(part) - len(sound))
-        for method in pictures.methods:
-            for group in _groups(sound, pictures, method.name):
-                scores[method.name].update(_score_group(group, pictures, method.name, protocol))
-                if method is pictures.methods[-1]:
+    scores: dict[str, dict[str, list[int]]] = {method.name: {} for method in images.methods}
+    for part in _parts(images, pairs):
+        valid = [pair for pair in part if left_out.check(pair, images.look)]
+        progress(len(part) - len(valid))
+        for method in images.methods:
+            for group in _groups(valid, images, method.name):
+                scores[method.name].update(_score_group(group, images, method.name, protocol))
+                if method is images.methods[-1]:
                     progress(len(group))
     return {method: dict(sorted(by_pair.items())) for method, by_pair in scores.items()}
 
 
-def _parts(pictures: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """The pairs in such an order, and so many at a time, that their images' descriptors fit the budget."""
+def _parts(images: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """The pairs in parts whose images' descriptors fit the budget."""
     paths = sorted({path for pair in pairs for path in (pair.source, pair.target)})
-    for start in range(0, len(paths), pictures.batch_size):
-        pictures.load(paths[start : start + pictures.batch_size])
-        if pictures.features:
+    for start in range(0, len(paths), images.batch_size):
+        images.load(paths[start : start + images.batch_size])
+        if images.features:
             break
-    capacity = pictures.capacity()
-    # Two blocks of images are held at one time, so each block meets each other one.
+    capacity = images.capacity()
+    # Two blocks of images are in memory at one time, so that each block meets every other one.
     length = max(1, len(paths) if capacity >= len(paths) else capacity // 2)
     block = {path: index // length for index, path in enumerate(paths)}
     parts: dict[tuple[int, int], list[Pair]] = {}
@@ -260,36 +251,34 @@ def _parts(pictures: ImageFeatures, pairs: Sequence[Pair]) -> Iterator[list[Pair
         parts.setdefault((low, high), []).append(pair)
     for _, part in sorted(parts.items()):
         needed = sorted({path for pair in part for path in (pair.source, pair.target)})
-        pictures.keep(needed)
-        pictures.load(needed)
+        images.keep(needed)
+        images.load(needed)
         yield part
 
 
-def _groups(pairs: Sequence[Pair], pictures: ImageFeatures, method: str) -> Iterator[list[Pair]]:
-    """Pairs whose maps agree in shape, with similar numbers of points, as many as fit one call."""
+def _groups(pairs: Sequence[Pair], images: ImageFeatures, method: str) -> Iterator[list[Pair]]:
+    """Pairs whose maps have the same shape, with similar numbers of points, as many as fit one call."""
     by_shape: dict[Any, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: (len(pair.source_points), pair.name)):
-        source, target = (pictures.features[path][method] for path in (pair.source, pair.target))
+        source, target = (images.features[path][method] for path in (pair.source, pair.target))
         key = (source.map.shape, target.map.shape, source.covered, target.covered)
         by_shape.setdefault(key, []).append(pair)
     for group in by_shape.values():
-        each = 2 * size_of(pictures.features[group[0].source][method])
+        each = 2 * size_of(images.features[group[0].source][method])
         count = max(1, _STACKED_BYTES // each)
         for start in range(0, len(group), count):
             yield group[start : start + count]
 
 
-def _score_group(
-    pairs: Sequence[Pair], pictures: ImageFeatures, method: str, protocol: Protocol
-) -> dict[str, list[int]]:
+def _score_group(pairs: Sequence[Pair], images: ImageFeatures, method: str, protocol: Protocol) -> dict[str, list[int]]:
     """Counts by pair: key points, right ones at each alpha by ``<``, right ones by ``<=``."""
     sides = []
     for paths in ([pair.source for pair in pairs], [pair.target for pair in pairs]):
-        features = [pictures.features[path][method] for path in paths]
+        features = [images.features[path][method] for path in paths]
         sides.append(Features(torch.stack([one.map for one in features]), features[0].covered))
-    frames = [[fit(pictures.sizes[path], pictures.side) for path in (pair.source, pair.target)] for pair in pairs]
+    frames = [[fit(images.sizes[path], images.side) for path in (pair.source, pair.target)] for pair in pairs]
     points = [source.place(pair.source_points) for pair, (source, _) in zip(pairs, frames, strict=True)]
-    matches = match_points(sides[0], sides[1], points, pictures.side, protocol.placement)
+    matches = match_points(sides[0], sides[1], points, images.side, protocol.placement)
     counts = {}
     for pair, (_, target), found in zip(pairs, frames, matches, strict=True):
         below, at_most = is_right(found, target.place(pair.target_points), pair.box, target.scale, protocol.alphas)

@@ -25,12 +25,16 @@ def summarise(content: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``"sizes"``: size -> method -> figures, ``"seed_std"`` (their standard deviation over seeds, None for one
-        seed) and ``"categories"``: category -> figures; ``"pairs"`` and ``"points"``: how many of each category went
-        in, over all seeds; ``"left_out"``: how many pairs could not be used; ``"skipped"``: how many files and
-        categories are named as the reason.
+        seed) and ``"categories"``: category -> figures; ``"pairs"`` and ``"points"``: how many of each category were
+        used, over all seeds; ``"left_out"``: how many pairs could not be used; ``"skipped"``: how many files and
+        categories were the reason.
     """
     options = content["options"]
     count, names = len(options["alphas"]), titles(options["alphas"])
+
+    def by_name(values: Any) -> dict[str, float]:
+        return dict(zip(names, map(float, values), strict=True))
+
     sizes: dict[str, Any] = {}
     pairs: dict[str, int] = {}
     points: dict[str, int] = {}
@@ -55,17 +59,13 @@ def summarise(content: dict[str, Any]) -> dict[str, Any]:
                     by_category.append(each)
             if not by_seed:
                 continue
-            entry: dict[str, Any] = dict(zip(names, map(float, np.mean(by_seed, 0)), strict=True))
-            spread = np.std(by_seed, 0, ddof=1) if len(by_seed) > 1 else None
-            entry["seed_std"] = None if spread is None else dict(zip(names, map(float, spread), strict=True))
-            entry["categories"] = {
-                category: dict(
-                    zip(names, map(float, np.mean([e[category] for e in by_category if category in e], 0)), strict=True)
-                )
+            spread = by_name(np.std(by_seed, 0, ddof=1)) if len(by_seed) > 1 else None
+            categories = {
+                category: by_name(np.mean([each[category] for each in by_category if category in each], 0))
                 for category in options["categories"]
                 if any(category in each for each in by_category)
             }
-            sizes[size][method] = entry
+            sizes[size][method] = {**by_name(np.mean(by_seed, 0)), "seed_std": spread, "categories": categories}
     return {
         "pairs": pairs,
         "points": points,

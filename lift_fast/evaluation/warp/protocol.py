@@ -1,11 +1,11 @@
 r"""Matching under known warps: how well descriptors find a point again in a second view of the same photograph.
 
-The protocol, to the letter:
+The protocol:
 
 1. A photograph's largest centred square is the base; positions are measured in it from 0 to 1. The first view is the
-   base, brought to S x S pixels. The second view is a homography of it (:func:`random_homography`), drawn from the seed
-   and the photograph's name alone, so that all methods and sizes see the same warps. Both are rendered from the file's
-   own resolution with antialiasing; what lies beyond the photograph is black.
+   base at S x S pixels. The second view is a homography of it (:func:`random_homography`), drawn from the seed and the
+   photograph's name alone, so that all methods and sizes see the same warps. Both are rendered from the file's own
+   resolution with antialiasing; the area beyond the photograph is black.
 2. The second view's colours are changed (:func:`change_colours`) unless that is switched off.
 3. N points are drawn uniformly from the pixels of the first view whose true place lies in the second view, at least
    :data:`MARGIN` of its side inside the border. The draw is of positions from 0 to 1, so that sizes share them too.
@@ -44,9 +44,9 @@ ALPHAS = (0.1, 0.05, 0.01)
 MARGIN = 1 / 32
 COLOUR_CHANGE = 0.2
 _ANGLE, _SCALE, _SHIFT, _CORNER, _BLUR = 30.0, 1.4, 0.1, 0.08, 0.004
-# Positions drawn at one time, and how often, before a photograph is given up.
+# Positions drawn at one time, and the number of times, before a photograph is given up.
 _DRAWN, _DRAWS = 4096, 16
-# The finest that views are rendered before they are brought to size.
+# The finest rendering of a view before it is resized.
 _FINEST = 4096
 
 
@@ -74,11 +74,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class WarpProtocol:
-    """The options of the protocol.
-
-    Raises:
-        ValueError: for options out of range.
-    """
+    """The options of the protocol; a ``ValueError`` for options out of range."""
 
     points: int = 100
     alphas: tuple[float, ...] = ALPHAS
@@ -92,7 +88,7 @@ class WarpProtocol:
 
 
 def name_seed(name: str, seed: int, stream: int) -> np.random.Generator:
-    """Random numbers that depend on a photograph's name, the seed and what they are for."""
+    """Random numbers that depend on a photograph's name, the seed and their purpose."""
     return np.random.default_rng([seed, zlib.crc32(name.encode()), stream])
 
 
@@ -125,19 +121,18 @@ def project(homography: Array, points: Array) -> Array:
     """``[N, 2]`` points through a 3x3 homography; NaN beyond the horizon."""
     out = np.concatenate([points, np.ones_like(points[:, :1])], 1) @ homography.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        result: Array = np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
-    return result
+        return np.where(out[:, 2:] > 0, out[:, :2] / out[:, 2:], np.nan)
 
 
 def render(photograph: Image.Image, homography: Array, size: int) -> Image.Image:
     """The ``size x size`` view of a photograph whose position (u, v) shows position ``homography (u, v)`` of its base.
 
-    Sampled as finely as the photograph is (bicubic), then brought to size (Lanczos).
+    Sampled as finely as the photograph (bicubic), then resized (Lanczos).
     """
     check_size((size, size))
     width, height = photograph.size
     base = min(width, height)
-    # How many of the base's pixels the view's side spans where it looks closest.
+    # The number of the base's pixels that the view's side spans where it looks closest.
     corners = project(homography, np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
     span = base * np.linalg.norm(np.diff(corners, axis=0, append=corners[:1]), axis=1).max()
     fine = size * max(1, min(math.ceil(span / size), max(1, _FINEST // size)))
@@ -158,11 +153,7 @@ def change_colours(view: Image.Image, random: np.random.Generator) -> Image.Imag
 
 
 def make_view(photograph: Image.Image, name: str, size: int, seed: int, protocol: WarpProtocol) -> View:
-    """Both views of a photograph and the points in them.
-
-    Raises:
-        ValueError: if the views overlap too little to hold the points.
-    """
+    """Both views of a photograph and their points; raises ``ValueError`` if they overlap too little for the points."""
     homography = random_homography(name_seed(name, seed, 0))
     first = render(photograph, np.eye(3), size)
     second = render(photograph, homography, size)
@@ -182,7 +173,7 @@ def _draw_points(
     for _ in range(_DRAWS):
         pixels = np.floor(random.random((_DRAWN, 2)) * size).astype(np.int64)
         places = project(back, (pixels + 0.5) / size)
-        # Written so that NaN is left out.
+        # In this form NaN is left out.
         inside = ((places >= MARGIN) & (places <= 1 - MARGIN)).all(1)
         points = np.concatenate([points, pixels[inside]])
         truth = np.concatenate([truth, places[inside] * size - 0.5])
@@ -192,14 +183,7 @@ def _draw_points(
 
 
 def score(features: Sequence[Features], views: Sequence[View], size: int, alphas: Sequence[float]) -> list[Score]:
-    """Match the points of each pair of views.
-
-    Args:
-        features: of the first views and of the second views, each of a batch in the order of ``views``.
-        views: the pairs.
-        size: S.
-        alphas: of PCK.
-    """
+    """Match the points of each pair of views; ``features`` are of the first views and of the second views."""
     points = torch.from_numpy(np.stack([view.points for view in views]))
     there = matches(features, points.to(features[0].map.device), size)
     distance = np.linalg.norm(there.cpu().numpy() - np.stack([view.truth for view in views]), axis=-1)
@@ -212,7 +196,7 @@ def score(features: Sequence[Features], views: Sequence[View], size: int, alphas
 def matches(features: Sequence[Features], points: Tensor, size: int) -> Tensor:
     """``[B, N, 2]`` int64 (x, y): the match of each of ``points [B, N, 2]``, pixels of the first views.
 
-    A map stands for the pixels that it covers; points beyond them are matched from the nearest one.
+    A map stands for the pixels that it covers; points beyond them are matched from the nearest covered pixel.
     """
     (first, there), (second, here) = features
     frames = [frame[2:] for frame in (there, here)]
@@ -237,22 +221,22 @@ def evaluate_batch(
 def read_views(
     paths: Sequence[Path], root: Path, size: int, seed: int, protocol: WarpProtocol
 ) -> Iterator[tuple[str, View | str]]:
-    """Name and views of each photograph, or what is wrong with it."""
+    """Name and views of each photograph, or why it cannot be used."""
     for path in paths:
-        name = picture_name(path, root)
+        name = image_name(path, root)
         try:
             yield name, make_view(read_image(path), name, size, seed, protocol)
         except (ValueError, OSError) as error:
             yield name, str(error)
 
 
-def picture_name(path: Path, root: str | os.PathLike[str]) -> str:
-    """What seeds and results know a photograph by: its path in the folder."""
+def image_name(path: Path, root: str | os.PathLike[str]) -> str:
+    """A photograph's name in seeds and results: its path in the folder."""
     return path.relative_to(root).as_posix()
 
 
 def normaliser(
     mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
 ) -> Callable[[Image.Image], Tensor]:
-    """What a backbone sees of a view."""
+    """Makes the input of a backbone from a view."""
     return lambda image: to_tensor(image, mean, std).to(device, dtype)

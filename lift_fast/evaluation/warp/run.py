@@ -1,4 +1,4 @@
-"""Running the warp protocol over a folder: progress, resumption, the summary and its tables."""
+"""Running the warp protocol over a folder: progress, resuming, the summary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from lift_fast.evaluation.methods import Method
 from lift_fast.evaluation.resume import Journal, new_result
 from lift_fast.evaluation.rules import check_sizes
 
-from .protocol import WarpProtocol, evaluate_batch, normaliser, picture_name, read_views
+from .protocol import WarpProtocol, evaluate_batch, image_name, normaliser, read_views
 from .summary import summarise
-
-PROTOCOL = "warp"
 
 
 def evaluate(
@@ -38,19 +36,14 @@ def evaluate(
     """Evaluate methods on photographs.
 
     Args:
-        methods: of :func:`lift_fast.evaluation.methods.build_methods`, on ``backbone``.
-        backbone: says how images are normalised and where it runs.
-        paths: photographs; ``root`` is the folder that their names are relative to.
+        methods, backbone, protocol, record, progress: as :func:`lift_fast.evaluation.spair.evaluate`.
+        paths: photographs; their names are relative to the folder ``root``.
         sizes: pixels S of the square views.
-        seeds: warps of each photograph; 0 to ``seeds - 1``.
-        protocol: options; None takes the defaults.
-        reference: method that the others are compared with photograph by photograph; None for no comparison.
+        seeds: number of warps of each photograph; 0 to ``seeds - 1``.
+        reference: method with which the others are compared photograph by photograph; None for no comparison.
         batch_size: pairs of views at one time.
-        out: file for the result, written every few seconds too; one that is there and was made with the same
-            ``record`` and options is resumed.
-        record: what the result depends on (model, weights, provenance), stored with it; entries ``"date"`` aside it
-            must be the same to resume.
-        progress: called with the number of pairs that have been done.
+        out: file for the result, also written every few seconds. If it exists and was made with the same ``record`` and
+            options, it is resumed.
 
     Returns:
         The result as JSON holds it: ``"protocol", "complete", "options", "record", "scores"`` (seed, size, method,
@@ -63,9 +56,9 @@ def evaluate(
     protocol = protocol or WarpProtocol()
     names = [method.name for method in methods]
     if reference is not None and reference not in names:
-        raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
+        raise ValueError(f"the reference {reference!r} is not one of the methods {', '.join(names)}")
     check_sizes(sizes, seeds, backbone.patch_size)
-    named = [(path, picture_name(path, root)) for path in paths]
+    named = [(path, image_name(path, root)) for path in paths]
     options = {
         "methods": names,
         "sizes": list(sizes),
@@ -76,7 +69,7 @@ def evaluate(
         "reference": reference,
         "photographs": [name for _, name in named],
     }
-    journal = Journal(out, new_result(PROTOCOL, options, record, skipped={}))
+    journal = Journal(out, new_result("warp", options, record, skipped={}))
     if journal.before is not None:
         journal.content.update({name: journal.before[name] for name in ("scores", "skipped")})
     skipped = journal.content["skipped"]
@@ -93,13 +86,13 @@ def evaluate(
             views = read_views(todo, root, size, seed, protocol)
             while group := list(islice(views, batch_size)):
                 skipped.update({name: view for name, view in group if isinstance(view, str)})
-                sound = {name: view for name, view in group if not isinstance(view, str)}
-                if sound:
+                valid = {name: view for name, view in group if not isinstance(view, str)}
+                if valid:
                     with torch.inference_mode():
-                        scores = evaluate_batch(methods, list(sound.values()), size, normalise, protocol)
+                        scores = evaluate_batch(methods, list(valid.values()), size, normalise, protocol)
                     for method, values in scores.items():
                         rows = [[*one.pck, one.error, one.median] for one in values]
-                        found[method].update(zip(sound, rows, strict=True))
+                        found[method].update(zip(valid, rows, strict=True))
                     journal.save()
                 progress(len(group))
     return journal.finish(complete=True, summary=summarise(journal.content))

@@ -1,4 +1,4 @@
-"""A sheet by which a person can judge the warp protocol: pairs of views, and where each method finds their points."""
+"""A sheet of the warp protocol: pairs of views, and where each method finds their points."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lift_fast.drawing import draw_match_line, wrap
 from lift_fast.evaluation.methods import Batch, Method
-from lift_fast.images import read_image
 
-from .protocol import View, WarpProtocol, make_view, matches, picture_name
+from .protocol import View, WarpProtocol, matches, read_views
 
-# Okabe and Ito: unlike red and green, everybody can tell them apart.
+# Okabe and Ito: colour-blind people can tell them apart, unlike red and green.
 RIGHT, WRONG = (86, 180, 233), (213, 94, 0)
 _INK, _PAPER = (25, 25, 25), (255, 255, 255)
 _PANEL, _GAP, _TEXT = 320, 12, 18
@@ -34,7 +33,7 @@ class Pair(NamedTuple):
 
 
 def choose(paths: Sequence[Path], count: int) -> list[Path]:
-    """Up to ``count`` photographs, spread evenly over the list and blind to how well they are matched."""
+    """Up to ``count`` photographs, spread evenly over the list, whatever their matches."""
     return [paths[(2 * n + 1) * len(paths) // (2 * count)] for n in range(count)] if count < len(paths) else [*paths]
 
 
@@ -49,19 +48,11 @@ def match_pairs(
 ) -> Iterator[Pair]:
     """Matches of the points of each photograph; photographs that cannot be used are left out.
 
-    Args:
-        methods: of one backbone.
-        paths: photographs; ``root`` is the folder that their names are relative to.
-        size: S of the views.
-        normalise: of :func:`lift_fast.evaluation.warp.normaliser`.
-        protocol: options.
-        seed: of the warps.
+    Arguments are as for :func:`lift_fast.evaluation.warp.evaluate`; ``normalise`` is of
+    :func:`lift_fast.evaluation.warp.normaliser`.
     """
-    for path in paths:
-        name = picture_name(path, root)
-        try:
-            view = make_view(read_image(path), name, size, seed, protocol)
-        except (ValueError, OSError):
+    for name, view in read_views(paths, root, size, seed, protocol):
+        if isinstance(view, str):
             continue
         batches = [Batch(normalise(image)) for image in view[:2]]
         points = torch.from_numpy(view.points)[None]
@@ -74,17 +65,17 @@ def match_pairs(
 
 
 def draw_sheet(pairs: Sequence[Pair], alpha: float, points: int = 16, caption: str = "") -> Image.Image:
-    """Photographs below each other, methods beside each other: both views, and lines from the points to their matches.
+    """A row for each photograph, a column for each method: both views, and lines from the points to their matches.
 
     A line is blue if the match lies less than alpha * S pixels from the true place, else orange, with a white ring
-    around the true place and a thin white line to it. The points are the protocol's first, drawn at random; the count
+    around the true place and a thin white line to it. The points are the protocol's first, a random choice; the count
     in a panel's title is of all its points.
 
     Args:
         pairs: of :func:`match_pairs`, of the same methods and size.
         alpha: share of the side within which a match is right.
         points: how many to draw in each panel.
-        caption: goes on top.
+        caption: text at the top.
 
     Raises:
         ValueError: for no pairs, or fewer than one point.

@@ -16,7 +16,7 @@ def summarise(content: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``{size: {method: {"PCK@alpha": [value, low, high] in percent, ..., "error": ... in pixels, "median": ...,
-        "difference": {"PCK@alpha": ...} or None}}}``, and under ``"photographs"`` how many went in.
+        "difference": {"PCK@alpha": ...} or None}}}``, and under ``"photographs"`` how many were used.
     """
     options = content["options"]
     titles = [f"PCK@{alpha:g}" for alpha in options["alphas"]]
