@@ -290,7 +290,7 @@ def test_corrupt_and_wrong_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
         load_lift(tmp_path / "missing.pth", patch_size=8)
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth holds no LiFT.*fc\.weight"):
+    with pytest.raises(ValueError, match=r"other\.pth is not a LiFT checkpoint.*fc\.weight"):
         load_lift(tmp_path / "other.pth", patch_size=8)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds a list"):
