@@ -64,14 +64,14 @@ def nearest(n, m, dtype, **options):
 
 
 def matching(backend):
-    picture = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
+    stretched = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
     points = torch.zeros(3, 2, dtype=torch.int64)
 
     def run():
         for at in (None, points):
-            dense_match_gpu.match(picture, picture, at, False, backend)
+            dense_match_gpu.match(stretched, stretched, at, False, backend)
         if backend == "cuda":
-            axes = picture.strips()
+            axes = stretched.strips()
             index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
             dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, index, valid)
 
@@ -350,17 +350,17 @@ def passes():
     out["the first again"] = forward()[0]
     strided = imgs.contiguous(memory_format=torch.channels_last)
     out["strides given to the encoder"] = []
-    for pictures in (imgs, strided, imgs):
+    for images in (imgs, strided, imgs):
         for _ in range(3):
-            forward(pictures)
+            forward(images)
         out["strides given to the encoder"].append(DEVICE.log[0].arguments[1])
     composed = build_plan(*lift._plan_sources(), lift.architecture)
     triton = gpu_plan.prepare_gpu(composed, torch.device("cpu"), HALF, "triton")
     out["strides given to Triton's encoder"] = []
-    for pictures in (imgs, strided, imgs):
+    for images in (imgs, strided, imgs):
         for _ in range(3):
             DEVICE.log.clear()
-            gpu_plan.run_gpu_plan(triton, pictures, x.view(1, 4, 4, 32))
+            gpu_plan.run_gpu_plan(triton, images, x.view(1, 4, 4, 32))
         out["strides given to Triton's encoder"].append(DEVICE.log[0].arguments[1:5])
     other = network(use_image=False)
     out["no image"] = [forward(lift=other) for _ in range(4)][-1]
