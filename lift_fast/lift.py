@@ -82,17 +82,12 @@ class LiFT(
         extra_image_blocks: int = 0,
     ) -> None:
         super().__init__()
-        in_channels = check_whole("in_channels", in_channels, 2, _MOST_CHANNELS)
-        patch_size = check_whole("patch_size", patch_size, 1, _MOST_CHANNELS)
+        self.in_channels = in_channels = check_whole("in_channels", in_channels, 2, _MOST_CHANNELS)
+        self.patch_size = patch_size = check_whole("patch_size", patch_size, 1, _MOST_CHANNELS)
         image_channels = check_whole("image_channels", image_channels, 1, _MOST_CHANNELS)
         extra_image_blocks = check_whole("extra_image_blocks", extra_image_blocks, 0, _MOST_BLOCKS)
-        pre_shape, post_shape = check_flag("pre_shape", pre_shape), check_flag("post_shape", post_shape)
-        use_image = check_flag("use_image", use_image)
-        self.in_channels = in_channels
-        self.patch_size = patch_size
-        self.pre_shape = pre_shape
-        self.post_shape = post_shape
-        self.use_image = use_image
+        self.pre_shape, self.post_shape = check_flag("pre_shape", pre_shape), check_flag("post_shape", post_shape)
+        self.use_image = use_image = check_flag("use_image", use_image)
         self.fused = True
         self._find_layers = LayerFinder()
 
@@ -242,9 +237,8 @@ class LiFT(
         read_into(model, model_file, os.path.join(os.path.dirname(model_file), "config.json"))
         return model.to(map_location).eval()
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        return cls._load_as_safetensor(model, model_file, map_location, strict)
+    # read_into reads both kinds of file.
+    _load_as_pickle = _load_as_safetensor
 
     def train(self, mode: bool = True) -> LiFT:
         """Switch between training and evaluation mode; the inference plan is rebuilt afterwards."""

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import memory
+from .witnesses import capturing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -94,7 +95,7 @@ class _Guards:
         def guarded(*args: Any, **kwargs: Any) -> Tensor:
             plain = allocate(*args, **kwargs)
             # Nothing runs on fake tensors, and a captured graph runs only when it is replayed.
-            if type(plain) is not Tensor or plain.device.type not in ("cpu", "cuda") or _capturing(plain):
+            if type(plain) is not Tensor or plain.device.type not in ("cpu", "cuda") or capturing(plain):
                 return plain
             caller = sys._getframe(1)
             out = self.place(plain, f"{caller.f_code.co_filename}:{caller.f_lineno}")
@@ -129,10 +130,6 @@ class _Guards:
                 self.found += [line for line in lines if line not in self.found]
         self.kept = [one for one in self.kept if not one.owner.expired()]
         self.bytes = sum(len(one.base) for one in self.kept)
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager

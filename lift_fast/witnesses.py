@@ -40,7 +40,7 @@ class Witnesses:
         if not same and _layouts(tensors) != self._layouts:
             return False
         # A comparison waits for the device, which a graph capture forbids; the network ran just before it.
-        return all(_capturing(tensors[i]) or torch.equal(tensors[i], held) for i, held in self._contents.items())
+        return all(capturing(tensors[i]) or torch.equal(tensors[i], held) for i, held in self._contents.items())
 
     def expired(self) -> bool:
         """Whether the memory of one of the tensors was freed."""
@@ -59,5 +59,6 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _capturing(tensor: Tensor) -> bool:
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the stream of ``tensor``'s device; the values cannot be read then."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""LiFT files that are not what they should be: each is refused in one line, before anything large is allocated."""
+"""Malformed LiFT files: each raises an error of one line, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wrapped(prefix):
 
 
 def inner(state):
-    """As somebody saves it who has compiled one part of the network."""
+    """The state dict of a network with one compiled part."""
     return {name.replace("up1.", "up1._orig_mod.", 1): value for name, value in state.items()}
 
 
@@ -185,7 +185,7 @@ def test_pytorchs_advice_is_not_repeated(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_small_file_makes_no_large_network(suffix, state, tmp_path):
-    """outc.weight alone tells 16384 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
+    """outc.weight alone implies 16384 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
     path = tmp_path / f"lift{suffix}"
     content = {**state, "outc.weight": torch.zeros(16384, 2, 1, 1)}
     save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)

@@ -52,7 +52,7 @@ def test_half_precision_that_the_processor_lacks_is_rounded_once(dtype, monkeypa
     imgs, x = (t.to(dtype) for t in inputs(8, 24, 16, 8))
     with torch.no_grad():
         ours = lift(imgs, x)
-        # The weights as they are, but float32 arithmetic between them.
+        # The same rounded weights with float32 arithmetic.
         exact = copy.deepcopy(lift).float()(imgs.float(), x.float())
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)

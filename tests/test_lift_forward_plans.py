@@ -63,7 +63,7 @@ def test_plan_follows_loading_training_and_replacement(built):
     check()
     lift.up1.conv_1.double_conv[1].eps = 0.5
     check()
-    # ``.data`` bypasses the version counters; switching modes looks again all the same.
+    # ``.data`` bypasses the version counters; switching modes still rebuilds the plan.
     lift.outc.bias.data.add_(1)
     lift.eval()
     check()
@@ -72,7 +72,7 @@ def test_plan_follows_loading_training_and_replacement(built):
 
 
 class Wrapper(torch.nn.Module):
-    """Around a part of the network: answers to that part's names, as wrappers for sharding and compiling do."""
+    """Wraps a part of the network and forwards its attributes, as wrappers for sharding and compiling do."""
 
     def __init__(self, inner):
         super().__init__()
@@ -294,7 +294,7 @@ def test_a_layer_exchanged_while_other_threads_compute_is_the_new_one_afterwards
                 for _ in range(3):
                     lift(imgs, x)
 
-        # Forgotten, so that all threads look at the layers at once.
+        # Invalidates the cached layers, so that all threads look them up at once.
         lift.scale_adapter = torch.nn.MaxPool2d(2, 2)
         threads = [threading.Thread(target=compute) for _ in range(3)]
         for thread in threads:
@@ -337,7 +337,7 @@ def test_plan_notices_memory_that_was_given_out_again():
     with torch.no_grad():
         lift.outc.bias.data = torch.frombuffer(memory, dtype=torch.float32)
         before, address = lift(imgs, x), lift.outc.bias.data_ptr()
-        # No version counts this, and the address stays.
+        # The version does not count this, and the address stays.
         lift.outc.bias.data = torch.empty(0)
         lift.outc.bias.data = torch.frombuffer(memory, dtype=torch.float32)
         lift.outc.bias.data.fill_(3)

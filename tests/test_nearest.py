@@ -28,7 +28,7 @@ def similarities(query, key, normalize=True, window=None):
 
 
 def check(query, key, **options):
-    """Compare with brute force; where float32 rounding may decide, any choice within ``TIE`` of the best is right."""
+    """Compare with brute force; any choice within ``TIE`` of the best is correct, as float32 rounding may decide."""
     result = nearest(query, key, **options)
     k, mutual, ratio = options.get("k", 1), options.get("mutual", False), options.get("ratio")
     table = similarities(query, key, options.get("normalize", True), options.get("window"))

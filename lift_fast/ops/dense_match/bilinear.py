@@ -40,17 +40,7 @@ def axes_at(points: Tensor, grid: tuple[int, int], size: tuple[int, int], dtype:
 
 
 def sample_bilinear(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor) -> Tensor:
-    """Bilinear interpolation of a map at pixels.
-
-    Args:
-        tokens: ``[h * w, C]``, row-major cells of the map.
-        grid: ``(h, w)``.
-        size: ``(H, W)``, pixels over which the map is stretched.
-        points: ``[P, 2]`` int64, (x, y) pixels.
-
-    Returns:
-        ``[P, C]``.
-    """
+    """``[P, C]`` at (x, y) pixels ``points [P, 2]`` int64: ``tokens [h * w, C]`` on ``grid`` over ``size`` pixels."""
 
     def cell(row: Tensor, column: Tensor) -> Tensor:
         return tokens[row * grid[1] + column]

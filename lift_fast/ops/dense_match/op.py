@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,14 +52,10 @@ def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def stretch(
     cells: Tensor, size: tuple[int, int], normalize: str, native: bool = False, scaled: bool = False
 ) -> StretchedMap:
-    """Prepare one map ``[C, h, w]``, float32 or float64.
+    """Prepare the map ``cells [C, h, w]``, float32 or float64, over ``size`` (H, W) pixels.
 
-    Args:
-        cells: the map.
-        size: (H, W) pixels.
-        normalize: "grid" divides the cells by their norms.
-        native: keep the memory layout for the native core, which normalises the cells itself.
-        scaled: see :func:`_in_range`.
+    ``normalize`` "grid" divides the cells by their norms. ``native`` keeps the memory layout for the native core, which
+    normalises the cells itself. For ``scaled`` see :func:`_in_range`.
     """
     grid = (cells.shape[1], cells.shape[2])
     tokens = cells.flatten(1).t()
@@ -73,11 +70,7 @@ def stretch(
 
 
 def _stretched(
-    maps: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
-    normalize: str,
-    exhaustive: bool,
-    backend: str | None,
+    maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], normalize: str, exhaustive: bool, backend: str | None
 ) -> tuple[StretchedMap, StretchedMap]:
     """Prepare the query's and the key's map ``[C, h, w]``."""
     # On the CPU the values can be inspected without waiting for a device; elsewhere maps are always scaled.
@@ -202,13 +195,7 @@ def dense_match(
 
 
 def _fake_dense_match(
-    query_map: Tensor,
-    key_map: Tensor,
-    query_size: list[int],
-    key_size: list[int],
-    points: Tensor | None,
-    normalize: str,
-    mutual: bool,
+    query_map: Tensor, key_map: Tensor, query_size: list[int], key_size: list[int], points: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = query_map.shape[0]
     count = query_size[0] * query_size[1] if points is None else points.shape[1]

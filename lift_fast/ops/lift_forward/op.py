@@ -137,14 +137,7 @@ def _compute(
 
 
 def _fake_lift_forward(
-    imgs: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    epsilons: list[float],
-    image_blocks: int,
-    pool: bool,
-    basis: bool = False,
-    normalize: bool = False,
+    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: Any, blocks: int, pool: bool, basis: bool = False, *_: Any
 ) -> Tensor:
     batch, h, w, channels = x.shape
     # outc.weight is [C, c, 1, 1].

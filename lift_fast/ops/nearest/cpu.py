@@ -68,17 +68,9 @@ def search(
 
 
 def search_windows(query: Tensor, key: Tensor, k: int, window: list[int], normalize: bool) -> tuple[Tensor, Tensor]:
-    """The ``k`` best keys in each query's window.
+    """The ``k`` best keys in each query's window, at most MOST_MATCHES; arguments as :func:`.plain.search`.
 
-    Args:
-        query: ``[B, N, C]``.
-        key: ``[B, M, C]``, any number of key grids one after the other.
-        k: from 1 to MOST_MATCHES.
-        window: ``[radius, query_h, query_w, key_h, key_w]``.
-        normalize: cosines instead of dot products.
-
-    Returns:
-        similarity ``[B, N, k]`` float32, descending, and index ``[B, N, k]`` int64; -inf and -1 where there is none.
+    Returns similarity ``[B, N, k]`` float32, descending, and index ``[B, N, k]`` int64; -inf and -1 for none.
     """
     _, query_h, query_w, key_h, key_w = window
     return _run_windows(query, key, k, (query_h, query_w), (key_h, key_w), reach(window), normalize)

@@ -75,7 +75,7 @@ def _nearest(
 
 
 def _fake_nearest(query: Tensor, key: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n, _ = query.shape
+    batch, n = query.shape[:2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     similarity = query.new_empty((batch, n, k), dtype=dtype)
     return similarity, query.new_empty((batch, n, k), dtype=torch.int64), query.new_empty((batch, n), dtype=torch.bool)

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from ...witnesses import capturing
+
 # Bytes of similarities at one time in the plain implementation.
 PRODUCT_BUDGET = 64 << 20
 # A shorter row counts as a zero vector of cosine 0; torch.nn.functional.normalize uses the same bound.
@@ -154,9 +156,7 @@ def beyond_range(query: Tensor, key: Tensor) -> bool:
 
     Waits for the device. Returns False while a CUDA graph is recorded.
     """
-    if query.dtype == torch.float16 or not query.numel() or not key.numel():
-        return False
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if query.dtype == torch.float16 or not query.numel() or not key.numel() or capturing(query):
         return False
     one, other = _largest(query), _largest(key)
     least, most = _MODERATE[query.dtype == torch.float64]
