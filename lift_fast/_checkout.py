@@ -21,11 +21,7 @@ _INSTALL = f"pip install -e {ROOT}"
 
 
 def enable() -> None:
-    """Find ``lift_fast.kernels`` and ``lift_fast._C`` if nothing else does.
-
-    Raises:
-        ImportError: if lift_fast is not installed; names the command.
-    """
+    """Find ``lift_fast.kernels`` and ``lift_fast._C`` if nothing else does; ImportError without an install."""
     if not any(True for _ in distributions(name="lift_fast")):
         raise ImportError(f"lift_fast is imported from the checkout at {ROOT}, but not installed; run: {_INSTALL}")
     sys.meta_path.append(_Finder())
@@ -40,11 +36,7 @@ class _Finder:
 
 
 def installed_core() -> Path:
-    """The native core of an installed lift_fast with the Python sources of this checkout.
-
-    Raises:
-        ModuleNotFoundError: if there is none; names the command.
-    """
+    """The native core of an installed lift_fast with the Python sources of this checkout, or ModuleNotFoundError."""
     problem = "has no native core"
     for distribution in distributions(name="lift_fast"):
         installed = Path(str(distribution.locate_file("lift_fast")))

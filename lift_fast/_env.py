@@ -39,11 +39,7 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def _on(name: str) -> bool:
-    """Whether a switch is on.
-
-    Raises:
-        ValueError: for another value than 0 or 1.
-    """
+    """Whether a switch is on; ValueError for another value than 0 or 1."""
     return _choice(name, ("0", "1")) == "1"
 
 
@@ -60,20 +56,12 @@ def cache_folder() -> Path:
 
 
 def check() -> None:
-    """Check every variable, also those that nothing would read.
-
-    Raises:
-        ValueError: for an unknown value; names the variable and the allowed values.
-    """
+    """Check every variable, also those that nothing would read; ValueError for an unknown value."""
     for name in _SWITCHES:
         _on(name)
     cpu_isa()
 
 
 def cpu_isa() -> str:
-    """LIFT_FAST_CPU_ISA: auto, avx512, avx2 or baseline.
-
-    Raises:
-        ValueError: for any other value.
-    """
+    """LIFT_FAST_CPU_ISA: auto, avx512, avx2 or baseline; ValueError for any other value."""
     return _choice("LIFT_FAST_CPU_ISA", _CPU_ISAS)

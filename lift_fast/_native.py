@@ -34,11 +34,7 @@ def can_run() -> tuple[bool, str]:
 
 
 def require() -> ModuleType:
-    """The native core.
-
-    Raises:
-        RuntimeError: if it cannot be used; gives the reason.
-    """
+    """The native core; RuntimeError with the reason if it cannot be used."""
     module = load()
     if module is None:
         raise RuntimeError(f"this needs the native core: {can_run()[1]}; reinstall lift_fast with a C++ compiler")
@@ -46,11 +42,7 @@ def require() -> ModuleType:
 
 
 def address(tensor: Tensor) -> int:
-    """The address of ``tensor``'s values for the native core.
-
-    Raises:
-        ValueError: if the tensor is lazily negated, sparse, or not on the CPU.
-    """
+    """The address of ``tensor``'s values; ValueError if it is lazily negated, sparse, or not on the CPU."""
     if tensor.is_neg() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise ValueError(
             f"the native core needs a plain dense CPU tensor, got {tensor.layout} {tensor.dtype} on {tensor.device}"

@@ -124,11 +124,7 @@ def _unwrapped(lift: nn.Module) -> LiFT:
 
 
 def _published_state(lift: LiFT) -> dict[str, Tensor]:
-    """The weights of ``lift`` under the published names and in their order.
-
-    Raises:
-        ValueError: if a checkpoint cannot describe ``lift``; gives the reason.
-    """
+    """The weights of ``lift`` under the published names, in their order; ValueError if a checkpoint cannot be made."""
     layers = LayerFinder()(_uncompiled(lift))
     if layers is None or type(lift).forward is not LiFT.forward:
         raise ValueError(

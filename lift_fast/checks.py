@@ -20,11 +20,7 @@ _MOST_SIDE = 2**30
 
 
 def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """Check that ``value`` is a dense tensor of one of ``dtypes``.
-
-    Raises:
-        TypeError: if not.
-    """
+    """Raise TypeError unless ``value`` is a dense tensor of one of ``dtypes``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -48,11 +44,7 @@ def as_whole(value: object) -> int | None:
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that both are dense floating-point tensors of one dtype on one device.
-
-    Raises:
-        TypeError, ValueError: if not.
-    """
+    """Raise TypeError or ValueError unless both are dense floating-point tensors of one dtype on one device."""
     check_dense(name, tensor)
     check_dense(other_name, other)
     if tensor.dtype != other.dtype:
@@ -62,10 +54,9 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_sets(*sets: tuple[str, Tensor]) -> tuple[torch.Size, list[Tensor]]:
-    """The common leading dimensions of (name, ``[..., n, C]``) pairs, and each tensor as ``[B, n, C]``, detached.
+    """The broadcast leading dimensions of (name, ``[..., n, C]``) pairs, and each tensor as ``[B, n, C]``, detached.
 
-    Raises:
-        ValueError: for leading dimensions that do not broadcast.
+    ValueError if they do not broadcast.
     """
     try:
         leading = torch.broadcast_shapes(*(tensor.shape[:-2] for _, tensor in sets))
@@ -79,11 +70,7 @@ def check_sets(*sets: tuple[str, Tensor]) -> tuple[torch.Size, list[Tensor]]:
 
 
 def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
-    """``value`` as an int from ``least`` to ``most``; a ``SymInt`` of a compiled graph is returned as it is.
-
-    Raises:
-        ValueError: if it is not an integer or is out of range.
-    """
+    """``value`` as an int from ``least`` to ``most``, else ValueError; a compiled graph's ``SymInt`` is not checked."""
     if isinstance(value, torch.SymInt):
         return value
     whole = as_whole(value)
@@ -95,11 +82,7 @@ def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
 
 
 def check_size(name: str, size: Any, most: int = _MOST_SIDE) -> list[int]:
-    """``size`` as [height, width], each from 1 to ``most``.
-
-    Raises:
-        ValueError: if it is not two such integers.
-    """
+    """``size`` as [height, width], integers from 1 to ``most``, else ValueError."""
     try:
         height, width = size
     except Exception:
@@ -131,11 +114,7 @@ def check_window(names: tuple[str, str, str], radius: Any, grid: Any, key_grid: 
 
 
 def check_flag(name: str, value: object) -> bool:
-    """``value`` as a bool.
-
-    Raises:
-        TypeError: if it is not True or False.
-    """
+    """``value`` as a bool; TypeError if it is not True or False."""
     # numpy.bool, which is not a subclass of bool, is accepted by its name.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")

@@ -214,11 +214,7 @@ _POOL = (2, 2, 0, 1, False)
 
 
 def _parts(lift: Any) -> _Parts:
-    """The modules that compute.
-
-    Raises:
-        AttributeError: if one is missing or of another kind.
-    """
+    """The modules that compute; AttributeError if one is missing or of another kind."""
     up1 = lift.up1
     outer, double = (up1, up1.conv_1, up1.up, lift.outc), _members(up1.conv_1.double_conv)
     if not lift.use_image:

@@ -46,11 +46,7 @@ def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[
 
 
 def fit_lift(state: dict[str, Tensor], lift: Any, source: str | os.PathLike[str]) -> None:
-    """Check names and shapes of ``state`` against ``lift``; adds missing counters of batches as 0.
-
-    Raises:
-        ValueError: if they differ; names ``source`` and the first few entries.
-    """
+    """Add missing counters of batches as 0; ValueError if names or shapes of ``state`` do not fit ``lift``."""
     own = lift.state_dict()
     for name in own:
         # Other tools leave the counters out; evaluation never reads them.
@@ -70,11 +66,7 @@ def plain_name(name: str) -> str:
 
 
 def architecture(state: Mapping[str, Tensor], source: str | os.PathLike[str]) -> dict[str, Any]:
-    """LiFT's arguments that follow from the shapes of a state dict.
-
-    Raises:
-        ValueError: if it is not a LiFT's.
-    """
+    """LiFT's arguments that follow from the shapes of a state dict; ValueError if it is not a LiFT's."""
     last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
     if last is None:
         raise ValueError(
@@ -110,11 +102,7 @@ def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor
 
 
 def read_into(lift: Any, file: str | os.PathLike[str], config: str) -> None:
-    """Read the weights of ``file`` into a LiFT described by ``config``.
-
-    Raises:
-        ValueError: as :func:`lift_fast.load_lift`, and if the two contradict each other; names both and the field.
-    """
+    """Read the weights of ``file`` into a LiFT described by ``config``; ValueError if the two contradict each other."""
     path = Path(file)
     state = lift_state_dict(read_tensor_file(path), path)
     encoder = lift.image_convs_1 if lift.use_image else None

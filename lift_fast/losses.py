@@ -56,11 +56,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str
 
 
 class CosineLoss(nn.Module):
-    """:func:`cosine_loss` as a module.
-
-    Raises:
-        ValueError: for an unknown ``reduction``.
-    """
+    """:func:`cosine_loss` as a module; ValueError for an unknown ``reduction``."""
 
     def __init__(self, dim: int = 1, reduction: str = "mean") -> None:
         super().__init__()
@@ -87,11 +83,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"cosine": cosine_l
 
 
 def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """One of :data:`LOSSES`.
-
-    Raises:
-        ValueError: for another name.
-    """
+    """One of :data:`LOSSES`; ValueError for another name."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
     return LOSSES[name]

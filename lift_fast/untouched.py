@@ -34,8 +34,7 @@ def is_untouched(*modules: Any) -> bool:
 
 
 def _only_watches(hook: Any) -> bool:
-    """Whether this hook only tells PyTorch's operation counters the module's name: they must count the operations that
-    run without them."""
+    """Whether this hook only names the module for PyTorch's operation counters, which must not change what runs."""
     return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 

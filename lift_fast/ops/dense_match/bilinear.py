@@ -69,11 +69,7 @@ def pixel_grid(size: tuple[int, int], start: int, stop: int, device: torch.devic
 
 
 def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Round (x, y) ``points [..., 2]`` down to int64 pixels.
-
-    Raises:
-        ValueError: if one lies outside the image of ``size`` (H, W), or is NaN.
-    """
+    """Round (x, y) ``points [..., 2]`` down to int64 pixels; ValueError if one is outside ``size`` (H, W) or NaN."""
     pixels = points.floor() if points.is_floating_point() else points
     if pixels.device.type == "cpu" and pixels.numel():
         # The fast path: two reductions. NaN propagates through them and fails the comparison.

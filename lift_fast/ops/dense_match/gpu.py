@@ -36,10 +36,9 @@ def can_run(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
 
 
 def select(device: torch.device, backend: str | None = None) -> str:
-    """The kernel for a device: ``backend`` if given, else "cuda" if the native core's runs there, else "triton".
+    """The kernel for a device: "cuda" if the native core's runs there, else "triton"; or ``backend``.
 
-    Raises:
-        RuntimeError: if ``backend`` cannot run; gives the reason.
+    RuntimeError with the reason if ``backend`` cannot run.
     """
     if backend is None:
         return "cuda" if devices.cuda_runs(device)[0] else "triton"

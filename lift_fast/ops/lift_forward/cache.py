@@ -53,10 +53,7 @@ def prepared_plan(
 ) -> Any:
     """``prepare(plan)`` of these weights' plan, cached as ``variant`` until a weight changes.
 
-    ``basis`` prepares :meth:`.plan.Plan.in_basis` instead.
-
-    Raises:
-        ValueError: from :func:`.plan.build_plan`, if the weights are not valid.
+    ``basis`` prepares :meth:`.plan.Plan.in_basis` instead. ValueError if the weights are not valid.
     """
     key = _key(weights)
     entry = _entries.get(key)

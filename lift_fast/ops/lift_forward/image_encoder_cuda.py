@@ -16,7 +16,6 @@ from .plan import ImageConv, Plan
 
 # The core's names of dtypes.
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-DTYPES = tuple(_NAMES)
 _CHANNELS = 32
 
 
@@ -32,8 +31,8 @@ class EncoderWeights(NamedTuple):
 
 def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:
     """Why this kernel does not support a network in a dtype; None if it does."""
-    if dtype not in DTYPES:
-        return f"the kernel computes in {', '.join(map(str, DTYPES))}, not in {dtype}"
+    if dtype not in _NAMES:
+        return f"the kernel computes in {', '.join(map(str, _NAMES))}, not in {dtype}"
     if dtype == torch.float32 and not tf32_allowed():
         return "PyTorch is set to full precision for float32 products, the kernel rounds them to TF32"
     if len(plan.image_convs_1) != 2:
