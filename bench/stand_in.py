@@ -224,7 +224,7 @@ def _pretend(device: Device, native: bool) -> None:
     # They answer as on a GPU and take as long.
     where = torch.device("cuda", 0)
     kernels_run = devices.kernels_run
-    devices._ask_triton = cache(lambda of: (True, "stand-in"))
+    devices._probe_triton = cache(lambda of: (True, "stand-in"))
     devices.kernels_run = lambda of, dtype: kernels_run(where, dtype)
     devices.cuda_runs = lambda of: (not (_env.cuda_disabled() or _env.native_disabled()), "stand-in")
     gpu_plan._route.cache_clear()

@@ -1,6 +1,6 @@
 """LiFT for dense features of frozen Vision Transformers, and exact matching of the result.
 
-Importing touches no CUDA device, compiles nothing and needs neither timm nor Triton until they are used.
+Importing it touches no CUDA device and compiles nothing; timm and Triton are imported at their first use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _interrupts
 
-# Before PyTorch loads, which takes seconds.
+# Before PyTorch is imported, which takes seconds.
 _interrupts.quiet_start()
 
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
@@ -20,7 +20,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 
     _checkout.enable()
 
-# At once: a later import of the submodule of the same name would hide the function.
+# Not lazily: a later import of a submodule would hide the function of the same name.
 from .backends import backends  # noqa: E402
 from .lift import LiFT  # noqa: E402
 from .losses import CosineLoss, cosine_loss  # noqa: E402
@@ -64,7 +64,7 @@ __all__ = [
     "tune",
 ]
 
-# Names that pull in more than PyTorch are imported when they are first used.
+# Names that need more than PyTorch are imported at their first use.
 _LAZY = {
     "CapturedExtractor": ".graphs",
     "FrozenViT": ".backbones",

@@ -1,7 +1,7 @@
-"""Makes the package whole where it is imported from a checkout, which then hides an install.
+"""Completes the package when it is imported from a checkout, which then hides an installed lift_fast.
 
-There ``lift_fast.kernels`` lies in kernels/, beside the package; the native core is that of the installed lift_fast if
-both are of the same sources. An editable install needs neither.
+In a checkout ``lift_fast.kernels`` lies in kernels/, next to the package. The native core comes from the installed
+lift_fast if its sources are the same. An editable install needs neither.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ _INSTALL = f"pip install -e {ROOT}"
 
 
 def enable() -> None:
-    """Have ``lift_fast.kernels`` and ``lift_fast._C`` found where nothing else finds them.
-
-    Raises:
-        ImportError: if lift_fast is installed nowhere; says in one sentence what to do.
-    """
+    """Find ``lift_fast.kernels`` and ``lift_fast._C`` if nothing else does; ImportError without an install."""
     if not any(True for _ in distributions(name="lift_fast")):
         raise ImportError(f"lift_fast is imported from the checkout at {ROOT}, but not installed; run: {_INSTALL}")
     sys.meta_path.append(_Finder())
@@ -40,11 +36,7 @@ class _Finder:
 
 
 def installed_core() -> Path:
-    """The native core of an installed lift_fast whose Python sources are those of this checkout.
-
-    Raises:
-        ModuleNotFoundError: if there is none; says in one sentence what to do.
-    """
+    """The native core of an installed lift_fast with the Python sources of this checkout, or ModuleNotFoundError."""
     problem = "has no native core"
     for distribution in distributions(name="lift_fast"):
         installed = Path(str(distribution.locate_file("lift_fast")))
@@ -60,7 +52,7 @@ def installed_core() -> Path:
 
 
 def _same_sources(installed: Path) -> bool:
-    # Python hands the core addresses: one that takes other arguments would write anywhere.
+    # Python passes addresses to the core: a core with other arguments would write anywhere.
     names = [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts]
     _, differ, missing = filecmp.cmpfiles(PACKAGE, installed, names, shallow=False)
     return not differ and not missing

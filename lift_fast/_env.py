@@ -1,4 +1,4 @@
-"""The one place where environment variables are read at run time. Build-time variables: see setup.py."""
+"""Reads every environment variable of run time; setup.py reads those of build time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 _CPU_ISAS = ("auto", "avx512", "avx2", "baseline")
-# Every variable with what it does, for ``lift-fast info`` and the documentation.
+# Every variable and its effect, for ``lift-fast info`` and the documentation.
 VARIABLES = {
     "LIFT_FAST_DISABLE_NATIVE": "1: run without the native core, as if it were not installed",
     "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
@@ -23,8 +23,8 @@ _ENCODED = frozenset(map(os.environ.encodekey, _SWITCHES))
 
 
 def switches() -> tuple[str, ...]:
-    """What the switches say, to be compared: () where none is set."""
-    # os.environ takes 0.8 us to say that a variable is not there, the dictionary behind it 0.1 us for all.
+    """The values of the switches, to be compared; () if none is set."""
+    # os.environ takes 0.8 us for each variable that is not set, its dictionary 0.1 us for all.
     known = getattr(os.environ, "_data", None)
     if known is not None and _ENCODED.isdisjoint(known):
         return ()
@@ -39,11 +39,7 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def _on(name: str) -> bool:
-    """Whether a switch is on.
-
-    Raises:
-        ValueError: for another value than 0 or 1.
-    """
+    """Whether a switch is on; ValueError for another value than 0 or 1."""
     return _choice(name, ("0", "1")) == "1"
 
 
@@ -54,26 +50,18 @@ direct_launch_disabled = partial(_on, "LIFT_FAST_DISABLE_DIRECT_LAUNCH")
 
 
 def cache_folder() -> Path:
-    """LIFT_FAST_CACHE, or the user's cache folder; it may not exist yet."""
+    """LIFT_FAST_CACHE, or lift_fast in the user's cache folder; it may not exist yet."""
     given = os.environ.get("LIFT_FAST_CACHE", "")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lift_fast"
 
 
 def check() -> None:
-    """Refuse what a variable cannot mean, also where nothing would read it.
-
-    Raises:
-        ValueError: names the variable and what it may be.
-    """
+    """Check every variable, also those that nothing would read; ValueError for an unknown value."""
     for name in _SWITCHES:
         _on(name)
     cpu_isa()
 
 
 def cpu_isa() -> str:
-    """LIFT_FAST_CPU_ISA: auto, avx512, avx2 or baseline.
-
-    Raises:
-        ValueError: for any other value.
-    """
+    """LIFT_FAST_CPU_ISA: auto, avx512, avx2 or baseline; ValueError for any other value."""
     return _choice("LIFT_FAST_CPU_ISA", _CPU_ISAS)

@@ -21,7 +21,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def load() -> ModuleType | None:
-    """The native core, or None where :func:`can_run` says why not."""
+    """The native core, or None if it cannot be used; :func:`can_run` gives the reason."""
     return None if _env.native_disabled() else _load()[0]
 
 
@@ -34,23 +34,17 @@ def can_run() -> tuple[bool, str]:
 
 
 def require() -> ModuleType:
-    """The native core.
-
-    Raises:
-        RuntimeError: if it cannot be used; says why.
-    """
+    """The native core; RuntimeError with the reason if it cannot be used."""
     module = load()
     if module is None:
-        raise RuntimeError(f"the native core is needed here: {can_run()[1]}; reinstall lift_fast with a C++ compiler")
+        raise RuntimeError(f"this needs the native core: {can_run()[1]}; reinstall lift_fast with a C++ compiler")
     return module
 
 
 def address(tensor: Tensor) -> int:
-    """Where the native core finds the numbers of ``tensor``.
-
-    Raises:
-        ValueError: if its memory holds others (negated on reading, sparse) or is no memory of the CPU.
-    """
+    """The address of ``tensor``'s values; ValueError if it is lazily negated, sparse, or not on the CPU."""
     if tensor.is_neg() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"the native core reads plain memory, got {tensor.layout} {tensor.dtype} on {tensor.device}")
+        raise ValueError(
+            f"the native core needs a plain dense CPU tensor, got {tensor.layout} {tensor.dtype} on {tensor.device}"
+        )
     return tensor.data_ptr()

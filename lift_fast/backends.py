@@ -1,4 +1,4 @@
-"""What runs where on this machine, and the reason for each part that does not."""
+"""Which accelerated parts run on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Part:
     name: str
     runs: bool
     detail: str
-    """What it is where it runs; the reason where it does not."""
+    """A description if it runs, else the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Backends:
 
 
 def backends() -> Backends:
-    """What runs on the CPU and on the GPU here. May initialise CUDA, which importing the package does not.
+    """Which parts run on the CPU and the GPU of this machine. May initialise CUDA; importing the package does not.
 
     Returns:
         :class:`Backends` with the parts ``pytorch``, ``cpu native``, ``triton`` and ``cuda native``.
 
     Raises:
-        ValueError: for an environment variable of ours with a value that it cannot have.
+        ValueError: for a LIFT_FAST_... environment variable with an unknown value.
     """
     _env.check()
     return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native()))
@@ -72,8 +72,8 @@ def _cpu_native() -> Part:
     return Part(
         "cpu native",
         True,
-        f"nearest (search in {search}, verdict in float32), dense_match, label propagation, cosine loss, LiFT decoder, "
-        f"bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
+        f"nearest (search in {search}, rescored in float32), dense_match, label propagation, cosine loss, "
+        f"LiFT decoder, bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
     )
 
 

@@ -1,4 +1,4 @@
-"""LiFT checkpoints: the published files and our own, as plain state dicts."""
+"""LiFT checkpoints: published files and those of this package, as plain state dicts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .lift import LiFT
 from .lift_state import architecture, fit_lift, lift_state_dict
 from .tensor_files import described, read_tensor_file
 
-# Of every BatchNorm of the published network.
+# Epsilon of every BatchNorm in the published network.
 _EPSILON = 1e-5
 
 
@@ -35,25 +35,25 @@ def load_lift(
 ) -> LiFT:
     """Build the LiFT that a checkpoint describes, in evaluation mode.
 
-    Published checkpoints are plain state dicts, sometimes with a ``module.`` prefix; that and the ``_orig_mod.`` of
-    compiled modules are taken off in any order. Width, depth and the "no image" ablation are read off the shapes; the
-    patch size leaves no trace in them, so it must be given.
+    Published checkpoints are plain state dicts, sometimes with a ``module.`` prefix. It and the ``_orig_mod.`` of
+    compiled modules are removed in any order. Width, depth and the "no image" ablation follow from the shapes; the
+    patch size does not, so it must be given.
 
-    The result is float32 whatever PyTorch's default dtype and device are: weights may be float16, bfloat16, float32 or
-    float64 in the file, nothing else, with values that float32 holds. Names and shapes are compared before anything is
+    The result is float32 whatever PyTorch's default dtype and device are. Weights in the file must be float16,
+    bfloat16, float32 or float64, with values in the range of float32. Names and shapes are compared before anything is
     allocated.
 
     Args:
-        path: a PyTorch file or ``.safetensors``; ``"lift_demo_vitt16"`` is the one that ships with the package
+        path: a PyTorch or ``.safetensors`` file; ``"lift_demo_vitt16"`` is the one that ships with the package
             (:mod:`lift_fast.demonstration`).
-        patch_size: patch size of the backbone that the weights were trained for.
+        patch_size: patch size of the backbone for which the weights were trained.
         pre_shape, post_shape: see :class:`lift_fast.LiFT`.
         map_location: device of the result; ``"meta"`` gives shapes without values.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is corrupt, holds no LiFT, or weights that are sparse, quantised, overlapping, of
-            another dtype or not finite; names the file and the entry. For a device that does not exist.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is corrupt, is not a LiFT checkpoint, or has weights that are sparse, quantised,
+            overlapping, of another dtype or not finite; names the file and the entry. Also for an unknown device.
     """
     try:
         device = devices.resolve("" if map_location is None else map_location)
@@ -64,12 +64,12 @@ def load_lift(
     path = lift_file(path)
     state = lift_state_dict(read_tensor_file(path), path)
     options = architecture(state, path)
-    # Without memory for the weights: the file's own take their place.
+    # On meta: the file's weights are assigned.
     with plain_defaults(), torch.device("meta"):
         try:
             lift = LiFT(options.pop("in_channels"), patch_size, pre_shape, post_shape, **options)
         except ValueError as error:
-            raise ValueError(f"{path} holds no LiFT that can be built: {error}") from error
+            raise ValueError(f"{path} does not describe a valid LiFT: {error}") from error
     fit_lift(state, lift, path)
     lift.load_state_dict({name: _own_copy(value) for name, value in state.items()}, assign=True)
     return lift.to(device).eval()
@@ -83,21 +83,21 @@ def _own_copy(value: Tensor) -> Tensor:
 def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
     """Write ``lift``'s state dict, atomically; ``.safetensors`` by that suffix, else a PyTorch file.
 
-    The published code loads the latter unchanged; a compiled or parallel LiFT is written under the same names, and of
-    parametrised weights (:mod:`torch.nn.utils.parametrize`) what they come to.
+    The published code loads the latter unchanged. A compiled or parallel LiFT is written under the same names, and
+    parametrised weights (:mod:`torch.nn.utils.parametrize`) by their values.
 
     Raises:
-        TypeError: for what is no LiFT.
-        ValueError: for what :func:`load_lift` could not give back: a LiFT on the device meta, with weights that are not
-            finite, with edited layers or another epsilon of a BatchNorm; for a path that names no file.
+        TypeError: if ``lift`` is not a LiFT.
+        ValueError: if :func:`load_lift` could not restore it: on the device meta, with weights that are not finite,
+            with edited layers or another epsilon of a BatchNorm. Also for a path that names no file.
         FileNotFoundError: if the folder does not exist.
         OSError: if the file cannot be written.
     """
     own = _unwrapped(lift)
     if not Path(path).name or Path(path).is_dir():
-        raise ValueError(f"cannot write a LiFT to {str(path)!r}: that names no file")
+        raise ValueError(f"cannot write a LiFT to {str(path)!r}: the path names no file")
     if any(value.is_meta for value in own.state_dict().values()):
-        raise ValueError(f"cannot write {path}: the weights are on the device meta, which holds no values")
+        raise ValueError(f"cannot write {path}: the weights are on the device meta, which has no values")
     try:
         state = _published_state(own)
     except ValueError as error:
@@ -109,7 +109,7 @@ def save_lift(lift: LiFT, path: str | os.PathLike[str]) -> None:
         torch.save(state, buffer)
         content = buffer.getvalue()
     with atomic_path(path) as temporary:
-        # Both libraries' own writers hide the system's error, such as a full disk, behind one of theirs.
+        # The writers of both libraries replace system errors, such as a full disk, with their own.
         temporary.write_bytes(content)
 
 
@@ -124,20 +124,16 @@ def _unwrapped(lift: nn.Module) -> LiFT:
 
 
 def _published_state(lift: LiFT) -> dict[str, Tensor]:
-    """The weights of ``lift`` under the published names and in their order.
-
-    Raises:
-        ValueError: for a LiFT that they do not describe; says what they have no place for.
-    """
+    """The weights of ``lift`` under the published names, in their order; ValueError if a checkpoint cannot be made."""
     layers = LayerFinder()(_uncompiled(lift))
     if layers is None or type(lift).forward is not LiFT.forward:
         raise ValueError(
-            "the network was edited (layers, activations, pooling, or a forward of their own), and a checkpoint holds "
-            "only the published one's weights; save its state_dict() with your own code"
+            "the network was edited (layers, activations, pooling or a forward method), but a checkpoint can hold only "
+            "the published network; save its state_dict() with your own code"
         )
     for eps in layers.epsilons():
         if eps != _EPSILON:
-            raise ValueError(f"a BatchNorm has eps {eps}, and a checkpoint has no place for another than {_EPSILON}")
+            raise ValueError(f"a BatchNorm has eps {eps}, but a checkpoint can only hold networks with {_EPSILON}")
     found: dict[Any, Any] = dict(lift.state_dict())
     for prefix, module in lift.named_modules():
         if not parametrize.is_parametrized(module):
@@ -156,9 +152,9 @@ def _published_state(lift: LiFT) -> dict[str, Tensor]:
 
 
 def _uncompiled(module: Any) -> Any:
-    """A module of the same layers, compiled ones replaced by what was compiled."""
+    """A module of the same layers, with the originals of compiled ones."""
     module = getattr(module, "_orig_mod", module)
-    # Parametrised modules refuse to be copied.
+    # Parametrised modules cannot be copied.
     twin = object.__new__(type(module))
     children = {name: None if child is None else _uncompiled(child) for name, child in module._modules.items()}
     twin.__dict__.update(module.__dict__, _modules=children)

@@ -1,4 +1,4 @@
-"""What public functions take (dense tensors of real numbers, whole numbers, grids), and what they say to the rest."""
+"""Argument checks of the public functions: dense tensors, integers, flags, sizes and windows."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from torch import Tensor
 from ._text import shown
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Sizes, strides and counts reach the native core and PyTorch in 64 bits; what is larger is no count of anything.
+# Sizes, strides and counts reach the native core and PyTorch in 64 bits.
 _MOST = 2**62
-# Of a grid or an image: products of two sides, and twice those, stay within 64 bits.
+# Side of a grid or an image: twice the product of two sides stays within 64 bits.
 _MOST_SIDE = 2**30
 
 
 def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """Refuse what is no dense tensor of one of ``dtypes``.
-
-    Raises:
-        TypeError: names what came, and what to do.
-    """
+    """Raise TypeError unless ``value`` is a dense tensor of one of ``dtypes``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -37,22 +33,18 @@ def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS
 
 
 def as_whole(value: object) -> int | None:
-    """``value`` as an int if it is a whole number of Python's, NumPy's or the like, and no bool; else None."""
+    """``value`` as an int if it is an integer of Python, NumPy or the like, but not a bool; else None."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
         return None
     try:
         return operator.index(value)
     except TypeError:
-        # Arrays have the method, and refuse.
+        # Arrays have ``__index__``, which raises.
         return None
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse what are no two dense floating-point tensors of one dtype on one device.
-
-    Raises:
-        TypeError, ValueError: names both.
-    """
+    """Raise TypeError or ValueError unless both are dense floating-point tensors of one dtype on one device."""
     check_dense(name, tensor)
     check_dense(other_name, other)
     if tensor.dtype != other.dtype:
@@ -62,10 +54,9 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_sets(*sets: tuple[str, Tensor]) -> tuple[torch.Size, list[Tensor]]:
-    """The common leading dimensions of ``[..., n, C]`` each, and each as ``[B, n, C]``, without its graph.
+    """The broadcast leading dimensions of (name, ``[..., n, C]``) pairs, and each tensor as ``[B, n, C]``, detached.
 
-    Raises:
-        ValueError: for leading dimensions that do not broadcast; names what came.
+    ValueError if they do not broadcast.
     """
     try:
         leading = torch.broadcast_shapes(*(tensor.shape[:-2] for _, tensor in sets))
@@ -79,11 +70,7 @@ def check_sets(*sets: tuple[str, Tensor]) -> tuple[torch.Size, list[Tensor]]:
 
 
 def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
-    """``value`` as an int (a ``SymInt`` of a compiled graph stays one) from ``least`` to ``most``.
-
-    Raises:
-        ValueError: names what came, and the range.
-    """
+    """``value`` as an int from ``least`` to ``most``, else ValueError; a compiled graph's ``SymInt`` is not checked."""
     if isinstance(value, torch.SymInt):
         return value
     whole = as_whole(value)
@@ -95,27 +82,23 @@ def check_whole(name: str, value: Any, least: int, most: float = _MOST) -> Any:
 
 
 def check_size(name: str, size: Any, most: int = _MOST_SIDE) -> list[int]:
-    """``size`` as [height, width], each from 1 to ``most``.
-
-    Raises:
-        ValueError: names what came.
-    """
+    """``size`` as [height, width], integers from 1 to ``most``, else ValueError."""
     try:
         height, width = size
     except Exception:
-        # Whatever an object says that does not come in two.
-        raise ValueError(f"{name} must be (H, W), two whole numbers, got {shown(size)}") from None
+        # An object that cannot be unpacked may raise anything.
+        raise ValueError(f"{name} must be (H, W), two integers, got {shown(size)}") from None
     return [check_whole(f"{name}[0]", height, 1, most), check_whole(f"{name}[1]", width, 1, most)]
 
 
 def check_window(names: tuple[str, str, str], radius: Any, grid: Any, key_grid: Any, n: int, m: int) -> list[int]:
-    """A window as the operators take it: ``[radius, query_h, query_w, key_h, key_w]``.
+    """The operators' form of a window: ``[radius, query_h, query_w, key_h, key_w]``.
 
     Args:
-        names: of the radius and both grids, for messages.
-        radius: cells of the key grid, >= 0; more than the grid is no more than all of it.
+        names: names of the radius and both grids, for messages.
+        radius: cells of the key grid, >= 0; clamped to the grid.
         grid, key_grid: (h, w); ``key_grid`` None for the same.
-        n, m: queries and keys.
+        n, m: numbers of queries and keys.
 
     Raises:
         ValueError: for a radius or grids that do not fit.
@@ -131,12 +114,8 @@ def check_window(names: tuple[str, str, str], radius: Any, grid: Any, key_grid: 
 
 
 def check_flag(name: str, value: object) -> bool:
-    """``value`` as a bool.
-
-    Raises:
-        TypeError: for anything that is no True or False; names what came.
-    """
-    # numpy.bool, which knows nothing of bool, has this name too.
+    """``value`` as a bool; TypeError if it is not True or False."""
+    # numpy.bool, which is not a subclass of bool, is accepted by its name.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)

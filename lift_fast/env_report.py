@@ -1,4 +1,4 @@
-"""Versions, devices and backends of this machine in one report."""
+"""Reports versions, devices and backends of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("lift_fast", "torch", "timm", "triton", "numpy", "pillow", "safeten
 
 
 def report() -> dict[str, Any]:
-    """Everything as plain data, ready for JSON. May initialise CUDA."""
+    """The report as plain data for JSON. May initialise CUDA."""
     module = _native.load()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -33,7 +33,7 @@ def report() -> dict[str, Any]:
 
 
 def report_text() -> str:
-    """The report for people."""
+    """The report as text."""
     data = report()
     lines = [f"{name:16} {value or 'not installed'}" for name, value in data["versions"].items()]
     lines += [

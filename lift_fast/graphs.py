@@ -1,4 +1,4 @@
-"""CUDA graphs: backbone and LiFT recorded once and replayed, without the host's time for launching each kernel."""
+"""CUDA graphs: backbone and LiFT recorded once and replayed, without the host's time to launch each kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CapturedExtractor:
         self._lifts = [module for module in extractor.modules() if isinstance(module, LiFT)]
         with torch.cuda.device(device), torch.no_grad():
             self._input = torch.zeros(self.shape, dtype=dtype, device=device)
-            # What happens only once (plans, position embeddings, kernels compiled and loaded) must not be recorded.
+            # Work of the first call (plans, position embeddings, compiling and loading kernels) must not be recorded.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -40,7 +40,7 @@ class CapturedExtractor:
 
         Args:
             batch: ``[B, 3, H, W]`` normalised images of the captured shape, any floating dtype and device.
-            clone: return a tensor of its own; otherwise the next call overwrites what this one returned.
+            clone: return a copy; otherwise the next call overwrites the result.
 
         Returns:
             ``[B, T, C]`` descriptors. The host does not wait for them.
@@ -56,7 +56,7 @@ class CapturedExtractor:
             raise ValueError(f"batch must be floating point and normalised, got {batch.dtype}")
         if not self._folded.recognise(self._weights()):
             raise RuntimeError(
-                "LiFT's weights have changed since the capture, and the graph holds them folded; capture again"
+                "LiFT's weights have changed since the capture, but the graph holds the old ones folded; capture again"
             )
         with torch.cuda.device(self.device):
             self._input.copy_(batch, non_blocking=True)
@@ -64,24 +64,24 @@ class CapturedExtractor:
             return self._output.clone() if clone else self._output
 
     def _weights(self) -> list[Tensor]:
-        # Those that the modules hold now: a parameter may have been put in the place of another.
+        # Read from the modules at each call: a parameter may have been replaced.
         return [weight for lift in self._lifts for weight in lift._plan_sources()[0]]
 
 
 def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> CapturedExtractor:
     """Record an extractor, backbone and LiFT together, as one CUDA graph.
 
-    The graph reads the backbone's weights where they lie: changes in place are seen, moving the module is not. LiFT's
-    weights are folded into the graph: after a change a call says so.
+    The graph reads the backbone's weights from their memory: it sees changes in place, but not a module that was moved.
+    LiFT's weights are folded into the graph: after they change, calls raise an error.
 
     Args:
         extractor: a :class:`lift_fast.ViTLiFTExtractor`, or another module from one batch of images to one tensor,
             on a CUDA device.
         shape: ``(B, 3, H, W)`` of the images.
-        dtype: of the images inside the graph; None takes that of the module's weights.
+        dtype: dtype of the images inside the graph; None for that of the module's weights.
 
     Raises:
-        TypeError: if ``extractor`` is no module.
+        TypeError: if ``extractor`` is not a module.
         ValueError: for a shape that is not ``(B, 3, H, W)``.
         RuntimeError: if the module is not on a CUDA device.
     """

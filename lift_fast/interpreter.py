@@ -1,14 +1,13 @@
-"""Triton's interpreter, mended where it counts or rounds wrongly or wastes time: tests and the GPU report's rehearsal
-run in it.
+"""Triton's interpreter with fixes for wrong results and slow paths; tests and the rehearsed GPU report run in it.
 
-Two things in Triton 3.6 to 3.9 keep it from proving a kernel:
+Triton 3.6 to 3.9 have two bugs that keep the interpreter from testing a kernel:
 
-* Triton 3.6 makes a loop's bound with ``int(array)`` of an array with one dimension, which NumPy 2.4 refuses.
-* bfloat16 is kept as its 16 bits in uint16, and NumPy adds, multiplies, compares and sums those as integers; a
-  conversion from float32 cuts the lower bits off where a GPU rounds to the nearest, ties to even.
+* Triton 3.6 computes a loop's bound by ``int(array)`` of a one-dimensional array, which NumPy 2.4 rejects.
+* bfloat16 is stored as 16 bits in uint16, and NumPy adds, multiplies, compares and sums these as integers. A conversion
+  from float32 cuts the lower bits off, while a GPU rounds to the nearest, ties to even.
 
-A bound on NumPy in the ``test`` extra would mend the first alone, and the tests would run on another NumPy than people
-install. What follows wraps Triton's own methods, so that a release that has mended one of them is not undone.
+An upper bound on NumPy in the ``test`` extra would fix only the first, and the tests would not run on the NumPy that
+users install. The fixes wrap Triton's own methods, so a Triton release that fixes one of them keeps its fix.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import numpy as np
 
 
 def enable() -> None:
-    """Have kernels run on the CPU, in Triton's interpreter; call it before Triton is imported. Without Triton: nothing.
+    """Run kernels on the CPU, in Triton's interpreter; call this before Triton is imported. No effect without Triton.
 
     Raises:
-        RuntimeError: if Triton has been imported to compile: its own functions then do not run in the interpreter.
+        RuntimeError: if Triton has been imported to compile: its functions then do not run in the interpreter.
     """
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
@@ -58,8 +57,8 @@ def _mend() -> None:
     handle_type, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 
     def wide(value: Any) -> Any:
-        """bfloat16 in float32, which holds it exactly; anything else as it is."""
-        # What a comparison returns is of bools, and carries its operands' type.
+        """bfloat16 as float32, which is exact; anything else unchanged."""
+        # The result of a comparison holds bools but has its operands' type.
         if isinstance(value, handle_type) and value.dtype.scalar.is_bf16() and value.data.dtype == np.uint16:
             return handle_type(float32_of(value.data), tl.float32)
         return value
@@ -68,7 +67,7 @@ def _mend() -> None:
         return handle_type(bfloat16_of(handle.data), tl.bfloat16)
 
     def in_float32(method: Any) -> Any:
-        """Compute in float32 and round once: what a GPU's own bfloat16 arithmetic comes to."""
+        """Compute in float32 and round once, as a GPU's bfloat16 arithmetic does."""
 
         def wrapped(self: Any, *arguments: Any) -> Any:
             widened = [wide(argument) for argument in arguments]
@@ -95,7 +94,7 @@ def _mend() -> None:
 
     builder.create_dot, builder.cast_impl, builder.get_bf16 = create_dot, cast_impl, get_bf16
 
-    # Reductions and scans with a shortcut in NumPy; the others call a function of the kernel's on each pair.
+    # Reductions and scans with a NumPy shortcut; the others call a function of the kernel on each pair.
     base = interpreter.ReduceScanOpInterface
     to_tensor = base.to_tensor
 
@@ -130,13 +129,13 @@ def _mend() -> None:
 
 
 def _hasten(interpreter: Any, tl: Any) -> None:
-    """Leave out what takes three fifths of the time and changes nothing."""
+    """Skip work that takes three fifths of the time without any effect."""
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
-        # Whether integers overflow is computed for every sum and product; without ``debug`` the answer is dropped.
+        # Integer overflow is computed for every sum and product, but without ``debug`` the result is not used.
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
-    # A dictionary of all types is made at each call, and one of all members of the language at each call of a function.
+    # Triton builds a dictionary of all types at each call, and of all members of the language at each function call.
     of_scalar = functools.cache(interpreter._get_np_dtype)
 
     def get_np_dtype(dtype: Any) -> np.dtype:

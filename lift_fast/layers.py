@@ -1,8 +1,7 @@
-"""LiFT's layers, and how they are found again in a network for its inference plan.
+"""LiFT's layers, and finding them in a network for its inference plan.
 
-The plan stands for the published graph alone. A network that somebody edited (another activation, a bias, a further
-layer, another stride, a ``forward`` of its own) keeps its graph: :class:`LayerFinder` answers None, and
-:class:`lift_fast.LiFT` runs it as it is.
+The plan replaces only the published graph. For an edited network (another activation, a bias, a further layer, another
+stride, an instance's own ``forward``) :class:`LayerFinder` returns None, and :class:`lift_fast.LiFT` runs its graph.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class DoubleConv(nn.Module):
 
 
 class Up(nn.Module):
-    """Transposed 2x2 convolution (doubles the grid, halves the channels), joined with the image branch; DoubleConv."""
+    """Transposed 2x2 convolution (doubles the grid, halves the channels), concatenation with the image, DoubleConv."""
 
     def __init__(self, in_channels: int, out_channels: int, fine_channels: int) -> None:
         super().__init__()
@@ -61,34 +60,36 @@ def conv_block(in_channels: int, out_channels: int, stride: int) -> list[nn.Modu
 
 
 class Layers(NamedTuple):
-    """A network's convolutions and BatchNorms in the order of the plan: the image encoders', each with its BatchNorm;
-    the transposed convolution; the double convolution's, each with its BatchNorm; the output's."""
+    """A network's convolutions and BatchNorms in the order of the plan.
+
+    The order: the image encoders' convolutions, each with its BatchNorm; the transposed convolution; the double
+    convolution's, each with its BatchNorm; the output's convolution.
+    """
 
     convs: list[Any]
     norms: list[Any]
     image_blocks: int
     """Convolution blocks of the first image encoder."""
     holders: list[tuple[dict[str, Any], str]]
-    """Where each weight and buffer is, in the order of :func:`lift_fast.ops.lift_forward.plan.build_plan`."""
+    """Dictionary and key of each weight and buffer, in the order of :func:`.ops.lift_forward.plan.build_plan`."""
 
     def weights(self) -> list[Any]:
-        """Weights and buffers in that order; None for those that a layer lacks."""
+        """Weights and buffers in the order of ``holders``; None for those that a layer lacks."""
         try:
-            # The dictionaries of the layers: their attributes would cost 0.5 us each.
+            # From the layers' dictionaries: attributes would cost 0.5 us each.
             return [holder[name] for holder, name in self.holders]
         except KeyError:
-            # Parametrised since.
+            # A layer was parametrised in the meantime.
             return [getattr(layer, name) for layer, name in _owners(self.convs, self.norms)]
 
     def epsilons(self) -> list[float]:
-        """Of the BatchNorms."""
         return [norm.eps for norm in self.norms]
 
 
 class LayerFinder:
-    """Finds the layers of one LiFT, and remembers them: to look again at each forward pass takes 4 us instead of 40.
+    """Finds the layers of one LiFT and caches them: later look-ups take 4 us instead of 40.
 
-    Copies and pickles of it remember nothing.
+    Copies and pickles start without cache.
     """
 
     def __init__(self) -> None:
@@ -98,19 +99,19 @@ class LayerFinder:
         return LayerFinder, ()
 
     def forget(self) -> None:
-        """Look anew at the next call."""
+        """Drop the cached layers."""
         self._known = None
 
     def __call__(self, lift: Any) -> Layers | None:
-        """The layers of ``lift``, None where its graph is not the published one."""
+        """The layers of ``lift``; None if its graph is not the published one."""
         if torch.compiler.is_compiling():
             return _find(lift)
-        # The network itself is no part of it, which would hold itself.
+        # Without the network itself, which would make a reference cycle.
         roots, own = list(lift._modules.values()), (lift.patch_size, lift.use_image)
         known = self._known
         if known is not None and known[1] == own and known[0].still(roots):
             return known[2]
-        # First what later looks are compared with: an edit by another thread in between is seen then.
+        # Taken first, so that an edit by another thread while the layers are found is noticed.
         try:
             seen = _look(lift)
         except (AttributeError, KeyError):
@@ -130,7 +131,7 @@ def _find(lift: Any) -> Layers | None:
 
 
 def _look(lift: Any) -> Unchanged:
-    """What later looks at the network are compared with."""
+    """A record of the network, to notice later edits."""
     double = _parts(lift).double
     roots = list(lift._modules.values())
     modules = [module for root in roots for module in root.modules()]
@@ -152,14 +153,14 @@ class _Parts(NamedTuple):
     double: list[Any]
     """Members of the double convolution."""
     pool: tuple[Any, ...]
-    """The scale adapter, where there is an image encoder."""
+    """The scale adapter, if there is an image encoder."""
 
     def all(self) -> list[Any]:
         return [*self.outer, *self.first, *self.second, *self.double, *self.pool]
 
 
 def _published(parts: _Parts, patch_size: int) -> Layers | None:
-    """The layers where they are those of the published graph."""
+    """The layers if they are those of the published graph, else None."""
     (_, _, up, out), first, second, double, pool = parts
     blocks, modules = len(first) // 3, parts.all()
     expected: list[Any] = [Up, DoubleConv, nn.ConvTranspose2d, nn.Conv2d, *_BLOCK * (blocks + 3 if blocks else 2)]
@@ -170,7 +171,7 @@ def _published(parts: _Parts, patch_size: int) -> Layers | None:
     if any(conv.bias is not None for conv in double[::3]):
         return None
     convs = [*first[::3], *second[::3], up, double[0], double[3], out]
-    # The first two blocks halve the grid each, further ones keep it; the second encoder halves it once more.
+    # The first two blocks each halve the grid, further ones keep it; the second encoder halves it once more.
     image = [*[_DOWN, _DOWN, *[_KEEP] * (blocks - 2)][:blocks], _DOWN] if blocks else []
     settings = [tuple(getattr(conv, name) for name in _SETTINGS) for conv in convs]
     if settings != [*image, _UP, _KEEP, _KEEP, _OUT] or up.output_padding != (0, 0):
@@ -180,17 +181,17 @@ def _published(parts: _Parts, patch_size: int) -> Layers | None:
         if (adapter.kernel_size, adapter.stride, adapter.padding, adapter.dilation, adapter.ceil_mode) != _POOL:
             return None
     norms = [*first[1::3], *second[1::3], double[1], double[4]]
-    # A compiler follows attributes, not dictionaries.
+    # Compilers trace attributes, not dictionaries.
     holders = _holders(convs, norms) if not torch.compiler.is_compiling() else [({}, "weight")]
     return Layers(convs, norms, blocks, holders)
 
 
 def _computes_as(module: Any, kind: Any) -> bool:
-    """Whether ``module`` is a ``kind``, or of a derived class (parametrised, sharded) that computes as that does in
+    """Whether ``module`` is a ``kind``, or of a derived class (parametrised, sharded) that computes the same in
     evaluation mode."""
     own = type(module)
     if "forward" in module.__dict__:
-        # Of this instance alone, as tools that hook into modules set it.
+        # Set on the instance, as hooking tools do.
         return False
     if own is kind:
         return True
@@ -213,11 +214,7 @@ _POOL = (2, 2, 0, 1, False)
 
 
 def _parts(lift: Any) -> _Parts:
-    """The modules that compute.
-
-    Raises:
-        AttributeError: where one is missing or something else.
-    """
+    """The modules that compute; AttributeError if one is missing or of another kind."""
     up1 = lift.up1
     outer, double = (up1, up1.conv_1, up1.up, lift.outc), _members(up1.conv_1.double_conv)
     if not lift.use_image:
@@ -228,7 +225,6 @@ def _parts(lift: Any) -> _Parts:
 
 def _members(sequence: Any) -> list[Any]:
     if type(sequence) is not nn.Sequential or "forward" in sequence.__dict__:
-        # A wrapper may do anything around the layers.
         raise AttributeError(f"a {type(sequence).__name__} in place of a Sequential")
     return list(sequence)
 

@@ -1,4 +1,4 @@
-"""The LiFT module: doubles the resolution of a frozen ViT's features with help from the image.
+"""The LiFT module: doubles the resolution of a frozen ViT's features with the help of the image.
 
 Source: "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors", ECCV 2024, section 3.
 State-dict keys, their order and shapes are those of the published checkpoints.
@@ -26,10 +26,10 @@ from .ops.lift_forward.op import lift_forward
 from .ops.lift_forward.plan import Architecture, span_basis
 from .precision import autocasts, without_autocast
 
-# Weights, epsilons and architecture: what the plan is made from, see lift_fast.ops.lift_forward.plan.build_plan.
+# Weights, epsilons and architecture: the arguments of lift_fast.ops.lift_forward.plan.build_plan.
 _Network = tuple[list[Tensor], list[float], Architecture]
 _NONE = type(None)
-# Networks of which one layer has weights of some hundred megabytes; what is larger is a mistake.
+# One layer of such a network has weights of some hundred megabytes; larger numbers are mistakes.
 _MOST_CHANNELS, _MOST_BLOCKS = 1 << 14, 64
 _REPOSITORY_TAGS = ["lift", "feature-upsampling", "vision-transformer", "dense-correspondence"]
 
@@ -46,21 +46,21 @@ class LiFT(
     In evaluation mode without gradients the forward pass runs a folded, composed plan of the same function
     (:mod:`lift_fast.ops.lift_forward`), built once from the weights and rebuilt when one of them changes; set
     ``fused = False`` to force the plain graph. Training, and evaluation with gradients, always run the plain graph.
-    Changes of a weight through ``.data`` are invisible to PyTorch's version counters: call ``eval()`` or
+    PyTorch's version counters do not see changes of a weight through ``.data``: call ``eval()`` or
     :func:`lift_fast.clear_plans` after them.
     A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
-    ``forward``) or hooked runs the plain graph as it stands; so does one under the transforms of ``torch.func``.
-    A new module has PyTorch's default dtype and device, as every ``nn.Module``; what :func:`lift_fast.load_lift`
-    returns does not depend on them.
+    ``forward``) or hooked runs its plain graph, as does one under the transforms of ``torch.func``.
+    A new module has PyTorch's default dtype and device, as every ``nn.Module``; the result of
+    :func:`lift_fast.load_lift` does not depend on them.
 
     Args:
         in_channels: C, channels of the backbone's features, at least 2.
         patch_size: pixels per token along one side. 8 and 16 are the published networks; for any other size the
             image is resized (bilinear, antialiased) to 16 pixels per token and treated as patch 16.
-        pre_shape: ``x`` arrives as tokens ``[B, T, C]`` instead of a map ``[B, C, h, w]``.
+        pre_shape: ``x`` is given as tokens ``[B, T, C]`` instead of a map ``[B, C, h, w]``.
         post_shape: return tokens ``[B, 4T, C]`` instead of a map ``[B, C, 2h, 2w]``.
         use_image: False builds the "no image" ablation: no image encoders, and a smaller state dict.
-        image_channels: width of the image encoders (32 in the paper).
+        image_channels: channels of the image encoders (32 in the paper).
         extra_image_blocks: further 3x3 convolution blocks, stride 1, at the end of the first image encoder
             (the ViT-B variant for detectors has one).
 
@@ -82,17 +82,12 @@ class LiFT(
         extra_image_blocks: int = 0,
     ) -> None:
         super().__init__()
-        in_channels = check_whole("in_channels", in_channels, 2, _MOST_CHANNELS)
-        patch_size = check_whole("patch_size", patch_size, 1, _MOST_CHANNELS)
+        self.in_channels = in_channels = check_whole("in_channels", in_channels, 2, _MOST_CHANNELS)
+        self.patch_size = patch_size = check_whole("patch_size", patch_size, 1, _MOST_CHANNELS)
         image_channels = check_whole("image_channels", image_channels, 1, _MOST_CHANNELS)
         extra_image_blocks = check_whole("extra_image_blocks", extra_image_blocks, 0, _MOST_BLOCKS)
-        pre_shape, post_shape = check_flag("pre_shape", pre_shape), check_flag("post_shape", post_shape)
-        use_image = check_flag("use_image", use_image)
-        self.in_channels = in_channels
-        self.patch_size = patch_size
-        self.pre_shape = pre_shape
-        self.post_shape = post_shape
-        self.use_image = use_image
+        self.pre_shape, self.post_shape = check_flag("pre_shape", pre_shape), check_flag("post_shape", post_shape)
+        self.use_image = use_image = check_flag("use_image", use_image)
         self.fused = True
         self._find_layers = LayerFinder()
 
@@ -112,8 +107,8 @@ class LiFT(
         """Upsample backbone features by two.
 
         Args:
-            imgs: ``[B, 3, H, W]`` normalised images, floating point. When H or W is no multiple of the patch size
-                the image branch sees what the tokens saw: the whole patches from the top left corner.
+            imgs: ``[B, 3, H, W]`` normalised images, floating point. If H or W is not a multiple of the patch size,
+                the image branch sees what the backbone saw: the whole patches from the top left corner.
             x: ``[B, T, C]`` tokens without class token if ``pre_shape`` (row-major, ``T = (H // p) * (W // p)``),
                 else ``[B, C, H // p, W // p]``; dtype and device of ``imgs``.
 
@@ -138,12 +133,12 @@ class LiFT(
 
         LiFT's C-channel descriptors ``W v + b`` span no more than c + 1 dimensions, c = C // 2. With the thin QR
         decomposition ``[W | b] = Q R`` this gives their coordinates ``R [v; 1]`` in the orthonormal basis Q: inner
-        products, norms and cosines between them are those of the wide descriptors, up to rounding, and so are matches.
-        They compare only with coordinates of the same network: a change of ``outc`` changes the basis.
+        products, norms and cosines between them, and so matches, are those of the wide descriptors up to rounding.
+        Compare them only with coordinates of the same network: a change of ``outc`` changes the basis.
 
-        Runs where :meth:`forward` would run. The plain graph (training, gradients, ``fused = False``) is followed by
-        the projection onto the same basis, taken from the current weights in float64 at each call. The basis counts
-        as a constant for gradients; those of inner products and norms are nevertheless the wide descriptors'.
+        Runs on the same path as :meth:`forward`. After the plain graph (training, gradients, ``fused = False``) the
+        descriptors are projected onto the same basis, computed from the current weights in float64 at each call. The
+        basis is a constant for gradients; gradients of inner products and norms still equal the wide descriptors'.
 
         Args:
             imgs, x: as :meth:`forward`.
@@ -188,7 +183,7 @@ class LiFT(
         basis: bool = False,
         normalize: bool = False,
     ) -> Tensor:
-        """The inference plan: ``[B, 2h, 2w, C]``, c + 1 channels with ``basis``."""
+        """The result of the inference plan: ``[B, 2h, 2w, C]``, c + 1 channels with ``basis``."""
         kind = x.device.type
         if kind == "meta":
             channels = self.in_channels // 2 + 1 if basis else self.in_channels
@@ -196,7 +191,7 @@ class LiFT(
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             imgs, x = imgs.to(dtype), x.to(dtype)
-        # The no-image network reads nothing of the images: hand over an empty tensor instead of a resized image.
+        # The no-image network does not read the images: pass an empty tensor instead of resizing them.
         aligned = self._align(imgs, h, w) if self.use_image else imgs.new_empty((imgs.shape[0], 3, 0, 0))
         x_map = x.view(x.shape[0], h, w, self.in_channels) if self.pre_shape else x.permute(0, 2, 3, 1)
         weights, epsilons, architecture = network
@@ -204,20 +199,20 @@ class LiFT(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LiFT:
-        """A LiFT that :meth:`save_pretrained` wrote, from a folder or a hub; in evaluation mode.
+        """Load a LiFT written by :meth:`save_pretrained` from a folder or a hub, in evaluation mode.
 
         Raises:
-            ValueError: where config.json or the weights cannot be used or contradict each other; names file and field.
+            ValueError: if config.json or the weights are not valid or contradict each other; names file and field.
         """
         try:
             lift: LiFT = super().from_pretrained(pretrained_model_name_or_path, **options)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            # The last: JSON of something other than names and values.
+            # AttributeError: the JSON is not an object.
             if isinstance(error, AttributeError) and "'items'" not in str(error):
                 raise
             raise ValueError(
-                f"config.json of {pretrained_model_name_or_path} is no JSON object ({error}); expected one with LiFT's "
-                "arguments, such as in_channels"
+                f"config.json of {pretrained_model_name_or_path} is not a JSON object ({error}); expected one with "
+                "LiFT's arguments, such as in_channels"
             ) from error
         return lift
 
@@ -227,9 +222,9 @@ class LiFT(
         known = {name: options[name] for name in cls._hub_mixin_init_parameters if name in options}
         missing = [name for name in ("in_channels", "patch_size") if name not in known]
         if missing:
-            raise ValueError(f"{config} is missing or does not say {' and '.join(missing)}")
+            raise ValueError(f"{config} is missing or lacks {' and '.join(missing)}")
         try:
-            # Before the weights are fetched, and without memory.
+            # Check the arguments before the weights are downloaded, without memory.
             with torch.device("meta"):
                 cls(**known)
         except ValueError as error:
@@ -242,13 +237,12 @@ class LiFT(
         read_into(model, model_file, os.path.join(os.path.dirname(model_file), "config.json"))
         return model.to(map_location).eval()
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        return cls._load_as_safetensor(model, model_file, map_location, strict)
+    # read_into reads both kinds of file.
+    _load_as_pickle = _load_as_safetensor
 
     def train(self, mode: bool = True) -> LiFT:
-        """Switch between training and evaluation mode; the inference plan is made anew after it."""
-        # Weights changed through ``.data`` count no versions; such code runs between train() and eval() as a rule.
+        """Switch between training and evaluation mode; the inference plan is rebuilt afterwards."""
+        # Changes through ``.data`` count no versions; they usually happen between train() and eval().
         self._find_layers.forget()
         weights = self._plan_sources()[0]
         if weights:
@@ -257,7 +251,6 @@ class LiFT(
 
     @property
     def architecture(self) -> Architecture:
-        """What the plan must know beside the weights."""
         return _architecture(len(self.image_convs_1) // 3 if self.use_image else 0, self.patch_size)
 
     def _forward_plain(self, imgs: Tensor, x: Tensor) -> Tensor:
@@ -270,24 +263,24 @@ class LiFT(
         return out
 
     def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
-        """The pixels that the tokens saw, resized to 16 pixels per token for other patch sizes than 8 and 16."""
+        """The pixels that the backbone saw, resized to 16 pixels per token for patch sizes other than 8 and 16."""
         p = self.patch_size
-        # A compiler of graphs for any size must not take this one for all.
+        # While compiling, the branch would specialise the graph to this size.
         if p in (8, 16) and not torch.compiler.is_compiling() and imgs.shape[2:] == (p * h, p * w):
             return imgs
         # A backbone's patches begin at the top left corner.
         imgs = imgs[:, :, : p * h, : p * w]
         if p in (8, 16) or not self.use_image:
             return imgs
-        # The antialiased filter exists for neither half precision on the CPU nor bfloat16 everywhere.
+        # The antialiased filter supports neither half precision on the CPU nor bfloat16 on every device.
         resized = F.interpolate(imgs.float(), size=(16 * h, 16 * w), mode="bilinear", antialias=True)
         return resized.to(imgs.dtype)
 
     def _network(self) -> _Network | None:
-        """What the plan is made from; None where the plain graph must run, whatever the inputs."""
+        """The arguments of the plan; None if the plain graph must run whatever the inputs."""
         if not self.fused or self.training:
             return None
-        # Whose transforms know plain operations only.
+        # The transforms of torch.func support plain operations only.
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return None
         layers = self._find_layers(self)
@@ -300,19 +293,14 @@ class LiFT(
         # A BatchNorm without weights or statistics, a convolution without bias.
         if _NONE in map(type, weights):
             return None
-        # Compilers warn of caches.
+        # Compilers warn about caches.
         architecture = _architecture if torch.compiler.is_compiling() else _known_architecture
         return weights, layers.epsilons(), architecture(layers.image_blocks, self.patch_size)
 
     def _plan_sources(self) -> tuple[list[Tensor], list[float]]:
-        """Weights and buffers in the order of the plan, and each BatchNorm's epsilon.
-
-        Nothing where the graph is not the published one.
-        """
+        """Weights and buffers in the order of the plan, and each BatchNorm's epsilon; empty for an edited graph."""
         layers = self._find_layers(self)
-        if layers is None:
-            return [], []
-        return layers.weights(), layers.epsilons()
+        return ([], []) if layers is None else (layers.weights(), layers.epsilons())
 
     def _check(self, imgs: Tensor, x: Tensor, network: _Network | None) -> tuple[int, int]:
         """Check the inputs against each other and the module; returns the coarse grid (h, w)."""
@@ -370,8 +358,8 @@ _known_architecture = cache(_architecture)
 
 
 def _wants_gradients(imgs: Tensor, x: Tensor, network: _Network) -> bool:
-    # Forward-mode derivatives need no gradients enabled, and operators on memory know nothing of tangents. PyTorch has
-    # no public name for this question.
+    # Forward-mode differentiation works without gradients enabled, and the operator would ignore tangents. PyTorch has
+    # no public name for this query.
     if getattr(forward_ad, "_current_level", -1) >= 0:
         return True
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""LiFT's state dict: what its entries must be, and which network their names and shapes describe."""
+"""LiFT's state dict: the checks of its entries, and the network that their names and shapes describe."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from ._text import listed, named
 from .tensor_files import described, misfits, plain_tensor, read_tensor_file, uncompiled, weight_tensor
 
-# Bounds what a file can make us build before its shapes are compared; the published networks have at most one.
+# Bounds the network that a file can make us build before its shapes are compared; published networks have at most one.
 _MOST_EXTRA_BLOCKS = 64
 
 
 def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a LiFT state dict, any ``module.`` and ``_orig_mod.`` taken off their names.
+    """Tensors of a LiFT state dict, without ``module.`` and ``_orig_mod.`` in their names.
 
     Raises:
-        ValueError: for entries that are no dense, finite, floating point tensors (counters: whole numbers), or a name
-            that is there twice; names ``source`` and the entry.
+        ValueError: for entries that are not dense, finite, floating point tensors (counters: integers), or for a
+            duplicate name; names ``source`` and the entry.
     """
     state: dict[str, Tensor] = {}
     for given, value in content.items():
@@ -30,12 +30,12 @@ def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[
             raise ValueError(f"{source}: the name of an entry is {described(given)}; expected text such as outc.weight")
         if isinstance(value, Mapping):
             raise ValueError(
-                f"{source}: entry {named(given)} is {described(value)}; expected a plain state dict of tensors, save "
-                "that entry alone if it is a LiFT's"
+                f"{source}: entry {named(given)} is {described(value)}; expected a plain state dict of tensors; if "
+                "that entry is a LiFT's state dict, save it alone"
             )
         name = plain_name(given)
         if name in state:
-            raise ValueError(f"{source}: entry {named(name)} is there twice, as {named(given)} too")
+            raise ValueError(f"{source}: entry {named(name)} appears twice, also as {named(given)}")
         if name.endswith("num_batches_tracked"):
             state[name] = _counter(value, source, given)
             continue
@@ -46,14 +46,10 @@ def lift_state_dict(content: Mapping[object, object], source: str | os.PathLike[
 
 
 def fit_lift(state: dict[str, Tensor], lift: Any, source: str | os.PathLike[str]) -> None:
-    """Check names and shapes of ``state`` against ``lift``; counters of batches that it lacks are added as 0.
-
-    Raises:
-        ValueError: if they differ; names ``source`` and the first few entries.
-    """
+    """Add missing counters of batches as 0; ValueError if names or shapes of ``state`` do not fit ``lift``."""
     own = lift.state_dict()
     for name in own:
-        # Files of other tools leave them out: evaluation never reads them.
+        # Other tools leave the counters out; evaluation never reads them.
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, torch.tensor(0, dtype=torch.int64, device="cpu"))
     different = misfits(state, own)
@@ -62,7 +58,7 @@ def fit_lift(state: dict[str, Tensor], lift: Any, source: str | os.PathLike[str]
 
 
 def plain_name(name: str) -> str:
-    """The published name of an entry: no ``module.`` in front, no ``_orig_mod.`` anywhere."""
+    """The published name of an entry: without leading ``module.`` and any ``_orig_mod.``."""
     name = uncompiled(name)
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -70,17 +66,21 @@ def plain_name(name: str) -> str:
 
 
 def architecture(state: Mapping[str, Tensor], source: str | os.PathLike[str]) -> dict[str, Any]:
-    """LiFT's arguments that a state dict's shapes tell."""
+    """LiFT's arguments that follow from the shapes of a state dict; ValueError if it is not a LiFT's."""
     last, first = state.get("outc.weight"), state.get("image_convs_1.0.weight")
     if last is None:
         raise ValueError(
-            f"{source} holds no LiFT: outc.weight is missing; its entries begin with {listed(sorted(state))}"
+            f"{source} is not a LiFT checkpoint: outc.weight is missing; its entries begin with {listed(sorted(state))}"
         )
     for name, weight in (("outc.weight", last), ("image_convs_1.0.weight", first)):
         if weight is not None and (weight.dim() != 4 or weight.numel() == 0):
-            raise ValueError(f"{source} holds no LiFT: {name} has shape {list(weight.shape)}, expected four sides")
+            raise ValueError(
+                f"{source} is not a LiFT checkpoint: {name} has shape {list(weight.shape)}, expected four dimensions"
+            )
     if last.shape[0] < 2:
-        raise ValueError(f"{source} holds no LiFT: outc.weight has {last.shape[0]} channels, expected at least 2")
+        raise ValueError(
+            f"{source} is not a LiFT checkpoint: outc.weight has {last.shape[0]} channels, expected at least 2"
+        )
     if first is None:
         return {"in_channels": last.shape[0], "use_image": False}
     blocks = 2
@@ -90,7 +90,7 @@ def architecture(state: Mapping[str, Tensor], source: str | os.PathLike[str]) ->
 
 
 def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor:
-    """A BatchNorm's count of batches; a plain number, too, since other tools write one."""
+    """A BatchNorm's count of batches, from a tensor or, as other tools write it, from a plain number."""
     count = value
     if isinstance(value, Tensor):
         tensor = plain_tensor(value, source, name)
@@ -102,11 +102,7 @@ def _counter(value: object, source: str | os.PathLike[str], name: str) -> Tensor
 
 
 def read_into(lift: Any, file: str | os.PathLike[str], config: str) -> None:
-    """Read the weights of ``file`` into a LiFT that ``config`` describes.
-
-    Raises:
-        ValueError: as :func:`lift_fast.load_lift`, and where the two contradict each other; names both, and the field.
-    """
+    """Read the weights of ``file`` into a LiFT described by ``config``; ValueError if the two contradict each other."""
     path = Path(file)
     state = lift_state_dict(read_tensor_file(path), path)
     encoder = lift.image_convs_1 if lift.use_image else None
@@ -118,8 +114,6 @@ def read_into(lift: Any, file: str | os.PathLike[str], config: str) -> None:
     }
     for name, value in {"use_image": True, **architecture(state, path)}.items():
         if built[name] is not None and built[name] != value:
-            raise ValueError(
-                f"{config} does not fit {path}: {name} is {built[name]!r}, the weights are those of {value!r}"
-            )
+            raise ValueError(f"{config} does not fit {path}: {name} is {built[name]!r}, but the weights have {value!r}")
     fit_lift(state, lift, path)
     lift.load_state_dict(state)

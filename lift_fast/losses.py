@@ -22,25 +22,25 @@ _REDUCTIONS = ("mean", "sum", "none")
 def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
     """1 - cosine of ``prediction`` and ``target`` along ``dim``: LiFT's training loss (paper, section 3.2).
 
-    The values and gradients of :class:`torch.nn.CosineEmbeddingLoss` with target 1, its epsilon included (1e-12 added
-    to both squared norms), for inputs of any layout without a permuted copy. One pass over both inputs computes the
-    loss and, where ``prediction`` requires one, its gradient; the backward pass only scales that. Memory beside the
-    inputs: the gradient, and one float32 for each position.
+    It equals :class:`torch.nn.CosineEmbeddingLoss` with target 1 in values and gradients, including its epsilon (1e-12
+    added to both squared norms), for inputs of any layout without a permuted copy. One pass over both inputs computes
+    the loss and, if ``prediction`` requires one, its gradient; the backward pass only scales that. In addition to the
+    inputs, memory holds the gradient and one float32 for each position.
 
     Args:
         prediction: ``[..., C, ...]`` with the descriptors along ``dim``; float32, bfloat16, float16 or float64. Sums
             are formed in float32 (float64 for float64).
         target: same shape, dtype and device. If it requires a gradient as well, plain PyTorch computes everything.
         dim: may be negative.
-        reduction: ``"mean"`` or ``"sum"`` over the positions, or ``"none"``. The mean of no position is NaN.
+        reduction: ``"mean"`` or ``"sum"`` over the positions, or ``"none"``. The mean over zero positions is NaN.
 
     Returns:
         A scalar, or the shape of the inputs without ``dim``; float32 for inputs in half precision (as PyTorch's loss
-        under autocast). Differentiable in ``prediction`` twice and more: with ``create_graph=True`` its gradient is
-        computed by plain PyTorch, which also serves the transforms of ``torch.func`` and forward-mode differentiation.
+        under autocast). Differentiable in ``prediction`` any number of times: with ``create_graph=True`` plain PyTorch
+        computes the gradient, as it does for the transforms of ``torch.func`` and forward-mode differentiation.
 
     Raises:
-        TypeError: for inputs that are no dense floating-point tensors, or of different dtypes.
+        TypeError: for inputs that are not dense floating-point tensors, or differ in dtype.
         ValueError: for scalars, different shapes or devices, a ``dim`` out of range, an unknown ``reduction``.
     """
     dim = _check(prediction, target, dim, reduction)
@@ -56,14 +56,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str
 
 
 class CosineLoss(nn.Module):
-    """:func:`cosine_loss` as a module.
-
-    Args:
-        dim, reduction: see there.
-
-    Raises:
-        ValueError: for an unknown ``reduction``.
-    """
+    """:func:`cosine_loss` as a module; ValueError for an unknown ``reduction``."""
 
     def __init__(self, dim: int = 1, reduction: str = "mean") -> None:
         super().__init__()
@@ -71,7 +64,6 @@ class CosineLoss(nn.Module):
         self.dim, self.reduction = dim, reduction
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """:func:`cosine_loss` of ``prediction`` and ``target``."""
         return cosine_loss(prediction, target, self.dim, self.reduction)
 
     def extra_repr(self) -> str:
@@ -87,29 +79,25 @@ def _l2(prediction: Tensor, target: Tensor, dim: int = 1) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"cosine": cosine_loss, "l1": _l1, "l2": _l2}
-"""Losses that a LiFT may be trained with (paper, ablations): ``loss(prediction, target, dim)``, a scalar."""
+"""Training losses (paper, ablations): ``loss(prediction, target, dim)`` returns a scalar."""
 
 
 def feature_loss(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """One of :data:`LOSSES`.
-
-    Raises:
-        ValueError: for another name.
-    """
+    """One of :data:`LOSSES`; ValueError for another name."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
     return LOSSES[name]
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has memory: a fake one and other classes answer to the dispatcher alone."""
+    """Whether ``tensor`` has memory; fake tensors and other classes must go through the dispatcher."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation follows ``tensors``: both know plain operations only.
+    """Whether ``torch.func`` or forward-mode differentiation is applied to ``tensors``.
 
-    The operator would be refused by the one, and have no tangent, silently, for the other.
+    Both support plain operations only: the first would reject the operator, the second silently drop the tangent.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -125,7 +113,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
-    """Check the arguments; returns ``dim`` counted from the front."""
+    """Check the arguments; returns the non-negative ``dim``."""
     check_dense("prediction", prediction)
     check_dense("target", target)
     if prediction.dtype != target.dtype:
@@ -134,11 +122,13 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
             "target.to(prediction.dtype)"
         )
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must have one shape")
+        raise ValueError(
+            f"prediction {list(prediction.shape)} and target {list(target.shape)} must have the same shape"
+        )
     if prediction.device != target.device:
         raise ValueError(f"prediction is on {prediction.device}, target on {target.device}; move one of them")
     _check_reduction(reduction)
     count = prediction.dim()
     if count == 0:
-        raise ValueError("prediction and target are scalars; expected at least one dimension, that of the descriptors")
+        raise ValueError("prediction and target are scalars; expected at least the dimension of the descriptors")
     return check_whole("dim", dim, -count, count - 1) % count

@@ -14,9 +14,9 @@ from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torc
 from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Matches that may be asked for of however few keys.
+# Largest k if there are fewer keys.
 _MOST_MATCHES = 1 << 16
-# Pixels along one side of an image, and pixels of a query image all of which are matched.
+# Pixels along one side of an image, and pixels of a query image that is matched without points.
 _MOST_SIDE, _MOST_QUERIES = 1 << 20, 1 << 31
 
 
@@ -39,7 +39,7 @@ class NearestResult(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # the fixed public name; hides tuple.index
     """[..., N, k] int64 rows of ``key``; -1 where there is no match."""
     valid: Tensor
-    """[..., N] bool: the best match exists and passes the mutual and the ratio test, where asked for."""
+    """[..., N] bool: the best match exists and passes the requested mutual and ratio tests."""
 
 
 class DenseMatches(NamedTuple):
@@ -64,11 +64,11 @@ def nearest(
     normalize: bool = True,
     precision: str = "exact",
 ) -> NearestResult:
-    """For each query descriptor the ``k`` most similar key descriptors. Never holds an N x M matrix. No gradients.
+    """For each query descriptor the ``k`` most similar key descriptors. Never stores an N x M matrix. No gradients.
 
-    Equal similarities go to the lowest index. A descriptor that holds NaN or infinity takes no part: as a key it is
-    never chosen, as a query it gets index -1, similarity -inf and ``valid`` False. A zero vector has similarity 0 to
-    everything. Where fewer than ``k`` keys can be chosen, the rest is index -1 and similarity -inf.
+    Equal similarities go to the lowest index. A descriptor that holds NaN or infinity is ignored: as a key it is never
+    chosen, as a query it gets index -1, similarity -inf and ``valid`` False. A zero vector has similarity 0 to
+    everything. If fewer than ``k`` keys can be chosen, the rest is index -1 and similarity -inf.
 
     Args:
         query: ``[..., N, C]`` float32, bfloat16, float16 or float64.
@@ -79,19 +79,19 @@ def nearest(
             second; for unit vectors ``1 - s1 <= ratio**2 * (1 - s2)``. Needs ``normalize``.
         window: only keys within a square neighbourhood on a grid, see :class:`Window`. Grids of different size are
             compared by cell centres, measured in cells of the key grid.
-        normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product, infinite where
-            it passes the range of the result, but matched by its true size. That range is asked for on the device,
-            which a recorded CUDA graph leaves out.
-        precision: ``"exact"``: equal to the float32 argmax. Where the device multiplies bfloat16 faster, candidates
-            are searched with it, those within its proven rounding bound are judged in float32. ``"fast"``: without
-            that judgement; cosines may be off by up to 2^-7 (dot products by so much of the product of the longest
-            query's and key's lengths), and of keys so close any may be chosen.
+        normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product, infinite if it
+            leaves the range of the result, but matched by its true size. The check of that range runs on the device,
+            but not in a recorded CUDA graph.
+        precision: ``"exact"``: equal to the float32 argmax. If the device multiplies bfloat16 faster, candidates are
+            searched in bfloat16, and those within its proven rounding bound are rescored in float32. ``"fast"``:
+            without rescoring; cosines may be off by up to 2^-7 (dot products by 2^-7 of the product of the longest
+            query's and key's lengths), and any of several keys so close may be chosen.
 
     Returns:
         :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
 
     Raises:
-        TypeError: for inputs that are no tensors or of another dtype.
+        TypeError: for inputs that are not tensors or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
     check_pair("query", query, "key", key)
@@ -99,7 +99,7 @@ def nearest(
         raise ValueError(f"query must be [..., N, C] and key [..., M, C], got {_shape(query)} and {_shape(key)}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same number of channels, got {_shape(query)} and {_shape(key)}")
-    # Beyond the keys there is nothing to find, and a long list of that would fill the memory.
+    # There are no matches beyond the number of keys, and a huge k would fill the memory.
     k = check_whole("k", k, 1, max(key.shape[-2], _MOST_MATCHES))
     mutual, normalize = check_flag("mutual", mutual), check_flag("normalize", normalize)
     if not isinstance(precision, str) or precision not in ("exact", "fast"):
@@ -108,7 +108,7 @@ def nearest(
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], got {shown(ratio)}")
         if not normalize:
-            raise ValueError("ratio compares distances of unit vectors: it needs normalize=True")
+            raise ValueError("ratio compares distances of unit vectors; pass normalize=True")
     n, m = query.shape[-2], key.shape[-2]
     leading, (queries, keys) = check_sets(("query", query), ("key", key))
     flat_window = None
@@ -116,7 +116,7 @@ def nearest(
         try:
             radius, grid, key_grid = Window(*window)
         except Exception:
-            # Whatever an object says that is no sequence.
+            # An object that cannot be unpacked may raise anything.
             raise ValueError(
                 f"window must be (radius, query grid[, key grid]) with (h, w) for a grid, got {shown(window)}"
             ) from None
@@ -149,31 +149,31 @@ def dense_match(
 
     The descriptor of a pixel is the bilinear interpolation (align_corners=False) of its map; the match of a query
     pixel is the key pixel with the largest dot product, the lowest row-major one among equals. Exact for every size.
-    A pixel whose interpolation touches a cell with NaN or infinity takes no part: it is never chosen, and as a query
-    gets xy (-1, -1), similarity -inf and ``valid`` False. It touches the cells that have a weight above zero: up to
-    four, at a cell's centre that one alone, and beyond the outermost centres those of the border. Zero cells have
+    A pixel whose interpolation uses a cell with NaN or infinity is ignored: it is never chosen, and as a query gets
+    xy (-1, -1), similarity -inf and ``valid`` False. Interpolation uses the cells with a weight above zero: up to four,
+    at a cell's centre only that cell, and beyond the outermost centres those of the border. Zero cells have
     similarity 0. No gradients.
 
     Finite maps of every magnitude are matched. With ``normalize=None`` a similarity beyond the range of its dtype is
-    inf or -inf, its match right and valid. On a GPU, products of cells that are 2^100 times smaller than the largest
-    ones (2^900 in float64, there on the CPU, too) count as zero with ``"pixel"`` and None.
+    inf or -inf, but its match is correct and valid. On a GPU with ``"pixel"`` and None, products of cells that are
+    2^100 times smaller than the largest ones count as zero (in float64 2^900, also on the CPU).
 
     Args:
         query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
-        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Larger key images than 2^30 pixels, with
-            ``"pixel"`` than 2^24, are searched in parts.
+        query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Key images of more than 2^30 pixels (with
+            ``"pixel"`` 2^24) are searched in parts.
         points: ``[B, P, 2]`` (x, y) pixels of the query image, rounded down to whole pixels; None for every pixel
-            in row-major order (``P = H * W``), of fewer than 2^31.
+            in row-major order (``P = H * W``), fewer than 2^31.
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
-            ``"pixel"``: normalise after interpolation (true cosines); None: take the maps as they are. Divisors are
-            norms or 1e-12, if that is larger.
-        mutual: valid only where the matched pixel's own best query pixel is the one it came from.
+            ``"pixel"``: normalise after interpolation (true cosines); None: use the maps as they are. Divisors are
+            max(norm, 1e-12).
+        mutual: valid only if the matched pixel's own best query pixel is the original one.
 
     Returns:
         :class:`DenseMatches` ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
 
     Raises:
-        TypeError: for inputs that are no tensors or of another dtype.
+        TypeError: for inputs that are not tensors or of another dtype.
         ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the image.
     """
     check_pair("query_map", query_map, "key_map", key_map)
@@ -191,7 +191,7 @@ def dense_match(
         _check_points(points, query_map)
     elif query_hw[0] * query_hw[1] >= _MOST_QUERIES:
         raise ValueError(
-            f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match them all: pass points"
+            f"query_size {tuple(query_hw)} has 2^31 pixels or more, too many to match all of them; pass points"
         )
     similarity, xy, valid = torch.ops.lift_fast.dense_match(
         query_map.detach(),

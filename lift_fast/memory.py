@@ -1,8 +1,8 @@
-"""Where operators and launchers get the memory that kernels write, outputs and scratch alike: one door for all of them.
+"""Allocates all memory that kernels write, outputs and scratch.
 
 These are PyTorch's own functions, looked up here at each call (``memory.empty(...)``), which costs nothing.
-:func:`lift_fast.testing.poisoned_outputs` puts others in their place, which show what a kernel leaves out and what it
-writes outside.
+:func:`lift_fast.testing.poisoned_outputs` replaces them to detect elements that a kernel leaves unwritten and writes
+out of bounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which numbers a processor computes in by itself and which it only emulates; autocast on any device."""
+"""Which dtypes the CPU computes natively, and autocast on any device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 def cpu_computes(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies ``dtype`` at least as fast as float32.
 
-    bfloat16 does with AVX512-BF16. Elsewhere PyTorch emulates it, as it does float16: convolutions then take ten times
-    as long as in float32.
+    It does so for bfloat16 with AVX512-BF16. Otherwise PyTorch emulates it, like float16: convolutions then take ten
+    times as long as in float32.
     """
     if dtype == torch.bfloat16:
         known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -21,7 +21,7 @@ def cpu_computes(dtype: torch.dtype) -> bool:
 
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for tensors on this kind of device."""
-    # PyTorch refuses the question for tensors without memory.
+    # PyTorch raises an error for "meta".
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

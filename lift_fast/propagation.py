@@ -29,14 +29,14 @@ def propagate_labels(
 ) -> Tensor:
     """Labels of a frame's patches from those of the most similar patches nearby in the context frames. No gradients.
 
-    For each query the ``k`` most similar keys of all context frames together that lie within the window; its label is
-    the average of their labels with weights exp(similarity / temperature), which sum to one. With the defaults this
-    is the rule of DINO's evaluation on DAVIS 2017 (radius 12, top 5, temperature 0.1; the first frame and the 7
-    before the query as context), except that of keys which tie for the k-th place only the first ones count. Never
-    holds the affinity of all pairs.
+    Finds for each query the ``k`` most similar keys within the window of all context frames together. The query's label
+    is the average of their labels with weights exp(similarity / temperature), normalised to sum to one. With the
+    defaults this is the rule of DINO's evaluation on DAVIS 2017 (radius 12, top 5, temperature 0.1; the first frame and
+    the 7 before the query as context), except that among keys that tie for the k-th place only the first ones count.
+    Never stores the affinity of all pairs.
 
-    A query with fewer than ``k`` keys in its window averages those that there are; with none, its label is zero. A
-    descriptor that holds NaN or infinity takes no part: as a key it is never chosen, as a query its label is zero.
+    A query with fewer than ``k`` keys in its window averages the available ones; without any, its label is zero. A
+    descriptor that holds NaN or infinity is ignored: as a key it is never chosen, as a query its label is zero.
 
     Feature maps ``[B, C, h, w]`` become tokens by ``map.flatten(2).transpose(1, 2)``, and labels of ``[B, L, h, w]``
     likewise; several context frames are concatenated along the tokens, ``torch.cat([first, *queue], dim=-2)``. The
@@ -52,7 +52,7 @@ def propagate_labels(
         radius: the window in cells of the key grid in each direction, >= 0: a square of side 2 * radius + 1. None for
             no window.
         k: keys to average, >= 1.
-        temperature: of the weights, > 0.
+        temperature: temperature of the weights, > 0.
         key_grid: (h, w) of each context frame, by default ``grid``. Grids of different size are compared by cell
             centres, as in :class:`lift_fast.Window`.
         normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product.
@@ -61,7 +61,7 @@ def propagate_labels(
         ``[..., N, L]`` float32 (float64 for float64 descriptors).
 
     Raises:
-        TypeError: for inputs that are no tensors or of another dtype.
+        TypeError: for inputs that are not tensors or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
     check_pair("query", query, "key", key)
@@ -89,7 +89,6 @@ def propagate_labels(
     if labels.shape[-2] != key.shape[-2]:
         raise ValueError(f"labels must have one row for each of the {key.shape[-2]} keys, got {list(labels.shape)}")
     leading, batches = check_sets(("query", query), ("key", key), ("labels", labels))
-    # More than there are keys is no more than all of them.
     k = min(check_whole("k", k, 1, math.inf), max(1, key.shape[-2]))
     normalize = check_flag("normalize", normalize)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature <= _LARGEST:

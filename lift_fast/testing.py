@@ -1,4 +1,4 @@
-"""What tests and benchmarks of this package, and of code built on it, share: shapes, weights, error measures."""
+"""Shared by tests and benchmarks of this package and of code built on it: shapes, weights, errors, guarded memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import memory
+from .witnesses import capturing
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Where bugs live: one element, primes, odd, rectangular, vector widths and tile sizes plus and minus one.
+# Shapes likely to show bugs: one element, primes, odd, rectangular, vector widths and tile sizes plus and minus one.
 AWKWARD_COUNTS = (0, 1, 2, 3, 7, 13, 15, 16, 17, 31, 33, 64, 97, 131)
 AWKWARD_GRIDS = ((1, 1), (1, 2), (2, 1), (1, 7), (5, 1), (2, 3), (3, 5), (7, 7), (8, 4), (13, 11))
 
 
 def randomize(module: Module, seed: int) -> Module:
-    """Give every BatchNorm random affine weights and statistics, so that folding them is visible. In place.
+    """Give every BatchNorm random affine weights and statistics, in place.
 
-    Fresh modules have mean 0, variance 1, scale 1 and shift 0, with which a wrong fold goes unnoticed.
+    New modules have mean 0, variance 1, scale 1 and shift 0, which would hide a wrong fold.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     for norm in module.modules():
@@ -51,11 +52,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-# Bytes before and after each tensor: a multiple of what allocators align to, so that a tensor lies as it would alone.
+# Bytes before and after each tensor: a multiple of the allocators' alignment, so that a tensor keeps its alignment.
 BAND = 512
-# What every byte holds: of the bands; of floating point, NaN in each format; of the rest, a number far from any index.
+# The value of each byte: of the bands; of floating point, NaN in every format; of others, a number far from any index.
 _GUARD, _NAN, _WRONG = 0xA5, 0xFF, 0x81
-# Bytes of memory no longer used that may await their check.
+# Bytes of unused memory that may wait for their check.
 _MOST_KEPT = 1 << 30
 _DOORS = {name: getattr(memory, name) for name in ("empty", "empty_like", "full", "new_empty", "zeros")}
 
@@ -69,7 +70,7 @@ class _Guarded(NamedTuple):
     """bytes"""
     what: str
     owner: StorageWeakRef
-    """of the memory between the bands: expired where nobody uses it any more"""
+    """of the memory between the bands; expired when it is no longer used"""
 
     def overruns(self, bands: Tensor) -> Iterator[str]:
         """One line for each side that was written to, given the ``[2, BAND]`` bytes of both."""
@@ -81,7 +82,7 @@ class _Guarded(NamedTuple):
 
 
 class _Guards:
-    """Everything that was allocated within :func:`poisoned_outputs`; held, so that freed memory is checked as well."""
+    """All memory allocated within :func:`poisoned_outputs`, held so that freed memory is checked as well."""
 
     def __init__(self) -> None:
         self.kept: list[_Guarded] = []
@@ -89,12 +90,12 @@ class _Guards:
         self.bytes = 0
 
     def door(self, allocate: Callable[..., Tensor], poison: bool) -> Callable[..., Tensor]:
-        """``allocate`` with bands around what it gives and, with ``poison``, without its contents."""
+        """``allocate`` with bands around its result; ``poison`` overwrites the contents."""
 
         def guarded(*args: Any, **kwargs: Any) -> Tensor:
             plain = allocate(*args, **kwargs)
-            # Nothing runs on fake tensors; what a graph records is done at its replays, not now.
-            if type(plain) is not Tensor or plain.device.type not in ("cpu", "cuda") or _capturing(plain):
+            # Nothing runs on fake tensors, and a captured graph runs only when it is replayed.
+            if type(plain) is not Tensor or plain.device.type not in ("cpu", "cuda") or capturing(plain):
                 return plain
             caller = sys._getframe(1)
             out = self.place(plain, f"{caller.f_code.co_filename}:{caller.f_lineno}")
@@ -103,12 +104,12 @@ class _Guards:
         return guarded
 
     def place(self, plain: Tensor, where: str) -> Tensor:
-        """A tensor like ``plain`` in dtype, shape and strides."""
+        """A guarded tensor with the dtype, shape and strides of ``plain``."""
         size = plain.untyped_storage().nbytes()
         base = torch.full((BAND + size + BAND,), _GUARD, dtype=torch.uint8, device=plain.device)
         inner = base[BAND : BAND + size].fill_(_NAN if plain.is_floating_point() else _WRONG)
         dtype = str(plain.dtype).removeprefix("torch.")
-        # A storage of its own, which holds the base: an operator's result is no view and begins where its storage does.
+        # Its own storage, which keeps the base alive: an operator's result is not a view and has storage offset 0.
         own = from_dlpack(to_dlpack(inner)).untyped_storage()
         what = f"{dtype} {list(plain.shape)} allocated at {where}"
         self.kept.append(_Guarded(base, size, what, StorageWeakRef(own)))
@@ -118,7 +119,7 @@ class _Guards:
         return torch.empty(0, dtype=plain.dtype, device=plain.device).set_(own, 0, plain.shape, plain.stride())
 
     def inspect(self) -> None:
-        """Look at the bands so far, and let go of memory that is no longer used."""
+        """Check all bands, and release memory that is no longer used."""
         for device in {one.base.device for one in self.kept}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -131,17 +132,13 @@ class _Guards:
         self.bytes = sum(len(one.base) for one in self.kept)
 
 
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Show what kernels leave unwritten and what they write outside.
+    """Detect elements that kernels leave unwritten, and writes out of bounds.
 
-    Within it, memory of :mod:`lift_fast.memory` is full of NaN (integers and booleans: of bytes 0x81, see
+    Within it, memory of :mod:`lift_fast.memory` is filled with NaN (integers and booleans: bytes 0x81, see
     :func:`unwritten`) and lies between guard bands of ``BAND`` bytes. At the end the bands of every such tensor are
-    checked, of those no longer used too; nothing is guarded while a CUDA graph is captured.
+    checked, also of those no longer used. Nothing is guarded while a CUDA graph is captured.
 
     Raises:
         AssertionError: if a band was written to; names the allocation, the side and the byte.
@@ -160,9 +157,9 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def unwritten(tensor: Tensor) -> Tensor:
-    """Which elements still hold what :func:`poisoned_outputs` put there: bool, in the shape of ``tensor``."""
+    """Which elements still hold the fill value of :func:`poisoned_outputs`: bool, in the shape of ``tensor``."""
     poison = _NAN if tensor.is_floating_point() else _WRONG
-    # A copy of a boolean is 0 or 1.
+    # Viewed before any copy, which would turn a boolean into 0 or 1.
     plain = tensor.detach().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
     rows = plain.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
     return (rows == poison).all(1).view(tensor.shape)

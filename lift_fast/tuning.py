@@ -1,4 +1,4 @@
-"""Measures the tile shapes of LiFT's GPU kernels once per device; :mod:`.ops.lift_forward.tiles` keeps them."""
+"""Measures the tile shapes of LiFT's GPU kernels once per device; :mod:`.ops.lift_forward.tiles` stores them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .testing import relative_error
 def tune(
     lift: LiFT, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, *, quiet: bool = False
 ) -> dict[str, Tile]:
-    """Measure the tiles of LiFT's GPU kernels for images of one shape, and keep the fastest on disk.
+    """Measure the tiles of LiFT's GPU kernels for images of one shape, and store the fastest on disk.
 
-    Takes about a minute, nearly all of it compilation. Results count for every image with about as many pixels, on
-    every device of the same model. A tile that does not run, or whose result differs from the default's, is left out.
+    Takes about a minute, nearly all of it compilation. The results apply to images with about as many pixels, on every
+    device of the same model. A tile that does not run, or whose result differs from the default's, is skipped.
 
     Args:
         lift: the network, on a CUDA device.
         shape: ``(B, 3, H, W)`` of the images.
-        dtype: in which to compute: bfloat16, float16 or float32.
+        dtype: dtype of the computation: bfloat16, float16 or float32.
         quiet: print nothing.
 
     Returns:
         The tile chosen for each piece of work.
 
     Raises:
-        RuntimeError: where the Triton kernels do not run.
+        RuntimeError: if the Triton kernels do not run.
         ValueError: for a shape or dtype that does not fit.
     """
     device = lift.outc.weight.device
@@ -82,7 +82,7 @@ def _fastest(work: Work, device: torch.device, run: Callable[[Tile], Tensor], qu
             time = _milliseconds(lambda tile=tile: run(tile))  # type: ignore[misc]
         except Exception as reason:  # Triton's own: out of resources, or a compiler's failure on an odd tile.
             if not quiet:
-                print(f"{work.key()} {tuple(tile)}: left out, {type(reason).__name__}")
+                print(f"{work.key()} {tuple(tile)}: skipped, {type(reason).__name__}")
             continue
         if error <= limit and time < least:
             best, least = tile, time
@@ -92,7 +92,7 @@ def _fastest(work: Work, device: torch.device, run: Callable[[Tile], Tensor], qu
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
-    """Median of one launch's time on the device."""
+    """Median time of one launch on the device."""
     times = []
     for repeat in range(13):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""Whether a module computes what its class says, so that the same arithmetic may stand for a call of it."""
+"""Whether a module computes what its class defines, so that equivalent arithmetic may replace a call of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _EVERYWHERE: tuple[dict[int, Any], ...] = (
 
 
 def is_untouched(*modules: Any) -> bool:
-    """Whether nothing but ``forward`` of its class runs when one of ``modules`` is called: no ``forward`` of the
-    instance, no hooks or pre-hooks of its own, none that PyTorch runs in every call."""
+    """Whether a call of any of ``modules`` runs only ``forward`` of its class: no ``forward`` of the instance, no hooks
+    or pre-hooks, its own or global."""
     for module in modules:
         if (
             module._forward_hooks
@@ -34,25 +34,25 @@ def is_untouched(*modules: Any) -> bool:
 
 
 def _only_watches(hook: Any) -> bool:
-    """Whether this is the hook by which PyTorch's counters of operations learn the module's name: to call other
-    operations for its sake would count others than run without it."""
+    """Whether this hook only names the module for PyTorch's operation counters, which must not change what runs."""
     return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 def is_timms(module: nn.Module) -> bool:
-    """Whether ``forward`` of the module's class is timm's, and was not put there by somebody else."""
+    """Whether ``forward`` of the module's class is timm's own."""
     return type(module).forward.__module__.startswith("timm.")
 
 
 class Unchanged:
-    """What would differ had somebody edited or hooked one of these modules since; backward hooks are not looked at.
+    """A record of modules that detects later edits and hooks, except backward hooks.
 
-    To look again costs a fifth of what it costs to look: :class:`lift_fast.LiFT` and the backbones do before each
+    Checking it costs a fifth of inspecting the modules: :class:`lift_fast.LiFT` and the backbones check it before each
     forward pass.
 
     Args:
-        roots: the modules, with all that is in them.
-        settings: (reader, dictionaries): what the reader finds in the modules' dictionaries decides what they compute.
+        roots: the modules, with all their submodules.
+        settings: (reader, dictionaries): the values that the reader takes from the modules' dictionaries must not
+            change.
     """
 
     def __init__(self, roots: list[Any], settings: Sequence[tuple[Callable[[Any], Any], list[Any]]]) -> None:
@@ -65,7 +65,7 @@ class Unchanged:
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [kind.forward for kind in self._classes]
         self._attributes = [module.__dict__ for module in modules]
-        # A forward of its own is one more.
+        # A ``forward`` set on an instance adds an entry.
         self._sizes = [len(entries) for entries in self._attributes]
         hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks: list[dict[int, Any]] = [*hooks, *_EVERYWHERE]
@@ -75,7 +75,7 @@ class Unchanged:
         return [*map(tuple, map(dict.values, self._children))]
 
     def still(self, roots: list[Any]) -> bool:
-        """Whether ``roots`` are the same modules, none of them edited since, none hooked."""
+        """Whether ``roots`` are the same modules, neither edited nor hooked since."""
         if not (
             roots == self._roots
             and not any(self._hooks)
@@ -85,7 +85,7 @@ class Unchanged:
             and [kind.forward for kind in self._classes] == self._forwards
         ):
             return False
-        # A loop, since each element of a generator costs as much as a call.
+        # A loop: each element of a generator costs as much as a call.
         for read, entries, values in self._settings:
             try:
                 if [*map(read, entries)] != values:

@@ -1,4 +1,4 @@
-"""What a cache asks before it gives out what was made from tensors: are they still the same memory and contents?"""
+"""Checks whether tensors still have the same memory and contents, for caches of values computed from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Witnesses:
-    """Remember tensors: tell whether others are the same memory with the same contents.
+    """Remembers tensors, and checks whether others have the same memory with the same contents.
 
-    Asked before each forward pass, so each question goes to all tensors at once: 5 us for 37 of them.
+    Used before each forward pass, so each check covers all tensors at once: 5 us for 37 of them.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._pointers = list(map(Tensor.data_ptr, tensors))
-        # Holding the storages weakly keeps their addresses from being handed out again unnoticed.
+        # Weak references to the storages notice when an address is reused.
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._names = [storage.cdata for storage in self._storages]
         self._tensors = list(map(weakref.ref, tensors))
@@ -29,21 +29,21 @@ class Witnesses:
         self._contents = {i: tensor.detach().clone() for i, tensor in enumerate(tensors) if tensor.is_inference()}
 
     def recognise(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors remembered, unchanged."""
+        """Whether these are the remembered tensors, unchanged."""
         if list(map(Tensor.data_ptr, tensors)) != self._pointers or self.expired():
             return False
         if _versions(tensors) != self._versions:
             return False
-        # Another view of the same memory, a transposed one say, has its address and its version. To change the layout
-        # of a tensor that is there counts as a version, and these are quicker to compare.
+        # Another view of the same memory, such as a transposed one, has the same address and version. Changing the
+        # layout of the same tensor changes its version, so identical objects, faster to compare, need no layout check.
         same = all(map(is_, tensors, [tensor() for tensor in self._tensors]))
         if not same and _layouts(tensors) != self._layouts:
             return False
-        # Comparing waits for the device; whoever records a graph ran the network just before.
-        return all(_capturing(tensors[i]) or torch.equal(tensors[i], held) for i, held in self._contents.items())
+        # A comparison waits for the device, which a graph capture forbids; the network ran just before it.
+        return all(capturing(tensors[i]) or torch.equal(tensors[i], held) for i, held in self._contents.items())
 
     def expired(self) -> bool:
-        """Whether the memory of one of the tensors is gone."""
+        """Whether the memory of one of the tensors was freed."""
         return any(map(torch.UntypedStorage._expired, self._names))
 
 
@@ -52,12 +52,13 @@ def _layouts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor has changed; -1 for those made in inference mode, which count no versions."""
+    """How often each tensor has changed; -1 for tensors made in inference mode, which have no version."""
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _capturing(tensor: Tensor) -> bool:
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the stream of ``tensor``'s device; the values cannot be read then."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

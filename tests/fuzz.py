@@ -1,4 +1,4 @@
-"""Random calls of every public operator, each judged by a float64 brute force of its documentation.
+"""Random calls of every public operator, each checked against a float64 brute force of its documentation.
 
 ``python tests/fuzz.py --calls 20000 --seed 0`` runs many; ``tests/test_fuzz.py`` a few. A call is one seed: values
 (tiny, huge, mixed, equal, nearly parallel, NaN), layouts (permuted, strided, expanded, misaligned, negated), dtypes,
@@ -58,7 +58,7 @@ PACKAGE = str(Path(lift_fast.__file__).parent)
 
 
 class Draw:
-    """Everything random about one call, from one seed."""
+    """The random choices of one call, from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -78,7 +78,7 @@ class Draw:
         self.notes += [f"{name}={value}" for name, value in facts.items()]
 
     def setting(self, autocast: bool = True) -> ExitStack:
-        """Global settings that change no result, for the call alone."""
+        """Global settings that must not change a result, during one call."""
         stack = ExitStack()
         kind = self.pick("none", "none", "dtype", "device", "inference", "no_grad", "autocast" if autocast else "none")
         self.note(setting=kind)
@@ -131,7 +131,7 @@ class Draw:
         return values.to(dtype).contiguous()
 
     def laid(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same numbers in another layout of memory."""
+        """The same values in another memory layout."""
         kind = self.pick("as is", "as is", "permuted", "stepped", "misaligned", "negated", "offset", "parameter")
         self.note(layout=kind)
         if kind == "permuted":
@@ -156,7 +156,7 @@ class Draw:
         return tensor
 
 
-# One function for each operator: draws a call, makes it, judges it.
+# One function for each operator: draws a call, runs it, checks the result.
 
 
 def native_tolerance(dtype: torch.dtype) -> float:
@@ -219,7 +219,7 @@ def run_nearest(draw: Draw, how: str) -> None:
     count = math.prod(batch)
     result = [part.reshape(count, *part.shape[len(batch) if how != "triton" else 1 :]) for part in result]
     queries, keys = query.reshape(count, n, channels), key.reshape(count, m, channels)
-    # Only the native core promises it: libraries sum the last rows of a product otherwise.
+    # Only the native core guarantees it: libraries sum the last rows of a product in another order.
     bitwise = how not in ("plain", "triton") and dtype != torch.float64 and precision == "exact"
     bitwise = bitwise and (normalize or not beyond_range(query, key))
     for b in range(count):
@@ -298,7 +298,7 @@ def run_loss(draw: Draw, how: str) -> None:
     positions = wanted.numel()
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
     upstream = torch.randn(wanted.shape if reduction == "none" else (), generator=draw.generator, dtype=torch.float64)
-    # So that gradients are numbers that the dtype holds.
+    # Keeps gradients in the range of the dtype.
     finite = length[length.isfinite() & (length > 0)]
     upstream = (
         upstream * (float(finite.median()) if len(finite) else 1.0) * (positions or 1 if reduction == "mean" else 1)
@@ -337,11 +337,11 @@ def run_loss(draw: Draw, how: str) -> None:
     # Half precision is rounded when it is written, and bfloat16 once more when it is scaled.
     step = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, tolerance)
     allowed = step * (above / length.unsqueeze(dim)).abs() + 1.5 * torch.finfo(dtype).tiny
-    # What the scale and the factors of a very long vector lose at the lower end of the range.
+    # Underflow of the scale and the factors of a very long vector.
     allowed = allowed + above.abs() * torch.finfo(dtype).tiny
     over = exact.abs() >= torch.finfo(dtype).max * 0.99
-    sound = part.unsqueeze(dim).expand_as(exact) & ~over & exact.isfinite()
-    expect(((found.double() - exact).abs() <= allowed)[sound].all(), "gradient")
+    finite = part.unsqueeze(dim).expand_as(exact) & ~over & exact.isfinite()
+    expect(((found.double() - exact).abs() <= allowed)[finite].all(), "gradient")
 
 
 def run_propagate(draw: Draw, how: str) -> None:
@@ -392,7 +392,7 @@ def run_propagate(draw: Draw, how: str) -> None:
         if 4 * slack > temperature or (
             count < int(allowed[i].sum()) and order.values[count - 1] - order.values[count] <= 4 * slack
         ):
-            # Which keys belong is a matter of rounding: the label is one of theirs all the same.
+            # Rounding decides which keys belong; the label is one of theirs in any case.
             low, high = labels.double()[allowed[i]].amin(0), labels.double()[allowed[i]].amax(0)
             expect(((found[i] >= low - 1e-3) & (found[i] <= high + 1e-3)).all(), f"row {i}: label outside its matches'")
             continue
@@ -468,7 +468,7 @@ JUNK = (
 
 
 def run_junk(draw: Draw, how: str) -> None:
-    """A sound call with one or two arguments that are none: an error of this package, or a result."""
+    """A valid call with one or two invalid arguments: an error of this package, or a result."""
     x, maps, points = torch.randn(6, 4), torch.randn(1, 4, 2, 3), torch.ones(1, 2, 2)
     calls = {
         "nearest": (nearest, {"query": x, "key": x, "k": 2, "mutual": True, "ratio": 0.9, "window": (1, (2, 3)),
@@ -510,7 +510,7 @@ OPERATORS = {
 
 
 def world(draw: Draw, how: str) -> ExitStack:
-    """Global state that must change nothing."""
+    """Global state that must not change."""
     stack = ExitStack()
     changes: dict[str, str | None] = dict.fromkeys(("LIFT_FAST_DISABLE_NATIVE", "LIFT_FAST_CPU_ISA"))
     if how == "plain":
@@ -522,7 +522,7 @@ def world(draw: Draw, how: str) -> ExitStack:
         if value is not None:
             os.environ[name] = value
         stack.callback(_restore, name, before)
-    # The interpreter multiplies exactly: nothing is to be rounded for TF32 products.
+    # The interpreter multiplies exactly, so TF32 products round nothing.
     stack.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     torch.backends.cudnn.allow_tf32 = False
     threads = torch.get_num_threads()
@@ -538,7 +538,7 @@ def _restore(name: str, value: str | None) -> None:
 
 
 def one_call(seed: int, operator: str | None = None) -> tuple[str, str]:
-    """Make and judge one call; its operator and implementation.
+    """Run and check one call; returns its operator and implementation.
 
     Raises:
         Wrong: if the result is not the documented one; any other exception is wrong too.

@@ -1,4 +1,4 @@
-"""What :mod:`fuzz` holds results against: float64, written from the documentation, and the rounding that is allowed."""
+"""References of :mod:`fuzz`: float64, written from the documentation, with the allowed rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Wrong(AssertionError):
 
 
 def expect(condition: object, what: str) -> None:
-    """Raise :class:`Wrong` where ``condition`` does not hold."""
+    """Raise :class:`Wrong` if ``condition`` is false."""
     if not bool(condition):
         raise Wrong(what)
 
@@ -36,7 +36,7 @@ def unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def window_mask(window, n: int, m: int) -> torch.Tensor:
-    """Which pairs lie in the window, in whole numbers."""
+    """Which pairs lie in the window, in integers."""
     radius, (qh, qw), key_grid = window
     kh, kw = key_grid or (qh, qw)
     mask = torch.zeros(n, m, dtype=torch.bool)
@@ -125,7 +125,7 @@ def check_nearest(query, key, options, result, tolerance: float, wide: torch.dty
 
 
 def axis_weights(cells: int, pixels: int) -> torch.Tensor:
-    """[pixels, cells] of bilinear interpolation, align_corners=False, in whole numbers: zero where it is zero."""
+    """[pixels, cells] of bilinear interpolation, align_corners=False, in integers, so zero weights are exact."""
     weights = torch.zeros(pixels, cells, dtype=torch.float64)
     for p in range(pixels):
         # Twice the number of pixels times the position in cells.
@@ -138,7 +138,7 @@ def axis_weights(cells: int, pixels: int) -> torch.Tensor:
 
 
 def pixel_descriptors(cells: torch.Tensor, size, normalize) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Of ``cells [C, h, w]``: descriptors [H * W, C] (times 2 to the last), whether each takes part, their rounding."""
+    """Of ``cells [C, h, w]``: descriptors [H * W, C] (times 2 to the last), whether each is finite, their rounding."""
     _, h, w = cells.shape
     rows = cells.double().flatten(1).T
     good = rows.isfinite().all(-1)
@@ -215,7 +215,7 @@ def reference_loss(prediction, target, dim: int):
 
 
 def functional_lift(state, imgs, x, patch: int):
-    """LiFT from the paper's table, line by line; ``imgs`` are whole patches, ``x`` is [B, C, h, w]."""
+    """LiFT as in the paper's table; ``imgs`` are whole patches, ``x`` is [B, C, h, w]."""
 
     def norm_relu(y, name):
         mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]

@@ -1,4 +1,4 @@
-"""The host's path to every launch on a GPU that is not there (bench/stand_in.py); prints what was seen as JSON.
+"""The host's path to every launch on a GPU that is not there (bench/stand_in.py); prints the records as JSON.
 
 Run as a program: it replaces parts of PyTorch and Triton, and pytest itself may have Triton in interpreter mode.
 """
@@ -43,7 +43,7 @@ from lift_fast.ops.lift_forward.plan import build_plan  # noqa: E402
 from lift_fast.ops.nearest import gpu as nearest_gpu  # noqa: E402
 from lift_fast.ops.nearest.op import nearest_by  # noqa: E402
 
-# Few descriptors, too, are searched in blocks.
+# Search even few descriptors in blocks.
 nearest_gpu._SMALL = 1
 HOME, ELSEWHERE = 1, 0
 HALF = torch.bfloat16
@@ -64,14 +64,14 @@ def nearest(n, m, dtype, **options):
 
 
 def matching(backend):
-    picture = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
+    stretched = dense_match.stretch(torch.randn(8, 5, 6), (40, 48), "grid")
     points = torch.zeros(3, 2, dtype=torch.int64)
 
     def run():
         for at in (None, points):
-            dense_match_gpu.match(picture, picture, at, False, backend)
+            dense_match_gpu.match(stretched, stretched, at, False, backend)
         if backend == "cuda":
-            axes = picture.strips()
+            axes = stretched.strips()
             index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
             dense_match_cuda.mutual(torch.zeros(30, 30), axes, None, axes, index, valid)
 
@@ -138,7 +138,7 @@ class Waiting(AssertionError):
 
 
 def forbid_waiting():
-    """What waits for a device or asks it for its attributes."""
+    """Functions that wait for a device or query its attributes."""
 
     def refuse(name):
         def refused(*_, **__):
@@ -153,7 +153,7 @@ def forbid_waiting():
 
 
 def two_devices():
-    """For each operator the launches of its first calls, and what was current after them. To be asked last."""
+    """For each operator the launches of its first calls, and the current device after them. Must run last."""
     found = {}
     calls = launchers()
     DEVICE.home, DEVICE.current = HOME, ELSEWHERE
@@ -183,7 +183,7 @@ def plain(arguments):
 
 
 def run_kernel(x, inner=7, epsilon=1e-12):
-    """One launch of the loss kernel; what reached the launcher, and how often Triton had a part in it."""
+    """One launch of the loss kernel: the launcher's arguments, and how often Triton was involved."""
     DEVICE.log.clear()
     DEVICE.triton_calls = 0
     cosine_loss.cosine_loss(x[:, :, :inner], x[:, :, :inner], None, torch.empty(4, inner), 0.5, epsilon)
@@ -203,7 +203,7 @@ class Foreign:
 
 
 def direct():
-    """What leads to a launch without Triton, and what does not."""
+    """The conditions of a launch without Triton."""
     launch.forget()
     x, apart = torch.randn(4, 3, 8), torch.randn(4 * 3 * 8 + 1)[1:].view(4, 3, 8)
     out = {}
@@ -242,7 +242,7 @@ def direct():
     os.environ["LIFT_FAST_DISABLE_DIRECT_LAUNCH"] = "1"
     out["switched off"] = [run_kernel(x)[1] for _ in range(4)]
     del os.environ["LIFT_FAST_DISABLE_DIRECT_LAUNCH"]
-    # A Triton that calls its kernels otherwise.
+    # A Triton with another calling convention.
     launch.forget()
     from triton.runtime.jit import JITFunction
 
@@ -278,7 +278,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def count(call):
-    """Python functions and C functions that one call enters."""
+    """Python and C functions that one call enters."""
     calls = {"call": 0, "c_call": 0}
 
     def seen(frame, event, argument):
@@ -295,7 +295,7 @@ def count(call):
 
 @torch.no_grad()
 def passes():
-    """The module's forward pass with sizes met before."""
+    """The module's forward pass with sizes seen before."""
     tile_table.forget()
     lift, (imgs, x) = network(), inputs()
     out = {}
@@ -332,7 +332,7 @@ def passes():
 
     (entry,) = plan_cache._entries.values()
     (plan,) = entry.prepared.values()
-    # Wide tiles alone read the bias as terms.
+    # Only wide tiles read the bias as terms.
     stages = (plan.upsample._replace(bias_terms=None), plan.head)
     held = {weight.data_ptr() for stage in stages for weight in stage if hasattr(weight, "data_ptr")}
     out["weights that the launches read"] = len(held & set(addresses())), len(held)
@@ -350,17 +350,17 @@ def passes():
     out["the first again"] = forward()[0]
     strided = imgs.contiguous(memory_format=torch.channels_last)
     out["strides given to the encoder"] = []
-    for pictures in (imgs, strided, imgs):
+    for images in (imgs, strided, imgs):
         for _ in range(3):
-            forward(pictures)
+            forward(images)
         out["strides given to the encoder"].append(DEVICE.log[0].arguments[1])
     composed = build_plan(*lift._plan_sources(), lift.architecture)
     triton = gpu_plan.prepare_gpu(composed, torch.device("cpu"), HALF, "triton")
     out["strides given to Triton's encoder"] = []
-    for pictures in (imgs, strided, imgs):
+    for images in (imgs, strided, imgs):
         for _ in range(3):
             DEVICE.log.clear()
-            gpu_plan.run_gpu_plan(triton, pictures, x.view(1, 4, 4, 32))
+            gpu_plan.run_gpu_plan(triton, images, x.view(1, 4, 4, 32))
         out["strides given to Triton's encoder"].append(DEVICE.log[0].arguments[1:5])
     other = network(use_image=False)
     out["no image"] = [forward(lift=other) for _ in range(4)][-1]
@@ -371,7 +371,7 @@ def passes():
 
 @torch.no_grad()
 def native():
-    """Triton's own launcher in C: what reaches the driver when Triton launches, and later without it."""
+    """Triton's own launcher in C: the driver's arguments with Triton, and later without it."""
     imgs, x = inputs()
     rounds = []
     for DEVICE.home in (0, 1):

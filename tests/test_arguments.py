@@ -1,4 +1,4 @@
-"""What public operators say to tensors and options that they do not take, and what they give on ``meta``."""
+"""Errors of public operators for tensors and options that they do not support, and results on ``meta``."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_window_or_a_k_beyond_the_keys_is_all_of_them():
 
 
 def test_results_do_not_depend_on_global_defaults():
-    """Beside the calls of the fuzz: what is made once for a network, and LiFT's weights themselves."""
+    """In addition to the fuzzed calls: functions called once for a network, and LiFT's weights."""
     lift = LiFT(4, 14).eval()
     imgs, x = torch.randn(1, 3, 28, 42), torch.randn(1, 6, 4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What runs where, the reasons where it does not, and an import that stays light."""
+"""Backends, the reasons if they do not run, and a light import."""
 
 import json
 import os
@@ -17,7 +17,7 @@ needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_r
 
 
 def python(code, **environment):
-    """Run code in a fresh interpreter; what it prints as JSON on its last line."""
+    """Run code in a new interpreter; returns the JSON on its last line."""
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("LIFT_FAST_")}, **environment}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -58,7 +58,7 @@ def test_cpu_native_names_its_instruction_sets(monkeypatch):
         assert result.index[:, 0].tolist() == [4, 3, 2, 1, 0]
 
 
-# What the functions of the core are for, in the words of the table; helpers stand for their operator.
+# The table's name of each function of the core; helpers count as their operator.
 NATIVE_PARTS = {
     "nearest": "nearest",
     "most_": "nearest",
@@ -133,14 +133,14 @@ def test_native_can_be_switched_off(monkeypatch):
         assert not result[name].runs
         assert result[name].detail == "switched off by LIFT_FAST_DISABLE_NATIVE=1"
     assert lift_fast.nearest(torch.eye(3), torch.eye(3)).index[:, 0].tolist() == [0, 1, 2]
-    # Who asks for it by name gets the reason and no substitute.
+    # A backend requested by name raises the reason.
     with pytest.raises(RuntimeError, match="LIFT_FAST_DISABLE_NATIVE=1"):
         _native.require()
 
 
 @pytest.mark.parametrize("reason", ["", "libexample.so.9: cannot open shared object file"])
 def test_without_the_native_core_everything_works(reason):
-    # An empty reason stands for a core that was never built: no finder knows it.
+    # An empty reason means a core that was never built: no finder knows it.
     code = f"""
         import json, sys
         class Broken:
@@ -240,7 +240,7 @@ def test_parts_on_a_gpu():
         works, reason = _native.require().cuda_probe(torch.cuda.device_count())
         assert not works
         assert "does not exist" in reason
-        # A probe that failed must leave no error behind.
+        # A failed probe must not leave a CUDA error behind.
         assert float(torch.ones(2, device="cuda").sum()) == 2
 
 

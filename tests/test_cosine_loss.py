@@ -21,13 +21,13 @@ from lift_fast.testing import AWKWARD_COUNTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of the gradient, in units of 1 / |prediction|: half a unit in the last place; float32 also rounds sums of products.
+# Error of the gradient in units of 1 / |prediction|: half a unit in the last place; float32 also rounds sums.
 EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-6}
 REDUCTIONS = ("mean", "sum", "none")
 
 
 def reference(prediction, target, dim, reduction):
-    """Loss and gradient as people compute them, in float64: permuted copies and ``CosineEmbeddingLoss``."""
+    """Loss and gradient in float64 by permuted copies and ``CosineEmbeddingLoss``."""
     x = prediction.detach().double().requires_grad_()
     channels = x.shape[dim]
     rows = [t.movedim(dim, -1).reshape(-1, channels) for t in (x, target.detach().double())]
@@ -48,7 +48,7 @@ def gradient_error(gradient, expected, prediction, dim, reduction):
 def check(prediction, target, dim=1, reduction="mean", loss_function=cosine_loss):
     prediction = prediction.detach().requires_grad_()
     loss = loss_function(prediction, target, dim, reduction)
-    # As a gradient scaler does for float16, in which the mean's gradients would vanish.
+    # As gradient scalers do for float16, where the gradients of the mean would underflow.
     half_mean = prediction.dtype == torch.float16 and reduction == "mean"
     factor = loss.new_tensor(prediction.numel() // prediction.shape[dim] if half_mean else 1)
     (gradient,) = torch.autograd.grad(loss, prediction, factor.expand_as(loss))
@@ -114,7 +114,7 @@ def test_gradient_has_the_memory_format_of_the_prediction():
     last = x.to(memory_format=torch.channels_last)
     assert check(last, y).is_contiguous(memory_format=torch.channels_last)
     assert check(last, y.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
-    # What three dimensions cannot describe is copied, not refused.
+    # A layout that three dimensions cannot describe is copied.
     odd = random(4, 3, 5, 6).permute(2, 1, 3, 0)[:, :, ::2]
     check(odd, random(*odd.shape, seed=2), 1)
     check(random(1, 16, 1, 1).expand(2, 16, 5, 3), y)
@@ -165,7 +165,7 @@ def test_squares_beyond_the_range(layout, dtype):
     for i in (1, 2, 4):
         scaled[..., i] *= lengths[i][..., i, None]
     assert gradient_error(scaled, slope, unit_x, 1, "none") <= EPS[dtype]
-    # The same from the plain version, and with a graph for further derivatives.
+    # The plain version agrees, and with a graph for further derivatives.
     torch.testing.assert_close(cosine_loss_plain(x, y, 1, "none"), loss, rtol=0, atol=1e-6)
     (again,) = torch.autograd.grad(cosine_loss(x, y, reduction="none").sum(), x, create_graph=True)
     torch.testing.assert_close(again, gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=0)
@@ -179,7 +179,7 @@ def test_float16_gradients_meet_what_comes_from_above_before_they_are_rounded(na
         monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
     x, y = (random(2, 37, 5, seed=s) for s in range(2))
     x, y = (x * length).half(), y.half()
-    # What makes the gradients' largest 1: beyond float16's range by itself, or far below.
+    # Factors that bring the largest gradient to 1; they exceed float16's range or lie far below it.
     _, slope = reference(x, y, 1, reduction)
     above = 1 / slope.abs().max()
     x.requires_grad_()
@@ -205,7 +205,7 @@ def test_gradients_of_nearly_parallel_vectors(channels, layout):
         inputs = [x, y]
         if layout == "tokens":
             inputs = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
-        # The two terms of the gradient cancel: what is left shows how their factors were rounded.
+        # The two terms of the gradient cancel, so the remainder shows how their factors were rounded.
         _, slope = reference(x, y, 1, "none")
         given = inputs[0].requires_grad_()
         (gradient,) = torch.autograd.grad(cosine_loss(given, inputs[1], reduction="none").sum(), given)
@@ -213,7 +213,7 @@ def test_gradients_of_nearly_parallel_vectors(channels, layout):
 
 
 def negative(tensor):
-    """The same numbers, whose memory holds the opposite ones."""
+    """The same values as a lazily negated tensor."""
     out = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
     assert out.is_neg()
     assert torch.equal(out, tensor)
@@ -253,7 +253,7 @@ def test_empty(shape):
         torch.testing.assert_close(loss.double(), wanted, equal_nan=True)
         loss.sum().backward()
         assert x.grad.shape == shape
-    # No position: the mean of nothing. No channel: the cosine of empty vectors is 0.
+    # Without positions the mean is NaN. Without channels the cosine is 0.
     expected = math.nan if 0 in (shape[0], shape[2]) else 1.0
     torch.testing.assert_close(cosine_loss(x, x.detach()).item(), expected, equal_nan=True)
 
@@ -310,7 +310,7 @@ def test_prediction_changed_in_place_is_noticed():
 
 
 class Named(torch.Tensor):
-    """A class of its own, which goes through the dispatcher."""
+    """A subclass, which goes through the dispatcher."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

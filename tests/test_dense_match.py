@@ -1,4 +1,4 @@
-"""``dense_match`` against interpolate-then-argmax, written as published evaluation code does it, in float64."""
+"""``dense_match`` against interpolation and argmax in float64, as in published evaluation code."""
 
 import math
 
@@ -61,7 +61,7 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
         chosen, rounding = table[rows, found], tie[rows, found]
         assert (chosen + rounding >= (table[rows] - tie[rows]).amax(1)).all()
         assert (result.similarity[b][~lost].double() - chosen).abs().le(rounding).all()
-        # Mutual: judged only where no other query pixel comes within rounding of the best.
+        # Mutual: checked only where no other query pixel comes within rounding of the best.
         back = (table[:, found] - tie[:, found]).amax(0)
         clear = (table[:, found] + tie[:, found] >= back).sum(0) == 1
         mutual = table[:, found].argmax(0) == rows
@@ -138,7 +138,7 @@ def test_an_image_matches_itself():
     maps = torch.randn(1, 32, 9, 12)
     result = dense_match(maps, maps, (36, 48), (36, 48), normalize="pixel")
     where = torch.stack(torch.meshgrid(torch.arange(36), torch.arange(48), indexing="ij")[::-1], -1).view(-1, 2)
-    # Beyond the centres of the outermost cells the interpolation is constant: the lowest pixel stands for all.
+    # Beyond the centres of the outermost cells the interpolation is constant: the lowest pixel wins.
     inner = ((where >= 2) & (where < torch.tensor([46, 34]))).all(1)
     assert torch.equal(result.xy[0][inner], where[inner])
     torch.testing.assert_close(result.similarity, torch.ones_like(result.similarity))
@@ -315,7 +315,7 @@ def test_views_that_are_lazily_negative_or_repeat_their_memory(points, normalize
             ours = dense_match(one, other, (6, 8), (5, 9), points=points, normalize=normalize)
             expected = dense_match(copies[0], copies[1], (6, 8), (5, 9), points=points, normalize=normalize)
             torch.testing.assert_close(ours.similarity, expected.similarity)
-            # Where all pixels are alike, rounding may choose.
+            # Between equal pixels rounding may decide.
             assert torch.equal(ours.xy, expected.xy) or views is not negative
     at = torch._neg_view(-points) if points is not None else None
     lazily = dense_match(*copies, (6, 8), (5, 9), points=at, normalize=normalize)

@@ -1,4 +1,4 @@
-"""Which cells a pixel touches, and every magnitude: ``dense_match`` against each pixel's cells by hand, in float64."""
+"""The cells that a pixel uses, and every magnitude: ``dense_match`` against explicit interpolation in float64."""
 
 import math
 from fractions import Fraction
@@ -11,7 +11,7 @@ from lift_fast.ops.dense_match import cpu, op
 
 
 def axis_share(cells, pixels, pixel):
-    """The cells of an axis that have a part in a pixel: {cell: weight}, exactly."""
+    """The cells of an axis that a pixel uses: {cell: weight}, exact."""
     at = min(max((pixel + Fraction(1, 2)) * Fraction(cells, pixels) - Fraction(1, 2), Fraction(0)), Fraction(cells - 1))
     low = math.floor(at)
     return {cell: float(w) for cell, w in ((low, 1 - (at - low)), (low + 1, at - low)) if w > 0}
@@ -27,7 +27,7 @@ def shares(cells, pixels):
 
 
 def descriptors(cells, size, normalize):
-    """``[C, h, w]`` to ``[H * W, C]`` float64; NaN where a pixel touches what is not finite."""
+    """``[C, h, w]`` to ``[H * W, C]`` float64; NaN where a pixel uses a cell that is not finite."""
     cells = cells.double()
     bad = ~torch.isfinite(cells).all(0)
     cells = torch.where(bad, 0.0, cells)
@@ -112,7 +112,7 @@ def test_a_pixel_touches_the_cells_that_have_weight(shape, normalize, native, mo
     monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
     query_grid, query_size, key_grid, key_size = shape
     generator = torch.Generator().manual_seed(5)
-    # Few points take another way than many.
+    # Few points run on another path than many.
     few = torch.tensor([[[x, y] for y in {0, query_size[0] - 1} for x in {0, query_size[1] // 2, query_size[1] - 1}]])
     tie = 2e-5 if normalize != "pixel" else 2e-4
     for query_map in spoiled(query_grid, generator):
@@ -163,7 +163,7 @@ def scaled_maps(dtype, scale):
 def test_cosines_of_every_magnitude(dtype, scale, normalize, native, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
     query_map, key_map = scaled_maps(dtype, scale)
-    # Norms below 1e-12 are taken for that: similarities are as much smaller.
+    # Norms below 1e-12 count as 1e-12, which makes similarities smaller by that ratio.
     tie = 2e-5 * min(1.0, scale * 1e12) ** 2
     for points in (None, FEW):
         check(query_map, key_map, (13, 11), (9, 14), normalize, points, mutual=True, tie=max(tie, 1e-44))
@@ -199,7 +199,7 @@ def test_products_of_every_magnitude(dtype, scale, native, monkeypatch):
 @pytest.mark.parametrize("normalize", ["grid", "pixel", None])
 @pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e15), (torch.float32, 1e19), (torch.float64, 1e160)])
 def test_a_cell_of_another_magnitude(dtype, large, normalize, native, monkeypatch):
-    """One cell of 1e19 among ones; pixels that it has no part in keep every digit."""
+    """One cell of 1e19 among ones; pixels that do not use it keep every digit."""
     monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", str(int(native == "plain")))
     generator = torch.Generator().manual_seed(7)
     query_map, key_map = (torch.randn(6, *grid, generator=generator, dtype=dtype) for grid in ((4, 5), (5, 3)))
@@ -280,14 +280,14 @@ def test_more_pixels_than_32_bits_number(normalize):
     chosen = similarity_at(small, large, *sizes, points, result.xy[0]).diagonal()
     torch.testing.assert_close(result.similarity[0].double(), table.amax(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(chosen, table.amax(1), rtol=0, atol=1e-6)
-    # From there to here: an image of so many query pixels, with the match back among them.
+    # The other direction: an image of so many query pixels, which contain the match back.
     far = torch.tensor([[0, 0], [side - 1, side - 1], [15000, 40000]])
     result = dense_match(large[None], small[None], *sizes[::-1], points=far[None], normalize=normalize, mutual=True)
     here = torch.cartesian_prod(torch.arange(20), torch.arange(20))
     table = similarity_at(large, small, *sizes[::-1], far, here)
     torch.testing.assert_close(result.similarity[0].double(), table.amax(1), rtol=0, atol=1e-6)
     back = similarity_at(small, large, *sizes, result.xy[0], pixels).amax(1)
-    # Beyond the outermost centres the first pixel stands for all.
+    # Beyond the outermost centres the first pixel wins.
     leads_back = (result.similarity[0] >= back - 1e-6) & torch.tensor([True, False, False])
     assert torch.equal(result.valid[0], leads_back)
     with pytest.raises(ValueError, match=r"query_size \(46341, 46341\) has 2\^31 pixels or more"):

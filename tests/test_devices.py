@@ -49,9 +49,9 @@ def test_what_is_no_device(wish):
 @pytest.mark.parametrize(
     ("count", "wish", "local_rank", "message"),
     [
-        (0, "cuda", None, "'cuda' was asked for, but PyTorch sees no CUDA device; pass device='cpu'"),
-        (2, "cuda:2", None, "'cuda:2' was asked for, but PyTorch sees 2 CUDA devices"),
-        (2, None, 2, "'cuda:2' was asked for, but PyTorch sees 2 CUDA devices"),
+        (0, "cuda", None, "'cuda' was requested, but PyTorch sees no CUDA device; pass device='cpu'"),
+        (2, "cuda:2", None, "'cuda:2' was requested, but PyTorch sees 2 CUDA devices"),
+        (2, None, 2, "'cuda:2' was requested, but PyTorch sees 2 CUDA devices"),
     ],
 )
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
@@ -64,7 +64,7 @@ def test_a_device_that_is_not_there(count, wish, local_rank, message, kind, gpus
 def test_kernels_say_why_they_do_not_serve(monkeypatch):
     cpu, half = torch.device("cpu"), torch.float16
     assert devices.kernels_run(cpu, half) == (False, "the tensors are on cpu, not on a CUDA device")
-    monkeypatch.setattr(devices, "_ask_triton", lambda device: (True, f"Triton on {device}"))
+    monkeypatch.setattr(devices, "_probe_triton", lambda device: (True, f"Triton on {device}"))
     assert devices.kernels_run(CUDA, half) == (True, "Triton on cuda:0")
     assert "not in torch.float64" in devices.kernels_run(CUDA, torch.float64)[1]
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
@@ -72,7 +72,7 @@ def test_kernels_say_why_they_do_not_serve(monkeypatch):
 
 
 def test_the_native_core_says_why_it_does_not_run_on_a_device(monkeypatch):
-    monkeypatch.setattr(devices, "_ask_core", lambda index: (index == 0, "asked"))
+    monkeypatch.setattr(devices, "_probe_core", lambda index: (index == 0, "asked"))
     monkeypatch.setattr(devices._native, "can_run", lambda: (True, ""))
     assert devices.cuda_runs(CUDA) == (True, "asked")
     assert devices.cuda_runs(torch.device("cuda", 1)) == (False, "asked")

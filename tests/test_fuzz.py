@@ -27,7 +27,7 @@ def test_random_calls(operator):
         fuzz.one_call(seed, operator)
 
 
-def test_the_judge_sees_a_wrong_result(monkeypatch):
+def test_the_check_sees_a_wrong_result(monkeypatch):
     """Each operator's answer, spoilt a little."""
 
     def spoilt(function, change):

@@ -1,4 +1,4 @@
-"""A pass with sizes met before computes what the first one does: in Triton's interpreter, launched by address."""
+"""Recorded passes compute the same as first ones: in Triton's interpreter, launched by address."""
 
 import os
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Memory:
-    """Finds the tensor that an address lies in, among those that were shown to it and those that ``new_empty`` made."""
+    """Finds the tensor of an address among registered tensors and those made by ``new_empty``."""
 
     def __init__(self, monkeypatch):
         self.tensors = []
@@ -38,7 +38,7 @@ class Memory:
         monkeypatch.setattr(memory, "new_empty", remembered)
 
     def at(self, address, dtype):
-        """All that follows the address in its tensor."""
+        """The rest of the tensor from the address on."""
         for tensor in self.tensors:
             first = tensor.data_ptr()
             if first <= address < first + tensor.numel() * tensor.itemsize:
@@ -48,7 +48,7 @@ class Memory:
 
 
 class Compiled:
-    """What Triton would have compiled: takes tensors or addresses, and interprets the kernel."""
+    """A compiled kernel's stand-in: takes tensors or addresses, and interprets the kernel."""
 
     function, packed_metadata = 3, (4, 1, 0)
 
@@ -70,7 +70,7 @@ class Compiled:
 
 
 class Kernel:
-    """A kernel with the parts of Triton's compiled ones that a direct launch asks for."""
+    """A kernel with the attributes of Triton's compiled ones that a direct launch reads."""
 
     def __init__(self, module, name, memory, monkeypatch):
         self.kernel = getattr(module, name)
@@ -100,7 +100,7 @@ class Kernel:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels as if compiled, and CPU tensors as if on the current GPU."""
+    """Treat kernels as compiled and CPU tensors as tensors on the current GPU."""
     memory = Memory(monkeypatch)
     monkeypatch.setattr(launch, "device_of", lambda tensor: 0)
     monkeypatch.setattr(launch, "_current_device", lambda: 0)
@@ -140,7 +140,7 @@ def test_it_computes_what_the_first_pass_does(kernels, channels, h, w, batch, op
         plan.passes.clear()
         launch.forget()
         for pair, result in zip(inputs, results, strict=True):
-            # By the stages, one after the other.
+            # Stage by stage.
             assert torch.equal(gpu_plan.run_gpu_plan(plan, *pair, normalize), result)
             assert not result.isnan().any()
             launch.forget()
@@ -161,7 +161,7 @@ def test_what_lies_between_the_kernels_does_not_overlap(kernels):
 
 
 def test_memory_of_unknown_origin_is_left_alone():
-    """A launcher that makes a tensor of its own cannot be repeated by address."""
+    """A launcher that allocates a tensor cannot be repeated by address."""
     ready = launch.Ready(None, None, None, (), False, (), ())
     x, out, weight = (torch.zeros(2) for _ in range(3))
     tensors = (None, x, None, None, None, out)

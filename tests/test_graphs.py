@@ -1,4 +1,4 @@
-"""CUDA graphs: what is refused anywhere, and on a GPU the replay against the eager extractor."""
+"""CUDA graphs: errors on any machine, and on a GPU the replay against the eager extractor."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_looking_for_a_plan_does_not_wait_during_a_capture(monkeypatch):
         raise AssertionError("compared during a capture")
 
     monkeypatch.setattr(torch, "equal", equal)
-    monkeypatch.setattr(witnesses, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(witnesses, "capturing", lambda tensor: True)
     assert seen.recognise([weight])
     clear_plans()
 

@@ -1,4 +1,4 @@
-"""What the host does before each launch on a GPU: where it launches, that it never waits, and how little it calls."""
+"""The host's work before each launch on a GPU: the device and stream, no waiting, and few calls."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lift_fast.kernels import launch
 pytest.importorskip("triton")
 
 KERNELS = ["image_encoder", "upsample_kernel", "head_kernel"]
-# Functions, Python's and C's, that a forward pass of LiFT enters, Module.__call__ and the launches included: 106.
+# Python and C functions that a forward pass of LiFT enters, including Module.__call__ and the launches: 106.
 MOST_CALLS = 120
 
 
@@ -38,7 +38,7 @@ def seen():
 def test_triton_launches_twice_and_then_no_more(seen):
     direct = seen["direct"]
     assert direct["by triton"] == [1, 1, 0]
-    # The direct launch gave what Triton gives: the same number of arguments, all alike but for the new loss's address.
+    # The direct launch passed the same arguments as Triton, except for the address of the new loss.
     assert direct["length"][0] == direct["length"][1]
     assert direct["same but for the loss"] <= 1
 
@@ -53,7 +53,7 @@ def test_arguments_of_other_kinds_are_triton_s(seen):
 
 
 class Kernel:
-    """Compiled anew for each type, as Triton does; ``ran`` says which compilation each launch was of."""
+    """Compiled for each type, as by Triton; ``ran`` lists the compilation of each launch."""
 
     pre_run_hooks, arg_names = (), ("x", "n", "SIZE")
 
@@ -137,7 +137,7 @@ def test_a_pass_is_never_older_than_the_weights_and_tiles(seen):
     assert read == held > 0
     assert passes["weights of before a change"] == 0
     assert passes["after a change"] == [0, KERNELS]
-    # The tiles are asked for anew, with another pass for them.
+    # New tiles are looked up, and recorded as another pass.
     assert passes["passes after new tiles"] == [1, 2]
 
 
@@ -197,7 +197,7 @@ def test_the_driver_gets_the_same_without_triton():
         upsample, head = round_
         assert upsample[3] == head[3] == 1000 + number // 4
         assert [upsample[:3], head[:3]] == [one[:3] for one in launches[0]]
-        # x, then g and f; the head reads what lies between, and writes elsewhere.
+        # x, then g and f; the head reads the intermediate map and writes to other memory.
         assert upsample[4] == seen["features"]
         assert len({*upsample[4:7], head[4], head[9]}) == 5
         # The weights of each network, as Triton gave them in its first round.

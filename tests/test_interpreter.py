@@ -1,4 +1,4 @@
-"""bfloat16 in the mended interpreter against PyTorch's on the CPU: computed in float32, rounded to nearest even."""
+"""bfloat16 in the fixed interpreter against PyTorch's on the CPU: computed in float32, rounded to nearest even."""
 
 import importlib
 import os
@@ -116,7 +116,7 @@ def bits(*values):
     return torch.tensor(values, dtype=torch.int64).to(torch.int32).view(torch.float32)
 
 
-# Halfway between two numbers with an even and an odd lower one, just beside, overflow, subnormals, zeros.
+# Halfway between two numbers with an even and an odd lower one, next to that, overflow, subnormals, zeros.
 HARD = bits(0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0xFF7FFFFF, 1, 0x00008001, 0x80000000, 0)
 
 
@@ -126,7 +126,7 @@ def test_conversion_to(dtype):
     if dtype.is_floating_point:
         source[:10] = HARD
         source[10:13] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        # NaN that rounding would turn into infinity or zero.
+        # NaN that rounding of the bits would turn into infinity or zero.
         source[13:16] = bits(0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)
     source = source.to(dtype)
     out = torch.empty(LENGTH, dtype=torch.bfloat16)
@@ -208,7 +208,7 @@ REDUCTIONS = {
     "sum": lambda x: x.double().sum(1).bfloat16(),
     "max": lambda x: x.amax(1),
     "min": lambda x: x.amin(1),
-    # The first of equal ones, which torch.argmax does not promise.
+    # The first of equal values, which torch.argmax does not guarantee.
     "argmax": lambda x: torch.from_numpy(x.float().numpy().argmax(1)).to(torch.int32),
     "reduce maximum": lambda x: x.amax(1),
     "sum of all": lambda x: x.double().sum().bfloat16()[None],

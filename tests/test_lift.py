@@ -87,7 +87,7 @@ def test_plain_graph_is_the_published_function(patch, mode):
     imgs, x = inputs(patch, 3 * patch, 5 * patch, 10, batch=2, dtype=torch.float64)
     state = dict(lift.state_dict())
     if mode == "train":
-        # In training BatchNorm uses the batch's statistics: what the running ones become tells that it did.
+        # In training BatchNorm uses the batch's statistics: the updated running statistics show that it did.
         before = state["image_convs_1.1.running_mean"].clone()
         lift(imgs, x)
         assert not torch.equal(before, lift.state_dict()["image_convs_1.1.running_mean"])
@@ -170,7 +170,7 @@ def test_training_gradients():
     imgs, x = inputs(8, 16, 24, 4, batch=2, dtype=torch.float64)
     x.requires_grad_()
     imgs.requires_grad_()
-    # ReLU has no derivative at 0; random float64 inputs stay clear of it by more than the step.
+    # ReLU has no derivative at 0; random float64 inputs differ from it by more than the step.
     assert torch.autograd.gradcheck(lift, (imgs, x), eps=1e-7, atol=1e-5)
     lift(imgs, x).square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in lift.parameters())
@@ -290,7 +290,7 @@ def test_corrupt_and_wrong_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
         load_lift(tmp_path / "missing.pth", patch_size=8)
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth holds no LiFT.*fc\.weight"):
+    with pytest.raises(ValueError, match=r"other\.pth is not a LiFT checkpoint.*fc\.weight"):
         load_lift(tmp_path / "other.pth", patch_size=8)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds a list"):

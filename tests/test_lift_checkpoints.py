@@ -1,4 +1,4 @@
-"""LiFT files that are not what they should be: each is refused in one line, before anything large is allocated."""
+"""Malformed LiFT files: each raises an error of one line, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wrapped(prefix):
 
 
 def inner(state):
-    """As somebody saves it who has compiled one part of the network."""
+    """The state dict of a network with one compiled part."""
     return {name.replace("up1.", "up1._orig_mod.", 1): value for name, value in state.items()}
 
 
@@ -143,14 +143,14 @@ def test_a_counter_that_counts_nothing(value, state, tmp_path):
         (lambda s: {("a", "b"): s[NAME]}, "the name of an entry is a tuple"),
         (lambda s: {"state_dict": s}, r"entry 'state_dict' is a dictionary of 37 entries \(.*32 more\)"),
         (lambda s: {"model": s, "epoch": 3}, "entry 'model' is a dictionary of 37 entries"),
-        (lambda s: {**s, "module." + NAME: s[NAME]}, "entry 'outc.bias' is there twice, as 'module.outc.bias' too"),
+        (lambda s: {**s, "module." + NAME: s[NAME]}, "entry 'outc.bias' appears twice, also as 'module.outc.bias'"),
         (lambda s: {**s, "outc.weight": torch.zeros(())}, r"outc\.weight has shape \[\]"),
         (
             lambda s: {**s, "outc.weight": torch.zeros(10**9, 0, 1, 1)},
             r"outc\.weight has shape \[1000000000, 0, 1, 1\]",
         ),
         (lambda s: {**s, "outc.weight": torch.zeros(1, 1, 1, 1)}, "outc.weight has 1 channels, expected at least 2"),
-        (lambda s: {**s, "outc.weight": torch.zeros(10**6, 1, 1, 1)}, "holds no LiFT that can be built: in_channels"),
+        (lambda s: {**s, "outc.weight": torch.zeros(10**6, 1, 1, 1)}, "does not describe a valid LiFT: in_channels"),
         (lambda s: {**s, "image_convs_1.0.weight": torch.zeros(3)}, r"image_convs_1\.0\.weight has shape \[3\]"),
         (lambda s: {**s, "image_convs_1.1.running_var": -torch.ones(32)}, "holds negative variances"),
         (lambda s: {**s, "\x1b[31m": torch.zeros(1)}, r"1 unexpected \('\\x1b\[31m'\)"),
@@ -185,7 +185,7 @@ def test_pytorchs_advice_is_not_repeated(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_small_file_makes_no_large_network(suffix, state, tmp_path):
-    """outc.weight alone tells 16384 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
+    """outc.weight alone implies 16384 channels, a network of gigabytes; the file holds 2 x 1 numbers for each."""
     path = tmp_path / f"lift{suffix}"
     content = {**state, "outc.weight": torch.zeros(16384, 2, 1, 1)}
     save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
@@ -356,9 +356,9 @@ def test_parametrised_and_partly_compiled_weights_are_written_as_they_come_out(t
     ("content", "words"),
     [
         (None, "missing.*in_channels and patch_size"),
-        ("{", "no JSON object"),
-        ("[1]", "no JSON object"),
-        ({"in_channels": CHANNELS}, "does not say patch_size"),
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ({"in_channels": CHANNELS}, "missing or lacks patch_size"),
         ({"in_channels": CHANNELS, "patch_size": "a"}, "patch_size must be"),
         ({"in_channels": CHANNELS + 2, "patch_size": 16}, rf"model\.safetensors: in_channels is {CHANNELS + 2}"),
         ({"in_channels": CHANNELS, "patch_size": 16, "use_image": False}, "use_image is False"),

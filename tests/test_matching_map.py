@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lift_fast import LiFT, dense_match, nearest
 from lift_fast.testing import randomize, relative_error
 
-# (C, patch, H, W, options): both plan shapes, a resized patch size, sizes that are no multiple, odd C, every variant.
+# (C, patch, H, W, options): both plan shapes, a resized patch size, sizes that are not multiples, odd C, every variant.
 CASES = [
     (384, 16, 48, 80, {}),
     (64, 8, 30, 41, {}),
@@ -135,7 +135,7 @@ def test_matches_are_those_of_the_wide_descriptors(normalize):
     wide = [exact_rows(lift, *pair).unflatten(0, (2, -1)) for pair in pairs]
     unit = [F.normalize(w, dim=-1) for w in wide]
     cosines = unit[0] @ unit[1].transpose(1, 2)
-    # Descriptors in error by 1e-5 of their length move a cosine by twice that; the factor is for single channels.
+    # Errors of 1e-5 of the descriptors' length change a cosine by twice that; the factor allows for single channels.
     at_match = cosines.gather(2, neighbours.index)
     assert (at_match[..., 0] >= cosines.amax(2) - 1e-4).all()
     assert (at_match - neighbours.similarity).abs().max() <= 1e-4
@@ -148,7 +148,7 @@ def test_matches_are_those_of_the_wide_descriptors(normalize):
     assert found.valid.all()
     assert (similarities.gather(2, index[..., None])[..., 0] >= similarities.amax(2) - 1e-4).all()
     direct = dense_match(*(w.transpose(1, 2).unflatten(2, grid) for w in wide), size, size, normalize=normalize)
-    # Random descriptors are no ties: nearly all pixels agree to the pixel.
+    # Random descriptors do not tie: nearly all matches are the same pixel.
     assert (direct.xy == found.xy).all(-1).float().mean() > 0.95
 
 

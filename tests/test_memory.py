@@ -1,4 +1,4 @@
-"""The door to memory that kernels write, and what tests put in its place: poison and guard bands."""
+"""Allocation of memory that kernels write, and its test replacement with poison and guard bands."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_tracers_and_meta_tensors_get_their_own():
 
 @pytest.mark.unpoisoned
 def test_without_the_context_it_is_pytorch():
-    """No cost, then: not a call, not a check."""
+    """Without guards there is no cost: no call, no check."""
     assert (memory.empty, memory.empty_like, memory.full, memory.zeros) == (
         torch.empty,
         torch.empty_like,
@@ -112,11 +112,11 @@ def test_without_the_context_it_is_pytorch():
 
 
 def idle(*args, **kwargs):
-    """In the place of a kernel: does nothing."""
+    """Replaces a kernel; does nothing."""
 
 
 class IdleKernel:
-    """In the place of a Triton kernel."""
+    """Replaces a Triton kernel."""
 
     def __getitem__(self, grid):
         return idle
@@ -193,8 +193,8 @@ def test_what_a_triton_kernel_leaves_out_shows(name, kernels, run, monkeypatch):
 
 
 def spill_native(loss, by):
-    """The native core's loss of ``loss.shape`` positions, told of an address that is off by ``by`` elements."""
-    # Equal vectors: a loss of zero has no byte in common with the bands, as a random one may.
+    """The native core's loss of ``loss.shape`` positions, with an address that is off by ``by`` elements."""
+    # Equal vectors: a loss of zero has no byte in common with the bands; a random one may.
     x = y = torch.ones(len(loss), 3, 1)
     native().cosine_loss(
         x.data_ptr(), y.data_ptr(), "float32", x.shape, x.stride(), y.stride(), (0, 0, 0), 1.0,
@@ -203,7 +203,7 @@ def spill_native(loss, by):
 
 
 def spill_triton(values, by):
-    """A Triton kernel that writes ``values`` one element beside where they lie."""
+    """A Triton kernel that writes ``values`` at an offset of ``by`` elements."""
     triton = pytest.importorskip("triton")
     tl = triton.language
 
@@ -226,7 +226,7 @@ def test_a_kernel_that_writes_one_element_outside_is_caught(spill, by):
     @poisoned_outputs()
     def among_others(by):
         memory.zeros(3, device=DEVICE)
-        # Free again when it is looked at.
+        # Freed before it is checked.
         spill(memory.empty(4, device="cpu" if spill is spill_native else DEVICE), by)
         memory.empty((), dtype=torch.bool, device=DEVICE)
 
@@ -256,7 +256,7 @@ def test_an_operator_that_asks_for_too_little_is_caught(monkeypatch):
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 1
     assert lines[0].startswith("int64 [1, 5, 2]")
-    # Of the two indices, those bytes that the bands do not hold anyhow.
+    # The bytes of the two indices that differ from the bands.
     assert re.search(r"1[3-6] bytes written after its end, the first at byte 80 of 80", lines[0])
 
 
@@ -273,7 +273,7 @@ def test_contexts_nest_and_each_has_its_own():
 
 
 def test_memory_awaiting_its_check_is_bounded(monkeypatch):
-    """What is in use stays under watch, the rest is checked early and let go."""
+    """Memory in use stays guarded; other memory is checked early and released."""
     monkeypatch.setattr(testing, "_MOST_KEPT", 12 * (2 * testing.BAND + 16))
     kept, inspect = [], testing._Guards.inspect
 
@@ -311,17 +311,17 @@ def test_a_graph_records_plain_memory():
     assert out.tolist() == [2] * 4
 
 
-# Who may allocate otherwise, and why. Files of the package by (file, function).
+# Exceptions that may allocate directly, by (file, function), and why.
 ELSEWHERE = {
     ("lift_fast/memory.py", ""): "the door",
     ("lift_fast/testing.py", "randomize"): "PyTorch fills it, in tests",
-    ("lift_fast/testing.py", "place"): "what stands behind the door in tests",
-    ("lift_fast/ops/cosine_loss/op.py", "_fake_cosine_loss"): "a fake: nothing is ever written",
+    ("lift_fast/testing.py", "place"): "replaces the allocator in tests",
+    ("lift_fast/ops/cosine_loss/op.py", "_fake_cosine_loss"): "a fake: nothing is written",
     ("lift_fast/ops/dense_match/op.py", "_fake_dense_match"): "a fake",
     ("lift_fast/ops/lift_forward/op.py", "_fake_lift_forward"): "a fake",
     ("lift_fast/ops/nearest/op.py", "_fake_nearest"): "a fake",
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
-    ("lift_fast/witnesses.py", "expired"): "allocates nothing: asks whether tensors are still there",
+    ("lift_fast/witnesses.py", "expired"): "allocates nothing: checks whether tensors still exist",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
     ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",
@@ -332,7 +332,7 @@ INITIALISED = re.compile(r"(new_)?(zeros|ones|full)")
 
 
 def allocations(source, launches):
-    """(function, line) of each allocation beside the door: of uninitialised memory, and with ``launches`` of any."""
+    """(function, line) of each direct allocation: of uninitialised memory, and with ``launches`` of any."""
 
     def walk(node, function):
         for child in ast.iter_child_nodes(node):

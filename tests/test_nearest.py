@@ -28,7 +28,7 @@ def similarities(query, key, normalize=True, window=None):
 
 
 def check(query, key, **options):
-    """Compare with brute force; where float32 rounding may decide, any choice within ``TIE`` of the best is right."""
+    """Compare with brute force; any choice within ``TIE`` of the best is correct, as float32 rounding may decide."""
     result = nearest(query, key, **options)
     k, mutual, ratio = options.get("k", 1), options.get("mutual", False), options.get("ratio")
     table = similarities(query, key, options.get("normalize", True), options.get("window"))
@@ -179,12 +179,12 @@ def test_descriptors_that_are_not_finite_take_no_part(poison, k, normalize):
     assert result.index[2].tolist() == [-1] * k
     assert (result.similarity[2] == -math.inf).all()
     assert not result.valid[2]
-    sound = [0, 1, 3, 4, 5]
-    assert not set(result.index[sound].flatten().tolist()) & {0, 3, -1}
+    valid = [0, 1, 3, 4, 5]
+    assert not set(result.index[valid].flatten().tolist()) & {0, 3, -1}
     keys = [1, 2, 4, 5, 6]
-    expected = nearest(query[sound], key[keys], k=k, mutual=True, normalize=normalize)
-    assert torch.equal(torch.tensor(keys)[expected.index], result.index[sound])
-    assert torch.equal(expected.valid, result.valid[sound])
+    expected = nearest(query[valid], key[keys], k=k, mutual=True, normalize=normalize)
+    assert torch.equal(torch.tensor(keys)[expected.index], result.index[valid])
+    assert torch.equal(expected.valid, result.valid[valid])
 
 
 def test_all_keys_poisoned():

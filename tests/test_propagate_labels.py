@@ -1,4 +1,4 @@
-"""``propagate_labels`` against a float64 implementation of the video evaluation's rule, taken literally."""
+"""``propagate_labels`` against a literal float64 implementation of the video evaluation's rule."""
 
 import math
 
@@ -13,7 +13,7 @@ from lift_fast.ops import propagate_labels as op
 
 
 def literal(query, key, labels, mask, k, temperature, normalize=True):
-    """[N, L] by the dense affinity in float64; whose matches rounding cannot exchange; the similarities' error."""
+    """[N, L] from the dense affinity in float64; which queries rounding cannot change; the similarities' error."""
     query, key = query.double(), key.double()
     if normalize:
         query, key = unit(query), unit(key)
@@ -37,24 +37,24 @@ def literal(query, key, labels, mask, k, temperature, normalize=True):
 
 
 def limit(labels, error, k, temperature):
-    """What float32 may err: each weight by twice the error of two similarities, its own rounding, a sum of k rows."""
+    """Largest float32 error: each weight by twice the error of two similarities, its rounding, a sum of k rows."""
     return float(labels.abs().max()) * (2 * math.expm1(4 * error / temperature) + (3 * k + 64) * 2.0**-24)
 
 
 def check(query, key, labels, grid, key_grid, radius, k, temperature, normalize=True):
-    """Returns which share of the queries could be judged."""
+    """Compare the queries that rounding cannot change; returns their share."""
     options = {"grid": grid, "key_grid": key_grid, "radius": radius, "k": k, "normalize": normalize}
     out = propagate_labels(query, key, labels, temperature=temperature, **options)
     assert out.shape == (*query.shape[:-1], labels.shape[-1])
     assert out.dtype == torch.float32
     mask = in_window((radius, *grid, *(key_grid or grid)), math.prod(grid), key.shape[-2])
-    judged = []
+    shares = []
     for b in range(query.shape[0]):
         expected, certain, error = literal(query[b], key[b], labels[b], mask, k, temperature, normalize)
         off = (out[b].double() - expected).abs()[certain]
         assert not off.numel() or float(off.max()) <= limit(labels, error, k, temperature)
-        judged.append(float(certain.double().mean()))
-    return min(judged)
+        shares.append(float(certain.double().mean()))
+    return min(shares)
 
 
 @settings(max_examples=100, deadline=None)
@@ -93,7 +93,7 @@ def test_a_step_of_the_video_evaluation(dtype):
     classes = torch.randint(4, key.shape[:2], generator=generator)
     labels = torch.nn.functional.one_hot(classes).to(dtype)
     assert check(query, key, labels, (19, 31), None, 12, 5, 0.1) > 0.9
-    # One-hot labels stay shares of one.
+    # One-hot labels still sum to one.
     shares = propagate_labels(query, key, labels, grid=(19, 31)).sum(-1)
     torch.testing.assert_close(shares, torch.ones_like(shares))
 

@@ -23,20 +23,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def exact(query, key, window, normalize):
-    """Similarities of all pairs in float64, -inf where there is none, and the most that float32 may err in each."""
+    """Similarities of all pairs in float64, -inf where there is none, and the largest float32 error of each."""
     channels = query.shape[1]
     query, key = query.double(), key.double()
     if normalize:
         query, key = unit(query), unit(key)
     table = query @ key.T
-    # Two rounded factors and a sum of that many terms; and what falls below the smallest float.
+    # Two rounded factors, a sum of that many terms, and underflow.
     bound = (channels + 4) * 2.0**-24 * (query.abs() @ key.abs().T) + (channels + 2) * 1e-45
     table = table.masked_fill(~table.isfinite() | ~in_window(window, *table.shape), -torch.inf)
     return table, bound.where(table > -torch.inf, 0)
 
 
 def check(query, key, k, window, normalize):
-    """Every match, its rank, and that nothing better was left out; rounding decides nothing that it may not."""
+    """Check each match and its rank up to rounding, and that no better key was missed."""
     similarity, index = op.search_windows(query, key, k, window, normalize)
     assert similarity.shape == index.shape == (*query.shape[:2], k)
     for b in range(query.shape[0]):
@@ -54,7 +54,7 @@ def check(query, key, k, window, normalize):
         first, second = similarity[b, :, :-1], similarity[b, :, 1:]
         ordered = (first > second) | ((first == second) & (index[b, :, :-1] < index[b, :, 1:]))
         assert bool((ordered | ~found[:, 1:]).all())
-        # A key that was not chosen lost to the last one that was.
+        # Keys that were not chosen are no better than the last chosen one.
         others = table.scatter(1, torch.where(found, at, at[:, :1]), -torch.inf)
         last = similarity[b].gather(1, (count - 1).clamp_min(0)[:, None]).double()
         assert bool((others - bound <= last)[count > 0].all())
@@ -115,7 +115,7 @@ def test_against_brute_force(
 def test_small_integers_equal_the_plain_version(
     isa, query_grid, key_grid, radius, frames, channels, k, mutual, ratio, seed
 ):
-    """Products of small integers are exact, so nothing may differ: many ties, both directions, the ratio."""
+    """Products of small integers are exact, so results are equal: many ties, both directions, the ratio."""
     query, key, _ = random_case(seed, query_grid, key_grid, frames, 2, channels)
     query, key = query.round(), key.round()
     key[:, ::7] = math.nan
@@ -131,7 +131,7 @@ def test_small_integers_equal_the_plain_version(
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_several_stages_and_tasks(isa, monkeypatch):
-    """More keys than are packed at one time, more queries than one task holds, windows wider than one step."""
+    """More keys than are packed together, more queries than one task holds, windows wider than one step."""
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     query, key, _ = random_case(3, (9, 70), (11, 90), 9, 1, 384)
     for radius in (2, 30):
@@ -142,10 +142,10 @@ def test_several_stages_and_tasks(isa, monkeypatch):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", ["even", "late", "early", "wild"])
 def test_giving_up_early_changes_nothing(isa, shape, normalize, monkeypatch):
-    """Frames that resemble each other, where most pairs are given up after some channels."""
+    """Similar frames, where most pairs are abandoned after some channels."""
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     query, _, generator = random_case(9, (8, 27), (8, 27), 1, 1, 97)
-    # Where the length of a row lies among its channels decides what is left when it is judged.
+    # The distribution of a row's length among its channels decides what remains when it is abandoned.
     share = torch.linspace(-4, 4, 97).exp()
     if shape != "even":
         query = (
@@ -155,7 +155,7 @@ def test_giving_up_early_changes_nothing(isa, shape, normalize, monkeypatch):
     if shape == "wild":
         query = query * torch.randn(1, 216, 1, generator=generator).mul(3).exp()
     frames = [query + noise * query * torch.randn(query.shape, generator=generator) for noise in (0.3, 0.0, 0.1)]
-    # Negated first: whoever gave up on what the first channels say would lose the match.
+    # Negated first channels: abandoning a pair because of them alone would lose the match.
     frames[0][..., :30] *= -1
     check(query, torch.cat(frames, dim=1), 3, [5, 8, 27, 8, 27], normalize)
 
@@ -182,7 +182,7 @@ def test_overflowing_products_take_no_part(isa, monkeypatch):
     similarity, index = op.search_windows(query, key, 2, [3, 1, 3, 1, 3], False)
     assert index.tolist() == [[[2, -1]] * 3]
     assert bool((similarity[..., 0] == 2e30).all())
-    # As cosines they are sound.
+    # As cosines they are finite.
     similarity, index = op.search_windows(query, key, 3, [3, 1, 3, 1, 3], True)
     assert index.tolist() == [[[0, 2, 1]] * 3]
 
@@ -201,7 +201,7 @@ def test_equal_keys_go_to_the_lowest_index(isa, channels, normalize, monkeypatch
     for i in range(60):
         assert index[0, i].tolist() == near[i].nonzero()[:6, 0].tolist()
     assert bool((similarity == similarity[..., :1]).all())
-    # Two frames of the same image: each match comes twice, the earlier frame first.
+    # Two frames of the same image: each match occurs twice, the earlier frame first.
     frame = torch.randn(1, 60, channels, generator=generator)
     index = op.search_windows(frame, frame.repeat(1, 2, 1), 8, [2, 3, 20, 3, 20], normalize)[1]
     assert bool((index[..., 0::2] + 60 == index[..., 1::2]).all())
@@ -236,7 +236,7 @@ def test_the_result_does_not_depend_on_threads(isa, monkeypatch):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
-    # Nor on what else is in the batch.
+    # Nor on the rest of the batch.
     alone = op.search_windows(query[1:], key[1:], 5, window, True)
     assert torch.equal(alone[0], results[0][0][1:])
     assert torch.equal(alone[1], results[0][1][1:])

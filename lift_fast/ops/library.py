@@ -1,4 +1,4 @@
-"""The operator library ``torch.ops.lift_fast``: every operator is defined once, with a fake, through here."""
+"""The operator library ``torch.ops.lift_fast``: every operator is defined here once, with a fake."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def implement(
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """A real ``tensor`` with the numbers in memory that it stands for, and without its graph.
+    """A real ``tensor`` detached from its graph, with a pending negation applied to its memory.
 
-    Operators begin with it: the imaginary part of a conjugate has the opposite numbers in memory, and only the
-    dispatcher, which not every call passes, knows.
+    Operators call it first: the imaginary part of a conjugate stores negated numbers. Only the dispatcher handles
+    that, and some calls bypass it.
     """
     tensor = tensor.detach()
     return tensor.resolve_neg() if tensor.is_neg() else tensor

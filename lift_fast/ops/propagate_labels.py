@@ -1,11 +1,13 @@
 """``propagate_labels``: each query's label is the average of its nearest keys' labels, weighted by similarity.
 
-The rule of label propagation in video: all context frames together, within a window on the grid. Neither the affinity
-of all pairs nor the labels of all matches ever exist: on the CPU the native core searches the windows and PyTorch's
-weighted bag of rows averages, on GPUs one Triton kernel does both.
+This is the rule of label propagation in video: all context frames together, within a window on the grid. The affinity
+of all pairs and the labels of all matches are never stored. On the CPU the native core searches the windows and
+``embedding_bag`` averages; on GPUs one Triton kernel does both.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +39,14 @@ def average_labels(similarity: Tensor, index: Tensor, labels: Tensor, temperatur
     if not out.numel() or not labels.shape[1]:
         return out
     found = index >= 0
-    # Relative to the best match, whose weight is 1: no overflow, and no sum of zero. A smaller temperature than the
-    # dtype can hold leaves only the best.
+    # Relative to the best match, whose weight is 1: no overflow and no zero sum. A temperature too small for the dtype
+    # keeps only the best match.
     temperature = max(temperature, torch.finfo(similarity.dtype).tiny)
     weight = torch.where(found, ((similarity - similarity[..., :1]) / temperature).exp(), 0)
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
-    # What is missing repeats the best match, with no weight: a label that is not finite cannot come in from elsewhere.
+    # A missing match repeats the best one with weight zero, so no unrelated non-finite label enters the sum.
     index = torch.where(found, index, index[..., :1]).clamp_min(0)
-    # PyTorch's fast bag takes whole rows alone.
+    # PyTorch's fast embedding_bag needs contiguous rows.
     labels = labels.contiguous()
     for b in range(batch):
         out[b] = F.embedding_bag(index[b], labels[b], mode="sum", per_sample_weights=weight[b])
@@ -54,13 +56,13 @@ def average_labels(similarity: Tensor, index: Tensor, labels: Tensor, temperatur
 def propagate_labels_plain(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
-    """The plain PyTorch implementation: reference and fallback, from the masked affinity in tiles."""
+    """The plain PyTorch implementation, from the masked affinity in tiles: reference and fallback."""
     similarity, index, _ = plain.search(query, key, k, False, window, normalize)
     return average_labels(similarity, index, labels.to(similarity.dtype), temperature)
 
 
 def _rows(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """``rows [B, N, C]`` as the Triton kernel takes them, and [B, N]: 0, or NaN for a row that takes no part."""
+    """``rows [B, N, C]`` for the Triton kernel, and ``[B, N]``: 0, or NaN for a row to ignore."""
     rows = rows.float()
     if normalize:
         rows = plain.unit_rows(rows)
@@ -72,11 +74,11 @@ def _rows(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
 def propagate_labels_triton(
     query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
 ) -> Tensor:
-    """By the Triton kernel, in float32 on the device of the inputs."""
+    """The Triton kernel, in float32."""
     from ..kernels import propagate_labels as kernel
 
     (queries, query_part), (keys, key_part) = _rows(query, normalize), _rows(key, normalize)
-    # Smaller or larger ones than float32 holds differ in nothing from its smallest and largest.
+    # Temperatures beyond float32's range behave like its smallest and largest number.
     limits = torch.finfo(torch.float32)
     temperature = min(max(temperature, limits.tiny), limits.max)
     return kernel.propagate_labels(
@@ -89,7 +91,7 @@ def _fits_triton(query: Tensor, key: Tensor, k: int) -> bool:
         return False
     from ..kernels.propagate_labels import MOST_MATCHES
 
-    # Keys and blocks are numbered in 32 bits, a block of keys beyond the last.
+    # The kernel numbers keys and blocks in 32 bits and counts up to one block past the last key.
     return k <= MOST_MATCHES and max(key.shape[1], query.shape[0] * query.shape[1]) < 2**31 - 1024
 
 
@@ -99,7 +101,7 @@ def _propagate_labels(
     query, key, labels = map(library.resolved, (query, key, labels))
     if not normalize and plain.beyond_range(query, key):
         queries, keys, exponent = plain.within_range(query, key)
-        # Similarities and temperature in one unit. One below the smallest number leaves only the best match.
+        # Scale the temperature like the similarities. One that underflows keeps only the best match.
         temperature *= 2.0 ** -max(-1000, min(1000, exponent))
         out = propagate_labels_plain(queries, keys, labels, window, k, temperature, False)
         return out.to(torch.promote_types(query.dtype, torch.float32))
@@ -111,9 +113,7 @@ def _propagate_labels(
     return propagate_labels_plain(query, key, labels, window, k, temperature, normalize)
 
 
-def _fake_propagate_labels(
-    query: Tensor, key: Tensor, labels: Tensor, window: list[int], k: int, temperature: float, normalize: bool
-) -> Tensor:
+def _fake_propagate_labels(query: Tensor, key: Tensor, labels: Tensor, *_: Any) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty((query.shape[0], query.shape[1], labels.shape[2]), dtype=dtype)
 

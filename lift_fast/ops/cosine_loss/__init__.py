@@ -1,1 +1,1 @@
-"""``cosine_loss``: ``op`` registers the operator and its gradient, ``plain``, ``cpu`` and ``gpu`` compute both."""
+"""``cosine_loss``: ``op`` registers the operator and its gradient; ``plain``, ``cpu`` and ``gpu`` compute both."""

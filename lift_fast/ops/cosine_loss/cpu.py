@@ -1,4 +1,4 @@
-"""``cosine_loss`` on the CPU, by the native core."""
+"""``cosine_loss`` on the CPU, in the native core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def fits(prediction: Tensor) -> bool:
-    """Whether the native core serves this ``prediction``."""
+    """Whether the native core supports this ``prediction``."""
     return prediction.device.type == "cpu" and prediction.dtype in _TYPES and devices.native_runs()[0]
 
 
@@ -51,5 +51,5 @@ def loss_and_gradient(
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    # A dimension of one element may have any stride; 1 for channels is the layout that costs least.
+    # A dimension of one element may have any stride; 1 for channels selects the fastest layout.
     return tuple(1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""``cosine_loss`` on the GPU, by the Triton kernel."""
+"""``cosine_loss`` on the GPU, in a Triton kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .plain import EPSILON, operands, reduced, share
 
 
 def fits(prediction: Tensor) -> bool:
-    """Whether the kernel serves this ``prediction``."""
+    """Whether the kernel supports this ``prediction``."""
     return prediction.numel() > 0 and devices.kernels_run(prediction.device, prediction.dtype)[0]
 
 

@@ -1,10 +1,10 @@
 """``cosine_loss``: 1 - cosine along one dimension, with the gradient written by the forward pass.
 
-The gradient for the prediction g of ``1 - cos(g, t)`` is ``cos * g / |g|^2 - t / (|g| |t|)``: everything that the loss
-reads. So one pass over both inputs gives loss and gradient, and the backward pass only scales it. The plain form reads
-and writes them about thirty times.
+The gradient of ``1 - cos(g, t)`` for the prediction g is ``cos * g / |g|^2 - t / (|g| |t|)``. It needs only what the
+loss reads, so one pass over both inputs gives loss and gradient, and the backward pass only scales it. The plain form
+reads and writes the inputs about thirty times.
 
-Epsilon, everywhere: 1e-12 is added to both squared norms, as :class:`torch.nn.CosineEmbeddingLoss` does.
+Every implementation adds epsilon = 1e-12 to both squared norms, as :class:`torch.nn.CosineEmbeddingLoss` does.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def _cosine_loss_gradient(prediction: Tensor, target: Tensor, grad_loss: Tensor,
     return gradient
 
 
-def _fake_cosine_loss_gradient(
-    prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, reduction: str
-) -> Tensor:
+def _fake_cosine_loss_gradient(prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, *_: Any) -> Tensor:
     return new_gradient(prediction, dim)
 
 
@@ -71,23 +69,15 @@ def _fake_cosine_loss(
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
-    """Each position's gradient times what comes back for its loss, in the dtype of ``gradient``."""
+    """Each position's gradient times ``grad_loss`` of that position, in the dtype of ``gradient``."""
     if grad_loss.dim():
         grad_loss = grad_loss.unsqueeze(dim)
-    # The product of half precision with a float32 scalar would be rounded before it is multiplied.
+    # PyTorch would round a float32 scalar to half precision before it multiplies.
     return (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype)
 
 
-def _cosine_loss_backward(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
-    return _scaled(gradient, grad_loss, dim)
-
-
-def _fake_cosine_loss_backward(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
-    return _scaled(gradient, grad_loss, dim)
-
-
 library.implement("cosine_loss", _cosine_loss, fake=_fake_cosine_loss)
-library.implement("cosine_loss_backward", _cosine_loss_backward, fake=_fake_cosine_loss_backward)
+library.implement("cosine_loss_backward", _scaled, fake=_scaled)
 library.implement("cosine_loss_gradient", _cosine_loss_gradient, fake=_fake_cosine_loss_gradient)
 
 
@@ -106,7 +96,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
         raise RuntimeError("cosine_loss was called with with_gradient=False, so it has no gradient; pass True")
     prediction, target, gradient = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # Somebody will differentiate this gradient again, as in :class:`CosineLossFunction`.
+        # The gradient itself may be differentiated, as in :class:`CosineLossFunction`.
         loss = cosine_loss_plain(prediction, target, ctx.dim, ctx.reduction)
         (out,) = torch.autograd.grad(loss, prediction, grad_loss, create_graph=True)
     elif ctx.keeps_gradient:
@@ -120,9 +110,9 @@ torch.library.register_autograd("lift_fast::cosine_loss", _backward, setup_conte
 
 
 class CosineLossFunction(torch.autograd.Function):
-    """The operator in eager mode, where the backward pass may keep the very tensor that the forward pass wrote.
+    """The operator in eager mode, whose backward pass scales the forward pass's gradient in place.
 
-    An operator's own backward must not write to its outputs, and so would copy the gradient once more.
+    The operator's own backward must not write to its outputs, so it would copy the gradient once more.
     """
 
     @staticmethod
@@ -138,15 +128,14 @@ class CosineLossFunction(torch.autograd.Function):
         (grad_loss,) = grads
         prediction, target = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Somebody will differentiate this gradient again: it has to be made of operations that can be.
+            # The gradient itself may be differentiated: build it from differentiable operations.
             loss = cosine_loss_plain(prediction, target, ctx.dim, ctx.reduction)
             (out,) = torch.autograd.grad(loss, prediction, grad_loss, create_graph=True)
             return out, None, None, None
-        # Taken, not kept: it is changed in place. A second backward pass through a graph that was retained
-        # computes it again.
+        # It is scaled in place, so a second backward pass through a retained graph computes it again.
         gradient, ctx.gradient = ctx.gradient, None
         if _is_batched(grad_loss):
-            # Many gradients at once do not fit into the one that is here.
+            # A batch of gradients does not fit into the stored one.
             return gradient_of(prediction, target, grad_loss, ctx.dim, ctx.reduction), None, None, None
         if not _keeps_gradient(prediction.dtype):
             return _cosine_loss_gradient(prediction, target, grad_loss, ctx.dim, ctx.reduction), None, None, None
@@ -156,7 +145,7 @@ class CosineLossFunction(torch.autograd.Function):
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands for many: of ``torch.func.vmap``, or of autograd's older ``is_grads_batched``."""
+    """Whether ``tensor`` is a batch of ``torch.func.vmap`` or of autograd's older ``is_grads_batched``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -168,7 +157,7 @@ def _scale_in_place(gradient: Tensor, grad_loss: Tensor, dim: int) -> Tensor:
     if gradient.is_cuda and gpu.fits(gradient):
         from ...kernels import cosine_loss as kernel
 
-        # Looks at the factor on the device, where it is one as a rule, and then touches nothing.
+        # The kernel reads the factor on the device and, if it is one (the usual case), writes nothing.
         return kernel.scale_in_place(gradient, grad_loss)
     factor = float(grad_loss)
     return gradient if factor == 1 else gradient.mul_(factor)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ... import memory
 
-# 1e-12 as a float32, which is how PyTorch writes it down.
+# 1e-12 as a float32, as in PyTorch.
 EPSILON = 9.999999960041972e-13
-# Squared norms beyond which sums or factors may leave a dtype's range, and what brings such vectors back.
+# Squared norms above which sums or factors may leave a dtype's range, and the factor that brings such vectors back.
 _RANGE = {torch.float32: (1e28, 2.0**-80), torch.float64: (1e280, 2.0**-600)}
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the loss: float32 for inputs in half precision."""
+    """Dtype of the loss: float32 for inputs in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -29,22 +29,22 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 
 def share(prediction: Tensor, dim: int, reduction: str) -> float:
-    """Of each position in the reduced loss."""
+    """Weight of each position in the reduced loss."""
     positions = math.prod(prediction.shape[:dim]) * math.prod(prediction.shape[dim + 1 :])
     return 1.0 / positions if reduction == "mean" and positions else 1.0
 
 
 class _Sums(NamedTuple):
-    """Of two vectors at each position, in the dtype of the loss."""
+    """Two vectors and their products at each position, in the dtype of the loss."""
 
     x: Tensor
     y: Tensor
     product: Tensor
     own: Tensor
-    """Squared norm of x and epsilon."""
+    """Squared norm of x plus epsilon."""
     other: Tensor
     factor: Tensor | None
-    """What x was multiplied by to stay in range, None for nothing; a cosine does not change with it."""
+    """Scale that keeps x in range, or None; the cosine does not depend on it."""
 
 
 def _sums(prediction: Tensor, target: Tensor, dim: int) -> _Sums:
@@ -53,31 +53,31 @@ def _sums(prediction: Tensor, target: Tensor, dim: int) -> _Sums:
     product = (x * y).sum(dim, keepdim=True)
     own, other = x.square().sum(dim, keepdim=True), y.square().sum(dim, keepdim=True)
     most, smaller = _RANGE[dtype]
-    if _can_ask(own) and bool(((own <= most) & (other <= most)).all()):
+    if _has_values(own) and bool(((own <= most) & (other <= most)).all()):
         return _Sums(x, y, product, own + EPSILON, other + EPSILON, None)
     of_x, of_y = (torch.ones_like(s).masked_fill(~(s <= most), smaller).detach() for s in (own, other))
     x, y = x * of_x, y * of_y
     own, other = x.square().sum(dim, keepdim=True), y.square().sum(dim, keepdim=True)
-    # Beside lengths beyond the range epsilon is nothing.
+    # Epsilon is negligible next to norms beyond the range.
     own, other = own + EPSILON * (of_x == 1).to(dtype), other + EPSILON * (of_y == 1).to(dtype)
     return _Sums(x, y, (x * y).sum(dim, keepdim=True), own, other, of_x)
 
 
-def _can_ask(tensor: Tensor) -> bool:
-    """Whether a Python program may look at the numbers: no compiler, no transform of ``torch.func`` follows them."""
+def _has_values(tensor: Tensor) -> bool:
+    """Whether Python may branch on the values: no compiler and no ``torch.func`` transform is active."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    # A mode may stand for a program that records operations, whatever the numbers.
+    # A dispatch mode may record operations for other values.
     return not tensor.is_meta and type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def cosine_loss_plain(prediction: Tensor, target: Tensor, dim: int = 1, reduction: str = "mean") -> Tensor:
-    """:func:`lift_fast.cosine_loss` in plain PyTorch, differentiable as often as one likes in both inputs.
+    """:func:`lift_fast.cosine_loss` in plain PyTorch, differentiable in both inputs any number of times.
 
     Reference, baseline and fallback.
     """
     sums = _sums(prediction, target, dim)
-    # A root of each: their product leaves the range of float32.
+    # Two roots: the product of the squares would leave the range of float32.
     cosine = sums.product / (sums.own.sqrt() * sums.other.sqrt())
     return reduced((1 - cosine).squeeze(dim), reduction)
 
@@ -90,11 +90,11 @@ def loss_and_gradient(
     with_gradient: bool,
     grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, and its gradient for ``prediction`` in the dtype and memory format of it; every backend has this function.
+    """The loss, and its gradient in the dtype and memory format of ``prediction``; every backend has this function.
 
     Args:
-        prediction, target, dim, reduction: as :func:`lift_fast.cosine_loss` has checked them.
-        with_gradient: whether it is asked for; else None comes back for it.
+        prediction, target, dim, reduction: as checked by :func:`lift_fast.cosine_loss`.
+        with_gradient: False returns None for the gradient.
         grad_loss: one factor of the gradient, or one for each position.
     """
     if not with_gradient:
@@ -107,7 +107,7 @@ def loss_and_gradient(
 
 
 def gradient_of(prediction: Tensor, target: Tensor, grad_loss: Tensor, dim: int, reduction: str) -> Tensor:
-    """``grad_loss`` times the gradient, where ``grad_loss`` may stand for many."""
+    """``grad_loss``, which may be a batch of ``vmap``, times the gradient."""
     weight = _weight(prediction, grad_loss, dim, reduction)
     return _slope(_sums(prediction, target, dim), weight).to(prediction.dtype)
 
@@ -121,7 +121,7 @@ def _weight(prediction: Tensor, grad_loss: Tensor | None, dim: int, reduction: s
 
 
 def _slope(sums: _Sums, weight: float | Tensor) -> Tensor:
-    """``weight`` times the gradient of each position's loss for the prediction."""
+    """``weight`` times the gradient of each position's loss with respect to the prediction."""
     own, other = sums.own.sqrt(), sums.other.sqrt()
     cosine = sums.product / (own * other)
     slope = (weight * cosine / own / own) * sums.x - (weight / own / other) * sums.y
@@ -138,7 +138,7 @@ def as_three(tensor: Tensor, dim: int) -> Tensor | None:
 
 
 def _three(tensor: Tensor, dim: int) -> Tensor:
-    """The same, of a copy where it must be."""
+    """:func:`as_three`, of a contiguous copy if needed."""
     found = as_three(tensor, dim)
     found = as_three(tensor.contiguous(), dim) if found is None else found
     assert found is not None
@@ -146,7 +146,7 @@ def _three(tensor: Tensor, dim: int) -> Tensor:
 
 
 def new_gradient(prediction: Tensor, dim: int) -> Tensor:
-    """In the memory format of ``prediction``, unless that cannot be seen as three dimensions."""
+    """An empty gradient in the memory format of ``prediction`` if :func:`as_three` can view that, else contiguous."""
     gradient = memory.empty_like(prediction)
     if as_three(gradient, dim) is None:
         gradient = memory.empty_like(prediction, memory_format=torch.contiguous_format)
@@ -156,7 +156,7 @@ def new_gradient(prediction: Tensor, dim: int) -> Tensor:
 def operands(
     prediction: Tensor, target: Tensor, dim: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What a kernel reads and writes: both inputs as three dimensions, the loss, the gradient, and that as three."""
+    """Both inputs in three dimensions, the empty loss, the empty gradient, and its view in three dimensions."""
     gradient = new_gradient(prediction, dim) if with_gradient else None
     into = None if gradient is None else as_three(gradient, dim)
     loss = memory.new_empty(prediction, prediction.shape[:dim] + prediction.shape[dim + 1 :], dtype=torch.float32)

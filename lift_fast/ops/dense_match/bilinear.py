@@ -1,4 +1,4 @@
-"""The geometry of ``dense_match``: descriptor maps stretched over pixels, bilinearly, and how their pixels are cut."""
+"""The geometry of ``dense_match``: bilinear interpolation of descriptor maps, and strips of their pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..nearest.plain import NORM_FLOOR
 class Axis(NamedTuple):
     """Bilinear interpolation along one axis: pixel = cell[low] + weight * (cell[high] - cell[low]).
 
-    A cell of weight zero is none of a pixel's: where weight is 0, high is low.
+    Where weight is 0, high equals low: a cell of weight zero does not count as one of the pixel's cells.
     """
 
     low: Tensor
@@ -25,7 +25,7 @@ class Axis(NamedTuple):
 
 def bilinear_axis(position: Tensor, cells: int, pixels: int, dtype: torch.dtype) -> Axis:
     """The rule of ``torch.nn.functional.interpolate``, align_corners=False: pixel centres, clamped at the border."""
-    # Times 2 * pixels and so in whole numbers, which tell exactly where a pixel has a cell's centre.
+    # In units of 1 / (2 * pixels), integers, so that pixels at the centre of a cell are found exactly.
     whole = 2 * pixels
     source = ((2 * position + 1) * cells - pixels).clamp_(0, whole * (cells - 1))
     low = torch.div(source, whole, rounding_mode="floor")
@@ -40,17 +40,7 @@ def axes_at(points: Tensor, grid: tuple[int, int], size: tuple[int, int], dtype:
 
 
 def sample_bilinear(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], points: Tensor) -> Tensor:
-    """Bilinear interpolation of a map at pixels.
-
-    Args:
-        tokens: ``[h * w, C]``, row-major cells of the map.
-        grid: ``(h, w)``.
-        size: ``(H, W)``, pixels over which the map is stretched.
-        points: ``[P, 2]`` int64, (x, y) pixels.
-
-    Returns:
-        ``[P, C]``.
-    """
+    """``[P, C]`` at (x, y) pixels ``points [P, 2]`` int64: ``tokens [h * w, C]`` on ``grid`` over ``size`` pixels."""
 
     def cell(row: Tensor, column: Tensor) -> Tensor:
         return tokens[row * grid[1] + column]
@@ -79,14 +69,10 @@ def pixel_grid(size: tuple[int, int], start: int, stop: int, device: torch.devic
 
 
 def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Round (x, y) ``points [..., 2]`` down to int64 pixels.
-
-    Raises:
-        ValueError: if one lies outside the image of ``size`` (H, W), or is NaN.
-    """
+    """Round (x, y) ``points [..., 2]`` down to int64 pixels; ValueError if one is outside ``size`` (H, W) or NaN."""
     pixels = points.floor() if points.is_floating_point() else points
     if pixels.device.type == "cpu" and pixels.numel():
-        # Two reductions tell that all is well, as a rule; NaN passes through them and fails.
+        # The fast path: two reductions. NaN propagates through them and fails the comparison.
         least, most = (part.tolist() for part in torch.aminmax(pixels.reshape(-1, 2), dim=0))
         if least[0] >= 0 and least[1] >= 0 and most[0] < size[1] and most[1] < size[0]:
             return pixels.long()
@@ -101,15 +87,15 @@ def whole_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.long()
 
 
-# A few KB each. Graphs that were captured read them: none may be dropped for as long as anyone is likely to replay one.
+# A few KB each. Captured CUDA graphs read them, so they must stay cached as long as a graph may be replayed.
 @lru_cache(maxsize=4096)
 def cut_strips(
     cells: int, pixels: int, device: torch.device, part: tuple[int, int] | None = None, joined: bool = False
 ) -> Strips:
-    """Strips of one axis of an image, or of the pixels ``[begin, end)`` of it, for a device.
+    """Strips of one axis of an image, or of its pixels ``[begin, end)``, on a device.
 
-    ``joined``: those of a single cell with the one that begins there, fewer by half for odd enlargements. Their pixels
-    give the far cell no weight, which adds nothing where that is finite.
+    ``joined`` merges strips of a single cell into the next strip, which halves their number for odd enlargements. Their
+    pixels give the far cell weight zero, which adds nothing if that cell is finite.
     """
     begin, end = part or (0, pixels)
     rule = bilinear_axis(torch.arange(begin, end, device="cpu"), cells, pixels, torch.float32)
@@ -132,13 +118,13 @@ def scales_of(inverse: Tensor | None, strips: tuple[Strips, Strips]) -> Scales |
         high = high.index_select(dim, at).unflatten(dim, (axis.count, axis.longest)).amax(dim + 1)
         low = low.index_select(dim, at).unflatten(dim, (axis.count, axis.longest)).amin(dim + 1)
         rows = high if dim == 1 else rows
-    # NaN next to cells that take no part.
+    # NaN next to cells that are not finite.
     largest = inverse.nan_to_num(0.0, posinf=0.0).max().view(1)
     return Scales(inverse.flatten(), high.flatten(), low.flatten(), largest, rows.flatten())
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """float64, from its bits, for no library promises exact powers; exponents of up to 1000 in size."""
+    """2 to the ``exponent`` of at most 1000 in size, float64; from its bits, since no library promises exact powers."""
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
@@ -149,11 +135,11 @@ class StretchedMap(NamedTuple):
     grid: tuple[int, int]
     size: tuple[int, int]
     unnormalized: bool = False
-    """The cells have yet to be divided by their norms; the native core does so with those that it needs."""
+    """The cells are not yet divided by their norms; the native core divides those that it needs."""
     exponent: Tensor | None = None
-    """[] int, where the tokens are the map times 2 to that power."""
+    """[] int: the tokens are the map times 2 to this power."""
     part: tuple[int, int] | None = None
-    """Rows of pixels ``[begin, end)`` that are looked at as keys; None for all of them."""
+    """Rows of pixels ``[begin, end)`` to search as keys; None for all."""
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -161,7 +147,7 @@ class StretchedMap(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Pixels that are looked at."""
+        """Number of pixels to search."""
         begin, end = self.rows
         return (end - begin) * self.size[1]
 
@@ -170,7 +156,7 @@ class StretchedMap(NamedTuple):
         return NORM_FLOOR if self.exponent is None else NORM_FLOOR * power_of_two(self.exponent)
 
     def axes(self) -> tuple[Axis, Axis]:
-        """Along y and along x, of the pixels that are looked at."""
+        """Interpolation along y and x of the pixels to search."""
         device, dtype = self.tokens.device, self.tokens.dtype
         y, x = (
             bilinear_axis(torch.arange(*rows, device=device), cells, n, dtype)
@@ -179,13 +165,13 @@ class StretchedMap(NamedTuple):
         return y, x
 
     def strips(self, joined: bool = False) -> tuple[Strips, Strips]:
-        """Along y and along x, of the pixels that are looked at; see :func:`cut_strips`."""
+        """:func:`cut_strips` along y and x of the pixels to search."""
         device = self.tokens.device
         y = cut_strips(self.grid[0], self.size[0], device, self.part, joined)
         return y, cut_strips(self.grid[1], self.size[1], device, None, joined)
 
     def descriptors(self, points: Tensor, unit: bool) -> Tensor:
-        """``[P, C]`` of (x, y) ``points [P, 2]``; divided by their norms if ``unit``."""
+        """Descriptors ``[P, C]`` of (x, y) ``points [P, 2]``; with ``unit`` divided by their norms."""
         rows = sample_bilinear(self.tokens, self.grid, self.size, points)
         if not unit:
             return rows
@@ -193,12 +179,12 @@ class StretchedMap(NamedTuple):
         return (rows / norm).to(rows.dtype)
 
     def inverse_norms(self) -> Tensor:
-        """``[H, W]``, of the rows that are looked at: :class:`Norms` of every pixel."""
+        """Inverse norms ``[H, W]`` of the rows to search."""
         return Norms(self).of_all()
 
 
 class Norms:
-    """What the interpolated descriptor of a pixel is multiplied by to have length one.
+    """Inverse norms of the interpolated descriptors of pixels.
 
     The squared norm is bilinear in each of its two factors, so it follows from the products of neighbouring cells; in
     float64, for cells that nearly cancel.
@@ -207,11 +193,11 @@ class Norms:
     def __init__(self, stretched: StretchedMap) -> None:
         self.map = stretched
         grid = stretched.grid
-        # With channels side by side, which the sums run over.
+        # The sums run over channels, so these must be adjacent.
         cells = stretched.tokens.contiguous().double().unflatten(0, grid)
 
         def products(down: int, right: int) -> Tensor:
-            """[h, w]: each cell times the one so far away, itself at the border."""
+            """[h, w]: each cell times the cell at this offset, clamped at the border."""
             rows = (torch.arange(grid[0], device=cells.device) + down).clamp_(max=grid[0] - 1)
             columns = (torch.arange(grid[1], device=cells.device) + right).clamp_(0, grid[1] - 1)
             return (cells * (cells[rows][:, columns] if down or right else cells)).sum(-1)
@@ -220,9 +206,9 @@ class Norms:
         self.diagonal, self.back = products(1, 1), products(1, -1)
 
     def of_all(self) -> Tensor:
-        """``[H, W]``, of the rows that are looked at."""
+        """``[H, W]`` of the rows to search."""
         y, x = self.map.axes()
-        # Along x first, of every row of cells.
+        # Along x first, for every row of cells.
         square, mixed = self._squares(slice(None), x), self._mixed(slice(None), x)
         return self._inverse(y.weight.double()[:, None], square[y.low], mixed[y.low], square[y.high])
 
@@ -234,11 +220,11 @@ class Norms:
         )
 
     def _squares(self, row: Tensor | slice, x: Axis) -> Tensor:
-        """Of descriptors in rows of cells."""
+        """Squared norms of descriptors on rows of cells."""
         return _between(x.weight.double(), self.own[row, x.low], 2 * self.right[row, x.low], self.own[row, x.high])
 
     def _mixed(self, row: Tensor | slice, x: Axis) -> Tensor:
-        """The products of descriptors in rows of cells with those in the row below."""
+        """Products of descriptors on rows of cells with those on the row below."""
         across = self.diagonal[row, x.low] + self.back[row, x.high]
         return _between(x.weight.double(), self.down[row, x.low], across, self.down[row, x.high])
 
@@ -248,6 +234,6 @@ class Norms:
 
 
 def _between(weight: Tensor, near: Tensor, product: Tensor, far: Tensor) -> Tensor:
-    """Squares between two cells, from theirs and twice their product; without weight the far one has no part."""
+    """Squared norms between two cells, from their squares and twice their product; at weight 0 the near one alone."""
     square = (1 - weight) ** 2 * near + (1 - weight) * weight * product + weight**2 * far
     return torch.where(weight == 0, near, square)

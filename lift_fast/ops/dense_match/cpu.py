@@ -1,7 +1,7 @@
-"""``dense_match`` by the native core, float32 on the CPU.
+"""``dense_match`` in the native core, float32 on the CPU.
 
-A few points each bring a descriptor of their own. Many points share the similarities of cells instead, interpolated on
-both sides: those between the same four query cells search together.
+For a few points each point has its own descriptor. Many points share the similarities of cells instead, interpolated
+on both sides: points between the same four query cells search together.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .bilinear import Axis, Norms, StretchedMap, axes_at, pixel_grid
 
 # Bytes of the native core's table of similarities.
 _TABLE_BUDGET = 64 << 20
-# Points that are taken together; beside the table each needs about 100 bytes.
+# Points processed together; in addition to the table each needs about 100 bytes.
 _MOST_POINTS = 1 << 20
-# Pixels whose norms are all made at once, which is the faster way.
+# Up to this many pixels, computing all norms at once is faster.
 _MOST_NORMS = 1 << 24
 
 
 def can_run(tokens: Tensor) -> tuple[bool, str]:
-    """Whether the native core serves a map, and the reason if not."""
+    """Whether the native core supports a map, and the reason if not."""
     if tokens.device.type != "cpu" or tokens.dtype != torch.float32:
         return False, f"the native core takes float32 on the CPU, not {tokens.dtype} on {tokens.device}"
     return devices.native_runs()
@@ -38,7 +38,7 @@ def match(query: StretchedMap, key: StretchedMap, points: Tensor | None, per_pix
     target = (*(axis.arguments() for axis in key.strips()), 0 if scale is None else _native.address(scale))
     similarity = memory.new_empty(query.tokens, count)
     index = memory.empty(count, dtype=torch.int64, device="cpu")
-    # The descriptors of a few points are divided by their norms, similarities of many afterwards.
+    # A few points' descriptors are divided by their norms; for many points the similarities are.
     norms = Norms(query) if per_pixel and many else None
     all_norms = norms.of_all().flatten() if norms and points is None and count <= _MOST_NORMS else None
     for start in range(0, count, _MOST_POINTS):
@@ -63,7 +63,7 @@ def _match_few(
     similarity: Tensor,
     index: Tensor,
 ) -> None:
-    """Write the matches of ``at [P, 2]``; ``target``: the key's strips and scale as the native core takes them."""
+    """Write the matches of ``at [P, 2]``; ``target``: the key's strips and scale, as arguments of the native core."""
     if 1 not in key.tokens.stride() or 0 in key.tokens.stride():
         key = key._replace(tokens=key.tokens.contiguous())
     at = at.contiguous()
@@ -90,21 +90,21 @@ def _match_few(
 def _match_many(
     query: StretchedMap, key: StretchedMap, at: Tensor, target: tuple[Any, ...], similarity: Tensor, index: Tensor
 ) -> None:
-    """The same for points that are put in order by the four query cells around them."""
+    """:func:`_match_few` for many points, sorted by the four query cells around them."""
     height, width = query.grid
     y, x = axes_at(at, query.grid, query.size, torch.float32)
     queries, keys = (_unit_rows(m.tokens) if m.unnormalized else m.tokens for m in (query, key))
     if bool(torch.isfinite(queries.sum())):
-        # Points at a cell's centre together with those beyond it: what has no weight adds nothing.
+        # Group points at a cell's centre with those beyond it: a finite cell of weight zero adds nothing.
         y, x = (
             axis._replace(high=(axis.low + 1).clamp_(max=cells - 1))
             for axis, cells in zip((y, x), query.grid, strict=True)
         )
-    # Rows of cells first; of those with the same low cells, those with the same high ones.
+    # Sort by low cells, row-major, then by high cells.
     group, order = torch.sort(4 * (y.low * width + x.low) + 2 * (y.high - y.low) + x.high - x.low)
     y, x = (Axis(*(part[order] for part in axis)) for axis in (y, x))
     weights = torch.stack([x.weight, y.weight], dim=1)
-    # As many rows of query cells at one time as the budget for their similarities allows.
+    # As many rows of query cells at a time as the budget allows.
     band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
     for top in range(0, height, band):
         ends = torch.tensor([4 * width * top, 4 * width * (top + band)], device="cpu")
@@ -134,14 +134,14 @@ def _match_many(
             torch.get_num_threads(),
             _env.cpu_isa(),
         )
-        # In the order in which the points came.
+        # Back to the order of the points.
         where = order[begin:end]
         similarity[where], index[where] = values, found
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """:func:`unit_rows` with the norm in the dtype of ``rows [n, C]`` where that has the range."""
-    # Faster than vector_norm, which reads a map across its layout.
+    """:func:`unit_rows` with the norm in the dtype of ``rows [n, C]`` if it does not overflow."""
+    # Faster than vector_norm, which reads a map across its memory layout.
     square = (rows * rows).sum(1)
     if bool(torch.isinf(square).any()):
         return unit_rows(rows)

@@ -1,4 +1,4 @@
-"""``dense_match``'s search and its mutual check as the native core's CUDA kernels, on tables of cell similarities."""
+"""``dense_match``'s search and mutual check in the native core's CUDA kernels, on tables of cell similarities."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ... import _native, memory
 from ...kernels import launch
 from ...kernels.strips import Band, Scales, Strips
 
-# Of the mutual check: query pixels between the same four cells, each of which is compared with all of them; key cells,
-# of whose similarities a row has to fit into a block's memory; and 4-byte words that a match to be judged takes.
+# Limits of the mutual check: query pixels between the same four cells, which are compared all with all; key cells, as a
+# row of their similarities must fit into a block's memory. And the 4-byte words that a match to check occupies.
 MOST_MUTUAL_GROUP, MOST_MUTUAL_CELLS, _CANDIDATE_WORDS = 4096, 24000, 8
 
 
 class When(NamedTuple):
-    """Of two launches the one that runs, decided on the device: the one that wants what the flag says."""
+    """Condition of a launch, read on the device: of two launches with opposite conditions one runs."""
 
     flag: Tensor
     """[] int32"""
     wanted: bool
-    """whether the launch runs where the flag is not zero, or where it is"""
+    """True: run if the flag is not zero; False: run if it is zero."""
 
 
 def _axis(strips: Strips) -> tuple[int, ...]:
@@ -40,7 +40,7 @@ def _condition(when: When | None) -> tuple[int, bool]:
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
-    """Number of a tensor's device, and the device's current stream."""
+    """Index of a tensor's device, and the device's current stream."""
     device = launch.device_of(tensor)
     return device, launch.current_stream(device)
 
@@ -56,7 +56,7 @@ def _check(device: torch.device, **tensors: tuple[Tensor, tuple[int, ...], torch
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
-def _check_picture(device: torch.device, name: str, axes: tuple[Strips, Strips], scales: Scales | None) -> None:
+def _check_image(device: torch.device, name: str, axes: tuple[Strips, Strips], scales: Scales | None) -> None:
     for axis, letter in zip(axes, "yx", strict=True):
         _check(
             device,
@@ -95,17 +95,17 @@ def match(
     band: Band | None = None,
     when: When | None = None,
 ) -> None:
-    """Write the best key pixel of each query pixel, -1 and -inf where there is none.
+    """Write each query pixel's similarity and best key pixel, -inf and -1 if there is none.
 
     Args:
-        table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: a row for each point, or for each
-            cell of the query's ``band``.
+        table: ``[rows, h * w]`` float32 contiguous, similarities to the key's cells: one row for each point, or for
+            each cell of the query's ``band``.
         key: the key image's strips along y and x.
-        scales: of the key's pixels, or None for ones.
-        similarity, index: float32, int64: ``[points]``, or ``[H * W]`` of the query image, of which the pixels of
+        scales: scales of the key's pixels, or None for ones.
+        similarity, index: float32 and int64 ``[points]``, or ``[H * W]`` of the query image; only the pixels of
             ``band`` are written.
         query, band: None for points.
-        when: the launch may do nothing.
+        when: condition under which the launch runs; None for always.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not fit.
@@ -114,22 +114,22 @@ def match(
     y, x = key
     device, rows = table.device, table.shape[0]
     count = rows if query is None else query[0].pixels * query[1].pixels
-    _check_picture(device, "key", key, scales)
+    _check_image(device, "key", key, scales)
     _check(
         device,
         table=(table, (rows, y.cells * x.cells), torch.float32),
         similarity=(similarity, (count,), torch.float32),
         index=(index, (count,), torch.int64),
     )
-    pictures = (table.data_ptr(), rows, _axis(y), _axis(x), _factors(scales))
+    source = (table.data_ptr(), rows, _axis(y), _axis(x), _factors(scales))
     _check_when(device, when)
     results = (similarity.data_ptr(), index.data_ptr())
     if query is None or band is None:
-        _native.require().dense_match_points(*pictures, *results, _condition(when), *_where(table))
+        _native.require().dense_match_points(*source, *results, _condition(when), *_where(table))
         return
-    _check_picture(device, "query", query, None)
+    _check_image(device, "query", query, None)
     cut = (*band.strips_y, *band.strips_x, band.top, band.left, band.width)
-    _native.require().dense_match_groups(*pictures, *map(_axis, query), cut, *results, _condition(when), *_where(table))
+    _native.require().dense_match_groups(*source, *map(_axis, query), cut, *results, _condition(when), *_where(table))
 
 
 def mutual(
@@ -141,16 +141,16 @@ def mutual(
     valid: Tensor,
     when: When | None = None,
 ) -> None:
-    """Write whether the best query pixel of each query pixel's match is that pixel.
+    """Write whether each query pixel is the best query pixel of its match.
 
     Args:
         table: ``[query cells, key cells]`` float32 contiguous similarities.
         query, key: the images' strips along y and x; at most ``MOST_MUTUAL_GROUP`` query pixels between four cells,
             and ``MOST_MUTUAL_CELLS`` key cells.
-        scales: of the query's pixels, or None for ones.
-        index: ``[H * W]`` int64, the match of each query pixel, of :func:`match` on the same similarities.
-        valid: ``[H * W]`` bool.
-        when: the launch may do nothing.
+        scales: scales of the query's pixels, or None for ones.
+        index: ``[H * W]`` int64, each query pixel's match from :func:`match` on the same similarities.
+        valid: ``[H * W]`` bool, the result.
+        when: condition under which the launch runs; None for always.
 
     Raises:
         ValueError: if dtypes, devices or shapes do not fit.
@@ -158,7 +158,7 @@ def mutual(
     """
     device = table.device
     for name, axes in (("query", query), ("key", key)):
-        _check_picture(device, name, axes, scales if name == "query" else None)
+        _check_image(device, name, axes, scales if name == "query" else None)
     key_cells, query_cells = (axes[0].cells * axes[1].cells for axes in (key, query))
     _check(
         device,

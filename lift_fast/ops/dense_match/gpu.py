@@ -1,7 +1,7 @@
 """``dense_match`` on the GPU: tables of cell similarities in bands, each searched by one launch.
 
-The search runs in the native core's CUDA kernel, or in Triton where that is missing. A call needs, beside its results,
-a table of at most 256 MB and one number per key pixel; it never waits for the device.
+The search runs in the native core's CUDA kernel, or in Triton if there is none. In addition to its results a call needs
+a table of at most 256 MB and one number per key pixel. It never waits for the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TABLE_BUDGET = 256 << 20
 
 
 def can_run(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
-    """Whether one of the kernels serves these maps: which, or why none does."""
+    """Whether a kernel supports these maps; its name, or the reason if none does."""
     device = query.tokens.device
     if device.type != "cuda":
         return False, f"the maps are on {device}, not on a CUDA device"
@@ -36,10 +36,9 @@ def can_run(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
 
 
 def select(device: torch.device, backend: str | None = None) -> str:
-    """Which kernel searches on a device: "cuda" where the native core has one that runs, else "triton".
+    """The kernel for a device: "cuda" if the native core's runs there, else "triton"; or ``backend``.
 
-    Raises:
-        RuntimeError: if the one that was asked for by name cannot run; says why.
+    RuntimeError with the reason if ``backend`` cannot run.
     """
     if backend is None:
         return "cuda" if devices.cuda_runs(device)[0] else "triton"
@@ -48,27 +47,27 @@ def select(device: torch.device, backend: str | None = None) -> str:
     runs, reason = devices.cuda_runs(device) if backend == "cuda" else (not _env.triton_disabled(), "")
     if not runs:
         reason = reason or "switched off by LIFT_FAST_DISABLE_TRITON=1"
-        raise RuntimeError(f"dense_match's {backend} kernel cannot run: {reason}; leave the choice to the package")
+        raise RuntimeError(f"dense_match's {backend} kernel cannot run: {reason}; pass backend=None")
     return backend
 
 
 def _launcher(backend: str) -> Any:
-    """Triton is imported only for its own."""
     if backend == "cuda":
         return cuda.match
+    # Imported only here: Triton is optional and slow to load.
     from ...kernels import dense_match as kernel
 
     return kernel.match
 
 
 def fits(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
-    """:func:`can_run` without the question of the device and its kernels."""
+    """:func:`can_run` without the check of the device and its kernels."""
     if query.tokens.dtype != torch.float32:
         return False, f"the kernel computes in float32, not in {query.tokens.dtype}"
     if max(key.pixels, query.pixels) >= 2**31 - 1:
-        return False, f"images of less than 2^31 pixels, got {query.size} and {key.size}"
+        return False, f"images must have less than 2^31 pixels, got {query.size} and {key.size}"
     if 4 * 4 * key.tokens.shape[0] > _TABLE_BUDGET:
-        return False, f"maps of at most {_TABLE_BUDGET // 16} cells, got {key.grid}"
+        return False, f"maps must have at most {_TABLE_BUDGET // 16} cells, got {key.grid}"
     return True, ""
 
 
@@ -92,7 +91,7 @@ def match(
         part = slice(start, min(start + rows, len(points)))
         table = query.descriptors(points[part], per_pixel) @ key.tokens.t()
         for way in ways:
-            launch(table, way.key, way.scales, similarity[part], index[part], **way.told)
+            launch(table, way.key, way.scales, similarity[part], index[part], **way.condition)
     return similarity, index
 
 
@@ -101,7 +100,7 @@ def match_mutual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`match`, and whether each match is mutual, from one table of similarities.
 
-    Of all query pixels only few can be the best one of their match, so this takes far less than a second search.
+    Few query pixels can be the best one of their match, so this costs far less than a second search.
     """
     valid = memory.empty(query.pixels, dtype=torch.bool, device=query.tokens.device)
     similarity, index = _match_image(query, key, per_pixel, "cuda", valid)
@@ -112,7 +111,7 @@ def match_mutual(
 
 
 def checks_mutual(query: StretchedMap, key: StretchedMap, points: Tensor | None, backend: str | None = None) -> bool:
-    """Whether :func:`match_mutual` serves these maps: the CUDA kernels alone do, from one table of every cell."""
+    """Whether :func:`match_mutual` supports these maps: only the CUDA kernels do, if all cells fit into one table."""
     if select(query.tokens.device, backend) != "cuda" or (points is not None and not _many(query, points)):
         return False
     y, x = query.strips()
@@ -125,19 +124,19 @@ def checks_mutual(query: StretchedMap, key: StretchedMap, points: Tensor | None,
 
 
 def _many(query: StretchedMap, points: Tensor) -> bool:
-    """So many points that it is cheaper to match every pixel, with whole groups, and to look them up."""
+    """Whether it is cheaper to match every pixel, in whole groups, and to look the points up."""
     return len(points) >= max(2 * query.tokens.shape[0], query.pixels // 16)
 
 
 def _match_image(
     query: StretchedMap, key: StretchedMap, per_pixel: bool, backend: str, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`match` of every pixel; ``valid [H * W]``: where to write whether matches are mutual."""
+    """:func:`match` of every pixel; writes to ``valid [H * W]``, if given, whether matches are mutual."""
     launch = _launcher(backend)
     similarity = memory.new_empty(query.tokens, query.pixels)
     index = memory.empty(query.pixels, dtype=torch.int64, device=similarity.device)
     rows = _TABLE_BUDGET // (4 * key.tokens.shape[0])
-    # Bands are cut from strips as they are.
+    # Bands are cut from strips that are not joined.
     single = rows >= query.tokens.shape[0]
     ways = _ways(query, key, per_pixel, backend, joinable=single)
     own = query.inverse_norms() if per_pixel else None
@@ -147,9 +146,9 @@ def _match_image(
         table = cells[top:bottom, left:right].reshape(-1, cells.shape[2]) @ key.tokens.t()
         for way in ways:
             cut = band or Band((0, way.query[0].count), (0, way.query[1].count), 0, 0, query.grid[1])
-            launch(table, way.key, way.scales, similarity, index, way.query, cut, **way.told)
+            launch(table, way.key, way.scales, similarity, index, way.query, cut, **way.condition)
             if valid is not None:
-                cuda.mutual(table, way.query, scales_of(own, way.query), way.key, index, valid, **way.told)
+                cuda.mutual(table, way.query, scales_of(own, way.query), way.key, index, valid, **way.condition)
     if own is not None:
         similarity *= own.flatten().masked_fill(index < 0, 1)
     return similarity, index
@@ -161,23 +160,23 @@ class _Way(NamedTuple):
     query: tuple[Strips, Strips]
     key: tuple[Strips, Strips]
     scales: Scales | None
-    told: dict[str, Any]
-    """what else the launcher is told"""
+    condition: dict[str, cuda.When]
+    """``when`` for the CUDA kernels, empty for an unconditional launch."""
 
 
 def _ways(query: StretchedMap, key: StretchedMap, per_pixel: bool, backend: str, joinable: bool = True) -> list[_Way]:
-    """The launches of which one does the search.
+    """One launch, or two with opposite conditions.
 
-    Where pixels lie at the centres of cells, strips of a single cell are up to half of all: they are joined to others
-    where every cell is finite, which the device alone knows. So there are two launches, one of which does nothing.
+    If pixels lie at the centres of cells, up to half of the strips have a single cell. These are joined to others if
+    every cell is finite, which only the device knows. So there are two launches, one of which does nothing.
     """
     inverse = key.inverse_norms() if per_pixel else None
 
-    def way(joined: bool, **told: Any) -> _Way:
+    def way(joined: bool, **condition: cuda.When) -> _Way:
         strips = key.strips(joined)
-        return _Way(query.strips(joined), strips, scales_of(inverse, strips), told)
+        return _Way(query.strips(joined), strips, scales_of(inverse, strips), condition)
 
-    # Joined strips are far fewer. Even enlargements have one beyond each outermost centre alone.
+    # Joining pays where it removes many strips; even enlargements have single cells only beyond the outermost centres.
     joins = any(axis.count > axis.cells + 1 + axis.cells // 4 for axis in (*query.strips(), *key.strips()))
     if backend != "cuda" or not (joinable and joins):
         return [way(False)]
@@ -186,7 +185,7 @@ def _ways(query: StretchedMap, key: StretchedMap, per_pixel: bool, backend: str,
 
 
 def _bands(query: StretchedMap, rows: int) -> Iterator[tuple[Band, int, int]]:
-    """Parts of the query image that need at most ``rows`` rows of the table; with the cells after each part."""
+    """Parts of the query image that need at most ``rows`` rows of the table, each with its bottom and right cell."""
     strips = (
         cut_strips(cells, pixels, torch.device("cpu")) for cells, pixels in zip(query.grid, query.size, strict=True)
     )
@@ -199,7 +198,7 @@ def _bands(query: StretchedMap, rows: int) -> Iterator[tuple[Band, int, int]]:
 
 
 def _parts(low: list[int], high: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive strips that together need at most ``most`` cells, but at least one strip."""
+    """Runs ``[start, stop)`` of at least one strip that need at most ``most`` cells."""
     start = 0
     while start < len(low):
         stop = start + 1

@@ -1,9 +1,10 @@
-"""The operator ``dense_match``: maps made ready, a search chosen, large key images in parts, and matches both ways."""
+"""The operator ``dense_match``: prepares maps, selects a search, splits large key images, and checks mutual matches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,30 +19,30 @@ library.define(
     " bool mutual) -> (Tensor, Tensor, Tensor)"
 )
 
-# Key pixels that are searched together where the search, or its scales, needs numbers for each; and where it does not,
-# pixels that 32 bits still number.
+# Key pixels searched together: if the search or its scales store numbers for each pixel, and if not, where the limit is
+# that 32 bits number the pixels.
 _MOST_SCALED, _MOST_PIXELS = 1 << 24, 1 << 30
-# Powers of two: norms of cells in float32 whose products, and theirs with scales, stay clear of the ends of its range.
+# Powers of two: with norms of float32 cells in between, their products, also with scales, stay well within its range.
 _LEAST_NORM, _MOST_NORM = -40, 60
-# Of each dtype, to which power of two the largest number of a map is brought, so that products stay clear of both ends;
-# and the largest factor for that.
+# For each dtype: the power of two to which a map's largest number is scaled, so that products stay well within the
+# range; and the power of two of the largest such factor.
 _RAISED = {torch.float32: (40, 127), torch.float64: (450, 1000)}
 
 
 def _ordinary(rows: Tensor) -> bool:
-    """Whether products of these float32 cells, as they come, neither leave its range nor vanish."""
-    # The faster one of each layout.
+    """Whether products of these float32 cells neither overflow nor vanish."""
+    # The faster way for each layout.
     norm = torch.linalg.vector_norm(rows, dim=1) if rows.is_contiguous() else (rows * rows).sum(1).sqrt_()
     strange = (norm < 2.0**_LEAST_NORM) | (norm > 2.0**_MOST_NORM)
     if not bool(strange.any()):
         return True
     rest = rows[strange]
-    # Zero is zero, and what is not finite takes no part.
+    # Zero products are exact, and cells that are not finite are ignored.
     return not bool((torch.isfinite(rest).all(1) & (rest != 0).any(1)).any())
 
 
 def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens times a power of two that keeps their products in range, which changes no digit; its exponent []."""
+    """The tokens times a power of two (exact) that keeps their products in range, and its exponent []."""
     top, most = _RAISED[tokens.dtype]
     exponent = torch.frexp(tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax())[1]
     shift = (top - exponent).clamp_(max=most)
@@ -51,19 +52,14 @@ def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def stretch(
     cells: Tensor, size: tuple[int, int], normalize: str, native: bool = False, scaled: bool = False
 ) -> StretchedMap:
-    """Prepare one map ``[C, h, w]``, float32 or float64.
+    """Prepare the map ``cells [C, h, w]``, float32 or float64, over ``size`` (H, W) pixels.
 
-    Args:
-        cells: the map.
-        size: (H, W) pixels.
-        normalize: "grid" divides the cells by their norms.
-        native: as the native core takes it, which normalises for itself.
-        scaled: see :func:`_in_range`.
+    ``normalize`` "grid" divides the cells by their norms. ``native`` keeps the memory layout for the native core, which
+    normalises the cells itself. For ``scaled`` see :func:`_in_range`.
     """
     grid = (cells.shape[1], cells.shape[2])
     tokens = cells.flatten(1).t()
     if native:
-        # As it lies.
         return StretchedMap(tokens, grid, size, unnormalized=normalize == "grid")
     if normalize == "grid":
         return StretchedMap(unit_rows(tokens).contiguous(), grid, size)
@@ -74,26 +70,23 @@ def stretch(
 
 
 def _stretched(
-    maps: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
-    normalize: str,
-    exhaustive: bool,
-    backend: str | None,
+    maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], normalize: str, exhaustive: bool, backend: str | None
 ) -> tuple[StretchedMap, StretchedMap]:
     """Prepare the query's and the key's map ``[C, h, w]``."""
-    asked = backend is None and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
-    native = asked and not exhaustive and cpu.can_run(maps[0])[0]
-    query, key = (stretch(*each, normalize, native, not asked) for each in zip(maps, sizes, strict=True))
-    if normalize == "grid" or not asked or (_ordinary(query.tokens) and _ordinary(key.tokens)):
+    # On the CPU the values can be inspected without waiting for a device; elsewhere maps are always scaled.
+    inspect = backend is None and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
+    native = inspect and not exhaustive and cpu.can_run(maps[0])[0]
+    query, key = (stretch(*each, normalize, native, not inspect) for each in zip(maps, sizes, strict=True))
+    if normalize == "grid" or not inspect or (_ordinary(query.tokens) and _ordinary(key.tokens)):
         return query, key
-    # On the CPU, which may be asked, in float64: that has room for every product of float32.
+    # float64 has room for every product of float32.
     return _stretched([cells.double() for cells in maps], sizes, normalize, exhaustive, backend)
 
 
 def _choose(
     query: StretchedMap, key: StretchedMap, exhaustive: bool, backend: str | None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The search of a backend, called as :func:`.plain.match`."""
+    """A backend's search, with the signature of :func:`.plain.match`."""
     if backend is not None:
         return partial(gpu.match, backend=backend)
     if exhaustive:
@@ -112,7 +105,7 @@ def _match(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Match ``points [P, 2]`` (None: all pixels) of one image; returns similarity [P], pixel index [P] or -1."""
-    # As many rows of key pixels at one time as can be numbered, or held where the search needs something for each.
+    # Rows of key pixels searched at a time.
     height, width = key.size
     step = max(1, _MOST_PIXELS // width)
     search = _choose(query, key._replace(part=(0, min(step, height))), exhaustive, backend)
@@ -126,7 +119,7 @@ def _match(
         values, found = search(query, part, points, per_pixel)
         similarity.append(values)
         index.append(torch.where(found < 0, found, found + begin * width))
-    # ``max`` promises the first of equal values: the lowest pixel.
+    # ``max`` returns the first of equal values: the lowest pixel.
     best, which = torch.stack(similarity).max(0)
     return best, torch.stack(index).gather(0, which[None])[0]
 
@@ -139,7 +132,7 @@ def _match_mutual(
     exhaustive: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_match`, and whether each match's own best query pixel is the one that it came from ``[P]``."""
+    """:func:`_match`, and whether each match's own best query pixel is the original one ``[P]``."""
     on_gpu = backend is not None or (not exhaustive and gpu.can_run(query, key)[0])
     if on_gpu and gpu.checks_mutual(query, key, points, backend):
         return gpu.match_mutual(query, key, points, per_pixel)
@@ -161,15 +154,15 @@ def dense_match(
     exhaustive: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as :func:`lift_fast.dense_match`.
+    """The operator; shapes as :func:`lift_fast.dense_match`.
 
     Args:
-        exhaustive: look at every key pixel (reference and baseline).
-        backend: "cuda" or "triton" for that kernel on the GPU and no other; None for the best there is.
+        exhaustive: compare every key pixel (reference and baseline).
+        backend: "cuda" or "triton" selects that GPU kernel; None the best available one.
 
     Raises:
         ValueError: for points outside the query image.
-        RuntimeError: if the kernel that was asked for by name cannot run; says why.
+        RuntimeError: if ``backend`` cannot run; gives the reason.
     """
     query_map, key_map = library.resolved(query_map), library.resolved(key_map)
     dtype = torch.float64 if query_map.dtype == torch.float64 else torch.float32
@@ -189,7 +182,7 @@ def dense_match(
                 values, index = _match(query, key, at, per_pixel, exhaustive, backend)
                 good = index >= 0
             if not per_pixel and query.exponent is not None and key.exponent is not None:
-                # In two steps, of which neither need leave the range for the result to stay in it.
+                # In two steps: one factor may overflow although the result does not.
                 whole = -(query.exponent + key.exponent)
                 half = whole // 2
                 values = values.double() * power_of_two(half) * power_of_two(whole - half)
@@ -202,13 +195,7 @@ def dense_match(
 
 
 def _fake_dense_match(
-    query_map: Tensor,
-    key_map: Tensor,
-    query_size: list[int],
-    key_size: list[int],
-    points: Tensor | None,
-    normalize: str,
-    mutual: bool,
+    query_map: Tensor, key_map: Tensor, query_size: list[int], key_size: list[int], points: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = query_map.shape[0]
     count = query_size[0] * query_size[1] if points is None else points.shape[1]

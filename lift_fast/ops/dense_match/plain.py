@@ -1,4 +1,4 @@
-"""``dense_match`` in plain PyTorch: what it means, written out, and the same from those patches that can win."""
+"""``dense_match`` in plain PyTorch: the exhaustive definition, and the same result from the patches that can win."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from ... import memory
 from .bilinear import StretchedMap, pixel_grid, scales_of
 
-# Bytes of similarities that exist at one time; small enough to stay in a processor's cache.
+# Bytes of similarities at one time; small enough to stay in a processor's cache.
 _BUDGET = 4 << 20
-# How many of the most promising patches to evaluate before the bound is checked, for the queries still open. About 4
+# Numbers of most promising patches to evaluate, stage by stage, for the queries whose match is not yet proven. About 4
 # patches per query can hold the match on real photographs; flat similarities need more.
 _STAGES = (8, 64, 512)
 
@@ -18,15 +18,15 @@ _STAGES = (8, 64, 512)
 def match(
     query: StretchedMap, key: StretchedMap, points: Tensor | None, per_pixel: bool, exhaustive: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Similarity ``[P]`` and key pixel's index ``[P]``, -inf and -1 without a match, of ``points [P, 2]``.
+    """Similarity ``[P]`` and key pixel index ``[P]`` of ``points [P, 2]``, -inf and -1 without a match.
 
-    ``points`` None: of every pixel; ``per_pixel``: of descriptors divided by their norms. The index counts from the
-    first of the key's pixels that are looked at. Every other backend gives the same.
+    ``points`` None matches every pixel; ``per_pixel`` divides descriptors by their norms. The index counts from the
+    first key pixel to search. Every backend returns the same.
     """
     search = match_exhaustive if exhaustive else match_bounded
     inverse_norms = key.inverse_norms() if per_pixel else None
     count = query.pixels if points is None else len(points)
-    # Descriptors of this many query pixels exist at one time.
+    # Query pixels whose descriptors exist at one time.
     step = max(1, 4 * _BUDGET // (query.tokens.shape[1] * query.tokens.element_size()))
     similarity = memory.new_empty(query.tokens, count)
     index = memory.empty(count, dtype=torch.int64, device=similarity.device)
@@ -49,7 +49,7 @@ def match_exhaustive(descriptors: Tensor, key: StretchedMap, inverse_norms: Tens
             values *= inverse_norms
         values = values.flatten(1)
         values.masked_fill_(~torch.isfinite(values), -torch.inf)
-        # ``max`` promises the first of equal values: the lowest row-major pixel.
+        # ``max`` returns the first of equal values: the lowest row-major pixel.
         best, position = values.max(1)
         similarity.append(best)
         index.append(position)
@@ -58,13 +58,13 @@ def match_exhaustive(descriptors: Tensor, key: StretchedMap, inverse_norms: Tens
 
 
 def match_bounded(descriptors: Tensor, key: StretchedMap, inverse_norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result of :func:`match_exhaustive` from the patches that can win; all of them only where the bound fails."""
+    """:func:`match_exhaustive` from the patches that can win; exhaustive only where the bound proves nothing."""
     patches = _Patches(key, inverse_norms)
     pixels_per_patch = patches.row_pixels.shape[1] * patches.column_pixels.shape[1]
     best = memory.new_empty(descriptors, descriptors.shape[0])
     best_index = memory.empty(descriptors.shape[0], dtype=torch.int64, device=descriptors.device)
     still_open = torch.arange(descriptors.shape[0], device=descriptors.device)
-    # Bounds that allow for the smallest norm of a patch are loose: what the first stage leaves open, few more prove.
+    # Bounds with the smallest norm of a patch are loose: later stages would prove little more than the first.
     for count in _STAGES if inverse_norms is None else _STAGES[:1]:
         if count * pixels_per_patch > key.pixels // 2:
             break
@@ -97,13 +97,13 @@ class _Patches:
         coarse = descriptors @ self.key.tokens.t()
         coarse.masked_fill_(~torch.isfinite(coarse), torch.nan)
         maps = coarse.unflatten(1, self.key.grid)
-        # A corner without value spoils every pixel of its patch, so only sound patches need to be bounded above.
+        # A corner that is not finite spoils every pixel of its patch, so only finite patches need a bound.
         tall = torch.maximum(maps[:, self.rows.low], maps[:, self.rows.high])
         bound = torch.maximum(tall[:, :, self.columns.low], tall[:, :, self.columns.high]).flatten(1)
         if self.scales is not None:
             bound = torch.where(bound > 0, bound * self.scales.high, bound * self.scales.low)
         bound = bound.nan_to_num_(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        # Interpolation rounds: a value may pass its corners by a few units in the last place.
+        # Interpolation rounds: a value may exceed its corners by a few units in the last place.
         slack = 8 * torch.finfo(bound.dtype).eps * bound.abs().amax(1).clamp_max(torch.finfo(bound.dtype).max)
         top, patch = bound.topk(min(count + 1, bound.shape[1]), dim=1)
         patch = patch[:, :count]

@@ -1,1 +1,1 @@
-"""LiFT's evaluation-mode forward pass: one operator that executes a plan composed from the network's weights."""
+"""LiFT's evaluation-mode forward pass: one operator that runs a plan composed from the network's weights."""

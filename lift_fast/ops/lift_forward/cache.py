@@ -1,7 +1,7 @@
-"""One plan per set of weights, found again by the weights themselves and never used once one of them changed.
+"""One plan per set of weights, looked up by the weights themselves and dropped when one of them changes.
 
 The plan lives here and not in the module, so the operator is a pure function of its inputs: compiled and exported
-graphs see the raw weights, and moving, copying or pickling a module needs no care.
+graphs see the raw weights, and modules can be moved, copied and pickled as usual.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _lock = threading.Lock()
 
 
 def _key(weights: Sequence[Tensor]) -> tuple[torch.device, int]:
-    # outc.weight stands for its network. The storage's identity, unlike its address, exists for fake tensors too.
+    # outc.weight identifies its network. The storage's identity, unlike its address, also exists for fake tensors.
     return weights[-2].device, weights[-2].untyped_storage()._cdata
 
 
@@ -51,17 +51,14 @@ def prepared_plan(
     variant: Hashable,
     prepare: Callable[[Plan], Any],
 ) -> Any:
-    """What ``prepare`` makes of the plan of these weights, kept under the name ``variant`` while they stay unchanged.
+    """``prepare(plan)`` of these weights' plan, cached as ``variant`` until a weight changes.
 
-    With ``basis`` of the plan in its basis, see :meth:`.plan.Plan.in_basis`.
-
-    Raises:
-        ValueError: from :func:`.plan.build_plan`, if the weights are not sound.
+    ``basis`` prepares :meth:`.plan.Plan.in_basis` instead. ValueError if the weights are not valid.
     """
     key = _key(weights)
     entry = _entries.get(key)
     if entry is None or not entry.fits(weights, epsilons, architecture):
-        # Preparing inside inference mode would make tensors that later calls outside of it cannot all use.
+        # Tensors made in inference mode cannot be used by every later call outside of it.
         with torch.inference_mode(False), torch.no_grad():
             entry = _Entry(weights, epsilons, architecture)
         with _lock:
@@ -80,9 +77,10 @@ def prepared_plan(
 
 
 def clear_plans() -> None:
-    """Forget every inference plan; the next forward pass in evaluation mode builds its plan anew.
+    """Forget every inference plan; the next forward pass in evaluation mode rebuilds its plan.
 
-    Needed only after weights were changed in ways PyTorch does not count: through ``.data``, NumPy or a raw pointer.
+    Needed only after weights were changed in ways that PyTorch does not track: through ``.data``, NumPy or a raw
+    pointer.
     """
     with _lock:
         _entries.clear()

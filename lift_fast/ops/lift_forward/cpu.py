@@ -1,4 +1,4 @@
-"""LiFT's plan on the CPU: the image encoders on PyTorch's convolutions, all behind them in the native core."""
+"""LiFT's plan on the CPU: the image encoders on PyTorch's convolutions, the rest in the native core."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plan import Plan
 
 
 class NativePlan(NamedTuple):
-    """The image encoder as in :class:`TorchPlan`, and the decoder's weights as the native core packs them."""
+    """The image encoder as in :class:`TorchPlan`, and the decoder's weights packed for the native core."""
 
     encoder: TorchEncoder
     packed: Tensor
@@ -27,9 +27,9 @@ class NativePlan(NamedTuple):
 
 
 def instructions(device: torch.device, dtype: torch.dtype) -> str | None:
-    """For which instruction set the native core would run the plan; None where it does not serve."""
-    served = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and devices.native_runs()[0]
-    return _env.cpu_isa() if served else None
+    """The instruction set with which the native core would run the plan; None if it does not support it."""
+    supported = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and devices.native_runs()[0]
+    return _env.cpu_isa() if supported else None
 
 
 def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
@@ -49,19 +49,11 @@ def prepare_native(plan: Plan, dtype: torch.dtype, isa: str) -> NativePlan:
     core.lift_forward_pack(
         *addresses, channels, hidden, image, image, name, _native.address(packed), packed.numel(), isa
     )
-    device = torch.device("cpu")
-    return NativePlan(
-        encoder=prepare_encoder(plan, device, dtype),
-        packed=packed,
-        hidden=hidden,
-        out_channels=out_channels,
-        dtype=name,
-        isa=isa,
-    )
+    return NativePlan(prepare_encoder(plan, torch.device("cpu"), dtype), packed, hidden, out_channels, name, isa)
 
 
 def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
-    """Execute the plan on the CPU with the native core's decoder; shapes as :func:`lift_forward`."""
+    """Run the plan with the native core's decoder; shapes as :func:`lift_forward`."""
     batch, h, w, channels = x.shape
     x = x.contiguous()
     out = memory.new_empty(x, (batch, 2 * h, 2 * w, channels))

@@ -1,8 +1,8 @@
 """LiFT's plan on the GPU: image encoders, composed upsample and head, one fused kernel each.
 
-The two GEMM stages run in Triton and the image encoders in the native core's CUDA kernel; where that is missing or does
-not serve the network they run in Triton, and where that does not either, in PyTorch's convolutions. In memory beside
-inputs and outputs: f, g and the c-channel fine map.
+The two GEMM stages run in Triton. The image encoders run in the native core's CUDA kernel; if that is missing or does
+not support the network, in Triton, and otherwise in PyTorch's convolutions. In addition to inputs and outputs, memory
+holds f, g and the c-channel fine map.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...kernels.lift_forward_head import HeadWeights
     from ...kernels.lift_forward_upsample import UpsampleWeights
 
-# Detectors see images of many sizes.
+# Many, since detectors see images of many sizes.
 _MOST_PASSES = 256
 
 
@@ -32,40 +32,42 @@ class GpuPlan(NamedTuple):
     """The plan's weights in one dtype on one device, in the layouts of the kernels."""
 
     encoder: str
-    """Which image encoder ``encoder_weights`` is for: "cuda", "triton", "torch", or "none" without image."""
+    """Image encoder of ``encoder_weights``: "cuda", "triton", "torch", or "none" without image."""
     encoder_weights: Any
     upsample: UpsampleWeights
     head: HeadWeights
     upsample_counts: tuple[int, ...]
-    """Numbers of accumulators that a block of the upsample kernel may have."""
+    """Possible numbers of accumulators in a block of the upsample kernel."""
     head_counts: tuple[int, ...]
     passes: dict[Any, gpu_pass.Pass]
-    """Passes through the kernels for inputs of sizes met before."""
+    """Recorded passes, by the sizes of their inputs."""
 
 
 @cache
 def _kernels() -> tuple[Any, Any, Any, Any]:
-    """Image encoder, upsample, head, and what packs their weights. Triton is optional and slow to load, and an import
-    costs 1 us a call."""
+    """Image encoder, upsample, head, and the packing of their weights.
+
+    Imported only here: Triton is optional and slow to load. Cached: an import statement costs 1 us a call.
+    """
     from ...kernels import lift_forward_head, lift_forward_image_encoder, lift_forward_upsample
     from . import gpu_weights
 
     return lift_forward_image_encoder, lift_forward_upsample, lift_forward_head, gpu_weights
 
 
-# Of the head's 3x3 convolution, all of which a block holds in registers; compilers take minutes beyond it.
+# Channels of the head's 3x3 convolution; a block holds all in registers, and compilers take minutes beyond this.
 _MOST_HIDDEN = 1024
 
 
 def serves(channels: int) -> bool:
-    """Whether the kernels serve backbone features of so many channels; wider ones go through PyTorch's convolutions."""
+    """Whether the kernels support this many feature channels; wider networks run on PyTorch's convolutions."""
     return channels // 2 <= _MOST_HIDDEN
 
 
 def route(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Any, ...] | None:
-    """What decides how a plan is laid out, to be compared; None where the kernels do not serve.
+    """A key of everything that decides the layout of a plan; None if the kernels do not support it.
 
-    The switches and PyTorch's TF32 setting may change at any time, the rest does not.
+    The environment switches and PyTorch's TF32 setting may change at any time.
     """
     return _route(device, dtype, channels, _env.switches(), dtype != torch.float32 or tf32_allowed())
 
@@ -86,19 +88,19 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
         plan: the network's plan.
         device: where the kernels run.
         dtype: bfloat16, float16 or float32.
-        encoder: "cuda", "triton" or "torch" to choose the image encoder; None for the best there is.
+        encoder: "cuda", "triton" or "torch" selects that image encoder; None the best available one.
 
     Raises:
-        RuntimeError: if the image encoder that was asked for cannot run; says why.
+        RuntimeError: if ``encoder`` cannot run; gives the reason.
     """
     _, upsample, head, weights = _kernels()
     if not plan.image_convs_1:
         encoder = "none"
     elif encoder is None:
-        encoder = _best_encoder(plan, device, dtype)
+        encoder = next(name for name in ("cuda", "triton", "torch") if not _missing(name, plan, device, dtype))
     elif missing := _missing(encoder, plan, device, dtype):
         name = "CUDA" if encoder == "cuda" else "Triton"
-        raise RuntimeError(f"the {name} image encoder cannot run: {missing}; leave the choice to prepare_gpu")
+        raise RuntimeError(f"the {name} image encoder cannot run: {missing}; pass encoder=None")
     pack: dict[str, Any] = {
         "cuda": image_encoder_cuda.pack_encoder,
         "triton": weights.pack_encoder,
@@ -110,12 +112,8 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     return GpuPlan(encoder, packed, first, second, *counts, passes={})
 
 
-def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
-    return next(name for name in ("cuda", "triton", "torch") if not _missing(name, plan, device, dtype))
-
-
 def _missing(encoder: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an image encoder does not serve; None where it does. PyTorch's always does."""
+    """Why an image encoder does not support the plan; None if it does. PyTorch's always does."""
     if encoder == "cuda":
         runs, reason = devices.cuda_runs(device)
         return image_encoder_cuda.unsupported(plan, dtype) if runs else reason
@@ -155,14 +153,14 @@ def head_work(plan: GpuPlan, u: Tensor) -> tiles.Work:
 
 
 def head(plan: GpuPlan, u: Tensor, normalize: bool = False, tile: Tile | None = None) -> Tensor:
-    """Second stage: u ``[B, 2h, 2w, c]`` to descriptors ``[B, 2h, 2w, C]``, L2-normalised if asked for."""
+    """Second stage: u ``[B, 2h, 2w, c]`` to descriptors ``[B, 2h, 2w, C]``, with ``normalize`` L2-normalised."""
     tile = tile or tiles.tile_for(head_work(plan, u), u.device)
     out: Tensor = _kernels()[2].head(u, plan.head, tile, normalize)
     return out
 
 
 def run_gpu_plan(plan: GpuPlan, imgs: Tensor, x: Tensor, normalize: bool = False) -> Tensor:
-    """Execute the plan; shapes as :func:`.op.lift_forward`."""
+    """Run the plan; shapes as :func:`.op.lift_forward`."""
     x = x.contiguous()
     key = gpu_pass.key(imgs, x, normalize, product_precision(x.dtype), tiles.edition())
     known = plan.passes.get(key)

@@ -1,9 +1,8 @@
-"""LiFT's plan on the GPU for sizes that it has met before: three launches and two allocations, hardly anything else.
+"""LiFT's plan on the GPU for input sizes seen before: three launches, two allocations and little else.
 
-A pass through :func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan` asks for tiles, makes five tensors and binds forty
-arguments; at batch 1 that takes the host longer than the device takes for the kernels. What it found out is the same
-each time but for the addresses of the inputs, of the memory between the kernels and of the result: those are all that a
-pass here fills in.
+:func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan` looks up tiles, creates five tensors and binds forty arguments; at
+batch 1 that takes the host longer than the kernels take on the device. Between calls only the addresses of the inputs,
+of the intermediate memory and of the result change, so a recorded pass fills in only those.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor
 from ... import memory
 from ...kernels import launch
 
-# What takes turns, in this order: imgs, x, f, g, u and the result.
+# The addresses that change, in this order: imgs, x, f, g, u and the result.
 _IMGS, _X, _F, _G, _U, _OUT = range(6)
-# The allocator's own alignment, in bytes; what lies in one allocation is no worse off.
+# The alignment of PyTorch's allocator in bytes, kept for the parts of one allocation.
 _ALIGNMENT = 512
 
 
@@ -33,7 +32,7 @@ class _Launch(NamedTuple):
     nested: bool
     arguments: list[Any]
     places: tuple[tuple[int, int], ...]
-    """(position among the arguments, which address)"""
+    """(position among the arguments, number of the address)"""
     held: launch.Ready
 
 
@@ -49,7 +48,7 @@ class Pass:
         shape: torch.Size,
     ) -> None:
         self._device, self._encode, self._launches, self._shape = device, encode, launches, shape
-        # f, g and u lie in one allocation, made of elements of the inputs' dtype.
+        # f, g and u share one allocation of elements of the inputs' dtype.
         offsets, size = [0, 0, 0], 0
         for which, own in sizes.items():
             offsets[which - _F] = size
@@ -57,7 +56,7 @@ class Pass:
         self._offsets, self._bytes = tuple(offsets), size
 
     def run(self, imgs: Tensor, x: Tensor) -> Tensor:
-        """As :func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan`, for inputs that :func:`key` tells to be alike."""
+        """As :func:`lift_fast.ops.lift_forward.gpu.run_gpu_plan`, for inputs with the :func:`key` of this pass."""
         device = self._device
         if not launch.is_current(device):
             with torch.cuda.device(device):
@@ -82,7 +81,7 @@ class Pass:
 
 
 def key(imgs: Tensor, x: Tensor, normalize: bool, *settings: Any) -> tuple[Any, ...] | None:
-    """What a pass depends on beside its plan; None for inputs that none serves, and while a profiler listens."""
+    """What a pass depends on in addition to its plan; None if no pass can run these inputs or a profiler is active."""
     if (imgs.data_ptr() | x.data_ptr()) % launch.ALIGNMENT or not x.is_contiguous() or launch.watched():
         return None
     return (imgs.shape, imgs.stride(), x.shape, normalize, *settings)
@@ -94,11 +93,11 @@ def build(
     weights: Iterable[Any],
     encode: Callable[..., None] | None,
 ) -> Pass | None:
-    """The pass that was just made through ``launches``, to be made again; None if something in it stands in the way.
+    """A pass that repeats the recorded ``launches``; None if they cannot be repeated.
 
     Args:
-        launches: of :func:`lift_fast.kernels.launch.journal`; None for one that Triton made.
-        tensors: imgs, x, f, g, u and the result, f and g None for a network without image.
+        launches: from :func:`lift_fast.kernels.launch.journal`; None for a launch made by Triton.
+        tensors: imgs, x, f, g, u and the result; f and g None for a network without image.
         weights: everything else that the launches may read.
         encode: ``encode(imgs, f, g, stream)`` for an image encoder that is not among the launches.
     """
@@ -115,7 +114,7 @@ def build(
             if id(argument) in which:
                 places.append((at, which[id(argument)]))
             elif isinstance(argument, Tensor) and id(argument) not in constant:
-                # Memory that this module knows nothing of: its address would be another's the next time.
+                # Unknown memory: its address may belong to another tensor the next time.
                 return None
             arguments.append(argument.data_ptr() if isinstance(argument, Tensor) else argument)
         ready = one.ready

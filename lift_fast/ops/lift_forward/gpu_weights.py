@@ -1,7 +1,4 @@
-"""The plan's weights as the Triton kernels of ``lift_forward`` read them: channels padded, layouts of their own.
-
-To be imported where Triton is: the kernels are.
-"""
+"""The plan's weights in the padded layouts of ``lift_forward``'s Triton kernels. Importing this imports Triton."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from .plan import ImageConv, Plan
 
 
 def encoder_unsupported(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the image encoder's kernels do not serve a network in ``dtype`` on a device; None where they do."""
+    """Why the image encoder's kernels do not support a network in ``dtype`` on a device; None if they do."""
     if len(plan.image_convs_1) != 2:
         return f"the first image encoder has {len(plan.image_convs_1)} convolutions, the kernel has 2"
     if plan.fine.shape[2] > 128:
         return f"the image encoders are {plan.fine.shape[2]} channels wide, the kernel goes up to 128"
     if plan.pool and dtype == torch.float32 and device.type == "cuda":
-        # Right in the interpreter, in half precision and without pooling; the cause is not known.
+        # Correct in the interpreter, in half precision and without pooling; the cause is not known.
         return "with pooling in float32 the kernel gave wrong results on an H200"
     return None
 
@@ -76,11 +73,11 @@ def pack_upsample(plan: Plan, device: torch.device, dtype: torch.dtype) -> Upsam
 
 
 def _bias_terms(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias ``[9 position classes, N]`` for a product in ``dtype``: 27 rows that it rounds no further, 5 of zeros.
+    """The bias ``[9 position classes, N]`` as ``[32, N]`` rows, exact in a product in ``dtype``.
 
-    Three terms for each class, which sum up to all digits of a float32.
+    Three terms for each class, which sum to all digits of a float32, and 5 rows of zeros.
     """
-    # TF32 keeps the digits of bfloat16.
+    # TF32 represents bfloat16 exactly.
     short = torch.float16 if dtype == torch.float16 else torch.bfloat16
     terms = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""LiFT's image encoders as the native core's CUDA kernel: f and g in one pass over the image, on the tensor cores."""
+"""LiFT's image encoders in the native core's CUDA kernel: f and g in one pass over the image, on the tensor cores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from ...kernels import launch
 from ...kernels.launch import tf32_allowed
 from .plan import ImageConv, Plan
 
-# With the names by which the core knows them.
+# The core's names of dtypes.
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-DTYPES = tuple(_NAMES)
 _CHANNELS = 32
 
 
 class EncoderWeights(NamedTuple):
-    """The encoders' weights as :func:`encode_image` reads them."""
+    """The encoders' weights in the layout of :func:`encode_image`."""
 
     packed: Tensor
     """[1 + 9 + 9 parts, 4 output octets, 32 lanes, 8 values]: the operands of the tensor cores, lane by lane"""
@@ -31,11 +30,11 @@ class EncoderWeights(NamedTuple):
 
 
 def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:
-    """Why this kernel does not serve a network in a dtype; None where it does."""
-    if dtype not in DTYPES:
-        return f"the kernel computes in {', '.join(map(str, DTYPES))}, not in {dtype}"
+    """Why this kernel does not support a network in a dtype; None if it does."""
+    if dtype not in _NAMES:
+        return f"the kernel computes in {', '.join(map(str, _NAMES))}, not in {dtype}"
     if dtype == torch.float32 and not tf32_allowed():
-        return "float32 products are asked for in full precision, the kernel rounds them to TF32"
+        return "PyTorch is set to full precision for float32 products, the kernel rounds them to TF32"
     if len(plan.image_convs_1) != 2:
         return f"the first image encoder has {len(plan.image_convs_1)} convolutions, the kernel has 2"
     if plan.fine.shape[2] != _CHANNELS:
@@ -44,14 +43,14 @@ def unsupported(plan: Plan, dtype: torch.dtype) -> str | None:
 
 
 def _operand_order() -> Tensor:
-    """[4, 32 lanes, 8] channels: which input channel each value of a lane belongs to; the octets are alike."""
+    """[4, 32 lanes, 8]: the input channel of each value of a lane, the same for all octets."""
     lane, value = torch.arange(32, device="cpu")[:, None], torch.arange(8, device="cpu")[None, :]
     return (8 * (value // 2) + 2 * (lane % 4) + value % 2).expand(4, 32, 8)
 
 
 def _window_order() -> Tensor:
-    """[4, 32 lanes, 8]: which of the 27 window values (channel, row, column), 3 parts of the bias (27 to 29) or nothing
-    (30) each value of a lane belongs to."""
+    """[4, 32 lanes, 8]: each value's source, a window value 0 to 26 (channel, row, column), a part of the bias 27 to
+    29, or nothing, 30."""
 
     def at(line: int, column: int) -> int:
         row, channel = divmod(line, 3)
@@ -66,13 +65,13 @@ def _window_order() -> Tensor:
 
 
 def _output_order() -> Tensor:
-    """[4, 32 lanes, 8]: which output channel each value of a lane belongs to."""
+    """[4, 32 lanes, 8]: the output channel of each value of a lane."""
     octet, lane = torch.arange(4, device="cpu")[:, None, None], torch.arange(32, device="cpu")[None, :, None]
     return (8 * octet + lane // 4).expand(4, 32, 8)
 
 
 def round_operand(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float64 numbers as the tensor cores take them: in ``dtype``, float32 rounded to TF32's 11 bits."""
+    """Float64 numbers in ``dtype`` as tensor-core operands; float32 is rounded to TF32's 11 bits."""
     limit = torch.finfo(dtype).max
     value = value.clamp(-limit, limit).to(dtype)
     if dtype != torch.float32:
@@ -89,7 +88,7 @@ def pack_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> Encode
         weight = conv.weight.cpu().double()
         return torch.stack([weight[:, :, row, column][outputs, inputs] for row in range(3) for column in range(3)])
 
-    # The window has room for ones, whose weights are the bias in three parts of 8 bits and more each.
+    # The window has room for ones; their weights are the bias in three parts of at least 8 bits each.
     left, parts = first.bias.cpu().double(), []
     for _ in range(3):
         parts.append(round_operand(left, dtype).double())
@@ -109,8 +108,8 @@ def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tu
 
     Args:
         imgs: ``[B, 3, s*h, s*w]`` images of any strides, s = 16 with pool, else 8.
-        weights: of :func:`pack_encoder`, in the dtype and on the device of ``imgs``.
-        cut: how the work is cut for the device: "walk", "stream" or "spread"; the results are alike.
+        weights: from :func:`pack_encoder`, in the dtype and on the device of ``imgs``.
+        cut: partition of the work on the device: "walk", "stream" or "spread"; results do not depend on it.
 
     Returns:
         f ``[B, 2h, 2w, 32]`` and g ``[B, h, w, 32]``, contiguous, in the dtype of ``imgs``.
@@ -138,9 +137,9 @@ def encode_image(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> tu
 
 
 def launcher(imgs: Tensor, weights: EncoderWeights, cut: str = "walk") -> Callable[[Tensor, int, int, int], None]:
-    """``encode(imgs, f, g, stream)`` for images like these: addresses of f, g and a stream on the images' device.
+    """``encode(imgs, f, g, stream)`` for images like these, with addresses of f, g and a stream on their device.
 
-    :func:`encode_image` checks what this takes on trust.
+    Arguments are not checked here, :func:`encode_image` does that.
     """
     side = 16 if weights.pool else 8
     batch, height, width = imgs.shape[0], imgs.shape[2] // side, imgs.shape[3] // side

@@ -1,7 +1,7 @@
-"""``lift_forward``: LiFT's evaluation-mode forward pass as one operator, executed from the composed plan.
+"""``lift_forward``: LiFT's evaluation-mode forward pass as one operator, run from the composed plan.
 
-The reference is the module's own graph, ``LiFT._forward_plain``. The plan runs in the Triton kernels where they serve
-(:mod:`.gpu`), on the CPU in the native core (:mod:`.cpu`), and elsewhere on PyTorch's convolutions (:mod:`.plain`).
+The reference is the module's own graph, ``LiFT._forward_plain``. The plan runs in the Triton kernels (:mod:`.gpu`), on
+the CPU in the native core (:mod:`.cpu`), and where neither supports it on PyTorch's convolutions (:mod:`.plain`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .plan import Architecture
 library.define(
     "lift_forward(Tensor imgs, Tensor x, Tensor[] weights, float[] epsilons, int image_blocks, bool pool,"
     " bool basis=False, bool normalize=False) -> Tensor",
-    # The plan is looked up by the weights' versions on the host at each call, which a replayed graph would not see.
-    # Releases of PyTorch without this tag leave such operators to the caller.
+    # Each call looks up the plan by the weights' versions on the host; a replayed graph would skip that. Older releases
+    # of PyTorch have no such tag and leave this to the caller.
     tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [],
 )
 
@@ -42,9 +42,9 @@ def lift_forward(
 
     Args:
         imgs: ``[B, 3, s*h, s*w]`` images aligned to the grid, s = 16 with pool, else 8; unread without image blocks.
-        x: ``[B, h, w, C]`` backbone features in the dtype in which to compute.
+        x: ``[B, h, w, C]`` backbone features in the dtype of the computation.
         weights, epsilons, architecture: the network, see :func:`.plan.build_plan`; any floating dtype.
-        basis: give the descriptors in an orthonormal basis of their span, see :meth:`.plan.Plan.in_basis`.
+        basis: return the descriptors in an orthonormal basis of their span, see :meth:`.plan.Plan.in_basis`.
         normalize: divide each descriptor by max(its norm, 1e-12).
 
     Returns:
@@ -66,9 +66,9 @@ _Question = Callable[[], Any]
 
 
 def _watchers() -> tuple[_Question, ...] | None:
-    """Tracing, function transforms, dispatch and function modes, profilers: each answers falsely where there is none.
+    """Queries for tracing, function transforms, dispatch and function modes, and profilers; false if there is none.
 
-    PyTorch has no public names for these questions. None where a release lacks one.
+    PyTorch has no public names for them. None if this release lacks one.
     """
     core = torch._C
     try:
@@ -82,7 +82,7 @@ _WATCHERS = _watchers()
 
 
 def _undisturbed(imgs: Tensor, x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether nobody but the caller would see the operator: then the dispatcher, 10 us with 37 weights, has no part."""
+    """Whether nothing observes the operator, so that the dispatcher, 10 us with 37 weights, can be skipped."""
     if _WATCHERS is None or torch.compiler.is_compiling():
         return False
     for watcher in _WATCHERS:
@@ -112,16 +112,16 @@ def _compute(
     if imgs.is_neg() or x.is_neg():
         imgs, x = library.resolved(imgs), library.resolved(x)
     if torch.is_autocast_enabled(device.type):
-        # The inputs are already in the dtype in which to compute; autocast would only copy the plan's tensors.
+        # The inputs already have the dtype of the computation; autocast would only copy the plan's tensors.
         with torch.autocast(device.type, enabled=False):
             return _compute(imgs, x, weights, epsilons, architecture, basis, normalize)
     given, network = x.dtype, (weights, epsilons, architecture, basis)
     route = gpu.route(device, given, x.shape[-1])
     if route is not None:
-        # At batch 1 the host takes as long as the device.
+        # No needless ``imgs.to``: at batch 1 the host takes as long as the device.
         ready = prepared_plan(*network, route, lambda plan: gpu.prepare_gpu(plan, device, given))
         return gpu.run_gpu_plan(ready, imgs if imgs.dtype == given else imgs.to(given), x, normalize)
-    # Half precision that the processor would have to emulate is the inputs' and the result's alone.
+    # If the processor would emulate half precision, compute in float32 and keep it for inputs and result only.
     dtype = given if device.type != "cpu" or cpu_computes(given) else torch.float32
     imgs, x = imgs.to(dtype), x.to(dtype)
     isa = cpu.instructions(device, dtype)
@@ -137,14 +137,7 @@ def _compute(
 
 
 def _fake_lift_forward(
-    imgs: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    epsilons: list[float],
-    image_blocks: int,
-    pool: bool,
-    basis: bool = False,
-    normalize: bool = False,
+    imgs: Tensor, x: Tensor, weights: list[Tensor], epsilons: Any, blocks: int, pool: bool, basis: bool = False, *_: Any
 ) -> Tensor:
     batch, h, w, channels = x.shape
     # outc.weight is [C, c, 1, 1].

@@ -1,4 +1,4 @@
-"""LiFT's plan on PyTorch's own convolutions, on any device; others take its image encoders where they have none."""
+"""LiFT's plan on PyTorch's convolutions, on any device; other backends use its image encoders if they have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .plan import ImageConv, Plan
 
 
 class TorchEncoder(NamedTuple):
-    """The image encoders in one dtype, in the layouts that PyTorch's convolutions take (channels last)."""
+    """The image encoders in one dtype, in channels-last layout for PyTorch's convolutions."""
 
     image_convs_1: tuple[ImageConv, ...]
     pool: bool
@@ -44,7 +44,7 @@ def encode_image(encoder: TorchEncoder, imgs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TorchPlan(NamedTuple):
-    """The plan's tensors in one dtype, in the layouts that PyTorch's convolutions take (channels last)."""
+    """The plan's tensors in one dtype, in channels-last layout for PyTorch's convolutions."""
 
     encoder: TorchEncoder
     phase: Tensor
@@ -60,7 +60,7 @@ class TorchPlan(NamedTuple):
     out_bias: Tensor
 
 
-# Tensor cores want channel counts that are multiples of 8; the ones channel would spoil that, so zeros follow it.
+# Tensor cores need channel counts that are multiples of 8: zeros pad the channels after the ones channel.
 _CHANNEL_MULTIPLE = 8
 
 
@@ -88,7 +88,7 @@ def prepare_torch(plan: Plan, device: torch.device, dtype: torch.dtype) -> Torch
 
 
 def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
-    """Execute the plan with PyTorch's own convolutions; shapes as :func:`lift_forward`."""
+    """Run the plan on PyTorch's convolutions; shapes as :func:`lift_forward`."""
     batch, h, w, _ = x.shape
     coarse = [x.permute(0, 3, 1, 2)]
     if plan.encoder.image_convs_1:
@@ -100,7 +100,7 @@ def run_plan(plan: TorchPlan, imgs: Tensor, x: Tensor) -> Tensor:
         u.copy_(plan.bias.view(1, -1, 1, 1).expand_as(u))
     coarse.append(x.new_ones((1, 1, 1, 1)).expand(batch, 1, h, w))
     coarse.append(x.new_zeros((1, 1, 1, 1)).expand(batch, plan.phase.shape[1] - sum(c.shape[1] for c in coarse), h, w))
-    # One ring of zeros; every phase then is a 2x2 window of the padded grid, starting at its own corner.
+    # With one ring of zeros every phase is a 2x2 window of the padded grid, starting at its own corner.
     padded = F.pad(torch.cat(coarse, dim=1), (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
     windows = F.conv2d(padded, plan.phase).unflatten(1, (2, 2, -1))
     for a in (0, 1):

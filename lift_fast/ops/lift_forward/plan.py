@@ -1,14 +1,14 @@
 """The inference plan: LiFT's evaluation-mode function as a few dense linear maps.
 
-Two exact identities make it from the module's weights, both applied in float64:
+Two exact identities derive it from the module's weights, both applied in float64:
 
 1. Each BatchNorm folds into the convolution before it.
-2. The 2x2 transposed convolution and the first 3x3 convolution are one linear map, because nothing non-linear stands
-   between them and the concatenation with the image features splits the sum. Output pixel (2i + a, 2j + b) reads, for
-   each of the four phases (a, b), a 2x2 window of the coarse grid. The transposed convolution's bias reaches the
-   output only through taps inside the image, so its share differs on the border: nine position classes.
+2. The 2x2 transposed convolution and the first 3x3 convolution are one linear map: nothing non-linear lies between
+   them, and the concatenation with the image features splits the sum. Output pixel (2i + a, 2j + b) reads, for each of
+   the four phases (a, b), a 2x2 window of the coarse grid. The transposed convolution's bias reaches the output only
+   through taps inside the image, so its contribution differs on the border: nine position classes.
 
-Everything here is device-independent; :mod:`lift_fast.ops.lift_forward` executes it.
+Everything here is independent of the device; :mod:`lift_fast.ops.lift_forward` runs it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 
 class Architecture(NamedTuple):
-    """What the plan must know beside the weights."""
+    """What the plan needs in addition to the weights."""
 
     image_blocks: int
     """Convolution blocks of the first image encoder, 0 for a network without image."""
     pool: bool
-    """2x2 max pool behind the first image encoder (patch 16)."""
+    """2x2 max pool after the first image encoder (patch 16)."""
 
 
 class ImageConv(NamedTuple):
@@ -76,16 +76,16 @@ class Plan:
         """The same network with its output in an orthonormal basis of the descriptors' span (identity 3).
 
         The C-channel descriptors are W v + b, of rank c + 1 at most. With the thin QR decomposition [W | b] = Q R they
-        are Q (R [v; 1]): this plan yields the coordinates R [v; 1], c + 1 channels, whose inner products and norms are
-        those of the descriptors.
+        are Q (R [v; 1]). This plan returns the coordinates R [v; 1], c + 1 channels, which have the descriptors' inner
+        products and norms.
         """
         _, r = span_basis(self.out.t(), self.out_bias)
         return replace(self, out=r[:, :-1].t().contiguous(), out_bias=r[:, -1].contiguous())
 
     def edge_bias(self) -> Tensor:
-        """The bias and the ones channel's share together, ``[3, 3, c]``, for executors without a ones channel.
+        """The bias plus the ones channel's contribution, ``[3, 3, c]``, for backends without a ones channel.
 
-        It depends on the position's class alone: 0 the first row (column) of the fine grid, 2 the last, 1 between.
+        It depends only on the position's class: 0 the first row (column) of the fine grid, 2 the last, 1 between.
         """
         # (phase a, coarse rows p inside the image) of each class.
         classes = ((0, slice(1, 2)), (0, slice(0, 2)), (1, slice(0, 1)))
@@ -122,13 +122,13 @@ def build_plan(weights: Sequence[Tensor], epsilons: Sequence[float], architectur
         ValueError: if a weight is not finite or a running variance is negative; names the state-dict entry.
     """
     names = weight_names(architecture)
-    # Not every accelerator computes in float64; composing takes milliseconds and happens once per set of weights.
+    # Composing takes milliseconds, once per set of weights.
     exact = [_to_float64(weight) for weight in weights]
     for name, weight in zip(names, exact, strict=True):
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"LiFT's weight {name} holds NaN or infinite values; load a sound checkpoint")
+            raise ValueError(f"LiFT's weight {name} holds NaN or infinite values; load a valid checkpoint")
         if name.endswith("running_var") and bool((weight < 0).any()):
-            raise ValueError(f"LiFT's buffer {name} holds negative variances; load a sound checkpoint")
+            raise ValueError(f"LiFT's buffer {name} holds negative variances; load a valid checkpoint")
     queue = iter(exact)
     epsilon = iter(epsilons)
 
@@ -174,10 +174,10 @@ def span_basis(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         bias: ``[C]``.
 
     Returns:
-        ``q [C, c + 1]`` with orthonormal columns and ``r [c + 1, c + 1]``, whose diagonal is not negative; float64 on
-        the device of ``weight``, without gradients.
+        ``q [C, c + 1]`` with orthonormal columns and ``r [c + 1, c + 1]`` with a non-negative diagonal; float64 on the
+        device of ``weight``, without gradients.
     """
-    # On the CPU: small, and the same coordinates on every device.
+    # On the CPU: it is small, and the coordinates are then the same on every device.
     q, r = torch.linalg.qr(torch.cat([weight, bias[:, None]], dim=1).detach().cpu().double())
     # The decomposition leaves each coordinate's sign open.
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
@@ -214,8 +214,9 @@ def compose_upsample(conv: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor
 
 
 def _to_float64(weight: Tensor) -> Tensor:
-    # Its memory, which a float64 weight shares with the plan, may hold the opposite numbers.
+    # A pending negation would be lost, since the plan shares the memory of a float64 weight.
     weight = weight.detach().resolve_neg()
+    # Not every accelerator computes in float64.
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()
     return weight.double()

@@ -1,6 +1,6 @@
-"""Which tile a launch of the GPU kernels takes: the one that was measured on this model of device, or its default.
+"""Tiles of the GPU kernels' launches: measured on this model of device, or the default.
 
-A forward pass never measures anything: :func:`lift_fast.tune` does, and keeps what it found on disk.
+A forward pass never measures anything; :func:`lift_fast.tune` does and stores the results on disk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..._files import atomic_path
 from ...kernels import launch, tiles
 from ...kernels.tiles import Tile
 
-# Raise it when a kernel changes so that measured tiles no longer mean the same.
+# Increment it when a kernel changes such that measured tiles are no longer valid.
 _FORMAT = 2
 
 
 class Work(NamedTuple):
-    """One launch of a kernel, as far as its best tile depends on it."""
+    """The properties of a launch on which its best tile depends."""
 
     kernel: str
     positions: int
@@ -34,7 +34,7 @@ class Work(NamedTuple):
     inputs: int
     """Input channels of the stage."""
     counts: tuple[int, ...]
-    """Numbers of accumulators that a block may have."""
+    """Possible numbers of accumulators in a block."""
     dtype: torch.dtype
 
     def key(self) -> str:
@@ -45,14 +45,14 @@ class Work(NamedTuple):
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where the measured tiles of this device's model are kept."""
+    """The file of measured tiles for this model of device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return _env.cache_folder() / f"tiles-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 @cache
 def _measured(path: Path) -> dict[str, Tile]:
-    """The tiles of one file; a file that cannot be read is named and left out."""
+    """The tiles of one file; warns and returns none if it cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -69,7 +69,7 @@ def _measured(path: Path) -> dict[str, Tile]:
 
 @lru_cache(maxsize=1024)
 def tile_for(work: Work, device: torch.device) -> Tile:
-    """The tile with which to launch; costs a dictionary look-up after the first call."""
+    """The tile of a launch; a cache look-up after the first call."""
     known = _measured(cache_file(device)).get(work.key())
     if known is not None and known in candidates(work, device):
         return known
@@ -80,16 +80,16 @@ _edition = 0
 
 
 def edition() -> int:
-    """Another number after each :func:`forget`: what was launched before may have other tiles now."""
+    """A number that changes with each :func:`forget`, after which launches may have other tiles."""
     return _edition
 
 
 def forget() -> None:
-    """Read the file anew at the next launch."""
+    """Read the file again at the next launch."""
     global _edition
     _measured.cache_clear()
     tile_for.cache_clear()
-    # Last: another thread would keep the old tiles under the new number.
+    # Last, or another thread could cache the old tiles under the new number.
     _edition += 1
 
 
@@ -105,7 +105,7 @@ def _limits(work: Work, device: torch.device) -> tuple[int, list[int], int, int,
 
 
 def store(path: Path, chosen: dict[str, Tile]) -> None:
-    """Add tiles to a file; what it held for other work stays."""
+    """Add tiles to a file; its tiles of other work stay."""
     every = {key: list(tile) for key, tile in (_measured(path) | chosen).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

@@ -1,6 +1,6 @@
-"""``nearest`` on the CPU, by the native core: similarity and the best keys in one pass, without a table of all pairs.
+"""``nearest`` on the CPU, in the native core: similarity and the best keys in one pass, without a table of all pairs.
 
-With a window it meets only the pairs that lie near each other on the grid.
+With a window it visits only pairs that lie near each other on the grid.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 from ... import _env, _native, devices, memory
 from .plain import leads_back, reach
 
-# The native core keeps a query's matches in a window in order by insertion, which more of them would make slow.
+# The native core sorts a query's matches in a window by insertion, which is slow for more.
 MOST_MATCHES = 256
-# Sides of grids that it takes.
+# Longest side of a grid.
 _LARGEST_SIDE = 1 << 30
 
 
@@ -35,8 +35,10 @@ def can_run(query: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]
 def search(
     query: Tensor, key: Tensor, depth: int, mutual: bool, window: list[int] | None, normalize: bool, fast: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`lift_fast.ops.nearest.plain.search` in float32. With ``fast``, without the rescoring in float32 of what a
-    search in fewer bits leaves open; windows are always searched in float32."""
+    """:func:`lift_fast.ops.nearest.plain.search` in float32.
+
+    ``fast`` skips the float32 rescoring after a search in fewer bits; windows are always searched in float32.
+    """
     if window is not None:
         similarity, index = search_windows(query, key, depth, window, normalize)
         return similarity, index, leads_back(search_back(query, key, window, normalize), index) if mutual else None
@@ -44,7 +46,7 @@ def search(
     queries, keys = query.float().contiguous(), key.float().contiguous()
     similarity = memory.empty((batch, n, depth), dtype=torch.float32, device="cpu")
     index = memory.empty((batch, n, depth), dtype=torch.int64, device="cpu")
-    # The query that is most similar to the first key, -1 without one.
+    # The query most similar to each query's first key, -1 without one.
     back = memory.empty((batch, n), dtype=torch.int64, device="cpu") if mutual else None
     _native.require().nearest_f32(
         _native.address(queries),
@@ -66,24 +68,16 @@ def search(
 
 
 def search_windows(query: Tensor, key: Tensor, k: int, window: list[int], normalize: bool) -> tuple[Tensor, Tensor]:
-    """The ``k`` best keys in each query's window.
+    """The ``k`` best keys in each query's window, at most MOST_MATCHES; arguments as :func:`.plain.search`.
 
-    Args:
-        query: ``[B, N, C]``.
-        key: ``[B, M, C]``, any number of key grids one after the other.
-        k: 1 <= k <= MOST_MATCHES.
-        window: ``[radius, query_h, query_w, key_h, key_w]``.
-        normalize: cosines instead of dot products.
-
-    Returns:
-        similarity ``[B, N, k]`` float32, descending, and index ``[B, N, k]`` int64; -inf and -1 where there is none.
+    Returns similarity ``[B, N, k]`` float32, descending, and index ``[B, N, k]`` int64; -inf and -1 for none.
     """
     _, query_h, query_w, key_h, key_w = window
     return _run_windows(query, key, k, (query_h, query_w), (key_h, key_w), reach(window), normalize)
 
 
 def search_back(query: Tensor, key: Tensor, window: list[int], normalize: bool) -> Tensor:
-    """``[B, M]`` int64: the best query among those whose windows hold a key, or -1; as :func:`search_windows`."""
+    """``[B, M]`` int64: each key's best query among those whose windows hold it, or -1; see :func:`search_windows`."""
     _, query_h, query_w, key_h, key_w = window
     return _run_windows(key, query, 1, (key_h, key_w), (query_h, query_w), reach(window), normalize)[1][..., 0]
 

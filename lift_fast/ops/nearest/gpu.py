@@ -1,12 +1,12 @@
-"""``nearest`` on the GPU: which kernels serve which request, and in which order they run.
+"""``nearest`` on the GPU: which kernels run for which request, and in which order.
 
-* bfloat16 and float16: one pass of tensor-core products of the descriptors as given, ``mutual`` in that pass unless
-  there is a window or more than two matches are asked for; then in a second pass, from the keys' side.
-* float32, cosines: a float16 search with measured bounds, then float32 for what can win; ``mutual`` as a second search.
+* bfloat16 and float16: one pass of tensor-core products of the given descriptors. ``mutual`` is part of that pass, or,
+  with a window or more than two matches, a second pass from the keys' side.
+* float32, cosines: a float16 search with measured bounds, then float32 for what can win; ``mutual`` is a second search.
 * float32 with a window or without ``normalize``, and small sets: three TF32 products for each float32 product.
 
-Beside its results a call needs half-precision copies of both sets, 64 MB for the float32 search, and a few numbers for
-each descriptor. It never waits for the device.
+In addition to its results a call needs half-precision copies of both sets, 64 MB for the float32 search, and a few
+numbers for each descriptor. It never waits for the device.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from ...kernels.nearest_groups import Stream
     from ...kernels.nearest_rows import Rows
 
-# Longest list of matches, and largest side of a window's grid, that the kernels take.
+# The kernels' limits: matches per query, and the side of a window's grid.
 MOST_MATCHES = 32
 _MOST_SIDE = 1 << 14
 # Bytes of the float32 search's bounds; two portions of them may exist at one time.
 _BOUNDS_BUDGET = 32 << 20
-# Products below which three TF32 products are cheaper than the two passes of the float32 search.
+# Below this many products, three TF32 products each are cheaper than the two passes of the float32 search.
 _SMALL = 1 << 23
 
 
 def can_run(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
-    """Whether the kernels serve this request, and the reason if not. ``query [B, N, C]``, ``key [B, M, C]``."""
+    """Whether the kernels support this request, and the reason if not. ``query [B, N, C]``, ``key [B, M, C]``."""
     runs, reason = devices.kernels_run(query.device, query.dtype)
     return fits(query, key, k, window) if runs else (False, reason)
 
 
 def fits(query: Tensor, key: Tensor, k: int, window: list[int] | None) -> tuple[bool, str]:
-    """:func:`can_run` without the question of the device."""
+    """:func:`can_run` without the check of the device."""
     if query.dtype not in devices.KERNEL_DTYPES:
         return False, f"the kernels compute in {', '.join(map(str, devices.KERNEL_DTYPES))}, not in {query.dtype}"
     if not 0 < query.shape[0] < 1 << 16 or 0 in query.shape or 0 in key.shape:
-        return False, f"the kernels take no empty sets and at most 65535 pairs, got {list(query.shape)}"
+        return False, f"the kernels need non-empty sets and at most 65535 pairs, got {list(query.shape)}"
     if max(query.shape[1], key.shape[1]) >= 1 << 30 or query.shape[2] >= 1 << 20:
-        return False, f"sets of at most 2^30 descriptors, got {query.shape[1]} and {key.shape[1]}"
+        return False, f"sets must have at most 2^30 descriptors, got {query.shape[1]} and {key.shape[1]}"
     if k > MOST_MATCHES:
         return False, f"k must be at most {MOST_MATCHES}, got {k}"
     if window is not None and max(window[1:]) > _MOST_SIDE:
@@ -66,11 +66,11 @@ def search(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`lift_fast.ops.nearest.plain.search`.
 
-    With ``fast``, float32 descriptors are rounded to float16 for the cosines that are compared; the similarities of the
-    chosen ones are computed in float32 from the descriptors as given.
+    ``fast`` compares cosines of float32 descriptors rounded to float16; the similarities of the chosen ones are
+    computed in float32 from the given descriptors.
 
-    ``stream``, for half precision, ``fast``, and at most two matches without a window: search groups of keys first, as
-    :mod:`lift_fast.kernels.nearest_groups` does. No device's default until it has been measured there.
+    ``stream`` searches groups of keys first, see :mod:`lift_fast.kernels.nearest_groups`; for half precision or
+    ``fast``, and at most two matches without a window. It is not the default on any device until measured there.
     """
     from ...kernels import launch, nearest_groups, nearest_rows
     from ...kernels import nearest as kernel
@@ -82,7 +82,7 @@ def search(
     copy = torch.float16 if searched else None if exact else query.dtype
     capability = launch.capability(query.device)
     itemsize = 4 if copy is None else 2
-    # Both directions come from one pass where tiles of queries are in the order of the queries.
+    # One pass gives both directions if tiles of queries are in the order of the queries.
     both = mutual and copy is not None and window is None and depth <= 2
     tile = kernel.default_tile(query.shape[2], itemsize, depth, both, window is not None, capability)
     if stream is not None:
@@ -110,7 +110,7 @@ def search(
 
 
 def _geometries(window: list[int] | None, m: int) -> tuple[Geometry | None, Geometry | None]:
-    """The window as the queries and as the keys see it."""
+    """The window from the queries' and from the keys' side."""
     if window is None:
         return None, None
     from ...kernels.nearest import Geometry
@@ -145,7 +145,7 @@ def _search(
 
 
 def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]:
-    """Cosines of float32 descriptors: bounds from float16 products, then float32 where they leave the match open."""
+    """Cosines of float32 descriptors: bounds from float16 products, then float32 where these do not decide."""
     from ...kernels import launch, nearest_float32
     from ...kernels import nearest as kernel
 
@@ -154,7 +154,7 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
     capability = launch.capability(device)
     tile = kernel.default_tile(channels, 2, 1, False, False, capability)
     last = kernel.default_tile(channels, 4, depth, False, False, capability)
-    # Small blocks leave little to evaluate, but a portion must fill the device.
+    # Small blocks leave little to rescore, but a portion must fill the device.
     block = 32
     while block < tile.columns and _BOUNDS_BUDGET * block < 4 * key.bias.shape[1] * 64 * tile.rows:
         block *= 2
@@ -170,7 +170,7 @@ def _search_float32(query: Rows, key: Rows, depth: int) -> tuple[Tensor, Tensor]
             count = -(-min(portion, n - first) // tile.rows) * tile.rows
             maxima = nearest_float32.block_maxima(one, other, first, count, block, tile)
             nearest_float32.rescore(one, other, maxima, first, block, depth, chosen, *out)
-        # Queries with many equally good matches: few, or a device's work for all of them.
+        # The remaining queries have many equally good matches: they get a full search.
         one, other = one._replace(copy=None), other._replace(copy=None)
         kernel.finish(one, other, kernel.search(one, other, depth, last, chosen=chosen), *out, chosen)
     return similarity, index

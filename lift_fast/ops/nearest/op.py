@@ -1,13 +1,13 @@
 """``nearest``: for each query descriptor its most similar key descriptors, without ever forming the N x M matrix.
 
-A backend only searches (:func:`lift_fast.ops.nearest.plain.search` says what it returns); how many places that takes,
-which matches are accepted and how many are handed on is decided here.
+A backend only searches, see :func:`lift_fast.ops.nearest.plain.search`. The operator decides the length of its lists,
+which matches are valid, and how many to return.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ library.define(
 
 
 def depth_of(k: int, ratio: float | None) -> int:
-    """Places of a query's list: the ratio test needs the runner-up also where one match is asked for."""
+    """Length of a query's list: the ratio test needs a second match even for k = 1."""
     return k if ratio is None else max(k, 2)
 
 
@@ -41,17 +41,17 @@ def nearest_by(
     normalize: bool,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator by one backend's search: similarity and index ``[B, N, k]``, and which matches hold, ``[B, N]``."""
-    similarity, index, returns = search(query, key, depth_of(k, ratio), mutual, window, normalize, fast)
-    valid = index[..., 0] >= 0 if returns is None else returns
+    """The operator with one backend's search: similarity and index ``[B, N, k]``, valid ``[B, N]``."""
+    similarity, index, mutually = search(query, key, depth_of(k, ratio), mutual, window, normalize, fast)
+    valid = index[..., 0] >= 0 if mutually is None else mutually
     if ratio is not None:
-        # |a - b|^2 = 2 - 2 cos for unit vectors: Lowe's ratio of distances, squared. No runner-up (-inf) passes.
+        # |a - b|^2 = 2 - 2 cos for unit vectors: Lowe's ratio of distances, squared. No second match (-inf) passes.
         valid = valid & (1 - similarity[..., 0] <= ratio**2 * (1 - similarity[..., 1]))
     return similarity[..., :k].contiguous(), index[..., :k].contiguous(), valid
 
 
 def _search_for(query: Tensor, key: Tensor, k: int, window: list[int] | None, normalize: bool) -> Search:
-    """The fastest backend that can run; all of them have room for a runner-up beside one match."""
+    """The fastest backend that can run; every backend has room for the second match of k = 1."""
     if not normalize and plain.beyond_range(query, key):
         return plain.search_beyond_range
     if cpu.can_run(query, k, window)[0]:
@@ -74,17 +74,8 @@ def _nearest(
     return nearest_by(search, query, key, k, mutual, ratio, window, normalize, fast)
 
 
-def _fake_nearest(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    mutual: bool,
-    ratio: float | None,
-    window: list[int] | None,
-    normalize: bool,
-    fast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n, _ = query.shape
+def _fake_nearest(query: Tensor, key: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = query.shape[:2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     similarity = query.new_empty((batch, n, k), dtype=dtype)
     return similarity, query.new_empty((batch, n, k), dtype=torch.int64), query.new_empty((batch, n), dtype=torch.bool)
