@@ -11,13 +11,28 @@ from torch import Tensor
 
 from . import _env
 
+# csrc/bindings/module.cpp has the same number; a change of what the core takes raises both.
+INTERFACE = 2
+
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return import_module("lift_fast._C"), ""
+        module = import_module("lift_fast._C")
     except ImportError as error:
         return None, f"lift_fast._C cannot be imported: {error}"
+    return _checked(module)
+
+
+def _checked(module: ModuleType) -> tuple[ModuleType | None, str]:
+    # The core reads and writes at the addresses that it gets, in the order that its own release gives them.
+    found = getattr(module, "interface", 1)
+    if found == INTERFACE:
+        return module, ""
+    return None, (
+        f"{module.__file__} was built from another version of lift_fast (interface {found}, expected {INTERFACE}); "
+        "build it again: pip install -e ."
+    )
 
 
 def load() -> ModuleType | None:

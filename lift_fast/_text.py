@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-
-from torch import Tensor
 
 _VALUE, _NAME, _NAMES, _MESSAGE = 100, 120, 5, 300
 
@@ -26,7 +25,9 @@ def one_line(message: object) -> str:
 
 def shown(value: object) -> str:
     """``value`` for a message: its ``repr`` up to 100 characters, or shape and dtype of a tensor."""
-    if isinstance(value, Tensor):
+    # The command line and the start of an import get here before PyTorch has loaded.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     # Cut long texts before repr; numbers have no more than some thousand digits.
     text = repr(value[: 2 * _VALUE] if isinstance(value, (str, bytes, list)) else value)

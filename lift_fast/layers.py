@@ -134,7 +134,7 @@ def _look(lift: Any) -> Unchanged:
     """A record of the network, to notice later edits."""
     double = _parts(lift).double
     roots = list(lift._modules.values())
-    modules = [module for root in roots for module in root.modules()]
+    modules = [module for root in roots if root is not None for module in root.modules()]
     kinds = ((nn.Conv2d, _settings), (nn.ConvTranspose2d, _up_settings), (nn.MaxPool2d, _pool_settings))
     settings: list[Any] = [
         (read, [module.__dict__ for module in modules if isinstance(module, kind)]) for kind, read in kinds

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ._text import shown
-from .checks import check_dense, check_whole
+from .checks import as_whole, check_dense
 from .ops.cosine_loss.op import CosineLossFunction
 from .ops.cosine_loss.plain import cosine_loss_plain
 
@@ -131,4 +131,7 @@ def _check(prediction: Tensor, target: Tensor, dim: int, reduction: str) -> int:
     count = prediction.dim()
     if count == 0:
         raise ValueError("prediction and target are scalars; expected at least the dimension of the descriptors")
-    return check_whole("dim", dim, -count, count - 1) % count
+    whole = as_whole(dim)
+    if whole is None or not -count <= whole < count:
+        raise ValueError(f"dim must be an integer from {-count} to {count - 1} ({count} dimensions), got {shown(dim)}")
+    return whole % count

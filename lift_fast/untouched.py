@@ -56,7 +56,7 @@ class Unchanged:
     """
 
     def __init__(self, roots: list[Any], settings: Sequence[tuple[Callable[[Any], Any], list[Any]]]) -> None:
-        modules = [module for root in roots for module in root.modules()]
+        modules = [module for root in roots if root is not None for module in root.modules()]
         self._roots = roots
         self._children = [module._modules for module in modules if module._modules]
         self._members = self._now()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ NATIVE_PARTS = {
 
 @needs_native
 def test_cpu_native_names_every_operator_of_the_core():
-    about = ("build_info", "cpu_isas", "cuda_probe", "image_encoder")
+    about = ("build_info", "cpu_isas", "cuda_probe", "image_encoder", "interface")
     functions = [name for name in dir(_native.require()) if not name.startswith("_") and name not in about]
     detail = lift_fast.backends()["cpu native"].detail
     for name in functions:
@@ -254,3 +255,12 @@ def test_import_time():
     """
     # The goal is 0.3 s; shared machines are noisy.
     assert any(python(code) <= 0.5 for _ in range(3))
+
+
+def test_a_core_of_another_release_is_not_used():
+    if _native.load() is not None:
+        assert _native._checked(_native.require()) == (_native.require(), "")
+    module, reason = _native._checked(SimpleNamespace(__file__="/there/_C.so"))
+    assert module is None
+    assert reason.startswith("/there/_C.so was built from another version of lift_fast (interface 1, expected ")
+    assert reason.endswith("; build it again: pip install -e .")

@@ -286,3 +286,14 @@ def test_command(photographs, tmp_path, capsys):
     assert Image.open(tmp_path / "cka.png").width == 1000
     assert main([*options, *model, "--chart", str(tmp_path / "none" / "a.png")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("c.png", "PNG"), ("c.jpg", "JPEG"), ("c.JPEG", "JPEG"), ("c.chart", "PNG")]
+)
+def test_charts_are_written_as_their_name_says(name, kind, tmp_path):
+    from lift_fast.cli.eval_options import save_image
+
+    save_image(tmp_path / name, Image.new("RGB", (4, 3)))
+    with Image.open(tmp_path / name) as image:
+        assert image.format == kind

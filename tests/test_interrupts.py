@@ -286,3 +286,20 @@ assert came and all(torch.equal(*pair) for pair in zip(found, expected))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_command_may_be_interrupted_while_pytorch_loads():
+    """The package looks after Ctrl-C before it asks for PyTorch, which takes seconds to load."""
+    code = """
+import signal, sys
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)
+            sys.exit(3)
+sys.meta_path.insert(0, Watch())
+sys.argv[0] = "lift-fast"
+import lift_fast
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "True\n"), done.stderr

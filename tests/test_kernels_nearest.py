@@ -355,7 +355,7 @@ def test_what_it_leaves_to_the_plain_version(monkeypatch):
     assert not nearest_gpu.fits(query[:, :0], key, 1, None)[0]
     assert not nearest_gpu.fits(query[..., :0], key[..., :0], 1, None)[0]
     assert not nearest_gpu.fits(query, key, 1, [1, 1, 3, 1, 1 << 20])[0]
-    assert "CUDA devices, not on" in nearest_gpu.can_run(query, key, 1, None)[1]
+    assert "not on a CUDA device" in nearest_gpu.can_run(query, key, 1, None)[1]
     monkeypatch.setenv("LIFT_FAST_DISABLE_TRITON", "1")
     result = nearest(query.to(DEVICE), key.to(DEVICE))
     assert torch.equal(result.index.cpu(), nearest_by(plain.search, query, key, 1, False, None, None, True)[1])

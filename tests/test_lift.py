@@ -293,7 +293,7 @@ def test_corrupt_and_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"other\.pth is not a LiFT checkpoint.*fc\.weight"):
         load_lift(tmp_path / "other.pth", patch_size=8)
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth holds a list"):
+    with pytest.raises(ValueError, match=r"list\.pth contains a list"):
         load_lift(tmp_path / "list.pth", patch_size=8)
     state = LiFT(8, 8).state_dict()
     del state["outc.bias"]

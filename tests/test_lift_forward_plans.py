@@ -426,3 +426,15 @@ def test_fused_false_forces_the_plain_graph(built):
     with torch.no_grad():
         lift(*inputs(8, 16, 16, 8))
     assert not built
+
+
+def test_an_empty_submodule_changes_nothing():
+    lift = network(8, 16, seed=22).eval()
+    imgs, x = inputs(16, 48, 32, 8)
+    sources = len(lift._plan_sources()[0])
+    lift.register_module("nothing", None)
+    with torch.no_grad():
+        out = lift(imgs, x)
+        assert len(lift._plan_sources()[0]) == sources > 0
+        lift.fused = False
+        assert relative_error(out, lift(imgs, x)) < 1e-5

@@ -323,7 +323,7 @@ ELSEWHERE = {
     ("lift_fast/ops/propagate_labels.py", "_fake_propagate_labels"): "a fake",
     ("lift_fast/witnesses.py", "expired"): "allocates nothing: checks whether tensors still exist",
     ("lift_fast/lift.py", "_forward_fused"): "holds no element, and torch.compile traces it",
-    ("lift_fast/evaluation/cost.py", "_picture"): "counts operations on fake tensors",
+    ("lift_fast/evaluation/cost.py", "_empty_image"): "counts operations on fake tensors",
     ("lift_fast/evaluation/cost.py", "_upsampler_flops"): "counts operations on fake tensors",
     ("lift_fast/evaluation/warp/protocol.py", "_draw_points"): "NumPy, holds no element",
 }

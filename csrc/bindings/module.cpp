@@ -63,6 +63,8 @@ py::tuple cuda_probe(int device) {
 }  // namespace lift_fast
 
 PYBIND11_MODULE(_C, m) {
+  // lift_fast/_native.py has the same number; a change of what the core takes raises both.
+  m.attr("interface") = 2;
   m.doc() = "Native core of lift_fast";
   m.def("build_info", &lift_fast::build_info, "How this binary was built.");
   m.def("cpu_isas", &lift_fast::isas, "Instruction sets for the kernels on this CPU, best first.");

@@ -154,10 +154,12 @@ def progress(arguments: argparse.Namespace, total: int | None, unit: str) -> Ite
 
 def save_image(path: Path, image: Image.Image) -> None:
     """Write a chart or a sheet as a whole or not at all."""
+    from PIL import Image
+
     from lift_fast._files import atomic_path
 
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
 
 
 def record(arguments: argparse.Namespace, backbone: FrozenViT, methods: Sequence[Method]) -> dict[str, Any]:

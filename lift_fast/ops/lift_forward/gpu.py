@@ -97,7 +97,7 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     if not plan.image_convs_1:
         encoder = "none"
     elif encoder is None:
-        encoder = next(name for name in ("cuda", "triton", "torch") if not _missing(name, plan, device, dtype))
+        encoder = _best_encoder(plan, device, dtype)
     elif missing := _missing(encoder, plan, device, dtype):
         name = "CUDA" if encoder == "cuda" else "Triton"
         raise RuntimeError(f"the {name} image encoder cannot run: {missing}; pass encoder=None")
@@ -110,6 +110,11 @@ def prepare_gpu(plan: Plan, device: torch.device, dtype: torch.dtype, encoder: s
     first, second = weights.pack_upsample(plan, device, dtype), weights.pack_head(plan, device, dtype)
     counts = (tuple(upsample.accumulators_of(first)), tuple(head.accumulators_of(second)))
     return GpuPlan(encoder, packed, first, second, *counts, passes={})
+
+
+def _best_encoder(plan: Plan, device: torch.device, dtype: torch.dtype) -> str:
+    """The first image encoder that can run; PyTorch's always can."""
+    return next(name for name in ("cuda", "triton", "torch") if not _missing(name, plan, device, dtype))
 
 
 def _missing(encoder: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
