@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _env, _native, devices, memory
-from .plain import TorchEncoder, encode_image, prepare_encoder
+from .plain import TorchEncoder, encode_image_nhwc, prepare_encoder
 from .plan import Plan
 
 
@@ -59,8 +59,7 @@ def run_native_plan(plan: NativePlan, imgs: Tensor, x: Tensor) -> Tensor:
     out = memory.new_empty(x, (batch, 2 * h, 2 * w, channels))
     f_address = g_address = image = 0
     if plan.encoder.image_convs_1:
-        f, g = encode_image(plan.encoder, imgs)
-        f, g = f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
+        f, g = encode_image_nhwc(plan.encoder, imgs)
         f_address, g_address, image = _native.address(f), _native.address(g), f.shape[3]
     _native.require().lift_forward(
         _native.address(x),

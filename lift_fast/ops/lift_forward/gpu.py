@@ -132,8 +132,7 @@ def encode_image(plan: GpuPlan, imgs: Tensor) -> tuple[Tensor, Tensor]:
     if plan.encoder == "triton":
         f, g = _kernels()[0].encode_image(imgs, plan.encoder_weights)
         return f, g
-    f, g = plain.encode_image(plan.encoder_weights, imgs)
-    return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
+    return plain.encode_image_nhwc(plan.encoder_weights, imgs)
 
 
 def upsample_work(plan: GpuPlan, x: Tensor) -> tiles.Work:

@@ -43,6 +43,12 @@ def encode_image(encoder: TorchEncoder, imgs: Tensor) -> tuple[Tensor, Tensor]:
     return f, g
 
 
+def encode_image_nhwc(encoder: TorchEncoder, imgs: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`encode_image` with f ``[B, 2h, 2w, F]`` and g ``[B, h, w, F]``, contiguous, as the decoders read them."""
+    f, g = encode_image(encoder, imgs)
+    return f.permute(0, 2, 3, 1).contiguous(), g.permute(0, 2, 3, 1).contiguous()
+
+
 class TorchPlan(NamedTuple):
     """The plan's tensors in one dtype, in channels-last layout for PyTorch's convolutions."""
 
