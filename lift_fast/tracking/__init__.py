@@ -1,0 +1,1 @@
+"""Objects and points through a video."""
