@@ -78,7 +78,7 @@ _LAZY = {
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }
-_SUBPACKAGES = ("backbones", "evaluation", "show", "training")
+_SUBPACKAGES = ("backbones", "evaluation", "show", "tracking", "training")
 
 
 def __getattr__(name: str) -> Any:

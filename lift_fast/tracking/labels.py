@@ -20,6 +20,7 @@ from lift_fast.propagation import propagate_labels
 Mask = npt.NDArray[np.uint8]
 # (top, left, height, width) pixels of the resized frame over which a map's cells lie side by side.
 Covered = tuple[int, int, int, int]
+_AT_ONCE = 16
 
 
 class PropagationRule(Protocol):
@@ -79,6 +80,24 @@ class LabelPropagation:
         self._queue.append((query, labels))
         return labels.T.unflatten(1, self.grid)
 
+    def state(self) -> dict[str, Tensor]:
+        """The queue: ``features [n, h * w, C]`` and ``labels [n, h * w, L]``, on the CPU; nothing if it is empty."""
+        if not self._queue:
+            return {}
+        features, labels = zip(*self._queue, strict=True)
+        return {"features": torch.stack(features).cpu(), "labels": torch.stack(labels).cpu()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over the queue of a :meth:`state` of the same video; raises ``ValueError`` if it does not fit."""
+        self._queue.clear()
+        if not state:
+            return
+        kept = [state[name].to(mine) for name, mine in zip(("features", "labels"), self._first, strict=True)]
+        for found, mine in zip(kept, self._first, strict=True):
+            if found.shape[1:] != mine.shape or len(found) > self.options.queue:
+                raise ValueError(f"a state of {list(found.shape)} does not fit frames of {list(mine.shape)}")
+        self._queue.extend((features.clone(), labels.clone()) for features, labels in zip(*kept, strict=True))
+
 
 def _rows(maps: Tensor) -> Tensor:
     """``[C, h, w]`` to ``[h * w, C]``, a copy: a view would keep its whole batch of frames alive."""
@@ -128,8 +147,27 @@ def hard_mask(enlarged: Tensor, output: tuple[int, ...]) -> Mask:
     Each channel is normalised (:func:`normalize_channels`), the largest wins (the first of equals), and the result is
     resized to ``output`` (H, W) by nearest neighbours.
     """
-    winner = normalize_channels(enlarged).argmax(0).to(torch.uint8).cpu().numpy()
-    return np.asarray(Image.fromarray(winner).resize((output[1], output[0]), Image.Resampling.NEAREST))
+    return _resized(normalize_channels(enlarged).argmax(0), output)
+
+
+def _resized(winner: Tensor, output: tuple[int, ...]) -> Mask:
+    numbers = Image.fromarray(winner.to(torch.uint8).cpu().numpy())
+    return np.asarray(numbers.resize((output[1], output[0]), Image.Resampling.NEAREST))
+
+
+def object_mask(labels: Tensor, frame: tuple[int, int], covered: Covered, output: tuple[int, ...]) -> Mask:
+    """:func:`hard_mask` of soft labels ``[L, h, w]`` that lie over ``covered`` pixels of ``frame``, for many objects: a
+    few of them are enlarged at a time."""
+    best, winner = torch.tensor(-torch.inf), torch.tensor(0)
+    for start in range(0, len(labels), _AT_ONCE):
+        scaled = normalize_channels(enlarge_covered(labels[start : start + _AT_ONCE], frame, covered))
+        first = scaled.argmax(0)
+        value = scaled.gather(0, first[None])[0]
+        best, winner = best.to(value), winner.to(first)
+        # A later channel must be larger: the first of equals wins.
+        winner = torch.where(value > best, first + start, winner)
+        best = torch.maximum(best, value)
+    return _resized(winner, output)
 
 
 def normalize_channels(labels: Tensor) -> Tensor:
