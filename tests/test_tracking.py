@@ -91,6 +91,23 @@ def test_points_follow_a_camera(demonstration):
     assert seen[there].mean() > 0.6
 
 
+def test_patterns_turn_and_grow_with_the_camera(demonstration, monkeypatch):
+    images, matrices = camera(14, (96, 128), zoom=0.03, turn=0.05)
+    grid = np.stack(np.meshgrid(np.arange(32, 97, 16), np.arange(24, 73, 16)), -1).reshape(-1, 2)
+    truth = carried(grid, matrices, 13)
+
+    def last():
+        *_, found = track(images, points=grid, extractor=demonstration, size=224)
+        return np.median(np.linalg.norm(found.points.xy - truth, axis=1)), found.points.visible.mean()
+
+    error, visible = last()
+    assert error < 2.5
+    assert visible > 0.7
+    monkeypatch.setattr("lift_fast.tracking.points._TURN", 0.0)
+    monkeypatch.setattr("lift_fast.tracking.points._GROWTH", 0.0)
+    assert last()[0] > 2 * error
+
+
 def test_point_that_leaves_is_hidden(demonstration):
     images, matrices = camera(8, (96, 128), zoom=0, turn=0, shift=(8.0, 0.0))
     points = [[12.0, 48.0], [100.0, 48.0]]

@@ -1,13 +1,15 @@
 """Points of a first frame, found again in the frames that follow it.
 
 A point is known by the descriptors of a 3 x 3 pattern around it in the first frame, one patch of the backbone apart. In
-each frame it lies where that pattern fits best within the neighbourhood of its last place; the pattern found there is
-looked for in the whole first frame, and should lead back to where the point started. docs/tracking.md has the figures
-of this and of other ways.
+each frame it lies where that pattern fits best within the neighbourhood of its last place. There the pattern is laid
+over the first frame a little larger, smaller and turned, and the best of these is the next frame's, so that it follows
+a camera that zooms and turns. What is found is looked for in the whole first frame, and should lead back to where the
+point started. docs/tracking.md has the figures of this and of other ways.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +23,14 @@ from lift_fast import memory
 
 # What a fit loses by lying one patch from the last place; it grows with the square.
 _MOTION = 0.004
+# Factor and angle (radians) by which a pattern may grow and turn from frame to frame, and the most that it may grow.
+_GROWTH, _TURN, _LARGEST = math.log(1.05), 0.05, math.log(4)
 # Cells around the best one that decide where between cells a point lies, and temperature of their weights.
 _NEAR, _TEMPERATURE = 2, 0.05
 # Cells by which the way back may miss the start of a visible point.
 _TOLERANCE = 1.5
 # Cells of all points' maps of fits in memory at a time.
 _BLOCK = 1 << 22
-_REACH = 1
 _OUTSIDE = -4.0
 
 
@@ -58,8 +61,9 @@ class PointMatcher:
         self.radius, self.spacing = radius, spacing
         self._first = _unit(features)
         self._start = places
-        self._pattern, self._inside = self._patterns(self._first, places)
         self._places = places
+        # Logarithm of the scale and the angle of each pattern in the first frame, seen from the present one.
+        self._warps = torch.zeros_like(places)
         self._confidence = torch.ones_like(places[:, 0])
         self._visible = torch.ones_like(self._confidence, dtype=torch.bool)
 
@@ -76,47 +80,64 @@ class PointMatcher:
         block = max(1, _BLOCK // maps[0].numel())
         parts = [slice(start, start + block) for start in range(0, len(self._places), block)]
         found = [self._find(maps, part) for part in parts]
-        self._places, self._confidence, self._visible = (torch.cat(each) for each in zip(*found, strict=True))
+        self._places, self._warps, self._confidence, self._visible = map(torch.cat, zip(*found, strict=True))
         return self.tracks()
 
     def state(self) -> dict[str, Tensor]:
         """What the next frame depends on, on the CPU."""
-        return {"places": self._places.cpu(), "confidence": self._confidence.cpu(), "visible": self._visible.cpu()}
+        return {"places": self._places.cpu(), "warps": self._warps.cpu()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over a :meth:`state` of the same points; raises ``ValueError`` if it does not fit."""
-        if state["places"].shape != self._start.shape:
+        if not state["places"].shape == state["warps"].shape == self._start.shape:
             raise ValueError(f"a state of {len(state['places'])} points does not fit {len(self._start)} points")
-        self._places, self._confidence, self._visible = (
-            state[name].to(self._start.device) for name in ("places", "confidence", "visible")
-        )
+        self._places, self._warps = (state[name].to(self._start.device) for name in ("places", "warps"))
 
-    def _find(self, maps: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Places, confidence and visibility of some of the points."""
-        pattern, last = self._pattern[part], self._places[part]
-        fits = self._fits(pattern, self._inside[part], maps)
+    def _find(self, maps: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Places, warps, confidence and visibility of some of the points."""
+        start, last, warps = self._start[part], self._places[part], self._warps[part]
+        pattern, inside = self._patterns(self._first, start, warps)
+        fits = self._fits(pattern, inside, maps)
         across, down = _distances(last.round(), maps)
         fits -= _MOTION / self.spacing**2 * (across.square() + down.square())
         if self.radius is not None:
             fits.masked_fill_((across > self.radius) | (down > self.radius), _OUTSIDE)
         places = _peak(fits)
-        seen, inside = self._patterns(maps, places)
-        miss = torch.linalg.vector_norm(_peak(self._fits(seen, inside, self._first)) - self._start[part], dim=-1)
-        cosine = (seen * pattern).sum(-1).mean(-1).clamp(0, 1)
-        return places, cosine * torch.exp2(-miss), (miss <= _TOLERANCE) & (cosine > 0)
+        warps, cosine = self._warped(maps, places, start, warps)
+        pattern, inside = self._patterns(maps, places, -warps)
+        miss = torch.linalg.vector_norm(_peak(self._fits(pattern, inside, self._first)) - start, dim=-1)
+        return places, warps, cosine.clamp(0, 1) * torch.exp2(-miss), (miss <= _TOLERANCE) & (cosine > 0)
+
+    def _warped(self, maps: Tensor, places: Tensor, start: Tensor, warps: Tensor) -> tuple[Tensor, Tensor]:
+        """The warp that fits best at ``places``, among those next to each point's last one, and its mean cosine."""
+        seen, there = self._patterns(maps, places, torch.zeros_like(warps))
+        tried, cosines = [], []
+        for growth in (0.0, -_GROWTH, _GROWTH):
+            for turn in (0.0, -_TURN, _TURN):
+                warp = warps + torch.tensor([growth, turn], dtype=warps.dtype, device=warps.device)
+                warp[:, 0].clamp_(-_LARGEST, _LARGEST)
+                pattern, inside = self._patterns(self._first, start, warp)
+                both = (inside & there).to(torch.float32)
+                cosines.append(((pattern * seen).sum(-1) * both).sum(-1) / both.sum(-1).clamp_min(1))
+                tried.append(warp)
+        cosine, best = torch.stack(cosines).max(0)
+        return torch.stack(tried)[best, torch.arange(len(best), device=best.device)], cosine
 
     def _offsets(self) -> list[tuple[int, int]]:
-        steps = [step * self.spacing for step in range(-_REACH, _REACH + 1)]
+        steps = [step * self.spacing for step in (-1, 0, 1)]
         return [(x, y) for y in steps for x in steps]
 
-    def _patterns(self, maps: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit descriptors ``[P, 9, C]`` of the pattern at each place, and which of them ``[P, 9]`` lie in the map."""
+    def _patterns(self, maps: Tensor, places: Tensor, warps: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit descriptors ``[P, 9, C]`` of the warped pattern at each place, and which ``[P, 9]`` lie in the map."""
         h, w = maps.shape[1:]
-        at = places[:, None] + torch.tensor(self._offsets(), dtype=places.dtype, device=places.device)
+        offsets = torch.tensor(self._offsets(), dtype=places.dtype, device=places.device)
+        scale = torch.exp(warps[:, 0])
+        x, y = scale * torch.cos(warps[:, 1]), scale * torch.sin(warps[:, 1])
+        turn = torch.stack([torch.stack([x, y], dim=-1), torch.stack([-y, x], dim=-1)], dim=-2)
+        at = places[:, None] + offsets @ turn
         size = torch.tensor([w, h], dtype=at.dtype, device=at.device)
         # To -1 and 1 at the outer edges of the map; beyond its outermost centres it is repeated.
         sampled = F.grid_sample(maps[None], ((at * 2 + 1) / size - 1)[None], "bilinear", "border", align_corners=False)
-        # Border cells do not leave the map.
         inside = ((at >= -0.5) & (at <= size - 0.5)).all(-1)
         return F.normalize(sampled[0].permute(1, 2, 0), dim=-1), inside
 
