@@ -270,13 +270,21 @@ def test_damaged_video(film, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut\.mp4 cannot be read as a video"):
         list(open_video(tmp_path / "cut.mp4").frames())
-    start = content.index(b"mdat")
-    middle = start + int.from_bytes(content[start - 4 : start], "big") // 2
-    content[middle : middle + 60] = b"\xff" * 60
-    (tmp_path / "bad.mp4").write_bytes(content)
-    found = list(open_video(tmp_path / "bad.mp4").frames())
-    assert found
-    assert all(isinstance(one.image, Image.Image) or "bad.mp4, frame" in str(one.image) for one in found)
+    start = content.index(b"mdat") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    rng = np.random.default_rng(0)
+    named = 0
+    for _ in range(20):
+        damaged = content.copy()
+        place, size = start + int(rng.integers(length - 300)), int(rng.integers(20, 300))
+        damaged[place : place + size] = rng.bytes(size)
+        (tmp_path / "bad.mp4").write_bytes(damaged)
+        found = list(open_video(tmp_path / "bad.mp4").frames())
+        problems = [str(one.image) for one in found if isinstance(one.image, FrameError)]
+        assert all("bad.mp4, frame" in one or "of its 9 frames cannot be read" in one for one in problems)
+        assert len(found) == 9 or not problems or "of its 9 frames" in problems[-1]
+        named += bool(problems)
+    assert named > 3
     with pixel_limit(1000), pytest.raises(ValueError, match="94 x 62 pixels, but a file may hold 4000"):
         open_video(path)
 

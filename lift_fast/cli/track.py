@@ -277,6 +277,8 @@ def _settings(
     chosen = {name: getattr(arguments, name) for name in _SETTINGS}
     if takes_demonstration_lift(arguments):
         chosen["lift"] = LIFT
+    if not (arguments.random_weights or arguments.random_lift):
+        chosen["seed"] = None
     for name in ("weights", "lift"):
         if chosen[name] is not None and Path(chosen[name]).is_file():
             chosen[name] = [Path(chosen[name]).name, Path(chosen[name]).stat().st_size]

@@ -165,15 +165,16 @@ def _of_video(path: Path, start: int) -> Generator[Frame, None, None]:
     container = _opened(path)
     import av
 
-    number = 0
+    number, damaged = 0, False
     with container:
-        packets = container.demux(container.streams.video[0])
+        stream = container.streams.video[0]
+        packets = container.demux(stream)
         while True:
             packet = None
             try:
                 packet = next(packets, None)
                 if packet is None:
-                    return
+                    break
                 for decoded in packet.decode():
                     check_pixels((decoded.width, decoded.height))
                     number += 1
@@ -182,10 +183,15 @@ def _of_video(path: Path, start: int) -> Generator[Frame, None, None]:
                         turned = getattr(decoded, "rotation", 0)
                         yield _numbered(number - 1, decoded.to_image().rotate(turned, expand=True))
             except (av.FFmpegError, OSError, ValueError) as error:
+                damaged = True
                 number += 1
                 if number > start:
                     problem = f"{quoted(path)}, frame {number - 1}, cannot be read: {said(error)}"
                     yield _numbered(number - 1, FrameError(problem))
                 # A damaged packet is one frame; a damaged container ends the video.
                 if packet is None:
-                    return
+                    break
+        # Frames that refer to a damaged one may be missing without an error of their own.
+        if damaged and max(number, start) < stream.frames:
+            problem = f"{quoted(path)}: {stream.frames - number} of its {stream.frames} frames cannot be read"
+            yield _numbered(number, FrameError(problem))
