@@ -57,6 +57,13 @@ def content(folder):
     return found, json.loads((folder / "track.json").read_text())
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("track", "--help")
+    assert not stop.value.code
+    assert "examples: lift-fast track frames/ --mask first.png" in " ".join(capsys.readouterr().out.split())
+
+
 def test_results(video, both, tmp_path, capsys):
     out = tmp_path / "the results"
     assert run("track", *both, "--out", out, "--movie", out / "film.gif", "--json") == 0
