@@ -238,6 +238,15 @@ def test_points_against_a_slow_search():
     assert found.visible[0]
 
 
+def test_among_equal_places_the_nearest():
+    one = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(1))
+    first = one.repeat(1, 5, 5)
+    matcher = PointMatcher(first, torch.tensor([[14.0, 12.0], [3.0, 20.0]]), radius=12, spacing=1)
+    for step in range(1, 4):
+        found = matcher.step(torch.roll(first, (step, -step), (1, 2)))
+        assert np.abs(found.xy - [[14 - step, 12 + step], [3 - step, 20 + step]]).max() < 0.5
+
+
 def test_descriptors_that_are_not_finite_fit_nothing():
     features = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0))
     broken = features.clone()
