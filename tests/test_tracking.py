@@ -116,6 +116,17 @@ def test_point_that_leaves_is_hidden(demonstration):
     assert [bool(one) for one in found[-1].visible] == [False, True]
 
 
+def test_point_that_comes_back_elsewhere(demonstration):
+    images = pasted(4, (96, 128), steps=(22, 0))[0]
+    ground = pasted(1, (96, 128), objects=0)[0][0]
+    frames = [images[0], ground, ground, images[3]]
+    options = {"extractor": demonstration, "size": 224, "radius": 4}
+    found = [one.points for one in track(frames, points=[[21.0, 48.0]], **options)]
+    assert [bool(one.visible[0]) for one in found] == [True, False, False, True]
+    # 66 pixels are 14 cells.
+    assert np.abs(found[-1].xy[0] - [87, 48]).max() < 3
+
+
 def test_object_that_vanishes_and_comes_back(demonstration):
     images, masks = pasted(4, (96, 128))
     ground = pasted(1, (96, 128), objects=0)[0][0]
@@ -212,8 +223,10 @@ def test_many_objects_are_enlarged_in_parts(objects):
     assert np.array_equal(object_mask(labels, (20, 28), (0, 0, 20, 28), (31, 45)), hard_mask(whole, (31, 45)))
 
 
-def test_points_against_a_slow_search():
+def test_points_against_a_slow_search(monkeypatch):
     """The best place by a loop over cells, on features without structure."""
+    # The last point has left the neighbourhood; elsewhere it would be found.
+    monkeypatch.setattr("lift_fast.tracking.points._SURE", 2.0)
     rng = torch.Generator().manual_seed(3)
     first = torch.nn.functional.normalize(torch.randn(8, 9, 11, generator=rng), dim=0)
     now = torch.nn.functional.normalize(torch.roll(first, (1, -2), (1, 2)) + 0.01, dim=0)

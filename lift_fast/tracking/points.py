@@ -29,6 +29,8 @@ _GROWTH, _TURN, _LARGEST = math.log(1.05), 0.05, math.log(4)
 _NEAR, _TEMPERATURE = 2, 0.05
 # Cells by which the way back may miss the start of a visible point.
 _TOLERANCE = 1.5
+# Confidence at which a hidden point is believed to be found elsewhere.
+_SURE = 0.7
 # Cells of all points' maps of fits in memory at a time.
 _BLOCK = 1 << 22
 _OUTSIDE = -4.0
@@ -62,7 +64,7 @@ class PointMatcher:
         self._first = _unit(features)
         self._start = places
         self._places = places
-        # Logarithm of the scale and the angle of each pattern in the first frame, seen from the present one.
+        # Logarithm of the scale and the angle of each pattern in the first frame, when it was last seen.
         self._warps = torch.zeros_like(places)
         self._confidence = torch.ones_like(places[:, 0])
         self._visible = torch.ones_like(self._confidence, dtype=torch.bool)
@@ -77,10 +79,16 @@ class PointMatcher:
         if tuple(features.shape) != tuple(self._first.shape):
             raise ValueError(f"expected features {list(self._first.shape)}, got {list(features.shape)}")
         maps = _unit(features)
-        block = max(1, _BLOCK // maps[0].numel())
-        parts = [slice(start, start + block) for start in range(0, len(self._places), block)]
-        found = [self._find(maps, part) for part in parts]
-        self._places, self._warps, self._confidence, self._visible = map(torch.cat, zip(*found, strict=True))
+        found = self._search(maps, torch.arange(len(self._places), device=maps.device), self.radius, _MOTION)
+        hidden = (~found[-1]).nonzero()[:, 0]
+        if len(hidden):
+            # It may have come back far from where it was lost.
+            again = self._search(maps, hidden, None, 0.0)
+            sure = again[-1] & (again[-2] >= _SURE)
+            for one, other in zip(found, again, strict=True):
+                one[hidden[sure]] = other[sure]
+        self._places, warps, self._confidence, self._visible = found
+        self._warps = torch.where(self._visible[:, None], warps, self._warps)
         return self.tracks()
 
     def state(self) -> dict[str, Tensor]:
@@ -93,15 +101,21 @@ class PointMatcher:
             raise ValueError(f"a state of {len(state['places'])} points does not fit {len(self._start)} points")
         self._places, self._warps = (state[name].to(self._start.device) for name in ("places", "warps"))
 
-    def _find(self, maps: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Places, warps, confidence and visibility of some of the points."""
+    def _search(self, maps: Tensor, rows: Tensor, radius: int | None, motion: float) -> list[Tensor]:
+        """:meth:`_find` for any number of points."""
+        block = max(1, _BLOCK // maps[0].numel())
+        found = [self._find(maps, part, radius, motion) for part in rows.split(block)]
+        return [torch.cat(each) for each in zip(*found, strict=True)]
+
+    def _find(self, maps: Tensor, part: Tensor, radius: int | None, motion: float) -> tuple[Tensor, ...]:
+        """Places, warps, confidence and visibility of the points of some numbers."""
         start, last, warps = self._start[part], self._places[part], self._warps[part]
         pattern, inside = self._patterns(self._first, start, warps)
         fits = self._fits(pattern, inside, maps)
         across, down = _distances(last.round(), maps)
-        fits -= _MOTION / self.spacing**2 * (across.square() + down.square())
-        if self.radius is not None:
-            fits.masked_fill_((across > self.radius) | (down > self.radius), _OUTSIDE)
+        fits -= motion / self.spacing**2 * (across.square() + down.square())
+        if radius is not None:
+            fits.masked_fill_((across > radius) | (down > radius), _OUTSIDE)
         places = _peak(fits)
         warps, cosine = self._warped(maps, places, start, warps)
         pattern, inside = self._patterns(maps, places, -warps)
