@@ -21,7 +21,8 @@ from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .images import AnyImage, LoadSize, as_image, check_size, resized_size, whole_patches
-from .matching import dense_match
+from .ops.dense_match.bilinear import cells_apart
+from .ops.dense_match.op import match_both_ways
 
 STAGES = ("decode", "backbone", "lift", "match")
 
@@ -123,7 +124,7 @@ def match_images(
     mutual: bool = True,
     points: Tensor | npt.ArrayLike | None = None,
     step: int = 1,
-    normalize: str = "grid",
+    normalize: str = "pixel",
     lift_iter: int = 1,
     timing: bool = False,
 ) -> ImageMatches:
@@ -151,7 +152,8 @@ def match_images(
         points: ``[P, 2]`` (x, y) in pixels of the original A, 0 <= x < W and 0 <= y < H; each is moved to the nearest
             pixel centre of the loaded image. None is all pixels of the loaded image: the dense layout.
         step: without points, every step-th pixel of each row and column.
-        normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
+        normalize: ``"pixel"``, true cosines, or ``"grid"``, as in the SPair-71k protocol; see
+            :func:`lift_fast.dense_match`.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         timing: fill in ``seconds``; waits for the GPU after each stage.
 
@@ -258,17 +260,16 @@ def _match_both_ways(
     """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
     start = at.reshape(1, -1, 2)
     points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
-    there = dense_match(maps[0], maps[1], size_a, size_b, points=points, normalize=normalize)
-    back = dense_match(maps[1], maps[0], size_b, size_a, points=there.xy.clamp_min(0), normalize=normalize)
-    cells = _pair(maps[0].shape[3] / size_a[1], maps[0].shape[2] / size_a[0], start, torch.float32)
-    distance = torch.linalg.vector_norm((back.xy - start) * cells, dim=-1)
-    distance = distance.masked_fill(~(there.valid & back.valid), torch.inf)
-    similarity = there.similarity.to(torch.float32)
-    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~there.valid, 0.0)
-    valid = there.valid & (distance <= 1) if mutual else there.valid
+    similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
+    found = xy[..., 0] >= 0
+    distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
+    distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
+    similarity = similarity.to(torch.float32)
+    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~found, 0.0)
+    valid = found & (distance <= 1) if mutual else found
     shape = at.shape[:-1]
     return (
-        there.xy.view(*shape, 2),
+        xy.view(*shape, 2),
         similarity.view(shape),
         distance.view(shape),
         confidence.view(shape),

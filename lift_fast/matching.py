@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -143,7 +144,7 @@ def dense_match(
     *,
     points: Tensor | None = None,
     normalize: str | None = "grid",
-    mutual: bool = False,
+    mutual: bool | float = False,
 ) -> DenseMatches:
     """Match pixels of the query image to all pixels of the key image, both given as coarse descriptor maps.
 
@@ -167,7 +168,9 @@ def dense_match(
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
             ``"pixel"``: normalise after interpolation (true cosines); None: use the maps as they are. Divisors are
             max(norm, 1e-12).
-        mutual: valid only if the matched pixel's own best query pixel is the original one.
+        mutual: True: valid only if the matched pixel's own best query pixel is the original one. A number: if that
+            is at most so many cells of the query map away from it (0.0 is the same as True). Between images few pixels
+            of a dense layout pass the strict test, because many share one match; 1.0 serves them.
 
     Returns:
         :class:`DenseMatches` ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
@@ -184,7 +187,7 @@ def dense_match(
         raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
     if normalize is not None and (not isinstance(normalize, str) or normalize not in ("grid", "pixel")):
         raise ValueError(f'normalize must be "grid", "pixel" or None, got {shown(normalize)}')
-    mutual = check_flag("mutual", mutual)
+    leads_back, tolerance = _check_mutual(mutual)
     query_hw = check_size("query_size", query_size, _MOST_SIDE)
     key_hw = check_size("key_size", key_size, _MOST_SIDE)
     if points is not None:
@@ -200,9 +203,25 @@ def dense_match(
         key_hw,
         None if points is None else points.detach(),
         normalize or "none",
-        mutual,
+        leads_back,
+        tolerance,
     )
     return DenseMatches(similarity, xy, valid)
+
+
+def _check_mutual(mutual: object) -> tuple[bool, float]:
+    """Whether matches must lead back, and to within how many cells."""
+    if not isinstance(mutual, float):
+        try:
+            return check_flag("mutual", mutual), 0.0
+        except TypeError:
+            # Not whole numbers: 1 is as often meant as True.
+            raise TypeError(
+                f"mutual must be True, False or a floating point number of cells such as 1.0, got {shown(mutual)}"
+            ) from None
+    if not 0 <= mutual < math.inf:
+        raise ValueError(f"mutual must be a number of cells, 0.0 or more, got {mutual}")
+    return True, float(mutual)
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -51,8 +51,8 @@ def test_result_is_dense_match_both_ways():
     with torch.no_grad():
         maps = [made.matching_map(made.preprocess(p)[0]) for p in (found.picture_a, found.picture_b)]
     assert maps[0].shape == (1, 25, 8, 12)
-    there = dense_match(*maps, (32, 48), (48, 32))
-    back = dense_match(maps[1], maps[0], (48, 32), (32, 48), points=there.xy)
+    there = dense_match(*maps, (32, 48), (48, 32), normalize="pixel")
+    back = dense_match(maps[1], maps[0], (48, 32), (32, 48), points=there.xy, normalize="pixel")
     xy_a, xy_b = loaded(found.xy_a, found.size_a, found.picture_a), loaded(found.xy_b, found.size_b, found.picture_b)
     pixels = torch.stack(torch.meshgrid(torch.arange(48), torch.arange(32), indexing="xy"), dim=-1)
     assert (xy_a - pixels).abs().max() < 1e-4
@@ -68,7 +68,7 @@ def test_result_is_dense_match_both_ways():
     assert torch.allclose(found.confidence, expected, atol=1e-6)
     assert torch.equal(found.valid, found.distance <= 1)
     assert 0 < int(found.valid.sum()) < found.valid.numel()
-    strict = dense_match(*maps, (32, 48), (48, 32), mutual=True).valid.view(32, 48)
+    strict = dense_match(*maps, (32, 48), (48, 32), normalize="pixel", mutual=True).valid.view(32, 48)
     assert ((found.distance == 0) == strict).float().mean() > 0.95
     assert match_images(a, b, extractor=made, size=30, mutual=False).valid.all()
 

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
         default=True,
         help="a valid match must lead back to within one cell of the descriptor map (on)",
     )
-    parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
+    parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
     parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
     add_model_options(parser, size_note=", rounded to whole patches")
