@@ -201,6 +201,15 @@ def test_other_settings_are_refused_or_overwrite(video, both, tmp_path, capsys):
     assert (out / "masks" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("more", [["--points", "99,1"], ["--weights", "none.pth"], ["--temperature", "-1"]])
+def test_a_wrong_command_line_overwrites_nothing(both, tmp_path, more, capsys):
+    out = tmp_path / "out"
+    assert run("track", *both, "--out", out) == 0
+    before = content(out)
+    assert run("track", *both, "--out", out, "--overwrite", *more) == 2
+    assert content(out) == before
+
+
 def test_frames_that_cannot_be_used_are_left_out(video, tmp_path, capsys):
     frames, out, without = tmp_path / "frames", tmp_path / "out", tmp_path / "without"
     frames.mkdir()

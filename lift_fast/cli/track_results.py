@@ -80,16 +80,16 @@ class Results:
             self.complete = bool(before.get("complete")) and self._all_there(before)
             if not self.complete:
                 self._state = self._read_state()
-        if self._state is None and not self.complete:
-            for old in list(self._ours()):
-                old.unlink()
-            self._write_record(complete=False)
         if self.complete:
             self._counts = before["counts"]  # type: ignore[index]  # checked by _all_there
 
     def begin(self, tracker: Tracker) -> None:
-        """Make the folders, and bring ``tracker`` to where an earlier run stopped."""
+        """Make the folders, and bring ``tracker`` to where an earlier run stopped; else that run's files go."""
         self.tracker = tracker
+        if self._state is None:
+            for old in list(self._ours()):
+                old.unlink()
+            self._write_record(complete=False)
         for name in ("masks",) * bool(tracker.objects) + ("overlay",) * (self.overlay != "none"):
             make_folder(self.out / name)
         rows = self.out / POINTS
