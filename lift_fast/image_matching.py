@@ -20,7 +20,7 @@ from ._text import quoted
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
-from .images import AnyImage, LoadSize, as_image, check_size, resized_size, whole_patches
+from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -126,6 +126,7 @@ def match_images(
     normalize: str = "grid",
     lift_iter: int = 1,
     timing: bool = False,
+    max_side: int | None = None,
 ) -> ImageMatches:
     """Match the pixels of image A to those of image B: decode, backbone, LiFT, exact dense matching.
 
@@ -154,6 +155,9 @@ def match_images(
         normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         timing: fill in ``seconds``; waits for the GPU after each stage.
+        max_side: pixels of the longer side, before rounding: an image that would be longer is loaded at this length;
+            see :func:`lift_fast.images.bounded_size`. None is 1792, or four times ``size`` if that is more; there is no
+            bound by default unless ``size`` is an integer.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -164,6 +168,8 @@ def match_images(
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
     step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
+    if max_side is not None:
+        max_side = check_whole("max_side", max_side, 1, math.inf)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
     if points is not None and step != 1:
@@ -183,8 +189,8 @@ def match_images(
     clock.device = extractor.device if timing else None
     sides = []
     for given, image, name in zip((a, b), images, "ab", strict=True):
-        height, width = _whole_patches(image, size, extractor)
         try:
+            height, width = _whole_patches(image, size, max_side, extractor)
             # Both before the first is resized.
             check_size((width, height), image.size)
             extractor.check_size(height, width, lift_iter)
@@ -276,10 +282,12 @@ def _match_both_ways(
     )
 
 
-def _whole_patches(image: Image.Image, size: LoadSize, extractor: ViTLiFTExtractor) -> tuple[int, int]:
+def _whole_patches(
+    image: Image.Image, size: LoadSize, max_side: int | None, extractor: ViTLiFTExtractor
+) -> tuple[int, int]:
     """The (height, width) at which to load, without pixels beyond the last whole patch."""
-    width, height = resized_size(image.size, size)
     p, s = extractor.patch, extractor.stride
+    width, height = bounded_size(image.size, size, max_side, p)
     # The backbone refuses images smaller than a patch.
     height, width = (side if side < p else whole_patches(side, p, s) for side in (height, width))
     return height, width

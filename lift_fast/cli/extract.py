@@ -162,7 +162,7 @@ def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
 ) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
     """Consecutive images of one size, up to ``--batch-size``; errors of unreadable images go to ``failed``."""
-    from lift_fast.images import check_size, read_image, resized_size
+    from lift_fast.images import bounded_size, check_size, read_image
 
     batch: list[torch.Tensor] = []
     members: list[_Member] = []
@@ -175,14 +175,14 @@ def _batches(
             bar.update()
             continue
         try:
-            width, height = resized_size(image.size, arguments.size)
+            width, height = bounded_size(image.size, arguments.size, arguments.max_side, extractor.patch)
             check_size((width, height), image.size)
             extractor.check_size(height, width, arguments.iterations)
         except ValueError as error:
             failed.append(f"{quoted(source)}: {error}")
             bar.update()
             continue
-        tensor, _ = extractor.preprocess(image, arguments.size)
+        tensor, _ = extractor.preprocess(image, (height, width))
         if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
             yield batch, members
             batch, members = [], []

@@ -17,7 +17,7 @@ from .options import takes_demonstration_lift
 
 FEATURES = (
     *("model", "weights", "random_weights", "lift", "random_lift", "iterations", "facet", "layer", "stride", "size"),
-    *("dtype", "seed"),
+    *("max_side", "dtype", "seed"),
 )
 """The options of :func:`lift_fast.cli.options.add_model_options` that change descriptors."""
 _WAY_OUT = "give another --out, or --overwrite"

@@ -43,6 +43,7 @@ def match(arguments: argparse.Namespace, extractor: ViTLiFTExtractor, a: Path, b
         normalize=arguments.normalize,
         lift_iter=arguments.iterations,
         timing=True,
+        max_side=arguments.max_side,
     )
 
 
