@@ -113,6 +113,28 @@ class ImageMatches:
             lines=lines,
         )
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        names: tuple[str, str] = ("a", "b"),
+        orientations: tuple[int, int] = (1, 1),
+        cell: int = 1,
+    ) -> None:
+        """Write the valid matches (inliers, if verified) for COLMAP (.txt), hloc (.h5) or as optical flow (.flo).
+
+        See :func:`lift_fast.match_files.export_matches`, which also takes many pairs.
+
+        Args:
+            path: its ending chooses the format.
+            names: of the images' files, relative to the folder of all; not needed for .flo.
+            orientations: EXIF orientation of these files, which COLMAP and hloc disregard.
+            cell: positions within a cell of that many loaded pixels become one key point.
+        """
+        from .match_files import MatchedPair, export_matches
+
+        export_matches(path, [MatchedPair(names, self.numpy, orientations)], cell)
+
 
 def match_images(
     a: AnyImage,

@@ -150,6 +150,22 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
         raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
 
 
+def exif_orientation(path: str | os.PathLike[str]) -> int:
+    """EXIF orientation of an image file, 1 to 8; 1 is upright and stands for none.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the file, if it is not an image.
+    """
+    require_regular_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            found = image.getexif().get(_ORIENTATION)
+    except Exception as error:
+        raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
+    return found if found in range(1, 9) else 1
+
+
 def as_image(image: AnyImage, name: str = "image") -> Image.Image:
     """Convert an image in any usual form to 8-bit RGB, upright.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from PIL import Image
 
 import lift_fast
 from lift_fast.cli import main
-from lift_fast.cli.match_list import Pair, name_results, read_pairs
+from lift_fast.cli.pair_list import Pair, name_results, read_pairs
 
+h5py = pytest.importorskip("h5py")
 NETWORK = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "32", "--step", "8", "--lines", "3"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +61,7 @@ def test_a_list_is_matched_with_one_set_of_networks(folder, capsys, monkeypatch)
     # The same numbers as of the pair alone.
     assert run(folder / "a.png", folder / "b.png", "--out", "one.png", "--quiet") == 0
     with np.load("one.npz") as one, np.load(pairs["a.png", "b.png"]["npz"]) as other:
-        assert set(other) == {*one, "settings", "source", "source_bytes"}
+        assert set(other) == {*one, "settings", "source", "source_bytes", "orientation"}
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
         assert other["source"].tolist() == ["a.png", "b.png"]
@@ -158,7 +161,6 @@ def test_options_that_do_not_belong_together(folder, capsys):
         ((), "give two images, A and B; or --pairs LIST"),
         (images[:1], "give two images, A and B, got one; or --pairs LIST"),
         ((*images, "--pairs", folder / "pairs.txt"), "give two images or --pairs LIST, not both"),
-        ((*images, "--root", folder), "--root belongs to --pairs LIST"),
         ((*images, "--overwrite"), "--overwrite belongs to --pairs LIST"),
         ((*images, "--sheets", "none"), "--sheets belongs to --pairs LIST"),
         (("--pairs", folder / "pairs.txt", "--root", "no"), "--root no is not a folder"),
@@ -177,6 +179,116 @@ def test_results_replace_no_image_of_the_list(folder, capsys):
     assert run("--pairs", folder / "pairs.txt", "--out", folder) == 2
     assert "is an input" in capsys.readouterr().err
     assert (folder / "a--b.png").read_bytes() == before
+
+
+def test_exports_hold_the_whole_list(folder, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / "a.png").transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    (folder / "pairs.txt").write_text("a.png b.png\n./deep/a.png a.png\na.png gone.png\nturned.png b.png\n")
+    command = "--pairs", folder / "pairs.txt", "--out", "out", "--sheets", "none"
+    exports = "--export", "out/m.txt", "--export", "out/m.h5", "--export", ".flo", "--export-cell", 2
+    assert run(*command, "--quiet") == 1
+    capsys.readouterr()
+    # All are kept: the files are made of them, without networks.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lift_fast.ViTLiFTExtractor, "__init__", lambda *_, **__: None)
+        patch.setattr("lift_fast.cli.match_pair.match", lambda *_: (_ for _ in ()).throw(ValueError("unreadable")))
+        assert run(*command, *exports, "--json") == 1
+    figures = json.loads(capsys.readouterr().out)
+    flows = ["out/a--b.flo", "out/deep-a--a.flo", "out/turned--b.flo"]
+    assert figures["exports"] == ["out/m.txt", "out/m.h5", *flows]
+    assert figures["kept"] == 3
+    text = Path("out/m.txt").read_text()
+    assert text.startswith("a.png b.png\n")
+    assert "\n\ndeep/a.png a.png\n" in text
+    assert sorted(os.listdir("out/m_keypoints")) == ["a.png.txt", "b.png.txt", "deep", "turned.png.txt"]
+    with h5py.File("out/m.h5") as file, h5py.File("out/m_keypoints.h5") as features:
+        assert sorted(f"{one}/{other}" for one in file for other in file[one]) == [
+            "a.png/b.png",
+            "deep-a.png/a.png",
+            "turned.png/b.png",
+        ]
+        for name, (width, height) in (("a.png", (50, 40)), ("turned.png", (40, 50))):
+            found = features[name]["keypoints"].__array__()
+            assert len(found) > 0
+            assert (found >= -0.5).all()
+            assert (found < (width, height)).all()
+        # The same pixels, of which one file holds the turned ones: (x, y) is (y, 49 - x) there.
+        where = features["a.png"]["keypoints"].__array__()
+        turned = features["turned.png"]["keypoints"].__array__()
+        assert {(y, 49 - x) for x, y in where.tolist()} & {tuple(at) for at in turned.tolist()}
+    with np.load("out/a--b.npz") as data, open("out/a--b.flo", "rb") as file:
+        assert np.frombuffer(file.read(), "<i4", 2, 4).tolist() == data["size_a"][::-1].tolist()
+    # A new result has a new flow.
+    before = os.stat("out/a--b.flo").st_mtime_ns
+    assert run(*command, *exports, "--quiet") == 1
+    assert os.stat("out/a--b.flo").st_mtime_ns == before
+    assert run(*command, *exports, "--quiet", "--overwrite") == 1
+    assert os.stat("out/a--b.flo").st_mtime_ns > before
+
+
+def test_exports_that_cannot_be_are_told_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr(lift_fast.ViTLiFTExtractor, "__init__", lambda *_, **__: pytest.fail("worked first"))
+    (folder / "pairs.txt").write_text("a.png b.png\nan image.png\ta.png\n")
+    (folder / "m_keypoints").write_text("")
+    (folder / "up.txt").write_text("../photos/a.png b.png\n../b.png b.png\n")
+    one, many = (folder / "a.png", folder / "b.png"), ("--pairs", folder / "pairs.txt")
+    for arguments, export, reason in (
+        (many, "m.txt", "COLMAP's match lists cannot hold an image.png"),
+        (many, "m.flo", "--export m.flo would hold one pair of 2; give .flo alone"),
+        (many, "m.csv", "exported to .txt, .h5, .hdf5, .flo (by the ending), got m.csv"),
+        (many, "no/m.h5", "the folder no does not exist"),
+        (("--pairs", folder / "up.txt"), "m.txt", "which cannot be said of ../b.png; give the folder that holds all"),
+        (one, folder / "m.txt", "m_keypoints is a file; expected a folder"),
+        (one, "photos/../m.csv", "got photos/../m.csv"),
+    ):
+        assert run(*arguments, "--export", export) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+    Image.open(folder / "a.png").save(folder / "a.h5", format="PNG")
+    assert run(folder / "a.h5", folder / "b.png", "--export", folder / "a.h5") == 2
+    assert "is an input" in capsys.readouterr().err
+    (folder / "up.txt").write_text("a.png b.png\n")
+    assert run("--pairs", folder / "up.txt", "--export", folder / "up.txt") == 2
+    assert "is an input" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert run(*many, "--export", "m.h5") == 2
+    assert 'pip install "lift_fast[export]"' in capsys.readouterr().err
+
+
+def test_exports_of_one_pair(folder, capsys):
+    images = folder / "a.png", folder / "deep" / "a.png"
+    exports = "--export", "m.h5", "--export", "m.txt", "--export", ".flo"
+    assert run(*images, *exports, "--out", "sheet.jpg", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["exports"] == ["m.h5", "m.txt", "sheet.flo"]
+    with h5py.File("m.h5") as file, np.load("sheet.npz") as data:
+        # Names start where both images are.
+        to = file["a.png/deep-a.png"]["matches0"].__array__()
+        assert 0 < (to >= 0).sum() <= data["valid"].sum()
+    assert Path("m_keypoints/deep/a.png.txt").is_file()
+    assert run(*images, *exports, "--root", folder.parent, "--quiet") == 0
+    assert Path("m.txt").read_text().startswith("photos/a.png photos/deep/a.png\n")
+    assert Path("matches.flo").is_file()
+    assert run(*images, *exports) == 0
+    assert "wrote matches.png, matches.npz, m.h5, m.txt, matches.flo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ending", "format"), [(".png", "PNG"), (".JPG", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP"), (".pdf", None)]
+)
+def test_sheets_by_ending(ending, format, folder):
+    assert run(folder / "a.png", folder / "b.png", "--out", f"sheet{ending}", "--quiet") == 0
+    if format is None:
+        assert Path("sheet.pdf").read_bytes().startswith(b"%PDF-")
+    else:
+        with Image.open(f"sheet{ending}") as sheet:
+            assert (sheet.format, sheet.mode, sheet.width) == (format, "RGB", 1600)
+            # The bar that says random weights, as red as it was drawn.
+            assert np.abs(np.subtract(sheet.getpixel((700, 4)), (176, 32, 32))).max() <= 8
+    assert Path("sheet.npz").is_file()
 
 
 def test_names_never_collide():

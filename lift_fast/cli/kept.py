@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def settings_of(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str
     return settings
 
 
-def marks(settings: dict[str, Any], sources: Sequence[Path]) -> dict[str, Any]:
+def marks(settings: Mapping[str, Any], sources: Sequence[Path]) -> dict[str, Any]:
     """What :func:`check_kept` compares, as arrays for a result's .npz file."""
     import numpy as np
 
@@ -45,7 +45,7 @@ def marks(settings: dict[str, Any], sources: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def check_kept(target: Path, settings: dict[str, Any], sources: Sequence[Path], command: str, what: str) -> None:
+def check_kept(target: Path, settings: Mapping[str, Any], sources: Sequence[Path], command: str, what: str) -> None:
     """Check that an existing result has these settings and these images, and that ``command`` wrote it.
 
     The name of an image's result depends on the other images. Its large arrays, ``what``, are not read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from lift_fast._text import quoted
 
 from . import match_pair
 from .errors import UsageError, as_usage_error, check_output
+from .match_export import FLOW, add_export_options, check_exports, image_name, write_exports
 from .match_list import run_list
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
@@ -27,12 +29,18 @@ random_weights. --pairs matches the pairs of a list instead. Exit status: 0 if a
 not be read, 2 for invalid input."""
 _EXAMPLE = """examples: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth;
 lift-fast match --pairs pairs.txt --root photos/ --out matches/ --sheets none"""
-_PAIR_ONLY, _LIST_ONLY = ("a", "b"), ("root", "sheets", "overwrite")
+_PAIR_ONLY, _LIST_ONLY = ("a", "b"), ("sheets", "overwrite")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser("match", help="match two images", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = commands.add_parser(
+        "match",
+        help="match two images",
+        usage="%(prog)s [options] A B\n       %(prog)s [options] --pairs LIST",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
     parser.add_argument("a", type=Path, nargs="?", metavar="A", help="first image")
     parser.add_argument("b", type=Path, nargs="?", metavar="B", help="second image, searched for the pixels of A")
     parser.add_argument(
@@ -61,13 +69,13 @@ def add_parser(commands: Any) -> None:
         "so an interrupted run resumes where it stopped. An image that cannot be read is reported, and its pair is "
         "left out",
     )
-    group.add_argument("--root", type=Path, metavar="DIR", help="folder of the images of LIST (that of LIST)")
     group.add_argument(
         "--sheets",
         choices=(*(suffix[1:] for suffix in match_pair.SHEETS if suffix != ".jpeg"), "none"),
         help="format of each pair's sheet (png)",
     )
     group.add_argument("--overwrite", action="store_true", help="recompute existing results")
+    add_export_options(parser)
     add_model_options(parser, size_note=", rounded to whole patches")
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -95,11 +103,16 @@ def _run_pair(arguments: argparse.Namespace) -> int:
         endings = " ".join(match_pair.SHEETS)
         raise UsageError(f"--out must end in one of {endings}, got {quoted(sheet)}; the numbers go next to it as .npz")
     numbers = sheet.with_suffix(".npz")
+    images, networks = (arguments.a, arguments.b), (arguments.weights, arguments.lift)
     for path in (sheet, numbers):
-        check_output("out", path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
+        check_output("out", path, (*images, *networks))
     with as_usage_error():
-        for path in (arguments.a, arguments.b):
+        for path in images:
             require_regular_file(path, "image")
+    root = arguments.root or Path(os.path.commonpath([path.absolute().parent for path in images]))
+    names = image_name(arguments.a, root), image_name(arguments.b, root)
+    exports = [sheet.with_suffix(FLOW) if path == Path(FLOW) else path for path in arguments.export]
+    check_exports(exports, [names], (*images, *networks))
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
@@ -110,12 +123,19 @@ def _run_pair(arguments: argparse.Namespace) -> int:
     with as_usage_error():
         matches = match_pair.match(arguments, extractor, arguments.a, arguments.b)
     figures = match_pair.write(arguments, matches, sheet, numbers, {})
+    if exports:
+        from lift_fast.images import exif_orientation
+        from lift_fast.match_files import MatchedPair
+
+        turned = exif_orientation(arguments.a), exif_orientation(arguments.b)
+        write_exports(exports, [MatchedPair(names, matches.numpy, turned)], arguments.export_cell or 1)
     seconds.update(figures["seconds"])
     if arguments.json:
+        figures["exports"] = list(map(str, exports))
         print(json.dumps({**figures, "seconds": {name: round(value, 4) for name, value in seconds.items()}}))
     else:
         say(match_pair.summary(arguments, matches))
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
-        say(f"wrote {quoted(sheet)} and {quoted(numbers)}")
+        say(f"wrote {', '.join(map(quoted, (sheet, numbers, *exports)))}")
     return 0

@@ -3,99 +3,91 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lift_fast._files import make_folder, require_regular_file
+from lift_fast._files import make_folder
 from lift_fast._text import one_line, quoted
 
 from . import match_pair
 from .errors import UsageError, as_usage_error
 from .kept import FEATURES, check_kept, marks, settings_of
+from .match_export import FLOW, check_exports, image_name, write_exports
 from .options import build_extractor, remarks
+from .pair_list import name_results, read_pairs
 
 _SETTINGS = (*FEATURES, "step", "mutual", "normalize")
-# Two of the longest paths that Linux opens.
-_LONGEST_LINE = 2 * 4096
-# File systems take 255 bytes, of which an ending and a temporary name need some.
-_LONGEST_STEM = 180
-_AWKWARD = str.maketrans(dict.fromkeys('<>:"|?*', "_") | {"/": "-", "\\": "-"})
 
 
-class Pair(NamedTuple):
-    """One line of the list."""
+class _Job(NamedTuple):
+    """A pair, and the files for its results; the second and the third if they are wanted."""
 
     line: int
-    a: str
-    b: str
+    names: tuple[str, str]
+    images: tuple[Path, Path]
+    numbers: Path
+    sheet: Path | None
+    flow: Path | None
 
 
 def run_list(arguments: argparse.Namespace) -> int:
     """Match the pairs of the list; return the exit status."""
     from tqdm import tqdm
 
+    exports = [path for path in arguments.export if path != Path(FLOW)]
     out = Path("matches") if arguments.out is None else arguments.out
-    root = arguments.pairs.parent if arguments.root is None else arguments.root
-    ending = None if arguments.sheets == "none" else f".{arguments.sheets or 'png'}"
     with as_usage_error():
-        pairs, failed = read_pairs(arguments.pairs)
-        if not root.is_dir():
-            raise UsageError(f"--root {quoted(root)} is not a folder; give the one that holds the images of the list")
+        jobs, failed = _jobs(arguments, out)
         make_folder(out)
-    stems = name_results(pairs)
+    check_exports(
+        exports,
+        [job.names for job in jobs],
+        (arguments.pairs, arguments.weights, arguments.lift, *{path for job in jobs for path in job.images}),
+    )
     settings = settings_of(arguments, _SETTINGS)
-    inputs = {os.path.realpath(root / name) for pair in pairs for name in (pair.a, pair.b)}
-    inputs |= {os.path.realpath(path) for path in (arguments.pairs, arguments.weights, arguments.lift) if path}
-    waiting: list[tuple[Pair, Path, Path | None]] = []
-    for pair, stem in zip(pairs, stems, strict=True):
-        numbers, sheet = out / f"{stem}.npz", None if ending is None else out / f"{stem}{ending}"
-        for path in (numbers, sheet):
-            if path is not None and path.exists() and os.path.realpath(path) in inputs:
-                raise UsageError(f"--out: {quoted(path)} is an input, which would be overwritten; give another folder")
-        if not arguments.overwrite and numbers.is_file():
-            check_kept(numbers, settings, [root / pair.a, root / pair.b], "match --pairs", "matches")
-            if sheet is None or sheet.is_file():
-                continue
-        waiting.append((pair, numbers, sheet))
-    quiet = arguments.quiet
-    kept = len(pairs) - len(waiting)
-    if kept and not (quiet or arguments.json):
-        print(f"{kept} of {len(pairs)} results exist already; --overwrite recomputes them", file=sys.stderr)
+    waiting = list(jobs)
+    if not arguments.overwrite:
+        waiting = [job for job in jobs if not _is_kept(job, settings)]
+    quiet = arguments.quiet or arguments.json
+    kept = len(jobs) - len(waiting)
+    if kept and not quiet:
+        print(f"{kept} of {len(jobs)} results exist already; --overwrite recomputes them", file=sys.stderr)
     figures: list[dict[str, Any]] = []
+    lost: set[_Job] = set()
     start = time.perf_counter()
     seconds: dict[str, float] = {}
     if waiting:
         extractor = build_extractor(arguments)
         seconds["model"] = time.perf_counter() - start
-        for remark in [] if quiet or arguments.json else remarks(arguments):
+        for remark in [] if quiet else remarks(arguments):
             print(remark, file=sys.stderr)
         # None shows it on a terminal only.
-        for pair, numbers, sheet in tqdm(waiting, unit="pair", disable=True if quiet else None, file=sys.stderr):
-            paths = root / pair.a, root / pair.b
+        hidden = True if arguments.quiet else None
+        for job in tqdm(waiting, unit="pair", disable=hidden, file=sys.stderr):
             try:
-                matches = match_pair.match(arguments, extractor, *paths)
-                more = marks(settings, paths)
+                found = _match(arguments, extractor, job, settings)
             except (ValueError, OSError) as error:
-                failed.append(f"line {pair.line}: {error}")
+                failed.append(f"line {job.line}: {error}")
+                lost.add(job)
                 continue
-            found = match_pair.write(arguments, matches, sheet, numbers, more)
             for name, value in found["seconds"].items():
                 seconds[name] = seconds.get(name, 0.0) + value
             found["seconds"] = {name: round(value, 4) for name, value in found["seconds"].items()}
-            figures.append({"a": pair.a, "b": pair.b, **found})
+            figures.append(dict(zip("ab", job.names, strict=True)) | found)
+    written = _export(arguments, exports, [job for job in jobs if job not in lost], {*waiting} - lost)
     for message in failed:
         print(f"skipped: {one_line(message)}", file=sys.stderr)
     total = round(time.perf_counter() - start, 3)
     if arguments.json:
         document = {
             "out": str(out),
+            "exports": written,
             "pairs": figures,
             "written": len(figures),
             "kept": kept,
@@ -103,86 +95,97 @@ def run_list(arguments: argparse.Namespace) -> int:
             "seconds": total,
         }
         print(json.dumps(document))
-    elif not quiet:
+    elif not arguments.quiet:
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
-        count = len(figures) + len(failed)
         print(
-            f"matched {len(figures)} pairs in {total} s, results in {quoted(out)}"
-            + (f"; {len(failed)} of {count} pairs were skipped" if failed else ""),
+            f"matched {len(figures)} pairs in {total} s, results in {', '.join(map(quoted, (out, *written)))}"
+            + (f"; {len(failed)} of {len(figures) + len(failed)} pairs were skipped" if failed else ""),
             file=sys.stderr,
         )
     return 1 if failed else 0
 
 
-def read_pairs(path: Path) -> tuple[list[Pair], list[str]]:
-    """The different pairs of a list, in its order, and a message for each line that holds none.
-
-    A line holds two names, separated by white space or, where there is one, by a tab. Empty lines and lines that begin
-    with # are left out.
+def _jobs(arguments: argparse.Namespace, out: Path) -> tuple[list[_Job], list[str]]:
+    """The pairs of the list, and a message for each line that holds none.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a regular file, or no line holds a pair.
+        UsageError: if a result would replace an image or a network.
     """
-    require_regular_file(path, "list of pairs")
-    pairs: dict[tuple[str, str], Pair] = {}
-    failed = []
-    for number, line in _lines(path):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        names = [name.strip() for name in line.split("\t")] if "\t" in line.strip() else line.split()
-        if len(names) == 2 and all(names) and len(line) < _LONGEST_LINE and "\0" not in line:
-            pairs.setdefault((names[0], names[1]), Pair(number, *names))
-        else:
-            count = f"more than {_LONGEST_LINE} characters" if len(line) >= _LONGEST_LINE else f"{len(names)}"
-            count = "a zero byte" if "\0" in line else count
-            failed.append(
-                f"line {number}: expected two images, separated by white space, or by a tab if a name contains spaces; "
-                f"got {count}"
-            )
-    if not pairs:
-        raise ValueError(f"no pairs in {quoted(path)}: {failed[0] if failed else 'it has no line with two images'}")
-    return list(pairs.values()), failed
+    pairs, failed = read_pairs(arguments.pairs)
+    root = arguments.pairs.parent if arguments.root is None else arguments.root
+    if not root.is_dir():
+        raise UsageError(f"--root {quoted(root)} is not a folder; give the one that holds the images of the list")
+    ending = None if arguments.sheets == "none" else f".{arguments.sheets or 'png'}"
+    jobs = []
+    for pair, stem in zip(pairs, name_results(pairs), strict=True):
+        images = root / pair.a, root / pair.b
+        job = _Job(
+            line=pair.line,
+            names=(image_name(images[0], root), image_name(images[1], root)),
+            images=images,
+            numbers=out / f"{stem}.npz",
+            sheet=None if ending is None else out / f"{stem}{ending}",
+            flow=out / f"{stem}{FLOW}" if Path(FLOW) in arguments.export else None,
+        )
+        jobs.append(job)
+    inputs = {_file(path) for job in jobs for path in job.images}
+    inputs |= {_file(path) for path in (arguments.pairs, arguments.weights, arguments.lift) if path is not None}
+    for job in jobs:
+        for path in (job.numbers, job.sheet, job.flow):
+            found = None if path is None else _file(path)
+            if found is not None and found in inputs:
+                raise UsageError(f"--out: {quoted(path)} is an input, which would be overwritten; give another folder")
+    return jobs, failed
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and lines, each cut to ``_LONGEST_LINE`` characters; bytes outside UTF-8 stay as in names of files."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
-            yield number, line
-            while not line.endswith("\n") and (line := file.readline(_LONGEST_LINE)):
-                pass
+def _file(path: str | Path) -> tuple[int, int] | None:
+    """What is the same for all names of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
-def name_results(pairs: Sequence[Pair]) -> list[str]:
-    """A file name without ending for each pair: those of its images, with a hash of the pair where it is not unique.
-
-    Unique also where upper and lower case are the same. Independent of the pairs' order.
-    """
-    stems = [f"{_flat(pair.a)}--{_flat(pair.b)}" for pair in pairs]
-    counts = Counter(stem.casefold() for stem in stems)
-    return [
-        stem
-        if counts[stem.casefold()] == 1 and len(os.fsencode(stem)) <= _LONGEST_STEM
-        else f"{_cut(stem)}-{_hash(pair)}"
-        for pair, stem in zip(pairs, stems, strict=True)
-    ]
+def _is_kept(job: _Job, settings: Mapping[str, Any]) -> bool:
+    if not job.numbers.is_file():
+        return False
+    check_kept(job.numbers, settings, job.images, "match --pairs", "matches")
+    return job.sheet is None or job.sheet.is_file()
 
 
-def _flat(name: str) -> str:
-    """The path without its suffix as one name."""
-    path = PurePath(name)
-    flat = str(path.with_suffix("") if path.name else path).translate(_AWKWARD)
-    return "".join(c if c.isprintable() else "_" for c in flat).lstrip(".-") or "image"
+def _match(arguments: argparse.Namespace, extractor: Any, job: _Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Match and write a pair; return its figures."""
+    import numpy as np
+
+    from lift_fast.images import exif_orientation
+
+    matches = match_pair.match(arguments, extractor, *job.images)
+    more = marks(settings, job.images)
+    more["orientation"] = np.array([exif_orientation(path) for path in job.images])
+    return match_pair.write(arguments, matches, job.sheet, job.numbers, more)
 
 
-def _hash(pair: Pair) -> str:
-    # No name contains a zero byte.
-    return hashlib.sha256(os.fsencode(f"{pair.a}\0{pair.b}")).hexdigest()[:12]
+def _export(arguments: argparse.Namespace, exports: list[Path], jobs: list[_Job], new: set[_Job]) -> list[str]:
+    """Write the files for other tools from the numbers of all pairs; return what was written."""
+    if not (arguments.export and jobs):
+        return []
+    import numpy as np
 
+    from lift_fast.match_files import ARRAYS, MatchedPair
 
-def _cut(stem: str) -> str:
-    return stem.encode(errors="replace")[: _LONGEST_STEM - 20].decode(errors="ignore")
+    def read(path: Path) -> dict[str, Any]:
+        with np.load(path) as data:
+            return {name: data[name] for name in data.files if name in ARRAYS}
+
+    matched = {}
+    for job in jobs:
+        with np.load(job.numbers) as data:
+            first, second = map(int, data["orientation"])
+        matched[job.names] = MatchedPair(job.names, partial(read, job.numbers), (first, second))
+        if job.flow is not None and (job in new or not job.flow.is_file()):
+            write_exports([job.flow], [matched[job.names]], 1)
+    write_exports(exports, list(matched.values()), arguments.export_cell or arguments.step)
+    flows = [job.flow for job in jobs if job.flow is not None]
+    return [*map(str, exports), *map(str, flows)]
