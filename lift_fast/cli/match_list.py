@@ -98,9 +98,10 @@ def run_list(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
+        count = f"{len(figures)} pair{'s' * (len(figures) != 1)}"
         print(
-            f"matched {len(figures)} pairs in {total} s, results in {', '.join(map(quoted, (out, *written)))}"
-            + (f"; {len(failed)} of {len(figures) + len(failed)} pairs were skipped" if failed else ""),
+            f"matched {count} in {total} s, results in {', '.join(map(quoted, (out, *exports)))}"
+            + (f"; {len(failed)} of {len(figures) + len(failed)} were skipped" if failed else ""),
             file=sys.stderr,
         )
     return 1 if failed else 0
