@@ -21,6 +21,7 @@ from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
+from .map_cache import MapCache
 from .matching import dense_match
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -149,6 +150,7 @@ def match_images(
     lift_iter: int = 1,
     timing: bool = False,
     max_side: int | None = None,
+    cache: MapCache | None = None,
 ) -> ImageMatches:
     """Match the pixels of image A to those of image B: decode, backbone, LiFT, exact dense matching.
 
@@ -180,6 +182,7 @@ def match_images(
         max_side: pixels of the longer side, before rounding: an image that would be longer is loaded at this length;
             see :func:`lift_fast.images.bounded_size`. None is 1792, or four times ``size`` if that is more; there is no
             bound by default unless ``size`` is an integer.
+        cache: for many pairs of few images: an image that it holds does not go through the networks again.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -196,6 +199,8 @@ def match_images(
         check_flag(name, value)
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout and does not apply to points; leave it out")
+    if cache is not None and not isinstance(cache, MapCache):
+        raise TypeError(f"cache must be a lift_fast.map_cache.MapCache or None, got {type(cache).__name__}")
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
     if extractor is not None and extractor.device.type == "meta":
@@ -222,7 +227,7 @@ def match_images(
     loaded = [extractor.preprocess(image, side) for image, side in zip(images, sides, strict=True)]
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
-    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock)
+    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock, cache)
     covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
@@ -267,17 +272,23 @@ def match_images(
 
 
 def _descriptor_maps(
-    extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock
+    extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock, cache: MapCache | None
 ) -> list[Tensor]:
-    """Two maps ``[1, c, h, w]``; images of one size go through the networks together."""
-    together = batches[0].shape == batches[1].shape
-    with torch.no_grad():
-        inputs = [torch.cat(list(batches))] if together else batches
-        seen = [extractor._backbone_tokens(batch, lift_iter) for batch in inputs]
-        clock.lap("backbone")
-        maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
-        clock.lap("lift")
-    return list(maps[0].split(1)) if together else maps
+    """Two maps ``[1, c, h, w]``; without a cache, images of one size go through the networks together."""
+
+    def compute(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            seen = [extractor._backbone_tokens(batch, lift_iter) for batch in inputs]
+            clock.lap("backbone")
+            maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
+            clock.lap("lift")
+        return maps
+
+    if cache is not None:
+        return cache.maps(extractor, lift_iter, batches, compute)
+    if batches[0].shape == batches[1].shape:
+        return list(compute([torch.cat(list(batches))])[0].split(1))
+    return compute(batches)
 
 
 def _match_both_ways(

@@ -18,7 +18,7 @@ FLOORS = (
     "backends lift losses matching propagation",
     "backbones checkpoints env_report graphs tuning",
     "extractor",
-    "image_matching training",
+    "image_matching map_cache training",
     "lift_fast",
     "evaluation show",
     "cli",

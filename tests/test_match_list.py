@@ -37,12 +37,18 @@ def run(*arguments):
 
 
 def test_a_list_is_matched_with_one_set_of_networks(folder, capsys, monkeypatch):
-    built = Counter()
+    built, seen = Counter(), []
     init = lift_fast.ViTLiFTExtractor.__init__
     monkeypatch.setattr(
         lift_fast.ViTLiFTExtractor,
         "__init__",
         lambda self, *a, **k: (built.update(n=1), init(self, *a, **k))[1],
+    )
+    tokens = lift_fast.ViTLiFTExtractor._backbone_tokens
+    monkeypatch.setattr(
+        lift_fast.ViTLiFTExtractor,
+        "_backbone_tokens",
+        lambda self, batch, n: (seen.append(len(batch)), tokens(self, batch, n))[1],
     )
     lines = ["# hello", "", "a.png b.png", "  deep/a.png   größe.png ", "an image.png\tb.png", "a.png\ta.png"]
     # A mark of Windows' editors, its line ends, no last line end, and a pair twice.
@@ -52,6 +58,8 @@ def test_a_list_is_matched_with_one_set_of_networks(folder, capsys, monkeypatch)
     figures = json.loads(said.out)
     assert said.err == ""
     assert built["n"] == 1
+    # Each image once, although one stands in three places.
+    assert seen == [1] * 5
     assert (figures["written"], figures["kept"], figures["failed"]) == (4, 0, [])
     pairs = {(found["a"], found["b"]): found for found in figures["pairs"]}
     expected = {("a.png", "b.png"), ("deep/a.png", "größe.png"), ("an image.png", "b.png"), ("a.png", "a.png")}
@@ -62,8 +70,10 @@ def test_a_list_is_matched_with_one_set_of_networks(folder, capsys, monkeypatch)
     assert run(folder / "a.png", folder / "b.png", "--out", "one.png", "--quiet") == 0
     with np.load("one.npz") as one, np.load(pairs["a.png", "b.png"]["npz"]) as other:
         assert set(other) == {*one, "settings", "source", "source_bytes", "orientation"}
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+        # Two images together may round otherwise than one by one: ties aside, the same.
+        assert all(one[name].shape == other[name].shape for name in one)
+        assert (one["xy_b"] == other["xy_b"]).all(-1).mean() > 0.9
+        np.testing.assert_allclose(one["similarity"], other["similarity"], atol=1e-4)
         assert other["source"].tolist() == ["a.png", "b.png"]
 
 

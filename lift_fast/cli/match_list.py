@@ -63,7 +63,9 @@ def run_list(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     seconds: dict[str, float] = {}
     if waiting:
-        extractor = build_extractor(arguments)
+        from lift_fast.map_cache import MapCache
+
+        extractor, cache = build_extractor(arguments), MapCache()
         seconds["model"] = time.perf_counter() - start
         for remark in [] if quiet else remarks(arguments):
             print(remark, file=sys.stderr)
@@ -71,7 +73,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         hidden = True if arguments.quiet else None
         for job in tqdm(waiting, unit="pair", disable=hidden, file=sys.stderr):
             try:
-                found = _match(arguments, extractor, job, settings)
+                found = _match(arguments, extractor, job, settings, cache)
             except (ValueError, OSError) as error:
                 failed.append(f"line {job.line}: {error}")
                 lost.add(job)
@@ -156,13 +158,15 @@ def _is_kept(job: _Job, settings: Mapping[str, Any]) -> bool:
     return job.sheet is None or job.sheet.is_file()
 
 
-def _match(arguments: argparse.Namespace, extractor: Any, job: _Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _match(
+    arguments: argparse.Namespace, extractor: Any, job: _Job, settings: Mapping[str, Any], cache: Any
+) -> dict[str, Any]:
     """Match and write a pair; return its figures."""
     import numpy as np
 
     from lift_fast.images import exif_orientation
 
-    matches = match_pair.match(arguments, extractor, *job.images)
+    matches = match_pair.match(arguments, extractor, *job.images, cache)
     more = marks(settings, job.images)
     more["orientation"] = np.array([exif_orientation(path) for path in job.images])
     return match_pair.write(arguments, matches, job.sheet, job.numbers, more)

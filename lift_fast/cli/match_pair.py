@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lift_fast.extractor import ViTLiFTExtractor
     from lift_fast.image_matching import ImageMatches
+    from lift_fast.map_cache import MapCache
 
 # Pillow's format and options for each ending. Lines one pixel wide do not survive JPEG's halved colour.
 SHEETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,7 +30,9 @@ SHEETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def match(arguments: argparse.Namespace, extractor: ViTLiFTExtractor, a: Path, b: Path) -> ImageMatches:
+def match(
+    arguments: argparse.Namespace, extractor: ViTLiFTExtractor, a: Path, b: Path, cache: MapCache | None = None
+) -> ImageMatches:
     """:func:`lift_fast.match_images` with the options."""
     from lift_fast import match_images
 
@@ -44,6 +47,7 @@ def match(arguments: argparse.Namespace, extractor: ViTLiFTExtractor, a: Path, b
         lift_iter=arguments.iterations,
         timing=True,
         max_side=arguments.max_side,
+        cache=cache,
     )
 
 
