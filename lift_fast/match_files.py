@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._files import atomic_path
-from ._text import quoted
+from ._text import quoted, shown
 from .checks import check_whole
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def check_export(path: str | os.PathLike[str], names: Sequence[tuple[str, str]])
 
     Raises:
         ImportError: if the format needs h5py, which is missing.
+        TypeError: for names that are not strings.
         ValueError: for an ending that is none of :data:`SUFFIXES`, or names or a number of pairs that the format cannot
             hold.
     """
@@ -97,6 +98,9 @@ def check_export(path: str | os.PathLike[str], names: Sequence[tuple[str, str]])
         raise ValueError(f"matches are exported to {', '.join(SUFFIXES)} (by the ending), got {quoted(path)}")
     if not names:
         raise ValueError("pairs must hold at least one pair, got none")
+    for pair in names:
+        if not isinstance(pair, tuple) or [type(name) for name in pair] != [str, str]:
+            raise TypeError(f"names must be two strings, got {shown(pair)}")
     if suffix == ".flo":
         if len(names) != 1:
             raise ValueError(f"a .flo file holds one pair, got {len(names)}; write a file for each")
@@ -104,6 +108,9 @@ def check_export(path: str | os.PathLike[str], names: Sequence[tuple[str, str]])
     if suffix == ".txt":
         for name in sorted({name for pair in names for name in pair}):
             _check_colmap_name(name)
+        if all(a == b for a, b in names):
+            only = quoted(names[0][0])
+            raise ValueError(f"COLMAP matches no image with itself, and {only} has no other; export to .h5")
         return [path, path.with_name(f"{path.stem}_keypoints")]
     groups: dict[str, tuple[str, str]] = {}
     for pair in names:
@@ -142,8 +149,9 @@ def export_matches(path: str | os.PathLike[str], pairs: Sequence[MatchedPair], c
         FileNotFoundError: if the path's folder is missing.
         ImportError: if h5py is missing, which HDF5 needs.
         OSError: if the files cannot be written.
-        ValueError: for another ending, names that a format cannot hold, more than one pair for ``.flo``, and matches of
-            given points for ``.flo``.
+        TypeError: for names that are not strings.
+        ValueError: for another ending, names that a format cannot hold, more than one pair for ``.flo``, matches of
+            given points for ``.flo``, and a ``cell`` or an orientation out of range.
     """
     files = check_export(path, [pair.names for pair in pairs])
     cell = check_whole("cell", cell, 1, 1 << 20)
@@ -164,6 +172,7 @@ def _choose(pair: MatchedPair, arrays: Arrays, cell: int) -> _Chosen:
         xy = arrays[f"xy_{side}"][keep].astype(np.float64)
         size, loaded = arrays[f"size_{side}"][::-1], arrays[f"loaded_size_{side}"][::-1]
         at = np.rint((xy + 0.5) * (loaded / size) - 0.5).astype(np.int64) // cell
+        check_whole("orientation", orientation, 1, 8)
         cells.append(at[:, 1] * int(loaded[0]) + at[:, 0])
         positions.append(_as_stored(xy, size, orientation))
     order = np.argsort(-scores, kind="stable")
@@ -177,8 +186,8 @@ def _as_stored(xy: npt.NDArray[np.float64], size: npt.NDArray[Any], orientation:
     """Positions in the upright image of ``size`` (width, height), in the pixels of the file."""
     x, y = xy[:, 0], xy[:, 1]
     right, down = size[0] - 1 - x, size[1] - 1 - y
-    turned = {2: (right, y), 3: (right, down), 4: (x, down), 5: (y, x), 6: (y, right), 7: (down, right), 8: (down, x)}
-    return np.stack(turned.get(orientation, (x, y)), axis=1)
+    turned = [(x, y), (right, y), (right, down), (x, down), (y, x), (y, right), (down, right), (down, x)]
+    return np.stack(turned[orientation - 1], axis=1)
 
 
 def _key_points(pairs: Sequence[MatchedPair], cell: int) -> dict[str, _KeyPoints]:

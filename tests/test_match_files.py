@@ -378,11 +378,16 @@ def test_bad_arguments(monkeypatch):
         ("m", one, 1, "got m"),
         ("m.h5", [], 1, "at least one pair"),
         ("m.h5", one, 0, "cell must be an integer"),
+        ("m.txt", [pair(("a", "a"), arrays)], 1, "matches no image with itself, and a has no other"),
+        ("m.h5", [pair(("a", "b"), arrays, orientations=(1, 9))], 1, "orientation must be at most 8, got 9"),
         ("m.flo", one * 2, 1, "holds one pair, got 2"),
         ("m.flo", [pair(("a", "b"), {**arrays, "valid": arrays["valid"][0]})], 1, "needs dense matches"),
     ):
         with pytest.raises(ValueError, match=message):
             export_matches(path, pairs, cell)
+    for names in ("ab", ("a",), ("a", 1), ("a", "b", "c"), None):
+        with pytest.raises(TypeError, match="names must be two strings"):
+            export_matches("m.h5", [pair(names, arrays)])
     with pytest.raises(FileNotFoundError, match="the folder no does not exist"):
         export_matches("no/m.h5", [pair(("a", "b"), arrays)])
     monkeypatch.setitem(sys.modules, "h5py", None)

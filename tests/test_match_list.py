@@ -174,7 +174,8 @@ def test_options_that_do_not_belong_together(folder, capsys):
         ((*images, "--overwrite"), "--overwrite belongs to --pairs LIST"),
         ((*images, "--sheets", "none"), "--sheets belongs to --pairs LIST"),
         (("--pairs", folder / "pairs.txt", "--root", "no"), "--root no is not a folder"),
-        (("--pairs", folder / "pairs.txt", "--out", images[0]), "is a file; expected a folder"),
+        (("--pairs", folder / "pairs.txt", "--out", folder / "pairs.txt"), "is a file; expected a folder"),
+        (("--pairs", folder / "pairs.txt", "--out", "m.png"), "this is the folder for all results; --sheets sets"),
     ):
         assert run(*arguments) == 2
         error = capsys.readouterr().err
@@ -236,6 +237,17 @@ def test_exports_hold_the_whole_list(folder, capsys):
     assert os.stat("out/a--b.flo").st_mtime_ns == before
     assert run(*command, *exports, "--quiet", "--overwrite") == 1
     assert os.stat("out/a--b.flo").st_mtime_ns > before
+
+
+def test_nothing_is_exported_of_no_match(folder, capsys):
+    (folder / "pairs.txt").write_text("a.png gone.png\n")
+    Path("m.txt").write_text("old")
+    assert run("--pairs", folder / "pairs.txt", "--export", "m.txt", "--export", ".flo") == 1
+    said = capsys.readouterr().err
+    assert "matched 0 pairs in" in said
+    assert said.endswith(" s, results in matches; 1 of 1 were skipped\n")
+    assert Path("m.txt").read_text() == "old"
+    assert os.listdir("matches") == []
 
 
 def test_exports_that_cannot_be_are_told_before_the_work(folder, capsys, monkeypatch):

@@ -42,6 +42,10 @@ def run_list(arguments: argparse.Namespace) -> int:
 
     exports = [path for path in arguments.export if path != Path(FLOW)]
     out = Path("matches") if arguments.out is None else arguments.out
+    if out.suffix.lower() in match_pair.SHEETS and not out.is_dir():
+        raise UsageError(
+            f"--out {quoted(out)}: with --pairs this is the folder for all results; --sheets sets the format"
+        )
     with as_usage_error():
         jobs, failed = _jobs(arguments, out)
         make_folder(out)
@@ -102,7 +106,7 @@ def run_list(arguments: argparse.Namespace) -> int:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         count = f"{len(figures)} pair{'s' * (len(figures) != 1)}"
         print(
-            f"matched {count} in {total} s, results in {', '.join(map(quoted, (out, *exports)))}"
+            f"matched {count} in {total} s, results in {', '.join(map(quoted, (out, *(exports if written else []))))}"
             + (f"; {len(failed)} of {len(figures) + len(failed)} were skipped" if failed else ""),
             file=sys.stderr,
         )
