@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
         "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="recompute existing results")
-    add_model_options(parser)
+    add_model_options(parser, longest_side=True)
     add_output_options(parser)
     parser.set_defaults(run=run)
 

@@ -69,11 +69,12 @@ def add_model_options(
     facet: str | None = "key",
     facet_help: str = "(%(default)s)",
     size_note: str = "",
+    longest_side: bool = False,
 ) -> None:
     """Options for backbone, LiFT and device; with ``sizes`` also ``--size`` and ``--iterations``.
 
     ``facet`` is the default; None adds ``final`` to the choices and leaves the default to the command. ``size_note``
-    extends the help of ``--size``.
+    extends the help of ``--size``; ``longest_side`` adds ``--max-side``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -108,6 +109,7 @@ def add_model_options(
             metavar="S",
             help=f"load images with this shorter side, or as HxW{size_note} (%(default)s)",
         )
+    if longest_side:
         add_longest_side(group)
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
