@@ -239,6 +239,23 @@ def test_exports_hold_the_whole_list(folder, capsys):
     assert os.stat("out/a--b.flo").st_mtime_ns > before
 
 
+def test_a_damaged_result_is_named(folder, capsys):
+    (folder / "pairs.txt").write_text("a.png b.png\n")
+    command = "--pairs", folder / "pairs.txt", "--out", "out", "--sheets", "none"
+    assert run(*command, "--quiet") == 0
+    content = bytearray(Path("out/a--b.npz").read_bytes())
+    content[200] ^= 255
+    Path("out/a--b.npz").write_bytes(content)
+    capsys.readouterr()
+    assert run(*command, "--export", "m.h5", "--quiet") == 2
+    error = capsys.readouterr().err
+    assert "out/a--b.npz cannot be read: " in error
+    assert "--overwrite makes it anew" in error
+    assert error.count("\n") == 1
+    assert not Path("m.h5").exists()
+    assert run(*command, "--export", "m.h5", "--quiet", "--overwrite") == 0
+
+
 def test_nothing_is_exported_of_no_match(folder, capsys):
     (folder / "pairs.txt").write_text("a.png gone.png\n")
     Path("m.txt").write_text("old")

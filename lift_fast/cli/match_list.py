@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,14 +184,16 @@ def _export(arguments: argparse.Namespace, exports: list[Path], jobs: list[_Job]
 
     from lift_fast.match_files import ARRAYS, MatchedPair
 
-    def read(path: Path) -> dict[str, Any]:
-        with np.load(path) as data:
-            return {name: data[name] for name in data.files if name in ARRAYS}
+    def read(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, Any]:
+        try:
+            with np.load(path) as data:
+                return {name: data[name] for name in names if name != "inliers" or name in data}
+        except Exception as error:
+            raise UsageError(f"{quoted(path)} cannot be read: {one_line(error)}; --overwrite makes it anew") from error
 
     matched = {}
     for job in jobs:
-        with np.load(job.numbers) as data:
-            first, second = map(int, data["orientation"])
+        first, second = read(job.numbers, ["orientation"])["orientation"].tolist()
         matched[job.names] = MatchedPair(job.names, partial(read, job.numbers), (first, second))
         if job.flow is not None and (job in new or not job.flow.is_file()):
             write_exports([job.flow], [matched[job.names]], 1)
