@@ -348,3 +348,22 @@ def test_bytes_outside_utf8_are_names(tmp_path):
     pairs, failed = read_pairs(tmp_path / "pairs.txt")
     assert os.fsencode(pairs[0].a) == b"\xff\xfe.png"
     assert failed == []
+
+
+def test_any_bytes_are_a_list_or_told_to_be_none(tmp_path):
+    rng = np.random.default_rng()
+    parts = [b"a.png", b"b", b"/", b" ", b"\t", b"\n", b"\r\n", b"\r", b"#", b"\0", b"\xff", b"\xef\xbb\xbf"]
+    parts.append("\u2028é".encode())
+    for _ in range(300):
+        content = b"".join(parts[i] for i in rng.integers(0, len(parts), rng.integers(0, 40)))
+        (tmp_path / "pairs.txt").write_bytes(content)
+        try:
+            pairs, failed = read_pairs(tmp_path / "pairs.txt")
+        except ValueError:
+            continue
+        assert len({(pair.a, pair.b) for pair in pairs}) == len(pairs) > 0
+        names = [name for pair in pairs for name in (pair.a, pair.b)]
+        assert all(name and "\0" not in name and "\n" not in name for name in names)
+        assert all(message.startswith("line ") and "\n" not in message for message in failed)
+        stems = name_results(pairs)
+        assert len({stem.casefold() for stem in stems}) == len(pairs)
