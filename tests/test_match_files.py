@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 import sys
 from collections import defaultdict
@@ -182,8 +183,9 @@ def test_hloc(cell, suffix):
             assert (scores[to == -1] == 0).all()
 
 
-def test_pycolmap_reads_what_was_written_and_finds_the_geometry():
-    """The key points and matches of the text files, in COLMAP's database: it verifies every true match."""
+@pytest.mark.parametrize("suffix", [".txt", ".h5"])
+def test_pycolmap_finds_the_geometry(suffix):
+    """Key points and matches in COLMAP's database: it verifies the true matches. The .h5 way is that of the docs."""
     pycolmap = pytest.importorskip("pycolmap")
     rng = np.random.default_rng()
     size, focal = (240, 320), 300.0
@@ -191,39 +193,49 @@ def test_pycolmap_reads_what_was_written_and_finds_the_geometry():
     # A scene of two depths, seen by a camera that moves sideways; a third of the matches are wrong.
     y, x = (arrays["xy_a"][..., i].astype(np.float64) for i in (1, 0))
     depth = np.where(x < 160, 4.0, 7.0) + 0.01 * y
-    right = arrays["xy_b"].copy()
+    anywhere = arrays["xy_b"].copy()
     arrays["xy_b"][..., 0], arrays["xy_b"][..., 1] = np.rint(x - focal * 0.9 / depth), y
     wrong = rng.random(x.shape) < 0.33
-    arrays["xy_b"][wrong] = right[wrong]
+    arrays["xy_b"][wrong] = anywhere[wrong]
     arrays["valid"] = (arrays["xy_b"] >= 0).all(-1)
     arrays["confidence"] = np.where(wrong, 0.1, 0.9).astype(np.float32)
     Path("photos/deep").mkdir(parents=True)
     names = "left.png", "deep/ä.png"
     for name in names:
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(f"photos/{name}")
-    export_matches("m.txt", [pair(names, arrays)])
-    listed = read_colmap_list("m.txt")[names]
-    positions = [read_colmap_features(f"m_keypoints/{name}.txt") for name in names]
-
-    pycolmap.Database.open("c.db").close()
-    pycolmap.import_images("c.db", "photos", camera_mode=pycolmap.CameraMode.SINGLE)
-    database = pycolmap.Database.open("c.db")
-    ids = [database.read_image_with_name(name).image_id for name in names]
-    for number, points in zip(ids, positions, strict=True):
-        database.write_keypoints(number, points.astype(np.float32))
-    database.write_matches(*ids, np.array(listed, np.uint32))
-    database.close()
+    export_matches(f"matches{suffix}", [pair(names, arrays)])
     Path("pairs.txt").write_text(" ".join(names) + "\n")
-    pycolmap.verify_matches("c.db", "pairs.txt")
-    database = pycolmap.Database.open("c.db")
-    read = database.read_keypoints(ids[0])
-    inliers = database.read_two_view_geometry(*ids).inlier_matches
-    database.close()
-    np.testing.assert_allclose(read[:, :2], positions[0], atol=1e-4)
-    true = {(a, b) for a, b in listed for x, y in [positions[0][a] - positions[1][b]] if abs(y) < 0.1 and 0 < x < 75}
-    found = {tuple(map(int, row)) for row in inliers}
-    assert len(true) > 300
-    assert len(found & true) > 0.9 * len(true)
+    if suffix == ".h5":
+        page = (Path(__file__).parents[1] / "docs/matching.md").read_text("utf-8")
+        (block,) = re.findall(r"^```python\n(import h5py, .*?)^```$", page, re.M | re.S)
+        exec(compile(block, "docs/matching.md", "exec"), {})
+    else:
+        pycolmap.Database.open("scene.db").close()
+        pycolmap.import_images("scene.db", "photos")
+        with pycolmap.Database.open("scene.db") as database:
+            ids = [database.read_image_with_name(name).image_id for name in names]
+            for number, name in zip(ids, names, strict=True):
+                points = read_colmap_features(f"matches_keypoints/{name}.txt")
+                database.write_keypoints(number, points.astype(np.float32))
+            database.write_matches(*ids, np.array(read_colmap_list("matches.txt")[names], np.uint32))
+        pycolmap.verify_matches("scene.db", "pairs.txt")
+    with pycolmap.Database.open("scene.db") as database:
+        ids = [database.read_image_with_name(name).image_id for name in names]
+        points = [database.read_keypoints(number)[:, :2] - 0.5 for number in ids]
+        inliers = database.read_two_view_geometry(*ids).inlier_matches.astype(np.int64)
+        read = database.read_matches(*ids)
+    expected, _ = merged([(names, arrays)], 1)
+    for name, got in zip(names, points, strict=True):
+        np.testing.assert_allclose(got, list(expected[name].values()), atol=1e-4)
+
+    def true(matches):
+        moved = points[0][matches[:, 0]] - points[1][matches[:, 1]]
+        x, y = points[0][matches[:, 0]].T
+        return (np.abs(moved[:, 0] - focal * 0.9 / (np.where(x < 160, 4, 7) + 0.01 * y)) < 1) & (moved[:, 1] == 0)
+
+    assert true(read).sum() > 300
+    assert true(inliers).sum() > 0.9 * true(read).sum()
+    assert (~true(inliers)).sum() < 0.5 * (~true(read)).sum()
 
 
 def test_inliers_are_what_is_written_of_verified_matches():
