@@ -192,9 +192,17 @@ def _as_stored(xy: npt.NDArray[np.float64], size: npt.NDArray[Any], orientation:
 
 def _key_points(pairs: Sequence[MatchedPair], cell: int) -> dict[str, _KeyPoints]:
     found: dict[str, _KeyPoints] = {}
+    sizes: dict[str, list[list[int]]] = {}
     for pair in pairs:
-        chosen = _choose(pair, pair.load(), cell)
-        for name, cells, xy in zip(pair.names, chosen.cells, chosen.xy, strict=True):
+        arrays = pair.load()
+        chosen = _choose(pair, arrays, cell)
+        for name, side, cells, xy in zip(pair.names, "ab", chosen.cells, chosen.xy, strict=True):
+            size = [arrays[f"{kind}_{side}"].tolist() for kind in ("size", "loaded_size")]
+            if sizes.setdefault(name, size) != size:
+                raise ValueError(
+                    f"{quoted(name)} is {size[0]} pixels, loaded at {size[1]}, in one pair, and {sizes[name][0]} at "
+                    f"{sizes[name][1]} in another; give each image its own name, and match all pairs at one size"
+                )
             found.setdefault(name, _KeyPoints()).add(cells, xy, chosen.scores)
     return found
 
@@ -298,7 +306,8 @@ def _write_flow(path: Path, arrays: Arrays) -> None:
     valid = arrays["valid"] & arrays["inliers"] if "inliers" in arrays else arrays["valid"]
     if valid.ndim != 2:
         raise ValueError("a .flo file needs dense matches; leave points=None in match_images, with step=N for fewer")
-    (height, width), xy_a = (int(side) for side in arrays["size_a"]), arrays["xy_a"].astype(np.float64)
+    height, width = arrays["size_a"].tolist()
+    xy_a = arrays["xy_a"].astype(np.float64)
     flow = np.where(valid[..., None], arrays["xy_b"] - xy_a, _UNKNOWN).astype("<f4")
     scale = arrays["size_a"] / arrays["loaded_size_a"]
     top, left, tall, wide = arrays["covered_a"]

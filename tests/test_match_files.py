@@ -254,7 +254,10 @@ def test_no_match_at_all():
     arrays = dense(np.random.default_rng(), SIZES[0], SIZES[1], valid=0)
     other = dense(np.random.default_rng(), SIZES[0], SIZES[1])
     for name in ("m.txt", "m.h5"):
+        export_matches(f"only_{name}", [pair(("a", "b"), arrays)])
         export_matches(name, [pair(("a", "b"), arrays), pair(("a", "c"), other)])
+    with h5py.File("only_m.h5") as file:
+        assert file["a/b"]["matches0"].shape == (0,)
     export_matches("m.flo", [pair(("a", "b"), arrays)])
     found = read_colmap_list("m.txt")
     assert found["a", "b"] == []
@@ -400,6 +403,9 @@ def test_bad_arguments(monkeypatch):
     for names in ("ab", ("a",), ("a", 1), ("a", "b", "c"), None):
         with pytest.raises(TypeError, match="names must be two strings"):
             export_matches("m.h5", [pair(names, arrays)])
+    other = dense(np.random.default_rng(), SIZES[0], SIZES[1])
+    with pytest.raises(ValueError, match=r"b is \[480, 641\] pixels, .* in one pair, and \[37, 53\] at"):
+        export_matches("m.h5", [pair(("a", "b"), arrays), pair(("a", "b"), other)])
     with pytest.raises(FileNotFoundError, match="the folder no does not exist"):
         export_matches("no/m.h5", [pair(("a", "b"), arrays)])
     monkeypatch.setitem(sys.modules, "h5py", None)

@@ -166,7 +166,7 @@ def test_lists_without_pairs(content, reason, folder, capsys):
 
 def test_options_that_do_not_belong_together(folder, capsys):
     (folder / "pairs.txt").write_text("a.png b.png\n")
-    images = folder / "a.png", folder / "b.png"
+    images, folder = (folder / "a.png", folder / "b.png"), Path("photos")
     for arguments, reason in (
         ((), "give two images, A and B; or --pairs LIST"),
         (images[:1], "give two images, A and B, got one; or --pairs LIST"),
@@ -174,6 +174,7 @@ def test_options_that_do_not_belong_together(folder, capsys):
         ((*images, "--overwrite"), "--overwrite belongs to --pairs LIST"),
         ((*images, "--sheets", "none"), "--sheets belongs to --pairs LIST"),
         (("--pairs", folder / "pairs.txt", "--root", "no"), "--root no is not a folder"),
+        (("--pairs", folder / "pairs.txt", "--root", "."), "pairs.txt exists, the first would be a.png"),
         (("--pairs", folder / "pairs.txt", "--out", folder / "pairs.txt"), "is a file; expected a folder"),
         (("--pairs", folder / "pairs.txt", "--out", "m.png"), "this is the folder for all results; --sheets sets"),
     ):

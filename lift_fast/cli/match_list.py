@@ -117,12 +117,17 @@ def _jobs(arguments: argparse.Namespace, out: Path) -> tuple[list[_Job], list[st
     """The pairs of the list, and a message for each line that holds none.
 
     Raises:
-        UsageError: if a result would replace an image or a network.
+        UsageError: if no image exists, or a result would replace an image or a network.
     """
     pairs, failed = read_pairs(arguments.pairs)
     root = arguments.pairs.parent if arguments.root is None else arguments.root
     if not root.is_dir():
         raise UsageError(f"--root {quoted(root)} is not a folder; give the one that holds the images of the list")
+    if not any(os.path.exists(root / name) for pair in pairs for name in (pair.a, pair.b)):
+        raise UsageError(
+            f"no image of {quoted(arguments.pairs)} exists, the first would be {quoted(root / pairs[0].a)}; give "
+            "--root, the folder from which its names start"
+        )
     ending = None if arguments.sheets == "none" else f".{arguments.sheets or 'png'}"
     jobs = []
     for pair, stem in zip(pairs, name_results(pairs), strict=True):
