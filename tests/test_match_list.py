@@ -132,7 +132,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(folder, capsys):
         1: "no image at ",
         2: "notes.png cannot be read as an image",
         3: "half.png cannot be read as an image",
-        4: "expected two images, separated by white space, or by a tab if a name contains spaces; got 1",
+        4: "names with spaces need a tab between them or double quotes; got 1",
         5: "got 3",
         6: "is a named pipe",
         7: "got a zero byte",
@@ -342,6 +342,24 @@ def test_names_never_collide():
     # Names do not depend on the order.
     assert dict(zip(pairs[::-1], name_results(pairs[::-1]), strict=True)) == dict(zip(pairs, stems, strict=True))
     assert name_results([Pair(1, "one/left.jpg", "two/right.png")]) == ["one-left--two-right"]
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("a.png b.png", ("a.png", "b.png")),
+        ('"an image.png" b.png', ("an image.png", "b.png")),
+        ('  b.png   "an image.png"  ', ("b.png", "an image.png")),
+        ("an image.png\tb c.png", ("an image.png", "b c.png")),
+        # Quotes within a name are of the name.
+        ('it"s.png 5".png', ('it"s.png', '5".png')),
+        ('"a".png b.png', ('"a".png', "b.png")),
+        ('it\'s.png\t"b"', ("it's.png", '"b"')),
+    ],
+)
+def test_names_in_lists(line, names, tmp_path):
+    (tmp_path / "pairs.txt").write_text(line)
+    assert read_pairs(tmp_path / "pairs.txt") == ([Pair(1, *names)], [])
 
 
 def test_bytes_outside_utf8_are_names(tmp_path):

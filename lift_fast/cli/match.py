@@ -64,10 +64,10 @@ def add_parser(commands: Any) -> None:
         "--pairs",
         type=Path,
         metavar="LIST",
-        help="text file, a pair of images per line, separated by white space, or by a tab if names contain spaces; "
-        "lines that begin with # are left out. A pair's files are named after its images. Existing results are kept, "
-        "so an interrupted run resumes where it stopped. An image that cannot be read is reported, and its pair is "
-        "left out",
+        help="text file, a pair of images per line, separated by white space; names with spaces need a tab between "
+        "them or double quotes; lines that begin with # are left out. A pair's files are named after its images. "
+        "Existing results are kept, so an interrupted run resumes where it stopped. A pair that cannot be read is "
+        "reported and left out",
     )
     group.add_argument(
         "--sheets",

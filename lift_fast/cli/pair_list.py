@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
@@ -16,6 +17,7 @@ from lift_fast._text import quoted
 _LONGEST_LINE = 2 * 4096
 # File systems take 255 bytes, of which an ending and a temporary name need some.
 _LONGEST_STEM = 180
+_WORDS = re.compile(r'(?<!\S)"([^"]+)"(?!\S)|(\S+)')
 _AWKWARD = str.maketrans(dict.fromkeys('<>:"|?*', "_") | {"/": "-", "\\": "-"})
 
 
@@ -30,8 +32,8 @@ class Pair(NamedTuple):
 def read_pairs(path: Path) -> tuple[list[Pair], list[str]]:
     """The different pairs of a list, in its order, and a message for each line that holds none.
 
-    A line holds two names, separated by white space or, where there is one, by a tab. Empty lines and lines that begin
-    with # are left out.
+    A line holds two names, separated by a tab where there is one, else by white space; the latter may stand within
+    double quotes. Empty lines and lines that begin with # are left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,15 +45,18 @@ def read_pairs(path: Path) -> tuple[list[Pair], list[str]]:
     for number, line in _lines(path):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        names = [name.strip() for name in line.split("\t")] if "\t" in line.strip() else line.split()
+        if "\t" in line.strip():
+            names = [name.strip() for name in line.split("\t")]
+        else:
+            names = [quoted_name or name for quoted_name, name in _WORDS.findall(line)]
         if len(names) == 2 and all(names) and len(line) < _LONGEST_LINE and "\0" not in line:
             pairs.setdefault((names[0], names[1]), Pair(number, *names))
         else:
             count = f"more than {_LONGEST_LINE} characters" if len(line) >= _LONGEST_LINE else f"{len(names)}"
             count = "a zero byte" if "\0" in line else count
             failed.append(
-                f"line {number}: expected two images, separated by white space, or by a tab if a name contains spaces; "
-                f"got {count}"
+                f"line {number}: expected two images, separated by white space; names with spaces need a tab between "
+                f"them or double quotes; got {count}"
             )
     if not pairs:
         raise ValueError(f"no pairs in {quoted(path)}: {failed[0] if failed else 'it has no line with two images'}")
