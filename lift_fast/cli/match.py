@@ -40,7 +40,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
-    parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
+    parser.add_argument(
+        "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
+    )
     add_model_options(parser, size_note=", rounded to whole patches")
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -63,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
+    seconds = {"imports": start - arguments.started}
     extractor = build_extractor(arguments)
-    seconds = {"model": time.perf_counter() - start}
+    seconds["model"] = time.perf_counter() - start
     for remark in remarks(arguments):
         say(remark)
     with as_usage_error():
@@ -96,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
     seconds["draw"] = time.perf_counter() - start
+    seconds["total"] = time.perf_counter() - arguments.started
     if arguments.json:
         figures = {
             "out": str(arguments.out),
