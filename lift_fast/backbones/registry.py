@@ -15,6 +15,7 @@ from ..defaults import plain_defaults
 from ..demonstration import BACKBONE as DEMONSTRATION
 from ..demonstration import backbone_file
 from .checkpoints import Checkpoint, load_state, position_grid, read_checkpoint
+from .network import VisionTransformer
 from .pretrained import find_pretrained
 from .vit import FrozenViT
 
@@ -124,7 +125,7 @@ def load_backbone(
     if random_weights:
         model = _random(spec, seed)
     elif weights is None and name == DEMONSTRATION:
-        model = _from_file(name, spec, read_checkpoint(backbone_file()))
+        model = _demonstration()
     elif weights is None:
         model = _pretrained(name, spec)
     else:
@@ -148,13 +149,13 @@ def load_backbone(
 
 
 def _lookup(name: str) -> Backbone:
-    import timm
-    from timm.models import is_model_in_modules
-
     if not isinstance(name, str):
         raise ValueError(f"name must be a string such as 'dino_vits16', got {name!r}")
     if name in OFFICIAL:
         return OFFICIAL[name]
+    import timm
+    from timm.models import is_model_in_modules
+
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*OFFICIAL, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
@@ -182,6 +183,14 @@ def _create(spec: Backbone, **extra: Any) -> nn.Module:
     with plain_defaults():
         arguments = {"num_classes": 0, "dynamic_img_size": True, **spec.arguments, **extra}
         model: nn.Module = timm.create_model(spec.architecture, **arguments)
+    return model
+
+
+def _demonstration() -> nn.Module:
+    """The packaged network: timm's for this name, without the seconds of importing timm."""
+    with plain_defaults(), torch.random.fork_rng(devices=[]):
+        model = VisionTransformer(width=192, depth=6, heads=3, patch_size=16, grid=(14, 14))
+    load_state(model, read_checkpoint(backbone_file()), DEMONSTRATION)
     return model
 
 
