@@ -17,10 +17,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from lift_fast import demonstration
-from lift_fast.backbones import FrozenViT, extract_hooked, load_backbone
+from lift_fast.backbones import OFFICIAL, FrozenViT, extract_hooked, load_backbone, pretrained
 from lift_fast.backbones.checkpoints import load_state, read_checkpoint
 from lift_fast.backbones.network import Block, VisionTransformer
 from lift_fast.backbones.position import timm_rule
+from lift_fast.backbones.pretrained import find_pretrained
 
 
 def pair(width=48, depth=3, heads=3, patch=8, grid=(5, 5)):
@@ -115,6 +116,63 @@ def test_positions_are_resampled_as_timm_does(new, dtype):
     position = torch.randn(1, 14 * 14, 10).to(dtype)
     expected = resample_abs_pos_embed(position, new_size=list(new), old_size=[14, 14], num_prefix_tokens=0)
     assert torch.equal(timm_rule(position, (14, 14), new), expected)
+
+
+OFFICIAL_FILES = {
+    "dino_vits16": ("vit_small_patch16_224", {}),
+    "dino_vits8": ("vit_small_patch8_224", {"img_size": 112}),
+    "mocov3_vits16": ("vit_small_patch16_224", {"num_heads": 12}),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL_FILES)
+@torch.no_grad()
+def test_official_files_make_the_network_that_timm_makes_of_them(name, tmp_path):
+    architecture, options = OFFICIAL_FILES[name]
+    theirs = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, **options).eval()
+    theirs.pos_embed.normal_()
+    theirs.cls_token.normal_()
+    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "x.pth")
+    ours = load_backbone(name, weights=tmp_path / "x.pth", layer=2)
+    assert type(ours.model) is VisionTransformer
+    images = torch.randn(1, 3, 64, 96)
+    assert torch.equal(FrozenViT(theirs, layer=2, position_rule="dino")(images), ours(images))
+
+
+def test_files_that_are_not_plain_are_timms_affair(tmp_path):
+    """A layer scale, which no official network has: refused with timm's entries named, as ever."""
+    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+    torch.save({**state, "blocks.0.ls1.gamma": torch.ones(384)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"1 unexpected \(blocks\.0\.ls1\.gamma\)"):
+        load_backbone("dino_vits16", weights=tmp_path / "x.pth")
+    torch.save({**state, "norm.bias": torch.ones(384, dtype=torch.int64)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"integer and floating point differ in: norm\.bias"):
+        load_backbone("dino_vits16", weights=tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"])
+def test_pretrained_names_are_timms(name, monkeypatch):
+    config = timm.get_pretrained_cfg(OFFICIAL[name].architecture)
+    asked = []
+    monkeypatch.setattr(pretrained, "_cached", lambda *question: asked.append(question) or __file__)
+    assert str(find_pretrained(OFFICIAL[name].architecture)) == __file__
+    assert asked == [(config.hf_hub_id, "model.safetensors", None)]
+    assert config.hf_hub_filename is None
+
+
+def test_dino_is_loaded_without_timm(tmp_path):
+    state = VisionTransformer(384, 12, 6, 16, (14, 14)).state_dict()
+    torch.save(state, tmp_path / "x.pth")
+    code = """
+        import json, sys, torch
+        from lift_fast import load_backbone
+        found = load_backbone("dino_vits16", weights=sys.argv[1], layer=1)(torch.zeros(1, 3, 64, 96))
+        print(json.dumps([list(found.shape), "timm" in sys.modules, "torch._dynamo" in sys.modules]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "x.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[1, 24, 384], False, False]
 
 
 def test_the_global_random_state_is_not_touched():

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from .._text import listed, named, said
 from ..tensor_files import described, misfits, plain_tensor, read_tensor_file, uncompiled, weight_tensor
-from . import network
 
 _ANCHOR = "patch_embed.proj.weight"
 _CONTAINERS = ("teacher", "student", "state_dict", "model")
@@ -253,8 +252,6 @@ def _layout(outer: str | None, prefix: str, tensors: Mapping[str, Tensor]) -> st
 
 
 def _timm_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if isinstance(model, network.VisionTransformer):
-        return state
     from timm.models import eva, vision_transformer
 
     convert: Any = eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else vision_transformer.checkpoint_filter_fn

@@ -1,4 +1,4 @@
-"""A plain Vision Transformer in pure PyTorch, for weights that come with the package: importing timm takes seconds.
+"""A plain Vision Transformer in pure PyTorch, for the official backbones: importing timm takes seconds.
 
 Modules, state dict and results are those of timm's ``VisionTransformer`` without a classifier.
 
