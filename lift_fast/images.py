@@ -33,12 +33,12 @@ _DEFAULT_PIXELS = 1 << 25
 _most_pixels = _DEFAULT_PIXELS
 # Files are often larger than the loaded image: 16384 x 8192, a 16K panorama, by default.
 _FILE = 4
-# One token for each 8 x 8 pixels, the smallest usual patch.
-_PIXELS_OF_A_TOKEN = 64
-_STRIP_PIXELS = 1 << 22
 # No format takes more for a pixel than four channels of 16 bits; and a stream may have no end.
 _BYTES_OF_A_PIXEL, _BYTES_BESIDE = 8, 1 << 24
 _CHUNK = 1 << 20
+# One token for each 8 x 8 pixels, the smallest usual patch.
+_PIXELS_OF_A_TOKEN = 64
+_STRIP_PIXELS = 1 << 22
 _ORIENTATION = 0x0112
 
 
@@ -165,35 +165,6 @@ def read_image(
         # Pillow's message for bytes ends with the address of an object.
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else said(error)
         raise ValueError(f"{name} cannot be read as an image: {reason}") from error
-
-
-def _content(file: bytes | bytearray | memoryview | IO[bytes], name: str) -> bytes:
-    """What bytes or a binary file object hold: a bounded number of bytes, and not none."""
-    most = _BYTES_OF_A_PIXEL * _FILE * _most_pixels + _BYTES_BESIDE
-    content = bytearray()
-    try:
-        if isinstance(file, (bytes, bytearray, memoryview)):
-            content = bytearray(file)
-        else:
-            with suppress(AttributeError, OSError):
-                # A buffer that was just written stands at its end.
-                file.seek(0)
-            while len(content) <= most and (part := file.read(_CHUNK)):
-                content += part
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be a binary file object, whose read() gives bytes: {said(error)}; open it in mode 'rb'"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read: {said(error)}") from error
-    if not content:
-        raise ValueError(f"{name} holds no bytes; an answer of the network can be read only once")
-    if len(content) > most:
-        raise ValueError(
-            f"{name} is too large: more than {most} bytes. If you trust it, raise the limit "
-            "(lift_fast.images.set_max_pixels)"
-        )
-    return bytes(content)
 
 
 def as_image(image: AnyImage, name: str = "image") -> Image.Image:
@@ -443,6 +414,35 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.getexif().get(_ORIENTATION) not in range(2, 9):
         return image
     return ImageOps.exif_transpose(image)
+
+
+def _content(file: bytes | bytearray | memoryview | IO[bytes], name: str) -> bytes:
+    """What bytes or a binary file object hold: a bounded number of bytes, and not none."""
+    most = _BYTES_OF_A_PIXEL * _FILE * _most_pixels + _BYTES_BESIDE
+    content = bytearray()
+    try:
+        if isinstance(file, (bytes, bytearray, memoryview)):
+            content = bytearray(file)
+        else:
+            with suppress(AttributeError, OSError):
+                # A buffer that was just written stands at its end.
+                file.seek(0)
+            while len(content) <= most and (part := file.read(_CHUNK)):
+                content += part
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a binary file object, whose read() gives bytes: {said(error)}; open it in mode 'rb'"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {said(error)}") from error
+    if not content:
+        raise ValueError(f"{name} holds no bytes; an answer of the network can be read only once")
+    if len(content) > most:
+        raise ValueError(
+            f"{name} is too large: more than {most} bytes. If you trust it, raise the limit "
+            "(lift_fast.images.set_max_pixels)"
+        )
+    return bytes(content)
 
 
 def _positive(value: object) -> int:
