@@ -69,9 +69,9 @@ class ImageMatches:
         (height_a, width_a), (height_b, width_b) = self.size_a, self.size_b
         count, valid = self.valid.numel(), int(self.valid.sum())
         share = f" ({valid / count:.0%})" if count else ""
-        verification = getattr(self, "verification", None)
-        verdict = getattr(verification, "verdict", "")
-        notes = [str(verdict), getattr(self, "warning", ""), "random weights" if self.random_weights else ""]
+        verdict = getattr(getattr(self, "verification", None), "verdict", "")
+        warning = getattr(getattr(self, "trust", None), "warning", "")
+        notes = [verdict, warning, "random weights" if self.random_weights else ""]
         return (
             f"ImageMatches(A {width_a} x {height_a}, B {width_b} x {height_b} pixels: {valid} of {count} matches valid"
             f"{share}{''.join(f'; {note}' for note in notes if note)})"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import http.server
 import io
+import re
 import threading
 import urllib.request
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +61,13 @@ def test_a_result_is_shown_in_one_line_and_as_its_sheet(extractor):
         assert shown.format == "PNG"
         drawn = found.draw()
         assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(drawn.convert("RGB")))
+
+
+def test_the_verdict_is_part_of_the_line(extractor):
+    found = match_images(pixels(), pixels(seed=1), extractor=extractor, size=None, step=8)
+    object.__setattr__(found, "verification", SimpleNamespace(verdict="not verified"))
+    object.__setattr__(found, "trust", SimpleNamespace(warning="few matches lead back"))
+    assert re.search(r"matches valid \(\d+%\); not verified; few matches lead back; random weights\)$", repr(found))
 
 
 def test_a_result_of_points_has_no_sheet(extractor):
