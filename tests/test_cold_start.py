@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import lift_fast
+from lift_fast import _operators
 from lift_fast.cli import build_parser, clock
 
 HEAVY = ("torch", "numpy", "timm", "PIL", "triton", "torchvision", "huggingface_hub", "safetensors", "matplotlib")
@@ -67,6 +69,16 @@ def test_the_package_imports_nothing_heavy():
         print(json.dumps(sorted(sys.modules)))
     """
     assert set(HEAVY).isdisjoint(python(code))
+
+
+def test_every_operator_is_listed():
+    folder = Path(_operators.__file__).parent / "ops"
+    defining = {
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if "library.define(" in path.read_text()
+    }
+    assert set(_operators._MODULES) == defining
 
 
 @pytest.mark.parametrize("first", ["torch", "lift_fast"])
