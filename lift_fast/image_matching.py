@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -65,6 +66,26 @@ class ImageMatches:
     """Backbone or LiFT have random weights: these matches are meaningless."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each of :data:`STAGES`, with ``timing``."""
+
+    def __repr__(self) -> str:
+        (height_a, width_a), (height_b, width_b) = self.size_a, self.size_b
+        count, valid = self.valid.numel(), int(self.valid.sum())
+        share = f" ({valid / count:.0%})" if count else ""
+        verdict = getattr(getattr(self, "verification", None), "verdict", "")
+        warning = getattr(getattr(self, "trust", None), "warning", "")
+        notes = [verdict, warning, "random weights" if self.random_weights else ""]
+        return (
+            f"ImageMatches(A {width_a} x {height_a}, B {width_b} x {height_b} pixels: {valid} of {count} matches valid"
+            f"{share}{''.join(f'; {note}' for note in notes if note)})"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The sheet of :meth:`draw`, which notebooks show; None for matches of given points, which have none."""
+        if self.valid.dim() != 2:
+            return None
+        out = io.BytesIO()
+        self.draw().save(out, format="PNG")
+        return out.getvalue()
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """All fields but images and seconds as arrays, as ``lift-fast match`` writes them to its .npz file.
@@ -167,8 +188,8 @@ def match_images(
     ``normalize``.
 
     Args:
-        a, b: files (EXIF orientation applied), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
-            or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
+        a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
+            floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
             (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.

@@ -15,7 +15,7 @@ FLOORS = (
     "_files _native interpreter drawing match_files testing",
     "_interrupts images kernels lift_state tensor_files",
     "devices distributed ops",
-    "backends lift losses matching propagation",
+    "_operators backends lift losses matching propagation",
     "backbones checkpoints env_report graphs tuning",
     "extractor",
     "image_matching map_cache training",
