@@ -16,6 +16,9 @@ from torch import Tensor
 _RADIUS, _FIRST, _LAST, _FITS = 6, 8.0, 0.4, 8
 # Added to the variances (in cells squared) of the positions in a window: the slopes of a few matches are not believed.
 _RIDGE = 1.0
+# Confidence is the product of two curves that were fitted to the share of matches within three eighths of a cell: half
+# at a squared residual of _NEAR, and half at a support of _SUPPORT.
+_NEAR, _SUPPORT = 0.17, 0.05
 
 
 class LocalMaps:
@@ -49,7 +52,7 @@ class LocalMaps:
             moves = [(mean - a * x - b * y, a, b) for mean, (a, b) in zip((u, v), slopes, strict=True)]
             self.maps = torch.stack([term for move in moves for term in move])
             scale = _FIRST * (_LAST / _FIRST) ** (fit / (_FITS - 1))
-            weight = start * _nearness(self.maps, at, to, scale)
+            weight = start * torch.exp(_squared_residual(self.maps, at, to) * (-0.5 / scale**2))
         self.support = rows @ weight @ columns / cells
 
     def confidence(self, at: Tensor, to: Tensor) -> Tensor:
@@ -58,16 +61,16 @@ class LocalMaps:
         column, row = at.floor().long().unbind(-1)
         cell = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).flatten()
         maps = self.maps.flatten(1).to(torch.float32).index_select(1, cell).view(6, *at.shape[:-1])
-        support = self.support.flatten().to(torch.float32).index_select(0, cell).view(at.shape[:-1])
-        return support * _nearness(maps, at, to, _LAST)
+        support = (self.support.square() / (self.support.square() + _SUPPORT**2)).flatten().to(torch.float32)
+        near = 1 / (1 + (_squared_residual(maps, at, to) / _NEAR).square())
+        return near * support.index_select(0, cell).view(at.shape[:-1])
 
 
-def _nearness(maps: Tensor, at: Tensor, to: Tensor, scale: float) -> Tensor:
-    """``[...]``, 1 where the affine ``maps [6, ...]`` take ``at [..., 2]`` to ``to``, falling with the distance."""
+def _squared_residual(maps: Tensor, at: Tensor, to: Tensor) -> Tensor:
+    """``[...]``: squared distance of ``to [..., 2]`` from where the affine ``maps [6, ...]`` take ``at``."""
     x, y = at.unbind(-1)
     u, ux, uy, v, vx, vy = maps
-    squared = (x + u + ux * x + uy * y - to[..., 0]).square() + (y + v + vx * x + vy * y - to[..., 1]).square()
-    return torch.exp(squared * (-0.5 / scale**2))
+    return (x + u + ux * x + uy * y - to[..., 0]).square() + (y + v + vx * x + vy * y - to[..., 1]).square()
 
 
 def _window_sums(count: int, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Points = Tensor | npt.ArrayLike
 LEAST = 8
 """Fewest pairs that are verified, and fewest inliers that verify."""
 # OpenCV's random numbers are seeded with 32 bits.
-_MOST_SEED = 2**31 - 1
+SEEDS = 2**31
 _CONFIDENCE, _ITERATIONS = 0.999, 5000
 # Points whose spread across a line is below this share of that along it are collinear.
 _LINE = 0.03
@@ -79,6 +79,7 @@ def verify_pairs(
     threshold: float = 3.0,
     seed: int = 0,
     camera: npt.ArrayLike | None = None,
+    least: int = LEAST,
 ) -> Verification:
     """Find the matrix that most point pairs agree with. The same pairs and seed give the same result.
 
@@ -90,6 +91,7 @@ def verify_pairs(
         threshold: largest distance of an inlier in pixels of B.
         seed: of the random samples, 0 to 2^31 - 1.
         camera: for ``"essential"``: ``[3, 3]`` intrinsic matrix in pixels, or ``[2, 3, 3]`` for A and B.
+        least: fewest inliers that verify, at least 8. ``match_images`` asks for more than chance gives.
 
     Returns:
         :class:`Verification`. Fewer than 8 pairs, pairs on a line, and pairs that no matrix fits are not verified; they
@@ -100,8 +102,9 @@ def verify_pairs(
         TypeError, ValueError: for shapes and options that do not fit.
     """
     check_kind(kind)
-    threshold, seed = check_threshold(threshold), check_whole("seed", seed, 0, _MOST_SEED)
-    cameras = _as_cameras(camera) if kind == "essential" else None
+    threshold, seed = check_threshold(threshold), check_whole("seed", seed, 0, SEEDS - 1)
+    least = check_whole("least", least, LEAST, math.inf)
+    cameras = as_cameras(camera) if kind == "essential" else None
     cv2 = opencv()
     a, b = (_as_array(points, name) for points, name in ((xy_a, "xy_a"), (xy_b, "xy_b")))
     if a.ndim != 2 or a.shape != b.shape:
@@ -123,11 +126,17 @@ def verify_pairs(
         matrix = None
     if matrix is None:
         return failed(f"no {described(kind)} fits them")
-    return judge(kind, matrix, a, b, threshold, cameras)
+    return judge(kind, matrix, a, b, threshold, cameras, least)
 
 
 def judge(
-    kind: str, matrix: Array, a: Array, b: Array, threshold: float, cameras: tuple[Array, Array] | None = None
+    kind: str,
+    matrix: Array,
+    a: Array,
+    b: Array,
+    threshold: float,
+    cameras: tuple[Array, Array] | None = None,
+    least: int = LEAST,
 ) -> Verification:
     """The verdict on a matrix, from the pairs ``a, b [P, 2]``."""
     if kind == "homography" and np.median(a @ matrix[2, :2] + matrix[2, 2]) < 0:
@@ -138,14 +147,16 @@ def judge(
         pixels = np.linalg.inv(cameras[1]).T @ matrix @ np.linalg.inv(cameras[0])
     inside = _distances(kind, pixels, a, b) <= threshold
     count = int(inside.sum())
-    reason = f"only {count} of {len(a)} matches agree with one {described(kind)} within {threshold:.3g} px"
-    if count >= LEAST:
-        lines = [found for points in (a[inside], b[inside]) if (found := _degenerate(points))]
-        if not lines:
-            verdict = f"verified: {count} of {len(a)} matches ({count / len(a):.0%}) agree with one {described(kind)} "
-            return Verification(kind, threshold, len(a), count, f"{verdict}within {threshold:.3g} px", matrix, pixels)
-        reason = f"the {count} matches that agree {lines[0]}"
-    return Verification(kind, threshold, len(a), count, f"not verified: {reason}")
+    agree = f"{count} of {len(a)} matches ({count / len(a):.0%}) agree with one {described(kind)} within "
+    agree += f"{threshold:.3g} px"
+    reason = ""
+    if count < least:
+        reason = f"{agree}, and {least} are needed"
+    elif lines := [found for points in (a[inside], b[inside]) if (found := _degenerate(points))]:
+        reason = f"{agree}, but they {lines[0]}"
+    if reason:
+        return Verification(kind, threshold, len(a), count, f"not verified: {reason}")
+    return Verification(kind, threshold, len(a), count, f"verified: {agree}", matrix, pixels)
 
 
 def described(kind: str) -> str:
@@ -251,7 +262,8 @@ def _as_array(points: Points, name: str) -> Array:
     return found
 
 
-def _as_cameras(camera: npt.ArrayLike | None) -> tuple[Array, Array]:
+def as_cameras(camera: npt.ArrayLike | None) -> tuple[Array, Array]:
+    """Check the intrinsic matrices of A and B, each ``[3, 3]``."""
     if camera is None:
         raise ValueError('"essential" needs camera, the intrinsic matrix [3, 3] in pixels, or [2, 3, 3] for A and B')
     try:
