@@ -17,7 +17,7 @@ _STEPS, _REACH = 12, 0.375
 # Fewest cells that are aligned, and the distance from B's border within which they are left out.
 _LEAST, _BORDER = 32, 0.5
 # Steps end when they change no entry by more (in half sides), and a mean cosine may fall by this much.
-_SMALL, _LOSS = 3e-4, 0.02
+_SMALL, _LOSS = 1e-3, 0.02
 
 
 def mean_cosine(map_a: Tensor, map_b: Tensor, homography: Array) -> float:
@@ -84,7 +84,7 @@ def align(map_a: Tensor, map_b: Tensor, homography: Array, use: Tensor) -> Array
         normal = by_x.T @ (xx * by_x + xy * by_y) + by_y.T @ (xy * by_x + yy * by_y)
         target = by_x.T @ summed(xs, missing) + by_y.T @ summed(ys, missing)
         size = normal.diagonal().clamp_min(1e-12).rsqrt()
-        damped = (size[:, None] * normal * size).cpu().numpy() + 1e-3 * np.eye(8)
+        damped = (size[:, None] * normal * size).cpu().numpy() + 1e-5 * np.eye(8)
         step = size.cpu().numpy() * np.linalg.solve(damped, (size * target[:, 0]).cpu().numpy())
         current = current + np.append(step, 0).reshape(3, 3)
         if np.abs(step).max() < _SMALL:

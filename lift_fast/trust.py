@@ -19,15 +19,15 @@ from .geometry import Verification
 # Bounds of the warning, between related and unrelated photographs: see docs/matching.md.
 LEAST_AGREEMENT = 0.0235
 """Matches whose :attr:`Trust.agreement` is lower come with a warning, unless a verification tells more."""
-LEAST_INLIERS = {"homography": 0.0075, "fundamental": 0.045, "essential": 0.045}
+LEAST_INLIERS = {"homography": 0.006, "fundamental": 0.03, "essential": 0.03}
 """Fewest inliers of a verification by kind, as a share of the quarter cells of A from which points are drawn."""
 THRESHOLD = 0.75
 """Largest distance of an inlier in cells of B's map, unless it is given in pixels."""
 
 # Seeds of the estimate of a homography, of which the best is kept.
 _TRIES = 2
-# Cells to either side of a homography within which matches choose the cells to align.
-_NEAR = 2.0
+# Only cells whose match lies within so many cells of a homography are aligned, chosen anew in each round.
+_NEAR, _ROUNDS = 2.0, 2
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,12 @@ def verify_field(
         return tries[0]
     # The descriptors say which estimate is better: the number of inliers prefers small regions of many matches.
     best = max(in_cells, key=lambda matrix: mean_cosine(*maps, matrix))
-    near = Verification(kind, _NEAR, 0, 0, "", best, best).agrees(field.at, field.to)
     rows, columns = _rows_and_columns(field, (maps[0].shape[-2], maps[0].shape[-1]))
-    use = torch.from_numpy(near).to(field.at.device)[rows][:, columns] & field.distance.isfinite()[rows][:, columns]
-    matrix = to_b @ align(*maps, best, use) @ np.linalg.inv(to_a)
+    start, end, distance = (value[rows][:, columns] for value in field)
+    for _ in range(_ROUNDS):
+        near = torch.from_numpy(Verification(kind, _NEAR, 0, 0, "", best, best).agrees(start, end)).to(start.device)
+        best = align(*maps, best, near & distance.isfinite())
+    matrix = to_b @ best @ np.linalg.inv(to_a)
     return geometry.judge(kind, matrix / matrix[2, 2], a, b, threshold, least=least)
 
 
