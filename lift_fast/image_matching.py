@@ -21,7 +21,8 @@ from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .geometry import SEEDS, Verification, as_cameras, check_kind, check_threshold, guessed_camera, opencv
-from .images import AnyImage, LoadSize, as_image, check_size, resized_size, whole_patches
+from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
+from .map_cache import MapCache
 from .matching import dense_match
 from .trust import Field, Trust, local_maps, summarise, verify_field
 
@@ -134,6 +135,28 @@ class ImageMatches:
             lines=lines,
         )
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        names: tuple[str, str] = ("a", "b"),
+        orientations: tuple[int, int] = (1, 1),
+        cell: int = 1,
+    ) -> None:
+        """Write the valid matches (inliers, if verified) for COLMAP (.txt), hloc (.h5) or as optical flow (.flo).
+
+        See :func:`lift_fast.match_files.export_matches`, which also takes many pairs.
+
+        Args:
+            path: its ending chooses the format.
+            names: of the images' files, relative to the folder of all; not needed for .flo.
+            orientations: EXIF orientation of these files, which COLMAP and hloc disregard.
+            cell: positions within a cell of that many loaded pixels become one key point.
+        """
+        from .match_files import MatchedPair, export_matches
+
+        export_matches(path, [MatchedPair(names, self.numpy, orientations)], cell)
+
 
 def match_images(
     a: AnyImage,
@@ -151,6 +174,8 @@ def match_images(
     threshold: float | None = None,
     seed: int = 0,
     camera: npt.ArrayLike | None = None,
+    max_side: int | None = None,
+    cache: MapCache | None = None,
 ) -> ImageMatches:
     """Match the pixels of image A to those of image B: decode, backbone, LiFT, exact dense matching.
 
@@ -190,6 +215,10 @@ def match_images(
         seed: of ``verify``, 0 to 2^31 - 1.
         camera: of ``verify="essential"``: ``[3, 3]`` intrinsic matrix in pixels of the original images, or
             ``[2, 3, 3]`` for A and B; None guesses them (:func:`lift_fast.geometry.guessed_camera`).
+        max_side: pixels of the longer side, before rounding: an image that would be longer is loaded at this length;
+            see :func:`lift_fast.images.bounded_size`. None is 1792, or four times ``size`` if that is more; there is no
+            bound by default unless ``size`` is an integer.
+        cache: for many pairs of few images: an image that it holds does not go through the networks again.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -200,6 +229,8 @@ def match_images(
     if normalize not in ("grid", "pixel"):
         raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
     step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
+    if max_side is not None:
+        max_side = check_whole("max_side", max_side, 1, math.inf)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
     if verify is not None:
@@ -210,6 +241,8 @@ def match_images(
         camera = None if camera is None else np.stack(as_cameras(camera))
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout and does not apply to points; leave it out")
+    if cache is not None and not isinstance(cache, MapCache):
+        raise TypeError(f"cache must be a lift_fast.map_cache.MapCache or None, got {type(cache).__name__}")
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
     if extractor is not None and extractor.device.type == "meta":
@@ -225,8 +258,8 @@ def match_images(
     clock.device = extractor.device if timing else None
     sides = []
     for given, image, name in zip((a, b), images, "ab", strict=True):
-        height, width = _whole_patches(image, size, extractor)
         try:
+            height, width = _whole_patches(image, size, max_side, extractor)
             # Both before the first is resized.
             check_size((width, height), image.size)
             extractor.check_size(height, width, lift_iter)
@@ -236,7 +269,7 @@ def match_images(
     loaded = [extractor.preprocess(image, side) for image, side in zip(images, sides, strict=True)]
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
-    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock)
+    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock, cache)
     covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
@@ -342,17 +375,23 @@ class _Frame(NamedTuple):
 
 
 def _descriptor_maps(
-    extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock
+    extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock, cache: MapCache | None
 ) -> list[Tensor]:
-    """Two maps ``[1, c, h, w]``; images of one size go through the networks together."""
-    together = batches[0].shape == batches[1].shape
-    with torch.no_grad():
-        inputs = [torch.cat(list(batches))] if together else batches
-        seen = [extractor._backbone_tokens(batch, lift_iter) for batch in inputs]
-        clock.lap("backbone")
-        maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
-        clock.lap("lift")
-    return list(maps[0].split(1)) if together else maps
+    """Two maps ``[1, c, h, w]``; without a cache, images of one size go through the networks together."""
+
+    def compute(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            seen = [extractor._backbone_tokens(batch, lift_iter) for batch in inputs]
+            clock.lap("backbone")
+            maps = [extractor.lift_map(batch, tokens, lift_iter) for batch, tokens in seen]
+            clock.lap("lift")
+        return maps
+
+    if cache is not None:
+        return cache.maps(extractor, lift_iter, batches, compute)
+    if batches[0].shape == batches[1].shape:
+        return list(compute([torch.cat(list(batches))])[0].split(1))
+    return compute(batches)
 
 
 def _match_both_ways(
@@ -379,10 +418,12 @@ def _match_both_ways(
     )
 
 
-def _whole_patches(image: Image.Image, size: LoadSize, extractor: ViTLiFTExtractor) -> tuple[int, int]:
+def _whole_patches(
+    image: Image.Image, size: LoadSize, max_side: int | None, extractor: ViTLiFTExtractor
+) -> tuple[int, int]:
     """The (height, width) at which to load, without pixels beyond the last whole patch."""
-    width, height = resized_size(image.size, size)
     p, s = extractor.patch, extractor.stride
+    width, height = bounded_size(image.size, size, max_side, p)
     # The backbone refuses images smaller than a patch.
     height, width = (side if side < p else whole_patches(side, p, s) for side in (height, width))
     return height, width
