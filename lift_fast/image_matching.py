@@ -89,6 +89,7 @@ class ImageMatches:
 
         if self.valid.dim() != 2:
             raise ValueError("draw() needs dense matches; leave points=None in match_images, with step=N for fewer")
+        inliers = getattr(self, "inliers", None)
         frames, positions = [], []
         for image, (top, left, height, width), size, xy in (
             (self.picture_a, self.covered_a, self.size_a, self.xy_a),
@@ -104,11 +105,11 @@ class ImageMatches:
                 image_b=frames[1],
                 points=positions[0],
                 matches=positions[1],
-                similarity=self.similarity.cpu().numpy(),
                 confidence=self.confidence.cpu().numpy(),
                 valid=self.valid.cpu().numpy(),
                 caption=caption,
                 warning="random weights: these matches mean nothing" if self.random_weights else "",
+                inliers=None if inliers is None else inliers.cpu().numpy(),
             ),
             lines=lines,
         )

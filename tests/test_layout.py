@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; what stands in a row may import from its own row and from those before.
 FLOORS = (
     "_checkout _env _text checks defaults demonstration layers locks memory precision untouched witnesses",
-    "_files _native interpreter drawing testing",
+    "_files _native interpreter drawing match_field testing",
     "_interrupts images kernels lift_state tensor_files",
     "devices distributed ops",
     "backends lift losses matching propagation",
