@@ -114,9 +114,11 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     agree; what has no valid match is pale grey.
 
     Raises:
-        ValueError: if the shapes of the arrays do not agree.
+        ValueError: if the shapes of the arrays do not agree, or for a negative number of ``lines``.
     """
     _check(view)
+    if lines < 0:
+        raise ValueError(f"lines must be at least 0, got {lines}")
     sample = spread_sample(view.valid, view.confidence, lines)
     pair = _draw_pair(view, sample)
     # Tall images leave room for the panels beside them.
@@ -278,7 +280,7 @@ def _draw_header(view: MatchView, sample: npt.NDArray[np.int64], width: int) -> 
     small, font = _font(_SMALL), _font(_TEXT)
     caption = wrap(view.caption, small, width) if view.caption else []
     drawn, known = len(sample), int(view.valid.sum())
-    if drawn < known:
+    if 0 < drawn < known:
         title = f"{drawn} of {known:,} valid matches: the most confident, spread over A."
     else:
         title = f"{known or 'No'} valid match{'' if known <= 1 else 'es'}."

@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 # Candidates for each point of a sample: more would only be neighbours of each other.
 _CANDIDATES = 4
+# Of more points the distances take too long; they are so dense that the best of each square will do.
+_MOST_APART = 1000
 
 
 def spread_sample(
@@ -17,13 +19,17 @@ def spread_sample(
     A point is taken if no more confident one was taken near it. "Near" starts at the spacing of ``count`` points spread
     evenly over the grid and shrinks until there are enough: where matches cover a part of the image they fill that.
     """
-    candidates = _best_of_fields(valid, confidence, _CANDIDATES * count)
+    if count < 1:
+        return np.empty((0, 2), dtype=np.int64)
+    candidates = _best_of_squares(valid, confidence, count if count > _MOST_APART else _CANDIDATES * count)
     # Stable, so that equal confidence keeps the order of rows.
     candidates = candidates[np.argsort(-confidence[tuple(candidates.T)], kind="stable")]
+    if count > _MOST_APART or count >= len(candidates):
+        return candidates[:count]
     taken: list[int] = []
     room = np.full(len(candidates), np.inf)
     apart = max(1.0, (valid.size / count) ** 0.5)
-    while len(taken) < min(count, len(candidates)):
+    while len(taken) < count:
         best = int(np.argmax(room >= apart**2))
         if room[best] < apart**2:
             apart = max(1.0, 0.7 * apart)
@@ -34,16 +40,19 @@ def spread_sample(
     return candidates[sorted(taken)]
 
 
-def _best_of_fields(
+def _best_of_squares(
     valid: npt.NDArray[np.bool_], confidence: npt.NDArray[np.floating], count: int
 ) -> npt.NDArray[np.int64]:
     """The most confident valid (row, column) of each square of the grid, squares so small that ``count`` are left."""
-    at = np.argwhere(valid)
-    side = max(1, int((len(at) / count) ** 0.5))
-    field = at[:, 0] // side * (valid.shape[1] // side + 1) + at[:, 1] // side
-    order = np.lexsort((-confidence[valid], field))
-    first = np.unique(field[order], return_index=True)[1]
-    return at[order[first]]
+    side = max(1, int((valid.sum() / count) ** 0.5))
+    rows, columns = (-(-length // side) for length in valid.shape)
+    padded = np.full((rows * side, columns * side), -np.inf, dtype=confidence.dtype)
+    padded[: valid.shape[0], : valid.shape[1]] = np.where(valid, confidence, -np.inf)
+    squares = padded.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
+    best = squares.argmax(1)
+    number = np.flatnonzero(squares[np.arange(len(best)), best] > -np.inf)
+    corner = np.stack(np.divmod(number, columns), axis=-1) * side
+    return corner + np.stack(np.divmod(best[number], side), axis=-1)
 
 
 def grid_positions(axis: npt.NDArray[np.integer], at: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -74,14 +83,14 @@ def between_points(
     """
     (row, down), (column, right) = (_split(at, n) for at, n in zip((rows, columns), valid.shape, strict=True))
     down, wide = down[:, None], valid.shape[1]
-    table, known = matches.astype(np.float32).reshape(-1, 2), valid.ravel()
+    table, known = matches.reshape(-1, 2), valid.ravel()
     weights, there = [], []
     for r, tall in ((row, 1 - down), (row + 1, down)):
         for c, share in ((column, 1 - right), (column + 1, right)):
             # Beyond the last point the weight is 0.
             at = np.minimum(r, valid.shape[0] - 1)[:, None] * wide + np.minimum(c, wide - 1)
             weights.append(tall * share * known[at])
-            there.append(table.take(at, axis=0))
+            there.append(table.take(at, axis=0).astype(np.float32))
     covered = sum(weights[1:], start=weights[0])
     leader, most = there[0], weights[0]
     for weight, match in zip(weights[1:], there[1:], strict=True):

@@ -88,6 +88,9 @@ def test_no_match_is_pale_and_without_lines():
     view = make_view(valid=False)
     without, one = (draw_matches(view, lines=n) for n in (40, 1))
     assert np.array_equal(without, one)
+    assert draw_matches(make_view(), lines=0).width == without.width
+    with pytest.raises(ValueError, match="lines must be at least 0, got -1"):
+        draw_matches(view, lines=-1)
     warped, coloured, confidence = panels(without, view)
     assert is_pale(warped).all()
     assert np.array_equal(warped, coloured)

@@ -47,9 +47,25 @@ def test_as_many_as_there_are(grid, count):
     chosen = spread_sample(valid, random.random(grid), count)
     assert len(chosen) == len(np.unique(chosen, axis=0)) <= count
     assert valid[tuple(chosen.T)].all()
-    # Few matches are all drawn; of more, a field or two may hold none that fits.
-    assert len(chosen) >= min(count, valid.sum(), max(1, int(0.9 * min(count, valid.sum()))))
+    assert len(chosen) == min(count, valid.sum())
     assert len(spread_sample(np.zeros(grid, bool), random.random(grid), count)) == 0
+
+
+@pytest.mark.parametrize("count", [1001, 5000, 100_000])
+def test_thousands_of_points_are_spread_too(count):
+    random = np.random.default_rng(count)
+    valid, confidence = random.random((190, 210)) < 0.5, random.random((190, 210)).astype(np.float32)
+    chosen = spread_sample(valid, confidence, count)
+    assert len(np.unique(chosen, axis=0)) == len(chosen) == min(count, valid.sum())
+    assert valid[tuple(chosen.T)].all()
+    assert (np.diff(confidence[tuple(chosen.T)]) <= 0).all()
+    # Each of 5 x 5 parts has its share.
+    parts = np.histogram2d(*chosen.T, bins=5, range=((0, 190), (0, 210)))[0]
+    assert parts.min() > 0.7 * len(chosen) / 25
+
+
+def test_no_lines():
+    assert spread_sample(np.ones((3, 4), bool), np.ones((3, 4)), 0).shape == (0, 2)
 
 
 def test_a_small_valid_part_still_gives_the_count():
