@@ -165,8 +165,13 @@ def _draw_pair(view: MatchView, sample: npt.NDArray[np.int64]) -> Image.Image:
         share = wide_a**0.5 / (wide_a**0.5 + wide_b**0.5)
         boxes = [(room * share, _TALLEST), (room * (1 - share), _TALLEST)]
     a, b = (_fit(image, box) for image, box in zip((view.image_a, view.image_b), boxes, strict=True))
-    left_a, top_a = (_FRAME, 0) if stacked else (0, _FRAME)
-    left_b, top_b = (_FRAME, a.height + _GAP + _FRAME) if stacked else (a.width + _GAP + _FRAME, _FRAME)
+    if stacked:
+        left_a, top_a, left_b, top_b = _FRAME, 0, _FRAME, a.height + _GAP + _FRAME
+    else:
+        # The shorter one in the middle, where lines are shortest.
+        tall = max(a.height, b.height)
+        left_a, top_a = 0, _FRAME + (tall - a.height) // 2
+        left_b, top_b = a.width + _GAP + _FRAME, _FRAME + (tall - b.height) // 2
     size = max(left_a + a.width, left_b + b.width + _FRAME), max(top_a + a.height, top_b + b.height + _FRAME)
     sheet = Image.new("RGB", size, _PAPER)
     sheet.paste(a, (left_a, top_a))
