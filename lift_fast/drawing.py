@@ -189,7 +189,7 @@ def _draw_pair(view: MatchView, sample: npt.NDArray[np.int64]) -> Image.Image:
     else:
         filled = view.inliers[chosen]
         colours = np.where(filled[:, None], _INLIER, _OUTLIER).astype(np.uint8)
-    _draw_lines(sheet, ends[0], ends[1], colours, filled)
+    sheet = _draw_lines(sheet, ends[0], ends[1], colours, filled)
     for name, corner in (("A", (left_a, top_a)), ("B", (left_b, top_b))):
         _draw_tag(sheet, name, corner)
     return sheet
@@ -201,11 +201,12 @@ def _draw_lines(
     ends: npt.NDArray[np.floating],
     colours: Pixels,
     filled: npt.NDArray[np.bool_],
-) -> None:
+) -> Image.Image:
     """Lines between (x, y) ``[n, 2]`` with dots at both ends, rings if not ``filled``; the first lie on top."""
     # Drawn twice as large and reduced, since Pillow's lines have jagged edges.
-    layer = Image.new("RGBA", (2 * sheet.width, 2 * sheet.height))
-    draw = ImageDraw.Draw(layer)
+    large = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+    # This mode blends.
+    draw = ImageDraw.Draw(large, "RGBA")
     # Many lines must not hide the images.
     radius, width, opaque = (13, 5, 220) if len(starts) <= 100 else (8, 3, 150)
     order = [
@@ -221,8 +222,7 @@ def _draw_lines(
             inner = radius - 3
             box = (x - inner, y - inner, x + inner, y + inner)
             draw.ellipse(box, fill=colour if dot else _INK, outline=colour, width=3)
-    layer = layer.reduce(2)
-    sheet.paste(layer, mask=layer)
+    return large.reduce(2)
 
 
 def _draw_panels(view: MatchView, width: int) -> Image.Image:
@@ -327,20 +327,15 @@ def _draw_banner(text: str, width: int) -> Image.Image:
 
 
 def _framed(image: Image.Image) -> Image.Image:
-    """The image of B in a frame of its position colours, with the squares' sides as on a map."""
-    width, height = image.width + 2 * _FRAME, image.height + 2 * _FRAME
-    x, y = (np.clip(np.arange(n) - _FRAME, 0, n - 2 * _FRAME - 1) for n in (width, height))
-    framed = Image.new("RGB", (width, height))
-    for edge in (0, 1):
-        across = np.stack([x, np.full_like(x, edge * (image.height - 1))], axis=-1)
-        along = np.stack([np.full_like(y, edge * (image.width - 1)), y], axis=-1)
-        for xy, turned in ((across, False), (along, True)):
-            strip = np.repeat(_chequered_colours(xy, (image.height, image.width))[None], _FRAME, axis=0)
-            strip = strip.swapaxes(0, 1) if turned else strip
-            corner = (edge * (width - _FRAME), 0) if turned else (0, edge * (height - _FRAME))
-            framed.paste(Image.fromarray(np.ascontiguousarray(strip)), corner)
-    framed.paste(image, (_FRAME, _FRAME))
-    return framed
+    """The image of B in a frame of its position colours, dark and light as its fields, as maps have it."""
+    x, y = (np.clip(np.arange(-_FRAME, side + _FRAME), 0, side - 1) for side in image.size)
+    xy = np.stack(np.meshgrid(x, y), axis=-1)
+    framed = np.zeros((*xy.shape[:2], 3), dtype=np.uint8)
+    for edge in (np.s_[:_FRAME], np.s_[-_FRAME:], np.s_[:, :_FRAME], np.s_[:, -_FRAME:]):
+        framed[edge] = _chequered_colours(xy[edge], (image.height, image.width))
+    sheet = Image.fromarray(framed)
+    sheet.paste(image, (_FRAME, _FRAME))
+    return sheet
 
 
 def _draw_tag(sheet: Image.Image, name: str, corner: tuple[int, int]) -> None:
@@ -367,10 +362,8 @@ def draw_match_line(
 def _chequered_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
     """Position colours with every other of 8 x 8 fields darker, to show folds and shifts without hue."""
     x, y = ((xy[..., axis] + 0.5) * np.float32(8 / size[1 - axis]) for axis in (0, 1))
-    dark = (x.astype(int) + y.astype(int)) % 2
-    colours: Pixels = (position_colours(xy, size) * np.where(dark, np.float32(0.75), np.float32(1))[..., None]).astype(
-        np.uint8
-    )
+    light = np.where((x.astype(int) + y.astype(int)) % 2, np.float32(0.75), np.float32(1))
+    colours: Pixels = (position_colours(xy, size) * light[..., None]).astype(np.uint8)
     return colours
 
 

@@ -209,6 +209,28 @@ def test_panel_colours_are_positions_in_b():
         assert (nearest == colour).all()
 
 
+def test_the_frame_of_b_is_the_key_of_its_colours():
+    view = make_view((60, 80), (60, 80), valid=False)
+    pixels = np.asarray(draw_matches(view))
+    size = 60, 80
+    # The frame's right edge is that of the sheet's content; the pair is 1512 pixels wide without it.
+    column = pixels[:, -25]
+    first = int(np.argmax((column != 255).any(-1)))
+    tall = round(1512 / 2 * 60 / 80) + 20
+    left = pixels.shape[1] - 24 - 756 - 20
+    assert (pixels[first - 1, left:-24] == 255).all()
+    for at, corner in (
+        ((first, left), (0, 0)),
+        ((first, -25), (79, 0)),
+        ((first + tall - 1, left), (0, 59)),
+        ((first + tall - 1, -25), (79, 59)),
+    ):
+        colour = position_colours(np.array(corner), size).astype(int)
+        # Of the 8 x 8 fields those at the right top and left bottom are dark.
+        light = 1 if corner in ((0, 0), (79, 59)) else 0.75
+        assert np.abs(pixels[at] - light * colour).max() <= 1
+
+
 def test_inliers_have_their_colour():
     view = make_view((60, 80), (60, 80))
     inliers = np.zeros((15, 20), bool)
