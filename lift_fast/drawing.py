@@ -315,7 +315,7 @@ def _draw_header(view: MatchView, sample: npt.NDArray[np.int64], width: int) -> 
 
 def _draw_banner(text: str, width: int) -> Image.Image:
     font = _font(_TEXT)
-    lines = wrap(text, font, width - 2 * _MARGIN - 40)
+    lines = wrap(text[:1].upper() + text[1:], font, width - 2 * _MARGIN - 40)
     step = _TEXT + _LEADING
     block = Image.new("RGB", (width, len(lines) * step + 2 * _LEADING + 4), _WARNING)
     draw = ImageDraw.Draw(block)

@@ -34,6 +34,8 @@ _FILE = 4
 # One token for each 8 x 8 pixels, the smallest usual patch.
 _PIXELS_OF_A_TOKEN = 64
 _STRIP_PIXELS = 1 << 22
+# Panoramas of 4 : 1 keep their size; a small size costs little at any shape.
+_LONGEST, _LONGEST_AT_LEAST = 4, 1792
 _ORIENTATION = 0x0112
 
 
@@ -146,6 +148,22 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
         ) from error
     except Exception as error:
         raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
+
+
+def exif_orientation(path: str | os.PathLike[str]) -> int:
+    """EXIF orientation of an image file, 1 to 8; 1 is upright and stands for none.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the file, if it is not an image.
+    """
+    require_regular_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            found = image.getexif().get(_ORIENTATION)
+    except Exception as error:
+        raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
+    return found if found in range(1, 9) else 1
 
 
 def as_image(image: AnyImage, name: str = "image") -> Image.Image:
@@ -294,6 +312,46 @@ def resized_size(size: tuple[int, int], load_size: LoadSize) -> tuple[int, int]:
         raise ValueError(f"load_size must be pixels (at least 1), (height, width) or None, got {load_size!r}")
     short, length = min(width, height), int(load_size)
     return (length, length * height // short) if width <= height else (length * width // short, length)
+
+
+def bounded_size(
+    size: tuple[int, int], load_size: LoadSize, max_side: int | None = None, patch: int = 1
+) -> tuple[int, int]:
+    """:func:`resized_size` with a bound on the longer side, because the time of a long strip has no bound.
+
+    Args:
+        size: (width, height) of the image.
+        load_size: as :func:`resize`. (height, width) is exact.
+        max_side: pixels. An image whose longer side would exceed it is loaded with the longer side at ``max_side``,
+            and the shorter follows (rounded down). None is 1792, or four times an integer ``load_size`` if that is
+            more, and no bound for other forms.
+        patch: the shorter side needs this many pixels if it is shortened.
+
+    Raises:
+        ValueError: as :func:`resized_size`; for a ``max_side`` that is not an integer >= 1, or shorter than a side of
+            (height, width); for an image so long that its shorter side falls below ``patch``.
+    """
+    if max_side is not None and not _positive(max_side):
+        raise ValueError(f"max_side must be pixels (an integer of at least 1) or None, got {max_side!r}")
+    width, height = resized_size(size, load_size)
+    if max_side is None:
+        if load_size is None or isinstance(load_size, (tuple, list)):
+            return width, height
+        max_side = max(_LONGEST * int(load_size), _LONGEST_AT_LEAST)
+    long, short = max(width, height), min(width, height)
+    if long <= max_side:
+        return width, height
+    if isinstance(load_size, (tuple, list)):
+        raise ValueError(f"a size of {height}x{width} is more than max_side, {max_side} pixels; leave one of them out")
+    # From the image's own sides: those asked for are rounded.
+    short = max_side * min(size) // max(size)
+    if short < patch:
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} pixels is too long: with its longer side at {max_side} pixels "
+            f"(--max-side, max_side) its shorter one would have {short}, and {patch} are needed; crop it, raise that "
+            "bound, or give its size as height and width"
+        )
+    return (max_side, short) if width > height else (short, max_side)
 
 
 def whole_patches(side: int, patch: int, stride: int) -> int:

@@ -152,7 +152,10 @@ def test_text_instead_of_an_image_is_named(images, tmp_path, capsys):
 
 BAD = {
     "missing image": (["match", "nowhere.jpg", "b.jpg", *TINY], "no image at nowhere.jpg"),
-    "suffix": (["match", "{a}", "{b}", "--out", "m.jpg", *TINY], "--out must end in .png, got m.jpg"),
+    "suffix": (
+        ["match", "{a}", "{b}", "--out", "m.gif", *TINY],
+        ".jpeg .webp .pdf, got m.gif",
+    ),
     "folder": (["match", "{a}", "{b}", "--out", "no/m.png", *TINY], "the folder no does not exist"),
     "model": (["match", "{a}", "{b}", "--model", "resnet50", "--random-weights"], "resnet50"),
     "lift": (["match", "{a}", "{b}", "--lift", "gone.pth", *TINY], "gone.pth"),

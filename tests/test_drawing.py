@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from lift_fast import match_images
 from lift_fast.drawing import MatchView, confidence_colours, draw_matches, position_colours, wrap
 
 CAT = Path(__file__).resolve().parents[1] / "examples" / "photographs" / "cat.jpg"
@@ -243,6 +244,14 @@ def test_inliers_have_their_colour():
     assert count(half, OUTLIER, 3) > 1_000
     # Only the legend's dot is left.
     assert count(all_of_them, OUTLIER, 3) < 600 < 2_000 < count(all_of_them, INLIER, 3)
+
+
+def test_verified_matches_are_drawn_as_inliers():
+    pytest.importorskip("cv2")
+    found = match_images(CAT, CAT, size=96, step=4, normalize="pixel", verify="homography")
+    assert count(found.draw(), INLIER, 3) > 1_000
+    assert count(replace(found, inliers=~found.inliers).draw(), OUTLIER, 3) > 1_000
+    assert count(replace(found, inliers=None).draw(), INLIER, 3) < 600
 
 
 def test_position_colours_are_bright_distinct_and_smooth():

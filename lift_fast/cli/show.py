@@ -15,6 +15,7 @@ from lift_fast.demonstration import BACKBONE
 from .errors import UsageError, as_usage_error, check_output, writing
 from .eval_options import METHODS, build
 from .options import (
+    add_longest_side,
     add_model_options,
     add_output_options,
     describe,
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--size", type=load_size, default=224, metavar="S", help="shorter side of loaded images, or HxW (%(default)s)"
     )
+    add_longest_side(parser)
     parser.add_argument("--tau", type=float, default=0.2, metavar="X", help="of TokenCut (%(default)s)")
     parser.add_argument(
         "--dimensions", type=positive, default=64, metavar="N", help="of descriptors in the page (%(default)s)"
@@ -110,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
                 size = f"{images[0].width} x {images[0].height}"
                 raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which has {size} pixels")
         loaded = [
-            show.load(quoted(path.name), image, arguments.size, backbone, methods)
+            show.load(quoted(path.name), image, arguments.size, backbone, methods, arguments.max_side)
             for path, image in zip(paths, images, strict=True)
         ]
         sizes = ", ".join(f"{each.size[1]} x {each.size[0]}" for each in loaded)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lift_fast.backbones import FrozenViT
 from lift_fast.drawing import Pixels
 from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor, whole_patches
+from lift_fast.images import LoadSize, bounded_size, check_size, resize, to_tensor, whole_patches
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,14 @@ class Shown:
         return top / self.size[0], left / self.size[1], height / self.size[0], width / self.size[1]
 
 
-def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, methods: Sequence[Method]) -> Shown:
+def load(
+    name: str,
+    image: Image.Image,
+    size: LoadSize,
+    backbone: FrozenViT,
+    methods: Sequence[Method],
+    max_side: int | None = None,
+) -> Shown:
     """Features of an image by every method.
 
     Args:
@@ -45,6 +52,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
         size: its shorter side, or (height, width), in pixels; rounded to whole patches.
         backbone: source of patch size, normalisation, device and dtype.
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
+        max_side: see :func:`lift_fast.images.bounded_size`.
 
     Raises:
         ValueError: for a size out of range or beyond :func:`lift_fast.images.max_pixels`, or a method whose map has
@@ -52,7 +60,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
     """
     patch = backbone.patch_size
     try:
-        wanted = resized_size(image.size, size)
+        wanted = bounded_size(image.size, size, max_side, patch)
         check_size(wanted, image.size)
         wide, tall = (whole_patches(side, patch, patch) for side in wanted)
         resized = resize(image, (tall, wide))
