@@ -329,10 +329,11 @@ def _draw_banner(text: str, width: int) -> Image.Image:
 def _framed(image: Image.Image) -> Image.Image:
     """The image of B in a frame of its position colours, dark and light as its fields, as maps have it."""
     x, y = (np.clip(np.arange(-_FRAME, side + _FRAME), 0, side - 1) for side in image.size)
-    xy = np.stack(np.meshgrid(x, y), axis=-1)
-    framed = np.zeros((*xy.shape[:2], 3), dtype=np.uint8)
-    for edge in (np.s_[:_FRAME], np.s_[-_FRAME:], np.s_[:, :_FRAME], np.s_[:, -_FRAME:]):
-        framed[edge] = _chequered_colours(xy[edge], (image.height, image.width))
+    framed = np.zeros((len(y), len(x), 3), dtype=np.uint8)
+    first, last, every = np.s_[:_FRAME], np.s_[-_FRAME:], np.s_[:]
+    for rows, columns in ((first, every), (last, every), (every, first), (every, last)):
+        xy = np.stack(np.meshgrid(x[columns], y[rows]), axis=-1)
+        framed[rows, columns] = _chequered_colours(xy, (image.height, image.width))
     sheet = Image.fromarray(framed)
     sheet.paste(image, (_FRAME, _FRAME))
     return sheet
