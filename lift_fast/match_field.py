@@ -20,7 +20,7 @@ def spread_sample(
     evenly over the grid and shrinks until there are enough: where matches cover a part of the image they fill that.
     """
     if count < 1:
-        return np.empty((0, 2), dtype=np.int64)
+        return np.zeros((0, 2), dtype=np.int64)
     candidates = _best_of_squares(valid, confidence, count if count > _MOST_APART else _CANDIDATES * count)
     # Stable, so that equal confidence keeps the order of rows.
     candidates = candidates[np.argsort(-confidence[tuple(candidates.T)], kind="stable")]
