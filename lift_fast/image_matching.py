@@ -148,11 +148,11 @@ class ImageMatches:
                 image_b=frames[1],
                 points=positions[0],
                 matches=positions[1],
-                similarity=self.similarity.cpu().numpy(),
                 confidence=self.confidence.cpu().numpy(),
                 valid=self.valid.cpu().numpy(),
                 caption=caption,
                 warning=self.warning,
+                inliers=None if self.inliers is None else self.inliers.cpu().numpy(),
             ),
             lines=lines,
         )

