@@ -83,7 +83,9 @@ def test_match(images, tmp_path, capsys, lift):
     assert min(loaded_a) == min(loaded_b) == 64
     factor = {0: 1, 1: 2, 3: 4}[len(lift)]
     assert figures["grid_a"] == [factor * (loaded_a[0] // 16), factor * (loaded_a[1] // 16)]
-    assert set(figures["seconds"]) == {"model", "decode", "backbone", "lift", "match", "draw"}
+    seconds = figures["seconds"]
+    assert set(seconds) == {"imports", "model", "decode", "backbone", "lift", "match", "draw", "total"}
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"] + 0.001
     assert figures["random_weights"] is True
     with Image.open(out) as sheet:
         assert sheet.size[0] == 1600
@@ -136,7 +138,8 @@ def test_match_says_what_it_does(images, tmp_path, capsys):
     assert "random weights: these features mean nothing" in captured.err
     assert str(tmp_path / "m.npz") in captured.err
     stages = [line.split() for line in captured.out.splitlines()]
-    assert [stage[0] for stage in stages] == ["model", "decode", "backbone", "lift", "match", "draw"]
+    names = ["imports", "model", "decode", "backbone", "lift", "match", "draw", "total"]
+    assert [stage[0] for stage in stages] == names
     assert all(float(seconds) >= 0 and unit == "s" for _, seconds, unit in stages)
     assert run("match", *images, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
     captured = capsys.readouterr()
@@ -152,7 +155,10 @@ def test_text_instead_of_an_image_is_named(images, tmp_path, capsys):
 
 BAD = {
     "missing image": (["match", "nowhere.jpg", "b.jpg", *TINY], "no image at nowhere.jpg"),
-    "suffix": (["match", "{a}", "{b}", "--out", "m.jpg", *TINY], "--out must end in .png, got m.jpg"),
+    "suffix": (
+        ["match", "{a}", "{b}", "--out", "m.gif", *TINY],
+        ".jpeg .webp .pdf, got m.gif",
+    ),
     "folder": (["match", "{a}", "{b}", "--out", "no/m.png", *TINY], "the folder no does not exist"),
     "model": (["match", "{a}", "{b}", "--model", "resnet50", "--random-weights"], "resnet50"),
     "lift": (["match", "{a}", "{b}", "--lift", "gone.pth", *TINY], "gone.pth"),

@@ -218,11 +218,11 @@ def test_variables_of_the_environment_are_read():
 
 
 def programs() -> set[str]:
-    """Programs of the system, of Python and PyTorch, and of the packages that pyproject.toml lists."""
+    """Programs of the system, of Python, PyTorch and COLMAP, and of the packages that pyproject.toml lists."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     listed = re.findall(r'"([\w-]+)[><=~]', text)
     scripts = re.findall(r"^([\w-]+) = \"lift_fast", text, re.M)
-    return {"bash", "git", "pip", "python", "torchrun", "xargs", *listed, *scripts}
+    return {"bash", "colmap", "git", "pip", "python", "torchrun", "xargs", *listed, *scripts}
 
 
 def extras_exist(words: list[str]) -> None:

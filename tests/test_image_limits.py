@@ -63,9 +63,9 @@ def test_the_largest_images_in_use_are_within_the_default_limit():
 
 def test_a_strip_is_refused_before_it_is_resized(extractor):
     strip = Image.new("RGB", (1, 100_000))
-    message = "1 x 100000 pixels would be loaded at 64 x 6400000, more than the 33554432.*--max-pixels"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"would be loaded at 64 x 6400000, more than the 33554432.*--max-pixels"):
         extractor.preprocess(strip, 64)
+    message = "1 x 100000 pixels is too long: with its longer side at 1792 pixels .*would have 0, and 16 are needed"
     with pytest.raises(ValueError, match=f"b: .*{message}"):
         lift_fast.match_images(photograph(), strip, extractor=extractor, size=64)
     methods: list = []
@@ -127,13 +127,69 @@ def test_tokens_are_bounded_before_the_backbone_runs(extractor):
     assert extractor.check_size(64, 64, 2) == (16, 16)
 
 
+def test_long_sides_are_bounded_in_proportion():
+    bounded = images.bounded_size
+    # Ordinary shapes and panoramas of 4 : 1 keep what they had; so does any size that is given exactly, or not at all.
+    for size in ((640, 480), (480, 640), (4000, 1000), (1, 1), (448, 448)):
+        for load_size in (448, 518, 1024):
+            assert bounded(size, load_size) == images.resized_size(size, load_size)
+    for load_size in (None, (448, 4480), (10_000, 3)):
+        assert bounded((20_000, 30), load_size) == images.resized_size((20_000, 30), load_size)
+    assert bounded((4000, 500), 448) == (1792, 224)
+    assert bounded((500, 4000), 448) == (224, 1792)
+    assert bounded((2000, 20), 448) == (1792, 17)
+    assert bounded((4000, 500), 1024) == (4096, 512)
+    assert bounded((4000, 500), 224) == (1792, 224)
+    assert bounded((4000, 500), 100) == (800, 100)
+    assert bounded((4000, 500), 448, 1000) == (1000, 125)
+    assert bounded((4000, 500), 448, 3584) == (3584, 448)
+    assert bounded((4000, 500), None, 1000) == (1000, 125)
+    assert bounded((400, 300), None, 1000) == (400, 300)
+    assert bounded((4000, 500), (300, 400), 400) == (400, 300)
+    rng = np.random.default_rng()
+    for width, height, length, bound, patch in rng.integers(1, 3000, (500, 5)).tolist():
+        long, short = max(width, height), min(width, height)
+        free = images.resized_size((width, height), length)
+        if max(free) > bound and bound * short // long < patch:
+            with pytest.raises(ValueError, match="is too long"):
+                bounded((width, height), length, bound, patch)
+            continue
+        found = bounded((width, height), length, bound, patch)
+        assert max(found) == min(bound, max(free))
+        assert found == free or abs(found[0] * height - found[1] * width) < long
+    with pytest.raises(ValueError, match="300x4000 is more than max_side, 1000 pixels"):
+        bounded((40, 30), (300, 4000), 1000)
+    for bad in (0, -1, 2.5, "x", True):
+        with pytest.raises(ValueError, match="max_side must be pixels"):
+            bounded((40, 30), 32, bad)
+
+
+def test_a_long_image_is_matched_in_bounded_time(extractor):
+    strip, made = Image.new("RGB", (2000, 20)), extractor
+    found = lift_fast.match_images(strip, photograph(), extractor=made, size=448, points=[[1999, 19]])
+    assert found.picture_a.size == (1792, 16)
+    found = lift_fast.match_images(strip, photograph(), extractor=made, size=32, points=[[5, 5]], max_side=1600)
+    assert found.picture_a.size == (1600, 16)
+    for bad, message in (
+        (0, "max_side must be an integer >= 1, got 0"),
+        (1599, "2000 x 20 pixels is too long.*1599 pixels .*15"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lift_fast.match_images(strip, strip, extractor=made, max_side=bad)
+    loaded = show.load("name", strip, 64, extractor.backbone, [])
+    assert loaded.size == (16, 1792)
+    assert show.load("name", photograph(), 64, extractor.backbone, [], 32).size[1] == 32
+
+
 def test_match_refuses_in_one_line(folder, capsys):
     assert run("match", folder / "a.png", folder / "strip.png", "--out", folder / "m.png", "--size", 64, *NETWORK) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"{folder / 'strip.png'}: an image of 1 x 100000 pixels would be loaded at 64 x 6400000" in said
-    options = ["--size", 64, *NETWORK, "--max-pixels", 10**9]
+    assert f"{folder / 'strip.png'}: an image of 1 x 100000 pixels is too long: with its longer side at 1792" in said
+    options = ["--size", 64, *NETWORK, "--max-pixels", 10**9, "--max-side", 80]
     assert run("match", folder / "a.png", folder / "z.png", "--out", folder / "m.png", *options) == 0
+    with np.load(folder / "m.npz") as data:
+        assert [data["loaded_size_a"].max(), data["loaded_size_b"].max()] == [80, 80]
     assert images.max_pixels() == 1 << 25
 
 
@@ -273,7 +329,7 @@ PICTURES = {
     "no width": (lambda: Image.new("L", (0, 5)), ValueError, "is empty, 0 x 5 pixels"),
     "number": (lambda: 5, TypeError, "got int"),
     "None": (lambda: None, TypeError, "got NoneType"),
-    "bytes": (lambda: b"a.png", TypeError, "got bytes"),
+    "bytes of a name": (lambda: b"a.png", ValueError, "cannot be read as an image: its format is not known"),
     "NaN": (lambda: Image.fromarray(np.full((20, 20), np.nan, np.float32)), ValueError, "must lie in 0 to 1"),
 }
 ARRAYS = {

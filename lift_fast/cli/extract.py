@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lift_fast._files import atomic_path, make_folder
 from lift_fast._text import one_line, quoted
-from lift_fast.demonstration import LIFT
 
 from .errors import UsageError, as_usage_error, refuse_input, writing
-from .options import add_model_options, add_output_options, build_extractor, positive, remarks, takes_demonstration_lift
+from .kept import FEATURES, check_kept, marks, settings_of
+from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +36,7 @@ torchrun --nproc-per-node 8 -m lift_fast extract ..."""
 _EXAMPLE = "example: lift-fast extract photos/ --out features/ --model dino_vits16 --lift lift_dino_vits16.pth"
 
 # Settings that change descriptors: stored with them, and compared before a run resumes.
-_SETTINGS = (
-    *("model", "weights", "random_weights", "lift", "random_lift", "iterations", "facet", "layer", "stride", "size"),
-    *("dtype", "dtype_out", "seed"),
-)
+_SETTINGS = (*FEATURES, "dtype_out")
 
 
 def add_parser(commands: Any) -> None:
@@ -57,7 +53,7 @@ def add_parser(commands: Any) -> None:
         "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="recompute existing results")
-    add_model_options(parser)
+    add_model_options(parser, longest_side=True)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -83,12 +79,12 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
         make_folder(arguments.out)
-    settings = _settings(arguments)
+    settings = settings_of(arguments, _SETTINGS)
     if not arguments.overwrite:
         # Every process checks all results, so that none has written when another one refuses.
         for source, target in jobs.items():
             if target.is_file():
-                _check_kept(source, target, settings)
+                check_kept(target, settings, [source], "extract", "descriptors")
     # Divided before looking for existing results, because other processes write meanwhile.
     jobs = dict(list(jobs.items())[world.rank :: world.size])
     waiting = {source: target for source, target in jobs.items() if arguments.overwrite or not target.is_file()}
@@ -105,7 +101,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         hidden = True if quiet else None
         with tqdm(total=len(waiting), unit="image", disable=hidden, file=sys.stderr) as bar:
             for batch, members in _batches(extractor, waiting, arguments, failed, bar):
-                _extract(extractor, batch, members, arguments, json.dumps(settings))
+                _extract(extractor, batch, members, arguments, settings)
                 bar.update(len(members))
     shares = world.gather((len(waiting) - len(failed), skipped, failed))
     if not world.leads:
@@ -129,54 +125,6 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """``_SETTINGS`` as JSON values, with the LiFT in use."""
-    chosen = {name: getattr(arguments, name) for name in _SETTINGS}
-    if takes_demonstration_lift(arguments):
-        chosen["lift"] = LIFT
-    settings: dict[str, Any] = json.loads(json.dumps(chosen))
-    return settings
-
-
-def _check_kept(source: Path, target: Path, settings: dict[str, Any]) -> None:
-    """Check that an existing result has these settings and this image, and that this command wrote it.
-
-    The name of an image's result depends on the other images. The descriptors are not read.
-    """
-    import numpy as np
-
-    way_out = "give another --out, or --overwrite"
-    try:
-        with np.load(target) as data:
-            saved = dict(json.loads(str(data["settings"])))
-            # Files of earlier versions have no source_bytes.
-            origin = (str(data["source"]), int(data["source_bytes"])) if "source_bytes" in data else None
-    except OSError as error:
-        raise UsageError(f"{quoted(target)} cannot be read: {one_line(error)}; {way_out}") from error
-    except Exception as error:
-        raise UsageError(f"{quoted(target)} was not written by lift-fast extract; {way_out}") from error
-    differing = [name for name in _SETTINGS if name in saved and not _same(name, saved[name], settings[name])]
-    if not (settings["random_weights"] or settings["random_lift"]) and "seed" in differing:
-        differing.remove("seed")
-    if differing:
-        names = ", ".join(name.replace("_", "-") for name in differing)
-        raise UsageError(f"{quoted(target)} was made with other settings ({names}); {way_out}")
-    if origin is None or not source.is_file() or origin == (source.name, now := source.stat().st_size):
-        return
-    name, length = origin
-    was = quoted(name) if name != source.name else f"another {quoted(name)} ({length} bytes, now {now})"
-    raise UsageError(
-        f"{quoted(target)} contains the descriptors of {was}, not of {quoted(source)}; {way_out} to recompute all"
-    )
-
-
-def _same(name: str, one: Any, other: Any) -> bool:
-    """Whether two values of a setting are equivalent; a file may be given by any of its paths."""
-    if name in ("weights", "lift") and isinstance(one, str) and isinstance(other, str):
-        return os.path.realpath(one) == os.path.realpath(other)
-    return bool(one == other)
 
 
 def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
@@ -214,7 +162,7 @@ def _batches(
     extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
 ) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
     """Consecutive images of one size, up to ``--batch-size``; errors of unreadable images go to ``failed``."""
-    from lift_fast.images import check_size, read_image, resized_size
+    from lift_fast.images import bounded_size, check_size, read_image
 
     batch: list[torch.Tensor] = []
     members: list[_Member] = []
@@ -227,14 +175,14 @@ def _batches(
             bar.update()
             continue
         try:
-            width, height = resized_size(image.size, arguments.size)
+            width, height = bounded_size(image.size, arguments.size, arguments.max_side, extractor.patch)
             check_size((width, height), image.size)
             extractor.check_size(height, width, arguments.iterations)
         except ValueError as error:
             failed.append(f"{quoted(source)}: {error}")
             bar.update()
             continue
-        tensor, _ = extractor.preprocess(image, arguments.size)
+        tensor, _ = extractor.preprocess(image, (height, width))
         if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
             yield batch, members
             batch, members = [], []
@@ -245,7 +193,11 @@ def _batches(
 
 
 def _extract(
-    extractor: Any, batch: list[torch.Tensor], members: list[_Member], arguments: argparse.Namespace, settings: str
+    extractor: Any,
+    batch: list[torch.Tensor],
+    members: list[_Member],
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
 ) -> None:
     import numpy as np
     import torch
@@ -267,7 +219,5 @@ def _extract(
                     descriptors=descriptors,
                     image_size=np.array([height, width]),
                     file_size=np.array(file_size),
-                    settings=np.array(settings),
-                    source=np.array(source.name),
-                    source_bytes=np.array(source.stat().st_size),
+                    **marks(settings, [source]),
                 )

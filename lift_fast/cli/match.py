@@ -1,19 +1,23 @@
-"""``lift-fast match``: dense matches between two images, as a sheet and as numbers."""
+"""``lift-fast match``: dense matches between two images or the pairs of a list, as sheets and as numbers."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from lift_fast._files import atomic_path, require_regular_file
+from lift_fast._files import require_regular_file
 from lift_fast._text import quoted
 
-from .errors import UsageError, as_usage_error, check_output, writing
-from .options import add_model_options, add_output_options, build_extractor, describe, positive, remarks
+from . import match_pair
+from .errors import UsageError, as_usage_error, check_output
+from .match_export import FLOW, add_export_options, check_exports, image_name, write_exports
+from .match_list import run_list
+from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
 _DESCRIPTION = """Match every n-th pixel of image A to the most similar pixel of image B, draw the matches on one
 sheet, and write them to an .npz file next to it: xy_a and xy_b [rows, columns, 2], (x, y) in upright pixels of the
@@ -21,16 +25,30 @@ files, (-1, -1) for no match; similarity, distance (forward-backward, in cells o
 (similarity, halved with each cell of distance; not a probability) and valid, each [rows, columns]; size_a, size_b,
 loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a, covered_b (top, left,
 height, width of the matched pixels of the loaded images); grid_a, grid_b (cells of the descriptor maps) and
-random_weights."""
-_EXAMPLE = "example: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth"
+random_weights. --pairs matches the pairs of a list instead. Exit status: 0 if all pairs were matched, 1 if some could
+not be read, 2 for invalid input."""
+_EXAMPLE = """examples: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth;
+lift-fast match --pairs pairs.txt --root photos/ --out matches/ --sheets none"""
+_PAIR_ONLY, _LIST_ONLY = ("a", "b"), ("sheets", "overwrite")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser("match", help="match two images", description=_DESCRIPTION, epilog=_EXAMPLE)
-    parser.add_argument("a", type=Path, metavar="A", help="first image")
-    parser.add_argument("b", type=Path, metavar="B", help="second image, searched for the pixels of A")
-    parser.add_argument("--out", type=Path, default=Path("matches.png"), metavar="PNG", help="(%(default)s)")
+    parser = commands.add_parser(
+        "match",
+        help="match two images",
+        usage="%(prog)s [options] A B\n       %(prog)s [options] --pairs LIST",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
+    parser.add_argument("a", type=Path, nargs="?", metavar="A", help="first image")
+    parser.add_argument("b", type=Path, nargs="?", metavar="B", help="second image, searched for the pixels of A")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the sheet, .png, .jpg, .webp or .pdf (matches.png); with --pairs the folder for all results (matches)",
+    )
     parser.add_argument("--step", type=positive, default=4, metavar="N", help="match every N-th pixel (%(default)s)")
     parser.add_argument(
         "--mutual",
@@ -40,88 +58,88 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
-    parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
-    add_model_options(parser, size_note=", rounded to whole patches")
+    parser.add_argument(
+        "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
+    )
+    group = parser.add_argument_group("many pairs")
+    group.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="LIST",
+        help="text file, a pair of images per line, separated by white space; names with spaces need a tab between "
+        "them or double quotes; lines that begin with # are left out. A pair's files are named after its images. "
+        "Existing results are kept, so an interrupted run resumes where it stopped. A pair that cannot be read is "
+        "reported and left out",
+    )
+    group.add_argument(
+        "--sheets",
+        choices=(*(suffix[1:] for suffix in match_pair.SHEETS if suffix != ".jpeg"), "none"),
+        help="format of each pair's sheet (png)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="recompute existing results")
+    add_export_options(parser)
+    add_model_options(parser, size_note=", rounded to whole patches", longest_side=True)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Match one pair or a list; return the exit status."""
+    given = {name: getattr(arguments, name) not in (None, False) for name in (*_PAIR_ONLY, *_LIST_ONLY)}
+    if arguments.pairs is not None:
+        if any(given[name] for name in _PAIR_ONLY):
+            raise UsageError("give two images or --pairs LIST, not both")
+        return run_list(arguments)
+    if not all(given[name] for name in _PAIR_ONLY):
+        raise UsageError(f"give two images, A and B{', got one' if given['a'] else ''}; or --pairs LIST")
+    for name in _LIST_ONLY:
+        if given[name]:
+            raise UsageError(f"--{name} belongs to --pairs LIST; leave it out for two images")
+    return _run_pair(arguments)
+
+
+def _run_pair(arguments: argparse.Namespace) -> int:
     """Match, draw, write; return the exit status."""
-    if arguments.out.suffix.lower() != ".png":
-        raise UsageError(f"--out must end in .png, got {quoted(arguments.out)}; the numbers go next to it as .npz")
-    numbers = arguments.out.with_suffix(".npz")
-    for path in (arguments.out, numbers):
-        check_output("out", path, (arguments.a, arguments.b, arguments.weights, arguments.lift))
+    sheet = Path("matches.png") if arguments.out is None else arguments.out
+    if sheet.suffix.lower() not in match_pair.SHEETS:
+        endings = " ".join(match_pair.SHEETS)
+        raise UsageError(f"--out must end in one of {endings}, got {quoted(sheet)}; the numbers go next to it as .npz")
+    numbers = sheet.with_suffix(".npz")
+    images, networks = (arguments.a, arguments.b), (arguments.weights, arguments.lift)
+    for path in (sheet, numbers):
+        check_output("out", path, (*images, *networks))
     with as_usage_error():
-        for path in (arguments.a, arguments.b):
+        for path in images:
             require_regular_file(path, "image")
-
-    import numpy as np
-
-    from lift_fast import match_images
+    root = arguments.root or Path(os.path.commonpath([path.absolute().parent for path in images]))
+    names = image_name(arguments.a, root), image_name(arguments.b, root)
+    exports = [sheet.with_suffix(FLOW) if path == Path(FLOW) else path for path in arguments.export]
+    check_exports(exports, [names], (*images, *networks))
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
+    seconds = {"imports": start - arguments.started}
     extractor = build_extractor(arguments)
-    seconds = {"model": time.perf_counter() - start}
+    seconds["model"] = time.perf_counter() - start
     for remark in remarks(arguments):
         say(remark)
     with as_usage_error():
-        matches = match_images(
-            arguments.a,
-            arguments.b,
-            extractor=extractor,
-            size=arguments.size,
-            mutual=arguments.mutual,
-            step=arguments.step,
-            normalize=arguments.normalize,
-            lift_iter=arguments.iterations,
-            timing=True,
-        )
-    seconds.update(matches.seconds)
+        matches = match_pair.match(arguments, extractor, arguments.a, arguments.b)
+    figures = match_pair.write(arguments, matches, sheet, numbers, {})
+    if exports:
+        from lift_fast.images import exif_orientation
+        from lift_fast.match_files import MatchedPair
 
-    start = time.perf_counter()
-    arrays = matches.numpy()
-    valid = arrays["valid"]
-    caption = (
-        f"{describe(arguments)}   A {_by(arrays['loaded_size_a'])}, B {_by(arrays['loaded_size_b'])} pixels, "
-        f"maps of {_by(matches.grid_a)} and {_by(matches.grid_b)} cells   {int(valid.sum())} of {valid.size} matches "
-        f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
-    )
-    sheet = matches.draw(lines=arguments.lines, caption=caption)
-    # Write both files or neither.
-    with writing(arguments.out), atomic_path(arguments.out) as drawn, atomic_path(numbers) as temporary:
-        sheet.save(drawn, format="PNG")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
-    seconds["draw"] = time.perf_counter() - start
+        turned = exif_orientation(arguments.a), exif_orientation(arguments.b)
+        write_exports(exports, [MatchedPair(names, matches.numpy, turned)], arguments.export_cell or 1)
+    seconds.update(figures["seconds"])
+    seconds["total"] = time.perf_counter() - arguments.started
     if arguments.json:
-        figures = {
-            "out": str(arguments.out),
-            "npz": str(numbers),
-            "model": arguments.model,
-            "lift": arguments.lift,
-            "random_weights": matches.random_weights,
-            **{
-                name: arrays[name].tolist()
-                for name in ("size_a", "size_b", "loaded_size_a", "loaded_size_b", "grid_a", "grid_b")
-            },
-            "points": int(valid.size),
-            "valid": int(valid.sum()),
-            "mean_similarity": float(arrays["similarity"][valid].mean()) if valid.any() else None,
-            "mean_confidence": float(arrays["confidence"].mean()),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        }
-        print(json.dumps(figures))
+        figures["exports"] = list(map(str, exports))
+        print(json.dumps({**figures, "seconds": {name: round(value, 4) for name, value in seconds.items()}}))
     else:
-        say(caption)
+        say(match_pair.summary(arguments, matches))
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
-        say(f"wrote {quoted(arguments.out)} and {quoted(numbers)}")
+        say(f"wrote {', '.join(map(quoted, (sheet, numbers, *exports)))}")
     return 0
-
-
-def _by(size: Any) -> str:
-    """(height, width) as text, width first."""
-    return f"{size[1]} x {size[0]}"

@@ -69,11 +69,12 @@ def add_model_options(
     facet: str | None = "key",
     facet_help: str = "(%(default)s)",
     size_note: str = "",
+    longest_side: bool = False,
 ) -> None:
     """Options for backbone, LiFT and device; with ``sizes`` also ``--size`` and ``--iterations``.
 
     ``facet`` is the default; None adds ``final`` to the choices and leaves the default to the command. ``size_note``
-    extends the help of ``--size``.
+    extends the help of ``--size``; ``longest_side`` adds ``--max-side``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -108,11 +109,24 @@ def add_model_options(
             metavar="S",
             help=f"load images with this shorter side, or as HxW{size_note} (%(default)s)",
         )
+    if longest_side:
+        add_longest_side(group)
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
+
+
+def add_longest_side(group: argparse._ActionsContainer) -> None:
+    """The option for :func:`lift_fast.images.bounded_size`."""
+    group.add_argument(
+        "--max-side",
+        type=positive,
+        metavar="N",
+        help="load an image whose longer side would exceed N pixels at N, and its shorter side in proportion (4 times "
+        "--size, at least 1792; none for HxW)",
+    )
 
 
 def add_pixel_limit(group: argparse._ArgumentGroup) -> None:

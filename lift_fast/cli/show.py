@@ -10,10 +10,12 @@ from typing import Any
 
 from lift_fast._files import atomic_path, require_regular_file
 from lift_fast._text import quoted
+from lift_fast.demonstration import BACKBONE
 
 from .errors import UsageError, as_usage_error, check_output, writing
 from .eval_options import METHODS, build
 from .options import (
+    add_longest_side,
     add_model_options,
     add_output_options,
     describe,
@@ -28,6 +30,9 @@ of A (in A, and in B with the best match), the three strongest principal compone
 with its box. The page (--html) is one file without server or network: moving over one image shows similarity and best
 match in the other."""
 _EXAMPLE = "example: lift-fast show left.jpg right.jpg --point 320,200 --out show.png --html show.html"
+_NO_SALIENCY = (
+    "The demonstration backbone recognises textures, not objects: its saliency does not show what stands out."
+)
 _VIEWS = ("similarity", "pca", "saliency")
 
 
@@ -58,6 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--size", type=load_size, default=224, metavar="S", help="shorter side of loaded images, or HxW (%(default)s)"
     )
+    add_longest_side(parser)
     parser.add_argument("--tau", type=float, default=0.2, metavar="X", help="of TokenCut (%(default)s)")
     parser.add_argument(
         "--dimensions", type=positive, default=64, metavar="N", help="of descriptors in the page (%(default)s)"
@@ -92,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method is None:
         arguments.method = _default_methods(arguments)
     backbone, methods = build(arguments)
-    notes = remarks(arguments)
+    notes = [f"{remark[0].upper()}{remark[1:]}." for remark in remarks(arguments)]
+    own_weights = arguments.weights or arguments.random_weights
+    saliency_note = _NO_SALIENCY if arguments.model == BACKBONE and not own_weights else ""
     for remark in notes:
         say(remark)
     figures: dict[str, Any] = {"methods": {}, "out": None, "html": None}
@@ -104,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
                 size = f"{images[0].width} x {images[0].height}"
                 raise UsageError(f"--point {x},{y} lies outside {quoted(paths[0])}, which has {size} pixels")
         loaded = [
-            show.load(quoted(path.name), image, arguments.size, backbone, methods)
+            show.load(quoted(path.name), image, arguments.size, backbone, methods, arguments.max_side)
             for path, image in zip(paths, images, strict=True)
         ]
         sizes = ", ".join(f"{each.size[1]} x {each.size[0]}" for each in loaded)
@@ -115,14 +123,22 @@ def run(arguments: argparse.Namespace) -> int:
         }
         if arguments.out is not None:
             centres = [(x + 0.5, y + 0.5) for x, y in points]
-            sheet = show.draw_sheet(loaded, centres, arguments.views, caption=caption, tau=arguments.tau)
+            sheet = show.draw_sheet(
+                loaded,
+                centres,
+                arguments.views,
+                caption=caption,
+                warning=" ".join(notes),
+                saliency_note=saliency_note,
+                tau=arguments.tau,
+            )
             with writing(arguments.out), atomic_path(arguments.out) as temporary:
                 sheet.save(temporary, format="PNG")
             figures["out"] = str(arguments.out)
             say(f"wrote {quoted(arguments.out)}")
         if arguments.html is not None:
             text, errors = show.build_page(
-                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
+                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join([*notes, saliency_note])
             )
             with writing(arguments.html), atomic_path(arguments.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")

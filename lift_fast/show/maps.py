@@ -15,7 +15,7 @@ from torch import Tensor
 from lift_fast.backbones import FrozenViT
 from lift_fast.drawing import Pixels
 from lift_fast.evaluation.methods import Batch, Features, Method
-from lift_fast.images import LoadSize, check_size, resize, resized_size, to_tensor, whole_patches
+from lift_fast.images import LoadSize, bounded_size, check_size, resize, to_tensor, whole_patches
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,14 @@ class Shown:
         return top / self.size[0], left / self.size[1], height / self.size[0], width / self.size[1]
 
 
-def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, methods: Sequence[Method]) -> Shown:
+def load(
+    name: str,
+    image: Image.Image,
+    size: LoadSize,
+    backbone: FrozenViT,
+    methods: Sequence[Method],
+    max_side: int | None = None,
+) -> Shown:
     """Features of an image by every method.
 
     Args:
@@ -45,6 +52,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
         size: its shorter side, or (height, width), in pixels; rounded to whole patches.
         backbone: source of patch size, normalisation, device and dtype.
         methods: of :func:`lift_fast.evaluation.methods.build_methods`.
+        max_side: see :func:`lift_fast.images.bounded_size`.
 
     Raises:
         ValueError: for a size out of range or beyond :func:`lift_fast.images.max_pixels`, or a method whose map has
@@ -52,7 +60,7 @@ def load(name: str, image: Image.Image, size: LoadSize, backbone: FrozenViT, met
     """
     patch = backbone.patch_size
     try:
-        wanted = resized_size(image.size, size)
+        wanted = bounded_size(image.size, size, max_side, patch)
         check_size(wanted, image.size)
         wide, tall = (whole_patches(side, patch, patch) for side in wanted)
         resized = resize(image, (tall, wide))
@@ -85,8 +93,8 @@ def cell_position(features: Features, point: tuple[float, float]) -> tuple[float
 def similarity_map(source: Features, target: Features, point: tuple[float, float]) -> npt.NDArray[np.float32]:
     """Similarity of a point of one image to every cell of the same or another image.
 
-    Descriptors are normalised on their grid and interpolated bilinearly at the point, as in the evaluation on SPair-71k
-    (``normalize="grid"`` of :func:`lift_fast.dense_match`): at a cell's centre this is the cosine.
+    The descriptor is interpolated bilinearly and scaled to unit length, the cells are scaled: a cosine, as in
+    ``lift-fast match`` (``normalize="pixel"`` of :func:`lift_fast.dense_match`).
 
     Args:
         source, target: of one method, maps ``[1, C, h, w]`` and ``[1, C, h', w']``.
@@ -96,12 +104,12 @@ def similarity_map(source: Features, target: Features, point: tuple[float, float
         ``[h', w']`` float32.
     """
     x, y = cell_position(source, point)
-    query = F.normalize(source.map[0], dim=0)
+    cells = source.map[0]
     column, row = int(x), int(y)
-    right, below = min(column + 1, query.shape[2] - 1), min(row + 1, query.shape[1] - 1)
-    s, t = x - column, y - row
-    descriptor = (1 - t) * ((1 - s) * query[:, row, column] + s * query[:, row, right])
-    descriptor = descriptor + t * ((1 - s) * query[:, below, column] + s * query[:, below, right])
+    right, below = min(column + 1, cells.shape[2] - 1), min(row + 1, cells.shape[1] - 1)
+    top = torch.lerp(cells[:, row, column], cells[:, row, right], x - column)
+    bottom = torch.lerp(cells[:, below, column], cells[:, below, right], x - column)
+    descriptor = F.normalize(torch.lerp(top, bottom, y - row), dim=0)
     found: npt.NDArray[np.float32] = (
         torch.einsum("c,chw->hw", descriptor, F.normalize(target.map[0], dim=0)).cpu().numpy()
     )

@@ -1,0 +1,92 @@
+"""``lift-fast match --export``: matches for COLMAP, hloc and optical flow."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lift_fast._text import quoted
+
+from .errors import UsageError, as_usage_error, check_output, refuse_input, writing
+from .options import positive
+
+if TYPE_CHECKING:
+    from lift_fast.match_files import MatchedPair
+
+FLOW = ".flo"
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """``--export`` and its companions."""
+    group = parser.add_argument_group("files for other tools")
+    group.add_argument(
+        "--export",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the valid matches (inliers, if verified) as FILE too, may be repeated: .txt for COLMAP's "
+        "matches_importer, with key points in FILE_keypoints/; .h5 for hloc, with key points in FILE_keypoints.h5; "
+        ".flo is Middlebury's optical flow from A to B (.flo alone is next to the numbers of each pair)",
+    )
+    group.add_argument(
+        "--export-cell",
+        type=positive,
+        metavar="N",
+        help="positions of an image within a cell of N x N loaded pixels become one key point (1; with --pairs that of "
+        "--step)",
+    )
+    group.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder of all images, from which exported names start (the folder that holds A and B; that of LIST)",
+    )
+
+
+def image_name(path: Path, root: Path) -> str:
+    """Name of an image relative to the folder of all, with forward slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def check_exports(
+    exports: Sequence[Path], names: Sequence[tuple[str, str]], inputs: Iterable[str | Path | None]
+) -> None:
+    """Check before the work that all files can be written and hold these names."""
+    if not exports:
+        return
+    from lift_fast.match_files import check_export
+
+    inputs = list(inputs)
+    for path in exports:
+        if path.suffix.lower() == FLOW and len(names) > 1:
+            raise UsageError(
+                f"--export {quoted(path)} would hold one pair of {len(names)}; give .flo alone, for a file for each"
+            )
+        try:
+            with as_usage_error():
+                first, *more = check_export(path, names)
+        except ImportError as error:
+            raise UsageError(f"--export {quoted(path)}: {error}") from error
+        check_output("export", first, inputs)
+        for other in more:
+            if other.suffix:
+                check_output("export", other, inputs)
+            elif os.path.lexists(other) and not other.is_dir():
+                raise UsageError(f"--export {quoted(path)}: {quoted(other)} is a file; expected a folder, give another")
+            else:
+                refuse_input("export", other, inputs)
+
+
+def write_exports(exports: Sequence[Path], pairs: Sequence[MatchedPair], cell: int) -> None:
+    """Write all files of ``exports``."""
+    if not exports:
+        return
+    from lift_fast.match_files import export_matches
+
+    for path in exports:
+        with writing(path), as_usage_error():
+            export_matches(path, pairs, cell)
