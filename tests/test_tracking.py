@@ -160,6 +160,14 @@ def test_tiny_and_odd_sizes(demonstration, backbone, size, lift):
     assert found[-1].mask.any()
 
 
+def test_the_longer_side_is_bounded(demonstration):
+    image = np.zeros((32, 2000, 3), dtype=np.uint8)
+    assert Tracker(image, None, [[1, 1]], extractor=demonstration, size=64).frame_size == (32, 1792)
+    assert Tracker(image, None, [[1, 1]], extractor=demonstration, size=64, max_side=1024).frame_size == (16, 1024)
+    with pytest.raises(ValueError, match="too long"):
+        Tracker(image, None, [[1, 1]], extractor=demonstration, max_side=100)
+
+
 def test_still_video_stays(demonstration):
     image = camera(1, (64, 96))[0][0]
     at = np.array([[0.0, 0.0], [95.0, 63.0], [47.3, 20.8]])

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lift_fast._text import one_line, quoted, shown
-from lift_fast.demonstration import LIFT
 
 from .errors import UsageError, as_usage_error, check_output, writing
+from .kept import FEATURES, settings_of
 from .options import (
     add_model_options,
     add_output_options,
     build_extractor,
     positive,
     remarks,
-    takes_demonstration_lift,
     whole,
 )
 
@@ -43,10 +42,7 @@ _EXAMPLE = (
     "lift-fast track frames/ --mask first.png --model dino_vits16 --lift lift_dino_vits16.pth"
 )
 # What results depend on, next to the frames, the mask and the points.
-_SETTINGS = (
-    *("model", "weights", "random_weights", "lift", "random_lift", "iterations", "facet", "layer", "stride", "size"),
-    *("dtype", "seed", "queue", "radius", "topk", "temperature", "binary", "overlay"),
-)
+_SETTINGS = (*FEATURES, "queue", "radius", "topk", "temperature", "binary", "overlay")
 _MOVIES = (".mp4", ".webp", ".gif")
 
 
@@ -108,7 +104,7 @@ def add_parser(commands: Any) -> None:
     )
     numbers.add_argument("--topk", type=positive, default=5, metavar="K", help="cells to average (%(default)s)")
     numbers.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of their weights (%(default)s)")
-    add_model_options(parser, size_note=", rounded to whole patches")
+    add_model_options(parser, size_note=", rounded to whole patches", longest_side=True)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -185,6 +181,7 @@ def _run(
                 points or None,
                 extractor=extractor,
                 size=arguments.size,
+                max_side=arguments.max_side,
                 lift_iter=arguments.iterations,
                 queue=arguments.queue,
                 radius=arguments.radius,
@@ -274,9 +271,7 @@ def _settings(
     points: list[tuple[float, float]],
 ) -> dict[str, Any]:
     """What the results depend on, as JSON values."""
-    chosen = {name: getattr(arguments, name) for name in _SETTINGS}
-    if takes_demonstration_lift(arguments):
-        chosen["lift"] = LIFT
+    chosen = settings_of(arguments, _SETTINGS)
     if not (arguments.random_weights or arguments.random_lift):
         chosen["seed"] = None
     for name in ("weights", "lift"):
@@ -286,8 +281,7 @@ def _settings(
     chosen["frames"] = _digest(f"{path.name} {_bytes(path)}" for path in sources)
     chosen["mask"] = None if mask is None else _digest([mask.numbers.shape, mask.numbers.tobytes(), mask.palette])
     chosen["points"] = _digest([names, points]) if points else None
-    settings: dict[str, Any] = json.loads(json.dumps(chosen))
-    return settings
+    return chosen
 
 
 def _bytes(path: Path) -> int:

@@ -54,6 +54,7 @@ class Tracker:
         extractor: where descriptors come from; None is the demonstration pair on the CPU or, if there is one, a GPU.
         size: pixels to which frames are resized: of the shorter side, or (height, width), both rounded to whole
             patches. (448, 448) is the LiFT paper's.
+        max_side: pixels of the longer side, see :func:`lift_fast.images.bounded_size`.
         lift_iter: applications of LiFT.
         queue: last frames whose labels are the context of the next one, in addition to the first frame's.
         radius: of the neighbourhood in cells of the descriptor map in which labels are looked for; None for the whole
@@ -78,6 +79,7 @@ class Tracker:
         *,
         extractor: ViTLiFTExtractor | None = None,
         size: LoadSize = 448,
+        max_side: int | None = None,
         lift_iter: int = 1,
         queue: int = 7,
         radius: int | None = 12,
@@ -96,7 +98,7 @@ class Tracker:
         numbers = None if mask is None else _as_mask(mask, self.image_size)
         xy = None if points is None else as_points(points, self.image_size)
         self.extractor = extractor = _default_extractor() if extractor is None else extractor
-        width, height = images.resized_size(image.size, size)
+        width, height = images.bounded_size(image.size, size, max_side, extractor.patch)
         height, width = (images.whole_patches(side, extractor.patch, extractor.stride) for side in (height, width))
         images.check_size((width, height), image.size)
         extractor.check_size(height, width, self.lift_iter)
@@ -227,8 +229,8 @@ def track(
         frames: folder, animated image or video file (:func:`open_video`), or the frames themselves, in any form that
             :func:`lift_fast.images.as_image` takes.
         mask, points: of the first frame, as :class:`Tracker`.
-        options: ``extractor``, ``size``, ``lift_iter``, ``queue``, ``radius``, ``topk``, ``temperature``, as
-            :class:`Tracker`.
+        options: ``extractor``, ``size``, ``max_side``, ``lift_iter``, ``queue``, ``radius``, ``topk``,
+            ``temperature``, as :class:`Tracker`.
 
     Raises:
         FrameError: naming the frame, if one cannot be read or has another size. Use :class:`Tracker` to leave it out.
