@@ -18,10 +18,11 @@ template <class T>
 T zero_if_finite(T value) {
   return value - value;
 }
-// The larger of two values that are finite or NaN; NaN if either is.
-template <class T>
+// The larger of two values, NaN if either is not finite; where all are finite, without asking.
+template <bool kFinite, class T>
 T larger_or_nan(T a, T b) {
-  return larger(a, b) + (zero_if_finite(a) + zero_if_finite(b));
+  const T most = larger(a, b);
+  return kFinite ? most : most + (zero_if_finite(a) + zero_if_finite(b));
 }
 inline float lane_max(Vec v) {
   float best = v[0];
@@ -54,6 +55,7 @@ class Matcher {
         inverse_(shares_ + 3 * kBlock),
         best_(scratch + call.layout.best),
         index_(reinterpret_cast<std::int32_t*>(scratch + call.layout.index)) {
+    for (std::int64_t row = 0; row < call.rows; ++row) finite_ &= call.row[row].finite;
     // Consecutive strips between neighbouring cells can be read as vectors.
     const DenseMatchAxis& x = call.x;
     regular_first_ = 0;
@@ -67,8 +69,13 @@ class Matcher {
 
   void match(std::int64_t group) {
     for (int i = 0; i < 4; ++i) row_[i] = call_.table + call_.corners[4 * group + i] * cells_;
-    bound_cells();
-    bound_patches();
+    if (finite_) {
+      bound_cells<true>();
+      bound_patches<true>();
+    } else {
+      bound_cells<false>();
+      bound_patches<false>();
+    }
     seed(group);
     if (call_.corner_gram != nullptr) {
       gram_ = call_.corner_gram + 10 * group;
@@ -82,39 +89,33 @@ class Matcher {
 
  private:
   // The largest similarity of the group's corners to each key cell; NaN if one is not finite.
+  template <bool kFinite>
   void bound_cells() {
-    Vec magnitude{};
     std::int64_t k = 0;
     for (; k + kLanes <= cells_; k += kLanes) {
-      const Vec a = load(row_[0] + k), b = load(row_[1] + k), c = load(row_[2] + k), d = load(row_[3] + k);
-      const Vec most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const Vec zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
-      store(upper_ + k, most + zero);
-      magnitude = larger(larger(most, least) + zero, magnitude);
+      const auto two = [&](int i) { return larger_or_nan<kFinite>(load(row_[i] + k), load(row_[i + 1] + k)); };
+      store(upper_ + k, larger_or_nan<kFinite>(two(0), two(2)));
     }
-    largest_ = lane_max(magnitude);
     for (; k < cells_; ++k) {
-      const float a = row_[0][k], b = row_[1][k], c = row_[2][k], d = row_[3][k];
-      const float most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const float zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
-      upper_[k] = most + zero;
-      largest_ = larger(larger(most, least) + zero, largest_);
+      const auto two = [&](int i) { return larger_or_nan<kFinite>(row_[i][k], row_[i + 1][k]); };
+      upper_[k] = larger_or_nan<kFinite>(two(0), two(2));
     }
   }
 
   // The same for each patch, with the scales.
+  template <bool kFinite>
   void bound_patches() {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
     const std::int64_t padded = call_.strips_padded;
     for (std::int64_t cell = 0; cell < y.cells; ++cell) {
       const float* upper = upper_ + cell * x.cells;
       float* row = rows_ + cell * padded;
-      const auto one = [&](std::int64_t s) { row[s] = larger_or_nan(upper[x.low[s]], upper[x.high[s]]); };
+      const auto one = [&](std::int64_t s) { row[s] = larger_or_nan<kFinite>(upper[x.low[s]], upper[x.high[s]]); };
       std::int64_t s = 0;
       for (; s < regular_first_; ++s) one(s);
       for (const float* from = upper + (regular_first_ < x.strips ? x.low[regular_first_] : 0) - regular_first_;
            s + kLanes <= regular_end_; s += kLanes) {
-        store(row + s, larger_or_nan(load(from + s), load(from + s + 1)));
+        store(row + s, larger_or_nan<kFinite>(load(from + s), load(from + s + 1)));
       }
       for (; s < x.strips; ++s) one(s);
       for (; s < padded; ++s) row[s] = __builtin_nanf("");
@@ -123,7 +124,7 @@ class Matcher {
       const float *near = rows_ + y.low[s] * padded, *far = rows_ + y.high[s] * padded;
       float* bounds = bounds_ + s * padded;
       for (std::int64_t i = 0; i < padded; i += kLanes) {
-        Vec bound = larger_or_nan(load(near + i), load(far + i));
+        Vec bound = larger_or_nan<kFinite>(load(near + i), load(far + i));
         if (call_.scale != nullptr) {
           const Vec high = load(call_.scale_high + s * padded + i), low = load(call_.scale_low + s * padded + i);
           bound *= bound > 0 ? high : low;
@@ -131,7 +132,9 @@ class Matcher {
         store(bounds + i, bound);
       }
     }
-    slack_ = kSlack * largest_ * call_.scale_largest;
+    float largest = 0.0f;
+    for (const float* row : row_) largest = larger(call_.row[(row - call_.table) / cells_].largest, largest);
+    slack_ = kSlack * largest * call_.scale_largest;
   }
 
   // Patches with good matches of the group's corners, and so of the pixels between them: a high threshold from the
@@ -139,7 +142,7 @@ class Matcher {
   void seed(std::int64_t group) {
     seeds_ = 0;
     for (int i = 0; i < 4; ++i) {
-      const std::int32_t cell = call_.row_best[call_.corners[4 * group + i]];
+      const std::int32_t cell = call_.row[call_.corners[4 * group + i]].best;
       if (cell < 0) continue;
       const std::int64_t near_y = call_.y_strip[cell / call_.x.cells], near_x = call_.x_strip[cell % call_.x.cells];
       float best = -kInfinity;
@@ -537,7 +540,8 @@ class Matcher {
   std::int32_t* index_;
   std::int64_t regular_first_, regular_end_, count_ = 0;
   const float* row_[4] = {};
-  float largest_ = 0.0f, slack_ = 0.0f;
+  float slack_ = 0.0f;
+  bool finite_ = true;
   std::int32_t seed_[4] = {};
   int seeds_ = 0;
   bool improved_ = false;  // since worst() was computed
@@ -545,15 +549,19 @@ class Matcher {
   const float* gram_ = nullptr;
 };
 
-// The most similar key cell of one query cell; -1 if no similarity is finite.
-inline std::int32_t best_cell(const float* row, const float* scale, std::int64_t cells) {
-  Vec best = splat(-kInfinity);
-  IntVec index = IntVec{} - 1, at;
+inline DenseMatchRow row_of(const float* row, const float* scale, std::int64_t cells) {
+  Vec best = splat(-kInfinity), size{};
+  IntVec index = IntVec{} - 1, at, odd{};
   for (int lane = 0; lane < kLanes; ++lane) at[lane] = lane;
   std::int64_t k = 0;
   for (; k + kLanes <= cells; k += kLanes, at += kLanes) {
-    const Vec value = scale != nullptr ? load(row + k) * load(scale + k) : load(row + k);
-    const IntVec better = (value > best) & (value <= kLargest);
+    const Vec given = load(row + k), magnitude = larger(given, -given);
+    // NaN is not at most the largest number.
+    const IntVec finite = magnitude <= kLargest;
+    odd |= ~finite;
+    size = (magnitude > size) & finite ? magnitude : size;
+    const Vec value = scale != nullptr ? given * load(scale + k) : given;
+    const IntVec better = (value > best) & (value <= kLargest) & finite;
     best = better ? value : best;
     index = better ? at : index;
   }
@@ -565,14 +573,21 @@ inline std::int32_t best_cell(const float* row, const float* scale, std::int64_t
       found = index[lane];
     }
   }
+  float magnitude = lane_max(size);
+  bool any_odd = Isa::any(odd);
   for (; k < cells; ++k) {
-    const float value = scale != nullptr ? row[k] * scale[k] : row[k];
+    const float given = row[k], own = larger(given, -given), value = scale != nullptr ? given * scale[k] : given;
+    if (!(own <= kLargest)) {
+      any_odd = true;
+      continue;
+    }
+    magnitude = larger(own, magnitude);
     if (value > most && value <= kLargest) {
       most = value;
       found = static_cast<std::int32_t>(k);
     }
   }
-  return found;
+  return {found, magnitude, !any_odd};
 }
 
 inline void run_dense_match(const DenseMatchCall& call) {
@@ -581,7 +596,7 @@ inline void run_dense_match(const DenseMatchCall& call) {
     const std::int64_t cells = call.y.cells * call.x.cells;
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < call.rows; ++row) {
-      call.row_best[row] = best_cell(call.table + row * cells, call.cell_scale, cells);
+      call.row[row] = row_of(call.table + row * cells, call.cell_scale, cells);
     }
     Matcher matcher(call, call.scratch + thread_index() * call.layout.end);
 #pragma omp for schedule(dynamic, 4)
