@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -23,7 +24,8 @@ from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
 from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
 from .map_cache import MapCache
-from .matching import dense_match
+from .ops.dense_match.bilinear import cells_apart
+from .ops.dense_match.op import match_both_ways
 from .trust import Field, Trust, local_maps, summarise, verify_field
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -76,6 +78,26 @@ class ImageMatches:
     trust: Trust | None = None
     """Summary of what these matches are worth, with a warning if they should not be believed."""
 
+    def __repr__(self) -> str:
+        (height_a, width_a), (height_b, width_b) = self.size_a, self.size_b
+        count, valid = self.valid.numel(), int(self.valid.sum())
+        share = f" ({valid / count:.0%})" if count else ""
+        verdict = getattr(getattr(self, "verification", None), "verdict", "")
+        warning = getattr(getattr(self, "trust", None), "warning", "")
+        notes = [verdict, warning, "random weights" if self.random_weights else ""]
+        return (
+            f"ImageMatches(A {width_a} x {height_a}, B {width_b} x {height_b} pixels: {valid} of {count} matches valid"
+            f"{share}{''.join(f'; {note}' for note in notes if note)})"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The sheet of :meth:`draw`, which notebooks show; None for matches of given points, which have none."""
+        if self.valid.dim() != 2:
+            return None
+        out = io.BytesIO()
+        self.draw().save(out, format="PNG")
+        return out.getvalue()
+
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """All fields but images and seconds as arrays, as ``lift-fast match`` writes them to its .npz file.
 
@@ -126,11 +148,11 @@ class ImageMatches:
                 image_b=frames[1],
                 points=positions[0],
                 matches=positions[1],
-                similarity=self.similarity.cpu().numpy(),
                 confidence=self.confidence.cpu().numpy(),
                 valid=self.valid.cpu().numpy(),
                 caption=caption,
                 warning=self.warning,
+                inliers=None if self.inliers is None else self.inliers.cpu().numpy(),
             ),
             lines=lines,
         )
@@ -167,7 +189,7 @@ def match_images(
     mutual: bool = True,
     points: Tensor | npt.ArrayLike | None = None,
     step: int = 1,
-    normalize: str = "grid",
+    normalize: str = "pixel",
     lift_iter: int = 1,
     timing: bool = False,
     verify: str | None = None,
@@ -196,8 +218,8 @@ def match_images(
     refined by aligning the two descriptor maps. The result's ``verification`` says in words whether it succeeded.
 
     Args:
-        a, b: files (EXIF orientation applied), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
-            or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
+        a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
+            floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
             (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.
@@ -206,7 +228,8 @@ def match_images(
         points: ``[P, 2]`` (x, y) in pixels of the original A, 0 <= x < W and 0 <= y < H; each is moved to the nearest
             pixel centre of the loaded image. None is all pixels of the loaded image: the dense layout.
         step: without points, every step-th pixel of each row and column.
-        normalize: ``"grid"`` or ``"pixel"``, see :func:`lift_fast.dense_match`.
+        normalize: ``"pixel"``, true cosines, or ``"grid"``, as in the SPair-71k protocol; see
+            :func:`lift_fast.dense_match`.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         timing: fill in ``seconds``; waits for the GPU after each stage.
         verify: ``"homography"`` (a plane, or a camera that only turns), ``"fundamental"`` (a rigid scene),
@@ -402,17 +425,16 @@ def _match_both_ways(
     """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
     start = at.reshape(1, -1, 2)
     points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
-    there = dense_match(maps[0], maps[1], size_a, size_b, points=points, normalize=normalize)
-    back = dense_match(maps[1], maps[0], size_b, size_a, points=there.xy.clamp_min(0), normalize=normalize)
-    cells = _pair(maps[0].shape[3] / size_a[1], maps[0].shape[2] / size_a[0], start, torch.float32)
-    distance = torch.linalg.vector_norm((back.xy - start) * cells, dim=-1)
-    distance = distance.masked_fill(~(there.valid & back.valid), torch.inf)
-    similarity = there.similarity.to(torch.float32)
-    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~there.valid, 0.0)
-    valid = there.valid & (distance <= 1) if mutual else there.valid
+    similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
+    found = xy[..., 0] >= 0
+    distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
+    distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
+    similarity = similarity.to(torch.float32)
+    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~found, 0.0)
+    valid = found & (distance <= 1) if mutual else found
     shape = at.shape[:-1]
     return (
-        there.xy.view(*shape, 2),
+        xy.view(*shape, 2),
         similarity.view(shape),
         distance.view(shape),
         confidence.view(shape),

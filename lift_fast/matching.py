@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ._text import shown
-from .checks import FLOATS, check_dense, check_flag, check_pair, check_sets, check_size, check_whole, check_window
+from .checks import (
+    FLOATS,
+    as_tensor,
+    check_dense,
+    check_flag,
+    check_pair,
+    check_sets,
+    check_size,
+    check_whole,
+    check_window,
+)
 from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
@@ -32,7 +44,7 @@ class Window(NamedTuple):
 
 
 class NearestResult(NamedTuple):
-    """Result of :func:`nearest`."""
+    """Result of :func:`nearest`; shown in one line, with the shapes instead of the values."""
 
     similarity: Tensor
     """[..., N, k] float32 (float64 for float64 input), descending; -inf where there is no match."""
@@ -41,9 +53,12 @@ class NearestResult(NamedTuple):
     valid: Tensor
     """[..., N] bool: the best match exists and passes the requested mutual and ratio tests."""
 
+    def __repr__(self) -> str:
+        return _one_line(self)
+
 
 class DenseMatches(NamedTuple):
-    """Result of :func:`dense_match`."""
+    """Result of :func:`dense_match`; shown in one line, with the shapes instead of the values."""
 
     similarity: Tensor
     """[B, P] float32 (float64 for float64 input); -inf where there is no match."""
@@ -52,10 +67,13 @@ class DenseMatches(NamedTuple):
     valid: Tensor
     """[B, P] bool: a match exists and, with ``mutual``, leads back to the query pixel."""
 
+    def __repr__(self) -> str:
+        return _one_line(self)
+
 
 def nearest(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | npt.NDArray[Any],
+    key: Tensor | npt.NDArray[Any],
     *,
     k: int = 1,
     mutual: bool = False,
@@ -71,7 +89,7 @@ def nearest(
     everything. If fewer than ``k`` keys can be chosen, the rest is index -1 and similarity -inf.
 
     Args:
-        query: ``[..., N, C]`` float32, bfloat16, float16 or float64.
+        query: ``[..., N, C]`` float32, bfloat16, float16 or float64. NumPy arrays are taken as tensors on the CPU.
         key: ``[..., M, C]``, same dtype and device; leading dimensions broadcast.
         k: matches per query, >= 1; at most M, or 65,536 where that is more.
         mutual: keep a match only if the query is also the best one of that key.
@@ -88,12 +106,13 @@ def nearest(
             query's and key's lengths), and any of several keys so close may be chosen.
 
     Returns:
-        :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
+        :class:`NearestResult` of tensors ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
 
     Raises:
-        TypeError: for inputs that are not tensors or of another dtype.
+        TypeError: for inputs that are neither tensors nor arrays, or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
+    query, key = as_tensor("query", query), as_tensor("key", key)
     check_pair("query", query, "key", key)
     if query.dim() < 2 or key.dim() < 2:
         raise ValueError(f"query must be [..., N, C] and key [..., M, C], got {_shape(query)} and {_shape(key)}")
@@ -136,14 +155,14 @@ def nearest(
 
 
 def dense_match(
-    query_map: Tensor,
-    key_map: Tensor,
+    query_map: Tensor | npt.NDArray[Any],
+    key_map: Tensor | npt.NDArray[Any],
     query_size: Sequence[int],
     key_size: Sequence[int],
     *,
-    points: Tensor | None = None,
+    points: Tensor | npt.NDArray[Any] | None = None,
     normalize: str | None = "grid",
-    mutual: bool = False,
+    mutual: bool | float = False,
 ) -> DenseMatches:
     """Match pixels of the query image to all pixels of the key image, both given as coarse descriptor maps.
 
@@ -160,6 +179,7 @@ def dense_match(
 
     Args:
         query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
+            NumPy arrays, also of ``points``, are taken as tensors on the CPU.
         query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Key images of more than 2^30 pixels (with
             ``"pixel"`` 2^24) are searched in parts.
         points: ``[B, P, 2]`` (x, y) pixels of the query image, rounded down to whole pixels; None for every pixel
@@ -167,15 +187,19 @@ def dense_match(
         normalize: ``"grid"``: L2-normalise the cells, interpolate, do not normalise again (the SPair-71k protocol);
             ``"pixel"``: normalise after interpolation (true cosines); None: use the maps as they are. Divisors are
             max(norm, 1e-12).
-        mutual: valid only if the matched pixel's own best query pixel is the original one.
+        mutual: True: valid only if the matched pixel's own best query pixel is the original one. A number: if that
+            is at most so many cells of the query map away from it (0.0 is the same as True). Between images few pixels
+            of a dense layout pass the strict test, because many share one match; 1.0 serves them.
 
     Returns:
-        :class:`DenseMatches` ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
+        :class:`DenseMatches` of tensors ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
 
     Raises:
-        TypeError: for inputs that are not tensors or of another dtype.
+        TypeError: for inputs that are neither tensors nor arrays, or of another dtype.
         ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the image.
     """
+    query_map, key_map = as_tensor("query_map", query_map), as_tensor("key_map", key_map)
+    points = None if points is None else as_tensor("points", points)
     check_pair("query_map", query_map, "key_map", key_map)
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
         if tensor.dim() != 4 or 0 in tensor.shape:
@@ -184,7 +208,7 @@ def dense_match(
         raise ValueError(f"maps must agree in B and C, got {_shape(query_map)} and {_shape(key_map)}")
     if normalize is not None and (not isinstance(normalize, str) or normalize not in ("grid", "pixel")):
         raise ValueError(f'normalize must be "grid", "pixel" or None, got {shown(normalize)}')
-    mutual = check_flag("mutual", mutual)
+    leads_back, tolerance = _check_mutual(mutual)
     query_hw = check_size("query_size", query_size, _MOST_SIDE)
     key_hw = check_size("key_size", key_size, _MOST_SIDE)
     if points is not None:
@@ -200,9 +224,37 @@ def dense_match(
         key_hw,
         None if points is None else points.detach(),
         normalize or "none",
-        mutual,
+        leads_back,
+        tolerance,
     )
     return DenseMatches(similarity, xy, valid)
+
+
+def _check_mutual(mutual: object) -> tuple[bool, float]:
+    """Whether matches must lead back, and to within how many cells."""
+    if not isinstance(mutual, float):
+        try:
+            return check_flag("mutual", mutual), 0.0
+        except TypeError:
+            # Not whole numbers: 1 is as often meant as True.
+            raise TypeError(
+                f"mutual must be True, False or a floating point number of cells such as 1.0, got {shown(mutual)}"
+            ) from None
+    if not 0 <= mutual < math.inf:
+        raise ValueError(f"mutual must be a number of cells, 0.0 or more, got {mutual}")
+    return True, float(mutual)
+
+
+def _one_line(result: NearestResult | DenseMatches) -> str:
+    fields = ", ".join(
+        f"{name}={f'{value.dtype}'[6:]}{list(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
+        for name, value in zip(result._fields, result, strict=True)
+    )
+    valid = result.valid
+    # Tensors without values, such as those of a compiler, cannot be counted.
+    if type(valid) is Tensor and not valid.is_meta:
+        fields += f", {int(valid.sum())} of {valid.numel()} valid, on {valid.device}"
+    return f"{type(result).__name__}({fields})"
 
 
 def _shape(tensor: Tensor) -> list[int]:

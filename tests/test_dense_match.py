@@ -69,6 +69,53 @@ def check(query_map, key_map, query_size, key_size, normalize="grid", points=Non
     return result
 
 
+@pytest.mark.parametrize("normalize", ["grid", "pixel", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mutual_to_within_some_cells(normalize, dtype):
+    """Every match of the pixels, and of a part of them, led back by a table of all pairs in float64."""
+    query_size, key_size = (29, 41), (37, 23)
+    query_map, key_map = torch.randn(2, 6, 4, 7, dtype=dtype), torch.randn(2, 6, 5, 3, dtype=dtype)
+    key_map[0, :, 2] = query_map[0, :, 1, :3]
+    some = torch.stack([torch.randint(41, (2, 400)), torch.randint(29, (2, 400))], dim=2)
+    for points in (None, some, some[:, :3]):
+        strict = dense_match(query_map, key_map, query_size, key_size, points=points, normalize=normalize, mutual=True)
+        for cells in (0.0, 0.4, 1.0, 2.5):
+            result = dense_match(
+                query_map, key_map, query_size, key_size, points=points, normalize=normalize, mutual=cells
+            )
+            assert torch.equal(result.xy, strict.xy)
+            assert torch.equal(result.similarity, strict.similarity)
+            if cells == 0:
+                assert torch.equal(result.valid, strict.valid)
+            assert bool((result.valid | ~strict.valid).all())
+            for b in range(2):
+                table, tie = brute_force(query_map[b], key_map[b], query_size, key_size, normalize)
+                x, y = result.xy[b].unbind(1)
+                columns = table[:, y * key_size[1] + x]
+                top = (columns + tie[:, y * key_size[1] + x]) >= columns.amax(0)
+                # Only where one pixel is clearly the best.
+                clear = top.sum(0) == 1
+                back = columns.argmax(0)
+                at = pixels_of(query_size) if points is None else points[b]
+                miss = torch.stack([back % 41 - at[:, 0], back // 41 - at[:, 1]], dim=1) / torch.tensor(
+                    [41 / 7, 29 / 4]
+                )
+                near = miss.double().norm(dim=1) <= cells
+                assert torch.equal(result.valid[b][clear], near[clear])
+                assert len(clear) < 400 or bool(clear.any())
+
+
+def pixels_of(size):
+    return torch.stack(torch.meshgrid(torch.arange(size[1]), torch.arange(size[0]), indexing="xy"), -1).view(-1, 2)
+
+
+@pytest.mark.parametrize("mutual", [-1.0, math.nan, math.inf])
+def test_a_tolerance_is_a_number_of_cells(mutual):
+    maps = torch.randn(2, 1, 3, 2, 2)
+    with pytest.raises(ValueError, match="number of cells"):
+        dense_match(*maps, (4, 4), (4, 4), mutual=mutual)
+
+
 sides = st.integers(1, 6)
 pixels = st.integers(1, 23)
 
@@ -284,7 +331,7 @@ BAD_CALLS = {
     "mode none": (ValueError, "got 'none'", lambda a, b: dense_match(a, b, (8, 8), (8, 8), normalize="none")),
     "mutual": (
         TypeError,
-        "mutual must be True or False, got 1",
+        "mutual must be True, False or a floating point number of cells such as 1.0, got 1",
         lambda a, b: dense_match(a, b, (8, 8), (8, 8), mutual=1),
     ),
 }

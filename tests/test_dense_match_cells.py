@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lift_fast import dense_match
-from lift_fast.ops.dense_match import cpu, op
+from lift_fast.ops.dense_match import op
 
 
 def axis_share(cells, pixels, pixel):
@@ -253,7 +253,6 @@ def test_key_images_in_parts(most, normalize, native, monkeypatch):
         for found, limit in ((whole, 1 << 30), (parts, most)):
             monkeypatch.setattr(op, "_MOST_PIXELS", limit)
             monkeypatch.setattr(op, "_MOST_SCALED", limit)
-            monkeypatch.setattr(cpu, "_MOST_NORMS", limit)
             arguments = query_map[None], key_map[None], (17, 13), (31, 23)
             found.append(dense_match(*arguments, points=points, normalize=normalize, mutual=True))
         for one, other in zip(whole[0], parts[0], strict=True):

@@ -130,6 +130,71 @@ def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
         check(query, key, None, per_pixel, 2e-5 if per_pixel else 2e-6)
 
 
+def maps_of(kind, generator, cells, channels):
+    """Descriptors whose patches span fewer than four directions, or four that are nearly the same."""
+    rows = torch.randn(cells, channels, generator=generator)
+    if kind == "nearly flat":
+        return rows[:1] + 1e-3 * rows
+    if kind == "flat but for rounding":
+        return (rows[:1] + 1e-7 * rows).expand(cells, channels)
+    if kind == "repeated":
+        return rows[torch.randint(3, (cells,), generator=generator)]
+    if kind == "one direction":
+        return torch.randn(cells, 1, generator=generator) * rows[:1]
+    if kind == "zeros":
+        return rows * (torch.rand(cells, 1, generator=generator) < 0.5)
+    if kind == "opposite":
+        return rows[:1] * (1 - 2 * (torch.arange(cells)[:, None] % 2)) + 1e-3 * rows
+    return rows * torch.logspace(-3, 3, cells)[:, None]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "kind",
+    ["nearly flat", "flat but for rounding", "repeated", "one direction", "zeros", "opposite", "of every length"],
+)
+@pytest.mark.parametrize("channels", [1, 2, 3, 40])
+def test_cosines_of_degenerate_maps(kind, channels, isa, monkeypatch):
+    """The bounds divide by how far a patch's corners lie apart."""
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    generator = torch.Generator().manual_seed(channels)
+    grids, sizes = ((7, 21), (6, 19)), ((33, 64), (31, 77))
+    query, key = (
+        image(maps_of(kind, generator, h * w, channels).contiguous(), (h, w), size)
+        for (h, w), size in zip(grids, sizes, strict=True)
+    )
+    similarity, index = cpu.match(query, key, None, True)
+    table, _ = exact(query, key, None, True)
+    assert bool((index >= 0).all())
+    chosen = table.gather(1, index[:, None])[:, 0]
+    # Where cells nearly cancel, a cosine is only as good as float32 sums of long cells.
+    lengths = []
+    for m in (query, key):
+        at = bilinear.pixel_grid(m.size, 0, m.pixels, index.device)
+        rows = bilinear.sample_bilinear(m.tokens.double(), m.grid, m.size, at)
+        lengths.append(rows.norm(dim=1).clamp_min(1e-12))
+    longest = [float(m.tokens.double().norm(dim=1).max()) for m in (query, key)]
+    room = 4e-6 * (longest[0] / lengths[0]) * (longest[1] / lengths[1][index])
+    sure = room < 1e-3
+    assert bool(((similarity - chosen).abs() <= room)[sure].all())
+    best = table - 4e-6 * (longest[0] / lengths[0])[:, None] * (longest[1] / lengths[1])[None]
+    assert bool((chosen + room >= best.amax(1))[sure].all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_a_floor_changes_nothing(per_pixel, isa, monkeypatch):
+    """Neither one just below the match nor one that no match reaches."""
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    query, key = random_images(torch.Generator().manual_seed(5), ((6, 9), (8, 21)), ((31, 40), (50, 81)), 8)
+    search = cpu._Search(query, key, per_pixel)
+    similarity, index = search.match(None)
+    for floor in (similarity - 1e-5, similarity.clone(), similarity + 1, torch.full_like(similarity, torch.nan)):
+        ours = search.match(None, floor)
+        assert torch.equal(ours[0], similarity)
+        assert torch.equal(ours[1], index)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
@@ -143,13 +208,6 @@ def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
                 assert torch.equal(ours, theirs)
     finally:
         torch.set_num_threads(threads)
-    # In portions of points, which the rows of query cells do not follow.
-    monkeypatch.setattr(cpu, "_MOST_POINTS", 777)
-    similarity, index = cpu.match(query, key, None, False)
-    torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-5)
-    assert float((index != expected[1]).float().mean()) < 1e-2
-    monkeypatch.undo()
-    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     # One or two rows of query cells at a time; products of another shape may round in another way.
     for budget in (1, 4 * 84 * 11 * 3):
         monkeypatch.setattr(cpu, "_TABLE_BUDGET", budget)
@@ -206,30 +264,37 @@ def axis(cells=3, pixels=9, low=(0, 1, 2), high=(1, 2, 2), first=(0, 3, 6, 9)):
     return (cells, pixels, len(low), *tensors, torch.rand(pixels))
 
 
-def call(y=None, x=None, **changes):
-    y, x = y or axis(), x or axis()
-    table = torch.randn(4, y[0] * x[0])
-    corners, start = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), torch.tensor([0, 5])
-    weights, similarity, index = torch.rand(5, 2), torch.zeros(5), torch.zeros(5, dtype=torch.int64)
-    if "corners" in changes:
-        corners = torch.tensor([changes.pop("corners")], dtype=torch.int32)
-    if "start" in changes:
-        start = torch.tensor(changes.pop("start"))
+def call(**changes):
+    """A search of four points; tensors in place of addresses."""
+    points = torch.tensor([[0, 0], [8, 8], [4, 2], [3, 7]])
     arguments = {
-        "table": table.data_ptr(),
-        "rows": 4,
-        "groups": 1,
-        "corners": corners.data_ptr(),
-        "start": start.data_ptr(),
-        "weights": weights.data_ptr(),
-        "y": tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in y),
-        "x": tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in x),
-        "scale": 0,
-        "similarity": similarity.data_ptr(),
-        "index": index.data_ptr(),
+        "table": torch.randn(9, 9),
+        "rows": 3,
+        "top": 0,
+        "end": 3,
+        "query_y": axis(),
+        "query_x": axis(),
+        "points": points,
+        "count": 4,
+        "floor": 0,
+        "y": axis(),
+        "x": axis(),
+        "scale": torch.rand(9, 9),
+        "gram": torch.rand(5, 9).double(),
+        "query_inverse": torch.rand(9, 9),
+        "query_gram": torch.rand(5, 9).double(),
+        "similarity": torch.zeros(81),
+        "index": torch.zeros(81, dtype=torch.int64),
         "threads": 1,
+        **changes,
     }
-    native.dense_match_f32(**{**arguments, **changes})
+
+    def address(part):
+        if isinstance(part, tuple):
+            return tuple(map(address, part))
+        return part.data_ptr() if isinstance(part, torch.Tensor) else part
+
+    native.dense_match_f32(**{name: address(part) for name, part in arguments.items()})
 
 
 @pytest.mark.parametrize(
@@ -237,19 +302,29 @@ def call(y=None, x=None, **changes):
     [
         ({"isa": "sse9"}, "sse9"),
         ({"threads": 0}, "threads"),
-        ({"groups": -1}, "negative"),
-        ({"rows": -1}, "negative"),
-        ({"rows": 3}, "a row that does not exist"),
-        ({"corners": (0, 1, -1, 2)}, "a row that does not exist"),
-        ({"start": [0, -1]}, "ascend"),
-        ({"start": [1, 2]}, "start with the first"),
+        ({"count": -1}, "negative"),
+        ({"rows": 0}, "rows of cells"),
+        ({"rows": 4}, "rows of cells"),
+        ({"rows": 2}, "lacks rows"),
+        ({"top": -1}, "rows of cells"),
+        ({"end": 4}, "rows of cells"),
+        ({"top": 1, "rows": 1, "end": 2}, "lacks rows"),
+        ({"points": torch.tensor([[0, 0], [9, 8], [4, 2], [3, 7]])}, "inside the image"),
+        ({"points": torch.tensor([[0, 0], [8, -1], [4, 2], [3, 7]])}, "inside the image"),
+        ({"points": 0}, "every pixel"),
+        ({"scale": 0}, "go together"),
+        ({"gram": 0}, "do not matter"),
+        ({"query_gram": 0}, "go together"),
+        ({"query_inverse": 0}, "go together"),
+        ({"scale": 0, "gram": 0}, "do not matter"),
+        ({"scale": 0, "query_gram": 0, "query_inverse": 0}, "go together"),
         ({"table": 0}, "null"),
         ({"index": 0}, "null"),
         ({"y": (1, 2)}, "an axis is"),
         ({"x": axis(high=(1, 2, 3))}, "a cell that does not exist"),
-        ({"x": axis(low=(-1, 1, 2))}, "a cell that does not exist"),
+        ({"query_x": axis(low=(-1, 1, 2))}, "a cell that does not exist"),
         ({"y": axis(first=(0, 3, 3, 9))}, "strips must ascend"),
-        ({"y": axis(first=(1, 3, 6, 9))}, "cover the pixels"),
+        ({"query_y": axis(first=(1, 3, 6, 9))}, "cover the pixels"),
         ({"y": axis(first=(0, 3, 6, 8))}, "cover the pixels"),
         ({"y": axis(cells=0)}, "needs cells"),
     ],
@@ -258,6 +333,69 @@ def test_bad_arguments_are_refused(changes, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+def norms_call(**changes):
+    cells, grams, inverse = torch.randn(9, 4), torch.empty(5, 9).double(), torch.empty(9, 9)
+    tensors = axis()
+    parts = tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in tensors)
+    arguments = {
+        "map": cells.data_ptr(),
+        "channel_stride": 1,
+        "cell_stride": 4,
+        "c": 4,
+        "y": parts,
+        "x": parts,
+        "least": 1e-12,
+        "gram": grams.data_ptr(),
+        "inverse": inverse.data_ptr(),
+        "threads": 1,
+        **changes,
+    }
+    native.descriptor_norms_f32(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"isa": "sse9"}, "sse9"),
+        ({"threads": 0}, "threads"),
+        ({"c": -1}, "channels"),
+        ({"map": 0}, "null"),
+        ({"gram": 0}, "null"),
+        ({"inverse": 0}, "null"),
+        ({"cell_stride": -1}, "strides"),
+        ({"y": (1, 2)}, "an axis is"),
+    ],
+)
+def test_norms_refuse_bad_arguments(changes, message):
+    norms_call()
+    with pytest.raises(ValueError, match=message):
+        norms_call(**changes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("grid", "size"), [((1, 1), (3, 4)), ((5, 3), (41, 31)), ((2, 9), (2, 27)), ((7, 7), (7, 7))])
+def test_norms(grid, size, isa, monkeypatch):
+    """Of every pixel, in every layout, against the norms of interpolated float64 descriptors."""
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    for c in (1, 6, 33):
+        cells = torch.randn(grid[0] * grid[1], c)
+        # Two neighbours that cancel almost, and a cell that is not finite.
+        if len(cells) > 1:
+            cells[-1] = -cells[-2] * 1.0001
+        for poisoned in (False, True):
+            if poisoned:
+                cells[0, 0] = torch.nan
+            at = bilinear.pixel_grid(size, 0, size[0] * size[1], torch.device("cpu"))
+            norm = bilinear.sample_bilinear(cells.double(), grid, size, at).norm(dim=1)
+            # Weights are float32, so a norm between cells that cancel is only as good as these.
+            room = 1e-6 * norm + 2e-7 * float(cells[1:].double().norm(dim=1).max() if len(cells) > 1 else 1.0)
+            for there in laid_out(cells):
+                inverse = cpu._scale(image(there, grid, size), True).inverse.flatten()
+                finite = norm.isfinite()
+                assert torch.equal(inverse.isfinite(), finite)
+                assert bool(((1 / inverse.double() - norm).abs() <= room)[finite].all()), (c, there.stride())
 
 
 def laid_out(cells):
@@ -463,6 +601,7 @@ def test_points_refuse_bad_arguments(changes, message):
         "y": axis,
         "x": axis,
         "scale": 0,
+        "gram": 0,
         "similarity": similarity.data_ptr(),
         "index": index.data_ptr(),
         "table_bytes": 0,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 OPERATORS = {
     ("bit_matrix",): False,
     ("cosine_loss",): True,
-    ("dense_match", "map_products"): True,
+    ("dense_match", "dense_match_image", "descriptor_norms", "map_products"): True,
     ("lift_forward",): True,
     ("nearest",): False,
     ("window_nearest",): True,

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "dense_match_axis.hpp"
 #include "dispatch.hpp"
 #include "memory.hpp"
 
@@ -20,7 +21,25 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("dense_match: " + what);
 }
 
-void check(const DenseMatchAxis& axis, const std::string& name) {
+}  // namespace
+
+void corner_products(const double* gram, std::int64_t h, std::int64_t w, const std::int64_t (&row)[2],
+                     const std::int64_t (&column)[2], double (&products)[4][4]) {
+  const CellProducts<const double> of(gram, h, w);
+  // Of corner 2 i + j with 2 k + l, i <= k.
+  const auto product = [&](int i, int j, int k, int l) {
+    const std::int64_t at = row[i] * w + column[j];
+    const bool across = column[j] != column[l];
+    if (row[i] == row[k]) return across ? of.right[row[i] * w + column[0]] : of.own[at];
+    if (!across) return of.down[at];
+    return j < l ? of.diagonal[at] : of.back[at];
+  };
+  for (int p = 0; p < 4; ++p) {
+    for (int q = p; q < 4; ++q) products[p][q] = products[q][p] = product(p / 2, p % 2, q / 2, q % 2);
+  }
+}
+
+void check_axis(const DenseMatchAxis& axis, const std::string& name) {
   constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   require(axis.cells > 0 && axis.pixels > 0 && axis.strips > 0, name + " needs cells, pixels and strips");
   require(axis.cells <= limit && axis.pixels <= limit && axis.strips <= axis.pixels, name + " is too large");
@@ -34,29 +53,61 @@ void check(const DenseMatchAxis& axis, const std::string& name) {
   }
 }
 
-// Joins strips of a single cell (at its centre, or beyond the outermost centres) to the strip that begins there: fewer
-// patches. The far cell has no weight at such pixels, so nothing changes if all cells are finite.
-struct JoinedAxis {
-  std::vector<std::int32_t> low, high, first;
+namespace {
 
-  explicit JoinedAxis(DenseMatchAxis& axis) {
-    for (std::int64_t s = 0; s < axis.strips; ++s) {
-      const bool joins = s > 0 && axis.low[s] == low.back() && axis.low[s] == high.back();
-      if (joins) {
-        high.back() = axis.high[s];
-        continue;
+// Of the largest square of a norm: what float64 may round in products of cells, and the least part of a corner that
+// counts as a direction of its own.
+constexpr double kGramRounding = 0x1p-40, kLeastPivot = 0x1p-36;
+
+// The span of a patch's corners, factored in float64, from their products.
+PatchSpan span_of(const double (&corners)[4][4], float largest_scale) {
+  // Differences are nearly at right angles where the corners are nearly parallel, so float32 suffices for their values.
+  constexpr double basis[4][4] = {{1, 0, 0, 0}, {-1, 1, 0, 0}, {-1, 0, 1, 0}, {1, -1, -1, 1}};
+  double g[4][4];
+  const double most = std::max({corners[0][0], corners[1][1], corners[2][2], corners[3][3]});
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      g[i][j] = 0;
+      for (int p = 0; p < 4; ++p) {
+        for (int q = 0; q < 4; ++q) g[i][j] += basis[i][p] * basis[j][q] * corners[p][q];
       }
-      low.push_back(axis.low[s]);
-      high.push_back(axis.high[s]);
-      first.push_back(axis.first[s]);
     }
-    first.push_back(axis.first[axis.strips]);
-    axis.strips = static_cast<std::int64_t>(low.size());
-    axis.low = low.data();
-    axis.high = high.data();
-    axis.first = first.data();
+    // A shorter vector has a larger bound: room for what float64 rounds.
+    g[i][i] -= kGramRounding * most;
   }
-};
+  constexpr double epsilon = std::numeric_limits<float>::epsilon();
+  double factor[4][4] = {}, inverse[4][4] = {}, rounding[4] = {}, stretch = 1 + 4 * epsilon;
+  for (int i = 0; i < 4; ++i) {
+    double square = g[i][i];
+    for (int j = 0; j < i; ++j) {
+      double sum = g[i][j];
+      for (int k = 0; k < j; ++k) sum -= factor[i][k] * factor[j][k];
+      factor[i][j] = inverse[j][j] * sum;
+      square -= factor[i][j] * factor[i][j];
+    }
+    // What the corners before it say of this value: minus this row.
+    double row_of[4] = {};
+    for (int j = 0; j < i; ++j) {
+      for (int k = 0; k <= j; ++k) row_of[k] -= factor[i][j] * inverse[j][k];
+    }
+    row_of[i] = 1;
+    const bool spans = square > kLeastPivot * most;
+    const double length = spans ? std::sqrt(square) : 0;
+    for (int k = 0; k <= i; ++k) {
+      if (spans) inverse[i][k] = row_of[k] / length;
+      // A corner that adds no direction of its own adds no more than its whole value,
+      rounding[k] += spans ? 6 * epsilon * std::fabs(inverse[i][k]) : largest_scale * std::fabs(row_of[k]);
+    }
+    // and leaving out its own part may shorten the descriptors by as much.
+    if (!spans) stretch += std::sqrt(std::max(square, 0.0) + 2 * kGramRounding * most) * largest_scale;
+  }
+  PatchSpan span{};
+  for (int i = 0, at = 0; i < 4; ++i) {
+    for (int k = 0; k <= i; ++k) span.inverse[at++] = static_cast<float>(inverse[i][k] * stretch);
+    span.rounding[i] = static_cast<float>(rounding[i] * stretch);
+  }
+  return span;
+}
 
 DenseMatchScratch layout(const DenseMatchCall& call) {
   const std::int64_t patches = call.y.strips * call.strips_padded;
@@ -64,7 +115,7 @@ DenseMatchScratch layout(const DenseMatchCall& call) {
   at.rows = (call.y.cells * call.x.cells + 16 + 15) / 16 * 16;
   at.bounds = at.rows + call.y.cells * call.strips_padded;
   at.weights = at.bounds + patches;
-  at.best = at.weights + 3 * dense_match_block;
+  at.best = at.weights + 7 * dense_match_block;
   at.index = at.best + dense_match_block;
   at.end = at.index + dense_match_block;
   return at;
@@ -76,8 +127,8 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   require(call.threads >= 1, "threads must be at least 1");
   require(call.groups >= 0 && call.rows >= 0, "sizes must not be negative");
   if (call.groups == 0) return;
-  check(call.y, "y");
-  check(call.x, "x");
+  check_axis(call.y, "y");
+  check_axis(call.x, "x");
   // Cells, patches and pixels are numbered in 32 bits inside the kernel.
   constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   require(call.y.pixels <= limit / call.x.pixels && call.y.cells <= limit / call.x.cells &&
@@ -86,6 +137,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   require(call.table != nullptr && call.corners != nullptr && call.start != nullptr && call.weights != nullptr &&
               call.similarity != nullptr && call.index != nullptr,
           "table, corners, start, weights, similarity and index must not be null");
+  require((call.scale != nullptr) == (call.gram != nullptr), "scale and gram go together");
   require(call.start[0] == 0, "groups must start with the first point");
   for (std::int64_t g = 0; g < call.groups; ++g) {
     require(call.start[g] <= call.start[g + 1], "groups must ascend");
@@ -120,35 +172,58 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   call.strip_weights = weights.get();
 
   call.scale_largest = 1.0f;
-  Memory<float> scale, high, low;
+  Memory<float> scale, high, low, cell_scale, spans, window_spans;
   if (call.scale != nullptr) {
-    const std::int64_t pixels = y.pixels * x.pixels;
+    const std::int64_t pixels = y.pixels * x.pixels, padded = call.strips_padded;
     // A strip is read in whole vectors; its unused padding may lie beyond the last pixel.
     scale = allocate<float>(pixels + call.width_padded);
-    std::memcpy(scale.get(), call.scale, static_cast<std::size_t>(pixels) * 4);
+    high = allocate<float>(y.strips * padded);
+    low = allocate<float>(y.strips * padded);
+    spans = allocate<float>(y.strips * padded * span_words);
+    window_spans = allocate<float>(14 * y.strips * padded);
+    cell_scale = allocate<float>(cells);
     std::memset(scale.get() + pixels, 0, static_cast<std::size_t>(call.width_padded) * 4);
-    call.scale_largest = 0.0f;
-    high = allocate<float>(y.strips * call.strips_padded);
-    low = allocate<float>(y.strips * call.strips_padded);
-    for (std::int64_t sy = 0; sy < y.strips; ++sy) {
-      for (std::int64_t sx = 0; sx < call.strips_padded; ++sx) {
-        float most = 0.0f, least = sx < x.strips ? std::numeric_limits<float>::infinity() : 0.0f;
-        for (std::int64_t row = y.first[sy]; sx < x.strips && row < y.first[sy + 1]; ++row) {
-          for (std::int64_t column = x.first[sx]; column < x.first[sx + 1]; ++column) {
-            const float value = call.scale[row * x.pixels + column];
-            if (value > most) most = value;
-            if (value < least) least = value;
-          }
-        }
-        high.get()[sy * call.strips_padded + sx] = most;
-        // Not NaN, because NaN marks pixels that take no part.
-        call.scale_largest = std::max(call.scale_largest, most);
-        low.get()[sy * call.strips_padded + sx] = least;
+    const CellProducts<const double> gram(call.gram, y.cells, x.cells);
+    for (std::int64_t i = 0; i < cells; ++i) cell_scale[i] = static_cast<float>(1 / std::sqrt(gram.own[i]));
+    const auto prepare = [&](std::int64_t sy) {
+      float *most = high.get() + sy * padded, *least = low.get() + sy * padded;
+      for (std::int64_t sx = 0; sx < padded; ++sx) {
+        most[sx] = 0.0f;
+        least[sx] = sx < x.strips ? std::numeric_limits<float>::infinity() : 0.0f;
       }
-    }
+      for (std::int64_t row = y.first[sy]; row < y.first[sy + 1]; ++row) {
+        const float* from = call.scale + row * x.pixels;
+        std::memcpy(scale.get() + row * x.pixels, from, static_cast<std::size_t>(x.pixels) * 4);
+        for (std::int64_t sx = 0; sx < x.strips; ++sx) {
+          // Not NaN, because NaN marks pixels that take no part.
+          float row_high = 0.0f, row_low = least[sx];
+          for (std::int64_t column = x.first[sx]; column < x.first[sx + 1]; ++column) {
+            const float value = from[column];
+            if (value > row_high) row_high = value;
+            if (value < row_low) row_low = value;
+          }
+          most[sx] = std::max(most[sx], row_high);
+          least[sx] = row_low;
+        }
+      }
+      for (std::int64_t sx = 0; sx < x.strips; ++sx) {
+        double corners[4][4];
+        corner_products(call.gram, y.cells, x.cells, {y.low[sy], y.high[sy]}, {x.low[sx], x.high[sx]}, corners);
+        const PatchSpan span = span_of(corners, most[sx]);
+        const std::int64_t patch = sy * padded + sx;
+        std::memcpy(spans.get() + patch * span_words, &span, sizeof span);
+        for (int i = 0; i < 14; ++i) window_spans[i * y.strips * padded + patch] = spans[patch * span_words + i];
+      }
+    };
+#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
+    for (std::int64_t sy = 0; sy < y.strips; ++sy) prepare(sy);
+    call.scale_largest = *std::max_element(high.get(), high.get() + y.strips * padded);
     call.padded_scale = scale.get();
     call.scale_high = high.get();
     call.scale_low = low.get();
+    call.cell_scale = cell_scale.get();
+    call.spans = spans.get();
+    call.window_spans = window_spans.get();
   }
 
   std::vector<std::int32_t> y_strip, x_strip, row_best(static_cast<std::size_t>(call.rows));

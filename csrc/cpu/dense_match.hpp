@@ -21,6 +21,21 @@ struct DenseMatchAxis {
   const float* weight;        // [pixels] share of the far cell
 };
 
+// Products of neighbouring cells of a map, [5, h, w]: each cell times itself and the cells to the right, below, below to
+// the right and below to the left. Beyond the border the neighbour is the cell at the border.
+namespace {
+template <class T>
+struct CellProducts {
+  T *own, *right, *down, *diagonal, *back;
+  CellProducts(T* gram, std::int64_t h, std::int64_t w)
+      : own(gram), right(own + h * w), down(right + h * w), diagonal(down + h * w), back(diagonal + h * w) {}
+};
+}  // namespace
+
+// Products of the four cells at two rows and two columns (y before x).
+void corner_products(const double* gram, std::int64_t h, std::int64_t w, const std::int64_t (&row)[2],
+                     const std::int64_t (&column)[2], double (&products)[4][4]);
+
 // Layout of a thread's working memory, in 4-byte words; multiples of 16.
 struct DenseMatchScratch {
   std::int64_t upper, rows, bounds, weights, best, index, end;
@@ -33,10 +48,15 @@ struct DenseMatchCall {
   const std::int32_t* corners;  // [groups, 4] rows of the table: near near, near far, far near, far far (y before x)
   const std::int64_t* start;    // [groups + 1] first point of each group, ascending from 0
   const float* weights;         // [points, 2] share of the far cells in x and in y
+  const std::int64_t* order;    // [points] where each one's result and floor lie, or null: in its own place
+  const float* floor;           // a similarity that each point's match surely reaches, or null
+  const float* inverse;      // [points] with scale: 1 / the norm of each one's descriptor, or null
+  const float* corner_gram;  // [groups, 10] with inverse: products of a group's four cells, lower triangle by rows
   DenseMatchAxis y, x;
-  const float* scale;  // [y.pixels, x.pixels] factor of each key pixel, positive, or null
-  float* similarity;   // [points]; -inf where there is no match
-  std::int64_t* index;  // [points] row-major key pixel, the lowest among equals; -1 where there is no match
+  const float* scale;   // [y.pixels, x.pixels] factor of each key pixel, positive, or null
+  const double* gram;   // with scale: products of the key's cells (CellProducts), whose norms the scale divides by
+  float* similarity;    // -inf where there is no match
+  std::int64_t* index;  // row-major key pixel, the lowest among equals; -1 where there is no match
   int threads;
   Stop* stop;  // or null
   // Set by dense_match_run.
@@ -46,6 +66,9 @@ struct DenseMatchCall {
   const float* scale_high;     // [y.strips, strips_padded]
   const float* scale_low;
   float scale_largest;
+  const float* cell_scale;  // [cells], or null
+  const float* spans;         // [y.strips, strips_padded, span_words], see PatchSpan
+  const float* window_spans;  // [14, y.strips, strips_padded]
   const std::int32_t* y_strip;  // [y.cells] a strip that begins or ends at the cell, or -1
   const std::int32_t* x_strip;
   std::int32_t* row_best;  // [rows] most similar key cell
@@ -54,6 +77,16 @@ struct DenseMatchCall {
 };
 
 constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
+
+// Bounds a patch's cosines by the length of the query's projection onto the span of the four corner descriptors a, b, d,
+// e. For the values (a, b - a, d - a, (e - d) - (b - a)) of a bilinear function of the similarities, y = inverse * values
+// has that length; `rounding` times the magnitudes of the values bounds what float32 may hide.
+constexpr std::int64_t span_words = 16;
+struct PatchSpan {
+  float inverse[10];  // lower triangle, by rows
+  float rounding[4];
+  float unused[2];
+};
 
 // Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc. If it is stopped, the outputs are
 // undefined.

@@ -79,6 +79,7 @@ void dense_match_points_run(const DenseMatchPointsCall& call, CpuIsa isa) {
     match.y = call.y;
     match.x = call.x;
     match.scale = call.scale;
+    match.gram = call.gram;
     match.similarity = call.similarity + first;
     match.index = call.index + first;
     match.threads = call.threads;

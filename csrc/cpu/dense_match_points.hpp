@@ -23,7 +23,8 @@ struct DenseMatchPointsCall {
   std::int64_t height, width;  // of the query image
   bool normalize;  // divide each point's descriptor by max(its norm, 1e-12)
   DenseMatchAxis y, x;  // of the key image
-  const float* scale;  // [y.pixels, x.pixels] factor of each key pixel, positive, or null
+  const float* scale;  // as in DenseMatchCall
+  const double* gram;
   float* similarity;  // [count]; -inf where there is no match
   std::int64_t* index;  // [count] row-major key pixel, the lowest among equals; -1 where there is no match
   std::int64_t table_bytes;  // of similarities kept at one time, beyond those of one point

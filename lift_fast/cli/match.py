@@ -58,9 +58,11 @@ def add_parser(commands: Any) -> None:
         default=True,
         help="a valid match must lead back to within one cell of the descriptor map (on)",
     )
-    parser.add_argument("--normalize", default="grid", choices=("grid", "pixel"), help="see dense_match (%(default)s)")
+    parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
-    parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
+    parser.add_argument(
+        "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
+    )
     group = parser.add_argument_group("many pairs")
     group.add_argument(
         "--pairs",
@@ -120,8 +122,9 @@ def _run_pair(arguments: argparse.Namespace) -> int:
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
+    seconds = {"imports": start - arguments.started}
     extractor = build_extractor(arguments)
-    seconds = {"model": time.perf_counter() - start}
+    seconds["model"] = time.perf_counter() - start
     for remark in remarks(arguments):
         say(remark)
     with as_usage_error():
@@ -134,6 +137,7 @@ def _run_pair(arguments: argparse.Namespace) -> int:
         turned = exif_orientation(arguments.a), exif_orientation(arguments.b)
         write_exports(exports, [MatchedPair(names, matches.numpy, turned)], arguments.export_cell or 1)
     seconds.update(figures["seconds"])
+    seconds["total"] = time.perf_counter() - arguments.started
     if arguments.json:
         figures["exports"] = list(map(str, exports))
         print(json.dumps({**figures, "seconds": {name: round(value, 4) for name, value in seconds.items()}}))

@@ -65,7 +65,7 @@ def run_list(arguments: argparse.Namespace) -> int:
     figures: list[dict[str, Any]] = []
     lost: set[_Job] = set()
     start = time.perf_counter()
-    seconds: dict[str, float] = {}
+    seconds = {"imports": start - arguments.started}
     if waiting:
         from lift_fast.map_cache import MapCache
 
@@ -106,6 +106,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         print(json.dumps(document))
     elif not arguments.quiet:
         if arguments.timing:
+            seconds["total"] = time.perf_counter() - arguments.started
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         count = f"{len(figures)} pair{'s' * (len(figures) != 1)}"
         print(

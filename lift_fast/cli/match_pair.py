@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Pillow's format and options for each ending. Lines one pixel wide do not survive JPEG's halved colour.
 SHEETS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
+    # Of zlib's levels the first: 0.09 s instead of 0.39 s, and a tenth larger.
+    ".png": ("PNG", {"compress_level": 1}),
     ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 92}),

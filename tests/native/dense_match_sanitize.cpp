@@ -1,4 +1,5 @@
-#include "cpu/dense_match.hpp"
+#include "cpu/dense_match_image.hpp"
+#include "cpu/descriptor_norms.hpp"
 #include "cpu/map_products.hpp"
 #include "sanitize.hpp"
 
@@ -30,39 +31,77 @@ struct Axis {
   }
 };
 
-void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scaled) {
-  const Axis y(h, height), x(w, width);
-  const auto y_low = exactly(y.low), y_high = exactly(y.high), y_first = exactly(y.first);
-  const auto x_low = exactly(x.low), x_high = exactly(x.high), x_first = exactly(x.first);
-  const auto y_weight = exactly(y.weight), x_weight = exactly(x.weight);
-  const int rows = 5, cells = h * w;
-  std::unique_ptr<float[]> table(new float[rows * cells]), weights(new float[2 * points]);
-  for (int i = 0; i < rows * cells; ++i) {
+DenseMatchAxis pointers(const Axis& axis, int cells, int pixels, std::vector<std::unique_ptr<std::int32_t[]>>& kept,
+                        std::vector<std::unique_ptr<float[]>>& weights) {
+  const std::int32_t* parts[3];
+  int i = 0;
+  for (const auto* part : {&axis.low, &axis.high, &axis.first}) {
+    kept.push_back(exactly(*part));
+    parts[i++] = kept.back().get();
+  }
+  weights.push_back(exactly(axis.weight));
+  return {
+      cells, pixels, static_cast<std::int64_t>(axis.low.size()), parts[0], parts[1], parts[2], weights.back().get()};
+}
+
+// The query map is half as high, and its table holds all rows of it or all but the last.
+void run(CpuIsa isa, int h, int w, int height, int width, int points, bool scaled, bool floored) {
+  std::vector<std::unique_ptr<std::int32_t[]>> kept;
+  std::vector<std::unique_ptr<float[]>> weights;
+  const int query_h = (h + 1) / 2, cells = h * w, query_cells = query_h * w;
+  DenseMatchImageCall call{};
+  call.y = pointers(Axis(h, height), h, height, kept, weights);
+  call.x = pointers(Axis(w, width), w, width, kept, weights);
+  call.query_y = pointers(Axis(query_h, width), query_h, width, kept, weights);
+  call.query_x = pointers(Axis(w, height), w, height, kept, weights);
+  const int count = points < 0 ? width * height : points;
+  std::unique_ptr<float[]> table(new float[query_cells * cells]);
+  for (int i = 0; i < query_cells * cells; ++i) {
     table[i] = i % 97 == 11 ? NAN : i % 89 == 7 ? INFINITY : 0.01f * static_cast<float>((i * 37) % 101 - 50);
   }
-  for (int i = 0; i < 2 * points; ++i) weights[i] = static_cast<float>(i % 8) / 8;
-  const auto corners = exactly<std::int32_t>({0, 1, 2, 3, 4, 4, 4, 4, 1, 1, 3, 3});
-  const auto start = exactly<std::int64_t>({0, points / 3, points / 3, points});
-  std::unique_ptr<float[]> scale(new float[height * width]), similarity(new float[points]);
-  for (int i = 0; i < height * width; ++i) scale[i] = 0.5f + static_cast<float>(i % 5);
-  std::unique_ptr<std::int64_t[]> index(new std::int64_t[points]);
-  DenseMatchCall call{};
+  std::unique_ptr<std::int64_t[]> at(new std::int64_t[2 * count]), index(new std::int64_t[count]);
+  for (int i = 0; i < count; ++i) {
+    at[2 * i] = (i * 7) % height;
+    at[2 * i + 1] = (i * 5) % width;
+  }
+  std::unique_ptr<float[]> map(new float[5 * cells]), scale(new float[height * width]),
+      query_scale(new float[height * width]), similarity(new float[count]), floor(new float[count]);
+  std::unique_ptr<double[]> gram(new double[5 * cells]), query_gram(new double[5 * query_cells]);
+  for (int i = 0; i < 5 * cells; ++i) map[i] = i % 301 == 11 ? NAN : 0.1f * static_cast<float>(i % 37 - 18);
+  for (int i = 0; i < count; ++i) floor[i] = 0.1f * static_cast<float>(i % 9);
+  for (const bool query : {false, true}) {
+    DescriptorNormsCall norms{};
+    norms.map = map.get();
+    norms.channel_stride = query ? 1 : cells;
+    norms.cell_stride = query ? 5 : 1;
+    norms.c = 5;
+    norms.y = query ? call.query_y : call.y;
+    norms.x = query ? call.query_x : call.x;
+    norms.least = 1e-12;
+    norms.gram = query ? query_gram.get() : gram.get();
+    norms.inverse = query ? query_scale.get() : scale.get();
+    norms.threads = 3;
+    descriptor_norms_run(norms, isa);
+  }
   call.table = table.get();
-  call.rows = rows;
-  call.groups = 3;
-  call.corners = corners.get();
-  call.start = start.get();
-  call.weights = weights.get();
-  call.y = {
-      h, height, static_cast<std::int64_t>(y.low.size()), y_low.get(), y_high.get(), y_first.get(), y_weight.get()};
-  call.x = {
-      w, width, static_cast<std::int64_t>(x.low.size()), x_low.get(), x_high.get(), x_first.get(), x_weight.get()};
-  call.scale = scaled ? scale.get() : nullptr;
+  call.top = 0;
+  call.end = query_h > 1 && points > 0 ? query_h - 1 : query_h;
+  call.rows = query_h;
+  call.points = points < 0 ? nullptr : at.get();
+  call.count = count;
+  call.floor = floored ? floor.get() : nullptr;
+  if (scaled) {
+    call.scale = scale.get();
+    call.gram = gram.get();
+    call.query_inverse = query_scale.get();
+    call.query_gram = query_gram.get();
+  }
+  for (int i = 0; i < count; ++i) index[i] = -1;
   call.similarity = similarity.get();
   call.index = index.get();
   call.threads = 3;
-  dense_match_run(call, isa);
-  for (int i = 0; i < points; ++i) {
+  dense_match_image_run(call, isa);
+  for (int i = 0; i < count; ++i) {
     if (index[i] < -1 || index[i] >= static_cast<std::int64_t>(height) * width) std::abort();
   }
 }
@@ -137,8 +176,10 @@ void sanitize(CpuIsa isa) {
   const int sizes[][2] = {{1, 1}, {3, 50}, {40, 2}, {61, 67}};
   for (const auto& grid : grids) {
     for (const auto& size : sizes) {
-      for (int points : {0, 1, 7, 64, 201}) {
-        for (bool scaled : {false, true}) run(isa, grid[0], grid[1], size[0], size[1], points, scaled);
+      for (int points : {-1, 0, 1, 7, 201}) {
+        for (bool scaled : {false, true}) {
+          for (bool floored : {false, true}) run(isa, grid[0], grid[1], size[0], size[1], points, scaled, floored);
+        }
       }
     }
   }

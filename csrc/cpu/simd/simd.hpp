@@ -50,7 +50,7 @@ inline IntVec load(const std::int32_t* p) {
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline void store(std::int32_t* p, IntVec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Vec splat(float value) { return Vec{} + value; }
+inline Vec splat(float value) { return Isa::broadcast(&value); }
 inline IntVec splat(std::int32_t value) { return IntVec{} + value; }
 
 template <class T>

@@ -11,6 +11,9 @@ from torch import Tensor
 from ...kernels.strips import Scales, Strips
 from ..nearest.plain import NORM_FLOOR
 
+# Pixels of an image for which marks are kept, nine bytes each; more are sorted.
+_MOST_MARKED = 1 << 24
+
 
 class Axis(NamedTuple):
     """Bilinear interpolation along one axis: pixel = cell[low] + weight * (cell[high] - cell[low]).
@@ -61,6 +64,30 @@ def points_of(index: Tensor, size: tuple[int, int]) -> Tensor:
 def index_of(points: Tensor, size: tuple[int, int]) -> Tensor:
     """Row-major index ``[...]`` of (x, y) ``points [..., 2]``."""
     return points[..., 1] * size[1] + points[..., 0]
+
+
+def cells_apart(a: Tensor, b: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Distance ``[...]`` float32 between (x, y) pixels ``[..., 2]``, in cells of a map of ``grid`` over ``size``."""
+    cells = torch.tensor([grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=a.device)
+    return torch.linalg.vector_norm((a - b) * cells, dim=-1)
+
+
+def unique_pixels(index: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """The pixels in ``index [P]``, each once, ascending; and the place of each one of ``index`` among them, or -1.
+
+    ``index`` numbers ``pixels`` pixels; -1 is none.
+    """
+    if pixels > _MOST_MARKED:
+        named, place = torch.unique(index, return_inverse=True)
+        none = int(len(named) > 0 and named[0] < 0)
+        return named[none:], place - none
+    named = torch.zeros(pixels + 1, dtype=torch.bool, device=index.device)
+    # The last place is for -1.
+    named[index] = True
+    named[pixels] = False
+    place = named.cumsum(0) - 1
+    place[pixels] = -1
+    return named.nonzero().flatten(), place[index]
 
 
 def pixel_grid(size: tuple[int, int], start: int, stop: int, device: torch.device) -> Tensor:
