@@ -91,7 +91,7 @@ _HOME = {
     "tune": ".tuning",
 }
 # What completion shows; any submodule is imported by its name.
-_SUBMODULES = ("backbones", "demonstration", "evaluation", "images", "show", "training")
+_SUBMODULES = ("backbones", "demonstration", "evaluation", "images", "show", "tracking", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -317,7 +317,7 @@ def match_images(
         found = _match_both_ways(maps, (height, width), frame_b, at, normalize, mutual)
         return Field(frames[0].to_cells(at), frames[1].to_cells(found[0]), found[2]), found
 
-    layout, (xy, similarity, distance, _, valid) = matched(at)
+    layout, (xy, similarity, distance, valid) = matched(at)
     field, (rows, columns) = layout, frames[0].grid
     if pixels is not None or step > min(height / rows, width / columns):
         field, _ = matched(frames[0].centres(at.device))
@@ -421,25 +421,17 @@ def _descriptor_maps(
 
 def _match_both_ways(
     maps: Sequence[Tensor], size_a: tuple[int, int], size_b: tuple[int, int], at: Tensor, normalize: str, mutual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance and valid ``[...]``."""
     start = at.reshape(1, -1, 2)
     points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
     similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
     found = xy[..., 0] >= 0
     distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
     distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
-    similarity = similarity.to(torch.float32)
-    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~found, 0.0)
     valid = found & (distance <= 1) if mutual else found
     shape = at.shape[:-1]
-    return (
-        xy.view(*shape, 2),
-        similarity.view(shape),
-        distance.view(shape),
-        confidence.view(shape),
-        valid.view(shape),
-    )
+    return xy.view(*shape, 2), similarity.to(torch.float32).view(shape), distance.view(shape), valid.view(shape)
 
 
 def _whole_patches(
