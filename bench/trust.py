@@ -29,7 +29,7 @@ from lift_fast.evaluation.warp.protocol import change_colours, name_seed, projec
 from lift_fast.geometry import KINDS, guessed_camera, verify_pairs
 from lift_fast.images import list_images, read_image
 from lift_fast.training import split
-from lift_fast.trust import LEAST_AGREEMENT, LEAST_INLIERS
+from lift_fast.trust import least_agreement, least_inliers
 
 Array = npt.NDArray[np.float64]
 SIZE, STEP, RIGHT = 448, 4, 3.0
@@ -108,14 +108,13 @@ def judged(matches: ImageMatches) -> dict[str, Any]:
     trust, record = matches.trust, matches.verification
     figures: dict[str, Any] = {"valid": trust.valid_share, "agreement": trust.agreement}
     a, b = (xy[matches.valid] for xy in (matches.xy_a, matches.xy_b))
-    cells = 4 * matches.grid_a[0] * matches.grid_a[1]
     for kind in KINDS:
         if kind == "homography":
             found = record
         else:
             camera = guessed_camera((SIZE, SIZE))
             found = verify_pairs(a, b, kind, threshold=record.threshold, camera=camera)
-        figures[f"inliers of {kind}"] = found.inliers / cells
+        figures[f"inliers of {kind}"] = found.inliers
         figures[f"inlier share of {kind}"] = found.share
     return figures
 
@@ -171,6 +170,7 @@ def measure(paths: list[Path]) -> dict[str, Any]:
         "calibration": tenths.tolist(),
         "related": related,
         "unrelated": unrelated,
+        "grids": (matches.grid_a, matches.grid_b),
     }
 
 
@@ -204,17 +204,19 @@ def tables(result: dict[str, Any]) -> str:
     )
     lines += ["", f"| figure | {' | '.join(heads)} |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    bounds = {"agreement": LEAST_AGREEMENT, **{f"inliers of {kind}": share for kind, share in LEAST_INLIERS.items()}}
+    grids = result["grids"]
+    bounds = {f"inliers of {kind}": float(least_inliers(kind, grids)) for kind in KINDS}
+    bounds["agreement"] = least_agreement(grids)
     for name in result["related"][0]:
         ours, others = (np.array([pair[name] for pair in result[side]]) for side in ("related", "unrelated"))
         quantiles = [*np.quantile(ours, (0.05, 0.5)), *np.quantile(others, (0.5, 0.95))]
-        row = f"| {name} | {quantiles[0]:.3f}, {quantiles[1]:.3f} | {quantiles[2]:.3f}, {quantiles[3]:.3f} | "
+        row = f"| {name} | {quantiles[0]:.3g}, {quantiles[1]:.3g} | {quantiles[2]:.3g}, {quantiles[3]:.3g} | "
         bound = bounds.get(name)
         if bound is None:
             row += "| | |"
         else:
             alarms, misses = int((ours < bound).sum()), int((others >= bound).sum())
-            row += f"{bound:g} | {alarms} of {len(ours)} | {misses} of {len(others)} |"
+            row += f"{bound:.3g} | {alarms} of {len(ours)} | {misses} of {len(others)} |"
         lines.append(row)
     return "\n".join(lines)
 

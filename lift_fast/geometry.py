@@ -193,14 +193,14 @@ def opencv() -> Any:
     return cv2
 
 
-def guessed_camera(size: tuple[int, int]) -> Array:
+def guessed_camera(size: tuple[int, int], focal: float | None = None) -> Array:
     """``[3, 3]`` intrinsic matrix of an image of ``size`` (height, width) whose camera is not known.
 
-    The focal length is 1.2 times the longer side, as COLMAP assumes it (a field of view of 45 degrees), the principal
-    point is the centre.
+    The focal length in pixels, unless given, is 1.2 times the longer side, as COLMAP assumes it (a field of view of 45
+    degrees); the principal point is the centre.
     """
     height, width = size
-    focal = 1.2 * max(size)
+    focal = 1.2 * max(size) if focal is None else focal
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
 
 
@@ -260,6 +260,15 @@ def _as_array(points: Points, name: str) -> Array:
     if found is None or found.ndim < 1 or found.shape[-1] != 2:
         raise ValueError(f"{name} must be [..., 2] real numbers (x, y), got {array.dtype} {list(array.shape)}")
     return found
+
+
+def as_focal(camera: npt.ArrayLike | None) -> float | None:
+    """``camera`` if it is one number, a focal length in pixels; else None."""
+    if not isinstance(camera, (int, float, np.integer, np.floating)):
+        return None
+    if isinstance(camera, bool) or not 0 < camera < math.inf:
+        raise ValueError(f"camera must be a focal length above 0 pixels or intrinsic matrices, got {camera!r}")
+    return float(camera)
 
 
 def as_cameras(camera: npt.ArrayLike | None) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ from ._text import quoted
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
-from .geometry import SEEDS, Verification, as_cameras, check_kind, check_threshold, guessed_camera, opencv
+from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
 from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
 from .map_cache import MapCache
 from .ops.dense_match.bilinear import cells_apart
@@ -195,7 +195,7 @@ def match_images(
     verify: str | None = None,
     threshold: float | None = None,
     seed: int = 0,
-    camera: npt.ArrayLike | None = None,
+    camera: npt.ArrayLike | float | None = None,
     max_side: int | None = None,
     cache: MapCache | None = None,
 ) -> ImageMatches:
@@ -236,8 +236,9 @@ def match_images(
             ``"essential"`` (the same with known cameras), or None. Needs OpenCV, the extra ``geometry``.
         threshold: of ``verify``: largest distance of an inlier in pixels of B; None is three quarters of a cell of B.
         seed: of ``verify``, 0 to 2^31 - 1.
-        camera: of ``verify="essential"``: ``[3, 3]`` intrinsic matrix in pixels of the original images, or
-            ``[2, 3, 3]`` for A and B; None guesses them (:func:`lift_fast.geometry.guessed_camera`).
+        camera: of ``verify="essential"``: ``[3, 3]`` intrinsic matrix in pixels of the original images, ``[2, 3, 3]``
+            for A and B, or the focal length of both, with the principal point in the middle; None guesses that it is
+            1.2 times the longer side (:func:`lift_fast.geometry.guessed_camera`).
         max_side: pixels of the longer side, before rounding: an image that would be longer is loaded at this length;
             see :func:`lift_fast.images.bounded_size`. None is 1792, or four times ``size`` if that is more; there is no
             bound by default unless ``size`` is an integer.
@@ -261,7 +262,8 @@ def match_images(
         opencv()
         threshold = None if threshold is None else check_threshold(threshold)
         seed = check_whole("seed", seed, 0, SEEDS - 1)
-        camera = None if camera is None else np.stack(as_cameras(camera))
+        focal = as_focal(camera)
+        camera = None if camera is None or focal is not None else np.stack(as_cameras(camera))
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout and does not apply to points; leave it out")
     if cache is not None and not isinstance(cache, MapCache):
@@ -334,7 +336,7 @@ def match_images(
             (frames[0].matrix(), frames[1].matrix()),
             threshold=threshold,
             seed=seed,
-            camera=np.stack([guessed_camera(size) for size in sizes]) if camera is None else camera,
+            camera=np.stack([guessed_camera(size, focal) for size in sizes]) if camera is None else camera,
         )
         inliers = valid & torch.from_numpy(verification.agrees(xy_a, xy_b)).to(valid.device)
         clock.lap("verify")
@@ -358,7 +360,7 @@ def match_images(
         inliers=inliers,
         transform=None if verification is None else verification.matrix,
         verification=verification,
-        trust=summarise(valid, field, local, verification),
+        trust=summarise(valid, field, local, (frames[0].grid, frames[1].grid), verification),
     )
 
 

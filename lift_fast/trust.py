@@ -16,11 +16,6 @@ from .alignment import align, mean_cosine
 from .confidence import LocalMaps
 from .geometry import Verification
 
-# Bounds of the warning, between related and unrelated photographs: see docs/matching.md.
-LEAST_AGREEMENT = 0.0235
-"""Matches whose :attr:`Trust.agreement` is lower come with a warning, unless a verification tells more."""
-LEAST_INLIERS = {"homography": 0.006, "fundamental": 0.03, "essential": 0.03}
-"""Fewest inliers of a verification by kind, as a share of the quarter cells of A from which points are drawn."""
 THRESHOLD = 0.75
 """Largest distance of an inlier in cells of B's map, unless it is given in pixels."""
 
@@ -28,6 +23,10 @@ THRESHOLD = 0.75
 _TRIES = 2
 # Only cells whose match lies within so many cells of a homography are aligned, chosen anew in each round.
 _NEAR, _ROUNDS = 2.0, 2
+
+
+Grids = tuple[tuple[int, int], tuple[int, int]]
+"""(h, w) cells of A's map and of B's."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,34 @@ class Trust:
     """Share of the matched pixels of A whose match leads back to within a cell."""
     agreement: float
     """How well the matches of neighbouring cells agree where they agree best: the value that a tenth of A's cells
-    exceed, 0 to 1. Unrelated photographs stay below 0.03; a third is very good."""
+    exceed, 0 to 1. Below :func:`least_agreement` the images may be unrelated; a third is very good."""
     inlier_share: float | None
     """Share of the points that agree with the matrix of the verification; None without one."""
     warning: str
     """One sentence if the matches should not be believed, else ""."""
+
+
+def least_agreement(grids: Grids) -> float:
+    """Matches whose :attr:`Trust.agreement` is lower come with a warning, unless a verification tells more.
+
+    Smaller maps agree better by chance. The curve follows unrelated photographs at three sizes, see docs/matching.md.
+    """
+    return 0.0235 * float((56 / _side(grids)) ** 0.6)
+
+
+def least_inliers(kind: str, grids: Grids) -> int:
+    """Fewest inliers that verify: more than unrelated photographs reach, see docs/matching.md.
+
+    For a homography these are one patch of matches whatever the size of the maps; for an epipolar geometry they lie
+    along lines. At most an eighth of the quarter cells from which points are drawn, so that tiny maps can be verified.
+    """
+    bound = 75 if kind == "homography" else math.ceil(6.72 * _side(grids))
+    return max(geometry.LEAST, min(bound, grids[0][0] * grids[0][1] // 2))
+
+
+def _side(grids: Grids) -> float:
+    """Cells along the side of a square map, the mean of both."""
+    return float(math.prod(grids[0]) * math.prod(grids[1])) ** 0.25
 
 
 class Field(NamedTuple):
@@ -120,7 +142,7 @@ def verify_field(
         threshold = THRESHOLD * float(to_b[0, 0] + to_b[1, 1]) / 2
     at, to = spread_points(field, confidence)
     a, b = at @ to_a[:2, :2].T + to_a[:2, 2], to @ to_b[:2, :2].T + to_b[:2, 2]
-    least = max(geometry.LEAST, math.ceil(LEAST_INLIERS[kind] * 4 * maps[0].shape[-1] * maps[0].shape[-2]))
+    least = least_inliers(kind, (_grid(maps[0]), _grid(maps[1])))
     if kind != "homography":
         return geometry.verify_pairs(a, b, kind, threshold=threshold, seed=seed, camera=camera, least=least)
     tries = [
@@ -131,7 +153,7 @@ def verify_field(
         return tries[0]
     # The descriptors say which estimate is better: the number of inliers prefers small regions of many matches.
     best = max(in_cells, key=lambda matrix: mean_cosine(*maps, matrix))
-    rows, columns = _rows_and_columns(field, (maps[0].shape[-2], maps[0].shape[-1]))
+    rows, columns = _rows_and_columns(field, _grid(maps[0]))
     start, end, distance = (value[rows][:, columns] for value in field)
     for _ in range(_ROUNDS):
         near = torch.from_numpy(Verification(kind, _NEAR, 0, 0, "", best, best).agrees(start, end)).to(start.device)
@@ -140,18 +162,23 @@ def verify_field(
     return geometry.judge(kind, matrix / matrix[2, 2], a, b, threshold, least=least)
 
 
-def summarise(valid: Tensor, field: Field, maps: LocalMaps, verification: Verification | None) -> Trust:
+def _grid(descriptors: Tensor) -> tuple[int, int]:
+    return descriptors.shape[-2], descriptors.shape[-1]
+
+
+def summarise(valid: Tensor, field: Field, maps: LocalMaps, grids: Grids, verification: Verification | None) -> Trust:
     """The summary of a pair; ``valid [...]`` of its result."""
     way_back = float((field.distance <= 1).float().mean())
     agreement = float(maps.support.flatten().kthvalue(math.ceil(0.9 * maps.support.numel())).values)
+    least = least_agreement(grids)
     warning = ""
     if verification is not None:
         if not verification.verified:
             warning = f"do not trust these matches: {verification.verdict}"
-    elif agreement < LEAST_AGREEMENT:
+    elif agreement < least:
         warning = (
-            f"do not trust these matches: neighbours hardly agree ({agreement:.3f}, and unrelated images stay below "
-            f"{LEAST_AGREEMENT}); {way_back:.0%} lead back to within a cell"
+            f"do not trust these matches: neighbours hardly agree ({agreement:.3f}, and unrelated images reach "
+            f"{least:.3f}); {way_back:.0%} lead back to within a cell"
         )
     return Trust(
         valid_share=float(valid.float().mean()) if valid.numel() else 0.0,

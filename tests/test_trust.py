@@ -13,7 +13,7 @@ from lift_fast import match_images
 from lift_fast.alignment import align, mean_cosine
 from lift_fast.confidence import LocalMaps
 from lift_fast.geometry import KINDS, Verification, guessed_camera
-from lift_fast.trust import LEAST_AGREEMENT, Field, local_maps, spread_points, summarise
+from lift_fast.trust import Field, least_agreement, least_inliers, local_maps, spread_points, summarise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path(__file__).resolve().parents[1] / "examples/photographs"
@@ -87,7 +87,7 @@ def test_unrelated_images_are_not_verified(cat, kind):
     assert plain.inliers is None
     assert plain.verification is None
     assert "neighbours hardly agree" in plain.warning
-    assert plain.trust.agreement < LEAST_AGREEMENT
+    assert plain.trust.agreement < least_agreement((plain.grid_a, plain.grid_b))
     assert plain.trust.inlier_share is None
     assert not {"inliers", "transform"} & set(plain.numpy())
 
@@ -160,7 +160,9 @@ def test_local_maps_take_the_pixels_closest_to_the_centres(size, step):
     maps = local_maps(Field(at, at + 1, torch.zeros(at.shape[:2])), size)
     assert maps.support.shape == size
     assert (maps.confidence(at, at + 1) > 0.9).all()
-    trust = summarise(torch.zeros(0, dtype=torch.bool), Field(at, at + 1, torch.zeros(at.shape[:2])), maps, None)
+    trust = summarise(
+        torch.zeros(0, dtype=torch.bool), Field(at, at + 1, torch.zeros(at.shape[:2])), maps, (size, size), None
+    )
     assert trust.valid_share == 0
     assert trust.way_back == 1
     assert trust.agreement > 0.9
@@ -204,11 +206,12 @@ def test_warning_follows_the_verification():
     at = torch.zeros(4, 4, 2)
     field = Field(at, at, torch.full((4, 4), torch.inf))
     maps = LocalMaps(at, at, torch.zeros(4, 4))
+    grids = (4, 4), (4, 4)
     failed = Verification("homography", 3.0, 100, 4, "not verified: because")
     verified = Verification("homography", 3.0, 100, 60, "verified: yes", np.eye(3), np.eye(3))
-    assert summarise(torch.zeros(4, 4), field, maps, failed).warning.endswith("not verified: because")
-    assert summarise(torch.zeros(4, 4), field, maps, verified).warning == ""
-    assert "hardly agree (0.000" in summarise(torch.zeros(4, 4), field, maps, None).warning
+    assert summarise(torch.zeros(4, 4), field, maps, grids, failed).warning.endswith("not verified: because")
+    assert summarise(torch.zeros(4, 4), field, maps, grids, verified).warning == ""
+    assert "hardly agree (0.000" in summarise(torch.zeros(4, 4), field, maps, grids, None).warning
 
 
 @pytest.mark.parametrize(
@@ -236,3 +239,12 @@ def test_flat_and_tiny_images_raise_nothing():
                 found = match_images(a, b, size=None, points=points, normalize="pixel", verify=kind)
                 assert found.confidence.isfinite().all()
                 assert found.verification.verified == (found.transform is not None)
+
+
+def test_bounds_follow_the_size_of_the_maps():
+    small, usual, large = (((n, n), (n, n)) for n in (28, 56, 84))
+    assert least_agreement(small) > least_agreement(usual) == 0.0235 > least_agreement(large)
+    assert [least_inliers("homography", grids) for grids in (small, usual, large)] == [75] * 3
+    assert [least_inliers("essential", grids) for grids in (small, usual)] == [189, 377]
+    assert least_inliers("fundamental", ((1, 1), (1, 1))) == least_inliers("homography", ((2, 2), (9, 9))) == 8
+    assert least_inliers("homography", ((8, 8), (8, 8))) == 32
