@@ -178,6 +178,23 @@ def test_the_result_does_not_depend_on_threads_or_bands(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_more_points_than_are_grouped_at_one_time(isa, monkeypatch):
+    """More than 2^20, of an image and as a list; each is matched as it is alone."""
+    monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
+    sizes = (1033, 1021), (97, 64)
+    query, key = random_images(torch.Generator().manual_seed(6), ((9, 8), (7, 6)), sizes, 8)
+    similarity, index = cpu.match(query, key, None, False)
+    some = torch.randperm(query.pixels)[:70]
+    few = cpu.match(query, key, bilinear.points_of(some, query.size), False)
+    check(query, key, bilinear.points_of(some, query.size), False)
+    torch.testing.assert_close(similarity[some], few[0], rtol=0, atol=1e-5)
+    order = torch.randint(query.pixels, ((1 << 20) + 5000,))
+    listed = cpu.match(query, key, bilinear.points_of(order, query.size), False)
+    assert torch.equal(listed[0], similarity[order])
+    assert torch.equal(listed[1], index[order])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_equal_similarities_go_to_the_lowest_pixel(isa, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     ones, more = torch.ones(35, 1), torch.ones(12, 1)

@@ -6,8 +6,8 @@ namespace lift_fast {
 namespace {
 
 constexpr std::int64_t kBlock = dense_match_block;
-// Rounding may lift a value above its corners: three interpolations, a scale, and the bound's own.
-constexpr float kSlack = 16 * __FLT_EPSILON__;
+// Rounding may lift a value above its corners: interpolation on both sides, a scale, and the bound's own.
+constexpr float kSlack = 32 * __FLT_EPSILON__;
 
 // The index of a point without a match, above every pixel.
 constexpr std::int32_t kNone = 0x7fffffff;
