@@ -80,6 +80,7 @@ def verify_pairs(
     seed: int = 0,
     camera: npt.ArrayLike | None = None,
     least: int = LEAST,
+    what: str = "matches",
 ) -> Verification:
     """Find the matrix that most point pairs agree with. The same pairs and seed give the same result.
 
@@ -92,6 +93,7 @@ def verify_pairs(
         seed: of the random samples, 0 to 2^31 - 1.
         camera: for ``"essential"``: ``[3, 3]`` intrinsic matrix in pixels, or ``[2, 3, 3]`` for A and B.
         least: fewest inliers that verify, at least 8. ``match_images`` asks for more than chance gives.
+        what: what the verdict calls the pairs.
 
     Returns:
         :class:`Verification`. Fewer than 8 pairs, pairs on a line, and pairs that no matrix fits are not verified; they
@@ -126,7 +128,7 @@ def verify_pairs(
         matrix = None
     if matrix is None:
         return failed(f"no {described(kind)} fits them")
-    return judge(kind, matrix, a, b, threshold, cameras, least)
+    return judge(kind, matrix, a, b, threshold, cameras, least, what)
 
 
 def judge(
@@ -137,8 +139,9 @@ def judge(
     threshold: float,
     cameras: tuple[Array, Array] | None = None,
     least: int = LEAST,
+    what: str = "matches",
 ) -> Verification:
-    """The verdict on a matrix, from the pairs ``a, b [P, 2]``."""
+    """The verdict on a matrix, from the pairs ``a, b [P, 2]``, which it calls ``what``."""
     if kind == "homography" and np.median(a @ matrix[2, :2] + matrix[2, 2]) < 0:
         # Its sign is free; the points lie before the horizon.
         matrix = -matrix
@@ -147,7 +150,7 @@ def judge(
         pixels = np.linalg.inv(cameras[1]).T @ matrix @ np.linalg.inv(cameras[0])
     inside = _distances(kind, pixels, a, b) <= threshold
     count = int(inside.sum())
-    agree = f"{count} of {len(a)} matches ({count / len(a):.0%}) agree with one {described(kind)} within "
+    agree = f"{count} of {len(a)} {what} ({count / len(a):.0%}) agree with one {described(kind)} within "
     agree += f"{threshold:.3g} px"
     reason = ""
     if count < least:

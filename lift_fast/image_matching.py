@@ -22,7 +22,16 @@ from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
-from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
+from .images import (
+    AnyImage,
+    LoadSize,
+    as_image,
+    bounded_size,
+    check_size,
+    exif_orientation,
+    whole_patches,
+    without_stream,
+)
 from .map_cache import MapCache
 from .ops.dense_match.bilinear import cells_apart
 from .ops.dense_match.op import match_both_ways
@@ -77,6 +86,10 @@ class ImageMatches:
     """The record of ``verify``: its verdict in words, number and share of inliers."""
     trust: Trust | None = None
     """Summary of what these matches are worth, with a warning if they should not be believed."""
+    files: tuple[str | None, str | None] = (None, None)
+    """A and B as given, where they were paths."""
+    orientations: tuple[int, int] = (1, 1)
+    """EXIF orientations of A and B as given, 1 to 8."""
 
     def __repr__(self) -> str:
         (height_a, width_a), (height_b, width_b) = self.size_a, self.size_b
@@ -84,7 +97,7 @@ class ImageMatches:
         share = f" ({valid / count:.0%})" if count else ""
         verdict = getattr(getattr(self, "verification", None), "verdict", "")
         warning = getattr(getattr(self, "trust", None), "warning", "")
-        notes = [verdict, warning, "random weights" if self.random_weights else ""]
+        notes = ["" if verdict in warning else verdict, warning, "random weights" if self.random_weights else ""]
         return (
             f"ImageMatches(A {width_a} x {height_a}, B {width_b} x {height_b} pixels: {valid} of {count} matches valid"
             f"{share}{''.join(f'; {note}' for note in notes if note)})"
@@ -161,23 +174,32 @@ class ImageMatches:
         self,
         path: str | os.PathLike[str],
         *,
-        names: tuple[str, str] = ("a", "b"),
-        orientations: tuple[int, int] = (1, 1),
+        names: tuple[str, str] | None = None,
+        orientations: tuple[int, int] | None = None,
         cell: int = 1,
-    ) -> None:
+    ) -> int:
         """Write the valid matches (inliers, if verified) for COLMAP (.txt), hloc (.h5) or as optical flow (.flo).
 
         See :func:`lift_fast.match_files.export_matches`, which also takes many pairs.
 
         Args:
             path: its ending chooses the format.
-            names: of the images' files, relative to the folder of all; not needed for .flo.
-            orientations: EXIF orientation of these files, which COLMAP and hloc disregard.
+            names: of the images' files, relative to the folder of all; None is those of :attr:`files`, relative to the
+                folder that holds both. Not needed for .flo.
+            orientations: EXIF orientation of these files, which COLMAP and hloc disregard; None is
+                :attr:`orientations`.
             cell: positions within a cell of that many loaded pixels become one key point.
-        """
-        from .match_files import MatchedPair, export_matches
 
-        export_matches(path, [MatchedPair(names, self.numpy, orientations)], cell)
+        Returns:
+            The number of matches written; 0 if ``verify`` found no transform.
+
+        Raises:
+            ValueError: without ``names`` if an image was not given as a path, and as ``export_matches``.
+        """
+        from .match_files import MatchedPair, export_matches, names_of
+
+        pair = names_of(path, self.files) if names is None else names
+        return sum(export_matches(path, [MatchedPair(pair, self.numpy, orientations or self.orientations)], cell))
 
 
 def match_images(
@@ -274,7 +296,9 @@ def match_images(
         raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
 
     clock = _Clock()
+    a, b = without_stream(a, "a"), without_stream(b, "b")
     images = [as_image(a, "a"), as_image(b, "b")]
+    orientations = exif_orientation(a), exif_orientation(b)
     sizes = [(image.height, image.width) for image in images]
     # Loading the weights is not part of any stage.
     paused = time.perf_counter()
@@ -361,7 +385,13 @@ def match_images(
         transform=None if verification is None else verification.matrix,
         verification=verification,
         trust=summarise(valid, field, local, (frames[0].grid, frames[1].grid), verification),
+        files=(_file_name(a), _file_name(b)),
+        orientations=orientations,
     )
+
+
+def _file_name(image: AnyImage) -> str | None:
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
 
 
 class _Frame(NamedTuple):

@@ -169,20 +169,36 @@ def read_image(
         raise ValueError(f"{name} cannot be read as an image: {reason}") from error
 
 
-def exif_orientation(path: str | os.PathLike[str]) -> int:
-    """EXIF orientation of an image file, 1 to 8; 1 is upright and stands for none.
+def exif_orientation(image: AnyImage) -> int:
+    """EXIF orientation of a file, the bytes of one or a Pillow image, 1 to 8; 1 is upright and stands for none.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: naming the file, if it is not an image.
+        ValueError: if it is not an image.
     """
-    require_regular_file(path, "image")
+    if isinstance(image, (np.ndarray, Tensor)):
+        return 1
+    if isinstance(image, Image.Image):
+        found: Any = image.getexif().get(_ORIENTATION)
+        return int(found) if found in range(1, 9) else 1
+    source: Path | io.BytesIO
+    if isinstance(image, (str, os.PathLike)):
+        require_regular_file(image, "image")
+        source, name = Path(image), quoted(image)
+    else:
+        source, name = io.BytesIO(_content(image, "image")), "image"
     try:
-        with Image.open(path) as image:
-            found = image.getexif().get(_ORIENTATION)
+        with Image.open(source) as opened:
+            return exif_orientation(opened)
     except Exception as error:
-        raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
-    return found if found in range(1, 9) else 1
+        raise ValueError(f"{name} cannot be read as an image: {said(error)}") from error
+
+
+def without_stream(image: AnyImage, name: str) -> AnyImage:
+    """The same image; for a file object, which may be read only once, its bytes."""
+    if isinstance(image, (str, os.PathLike)) or not hasattr(image, "read"):
+        return image
+    return bytes(_content(image, name))  # type: ignore[arg-type]  # mypy does not narrow by hasattr
 
 
 def as_image(image: AnyImage, name: str = "image") -> Image.Image:
@@ -226,7 +242,9 @@ def as_image(image: AnyImage, name: str = "image") -> Image.Image:
             f"{type(image).__name__}"
         )
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
-        raise ValueError(f"{name} must be {layout}, got {list(image.shape)}")
+        moved = array.ndim == 3 and image.shape[0 if isinstance(image, np.ndarray) else 2] in (1, 3)
+        hint = f"; move the channels {'last' if isinstance(image, np.ndarray) else 'first'}" if moved else ""
+        raise ValueError(f"{name} must be {layout}, got {list(image.shape)}{hint}")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         # Written so that NaN fails too.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import h5py
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+# Matches written, by the names of the pair.
+_Counts = dict[tuple[str, str], int]
 
 SUFFIXES = (".txt", ".h5", ".hdf5", ".flo")
 ARRAYS = (
@@ -123,7 +125,25 @@ def check_export(path: str | os.PathLike[str], names: Sequence[tuple[str, str]])
     return [path, path.with_name(f"{path.stem}_keypoints{path.suffix}")]
 
 
-def export_matches(path: str | os.PathLike[str], pairs: Sequence[MatchedPair], cell: int = 1) -> None:
+def names_of(path: str | os.PathLike[str], files: tuple[str | None, str | None]) -> tuple[str, str]:
+    """Names in the export ``path`` of two images: relative to the folder that holds both.
+
+    Raises:
+        ValueError: if the format needs names and an image has no file.
+    """
+    a, b = files
+    if a is None or b is None:
+        if Path(path).suffix.lower() in SUFFIXES[:-1]:
+            raise ValueError(
+                f"{quoted(path)} names the images, and {'A' if a is None else 'B'} was not given as a path; give "
+                'names=("a.jpg", "b.jpg"), relative to the folder of all images'
+            )
+        return "a", "b"
+    root = os.path.commonpath([Path(file).absolute().parent for file in (a, b)])
+    return Path(os.path.relpath(a, root)).as_posix(), Path(os.path.relpath(b, root)).as_posix()
+
+
+def export_matches(path: str | os.PathLike[str], pairs: Sequence[MatchedPair], cell: int = 1) -> list[int]:
     """Write matches in the format of the path's ending; old files stay as they are until the new ones are whole.
 
     The valid matches are written; of verified ones (``inliers``), the inliers.
@@ -145,6 +165,9 @@ def export_matches(path: str | os.PathLike[str], pairs: Sequence[MatchedPair], c
             their mean weighted by confidence. Of the matches between two images one is kept for each cell of either,
             the most confident. 1 moves nothing.
 
+    Returns:
+        For each pair the number of matches written.
+
     Raises:
         FileNotFoundError: if the path's folder is missing.
         ImportError: if h5py is missing, which HDF5 needs.
@@ -157,11 +180,10 @@ def export_matches(path: str | os.PathLike[str], pairs: Sequence[MatchedPair], c
     cell = check_whole("cell", cell, 1, 1 << 20)
     suffix = files[0].suffix.lower()
     if suffix == ".flo":
-        _write_flow(files[0], pairs[0].load())
-    elif suffix == ".txt":
-        _write_colmap(files[0], files[1], pairs, cell)
-    else:
-        _write_hloc(files[0], files[1], pairs, cell)
+        return [_write_flow(files[0], pairs[0].load())]
+    write = _write_colmap if suffix == ".txt" else _write_hloc
+    counts = write(files[0], files[1], pairs, cell)
+    return [counts.get(pair.names, 0) for pair in pairs]
 
 
 def _choose(pair: MatchedPair, arrays: Arrays, cell: int) -> _Chosen:
@@ -235,7 +257,8 @@ def _check_colmap_name(name: str) -> None:
         )
 
 
-def _write_colmap(path: Path, folder: Path, pairs: Sequence[MatchedPair], cell: int) -> None:
+def _write_colmap(path: Path, folder: Path, pairs: Sequence[MatchedPair], cell: int) -> _Counts:
+    counts: _Counts = {}
     pairs = [pair for pair in pairs if pair.names[0] != pair.names[1]]
     points = _key_points(pairs, cell)
     with ExitStack() as stack:
@@ -244,6 +267,7 @@ def _write_colmap(path: Path, folder: Path, pairs: Sequence[MatchedPair], cell: 
             for names, numbers, _ in _numbered(pairs, points, cell):
                 file.write(b" ".join(map(os.fsencode, names)) + b"\n")
                 np.savetxt(file, numbers, fmt="%d")
+                counts[names] = len(numbers)
                 file.write(b"\n")
         for batch in _batches(sorted(points)):
             with ExitStack() as written:
@@ -256,14 +280,16 @@ def _write_colmap(path: Path, folder: Path, pairs: Sequence[MatchedPair], cell: 
                         file.write(f"{len(positions)} {_SIFT_CHANNELS}\n")
                         # Nine digits are every float32.
                         file.writelines(f"{x:.9g} {y:.9g}{rest}" for x, y in positions.tolist())
+    return counts
 
 
 def _batches(names: Sequence[str]) -> Iterator[list[str]]:
     return ([name for _, name in batch] for _, batch in groupby(enumerate(names), lambda at: at[0] // _FILES_AT_ONCE))
 
 
-def _write_hloc(path: Path, features: Path, pairs: Sequence[MatchedPair], cell: int) -> None:
+def _write_hloc(path: Path, features: Path, pairs: Sequence[MatchedPair], cell: int) -> _Counts:
     h5py = _h5py()
+    counts: _Counts = {}
     points = _key_points(pairs, cell)
     # The temporary files are locked already, and HDF5 would not open them.
     with atomic_path(features) as first, atomic_path(path) as second:
@@ -277,6 +303,8 @@ def _write_hloc(path: Path, features: Path, pairs: Sequence[MatchedPair], cell: 
                 matches[numbers[:, 0]], confidence[numbers[:, 0]] = numbers[:, 1], scores
                 arrays = {"matches0": matches, "matching_scores0": confidence}
                 _put(file, _hloc_pair(names), arrays, compression="gzip", compression_opts=1)
+                counts[names] = len(numbers)
+    return counts
 
 
 def _hloc_pair(names: tuple[str, str]) -> str:
@@ -302,7 +330,7 @@ def _h5py() -> Any:
     return h5py
 
 
-def _write_flow(path: Path, arrays: Arrays) -> None:
+def _write_flow(path: Path, arrays: Arrays) -> int:
     valid = arrays["valid"] & arrays["inliers"] if "inliers" in arrays else arrays["valid"]
     if valid.ndim != 2:
         raise ValueError("a .flo file needs dense matches; leave points=None in match_images, with step=N for fewer")
@@ -324,6 +352,7 @@ def _write_flow(path: Path, arrays: Arrays) -> None:
             pixels = flow[rows[part]][:, columns]
             pixels[~(inside_y[part, None] & inside_x)] = _UNKNOWN
             file.write(pixels.tobytes())
+    return int(valid.sum())
 
 
 def _nearest(centres: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:

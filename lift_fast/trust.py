@@ -19,6 +19,8 @@ from .geometry import Verification
 THRESHOLD = 0.75
 """Largest distance of an inlier in cells of B's map, unless it is given in pixels."""
 
+# What the verdict calls the points of spread_points.
+_WHAT = "drawn matches"
 # Seeds of the estimate of a homography, of which the best is kept.
 _TRIES = 2
 # Only cells whose match lies within so many cells of a homography are aligned, chosen anew in each round.
@@ -144,9 +146,10 @@ def verify_field(
     a, b = at @ to_a[:2, :2].T + to_a[:2, 2], to @ to_b[:2, :2].T + to_b[:2, 2]
     least = least_inliers(kind, (_grid(maps[0]), _grid(maps[1])))
     if kind != "homography":
-        return geometry.verify_pairs(a, b, kind, threshold=threshold, seed=seed, camera=camera, least=least)
+        return geometry.verify_pairs(a, b, kind, threshold=threshold, seed=seed, camera=camera, least=least, what=_WHAT)
     tries = [
-        geometry.verify_pairs(a, b, kind, threshold=threshold, seed=(seed + n) % geometry.SEEDS) for n in range(_TRIES)
+        geometry.verify_pairs(a, b, kind, threshold=threshold, seed=(seed + n) % geometry.SEEDS, what=_WHAT)
+        for n in range(_TRIES)
     ]
     in_cells = [np.linalg.inv(to_b) @ found.matrix @ to_a for found in tries if found.matrix is not None]
     if not in_cells:
@@ -159,7 +162,7 @@ def verify_field(
         near = torch.from_numpy(Verification(kind, _NEAR, 0, 0, "", best, best).agrees(start, end)).to(start.device)
         best = align(*maps, best, near & distance.isfinite())
     matrix = to_b @ best @ np.linalg.inv(to_a)
-    return geometry.judge(kind, matrix / matrix[2, 2], a, b, threshold, least=least)
+    return geometry.judge(kind, matrix / matrix[2, 2], a, b, threshold, least=least, what=_WHAT)
 
 
 def _grid(descriptors: Tensor) -> tuple[int, int]:
@@ -177,8 +180,8 @@ def summarise(valid: Tensor, field: Field, maps: LocalMaps, grids: Grids, verifi
             warning = f"do not trust these matches: {verification.verdict}"
     elif agreement < least:
         warning = (
-            f"do not trust these matches: neighbours hardly agree ({agreement:.3f}, and unrelated images reach "
-            f"{least:.3f}); {way_back:.0%} lead back to within a cell"
+            "the images seem unrelated: neighbouring matches contradict each other "
+            f"(agreement {agreement:.3f}; unrelated images reach {least:.3f})"
         )
     return Trust(
         valid_share=float(valid.float().mean()) if valid.numel() else 0.0,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lift_fast.images import list_images, preprocess, read_image, resize, to_tensor
+from lift_fast.images import as_image, list_images, preprocess, read_image, resize, to_tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -61,6 +61,16 @@ def test_exif_orientation(tmp_path: Path) -> None:
     image = read_image(tmp_path / "a.png")
     assert image.size == (40, 60)
     assert np.array_equal(np.asarray(image), np.rot90(gradient(), -1))
+
+
+def test_channels_in_the_wrong_place() -> None:
+    first, last = np.zeros((3, 40, 50), np.uint8), np.zeros((40, 50, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"got \[3, 40, 50\]; move the channels last$"):
+        as_image(first)
+    with pytest.raises(ValueError, match=r"got \[40, 50, 1\]; move the channels first$"):
+        as_image(torch.from_numpy(last))
+    with pytest.raises(ValueError, match=r"got \[40, 50, 4\]$"):
+        as_image(np.zeros((40, 50, 4), np.uint8))
 
 
 def test_files_that_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import io
 import os
 import re
 import struct
@@ -15,6 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from lift_fast import match_images
+from lift_fast.cli import main
 from lift_fast.image_matching import ImageMatches
 from lift_fast.match_files import MatchedPair, check_export, export_matches
 
@@ -200,16 +204,21 @@ def test_pycolmap_finds_the_geometry(suffix):
     arrays["valid"] = (arrays["xy_b"] >= 0).all(-1)
     arrays["confidence"] = np.where(wrong, 0.1, 0.9).astype(np.float32)
     Path("photos/deep").mkdir(parents=True)
-    names = "left.png", "deep/ä.png"
+    names = ("left.png", "deep/ä.png") if suffix == ".txt" else ("left one.png", "deep/ä.png")
     for name in names:
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(f"photos/{name}")
-    export_matches(f"matches{suffix}", [pair(names, arrays)])
-    Path("pairs.txt").write_text(" ".join(names) + "\n")
     if suffix == ".h5":
         page = (Path(__file__).parents[1] / "docs/matching.md").read_text("utf-8")
         (block,) = re.findall(r"^```python\n(import h5py, .*?)^```$", page, re.M | re.S)
-        exec(compile(block, "docs/matching.md", "exec"), {})
+        Path("matches").mkdir()
+        export_matches("matches/matches.h5", [pair(names, arrays)])
+        first, second = names
+        Path("pairs.txt").write_text(f'# a list\n\n"./{first}" {second}\n{second}\t{first}\n{second} other.png\n')
+        for _ in range(2):
+            exec(compile(block, "docs/matching.md", "exec"), {})
     else:
+        export_matches("matches.txt", [pair(names, arrays)])
+        Path("pairs.txt").write_text(" ".join(names) + "\n")
         pycolmap.Database.open("scene.db").close()
         pycolmap.import_images("scene.db", "photos")
         with pycolmap.Database.open("scene.db") as database:
@@ -462,10 +471,60 @@ def test_image_matches_export():
         random_weights=False,
     )
     for suffix in (".txt", ".h5", ".flo"):
-        matches.export(f"one{suffix}", names=("x.jpg", "y.jpg"), cell=2)
-        export_matches(f"two{suffix}", [pair(("x.jpg", "y.jpg"), arrays)], 2)
+        count = matches.export(f"one{suffix}", names=("x.jpg", "y.jpg"), cell=2)
+        assert [count] == export_matches(f"two{suffix}", [pair(("x.jpg", "y.jpg"), arrays)], 2)
+        if suffix == ".flo":
+            assert count == arrays["valid"].sum()
+        else:
+            assert count == len(merged([(("x", "y"), arrays)], 2)[1]["x", "y"])
     for name in (".txt", "_keypoints/x.jpg.txt", ".flo"):
         assert Path(f"one{name}").read_bytes() == Path(f"two{name}").read_bytes()
     with h5py.File("one.h5") as one, h5py.File("two.h5") as two:
         np.testing.assert_array_equal(one["x.jpg/y.jpg/matches0"], two["x.jpg/y.jpg/matches0"])
     matches.export(Path("plain.flo"))
+    for suffix in (".txt", ".H5"):
+        with pytest.raises(ValueError, match=r"A was not given as a path; give names=\("):
+            matches.export(f"m{suffix}")
+    with pytest.raises(ValueError, match="by the ending"):
+        matches.export("m.csv")
+    found = dataclasses.replace(matches, files=("photos/x.jpg", "photos/deep/y.jpg"), orientations=(6, 1))
+    found.export("found.txt")
+    assert list(read_colmap_list("found.txt")) == [("x.jpg", "deep/y.jpg")]
+    export_matches("six.txt", [pair(("x.jpg", "deep/y.jpg"), arrays, orientations=(6, 1))])
+    assert Path("found_keypoints/x.jpg.txt").read_bytes() == Path("six_keypoints/x.jpg.txt").read_bytes()
+    found.export("upright.txt", orientations=(1, 1))
+    assert Path("found_keypoints/x.jpg.txt").read_bytes() != Path("upright_keypoints/x.jpg.txt").read_bytes()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_positions_agree_with_the_command_for_every_form_of_image():
+    rng = np.random.default_rng()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Path("photos/deep").mkdir(parents=True)
+    names = "a.png", "deep/a.png"
+    for name in names:
+        values = rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(values).save(f"photos/{name}", exif=exif)
+    paths = [f"photos/{name}" for name in names]
+    assert main(["match", *paths, "--export", "m.txt", "--size", "32", "--step", "1", "--quiet"]) == 0
+    for convert in (
+        str,
+        Path,
+        lambda path: Path(path).read_bytes(),
+        lambda path: io.BytesIO(Path(path).read_bytes()),
+        Image.open,
+    ):
+        found = match_images(*map(convert, paths), size=32)
+        assert found.orientations == (6, 6)
+        by_path = convert in (str, Path)
+        found.export("p.txt", names=None if by_path else names)
+        assert Path("p.txt").read_bytes() == Path("m.txt").read_bytes()
+        for name in names:
+            ours, theirs = (Path(f"{stem}_keypoints/{name}.txt").read_bytes() for stem in "pm")
+            assert ours == theirs
+        if not by_path:
+            with pytest.raises(ValueError, match="was not given as a path"):
+                found.export("p.txt")
+    upright = [ImageOps.exif_transpose(Image.open(path)) for path in paths]
+    assert match_images(upright[0], np.asarray(upright[1]), size=32).orientations == (1, 1)

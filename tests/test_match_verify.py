@@ -36,7 +36,7 @@ def run(*arguments):
 def test_verdict_is_printed_and_written(noise, capsys):
     assert run(CAT, SECOND, "--verify", "homography", "--threshold", "5") == 0
     said = capsys.readouterr().err
-    assert "matches (" in said
+    assert "drawn matches (" in said
     assert "agree with one homography within 5 px" in said
     assert "verified: " in said
     assert "warning" not in said
@@ -59,14 +59,36 @@ def test_one_line_warns_of_unrelated_images(noise, capsys):
         assert run(CAT, noise, *more) == 0
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
         assert len(lines) == 1
-        assert "do not trust these matches" in lines[0]
-        assert ("not verified" in lines[0]) == bool(more)
+        assert ("do not trust these matches: not verified" if more else "the images seem unrelated") in lines[0]
         assert run(CAT, noise, *more, "--json") == 0
         said = capsys.readouterr()
         assert said.err == ""
         assert f"warning: {json.loads(said.out)['warning']}" == lines[0]
         assert run(CAT, noise, *more, "--quiet") == 0
         assert capsys.readouterr() == ("", "")
+
+
+def test_a_pair_that_is_not_verified_exports_nothing_and_says_so(noise, capsys):
+    pytest.importorskip("h5py")
+    more = ["--export", "m.h5", "--export", ".flo", "--verify", "homography"]
+    line = "0 matches exported: not verified"
+    assert run(CAT, noise, *more) == 0
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    assert run(CAT, noise, *more, "--json") == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["exported"], said.err) == ({"m.h5": 0, "matches.flo": 0}, "")
+    assert run(CAT, SECOND, *more, "--json") == 0
+    assert min(json.loads(capsys.readouterr().out)["exported"].values()) > 500
+    assert run(CAT, SECOND, *more) == 0
+    assert "0 matches exported" not in capsys.readouterr().err
+    for image in (CAT, SECOND):
+        Image.open(image).save(noise.parent / image.name)
+    Path("pairs.txt").write_text("cat.jpg cat_second_view.jpg\ncat.jpg noise.png\n")
+    more = ["--pairs", "pairs.txt", "--sheets", "none", *more]
+    assert run(*more) == 0
+    assert "0 matches exported of 1 of 2 pairs: not verified" in capsys.readouterr().err.splitlines()
+    assert run(*more, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["exported"]["m.h5"] > 500
 
 
 def test_lists_warn_of_each_pair_and_resume_with_the_same_verification(noise, capsys):

@@ -15,7 +15,7 @@ from lift_fast._text import quoted
 
 from . import match_pair
 from .errors import UsageError, as_usage_error, check_output
-from .match_export import FLOW, add_export_options, check_exports, image_name, write_exports
+from .match_export import FLOW, add_export_options, check_exports, image_name, none_exported, totals, write_exports
 from .match_list import run_list
 from .match_verify import add_verify_options, check_verify_options
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
@@ -130,21 +130,23 @@ def _run_pair(arguments: argparse.Namespace) -> int:
     with as_usage_error():
         matches = match_pair.match(arguments, extractor, arguments.a, arguments.b)
     figures = match_pair.write(arguments, matches, sheet, numbers, {})
+    exported: dict[str, list[int]] = {}
     if exports:
-        from lift_fast.images import exif_orientation
         from lift_fast.match_files import MatchedPair
 
-        turned = exif_orientation(arguments.a), exif_orientation(arguments.b)
-        write_exports(exports, [MatchedPair(names, matches.numpy, turned)], arguments.export_cell or 1)
+        pair = MatchedPair(names, matches.numpy, matches.orientations)
+        exported = write_exports(exports, [pair], arguments.export_cell or 1)
     seconds.update(figures["seconds"])
     seconds["total"] = time.perf_counter() - arguments.started
     if arguments.json:
-        figures["exports"] = list(map(str, exports))
+        figures["exports"], figures["exported"] = list(map(str, exports)), totals(exported)
         print(json.dumps({**figures, "seconds": {name: round(value, 4) for name, value in seconds.items()}}))
     else:
         say(match_pair.summary(arguments, matches))
         if matches.warning:
             say(f"warning: {matches.warning}")
+        if line := none_exported(arguments, exported):
+            say(line)
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         say(f"wrote {', '.join(map(quoted, (sheet, numbers, *exports)))}")

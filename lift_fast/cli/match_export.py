@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,12 +81,29 @@ def check_exports(
                 refuse_input("export", other, inputs)
 
 
-def write_exports(exports: Sequence[Path], pairs: Sequence[MatchedPair], cell: int) -> None:
-    """Write all files of ``exports``."""
+def write_exports(exports: Sequence[Path], pairs: Sequence[MatchedPair], cell: int) -> dict[str, list[int]]:
+    """Write all files of ``exports``; return the number of matches of each pair in each."""
     if not exports:
-        return
+        return {}
     from lift_fast.match_files import export_matches
 
+    counts = {}
     for path in exports:
         with writing(path), as_usage_error():
-            export_matches(path, pairs, cell)
+            counts[str(path)] = export_matches(path, pairs, cell)
+    return counts
+
+
+def totals(counts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Matches in each file, for ``--json``."""
+    return {path: sum(each) for path, each in counts.items()}
+
+
+def none_exported(arguments: argparse.Namespace, counts: Mapping[str, Sequence[int]]) -> str:
+    """One line if a file got no match of a pair, else ""."""
+    empty = max((list(each).count(0) for each in counts.values()), default=0)
+    if not empty:
+        return ""
+    pairs = max(map(len, counts.values()))
+    of = "" if pairs == 1 else f" of {empty} of {pairs} pairs"
+    return f"0 matches exported{of}: {'not verified' if arguments.verify else 'none is valid'}"

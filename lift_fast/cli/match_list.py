@@ -18,7 +18,7 @@ from lift_fast._text import one_line, quoted
 from . import match_pair, match_verify
 from .errors import UsageError, as_usage_error
 from .kept import FEATURES, check_kept, marks, settings_of
-from .match_export import FLOW, check_exports, image_name, write_exports
+from .match_export import FLOW, check_exports, image_name, none_exported, totals, write_exports
 from .options import build_extractor, remarks
 from .pair_list import name_results, read_pairs
 
@@ -86,10 +86,12 @@ def run_list(arguments: argparse.Namespace) -> int:
                 seconds[name] = seconds.get(name, 0.0) + value
             found["seconds"] = {name: round(value, 4) for name, value in found["seconds"].items()}
             figures.append(dict(zip("ab", job.names, strict=True)) | found)
-    written = _export(arguments, exports, [job for job in jobs if job not in lost], {*waiting} - lost)
+    written, exported = _export(arguments, exports, [job for job in jobs if job not in lost], {*waiting} - lost)
     for pair in [] if quiet else figures:
         if pair["warning"]:
             print(f"warning: {one_line(pair['a'])} and {one_line(pair['b'])}: {pair['warning']}", file=sys.stderr)
+    if (line := none_exported(arguments, exported)) and not quiet:
+        print(line, file=sys.stderr)
     for message in failed:
         print(f"skipped: {one_line(message)}", file=sys.stderr)
     total = round(time.perf_counter() - start, 3)
@@ -97,6 +99,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         document = {
             "out": str(out),
             "exports": written,
+            "exported": totals(exported),
             "pairs": figures,
             "written": len(figures),
             "kept": kept,
@@ -177,18 +180,18 @@ def _match(
     """Match and write a pair; return its figures."""
     import numpy as np
 
-    from lift_fast.images import exif_orientation
-
     matches = match_pair.match(arguments, extractor, *job.images, cache)
     more = marks(settings, job.images)
-    more["orientation"] = np.array([exif_orientation(path) for path in job.images])
+    more["orientation"] = np.array(matches.orientations)
     return match_pair.write(arguments, matches, job.sheet, job.numbers, more)
 
 
-def _export(arguments: argparse.Namespace, exports: list[Path], jobs: list[_Job], new: set[_Job]) -> list[str]:
-    """Write the files for other tools from the numbers of all pairs; return what was written."""
+def _export(
+    arguments: argparse.Namespace, exports: list[Path], jobs: list[_Job], new: set[_Job]
+) -> tuple[list[str], dict[str, list[int]]]:
+    """Write the files for other tools from the numbers of all pairs; return them, and each pair's matches in them."""
     if not (arguments.export and jobs):
-        return []
+        return [], {}
     import numpy as np
 
     from lift_fast.match_files import ARRAYS, MatchedPair
@@ -200,12 +203,13 @@ def _export(arguments: argparse.Namespace, exports: list[Path], jobs: list[_Job]
         except Exception as error:
             raise UsageError(f"{quoted(path)} cannot be read: {one_line(error)}; --overwrite makes it anew") from error
 
-    matched = {}
+    matched: dict[tuple[str, str], MatchedPair] = {}
+    counts: dict[str, list[int]] = {}
     for job in jobs:
         first, second = read(job.numbers, ["orientation"])["orientation"].tolist()
         matched[job.names] = MatchedPair(job.names, partial(read, job.numbers), (first, second))
         if job.flow is not None and (job in new or not job.flow.is_file()):
-            write_exports([job.flow], [matched[job.names]], 1)
-    write_exports(exports, list(matched.values()), arguments.export_cell or arguments.step)
+            counts |= write_exports([job.flow], [matched[job.names]], 1)
+    counts |= write_exports(exports, list(matched.values()), arguments.export_cell or arguments.step)
     flows = [job.flow for job in jobs if job.flow is not None]
-    return [*map(str, exports), *map(str, flows)]
+    return [*map(str, exports), *map(str, flows)], counts

@@ -60,13 +60,15 @@ def match(
 
 def summary(arguments: argparse.Namespace, matches: ImageMatches) -> str:
     """What was matched and found, on one line: the sheet's caption."""
+    verdict = "" if matches.verification is None else matches.verification.verdict
+    # A warning that says it is printed, and drawn, besides.
     loaded = [_by((image.height, image.width)) for image in (matches.picture_a, matches.picture_b)]
     return (
         f"{describe(arguments)}   A {loaded[0]}, B {loaded[1]} pixels, "
         f"maps of {_by(matches.grid_a)} and {_by(matches.grid_b)} cells   "
         f"{int(matches.valid.sum())} of {matches.valid.numel()} matches "
         f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
-        + ("" if matches.verification is None else f"   {matches.verification.verdict}")
+        + (f"   {verdict}" if verdict not in matches.warning else "")
     )
 
 
