@@ -201,6 +201,14 @@ void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloa
 }
 
 void match(int device, std::uintptr_t on, bool scale) {
+  if (scale) {
+    MatchSpansCall spans{};
+    spans.gram = somewhere<double>();
+    spans.y = spans.x = axis(56, 448);
+    spans.scale_high = somewhere<float>();
+    spans.spans = somewhere<float>();
+    match_spans_run(spans, device, stream(on));
+  }
   GroupMatchCall groups{};
   groups.table = somewhere<float>();
   groups.rows = 56 * 56;
