@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../dense_match_span.hpp"
+#include "dense_match_span.hpp"
 #include "isa.hpp"
 #include "stop.hpp"
 

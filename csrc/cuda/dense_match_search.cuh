@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "../dense_match_span.hpp"
+#include "dense_match_span.hpp"
 #include "dense_match_patch.cuh"
 
 namespace lift_fast {

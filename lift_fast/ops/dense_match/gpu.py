@@ -1,7 +1,8 @@
 """``dense_match`` on the GPU: tables of cell similarities in bands, each searched by one launch.
 
 The search runs in the native core's CUDA kernel, or in Triton if there is none. In addition to its results a call needs
-a table of at most 256 MB and one number per key pixel. It never waits for the device.
+a table of at most 256 MB and, for cosines of pixels, some numbers per key pixel and per patch. It never waits for the
+device.
 """
 
 from __future__ import annotations
