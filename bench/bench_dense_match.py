@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lift_fast import dense_match
 from lift_fast.ops.lift_forward.plan import span_basis
 
-from .maps import smooth_maps
+from .maps import nearly_flat, photograph_maps, smooth_maps
 
 SIZE = 448
 
@@ -54,12 +54,24 @@ def test_points(benchmark, compare, device, count, features):
 SAMPLE = 64
 
 
+FEATURES = {
+    "random": lambda device: smooth_maps(2, 384, 56, device),
+    "of photographs": lambda device: photograph_maps(SIZE, device),
+    "nearly flat": lambda device: nearly_flat(photograph_maps(SIZE, device)),
+}
+
+
 @pytest.mark.parametrize("mutual", [False, True])
 @pytest.mark.parametrize("normalize", ["grid", "pixel"])
-def test_every_pixel(benchmark, compare, device, normalize, mutual):
-    benchmark.group = f"dense_match, {device}, every pixel of {SIZE} x {SIZE} against every one, C 384"
+@pytest.mark.parametrize("features", FEATURES)
+def test_every_pixel(benchmark, compare, device, normalize, mutual, features):
     torch.manual_seed(0)
-    query_map, key_map = smooth_maps(2, 384, 56, device).split(1)
+    maps = FEATURES[features](device)
+    query_map, key_map = maps.split(1)
+    benchmark.group = (
+        f"dense_match, {device}, every pixel of {SIZE} x {SIZE} against every one, features {features}, "
+        f"C {maps.shape[1]}"
+    )
     size = (SIZE, SIZE)
     rows = torch.randint(SIZE * SIZE, (SAMPLE,), device=device)
 

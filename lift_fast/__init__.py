@@ -1,13 +1,13 @@
 """LiFT for dense features of frozen Vision Transformers, and exact matching of the result.
 
-Importing it touches no CUDA device and compiles nothing; timm and Triton are imported at their first use.
+Importing it takes milliseconds: PyTorch and everything else is imported at the first use of a name.
 """
 
 from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import _interrupts
@@ -21,12 +21,10 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
     _checkout.enable()
 
 # Not lazily: a later import of a submodule would hide the function of the same name.
+from . import _operators  # noqa: E402
 from .backends import backends  # noqa: E402
-from .lift import LiFT  # noqa: E402
-from .losses import CosineLoss, cosine_loss  # noqa: E402
-from .matching import DenseMatches, NearestResult, Window, dense_match, nearest  # noqa: E402
-from .ops.lift_forward.cache import clear_plans  # noqa: E402
-from .propagation import propagate_labels  # noqa: E402
+
+_operators.register_with_torch()
 
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
@@ -34,9 +32,14 @@ if TYPE_CHECKING:
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
     from .image_matching import ImageMatches, match_images
+    from .lift import LiFT
+    from .losses import CosineLoss, cosine_loss
+    from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
+    from .ops.lift_forward.cache import clear_plans
+    from .propagation import propagate_labels
     from .tuning import tune
 
-__version__ = version("lift_fast")
+    __version__: str
 
 __all__ = [
     "CapturedExtractor",
@@ -64,32 +67,47 @@ __all__ = [
     "tune",
 ]
 
-# Names that need more than PyTorch are imported at their first use.
-_LAZY = {
+_HOME = {
     "CapturedExtractor": ".graphs",
+    "CosineLoss": ".losses",
+    "DenseMatches": ".matching",
     "FrozenViT": ".backbones",
     "ImageMatches": ".image_matching",
+    "LiFT": ".lift",
+    "NearestResult": ".matching",
     "ViTLiFTExtractor": ".extractor",
     "WeightsNotFoundError": ".backbones",
+    "Window": ".matching",
     "capture": ".graphs",
+    "clear_plans": ".ops.lift_forward.cache",
+    "cosine_loss": ".losses",
+    "dense_match": ".matching",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
     "match_images": ".image_matching",
+    "nearest": ".matching",
+    "propagate_labels": ".propagation",
     "save_lift": ".checkpoints",
     "tune": ".tuning",
 }
-_SUBPACKAGES = ("backbones", "evaluation", "show", "training")
+# What completion shows; any submodule is imported by its name.
+_SUBMODULES = ("backbones", "demonstration", "evaluation", "images", "show", "tracking", "training")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(import_module(_LAZY[name], __name__), name)
-        globals()[name] = value
-        return value
-    if name in _SUBPACKAGES:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("lift_fast")
+    elif not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -39,7 +39,10 @@ def require_regular_file(path: str | os.PathLike[str], what: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"no {what} at {quoted(path)}") from None
+        # pathlib makes one slash of two.
+        remote = re.match(r"https?:/", str(path), re.IGNORECASE)
+        advice = "; nothing is downloaded: fetch it first, or in Python pass its bytes" if remote else ""
+        raise FileNotFoundError(f"no {what} at {quoted(path)}{advice}") from None
     except PermissionError as error:
         raise ValueError(f"{quoted(path)} cannot be accessed: {error.strerror}") from error
     except (OSError, ValueError) as error:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
-
-from . import _env, _native, devices
+from . import _env
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,19 @@ def backends() -> Backends:
     return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native()))
 
 
+# The package imports this file at its start, and PyTorch not before its first use.
 def _pytorch() -> Part:
+    import torch
+
     where = f"on {torch.cuda.get_device_name()} and the CPU" if torch.cuda.is_available() else "on the CPU"
     return Part("pytorch", True, f"plain implementations of every operator, PyTorch {torch.__version__} {where}")
 
 
 def _cpu_native() -> Part:
+    import torch
+
+    from . import _native, devices
+
     module = _native.load()
     if module is None:
         return Part("cpu native", False, devices.native_runs()[1])
@@ -78,12 +83,18 @@ def _cpu_native() -> Part:
 
 
 def _triton() -> Part:
+    from . import devices
+
     runs, reason = devices.triton_runs()
     parts = "LiFT forward pass, cosine loss, nearest, dense_match, label propagation"
     return Part("triton", runs, f"{reason}: {parts}" if runs else reason)
 
 
 def _cuda_native() -> Part:
+    import torch
+
+    from . import _native, devices
+
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     runs, reason = devices.cuda_runs(torch.device("cuda", device))
     if runs:

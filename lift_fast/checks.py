@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._text import shown
+from ._text import said, shown
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Sizes, strides and counts reach the native core and PyTorch in 64 bits.
@@ -30,6 +32,31 @@ def check_dense(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATS
         raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {value.layout}; convert it with to_dense()")
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A NumPy array as a tensor on the CPU, of the same memory where a tensor can have it.
+
+    Anything else is returned as it is; :func:`check_dense` tells whether it is a tensor.
+
+    Raises:
+        TypeError: for a masked array, and for an array of a dtype that PyTorch lacks.
+    """
+    if not isinstance(value, np.ndarray):
+        unchanged: Tensor = value
+        return unchanged
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; fill it with NaN where it is masked, filled(np.nan)")
+    # Tensors have neither the other byte order nor negative strides.
+    array = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+    array = array.copy() if min(array.strides, default=0) < 0 else array
+    try:
+        with warnings.catch_warnings():
+            # Nothing writes to it, although it may be read-only, such as a mapped file.
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} cannot become a tensor: {said(error)}") from error
 
 
 def as_whole(value: object) -> int | None:

@@ -1,26 +1,35 @@
-"""Sheets that show matches: lines, matched positions as colours, a warp, a confidence map."""
+"""Sheets that show matches: lines, B warped into A, matched positions as colours, a confidence map."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from .match_field import between_points, enlarge, grid_positions, interpolate, spread_sample
 
 Pixels = npt.NDArray[np.uint8]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Colour = tuple[int, int, int]
 
-_WIDTH, _GAP, _TEXT = 1600, 16, 20
-_TALLEST, _TALLEST_PANEL = 620, 560
-_BAR = 2 * _TEXT + 8
-_INK, _PAPER, _WARNING = (25, 25, 25), (255, 255, 255), (176, 32, 32)
-_HATCH = np.array([[220, 220, 220], [150, 150, 150]], dtype=np.uint8)
-# Position colours of the corners, from Okabe and Ito's palette for colour-blind people: top left, top right, bottom
-# left, bottom right.
-_CORNERS = np.array([[[0, 90, 181], [240, 228, 66]], [[75, 0, 110], [220, 80, 0]]], dtype=np.float64)
+# Pixels: the widest and narrowest content of a sheet, and distances.
+_WIDEST, _NARROWEST, _MARGIN, _GAP, _FRAME = 1552, 992, 24, 20, 10
+_TALLEST, _TALLEST_STACKED, _SHORTEST_BAR = 720, 440, 140
+_TEXT, _SMALL, _LEADING = 22, 19, 8
+_INK, _FAINT, _PAPER, _WARNING = (25, 25, 25), (96, 96, 96), (255, 255, 255), (176, 32, 32)
+_PALE = np.array([226, 230, 238], dtype=np.float32)
+# Position colours of the corners: top left, top right, bottom left, bottom right. Their mixtures along the borders are
+# bright, too, and cool is left and warm right, light above and dark below, which colour-blind people can tell apart.
+_CORNERS = np.array([[[0, 205, 255], [255, 232, 0]], [[140, 50, 255], [255, 50, 50]]], dtype=np.float32)
+# Cyan and vermilion, which colour-blind people can tell apart; the dots of outliers are hollow, too.
+_INLIER, _OUTLIER = (0, 229, 255), (255, 84, 20)
+# A neighbour whose match lies further away than this many steps of the grid belongs to another surface.
+_JUMP = 3.0
 SCALE = np.array(
     [[13, 8, 85], [84, 2, 163], [156, 23, 158], [204, 71, 120], [237, 121, 83], [253, 180, 47], [240, 249, 33]],
     dtype=np.float64,
@@ -40,8 +49,6 @@ class MatchView:
     """[rows, columns, 2] (x, y) pixels of A, a regular grid."""
     matches: npt.NDArray[np.int64]
     """[rows, columns, 2] (x, y) pixels of B; (-1, -1) where there is no match."""
-    similarity: npt.NDArray[np.floating]
-    """[rows, columns]"""
     confidence: npt.NDArray[np.floating]
     """[rows, columns], 0 to 1"""
     valid: npt.NDArray[np.bool_]
@@ -49,25 +56,40 @@ class MatchView:
     caption: str
     warning: str = ""
     """Shown on a banner across the top."""
+    inliers: npt.NDArray[np.bool_] | None = None
+    """[rows, columns]: valid matches that agree with one geometry; None if that was not tested."""
 
 
 def position_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
     """Colours ``[..., 3]`` of the positions ``xy [..., 2]`` (x, y) in an image of ``size`` (height, width)."""
-    x = np.clip(xy[..., :1] / max(1, size[1] - 1), 0, 1)
-    y = np.clip(xy[..., 1:] / max(1, size[0] - 1), 0, 1)
-    top = _CORNERS[0, 0] * (1 - x) + _CORNERS[0, 1] * x
-    bottom = _CORNERS[1, 0] * (1 - x) + _CORNERS[1, 1] * x
-    colours: Pixels = np.rint(top * (1 - y) + bottom * y).astype(np.uint8)
+    x, y = (np.clip(xy[..., axis] * np.float32(255 / max(1, size[1 - axis] - 1)), 0, 255) for axis in (0, 1))
+    colours: Pixels = (
+        _position_table().reshape(-1, 3).take(np.rint(y).astype(int) * 256 + np.rint(x).astype(int), axis=0)
+    )
     return colours
+
+
+@lru_cache(maxsize=1)
+def _position_table() -> Pixels:
+    """[256, 256, 3]: the corners' colours mixed, each as bright as can be."""
+    x = np.linspace(0, 1, 256)[:, None]
+    top, bottom = (left + x * (right - left) for left, right in _CORNERS)
+    mixed = top + x[:, None] * (bottom - top)
+    return np.rint(mixed * (255 / mixed.max(-1, keepdims=True))).astype(np.uint8)
 
 
 def confidence_colours(value: npt.NDArray[np.floating]) -> Pixels:
     """Colours ``[..., 3]`` of values in 0 to 1, dark to bright."""
-    at = np.clip(value, 0, 1)[..., None] * (len(SCALE) - 1)
-    low = np.minimum(at.astype(int), len(SCALE) - 2)[..., 0]
-    mixed = SCALE[low] + (at - low[..., None]) * (SCALE[low + 1] - SCALE[low])
-    colours: Pixels = np.rint(mixed).astype(np.uint8)
+    colours: Pixels = _confidence_table().take(np.rint(np.nan_to_num(np.clip(value, 0, 1)) * 1023).astype(int), axis=0)
     return colours
+
+
+@lru_cache(maxsize=1)
+def _confidence_table() -> Pixels:
+    """[1024, 3]"""
+    at = np.linspace(0, len(SCALE) - 1, 1024)
+    channels = [np.interp(at, np.arange(len(SCALE)), channel) for channel in SCALE.T]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
 def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, float, float, float]) -> Image.Image:
@@ -82,81 +104,31 @@ def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, floa
     return sheet
 
 
-def even_sample(valid: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.int64]:
-    """Up to ``count`` (row, column) of valid points, evenly spread: ``[n, 2]``.
-
-    The grid is cut into about ``count`` fields, and the valid point nearest to the centre of each field is taken.
-    Similarity plays no part: a sample of the best matches would look better than the matches are.
-    """
-    rows, columns = valid.shape
-    tall = min(rows, max(1, round((count * rows / columns) ** 0.5)))
-    wide = min(columns, max(1, count // tall))
-    tall = min(tall, count)
-    chosen = []
-    ys, xs = (np.arange(n + 1) * length // n for n, length in ((tall, rows), (wide, columns)))
-    for top, bottom in pairwise(ys):
-        for left, right in pairwise(xs):
-            inside = np.argwhere(valid[top:bottom, left:right])
-            if len(inside):
-                centre = ((bottom - top - 1) / 2, (right - left - 1) / 2)
-                chosen.append(inside[np.square(inside - centre).sum(1).argmin()] + (top, left))
-    return np.array(chosen, dtype=np.int64).reshape(-1, 2)
-
-
 def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     """Draw the matches on one sheet.
 
-    First row: A and B with lines between an evenly spread sample of the valid matches, coloured by position in A.
-    Second row: A, B warped into A's frame through the matches (each pixel of A shows its match in B), and the
-    confidence from 0 to 1. Third row: B coloured by position, A coloured by the position of each pixel's match in B,
-    and the similarity between its 2nd and 98th percentile. Hatched areas have no valid match.
+    A and B with lines between the most confident valid matches, spread over A
+    (:func:`lift_fast.match_field.spread_sample`): coloured by position in B, as B's frame shows, or, with ``inliers``,
+    by whether they are. B warped into A: each pixel of A shows its match in B. A coloured by the position of each
+    pixel's match in B. The confidence. Between the points of the grid the matches are interpolated where neighbours
+    agree; what has no valid match is pale grey.
 
     Raises:
-        ValueError: if the shapes of the arrays do not agree.
+        ValueError: if the shapes of the arrays do not agree, or for a negative number of ``lines``.
     """
     _check(view)
-    font = ImageFont.load_default(size=_TEXT)
-    caption = wrap(view.caption, font, _WIDTH - 2 * _GAP)
-    banner = 2 * _TEXT if view.warning else 0
-    top = banner + _GAP + len(caption) * (_TEXT + 6) + _GAP
-    title = _TEXT + 8
-
-    half, third = (_WIDTH - 3 * _GAP) // 2, (_WIDTH - 4 * _GAP) // 3
-    size_a, size_b = view.image_a.shape[:2], view.image_b.shape[:2]
-    scale_a, scale_b = (min(half / s[1], _TALLEST / s[0]) for s in (size_a, size_b))
-    big_a, big_b = _resize(view.image_a, scale_a), _resize(view.image_b, scale_b)
-    tall = max(big_a.height, big_b.height)
-    panels = [_panels(view, third)[n : n + 3] for n in (0, 3)]
-    low = [max(panel.image.height + (_BAR if panel.scale else 0) for panel in row) for row in panels]
-    height = top + title + tall + _GAP + sum(title + n + _GAP for n in low)
-    sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-
+    if lines < 0:
+        raise ValueError(f"lines must be at least 0, got {lines}")
+    sample = spread_sample(view.valid, view.confidence, lines)
+    pair = _draw_pair(view, sample)
+    # Tall images leave room for the panels beside them.
+    room = _WIDEST - pair.width - _GAP
+    beside = room > 0.55 * _WIDEST
+    images = _join([pair, _draw_panels(view, room if beside else max(pair.width, _NARROWEST))], beside)
+    width = max(images.width, _NARROWEST)
+    sheet = ImageOps.expand(_join([_draw_header(view, sample, width), images]), _MARGIN, _PAPER)
     if view.warning:
-        draw.rectangle((0, 0, _WIDTH, banner), fill=_WARNING)
-        draw.text((_WIDTH // 2, banner // 2), view.warning.upper(), font=font, fill=_PAPER, anchor="mm")
-    for number, line in enumerate(caption):
-        draw.text((_GAP, banner + _GAP + number * (_TEXT + 6)), line, font=font, fill=_INK)
-
-    # Side by side, so that lines stay short.
-    left_a, left_b = _WIDTH // 2 - _GAP // 2 - big_a.width, _WIDTH // 2 + _GAP // 2
-    above = top + title
-    sample = even_sample(view.valid, lines)
-    draw.text((left_a, top), f"A, and {len(sample)} of its matches, spread evenly", font=font, fill=_INK)
-    draw.text((left_b, top), "B", font=font, fill=_INK)
-    sheet.paste(big_a, (left_a, above))
-    sheet.paste(big_b, (left_b, above))
-    _draw_lines(draw, view, sample, (left_a, above, scale_a), (left_b, above, scale_b))
-
-    above += tall + _GAP
-    for row, deepest in zip(panels, low, strict=True):
-        for number, panel in enumerate(row):
-            left = _GAP + number * (third + _GAP)
-            draw.text((left, above), panel.title, font=font, fill=_INK)
-            sheet.paste(panel.image, (left, above + title))
-            if panel.scale:
-                _draw_bar(sheet, panel.scale, (left, above + title + panel.image.height + 8, panel.image.width), font)
-        above += title + deepest + _GAP
+        sheet = _join([_draw_banner(view.warning, sheet.width), sheet], gap=0)
     return sheet
 
 
@@ -165,8 +137,8 @@ def _check(view: MatchView) -> None:
     for name, array, shape in (
         ("points", view.points, (*grid, 2)),
         ("matches", view.matches, (*grid, 2)),
-        ("similarity", view.similarity, grid),
         ("confidence", view.confidence, grid),
+        ("inliers", view.valid if view.inliers is None else view.inliers, grid),
     ):
         if len(grid) != 2 or array.shape != shape:
             raise ValueError(
@@ -177,72 +149,207 @@ def _check(view: MatchView) -> None:
             raise ValueError(f"{name} must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
 
 
-class _Panel(NamedTuple):
-    title: str
-    image: Image.Image
-    scale: tuple[str, str] | None = None
-    """Labels of the ends of the colour scale."""
-
-
-def _panels(view: MatchView, width: int) -> list[_Panel]:
-    size_a, size_b = view.image_a.shape[:2], view.image_b.shape[:2]
-    everywhere = np.stack(np.meshgrid(np.arange(size_b[1]), np.arange(size_b[0])), axis=-1)
-    of_b = _tint(view.image_b, _chequered_colours(everywhere, size_b))
-    on_a = _tint(view.image_a, _enlarge(_chequered_colours(view.matches, size_b), size_a))
-    warp = _enlarge(view.image_b[view.matches[..., 1], view.matches[..., 0]], size_a)
-    confidence = _enlarge(confidence_colours(view.confidence), size_a)
-    value, low, high = _stretch(view)
-    similarity = _enlarge(confidence_colours(value), size_a)
-    missing = _enlarge(~view.valid, size_a)
-    no_match = _enlarge(view.matches[..., 0] < 0, size_a)
-
-    def on_sheet(pixels: Pixels, mask: npt.NDArray[np.bool_] | None = None) -> Image.Image:
-        scale = min(width / pixels.shape[1], _TALLEST_PANEL / pixels.shape[0])
-        image = _resize(pixels, scale, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
-        return image if mask is None else _hatch(image, mask)
-
-    return [
-        _Panel("A", on_sheet(view.image_a)),
-        _Panel("B warped into A (hatched: no valid match)", on_sheet(warp, missing)),
-        _Panel("confidence: similarity, halved per cell missed on return", on_sheet(confidence, no_match), ("0", "1")),
-        _Panel("B, coloured by position", on_sheet(of_b)),
-        _Panel("A, coloured by match in B", on_sheet(on_a, missing)),
-        _Panel("similarity", on_sheet(similarity, no_match), (f"{low:.2f}", f"{high:.2f}")),
+def _draw_pair(view: MatchView, sample: npt.NDArray[np.int64]) -> Image.Image:
+    """A and B, side by side or, if both are wide, one above the other, with the matches of ``sample``."""
+    wide_a, wide_b = (image.shape[1] / image.shape[0] for image in (view.image_a, view.image_b))
+    stacked = min(wide_a, wide_b) > 2
+    room = _WIDEST - 2 * _FRAME - _GAP
+    if stacked:
+        boxes = [(room, _TALLEST_STACKED)] * 2
+    elif max(wide_a, wide_b) <= 2.5 * min(wide_a, wide_b):
+        # Equally tall, and at least as wide as the text above.
+        tall = min(max(_TALLEST, _NARROWEST / (wide_a + wide_b)), 1.25 * _TALLEST, room / (wide_a + wide_b))
+        boxes = [(room, tall)] * 2
+    else:
+        # Of equal area, or the wide one leaves nothing to the other.
+        share = wide_a**0.5 / (wide_a**0.5 + wide_b**0.5)
+        boxes = [(room * share, _TALLEST), (room * (1 - share), _TALLEST)]
+    a, b = (_fit(image, box) for image, box in zip((view.image_a, view.image_b), boxes, strict=True))
+    if stacked:
+        left_a, top_a, left_b, top_b = _FRAME, 0, _FRAME, a.height + _GAP + _FRAME
+    else:
+        # The shorter one in the middle, where lines are shortest.
+        tall = max(a.height, b.height)
+        left_a, top_a = 0, _FRAME + (tall - a.height) // 2
+        left_b, top_b = a.width + _GAP + _FRAME, _FRAME + (tall - b.height) // 2
+    size = max(left_a + a.width, left_b + b.width + _FRAME), max(top_a + a.height, top_b + b.height + _FRAME)
+    sheet = Image.new("RGB", size, _PAPER)
+    sheet.paste(a, (left_a, top_a))
+    sheet.paste(_framed(b), (left_b - _FRAME, top_b - _FRAME))
+    chosen = tuple(sample.T)
+    ends = [
+        (xy[chosen] + 0.5) * (shown.width / image.shape[1], shown.height / image.shape[0]) + corner
+        for xy, image, shown, corner in (
+            (view.points, view.image_a, a, (left_a, top_a)),
+            (view.matches, view.image_b, b, (left_b, top_b)),
+        )
     ]
-
-
-def _stretch(view: MatchView) -> tuple[npt.NDArray[np.floating], float, float]:
-    """Similarity scaled to 0 to 1 between the 2nd and 98th percentile of the matches, and these two."""
-    matched = (view.matches >= 0).all(-1)
-    if not matched.any():
-        return np.zeros_like(view.similarity), 0.0, 1.0
-    low, high = (float(v) for v in np.percentile(view.similarity[matched], (2, 98)))
-    return (np.where(matched, view.similarity, low) - low) / max(high - low, 1e-6), low, high
+    if view.inliers is None:
+        colours, filled = position_colours(view.matches[chosen], view.image_b.shape[:2]), np.ones(len(sample), bool)
+    else:
+        filled = view.inliers[chosen]
+        colours = np.where(filled[:, None], _INLIER, _OUTLIER).astype(np.uint8)
+    sheet = _draw_lines(sheet, ends[0], ends[1], colours, filled)
+    for name, corner in (("A", (left_a, top_a)), ("B", (left_b, top_b))):
+        _draw_tag(sheet, name, corner)
+    return sheet
 
 
 def _draw_lines(
-    draw: ImageDraw.ImageDraw,
-    view: MatchView,
-    sample: npt.NDArray[np.int64],
-    place_a: tuple[int, int, float],
-    place_b: tuple[int, int, float],
-) -> None:
-    def on_sheet(xy: npt.NDArray[np.int64], place: tuple[int, int, float]) -> tuple[float, float]:
-        left, above, scale = place
-        return left + (xy[0] + 0.5) * scale, above + (xy[1] + 0.5) * scale
+    sheet: Image.Image,
+    starts: npt.NDArray[np.floating],
+    ends: npt.NDArray[np.floating],
+    colours: Pixels,
+    filled: npt.NDArray[np.bool_],
+) -> Image.Image:
+    """Lines between (x, y) ``[n, 2]`` with dots at both ends, rings if not ``filled``; the first lie on top."""
+    # Drawn twice as large and reduced, since Pillow's lines have jagged edges.
+    large = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+    # This mode blends.
+    draw = ImageDraw.Draw(large, "RGBA")
+    # Many lines must not hide the images.
+    radius, width, opaque = (13, 5, 220) if len(starts) <= 100 else (8, 3, 150)
+    order = [
+        (tuple(2 * start), tuple(2 * end), tuple(map(int, colour)), bool(dot))
+        for start, end, colour, dot in zip(starts, ends, colours, filled, strict=True)
+    ][::-1]
+    for start, end, colour, _ in order:
+        draw.line((start, end), fill=(*_INK, opaque // 2), width=width + 4)
+        draw.line((start, end), fill=(*colour, opaque), width=width)
+    for start, end, colour, dot in order:
+        for x, y in (start, end):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_INK)
+            inner = radius - 3
+            box = (x - inner, y - inner, x + inner, y + inner)
+            draw.ellipse(box, fill=colour if dot else _INK, outline=colour, width=3)
+    return large.reduce(2)
 
-    size_a = view.image_a.shape[:2]
-    for row, column in sample:
-        red, green, blue = (int(v) for v in position_colours(view.points[row, column], size_a))
-        start, end = on_sheet(view.points[row, column], place_a), on_sheet(view.matches[row, column], place_b)
-        draw_match_line(draw, start, end, (red, green, blue))
+
+def _draw_panels(view: MatchView, width: int) -> Image.Image:
+    """B warped into A, A coloured by matches, and the confidence: side by side unless A is wide."""
+    (height_a, width_a), size_b = view.image_a.shape[:2], view.image_b.shape[:2]
+    across = width_a <= 3 * height_a
+    image_a = _fit(view.image_a, ((width - 2 * _GAP) / 3, _TALLEST) if across else (width, _TALLEST_STACKED / 1.5))
+    columns, rows = (
+        grid_positions(axis, (np.arange(length) + 0.5) * whole / length - 0.5)
+        for axis, length, whole in (
+            (view.points[0, :, 0], image_a.width, width_a),
+            (view.points[:, 0, 1], image_a.height, height_a),
+        )
+    )
+    step = max(int(np.diff(axis).max(initial=1)) for axis in (view.points[0, :, 0], view.points[:, 0, 1]))
+    reach = _JUMP * step * max(1, size_b[0] / height_a, size_b[1] / width_a)
+    xy, covered = between_points(view.matches, view.valid, columns, rows, reach)
+    # Rounded at the edges: the staircase of the grid is not in the images. A single match stays visible.
+    soft = Image.fromarray(np.rint(255 * covered).astype(np.uint8))
+    soft = soft.filter(ImageFilter.GaussianBlur(0.4 * step * image_a.width / width_a))
+    share = (np.clip(np.asarray(soft) / np.float32(100) - 0.4, 0, 1) * (covered > 0))[..., None]
+    grey = np.asarray(image_a.convert("L"), dtype=np.float32)[..., None]
+    pale = 0.35 * grey + 0.65 * _PALE
+
+    def over_pale(pixels: npt.NDArray[Any]) -> Image.Image:
+        return Image.fromarray(np.rint(pale + share * (pixels - pale)).astype(np.uint8))
+
+    tinted = 0.75 * _chequered_colours(xy, size_b) + 0.25 * grey
+    panels = [
+        ("B warped into A", over_pale(interpolate(view.image_b, xy)), "pale grey: A, without a valid match"),
+        ("A coloured by its matches", over_pale(tinted), "colours: as on the frame of B"),
+        ("Confidence", Image.fromarray(confidence_colours(enlarge(view.confidence, columns, rows))), ""),
+    ]
+    return _join([_with_text(*panel) for panel in panels], across)
+
+
+def _with_text(title: str, image: Image.Image, note: str) -> Image.Image:
+    """An image below its title and above a note, or above a colour bar from 0 to 1."""
+    title_font, font = _font(_TEXT), _font(_SMALL)
+    above, below = _TEXT + _LEADING, _SMALL + 2 * _LEADING
+    span = max(image.width, _SHORTEST_BAR)
+    width = max(span, round(title_font.getlength(title)) + 1, round(font.getlength(note)) + 1)
+    block = Image.new("RGB", (width, above + image.height + below), _PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), title, font=title_font, fill=_INK)
+    block.paste(image, (0, above))
+    base = above + image.height + _LEADING
+    if note:
+        draw.text((0, base), note, font=font, fill=_FAINT)
+    else:
+        draw.text((0, base), "0", font=font, fill=_FAINT)
+        draw.text((span, base), "1", font=font, fill=_FAINT, anchor="ra")
+        bar = confidence_colours(np.linspace(0, 1, span - 3 * _SMALL))
+        block.paste(Image.fromarray(np.repeat(bar[None], 14, axis=0)), (_SMALL, base + 4))
+    return block
+
+
+def _draw_header(view: MatchView, sample: npt.NDArray[np.int64], width: int) -> Image.Image:
+    """The caption, and what the lines mean."""
+    small, font = _font(_SMALL), _font(_TEXT)
+    caption = wrap(view.caption, small, width) if view.caption else []
+    drawn, known = len(sample), int(view.valid.sum())
+    if 0 < drawn < known:
+        title = f"{drawn} of {known:,} valid matches: the most confident, spread over A."
+    else:
+        title = f"{known or 'No'} valid match{'' if known <= 1 else 'es'}."
+    legend: list[tuple[Colour | None, str]] = [(None, title)]
+    if view.inliers is not None and drawn:
+        inside = int(view.inliers[tuple(sample.T)].sum())
+        legend += [(_INLIER, f"inliers: {inside}"), (_OUTLIER, f"outliers: {drawn - inside}")]
+    elif drawn:
+        legend.append((None, "Colours: position in B, as on its frame."))
+    height = len(caption) * (_SMALL + _LEADING)
+    # Cut to the lines that the legend needs.
+    block = Image.new("RGB", (width, height + len(legend) * (_TEXT + _LEADING)), _PAPER)
+    draw = ImageDraw.Draw(block)
+    for number, line in enumerate(caption):
+        draw.text((0, number * (_SMALL + _LEADING)), line, font=small, fill=_FAINT)
+    left = 0
+    for colour, text in legend:
+        long = round(font.getlength(text)) + (0 if colour is None else _TEXT)
+        if left and left + long > width:
+            left, height = 0, height + _TEXT + _LEADING
+        if colour is not None:
+            draw.ellipse((left, height + 6, left + 15, height + 21), fill=colour, outline=_INK, width=2)
+        draw.text((left + long, height), text, font=font, fill=_INK, anchor="ra")
+        left += long + _GAP
+    return block.crop((0, 0, width, height + _TEXT + _LEADING))
+
+
+def _draw_banner(text: str, width: int) -> Image.Image:
+    font = _font(_TEXT)
+    lines = wrap(text[:1].upper() + text[1:], font, width - 2 * _MARGIN - 40)
+    step = _TEXT + _LEADING
+    block = Image.new("RGB", (width, len(lines) * step + 2 * _LEADING + 4), _WARNING)
+    draw = ImageDraw.Draw(block)
+    draw.regular_polygon((_MARGIN + 12, block.height / 2 + 3, 16), 3, fill=_PAPER)
+    draw.text((_MARGIN + 12, block.height / 2 + 2), "!", font=font, fill=_WARNING, anchor="mm")
+    for number, line in enumerate(lines):
+        draw.text((_MARGIN + 40, _LEADING + 2 + number * step), line, font=font, fill=_PAPER)
+    return block
+
+
+def _framed(image: Image.Image) -> Image.Image:
+    """The image of B in a frame of its position colours, dark and light as its fields, as maps have it."""
+    x, y = (np.clip(np.arange(-_FRAME, side + _FRAME), 0, side - 1) for side in image.size)
+    framed = np.zeros((len(y), len(x), 3), dtype=np.uint8)
+    first, last, every = np.s_[:_FRAME], np.s_[-_FRAME:], np.s_[:]
+    for rows, columns in ((first, every), (last, every), (every, first), (every, last)):
+        xy = np.stack(np.meshgrid(x[columns], y[rows]), axis=-1)
+        framed[rows, columns] = _chequered_colours(xy, (image.height, image.width))
+    sheet = Image.fromarray(framed)
+    sheet.paste(image, (_FRAME, _FRAME))
+    return sheet
+
+
+def _draw_tag(sheet: Image.Image, name: str, corner: tuple[int, int]) -> None:
+    draw, (left, top) = ImageDraw.Draw(sheet), corner
+    draw.rectangle((left, top, left + 30, top + 32), fill=_INK)
+    draw.text((left + 15, top + 16), name, font=_font(_TEXT), fill=_PAPER, anchor="mm")
 
 
 def draw_match_line(
     draw: ImageDraw.ImageDraw,
     start: tuple[float, float],
     end: tuple[float, float],
-    colour: tuple[int, int, int],
+    colour: Colour,
     radius: int = 5,
     width: int = 2,
 ) -> None:
@@ -253,56 +360,51 @@ def draw_match_line(
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=_INK, width=2)
 
 
-def _draw_bar(sheet: Image.Image, ends: tuple[str, str], place: tuple[int, int, int], font: Font) -> None:
-    left, above, width = place
-    bar = np.repeat(confidence_colours(np.linspace(0, 1, width))[None], 12, axis=0)
-    sheet.paste(Image.fromarray(bar), (left, above))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((left, above + 16), ends[0], font=font, fill=_INK)
-    draw.text((left + width, above + 16), ends[1], font=font, fill=_INK, anchor="ra")
-
-
 def _chequered_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
     """Position colours with every other of 8 x 8 fields darker, to show folds and shifts without hue."""
-    dark = (xy * 8 // (size[1], size[0])).sum(-1, keepdims=True) % 2
-    colours: Pixels = np.rint(position_colours(xy, size) * np.where(dark, 0.7, 1.0)).astype(np.uint8)
+    x, y = ((xy[..., axis] + 0.5) * np.float32(8 / size[1 - axis]) for axis in (0, 1))
+    light = np.where((x.astype(int) + y.astype(int)) % 2, np.float32(0.75), np.float32(1))
+    colours: Pixels = (position_colours(xy, size) * light[..., None]).astype(np.uint8)
     return colours
 
 
-def _tint(image: Pixels, colours: Pixels) -> Pixels:
-    """Colours over the grey image: both position and content stay visible."""
-    grey = image.mean(axis=2, keepdims=True)
-    tinted: Pixels = np.rint(0.65 * colours + 0.35 * grey).astype(np.uint8)
-    return tinted
+def _fit(image: Pixels, box: tuple[float, float]) -> Image.Image:
+    """The image, as large as fits into ``box`` (width, height)."""
+    scale = min(box[0] / image.shape[1], box[1] / image.shape[0])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
 
 
-def _hatch(image: Image.Image, mask: npt.NDArray[np.bool_]) -> Image.Image:
-    """Diagonal stripes over ``mask``, which cannot be mistaken for a part of a photograph."""
-    shown = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
-    y, x = np.indices((image.height, image.width))
-    stripes = _HATCH[(x + y) // 4 % 2]
-    return Image.fromarray(np.where(np.asarray(shown)[..., None], stripes, np.asarray(image)))
+def _join(images: Sequence[Image.Image], across: bool = False, gap: int = _GAP) -> Image.Image:
+    """Images beside each other (``across``) or below each other."""
+    lengths = [image.width if across else image.height for image in images]
+    breadth = max(image.height if across else image.width for image in images)
+    length = sum(lengths) + gap * (len(images) - 1)
+    sheet = Image.new("RGB", (length, breadth) if across else (breadth, length), _PAPER)
+    at = 0
+    for image, own in zip(images, lengths, strict=True):
+        sheet.paste(image, (at, 0) if across else (0, at))
+        at += own + gap
+    return sheet
 
 
-def _enlarge(cells: npt.NDArray[Any], size: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Nearest-neighbour enlargement of a grid ``[rows, columns, ...]`` to an image's size."""
-    rows = np.arange(size[0]) * cells.shape[0] // size[0]
-    columns = np.arange(size[1]) * cells.shape[1] // size[1]
-    return cells[rows[:, None], columns]
-
-
-def _resize(pixels: Pixels, scale: float, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    return Image.fromarray(pixels).resize(size, resample)
+@lru_cache
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size=size)
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines of ``text`` at most ``width`` pixels wide, broken between words."""
+    """Lines of ``text`` at most ``width`` pixels wide, broken between words, and within words that are wider."""
     lines: list[str] = [""]
-    for word in text.split(" "):
+    for word in " ".join(text.splitlines()).split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if font.getlength(longer) <= width or not lines[-1]:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -32,8 +33,13 @@ class _Default(int):
     """An integer default, distinct from the same number passed by the caller."""
 
 
+class _DefaultDevice(str):
+    """As :class:`_Default`, of the published class."""
+
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _Default(11)
+_DEVICE = _DefaultDevice("cuda")
 
 
 class ViTLiFTExtractor(nn.Module):
@@ -55,7 +61,8 @@ class ViTLiFTExtractor(nn.Module):
         facet: ``"key"``, ``"query"``, ``"value"``, ``"token"`` or ``"final"`` (:class:`FrozenViT`).
         model: use this timm ViT or :class:`FrozenViT` instead of building ``model_type``; it is not moved or changed. A
             FrozenViT keeps its own facet, layer, stride and head order.
-        device: of both networks; None is CUDA if available, else the CPU.
+        device: of both networks; None is CUDA if available, else the CPU. If it is omitted where PyTorch sees no CUDA
+            device, the CPU is used, with a warning; a device that you pass is never replaced.
         silent: do not print what was loaded.
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
         random_lift: use a LiFT with random weights, for tests.
@@ -74,7 +81,7 @@ class ViTLiFTExtractor(nn.Module):
     Raises:
         ValueError: for contradictory or invalid arguments.
         WeightsNotFoundError, FileNotFoundError: as :func:`load_backbone`.
-        RuntimeError: if CUDA is requested and not available.
+        RuntimeError: if a CUDA device is passed and not available.
     """
 
     def __init__(
@@ -87,7 +94,7 @@ class ViTLiFTExtractor(nn.Module):
         layer: int | None = _LAYER,
         facet: str = "key",
         model: nn.Module | None = None,
-        device: str | torch.device | None = "cuda",
+        device: str | torch.device | None = _DEVICE,
         silent: bool = False,
         *,
         lift: nn.Module | None = None,
@@ -106,6 +113,13 @@ class ViTLiFTExtractor(nn.Module):
             raise ValueError(f"{' and '.join(given)} exclude each other; give only one")
         if head_order is None:
             head_order = "interleaved" if given else "concatenated"
+        if isinstance(device, _DefaultDevice) and not torch.cuda.is_available():
+            warnings.warn(
+                "PyTorch sees no CUDA device, so ViTLiFTExtractor computes on the CPU; pass device=None (CUDA if there "
+                "is one) or device='cpu'",
+                stacklevel=2,
+            )
+            device = "cpu"
         place = devices.resolve(device)
         dtype = torch.float32 if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
@@ -171,12 +185,12 @@ class ViTLiFTExtractor(nn.Module):
         return self.backbone.random_weights or self._random_lift
 
     def preprocess(
-        self, image_path: str | os.PathLike[str] | Image.Image, load_size: LoadSize = None
+        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None
     ) -> tuple[Tensor, Image.Image]:
         """Read, resize and normalise an image.
 
         Args:
-            image_path: file, or a Pillow image.
+            image_path: file, bytes of one or a binary file object, or a Pillow image.
             load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
 
         Returns:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,12 @@ from ._text import quoted
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
+from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
 from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, whole_patches
 from .map_cache import MapCache
 from .ops.dense_match.bilinear import cells_apart
 from .ops.dense_match.op import match_both_ways
+from .trust import Field, Trust, local_maps, summarise, verify_field
 
 STAGES = ("decode", "backbone", "lift", "match")
 
@@ -64,14 +67,43 @@ class ImageMatches:
     random_weights: bool
     """Backbone or LiFT have random weights: these matches are meaningless."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each of :data:`STAGES`, with ``timing``."""
+    """Seconds of each of :data:`STAGES`, with ``timing``; and of "verify", with ``verify``."""
+    inliers: Tensor | None = None
+    """[...] bool, with ``verify``: valid and within the threshold of ``transform``; nowhere if it found none."""
+    transform: npt.NDArray[np.float64] | None = None
+    """[3, 3] float64, with ``verify``: the homography from pixels of A to pixels of B, or the fundamental or essential
+    matrix; None if it found none."""
+    verification: Verification | None = None
+    """The record of ``verify``: its verdict in words, number and share of inliers."""
+    trust: Trust | None = None
+    """Summary of what these matches are worth, with a warning if they should not be believed."""
+
+    def __repr__(self) -> str:
+        (height_a, width_a), (height_b, width_b) = self.size_a, self.size_b
+        count, valid = self.valid.numel(), int(self.valid.sum())
+        share = f" ({valid / count:.0%})" if count else ""
+        verdict = getattr(getattr(self, "verification", None), "verdict", "")
+        warning = getattr(getattr(self, "trust", None), "warning", "")
+        notes = [verdict, warning, "random weights" if self.random_weights else ""]
+        return (
+            f"ImageMatches(A {width_a} x {height_a}, B {width_b} x {height_b} pixels: {valid} of {count} matches valid"
+            f"{share}{''.join(f'; {note}' for note in notes if note)})"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """The sheet of :meth:`draw`, which notebooks show; None for matches of given points, which have none."""
+        if self.valid.dim() != 2:
+            return None
+        out = io.BytesIO()
+        self.draw().save(out, format="PNG")
+        return out.getvalue()
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """All fields but images and seconds as arrays, as ``lift-fast match`` writes them to its .npz file.
 
         ``xy_a, xy_b, similarity, distance, confidence, valid``, ``size_a, size_b``, ``covered_a, covered_b``,
         ``grid_a, grid_b`` and ``random_weights`` as above; ``loaded_size_a, loaded_size_b``: (height, width) of the
-        loaded images.
+        loaded images. With ``verify``: ``inliers``, and ``transform``, NaN if there is none.
         """
         tensors = ("xy_a", "xy_b", "similarity", "distance", "confidence", "valid")
         arrays = {name: getattr(self, name).cpu().numpy() for name in tensors}
@@ -79,7 +111,17 @@ class ImageMatches:
             arrays[name] = np.array(getattr(self, name))
         for side, image in (("a", self.picture_a), ("b", self.picture_b)):
             arrays[f"loaded_size_{side}"] = np.array((image.height, image.width))
+        if self.inliers is not None:
+            arrays["inliers"] = self.inliers.cpu().numpy()
+            arrays["transform"] = np.full((3, 3), np.nan) if self.transform is None else self.transform
         return arrays
+
+    @property
+    def warning(self) -> str:
+        """Why these matches should not be believed, or ""."""
+        if self.random_weights:
+            return "random weights: these matches mean nothing"
+        return "" if self.trust is None else self.trust.warning
 
     def draw(self, lines: int = 40, caption: str = "") -> Image.Image:
         """Draw the matches on one sheet, see :func:`lift_fast.drawing.draw_matches`.
@@ -106,11 +148,11 @@ class ImageMatches:
                 image_b=frames[1],
                 points=positions[0],
                 matches=positions[1],
-                similarity=self.similarity.cpu().numpy(),
                 confidence=self.confidence.cpu().numpy(),
                 valid=self.valid.cpu().numpy(),
                 caption=caption,
-                warning="random weights: these matches mean nothing" if self.random_weights else "",
+                warning=self.warning,
+                inliers=None if self.inliers is None else self.inliers.cpu().numpy(),
             ),
             lines=lines,
         )
@@ -150,6 +192,10 @@ def match_images(
     normalize: str = "pixel",
     lift_iter: int = 1,
     timing: bool = False,
+    verify: str | None = None,
+    threshold: float | None = None,
+    seed: int = 0,
+    camera: npt.ArrayLike | float | None = None,
     max_side: int | None = None,
     cache: MapCache | None = None,
 ) -> ImageMatches:
@@ -162,13 +208,18 @@ def match_images(
     **Distance.** The match of a pixel p of A is q in B, and the match of q is p' in A: ``distance`` is the length of
     p' - p, x and y measured in cells of A's descriptor map (h x w cells over the loaded image).
 
-    **Confidence** is ``min(max(similarity, 0), 1) * 2 ** -distance``: it halves with each cell of distance. It orders
-    the matches of one pair. It is not a calibrated probability, and not comparable between backbones or values of
-    ``normalize``.
+    **Confidence** says how well a match agrees with the matches around it (:mod:`lift_fast.confidence`). It is about
+    the share of matches that are right to within three eighths of a cell, as measured with the demonstration pair on
+    photographs under known homographies (docs/matching.md); with other backbones it still orders the matches. For
+    ``points``, and for steps above a cell, one pixel of each cell of A is matched besides to find it.
+
+    **Verification** (``verify``) draws points from the dense matches, the most confident one of each quarter of a cell,
+    and finds the matrix that most of them agree with, see :func:`lift_fast.geometry.verify_pairs`. A homography is then
+    refined by aligning the two descriptor maps. The result's ``verification`` says in words whether it succeeded.
 
     Args:
-        a, b: files (EXIF orientation applied), Pillow images, uint8 or 0-to-1 floating point arrays ``[H, W, 3]``
-            or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
+        a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
+            floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
             (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.
@@ -181,6 +232,13 @@ def match_images(
             :func:`lift_fast.dense_match`.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         timing: fill in ``seconds``; waits for the GPU after each stage.
+        verify: ``"homography"`` (a plane, or a camera that only turns), ``"fundamental"`` (a rigid scene),
+            ``"essential"`` (the same with known cameras), or None. Needs OpenCV, the extra ``geometry``.
+        threshold: of ``verify``: largest distance of an inlier in pixels of B; None is three quarters of a cell of B.
+        seed: of ``verify``, 0 to 2^31 - 1.
+        camera: of ``verify="essential"``: ``[3, 3]`` intrinsic matrix in pixels of the original images, ``[2, 3, 3]``
+            for A and B, or the focal length of both, with the principal point in the middle; None guesses that it is
+            1.2 times the longer side (:func:`lift_fast.geometry.guessed_camera`).
         max_side: pixels of the longer side, before rounding: an image that would be longer is loaded at this length;
             see :func:`lift_fast.images.bounded_size`. None is 1792, or four times ``size`` if that is more; there is no
             bound by default unless ``size`` is an integer.
@@ -199,6 +257,13 @@ def match_images(
         max_side = check_whole("max_side", max_side, 1, math.inf)
     for name, value in (("mutual", mutual), ("timing", timing)):
         check_flag(name, value)
+    if verify is not None:
+        check_kind(verify)
+        opencv()
+        threshold = None if threshold is None else check_threshold(threshold)
+        seed = check_whole("seed", seed, 0, SEEDS - 1)
+        focal = as_focal(camera)
+        camera = None if camera is None or focal is not None else np.stack(as_cameras(camera))
     if points is not None and step != 1:
         raise ValueError(f"step={step} thins out the dense layout and does not apply to points; leave it out")
     if cache is not None and not isinstance(cache, MapCache):
@@ -243,19 +308,41 @@ def match_images(
         scale = _pair(sides[0][1] / sizes[0][1], sides[0][0] / sizes[0][0], pixels)
         at = ((pixels + 0.5) * scale).floor().to(torch.int64) - _pair(left, top, pixels, torch.int64)
         at = torch.minimum(at.clamp_min(0), _pair(width - 1, height - 1, pixels, torch.int64)).to(maps[0].device)
-    xy, similarity, distance, confidence, valid = _match_both_ways(
-        maps, (height, width), frame_b, at, normalize, mutual
-    )
+    frames = [
+        _Frame(original, side, rectangle, (m.shape[-2], m.shape[-1]))
+        for original, side, rectangle, m in zip(sizes, sides, covered, maps, strict=True)
+    ]
+
+    def matched(at: Tensor) -> tuple[Field, tuple[Tensor, ...]]:
+        found = _match_both_ways(maps, (height, width), frame_b, at, normalize, mutual)
+        return Field(frames[0].to_cells(at), frames[1].to_cells(found[0]), found[2]), found
+
+    layout, (xy, similarity, distance, valid) = matched(at)
+    field, (rows, columns) = layout, frames[0].grid
+    if pixels is not None or step > min(height / rows, width / columns):
+        field, _ = matched(frames[0].centres(at.device))
+    local = local_maps(field, frames[0].grid)
+    confidence = local.confidence(layout.at, layout.to).masked_fill(distance.isinf(), 0.0)
     clock.lap("match")
-
-    def original(at: Tensor, side: int) -> Tensor:
-        (top, left, _, _), (height, width) = covered[side], sizes[side]
-        scale = _pair(width / sides[side][1], height / sides[side][0], at)
-        return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
-
+    xy_a = frames[0].to_original(at)
+    xy_b = frames[1].to_original(xy).masked_fill((xy < 0).any(-1, keepdim=True), -1.0)
+    verification = inliers = None
+    if verify is not None:
+        verification = verify_field(
+            field,
+            confidence if field is layout else local.confidence(field.at, field.to),
+            (maps[0], maps[1]),
+            verify,
+            (frames[0].matrix(), frames[1].matrix()),
+            threshold=threshold,
+            seed=seed,
+            camera=np.stack([guessed_camera(size, focal) for size in sizes]) if camera is None else camera,
+        )
+        inliers = valid & torch.from_numpy(verification.agrees(xy_a, xy_b)).to(valid.device)
+        clock.lap("verify")
     return ImageMatches(
-        xy_a=original(at, 0),
-        xy_b=original(xy, 1).masked_fill((xy < 0).any(-1, keepdim=True), -1.0),
+        xy_a=xy_a,
+        xy_b=xy_b,
         similarity=similarity,
         distance=distance,
         confidence=confidence,
@@ -270,7 +357,46 @@ def match_images(
         grid_b=(maps[1].shape[2], maps[1].shape[3]),
         random_weights=extractor.random_weights,
         seconds=clock.laps if timing else {},
+        inliers=inliers,
+        transform=None if verification is None else verification.matrix,
+        verification=verification,
+        trust=summarise(valid, field, local, (frames[0].grid, frames[1].grid), verification),
     )
+
+
+class _Frame(NamedTuple):
+    """One image's coordinates: pixels that its map covers, cells of the map, pixels of the original image."""
+
+    original: tuple[int, int]
+    loaded: tuple[int, int]
+    covered: Rectangle
+    grid: tuple[int, int]
+
+    def to_cells(self, at: Tensor) -> Tensor:
+        """``[..., 2]`` float32 (x, y) in cells: the centre of the first one is (0.5, 0.5)."""
+        cells = _pair(self.grid[1] / self.covered[3], self.grid[0] / self.covered[2], at)
+        return ((at + 0.5) * cells).to(torch.float32)
+
+    def to_original(self, at: Tensor) -> Tensor:
+        """``[..., 2]`` float32 (x, y) in pixels of the original image."""
+        top, left = self.covered[:2]
+        scale = _pair(self.original[1] / self.loaded[1], self.original[0] / self.loaded[0], at)
+        return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
+
+    def matrix(self) -> npt.NDArray[np.float64]:
+        """``[3, 3]``: from (x, y, 1) in cells to pixels of the original image."""
+        (top, left, height, width), (h, w) = self.covered, self.grid
+        x, y = self.original[1] / self.loaded[1], self.original[0] / self.loaded[0]
+        return np.array([[width / w * x, 0, left * x - 0.5], [0, height / h * y, top * y - 0.5], [0, 0, 1.0]])
+
+    def centres(self, device: torch.device) -> Tensor:
+        """``[h, w, 2]`` int64 (x, y): the covered pixel at the centre of each cell."""
+        height, width = self.covered[2:]
+        ys, xs = (
+            ((torch.arange(n, dtype=torch.float64, device=device) + 0.5) * (side / n)).floor().to(torch.int64)
+            for n, side in zip(self.grid, (height, width), strict=True)
+        )
+        return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
 
 
 def _descriptor_maps(
@@ -295,25 +421,17 @@ def _descriptor_maps(
 
 def _match_both_ways(
     maps: Sequence[Tensor], size_a: tuple[int, int], size_b: tuple[int, int], at: Tensor, normalize: str, mutual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance, confidence and valid ``[...]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance and valid ``[...]``."""
     start = at.reshape(1, -1, 2)
     points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
     similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
     found = xy[..., 0] >= 0
     distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
     distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
-    similarity = similarity.to(torch.float32)
-    confidence = (similarity.clamp(0, 1) * torch.exp2(-distance)).masked_fill(~found, 0.0)
     valid = found & (distance <= 1) if mutual else found
     shape = at.shape[:-1]
-    return (
-        xy.view(*shape, 2),
-        similarity.view(shape),
-        distance.view(shape),
-        confidence.view(shape),
-        valid.view(shape),
-    )
+    return xy.view(*shape, 2), similarity.to(torch.float32).view(shape), distance.view(shape), valid.view(shape)
 
 
 def _whole_patches(

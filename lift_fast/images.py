@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ._files import natural_key, require_regular_file
@@ -23,7 +24,8 @@ from .checks import as_whole
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 LoadSize = int | tuple[int, int] | None
-AnyImage = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor
+ImageFile = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
+AnyImage = ImageFile | Image.Image | npt.NDArray[Any] | Tensor
 
 
 # 8192 x 4096, twice a photograph of 4096 x 4096; in float32 the network's input takes 400 MB.
@@ -31,6 +33,9 @@ _DEFAULT_PIXELS = 1 << 25
 _most_pixels = _DEFAULT_PIXELS
 # Files are often larger than the loaded image: 16384 x 8192, a 16K panorama, by default.
 _FILE = 4
+# No format takes more for a pixel than four channels of 16 bits; and a stream may have no end.
+_BYTES_OF_A_PIXEL, _BYTES_BESIDE = 8, 1 << 24
+_CHUNK = 1 << 20
 # One token for each 8 x 8 pixels, the smallest usual patch.
 _PIXELS_OF_A_TOKEN = 64
 _STRIP_PIXELS = 1 << 22
@@ -107,30 +112,42 @@ def check_cells(height: int, width: int, what: str) -> None:
         )
 
 
-def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upright: bool = True) -> Image.Image:
+def read_image(
+    path: ImageFile, at_least: int | None = None, *, upright: bool = True, name: str = "image"
+) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
     Transparent pixels become white. 16-bit images are scaled to 8 bits. Floating point images must lie in 0 to 1. Only
     the first of several frames is read.
 
     Args:
-        path: the file.
+        path: the file; or what is in one: bytes, or a binary file object, which is read from its start (from where it
+            is if it cannot go back) and not closed. Nothing is downloaded, but what
+            ``urllib.request.urlopen(url)`` gives is such an object.
         at_least: a JPEG file may be decoded at a half, quarter or eighth of its size, several times faster, if both
             sides keep this many pixels; None decodes it at full size.
         upright: apply the EXIF orientation. False keeps the pixels as stored, which annotations refer to.
+        name: of what is read, for errors about bytes and file objects.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        TypeError: if ``path`` is not a path.
+        TypeError: if ``path`` is none of these, or a file object that gives text.
         ValueError: naming the file, if it is not an image, is truncated, is not a regular file (pipes and devices are
             never opened), or has more than four times :func:`max_pixels` pixels or more than Pillow's limit.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
-    path = Path(path)
-    require_regular_file(path, "image")
+    source: Path | io.BytesIO
+    if isinstance(path, (str, os.PathLike)):
+        require_regular_file(path, "image")
+        source, name = Path(path), quoted(Path(path))
+    elif isinstance(path, (bytes, bytearray, memoryview)) or hasattr(path, "read"):
+        source = io.BytesIO(_content(path, name))
+    else:
+        raise TypeError(
+            f"{'path' if name == 'image' else name} must be a path, the bytes of a file or a binary file object, got "
+            f"{type(path).__name__}"
+        )
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             width, height = image.size
             if width * height > _FILE * _most_pixels:
                 raise Image.DecompressionBombError(
@@ -143,11 +160,13 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None, *, upr
             return to_rgb(_upright(image) if upright else image)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{quoted(path)} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
+            f"{name} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
             "(--max-pixels N, lift_fast.images.set_max_pixels)"
         ) from error
     except Exception as error:
-        raise ValueError(f"{quoted(path)} cannot be read as an image: {said(error)}") from error
+        # Pillow's message for bytes ends with the address of an object.
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else said(error)
+        raise ValueError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def exif_orientation(path: str | os.PathLike[str]) -> int:
@@ -170,19 +189,20 @@ def as_image(image: AnyImage, name: str = "image") -> Image.Image:
     """Convert an image in any usual form to 8-bit RGB, upright.
 
     Args:
-        image: file (:func:`read_image`); Pillow image (its EXIF orientation is applied); NumPy array ``[H, W, 3]``,
-            ``[H, W, 1]`` or ``[H, W]``, or tensor ``[3, H, W]``, ``[1, H, W]`` or ``[H, W]`` on any device. Arrays and
-            tensors are RGB or grey, uint8, or floating point from 0 to 1 (rounded to 8 bits).
+        image: file, bytes of one or a binary file object (:func:`read_image`); Pillow image (its EXIF orientation is
+            applied); NumPy array ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]``, or tensor ``[3, H, W]``, ``[1, H, W]`` or
+            ``[H, W]`` on any device. Arrays and tensors are RGB or grey, uint8, or floating point from 0 to 1 (rounded
+            to 8 bits).
         name: of the argument, for errors.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         TypeError: for any other type.
-        ValueError: for a file or Pillow image that cannot be read, for other shapes, dtypes or values, and for a
+        ValueError: for a file, bytes or Pillow image that cannot be read, for other shapes, dtypes or values, and for a
             tensor that is sparse, nested, quantized or on the meta device.
     """
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        return read_image(image, name=name)  # type: ignore[arg-type]  # mypy does not narrow by hasattr
     if isinstance(image, Image.Image):
         try:
             rgb = to_rgb(_upright(image))
@@ -201,7 +221,10 @@ def as_image(image: AnyImage, name: str = "image") -> Image.Image:
     elif isinstance(image, np.ndarray):
         array, layout = image, "[H, W, 3], [H, W, 1] or [H, W]"
     else:
-        raise TypeError(f"{name} must be a path, a PIL.Image, a NumPy array or a tensor, got {type(image).__name__}")
+        raise TypeError(
+            f"{name} must be a path, bytes, a binary file object, a PIL.Image, a NumPy array or a tensor, got "
+            f"{type(image).__name__}"
+        )
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
         raise ValueError(f"{name} must be {layout}, got {list(image.shape)}")
     if np.issubdtype(array.dtype, np.floating):
@@ -449,6 +472,35 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.getexif().get(_ORIENTATION) not in range(2, 9):
         return image
     return ImageOps.exif_transpose(image)
+
+
+def _content(file: bytes | bytearray | memoryview | IO[bytes], name: str) -> bytes:
+    """What bytes or a binary file object hold: a bounded number of bytes, and not none."""
+    most = _BYTES_OF_A_PIXEL * _FILE * _most_pixels + _BYTES_BESIDE
+    content = bytearray()
+    try:
+        if isinstance(file, (bytes, bytearray, memoryview)):
+            content = bytearray(file)
+        else:
+            with suppress(AttributeError, OSError):
+                # A buffer that was just written stands at its end.
+                file.seek(0)
+            while len(content) <= most and (part := file.read(_CHUNK)):
+                content += part
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a binary file object, whose read() gives bytes: {said(error)}; open it in mode 'rb'"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {said(error)}") from error
+    if not content:
+        raise ValueError(f"{name} holds no bytes; an answer of the network can be read only once")
+    if len(content) > most:
+        raise ValueError(
+            f"{name} is too large: more than {most} bytes. If you trust it, raise the limit "
+            "(lift_fast.images.set_max_pixels)"
+        )
+    return bytes(content)
 
 
 def _positive(value: object) -> int:

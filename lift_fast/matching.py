@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ._text import shown
-from .checks import FLOATS, check_dense, check_flag, check_pair, check_sets, check_size, check_whole, check_window
+from .checks import (
+    FLOATS,
+    as_tensor,
+    check_dense,
+    check_flag,
+    check_pair,
+    check_sets,
+    check_size,
+    check_whole,
+    check_window,
+)
 from .ops.dense_match import op as _dense_match_op  # noqa: F401  registers torch.ops.lift_fast.dense_match
 from .ops.nearest import op as _nearest_op  # noqa: F401  registers torch.ops.lift_fast.nearest
 
@@ -33,7 +44,7 @@ class Window(NamedTuple):
 
 
 class NearestResult(NamedTuple):
-    """Result of :func:`nearest`."""
+    """Result of :func:`nearest`; shown in one line, with the shapes instead of the values."""
 
     similarity: Tensor
     """[..., N, k] float32 (float64 for float64 input), descending; -inf where there is no match."""
@@ -42,9 +53,12 @@ class NearestResult(NamedTuple):
     valid: Tensor
     """[..., N] bool: the best match exists and passes the requested mutual and ratio tests."""
 
+    def __repr__(self) -> str:
+        return _one_line(self)
+
 
 class DenseMatches(NamedTuple):
-    """Result of :func:`dense_match`."""
+    """Result of :func:`dense_match`; shown in one line, with the shapes instead of the values."""
 
     similarity: Tensor
     """[B, P] float32 (float64 for float64 input); -inf where there is no match."""
@@ -53,10 +67,13 @@ class DenseMatches(NamedTuple):
     valid: Tensor
     """[B, P] bool: a match exists and, with ``mutual``, leads back to the query pixel."""
 
+    def __repr__(self) -> str:
+        return _one_line(self)
+
 
 def nearest(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | npt.NDArray[Any],
+    key: Tensor | npt.NDArray[Any],
     *,
     k: int = 1,
     mutual: bool = False,
@@ -72,7 +89,7 @@ def nearest(
     everything. If fewer than ``k`` keys can be chosen, the rest is index -1 and similarity -inf.
 
     Args:
-        query: ``[..., N, C]`` float32, bfloat16, float16 or float64.
+        query: ``[..., N, C]`` float32, bfloat16, float16 or float64. NumPy arrays are taken as tensors on the CPU.
         key: ``[..., M, C]``, same dtype and device; leading dimensions broadcast.
         k: matches per query, >= 1; at most M, or 65,536 where that is more.
         mutual: keep a match only if the query is also the best one of that key.
@@ -89,12 +106,13 @@ def nearest(
             query's and key's lengths), and any of several keys so close may be chosen.
 
     Returns:
-        :class:`NearestResult` ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
+        :class:`NearestResult` of tensors ``(similarity [..., N, k], index [..., N, k], valid [..., N])``.
 
     Raises:
-        TypeError: for inputs that are not tensors or of another dtype.
+        TypeError: for inputs that are neither tensors nor arrays, or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
+    query, key = as_tensor("query", query), as_tensor("key", key)
     check_pair("query", query, "key", key)
     if query.dim() < 2 or key.dim() < 2:
         raise ValueError(f"query must be [..., N, C] and key [..., M, C], got {_shape(query)} and {_shape(key)}")
@@ -137,12 +155,12 @@ def nearest(
 
 
 def dense_match(
-    query_map: Tensor,
-    key_map: Tensor,
+    query_map: Tensor | npt.NDArray[Any],
+    key_map: Tensor | npt.NDArray[Any],
     query_size: Sequence[int],
     key_size: Sequence[int],
     *,
-    points: Tensor | None = None,
+    points: Tensor | npt.NDArray[Any] | None = None,
     normalize: str | None = "grid",
     mutual: bool | float = False,
 ) -> DenseMatches:
@@ -161,6 +179,7 @@ def dense_match(
 
     Args:
         query_map, key_map: ``[B, C, h, w]``, floating point, dense, same B, C, dtype and device; grids may differ.
+            NumPy arrays, also of ``points``, are taken as tensors on the CPU.
         query_size, key_size: ``(H, W)`` in pixels, each side at most 2^20. Key images of more than 2^30 pixels (with
             ``"pixel"`` 2^24) are searched in parts.
         points: ``[B, P, 2]`` (x, y) pixels of the query image, rounded down to whole pixels; None for every pixel
@@ -173,12 +192,14 @@ def dense_match(
             of a dense layout pass the strict test, because many share one match; 1.0 serves them.
 
     Returns:
-        :class:`DenseMatches` ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
+        :class:`DenseMatches` of tensors ``(similarity [B, P], xy [B, P, 2], valid [B, P])``.
 
     Raises:
-        TypeError: for inputs that are not tensors or of another dtype.
+        TypeError: for inputs that are neither tensors nor arrays, or of another dtype.
         ValueError: for shapes, sizes, devices or options that do not fit, and for points outside the image.
     """
+    query_map, key_map = as_tensor("query_map", query_map), as_tensor("key_map", key_map)
+    points = None if points is None else as_tensor("points", points)
     check_pair("query_map", query_map, "key_map", key_map)
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
         if tensor.dim() != 4 or 0 in tensor.shape:
@@ -222,6 +243,18 @@ def _check_mutual(mutual: object) -> tuple[bool, float]:
     if not 0 <= mutual < math.inf:
         raise ValueError(f"mutual must be a number of cells, 0.0 or more, got {mutual}")
     return True, float(mutual)
+
+
+def _one_line(result: NearestResult | DenseMatches) -> str:
+    fields = ", ".join(
+        f"{name}={f'{value.dtype}'[6:]}{list(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
+        for name, value in zip(result._fields, result, strict=True)
+    )
+    valid = result.valid
+    # Tensors without values, such as those of a compiler, cannot be counted.
+    if type(valid) is Tensor and not valid.is_meta:
+        fields += f", {int(valid.sum())} of {valid.numel()} valid, on {valid.device}"
+    return f"{type(result).__name__}({fields})"
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ._text import shown
-from .checks import check_dense, check_flag, check_pair, check_sets, check_whole, check_window
+from .checks import as_tensor, check_dense, check_flag, check_pair, check_sets, check_whole, check_window
 from .ops import propagate_labels as _propagate_labels_op  # noqa: F401  registers torch.ops.lift_fast.propagate_labels
 
 _LARGEST = sys.float_info.max
 
 
 def propagate_labels(
-    query: Tensor,
-    key: Tensor,
-    labels: Tensor,
+    query: Tensor | npt.NDArray[Any],
+    key: Tensor | npt.NDArray[Any],
+    labels: Tensor | npt.NDArray[Any],
     *,
     grid: tuple[int, int],
     radius: int | None = 12,
@@ -43,7 +45,8 @@ def propagate_labels(
     result becomes a map again by ``.transpose(-1, -2).unflatten(-1, grid)``.
 
     Args:
-        query: ``[..., N, C]`` float32, bfloat16, float16 or float64, row-major cells of ``grid``.
+        query: ``[..., N, C]`` float32, bfloat16, float16 or float64, row-major cells of ``grid``. NumPy arrays, also
+            below, are taken as tensors on the CPU.
         key: ``[..., M, C]``, same dtype and device: any number of context frames, each a ``key_grid``, one after the
             other.
         labels: ``[..., M, L]`` floating point, same device: one row for each key, such as one-hot or soft masks of L
@@ -58,12 +61,13 @@ def propagate_labels(
         normalize: cosine similarity (each descriptor divided by max(norm, 1e-12)); False: dot product.
 
     Returns:
-        ``[..., N, L]`` float32 (float64 for float64 descriptors).
+        A tensor ``[..., N, L]``, float32 (float64 for float64 descriptors).
 
     Raises:
-        TypeError: for inputs that are not tensors or of another dtype.
+        TypeError: for inputs that are neither tensors nor arrays, or of another dtype.
         ValueError: for shapes, devices or options that do not fit.
     """
+    query, key, labels = as_tensor("query", query), as_tensor("key", key), as_tensor("labels", labels)
     check_pair("query", query, "key", key)
     if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int32, torch.int64, torch.bool):
         raise TypeError(

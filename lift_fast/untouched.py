@@ -38,9 +38,9 @@ def _only_watches(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
-def is_timms(module: nn.Module) -> bool:
-    """Whether ``forward`` of the module's class is timm's own."""
-    return type(module).forward.__module__.startswith("timm.")
+def is_original(module: nn.Module) -> bool:
+    """Whether ``forward`` of the module's class is timm's own, or that of this package's twin of it."""
+    return type(module).forward.__module__.startswith(("timm.", "lift_fast.backbones.network"))
 
 
 class Unchanged:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from lift_fast.cli import main
-from lift_fast.images import read_image
+from lift_fast.images import as_image, read_image
 
 # Of the processor, since others may be using it too; and on the clock, for what waits.
 SECONDS, WAITED = 5.0, 60.0
@@ -214,6 +214,8 @@ def read(path: Path) -> str:
             image = read_image(path)
         except (ValueError, OSError) as error:
             said = str(error)
+    # A large one once, and as one of the two others.
+    same_in_memory(path, image, twice=path.stat().st_size < 1 << 20)
     if image is None:
         assert one_line(said, path), f"{path.name}: {said}"
         return "refused"
@@ -226,6 +228,25 @@ def read(path: Path) -> str:
         assert found.shape == wanted.shape, f"{path.name}: {found.shape} for {wanted.shape}"
         assert np.abs(found - wanted).max() <= 1.01, f"{path.name}: pixels differ"
     return "read"
+
+
+def same_in_memory(path: Path, image: Image.Image | None, twice: bool) -> None:
+    """The same from the file's bytes and from a file object, with its name in the message instead of a path."""
+    content = path.read_bytes()
+    for source in (content, io.BytesIO(content))[: 1 + twice]:
+        found, said = None, ""
+        with in_time(path.name):
+            try:
+                found = as_image(source, "photo")
+            except ValueError as error:
+                said = str(error)
+        assert (found is None) == (image is None), f"{path.name}: {said}"
+        if image is None or found is None:
+            assert said.startswith("photo "), f"{path.name}: {said}"
+            assert said.isprintable(), path.name
+        else:
+            assert found.size == image.size, path.name
+            assert found.tobytes() == image.tobytes(), path.name
 
 
 @contextlib.contextmanager

@@ -34,8 +34,11 @@ OTHERS = {
     "float8": (lambda t: t.to(torch.float8_e5m2), "float8_e5m2"),
     "complex": (lambda t: t.to(torch.complex64), "complex64"),
     "bool": (lambda t: t > 0, "bool"),
+    "list": (lambda t: t.tolist(), "list"),
     "numpy": (lambda t: t.numpy(), "ndarray"),
 }
+# Matching takes arrays, networks and losses do not.
+ARRAYS = ("nearest", "nearest in a window", "dense_match", "propagate_labels")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -44,6 +47,8 @@ OTHERS = {
 def test_other_tensors_are_named(call, argument, other):
     function, arguments = CALLS[call]
     change, named = OTHERS[other]
+    if other == "numpy" and call in ARRAYS:
+        change, named = lambda t: np.ma.masked_invalid(t.numpy()), "masked"
     with pytest.raises((TypeError, ValueError)) as caught:
         function(**{**arguments, argument: change(arguments[argument])})
     assert named in str(caught.value)

@@ -182,7 +182,7 @@ def test_import_is_light():
         before = set(sys.modules)
         import lift_fast
         new = {name.partition(".")[0] for name in set(sys.modules) - before}
-        heavy = sorted(new & {"timm", "triton", "PIL", "matplotlib", "torchvision", "skimage"})
+        heavy = sorted(new & {"timm", "triton", "PIL", "matplotlib", "torchvision", "skimage", "huggingface_hub"})
         print(json.dumps([heavy, "lift_fast._C" in sys.modules, torch.cuda.is_initialized()]))
     """
     heavy, core, cuda = python(code)

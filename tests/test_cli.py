@@ -83,7 +83,9 @@ def test_match(images, tmp_path, capsys, lift):
     assert min(loaded_a) == min(loaded_b) == 64
     factor = {0: 1, 1: 2, 3: 4}[len(lift)]
     assert figures["grid_a"] == [factor * (loaded_a[0] // 16), factor * (loaded_a[1] // 16)]
-    assert set(figures["seconds"]) == {"model", "decode", "backbone", "lift", "match", "draw"}
+    seconds = figures["seconds"]
+    assert set(seconds) == {"imports", "model", "decode", "backbone", "lift", "match", "draw", "total"}
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"] + 0.001
     assert figures["random_weights"] is True
     with Image.open(out) as sheet:
         assert sheet.size[0] == 1600
@@ -136,7 +138,8 @@ def test_match_says_what_it_does(images, tmp_path, capsys):
     assert "random weights: these features mean nothing" in captured.err
     assert str(tmp_path / "m.npz") in captured.err
     stages = [line.split() for line in captured.out.splitlines()]
-    assert [stage[0] for stage in stages] == ["model", "decode", "backbone", "lift", "match", "draw"]
+    names = ["imports", "model", "decode", "backbone", "lift", "match", "draw", "total"]
+    assert [stage[0] for stage in stages] == names
     assert all(float(seconds) >= 0 and unit == "s" for _, seconds, unit in stages)
     assert run("match", *images, "--out", tmp_path / "m.png", *TINY, "--quiet") == 0
     captured = capsys.readouterr()

@@ -26,7 +26,8 @@ from lift_fast.evaluation.davis import (
     score_sequence,
 )
 from lift_fast.evaluation.davis import dataset as reader
-from lift_fast.evaluation.davis.protocol import cell_labels, enlarge_covered, hard_mask, normalize_channels
+from lift_fast.tracking.labels import cell_labels, enlarge_covered, hard_mask, normalize_channels
+from lift_fast.tracking.masks import usual_palette, write_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +156,7 @@ def test_the_whole_protocol_in_float64(tmp_path, seed, size):
         folder = tmp_path / "out" / sequence.name
         folder.mkdir(parents=True)
         for frame, mask in zip(sequence.frames, masks, strict=True):
-            reader.write_mask(folder / f"{frame.stem}.png", mask, PALETTE)
+            write_mask(folder / f"{frame.stem}.png", mask, PALETTE)
         annotations = [np.asarray(Image.open(sequence.annotation(frame))) for frame in sequence.frames]
         expected = slow_scores(annotations, masks)
         for number, scores in enumerate(score_sequence(sequence, folder, threads=2).objects(), start=1):
@@ -229,7 +230,7 @@ def test_perfect_features_propagate_perfectly(tmp_path):
     out = tmp_path / "out/cells"
     out.mkdir(parents=True)
     for frame, mask in zip(sequence.frames, found, strict=True):
-        reader.write_mask(out / f"{frame.stem}.png", mask, PALETTE)
+        write_mask(out / f"{frame.stem}.png", mask, PALETTE)
     scores = score_sequence(sequence, out)
     # Bilinear enlargement leaves straight edges where they are. From each corner it takes the six pixels at which the
     # product of two weights 9/16, 11/16, 13/16, 15/16 is below one half, not where the object touches the border.
@@ -284,14 +285,14 @@ def test_written_masks_keep_the_palette_of_the_data_set(tmp_path):
     dataset = Davis(write_davis(tmp_path))
     assert dataset.palette == PALETTE
     mask = np.array([[0, 1, 2], [3, 0, 200]], dtype=np.uint8)
-    reader.write_mask(tmp_path / "mask.png", mask, dataset.palette)
+    write_mask(tmp_path / "mask.png", mask, dataset.palette)
     with Image.open(tmp_path / "mask.png") as image:
         assert image.mode == "P"
         assert image.getpalette() == PALETTE
         assert np.array_equal(np.asarray(image), mask)
     # PASCAL VOC's first colours.
-    assert reader.usual_palette()[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
-    assert len(reader.usual_palette()) == 768
+    assert usual_palette()[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
+    assert len(usual_palette()) == 768
 
 
 def test_void_is_background(tmp_path):
@@ -306,7 +307,7 @@ def test_void_is_background(tmp_path):
     for frame in sequence.frames:
         found = np.asarray(Image.open(sequence.annotation(frame))).copy()
         found[found == 255] = 0
-        reader.write_mask(out / f"{frame.stem}.png", found, PALETTE)
+        write_mask(out / f"{frame.stem}.png", found, PALETTE)
     assert float(score_sequence(sequence, out).j.min()) == 1
 
 

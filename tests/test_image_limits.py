@@ -329,7 +329,7 @@ PICTURES = {
     "no width": (lambda: Image.new("L", (0, 5)), ValueError, "is empty, 0 x 5 pixels"),
     "number": (lambda: 5, TypeError, "got int"),
     "None": (lambda: None, TypeError, "got NoneType"),
-    "bytes": (lambda: b"a.png", TypeError, "got bytes"),
+    "bytes of a name": (lambda: b"a.png", ValueError, "cannot be read as an image: its format is not known"),
     "NaN": (lambda: Image.fromarray(np.full((20, 20), np.nan, np.float32)), ValueError, "must lie in 0 to 1"),
 }
 ARRAYS = {

@@ -289,7 +289,7 @@ assert came and all(torch.equal(*pair) for pair in zip(found, expected))
 
 
 def test_a_command_may_be_interrupted_while_pytorch_loads():
-    """The package looks after Ctrl-C before it asks for PyTorch, which takes seconds to load."""
+    """The command line looks after Ctrl-C before it asks for PyTorch, which takes seconds to load."""
     code = """
 import signal, sys
 class Watch:
@@ -298,8 +298,9 @@ class Watch:
             print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)
             sys.exit(3)
 sys.meta_path.insert(0, Watch())
-sys.argv[0] = "lift-fast"
-import lift_fast
+sys.argv = ["lift-fast", "info"]
+from lift_fast.cli import main
+main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "True\n"), done.stderr

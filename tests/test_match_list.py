@@ -325,7 +325,7 @@ def test_sheets_by_ending(ending, format, folder):
         assert Path("sheet.pdf").read_bytes().startswith(b"%PDF-")
     else:
         with Image.open(f"sheet{ending}") as sheet:
-            assert (sheet.format, sheet.mode, sheet.width) == (format, "RGB", 1600)
+            assert (sheet.format, sheet.mode) == (format, "RGB")
             # The bar that says random weights, as red as it was drawn.
             assert np.abs(np.subtract(sheet.getpixel((700, 4)), (176, 32, 32))).max() <= 8
     assert Path("sheet.npz").is_file()

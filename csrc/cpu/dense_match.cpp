@@ -156,7 +156,8 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
     call.window_spans = window_spans.get();
   }
 
-  std::vector<std::int32_t> y_strip, x_strip, row_best(static_cast<std::size_t>(call.rows));
+  std::vector<std::int32_t> y_strip, x_strip;
+  std::vector<DenseMatchRow> row(static_cast<std::size_t>(call.rows));
   for (auto [strip, axis] : {std::pair{&y_strip, &y}, std::pair{&x_strip, &x}}) {
     strip->assign(static_cast<std::size_t>(axis->cells), -1);
     for (std::int64_t s = 0; s < axis->strips; ++s) (*strip)[axis->high[s]] = static_cast<std::int32_t>(s);
@@ -164,7 +165,7 @@ void dense_match_run(DenseMatchCall call, CpuIsa isa) {
   }
   call.y_strip = y_strip.data();
   call.x_strip = x_strip.data();
-  call.row_best = row_best.data();
+  call.row = row.data();
 
   if (call.groups < call.threads) call.threads = static_cast<int>(call.groups);
   call.layout = layout(call);

@@ -27,6 +27,13 @@ struct DenseMatchScratch {
   std::int64_t upper, rows, bounds, weights, best, index, end;
 };
 
+// What is known of a row of the table.
+struct DenseMatchRow {
+  std::int32_t best;  // most similar key cell, -1 if no similarity is finite
+  float largest;      // magnitude of those that are finite
+  bool finite;        // all are
+};
+
 struct DenseMatchCall {
   const float* table;  // [rows, y.cells * x.cells] similarities of query cells to key cells
   std::int64_t rows;
@@ -57,7 +64,7 @@ struct DenseMatchCall {
   const float* window_spans;  // [14, y.strips, strips_padded]
   const std::int32_t* y_strip;  // [y.cells] a strip that begins or ends at the cell, or -1
   const std::int32_t* x_strip;
-  std::int32_t* row_best;  // [rows] most similar key cell
+  DenseMatchRow* row;  // [rows]
   DenseMatchScratch layout;
   float* scratch;  // layout.end words for each thread
 };

@@ -1,43 +1,16 @@
 // The dense matcher.
-#include "dense_match.hpp"
-#include "simd/simd.hpp"
+#include "dense_match_values.hpp"
 #include "threads.hpp"
 
 namespace lift_fast {
 namespace {
 
 constexpr std::int64_t kBlock = dense_match_block;
-// Rounding may lift a value above its corners: three interpolations, a scale, and the bound's own.
-constexpr float kSlack = 16 * __FLT_EPSILON__;
+// Rounding may lift a value above its corners: interpolation on both sides, a scale, and the bound's own.
+constexpr float kSlack = 32 * __FLT_EPSILON__;
 
 // The index of a point without a match, above every pixel.
 constexpr std::int32_t kNone = 0x7fffffff;
-
-// Zero, or NaN if the value is not finite.
-template <class T>
-T zero_if_finite(T value) {
-  return value - value;
-}
-// The larger of two values that are finite or NaN; NaN if either is.
-template <class T>
-T larger_or_nan(T a, T b) {
-  return larger(a, b) + (zero_if_finite(a) + zero_if_finite(b));
-}
-inline float lane_max(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = larger(best, v[i]);
-  return best;
-}
-inline float lane_min(Vec v) {
-  float least = v[0];
-  for (int i = 1; i < kLanes; ++i) least = v[i] < least ? v[i] : least;
-  return least;
-}
-
-// A value for each of the four query cells around a group.
-typedef float Quad __attribute__((vector_size(16)));
-inline Quad magnitude(Quad v) { return larger(v, -v); }
-inline float quad_max(Quad v) { return larger(larger(v[0], v[1]), larger(v[2], v[3])); }
 
 class Matcher {
  public:
@@ -54,6 +27,7 @@ class Matcher {
         inverse_(shares_ + 3 * kBlock),
         best_(scratch + call.layout.best),
         index_(reinterpret_cast<std::int32_t*>(scratch + call.layout.index)) {
+    for (std::int64_t row = 0; row < call.rows; ++row) finite_ &= call.row[row].finite;
     // Consecutive strips between neighbouring cells can be read as vectors.
     const DenseMatchAxis& x = call.x;
     regular_first_ = 0;
@@ -67,8 +41,13 @@ class Matcher {
 
   void match(std::int64_t group) {
     for (int i = 0; i < 4; ++i) row_[i] = call_.table + call_.corners[4 * group + i] * cells_;
-    bound_cells();
-    bound_patches();
+    if (finite_) {
+      bound_cells<true>();
+      bound_patches<true>();
+    } else {
+      bound_cells<false>();
+      bound_patches<false>();
+    }
     seed(group);
     if (call_.corner_gram != nullptr) {
       gram_ = call_.corner_gram + 10 * group;
@@ -82,39 +61,33 @@ class Matcher {
 
  private:
   // The largest similarity of the group's corners to each key cell; NaN if one is not finite.
+  template <bool kFinite>
   void bound_cells() {
-    Vec magnitude{};
     std::int64_t k = 0;
     for (; k + kLanes <= cells_; k += kLanes) {
-      const Vec a = load(row_[0] + k), b = load(row_[1] + k), c = load(row_[2] + k), d = load(row_[3] + k);
-      const Vec most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const Vec zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
-      store(upper_ + k, most + zero);
-      magnitude = larger(larger(most, least) + zero, magnitude);
+      const auto two = [&](int i) { return larger_or_nan<kFinite>(load(row_[i] + k), load(row_[i + 1] + k)); };
+      store(upper_ + k, larger_or_nan<kFinite>(two(0), two(2)));
     }
-    largest_ = lane_max(magnitude);
     for (; k < cells_; ++k) {
-      const float a = row_[0][k], b = row_[1][k], c = row_[2][k], d = row_[3][k];
-      const float most = larger(larger(a, b), larger(c, d)), least = larger(larger(-a, -b), larger(-c, -d));
-      const float zero = (zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d));
-      upper_[k] = most + zero;
-      largest_ = larger(larger(most, least) + zero, largest_);
+      const auto two = [&](int i) { return larger_or_nan<kFinite>(row_[i][k], row_[i + 1][k]); };
+      upper_[k] = larger_or_nan<kFinite>(two(0), two(2));
     }
   }
 
   // The same for each patch, with the scales.
+  template <bool kFinite>
   void bound_patches() {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
     const std::int64_t padded = call_.strips_padded;
     for (std::int64_t cell = 0; cell < y.cells; ++cell) {
       const float* upper = upper_ + cell * x.cells;
       float* row = rows_ + cell * padded;
-      const auto one = [&](std::int64_t s) { row[s] = larger_or_nan(upper[x.low[s]], upper[x.high[s]]); };
+      const auto one = [&](std::int64_t s) { row[s] = larger_or_nan<kFinite>(upper[x.low[s]], upper[x.high[s]]); };
       std::int64_t s = 0;
       for (; s < regular_first_; ++s) one(s);
       for (const float* from = upper + (regular_first_ < x.strips ? x.low[regular_first_] : 0) - regular_first_;
            s + kLanes <= regular_end_; s += kLanes) {
-        store(row + s, larger_or_nan(load(from + s), load(from + s + 1)));
+        store(row + s, larger_or_nan<kFinite>(load(from + s), load(from + s + 1)));
       }
       for (; s < x.strips; ++s) one(s);
       for (; s < padded; ++s) row[s] = __builtin_nanf("");
@@ -123,7 +96,7 @@ class Matcher {
       const float *near = rows_ + y.low[s] * padded, *far = rows_ + y.high[s] * padded;
       float* bounds = bounds_ + s * padded;
       for (std::int64_t i = 0; i < padded; i += kLanes) {
-        Vec bound = larger_or_nan(load(near + i), load(far + i));
+        Vec bound = larger_or_nan<kFinite>(load(near + i), load(far + i));
         if (call_.scale != nullptr) {
           const Vec high = load(call_.scale_high + s * padded + i), low = load(call_.scale_low + s * padded + i);
           bound *= bound > 0 ? high : low;
@@ -131,7 +104,9 @@ class Matcher {
         store(bounds + i, bound);
       }
     }
-    slack_ = kSlack * largest_ * call_.scale_largest;
+    float largest = 0.0f;
+    for (const float* row : row_) largest = larger(call_.row[(row - call_.table) / cells_].largest, largest);
+    slack_ = kSlack * largest * call_.scale_largest;
   }
 
   // Patches with good matches of the group's corners, and so of the pixels between them: a high threshold from the
@@ -139,7 +114,7 @@ class Matcher {
   void seed(std::int64_t group) {
     seeds_ = 0;
     for (int i = 0; i < 4; ++i) {
-      const std::int32_t cell = call_.row_best[call_.corners[4 * group + i]];
+      const std::int32_t cell = call_.row[call_.corners[4 * group + i]].best;
       if (cell < 0) continue;
       const std::int64_t near_y = call_.y_strip[cell / call_.x.cells], near_x = call_.x_strip[cell % call_.x.cells];
       float best = -kInfinity;
@@ -300,21 +275,6 @@ class Matcher {
     }
     return lane_min(least);
   }
-
-  // A bilinear function of the weights (right, down), from its values at the four corners.
-  template <class T>
-  struct Bilinear {
-    T near, right, down, both;
-    Bilinear(T top_left, T top_right, T low_left, T low_right)
-        : near(top_left),
-          right(top_right - top_left),
-          down(low_left - top_left),
-          both((low_right - low_left) - (top_right - top_left)) {}
-    // One lane of vectors.
-    template <class Vectors>
-    Bilinear(const Vectors& of, int lane)
-        : near(of.near[lane]), right(of.right[lane]), down(of.down[lane]), both(of.both[lane]) {}
-  };
 
   // A number for each of the group's query cells, and between them for a vector of points. Rounds otherwise than
   // Bilinear, so it serves bounds only.
@@ -477,20 +437,6 @@ class Matcher {
     }
   }
 
-  // A row of pixels of a patch, with their scales.
-  struct ScaledRow {
-    Vec start, slope;
-    const float *weight, *scale;
-    ScaledRow(const DenseMatchCall& call, const Bilinear<Vec>& patch, std::int64_t row)
-        : start(Isa::multiply_add(patch.down, splat(call.y.weight[row]), patch.near)),
-          slope(Isa::multiply_add(patch.both, splat(call.y.weight[row]), patch.right)),
-          weight(call.x.weight),
-          scale(call.padded_scale + row * call.x.pixels) {}
-    Vec operator[](std::int64_t column) const {
-      return Isa::multiply_add(slope, splat(weight[column]), start) * splat(scale[column]);
-    }
-  };
-
   // The same for one point.
   void evaluate(std::int64_t point, std::int64_t strip_y, std::int64_t strip_x, const Bilinear<float>& patch) {
     const DenseMatchAxis &x = call_.x, &y = call_.y;
@@ -537,7 +483,8 @@ class Matcher {
   std::int32_t* index_;
   std::int64_t regular_first_, regular_end_, count_ = 0;
   const float* row_[4] = {};
-  float largest_ = 0.0f, slack_ = 0.0f;
+  float slack_ = 0.0f;
+  bool finite_ = true;
   std::int32_t seed_[4] = {};
   int seeds_ = 0;
   bool improved_ = false;  // since worst() was computed
@@ -545,43 +492,13 @@ class Matcher {
   const float* gram_ = nullptr;
 };
 
-// The most similar key cell of one query cell; -1 if no similarity is finite.
-inline std::int32_t best_cell(const float* row, const float* scale, std::int64_t cells) {
-  Vec best = splat(-kInfinity);
-  IntVec index = IntVec{} - 1, at;
-  for (int lane = 0; lane < kLanes; ++lane) at[lane] = lane;
-  std::int64_t k = 0;
-  for (; k + kLanes <= cells; k += kLanes, at += kLanes) {
-    const Vec value = scale != nullptr ? load(row + k) * load(scale + k) : load(row + k);
-    const IntVec better = (value > best) & (value <= kLargest);
-    best = better ? value : best;
-    index = better ? at : index;
-  }
-  float most = -kInfinity;
-  std::int32_t found = -1;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (best[lane] > most) {
-      most = best[lane];
-      found = index[lane];
-    }
-  }
-  for (; k < cells; ++k) {
-    const float value = scale != nullptr ? row[k] * scale[k] : row[k];
-    if (value > most && value <= kLargest) {
-      most = value;
-      found = static_cast<std::int32_t>(k);
-    }
-  }
-  return found;
-}
-
 inline void run_dense_match(const DenseMatchCall& call) {
 #pragma omp parallel num_threads(call.threads)
   {
     const std::int64_t cells = call.y.cells * call.x.cells;
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < call.rows; ++row) {
-      call.row_best[row] = best_cell(call.table + row * cells, call.cell_scale, cells);
+      call.row[row] = row_of(call.table + row * cells, call.cell_scale, cells);
     }
     Matcher matcher(call, call.scratch + thread_index() * call.layout.end);
 #pragma omp for schedule(dynamic, 4)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import memory
-from ..untouched import Unchanged, is_timms, is_untouched
+from ..untouched import Unchanged, is_original, is_untouched
+from . import network
 
 
 class StandardBlocks:
@@ -92,10 +93,8 @@ def _scaled(scale: Any, x: Tensor) -> Tensor:
 
 
 def _is_standard(block: Any) -> bool:
-    from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
-    from timm.models.vision_transformer import Attention, Block
-
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+    classes, norm_classes, scale_classes, idle_classes = _classes(block)
+    if (type(block), type(block.attn), type(block.mlp)) != classes:
         return False
     attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
@@ -106,9 +105,19 @@ def _is_standard(block: Any) -> bool:
         and getattr(attention, "gate", None) is None
         and all(type(layer) is nn.Linear for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
-        and all(type(scale) in (LayerScale, nn.Identity) for scale in (block.ls1, block.ls2))
-        and all(type(norm) in (LayerNorm, nn.LayerNorm, nn.Identity) for norm in norms)
-        and all(type(part) in (DropPath, nn.Dropout, nn.Identity) for part in idle)
-        and all(is_timms(part) for part in (block, attention, mlp))
+        and all(type(scale) in (*scale_classes, nn.Identity) for scale in (block.ls1, block.ls2))
+        and all(type(norm) in (*norm_classes, nn.LayerNorm, nn.Identity) for norm in norms)
+        and all(type(part) in (*idle_classes, nn.Dropout, nn.Identity) for part in idle)
+        and all(is_original(part) for part in (block, attention, mlp))
         and is_untouched(*block.modules())
     )
+
+
+def _classes(block: Any) -> tuple[tuple[type, ...], tuple[type, ...], tuple[type, ...], tuple[type, ...]]:
+    """Classes of a block, its attention and its MLP; further ones of norms, of scales, and of parts without effect."""
+    if type(block) is network.Block:
+        return (network.Block, network.Attention, network.Mlp), (), (), ()
+    from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+    from timm.models.vision_transformer import Attention, Block
+
+    return (Block, Attention, Mlp), (LayerNorm,), (LayerScale,), (DropPath,)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..untouched import is_timms, is_untouched
+from ..untouched import is_original, is_untouched
 from .position import Grid
 
 
@@ -32,7 +32,7 @@ def embed(module: Any, imgs: Tensor, stride: int, grid: Grid) -> Tensor:
         type(projection) is nn.Conv2d
         and projection.padding == (0, 0)
         and projection.dilation == (1, 1)
-        and is_timms(module)
+        and is_original(module)
         and isinstance(module.norm, (nn.Identity, nn.LayerNorm))
         and is_untouched(module, projection, module.norm)
     ):

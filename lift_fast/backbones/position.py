@@ -41,10 +41,9 @@ def timm_rule(position: Tensor, old: Grid, new: Grid) -> Tensor:
     """Antialiased bicubic resize to the exact size, timm's ``resample_abs_pos_embed``; shapes as :func:`dino_rule`."""
     if old == new:
         return position
-    from timm.layers import resample_abs_pos_embed
-
-    resized: Tensor = resample_abs_pos_embed(position, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
-    return resized
+    grid = position.float().unflatten(1, old).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
 
 
 RULES: dict[str, PositionRule] = {"dino": dino_rule, "timm": timm_rule}

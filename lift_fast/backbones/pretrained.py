@@ -26,19 +26,22 @@ def find_pretrained(name: str) -> Path:
     Raises:
         LookupError: naming the file and the cache, if the weights are not cached and cannot be downloaded.
     """
+    if name.endswith(".dino"):
+        # By timm's rule for names, without the seconds that importing it takes.
+        return _from_hub(f"timm/{name}", None)
     import timm
 
     config: Any = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
         raise LookupError(f"timm publishes none for the architecture {name}")
-    return _from_hub(config) if config.hf_hub_id else _from_url(config.url)
+    return _from_hub(config.hf_hub_id, config.hf_hub_filename) if config.hf_hub_id else _from_url(config.url)
 
 
-def _from_hub(config: Any) -> Path:
+def _from_hub(identifier: str, filename: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download
 
-    repository, _, revision = config.hf_hub_id.partition("@")
-    name = config.hf_hub_filename or "pytorch_model.bin"
+    repository, _, revision = identifier.partition("@")
+    name = filename or "pytorch_model.bin"
     names = [_TWINS[name], name] if name in _TWINS else [name]
     for candidate in names:
         cached = _cached(repository, candidate, revision or None)

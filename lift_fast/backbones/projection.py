@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..untouched import is_timms, is_untouched
+from ..untouched import is_original, is_untouched
 
 FACETS = ("key", "query", "value", "token", "final")
 HEAD_ORDERS = ("concatenated", "interleaved")
@@ -70,8 +70,8 @@ class FacetProjection:
         if (
             type(block).__name__ in _PRE_NORM_BLOCKS | _POST_NORM_BLOCKS
             and isinstance(attention, nn.Module)
-            and is_timms(block)
-            and is_timms(attention)
+            and is_original(block)
+            and is_original(attention)
             and is_untouched(block, attention)
         ):
             return self._project(block.norm1 if self.pre_norm else None, attention, tokens, prefix)

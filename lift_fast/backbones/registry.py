@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,17 @@ from .._text import said
 from ..defaults import plain_defaults
 from ..demonstration import BACKBONE as DEMONSTRATION
 from ..demonstration import backbone_file
+from ..tensor_files import misfits
 from .checkpoints import Checkpoint, load_state, position_grid, read_checkpoint
+from .network import VisionTransformer
 from .pretrained import find_pretrained
 from .vit import FrozenViT
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Names of timm's networks that are plain ones, and their width and heads.
+_PLAIN = re.compile(r"vit_(?P<size>tiny|small|base)_patch(?P<patch>8|16)_224(\.dino)?")
+_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 _VIT_MODULES = ("vision_transformer", "eva", "deit")
 # Files of these projects use ImageNet's statistics, regardless of the model name.
 _IMAGENET_LAYOUTS = ("dino", "moco_v3", "leopart", "selfpatch")
@@ -148,13 +154,13 @@ def load_backbone(
 
 
 def _lookup(name: str) -> Backbone:
-    import timm
-    from timm.models import is_model_in_modules
-
     if not isinstance(name, str):
         raise ValueError(f"name must be a string such as 'dino_vits16', got {name!r}")
     if name in OFFICIAL:
         return OFFICIAL[name]
+    import timm
+    from timm.models import is_model_in_modules
+
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*OFFICIAL, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
@@ -207,6 +213,9 @@ def _pretrained(name: str, spec: Backbone) -> nn.Module:
             "(random_weights=True, --random-weights)"
         ) from error
     try:
+        plain = _plain(spec, read_checkpoint(file)) if name in OFFICIAL else None
+        if plain is not None:
+            return plain
         with torch.random.fork_rng(devices=[]):
             return _create(spec, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     except Exception as error:
@@ -215,7 +224,36 @@ def _pretrained(name: str, spec: Backbone) -> nn.Module:
         ) from error
 
 
+def _plain(spec: Backbone, checkpoint: Checkpoint) -> nn.Module | None:
+    """The network without timm, whose import takes longer than many a run; None unless the file has just its entries.
+
+    In float32 on the CPU, with position embeddings on the file's own grid.
+    """
+    known = _PLAIN.fullmatch(spec.architecture)
+    if known is None or not {"num_heads", "depth"}.issuperset(spec.arguments):
+        return None
+    width, heads = _SIZES[known["size"]]
+    heads = spec.arguments.get("num_heads", 12 if checkpoint.layout == "moco_v3" and width == 384 else heads)
+    grid = position_grid(checkpoint, 1, width)
+    if grid is None:
+        return None
+    # On meta: the file's weights are assigned.
+    with plain_defaults(), torch.device("meta"):
+        model = VisionTransformer(width, spec.arguments.get("depth", 12), heads, int(known["patch"]), grid)
+    state = checkpoint.state
+    if misfits(state, model.state_dict()) or not all(value.is_floating_point() for value in state.values()):
+        return None
+    own = {
+        name: value.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for name, value in state.items()
+    }
+    model.load_state_dict(own, assign=True)
+    return model
+
+
 def _from_file(name: str, spec: Backbone, checkpoint: Checkpoint) -> nn.Module:
+    plain = _plain(spec, checkpoint) if name in OFFICIAL else None
+    if plain is not None:
+        return plain
     arguments: dict[str, Any] = {}
     if checkpoint.layout == "moco_v3" and checkpoint.state["patch_embed.proj.weight"].shape[:1] == (384,):
         arguments["num_heads"] = 12

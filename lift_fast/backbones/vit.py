@@ -16,7 +16,7 @@ from ..defaults import plain_defaults
 from ..images import check_cells
 from ..precision import autocasts, without_autocast
 from ..witnesses import Witnesses
-from . import in_place, patches
+from . import in_place, network, patches
 from .in_place import StandardBlocks
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
@@ -326,16 +326,12 @@ _PREFIX = ("cls_token", "dist_token", "reg_token")
 
 def _check_model(model: nn.Module) -> int:
     """Patch size of a supported model; an error otherwise."""
-    from timm.layers import PatchEmbed
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
     supported = "supported are timm's VisionTransformer (also distilled) and Eva models with a plain patch embedding"
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}; {supported}")
     kind = type(model)
-    bases = [base for base in (VisionTransformerDistilled, VisionTransformer, Eva) if isinstance(model, base)]
+    families, embedding = _supported(model)
+    bases = [base for base in families if isinstance(model, base)]
     if not bases:
         raise ValueError(f"{kind.__name__} is not a supported Vision Transformer; {supported}")
     changed = [
@@ -347,7 +343,7 @@ def _check_model(model: nn.Module) -> int:
         raise ValueError(f"{kind.__name__} changes {', '.join(changed)} of timm's {bases[0].__name__}; {supported}")
     embed: Any = model.patch_embed
     projection = getattr(embed, "proj", None)
-    if not isinstance(embed, PatchEmbed) or not isinstance(projection, nn.Conv2d):
+    if not isinstance(embed, embedding) or not isinstance(projection, nn.Conv2d):
         raise ValueError(f"patch embedding {type(embed).__name__} of {kind.__name__} cannot be read; {supported}")
     if projection.in_channels != 3:
         raise ValueError(f"the model reads {projection.in_channels} channels; images have 3")
@@ -355,6 +351,18 @@ def _check_model(model: nn.Module) -> int:
     if height != width:
         raise ValueError(f"patches must be square, got {height} x {width} pixels")
     return int(height)
+
+
+def _supported(model: nn.Module) -> tuple[tuple[type[nn.Module], ...], type[nn.Module]]:
+    """Classes of networks, a subclass before its base, and of their patch embedding; imports timm only for its own."""
+    if isinstance(model, network.VisionTransformer):
+        return (network.VisionTransformer,), network.PatchEmbed
+    from timm.layers import PatchEmbed
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return (VisionTransformerDistilled, VisionTransformer, Eva), PatchEmbed
 
 
 def shared_copy(model: _Module) -> _Module:

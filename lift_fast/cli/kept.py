@@ -66,7 +66,8 @@ def check_kept(target: Path, settings: Mapping[str, Any], sources: Sequence[Path
     except Exception as error:
         raise UsageError(f"{quoted(target)} was not written by lift-fast {command}; {_WAY_OUT}") from error
     differing = [name for name in settings if name in saved and not _same(name, saved[name], settings[name])]
-    if not (settings["random_weights"] or settings["random_lift"]) and "seed" in differing:
+    seeded = settings["random_weights"] or settings["random_lift"] or settings.get("verify")
+    if not seeded and "seed" in differing:
         differing.remove("seed")
     if differing:
         names = ", ".join(name.replace("_", "-") for name in differing)

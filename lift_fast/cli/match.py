@@ -17,16 +17,18 @@ from . import match_pair
 from .errors import UsageError, as_usage_error, check_output
 from .match_export import FLOW, add_export_options, check_exports, image_name, write_exports
 from .match_list import run_list
+from .match_verify import add_verify_options, check_verify_options
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
 
 _DESCRIPTION = """Match every n-th pixel of image A to the most similar pixel of image B, draw the matches on one
 sheet, and write them to an .npz file next to it: xy_a and xy_b [rows, columns, 2], (x, y) in upright pixels of the
 files, (-1, -1) for no match; similarity, distance (forward-backward, in cells of A's descriptor map), confidence
-(similarity, halved with each cell of distance; not a probability) and valid, each [rows, columns]; size_a, size_b,
+(0 to 1, agreement with the matches around) and valid, each [rows, columns]; size_a, size_b,
 loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a, covered_b (top, left,
 height, width of the matched pixels of the loaded images); grid_a, grid_b (cells of the descriptor maps) and
-random_weights. --pairs matches the pairs of a list instead. Exit status: 0 if all pairs were matched, 1 if some could
-not be read, 2 for invalid input."""
+random_weights; with --verify, inliers [rows, columns] and transform [3, 3]. A warning is printed where the matches
+should not be believed. --pairs matches the pairs of a list instead. Exit status: 0 if all pairs were matched, 1 if some
+could not be read, 2 for invalid input."""
 _EXAMPLE = """examples: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth;
 lift-fast match --pairs pairs.txt --root photos/ --out matches/ --sheets none"""
 _PAIR_ONLY, _LIST_ONLY = ("a", "b"), ("sheets", "overwrite")
@@ -58,7 +60,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
-    parser.add_argument("--timing", action="store_true", help="print each stage's seconds (--json always does)")
+    parser.add_argument(
+        "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
+    )
     group = parser.add_argument_group("many pairs")
     group.add_argument(
         "--pairs",
@@ -75,6 +79,7 @@ def add_parser(commands: Any) -> None:
         help="format of each pair's sheet (png)",
     )
     group.add_argument("--overwrite", action="store_true", help="recompute existing results")
+    add_verify_options(parser)
     add_export_options(parser)
     add_model_options(parser, size_note=", rounded to whole patches", longest_side=True)
     add_output_options(parser)
@@ -83,6 +88,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Match one pair or a list; return the exit status."""
+    check_verify_options(arguments)
     given = {name: getattr(arguments, name) not in (None, False) for name in (*_PAIR_ONLY, *_LIST_ONLY)}
     if arguments.pairs is not None:
         if any(given[name] for name in _PAIR_ONLY):
@@ -116,8 +122,9 @@ def _run_pair(arguments: argparse.Namespace) -> int:
 
     say = (lambda *_: None) if arguments.quiet or arguments.json else lambda text: print(text, file=sys.stderr)
     start = time.perf_counter()
+    seconds = {"imports": start - arguments.started}
     extractor = build_extractor(arguments)
-    seconds = {"model": time.perf_counter() - start}
+    seconds["model"] = time.perf_counter() - start
     for remark in remarks(arguments):
         say(remark)
     with as_usage_error():
@@ -130,11 +137,14 @@ def _run_pair(arguments: argparse.Namespace) -> int:
         turned = exif_orientation(arguments.a), exif_orientation(arguments.b)
         write_exports(exports, [MatchedPair(names, matches.numpy, turned)], arguments.export_cell or 1)
     seconds.update(figures["seconds"])
+    seconds["total"] = time.perf_counter() - arguments.started
     if arguments.json:
         figures["exports"] = list(map(str, exports))
         print(json.dumps({**figures, "seconds": {name: round(value, 4) for name, value in seconds.items()}}))
     else:
         say(match_pair.summary(arguments, matches))
+        if matches.warning:
+            say(f"warning: {matches.warning}")
         if arguments.timing:
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         say(f"wrote {', '.join(map(quoted, (sheet, numbers, *exports)))}")

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from lift_fast._files import make_folder
 from lift_fast._text import one_line, quoted
 
-from . import match_pair
+from . import match_pair, match_verify
 from .errors import UsageError, as_usage_error
 from .kept import FEATURES, check_kept, marks, settings_of
 from .match_export import FLOW, check_exports, image_name, write_exports
 from .options import build_extractor, remarks
 from .pair_list import name_results, read_pairs
 
-_SETTINGS = (*FEATURES, "step", "mutual", "normalize")
+_SETTINGS = (*FEATURES, "step", "mutual", "normalize", *match_verify.OPTIONS)
 
 
 class _Job(NamedTuple):
@@ -65,7 +65,7 @@ def run_list(arguments: argparse.Namespace) -> int:
     figures: list[dict[str, Any]] = []
     lost: set[_Job] = set()
     start = time.perf_counter()
-    seconds: dict[str, float] = {}
+    seconds = {"imports": start - arguments.started}
     if waiting:
         from lift_fast.map_cache import MapCache
 
@@ -87,6 +87,9 @@ def run_list(arguments: argparse.Namespace) -> int:
             found["seconds"] = {name: round(value, 4) for name, value in found["seconds"].items()}
             figures.append(dict(zip("ab", job.names, strict=True)) | found)
     written = _export(arguments, exports, [job for job in jobs if job not in lost], {*waiting} - lost)
+    for pair in [] if quiet else figures:
+        if pair["warning"]:
+            print(f"warning: {one_line(pair['a'])} and {one_line(pair['b'])}: {pair['warning']}", file=sys.stderr)
     for message in failed:
         print(f"skipped: {one_line(message)}", file=sys.stderr)
     total = round(time.perf_counter() - start, 3)
@@ -103,6 +106,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         print(json.dumps(document))
     elif not arguments.quiet:
         if arguments.timing:
+            seconds["total"] = time.perf_counter() - arguments.started
             print("\n".join(f"{name:10} {value:8.3f} s" for name, value in seconds.items()))
         count = f"{len(figures)} pair{'s' * (len(figures) != 1)}"
         print(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lift_fast._files import atomic_path
 
 from .errors import writing
+from .match_verify import record
 from .options import describe
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 # Pillow's format and options for each ending. Lines one pixel wide do not survive JPEG's halved colour.
 SHEETS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
+    # Of zlib's levels the first: 0.09 s instead of 0.39 s, and a tenth larger.
+    ".png": ("PNG", {"compress_level": 1}),
     ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 92}),
@@ -47,6 +50,10 @@ def match(
         lift_iter=arguments.iterations,
         timing=True,
         max_side=arguments.max_side,
+        verify=arguments.verify,
+        threshold=arguments.threshold,
+        seed=arguments.seed if arguments.verify else 0,
+        camera=arguments.focal,
         cache=cache,
     )
 
@@ -59,6 +66,7 @@ def summary(arguments: argparse.Namespace, matches: ImageMatches) -> str:
         f"maps of {_by(matches.grid_a)} and {_by(matches.grid_b)} cells   "
         f"{int(matches.valid.sum())} of {matches.valid.numel()} matches "
         f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
+        + ("" if matches.verification is None else f"   {matches.verification.verdict}")
     )
 
 
@@ -96,6 +104,9 @@ def write(
         "valid": int(valid.sum()),
         "mean_similarity": float(arrays["similarity"][valid].mean()) if valid.any() else None,
         "mean_confidence": float(arrays["confidence"].mean()),
+        "warning": matches.warning,
+        "trust": None if matches.trust is None else asdict(matches.trust),
+        "verification": record(matches.verification),
         "seconds": {**matches.seconds, "draw": time.perf_counter() - start},
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lift_fast._files import atomic_path, require_regular_file
 from lift_fast._text import quoted
+from lift_fast.demonstration import BACKBONE
 
 from .errors import UsageError, as_usage_error, check_output, writing
 from .eval_options import METHODS, build
@@ -29,6 +30,9 @@ of A (in A, and in B with the best match), the three strongest principal compone
 with its box. The page (--html) is one file without server or network: moving over one image shows similarity and best
 match in the other."""
 _EXAMPLE = "example: lift-fast show left.jpg right.jpg --point 320,200 --out show.png --html show.html"
+_NO_SALIENCY = (
+    "The demonstration backbone recognises textures, not objects: its saliency does not show what stands out."
+)
 _VIEWS = ("similarity", "pca", "saliency")
 
 
@@ -94,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method is None:
         arguments.method = _default_methods(arguments)
     backbone, methods = build(arguments)
-    notes = remarks(arguments)
+    notes = [f"{remark[0].upper()}{remark[1:]}." for remark in remarks(arguments)]
+    own_weights = arguments.weights or arguments.random_weights
+    saliency_note = _NO_SALIENCY if arguments.model == BACKBONE and not own_weights else ""
     for remark in notes:
         say(remark)
     figures: dict[str, Any] = {"methods": {}, "out": None, "html": None}
@@ -117,14 +123,22 @@ def run(arguments: argparse.Namespace) -> int:
         }
         if arguments.out is not None:
             centres = [(x + 0.5, y + 0.5) for x, y in points]
-            sheet = show.draw_sheet(loaded, centres, arguments.views, caption=caption, tau=arguments.tau)
+            sheet = show.draw_sheet(
+                loaded,
+                centres,
+                arguments.views,
+                caption=caption,
+                warning=" ".join(notes),
+                saliency_note=saliency_note,
+                tau=arguments.tau,
+            )
             with writing(arguments.out), atomic_path(arguments.out) as temporary:
                 sheet.save(temporary, format="PNG")
             figures["out"] = str(arguments.out)
             say(f"wrote {quoted(arguments.out)}")
         if arguments.html is not None:
             text, errors = show.build_page(
-                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join(notes)
+                loaded, dimensions=arguments.dimensions, caption=caption, warning=" ".join([*notes, saliency_note])
             )
             with writing(arguments.html), atomic_path(arguments.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")

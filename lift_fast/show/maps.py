@@ -93,8 +93,8 @@ def cell_position(features: Features, point: tuple[float, float]) -> tuple[float
 def similarity_map(source: Features, target: Features, point: tuple[float, float]) -> npt.NDArray[np.float32]:
     """Similarity of a point of one image to every cell of the same or another image.
 
-    Descriptors are normalised on their grid and interpolated bilinearly at the point, as in the evaluation on SPair-71k
-    (``normalize="grid"`` of :func:`lift_fast.dense_match`): at a cell's centre this is the cosine.
+    The descriptor is interpolated bilinearly and scaled to unit length, the cells are scaled: a cosine, as in
+    ``lift-fast match`` (``normalize="pixel"`` of :func:`lift_fast.dense_match`).
 
     Args:
         source, target: of one method, maps ``[1, C, h, w]`` and ``[1, C, h', w']``.
@@ -104,12 +104,12 @@ def similarity_map(source: Features, target: Features, point: tuple[float, float
         ``[h', w']`` float32.
     """
     x, y = cell_position(source, point)
-    query = F.normalize(source.map[0], dim=0)
+    cells = source.map[0]
     column, row = int(x), int(y)
-    right, below = min(column + 1, query.shape[2] - 1), min(row + 1, query.shape[1] - 1)
-    s, t = x - column, y - row
-    descriptor = (1 - t) * ((1 - s) * query[:, row, column] + s * query[:, row, right])
-    descriptor = descriptor + t * ((1 - s) * query[:, below, column] + s * query[:, below, right])
+    right, below = min(column + 1, cells.shape[2] - 1), min(row + 1, cells.shape[1] - 1)
+    top = torch.lerp(cells[:, row, column], cells[:, row, right], x - column)
+    bottom = torch.lerp(cells[:, below, column], cells[:, below, right], x - column)
+    descriptor = F.normalize(torch.lerp(top, bottom, y - row), dim=0)
     found: npt.NDArray[np.float32] = (
         torch.einsum("c,chw->hw", descriptor, F.normalize(target.map[0], dim=0)).cpu().numpy()
     )

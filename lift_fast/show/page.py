@@ -40,9 +40,10 @@ def build_page(
 ) -> tuple[str, dict[str, PageError]]:
     """Build the page and measure the error of its compression.
 
-    Descriptors are normalised on their grid and projected on the leading directions of both images' descriptors (not
-    centred, so that inner products stay similarities), then stored as 8-bit integers with a factor for each cell. Maps
-    of more than 112 cells per side are first averaged down to 112.
+    Descriptors are scaled to unit length and projected on the leading directions of both images' descriptors (not
+    centred, so that inner products stay similarities), then stored as 8-bit integers with a factor for each cell, and
+    the length that the cell had, which is its weight in interpolation. Maps of more than 112 cells per side are first
+    averaged down to 112.
 
     Args:
         pictures: one image (compared with itself) or two, with the same methods.
@@ -87,20 +88,22 @@ def build_page(
 
 
 def _coarse(found: Tensor) -> Tensor:
-    """``[C, h, w]`` normalised, on at most 112 x 112 cells, float32 on the CPU."""
+    """``[C, h, w]`` on at most 112 x 112 cells, float32 on the CPU."""
     found = found.cpu()
     h, w = found.shape[1:]
     if max(h, w) > _MOST_CELLS:
         found = F.adaptive_avg_pool2d(found, (min(h, _MOST_CELLS), min(w, _MOST_CELLS)))
-    return F.normalize(found, dim=0)
+    return found
 
 
 def _pack(maps: Sequence[Tensor], dimensions: int) -> tuple[list[dict[str, Any]], PageError]:
-    rows = [each.flatten(1).T for each in maps]
+    rows = [F.normalize(each, dim=0).flatten(1).T for each in maps]
     every = torch.cat(rows).double()
     basis = torch.linalg.eigh(every.T @ every)[1].flip(1)[:, :dimensions].float()
+    norms = [torch.linalg.vector_norm(each.double(), dim=0).flatten() for each in maps]
+    longest = max(float(each.max()) for each in norms) or 1.0
     packed, restored = [], []
-    for found, cells in zip(maps, rows, strict=True):
+    for found, cells, lengths in zip(maps, rows, norms, strict=True):
         projected = cells @ basis
         factor = projected.abs().amax(1).clamp_min(1e-30) / 127
         codes = (projected / factor[:, None]).round().to(torch.int8)
@@ -110,6 +113,7 @@ def _pack(maps: Sequence[Tensor], dimensions: int) -> tuple[list[dict[str, Any]]
                 "grid": list(found.shape[1:]),
                 "codes": _as_base64(codes.numpy()),
                 "factors": _as_base64(factor.numpy().astype("<f4")),
+                "lengths": _as_base64((lengths / longest).numpy().astype("<f4")),
             }
         )
     step = -(-len(rows[0]) // _SAMPLE)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lift_fast.drawing import confidence_colours, place_cells
+from lift_fast.drawing import confidence_colours, place_cells, wrap
 from lift_fast.evaluation.tokencut import tokencut
 from lift_fast.matching import dense_match
 
@@ -17,7 +17,7 @@ from .maps import Shown, pca_colours, similarity_map
 
 VIEWS = ("similarity", "pca", "saliency")
 _PANEL, _GAP, _TEXT = 300, 14, 18
-_INK, _FAINT, _MARK, _BOX = (25, 25, 25), (95, 95, 95), (255, 255, 255), (230, 60, 40)
+_INK, _FAINT, _WARNING, _MARK, _BOX = (25, 25, 25), (95, 95, 95), (190, 40, 25), (255, 255, 255), (230, 60, 40)
 # TokenCut's graph takes a bit for each pair of tokens.
 _MOST_TOKENS = 128 * 128
 
@@ -39,6 +39,8 @@ def draw_sheet(
     views: Sequence[str] = VIEWS,
     *,
     caption: str = "",
+    warning: str = "",
+    saliency_note: str = "",
     tau: float = 0.2,
 ) -> Image.Image:
     """Draw a row for each image and view (and point): the image, then a panel for each method.
@@ -50,7 +52,9 @@ def draw_sheet(
         pictures: one image, or two to find the first one's points in the second; the same methods in both.
         points: (x, y) in pixels of the first image as stored; pixel centres at halves.
         views: of :data:`VIEWS`.
-        caption: first line.
+        caption: at the top.
+        warning: below it, in red.
+        saliency_note: what to know of these features' saliency, printed with it.
         tau: of :func:`lift_fast.evaluation.tokencut.tokencut`.
 
     Raises:
@@ -80,8 +84,8 @@ def draw_sheet(
             ]
             rows.append(_Row("principal components", shown, panels, [""] * len(methods), None))
     if "saliency" in views:
-        rows += [_saliency_row(shown, methods, tau) for shown in pictures]
-    return _lay_out(rows, methods, first, caption)
+        rows += [_saliency_row(shown, methods, tau, saliency_note) for shown in pictures]
+    return _lay_out(rows, methods, first, caption, warning)
 
 
 def _similarity_rows(images: Sequence[Shown], methods: Sequence[str], point: Point) -> list[_Row]:
@@ -115,21 +119,21 @@ def _similarity_rows(images: Sequence[Shown], methods: Sequence[str], point: Poi
 def best_match(source: Shown, target: Shown, method: str, point: Point) -> tuple[Point, float]:
     """The best pixel of ``target`` for a point of ``source``, (x, y) in its stored pixels, and the similarity.
 
-    Both are results of :func:`lift_fast.dense_match` with ``normalize="grid"``.
+    Both are results of :func:`lift_fast.dense_match` with ``normalize="pixel"``, as ``lift-fast match`` finds them.
     """
     here, there = source.features[method], target.features[method]
     x, y = _in_loaded(source, point)
     top, left, height, width = here.covered
     column, row = (int(min(max(v - start, 0), length - 1)) for v, start, length in ((x, left, width), (y, top, height)))
     start = torch.tensor([[[column, row]]], dtype=torch.int64, device=here.map.device)
-    found = dense_match(here.map, there.map, (height, width), there.covered[2:], points=start, normalize="grid")
+    found = dense_match(here.map, there.map, (height, width), there.covered[2:], points=start, normalize="pixel")
     column, row = found.xy[0, 0].tolist()
     scale = target.image.width / target.size[1], target.image.height / target.size[0]
     best = (column + there.covered[1] + 0.5) * scale[0], (row + there.covered[0] + 0.5) * scale[1]
     return best, float(found.similarity[0, 0])
 
 
-def _saliency_row(shown: Shown, methods: Sequence[str], tau: float) -> _Row:
+def _saliency_row(shown: Shown, methods: Sequence[str], tau: float, note: str) -> _Row:
     panels, notes = [], []
     for method in methods:
         features = shown.features[method]
@@ -150,31 +154,42 @@ def _saliency_row(shown: Shown, methods: Sequence[str], tau: float) -> _Row:
         ImageDraw.Draw(panel).rectangle((x0 * scale[0], y0 * scale[1], *far), outline=_BOX, width=3)
         panels.append(panel)
         notes.append("no cut" if cut.degenerate else "")
-    return _Row("TokenCut saliency and its box", shown, panels, notes, None)
+    label = "TokenCut saliency and its box" + (f". {note}" if note else "")
+    return _Row(label, shown, panels, notes, None)
 
 
-def _lay_out(rows: Sequence[_Row], methods: Sequence[str], first: Shown, caption: str) -> Image.Image:
+def _lay_out(rows: Sequence[_Row], methods: Sequence[str], first: Shown, caption: str, warning: str) -> Image.Image:
     font = ImageFont.load_default(size=_TEXT)
     width = _GAP + (1 + len(methods)) * (_PANEL + _GAP)
     line = _TEXT + 6
-    heights = [2 * line + _size(row.shown)[1] + _GAP for row in rows]
-    sheet = Image.new("RGB", (width, _GAP + 2 * line + sum(heights)), "white")
+    header = [
+        (text, ink)
+        for given, ink in ((caption, _INK), (warning, _WARNING))
+        if given
+        for text in wrap(given, font, width - 2 * _GAP)
+    ]
+    labels = [wrap(f"{row.shown.name}: {row.label}", font, width - 2 * _GAP) for row in rows]
+    heights = [(1 + len(label)) * line + _size(row.shown)[1] + _GAP for row, label in zip(rows, labels, strict=True)]
+    top = _GAP // 2 + (1 + len(header)) * line + _GAP // 2
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP // 2), caption, font=font, fill=_INK)
+    for number, (text, ink) in enumerate(header):
+        draw.text((_GAP, _GAP // 2 + number * line), text, font=font, fill=ink)
     for number, method in enumerate(methods):
         h, w = first.features[method].map.shape[2:]
         left = _GAP + (number + 1) * (_PANEL + _GAP)
-        draw.text((left, _GAP // 2 + line), f"{method}, {w} x {h}", font=font, fill=_INK)
-    top = _GAP + 2 * line
-    for row, height in zip(rows, heights, strict=True):
-        draw.text((_GAP, top), f"{row.shown.name}: {row.label}", font=font, fill=_INK)
+        draw.text((left, top - _GAP // 2 - line), f"{method}, {w} x {h}", font=font, fill=_INK)
+    for row, label, height in zip(rows, labels, heights, strict=True):
+        for number, text in enumerate(label):
+            draw.text((_GAP, top + number * line), text, font=font, fill=_INK)
+        above = top + len(label) * line
         image = row.shown.image.resize(_size(row.shown), Image.Resampling.LANCZOS)
         if row.mark is not None:
             _cross(image, _on_panel(row.shown, row.mark))
         for number, (panel, note) in enumerate(zip([image, *row.panels], ["", *row.notes], strict=True)):
             left = _GAP + number * (_PANEL + _GAP)
-            sheet.paste(panel, (left, top + line))
-            draw.text((left, top + line + panel.height + 2), note, font=font, fill=_FAINT)
+            sheet.paste(panel, (left, above))
+            draw.text((left, above + panel.height + 2), note, font=font, fill=_FAINT)
         top += height
     return sheet
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lift_fast._text import shown
-from lift_fast.checks import as_whole, check_whole
 
 LOSSES = ("cosine", "l1", "l2")
 TARGETS = ("double-size", "half-stride")
@@ -104,6 +103,9 @@ class TrainingSettings:
     """Also write TensorBoard events to ``out``."""
 
     def __post_init__(self) -> None:
+        # The command line reads the defaults of this class for its help, which must not wait for PyTorch.
+        from lift_fast.checks import as_whole, check_whole
+
         for name in ("data", "out", "weights"):
             value = getattr(self, name)
             if value is not None:

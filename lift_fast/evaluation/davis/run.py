@@ -12,8 +12,10 @@ from typing import Any
 from lift_fast._files import atomic_path
 from lift_fast.evaluation.results import as_json
 from lift_fast.evaluation.resume import differing, made_otherwise
+from lift_fast.tracking.labels import Mask
+from lift_fast.tracking.masks import write_mask
 
-from .dataset import Davis, DavisError, Mask, Video, first_annotation, write_mask
+from .dataset import Davis, DavisError, Video, first_annotation
 from .protocol import FeatureMaps, Network, PropagationOptions, predict
 
 # Records how the masks next to it were made.

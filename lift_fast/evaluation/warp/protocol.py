@@ -92,18 +92,18 @@ def name_seed(name: str, seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), stream])
 
 
-def random_homography(random: np.random.Generator) -> Array:
+def random_homography(random: np.random.Generator, strength: float = 1.0) -> Array:
     """3x3, from positions in the second view to positions in the first, both from 0 to 1.
 
     About the centre: a turn by -30 to 30 degrees, a scale from 1 / 1.4 to 1.4 (log-uniform), a shift by up to a tenth
     of the side along each axis, each uniform; and each of the four corners moved by up to 8 % of the side along each
-    axis (a perspective change).
+    axis (a perspective change). ``strength`` multiplies all of these, the scale's logarithm too; the protocol's is 1.
     """
-    angle = math.radians(random.uniform(-_ANGLE, _ANGLE))
-    scale = math.exp(random.uniform(-math.log(_SCALE), math.log(_SCALE)))
-    shift = random.uniform(-_SHIFT, _SHIFT, 2)
+    angle = math.radians(random.uniform(-_ANGLE, _ANGLE)) * strength
+    scale = math.exp(random.uniform(-math.log(_SCALE), math.log(_SCALE)) * strength)
+    shift = random.uniform(-_SHIFT, _SHIFT, 2) * strength
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    moved = corners + random.uniform(-_CORNER, _CORNER, (4, 2)) - 0.5
+    moved = corners + random.uniform(-_CORNER, _CORNER, (4, 2)) * strength - 0.5
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return homography_through(corners, moved @ turn.T + 0.5 + shift)
 
