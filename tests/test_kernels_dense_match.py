@@ -167,6 +167,18 @@ def test_projections_change_no_cosine(kind, monkeypatch):
 
 
 @numeric
+def test_patches_without_projections_are_passed_over(monkeypatch):
+    """After its first matches a search looks nowhere else if all spans are zero."""
+    arguments = *maps(6, (2, 2), (4, 5)), (5, 7), (11, 13), "pixel"
+    right = run(*arguments)[0]
+    spans = kernel.spans
+    monkeypatch.setattr(kernel, "spans", lambda *arguments: spans(*arguments).zero_())
+    wrong = run(*arguments)[0]
+    assert bool((wrong <= right).all())
+    assert not torch.equal(wrong, right)
+
+
+@numeric
 def test_spans_have_the_lengths_of_projections():
     image = StretchedMap(torch.randn(12, 6).to(DEVICE), (3, 4), (17, 29))
     spans = dense_match_gpu._Cosines(image, "triton").scales(image.strips()).spans

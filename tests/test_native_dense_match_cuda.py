@@ -236,6 +236,18 @@ def test_spans_have_the_lengths_of_projections(emulation):
 
 
 @numeric
+def test_patches_without_projections_are_passed_over(emulation, monkeypatch):
+    """After its first matches a search looks nowhere else if all spans are zero."""
+    arguments = *maps(6, (2, 2), (5, 6)), (5, 7), (23, 29), "pixel"
+    right = run(*arguments, mutual=False)[0]
+    spans = dense_match_cuda.spans
+    monkeypatch.setattr(dense_match_cuda, "spans", lambda *arguments: spans(*arguments).zero_())
+    wrong = run(*arguments, mutual=False)[0]
+    assert bool((wrong <= right).all())
+    assert not torch.equal(wrong, right)
+
+
+@numeric
 def test_large_maps_take_more_warps(emulation):
     query_map, key_map = maps(4, (1, 2), (89, 97))
     emulation.order = 2

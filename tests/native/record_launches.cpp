@@ -178,7 +178,7 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
 
 MatchImage image(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
-  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
+  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors, factors};
 }
 
 void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloat16, bool pool = true,
