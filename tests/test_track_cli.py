@@ -201,6 +201,30 @@ def test_other_settings_are_refused_or_overwrite(video, both, tmp_path, capsys):
     assert (out / "masks" / "notes.txt").read_text() == "mine"
 
 
+def test_starting_over_leaves_files_of_other_names(video, both, tmp_path, monkeypatch):
+    Image.open(video / "frames" / "no 3.png").save(tmp_path / "clip.gif", save_all=True, append_images=[])
+    clip = [tmp_path / "clip.gif", "--points", "1,1", *SMALL]
+    out = tmp_path / "out"
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    for number, command in enumerate((both, clip, both)):
+        # The second run starts over after one that was stopped before it wrote a state.
+        with monkeypatch.context() as patch:
+            if number == 0:
+                patch.setattr(track_results.Results, "finish", interrupted)
+            assert run("track", *command, "--overwrite", "--out", out) == (130 if number == 0 else 0)
+        mine = [out / "overlay" / "holiday.jpg", out / "overlay" / "no 3 better.png", out / "points.txt"]
+        if number == 0:
+            mine.append(out / "masks" / "mine.png")
+            for path in mine:
+                path.write_text("mine")
+        assert all(path.read_text() == "mine" for path in mine)
+        names = {path.stem for path in (out / "overlay").iterdir()} - {"holiday", "no 3 better"}
+        assert names == ({"000000"} if command is clip else {f"no {frame + 3}" for frame in range(FRAMES)})
+
+
 @pytest.mark.parametrize("more", [["--points", "99,1"], ["--weights", "none.pth"], ["--temperature", "-1"]])
 def test_a_wrong_command_line_overwrites_nothing(both, tmp_path, more, capsys):
     out = tmp_path / "out"

@@ -61,6 +61,7 @@ def check_exports(
     from lift_fast.match_files import check_export
 
     inputs = list(inputs)
+    written: dict[str, Path] = {}
     for path in exports:
         if path.suffix.lower() == FLOW and len(names) > 1:
             raise UsageError(
@@ -71,6 +72,13 @@ def check_exports(
                 first, *more = check_export(path, names)
         except ImportError as error:
             raise UsageError(f"--export {quoted(path)}: {error}") from error
+        for each in (first, *more):
+            # The same file twice is harmless, unless it is to hold two things.
+            if written.setdefault(os.path.realpath(each), path) != path:
+                raise UsageError(
+                    f"--export {quoted(path)} and --export {quoted(written[os.path.realpath(each)])} would both write "
+                    f"{quoted(each)}; give one of them another name"
+                )
         check_output("export", first, inputs)
         for other in more:
             if other.suffix:

@@ -163,7 +163,9 @@ def _run(
         raise UsageError(f"{quoted(arguments.frames)} holds no frame")
     if isinstance(first.image, FrameError):
         raise UsageError(f"{first.image}; it is the first frame, from which the others follow")
-    results = Results(arguments.out, _settings(arguments, video, mask, names, points), arguments.overlay, names)
+    results = Results(
+        arguments.out, _settings(arguments, video, mask, names, points), arguments.overlay, names, video.names
+    )
     if mask is not None:
         results.palette = mask.palette
     with as_usage_error():
