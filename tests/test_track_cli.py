@@ -295,6 +295,7 @@ def test_video_file(video, tmp_path):
         (["--points", "1,2", "--movie", "film.avi"], "--movie must end in .mp4, .webp, .gif"),
         (["--points", "1,2", "--movie", "film.gif", "--overlay", "none"], "leave out --overlay none"),
         (["--points", "1,2", "--movie", "no folder/film.gif"], "does not exist"),
+        (["--points", "1,2", "--movie", "{folder}/frames/film.gif"], "would lie among the frames"),
         (["--points", "1,2", "--temperature", "0"], "temperature must be a positive number"),
         (["--points", "1,2", "--iterations", "2", "--no-lift"], "--iterations repeats LiFT"),
         (["--mask", "none.png"], "no mask at none.png"),
@@ -302,10 +303,21 @@ def test_video_file(video, tmp_path):
 )
 def test_usage_errors(video, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
+    more = [word.replace("{folder}", str(video)) for word in more]
     assert run("track", video / "frames", *more, *SMALL) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_the_slowest_film(video, tmp_path, capsys):
+    given = ["--points", "1,1", *SMALL, "--out", tmp_path / "out", "--movie", tmp_path / "film.gif", "--fps"]
+    assert run("track", video / "frames", *given, "0.01") == 0
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.info["duration"] == 100_000
+    with pytest.raises(SystemExit):
+        run("track", video / "frames", *given, "0.001")
+    assert "expected frames per second, 0.01 to 1000, got '0.001'" in capsys.readouterr().err
 
 
 def test_what_lies_in_the_way(video, both, tmp_path, capsys):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lift_fast.match_files import MatchedPair
 
 FLOW = ".flo"
+# Of export_matches.
+_MOST_CELL = 1 << 20
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,14 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of all images, from which exported names start (the folder that holds A and B; that of LIST)",
     )
+
+
+def check_export_options(arguments: argparse.Namespace) -> None:
+    """Check them before the networks are loaded; raise ``UsageError``."""
+    if arguments.root is not None and not arguments.root.is_dir():
+        raise UsageError(f"--root {quoted(arguments.root)} is not a folder; give the one that holds all images")
+    if arguments.export_cell is not None and arguments.export_cell > _MOST_CELL:
+        raise UsageError(f"--export-cell must be at most {_MOST_CELL} pixels, got {arguments.export_cell}")
 
 
 def image_name(path: Path, root: Path) -> str:
