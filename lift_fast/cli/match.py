@@ -15,7 +15,7 @@ from lift_fast._text import quoted
 
 from . import match_pair
 from .errors import UsageError, as_usage_error, check_output
-from .match_export import FLOW, add_export_options, check_exports, image_name, write_exports
+from .match_export import FLOW, add_export_options, check_export_options, check_exports, image_name, write_exports
 from .match_list import run_list
 from .match_verify import add_verify_options, check_verify_options
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
@@ -89,6 +89,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Match one pair or a list; return the exit status."""
     check_verify_options(arguments)
+    check_export_options(arguments)
     given = {name: getattr(arguments, name) not in (None, False) for name in (*_PAIR_ONLY, *_LIST_ONLY)}
     if arguments.pairs is not None:
         if any(given[name] for name in _PAIR_ONLY):
