@@ -153,6 +153,7 @@ class ImageMatches:
                 caption=caption,
                 warning=self.warning,
                 inliers=None if self.inliers is None else self.inliers.cpu().numpy(),
+                verdict="" if self.verification is None else self.verification.verdict,
             ),
             lines=lines,
         )

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         help="a valid match must lead back to within one cell of the descriptor map (on)",
     )
     parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
-    parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
+    parser.add_argument("--lines", type=positive, default=40, metavar="N", help="most lines to draw (%(default)s)")
     parser.add_argument(
         "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
     )
