@@ -243,7 +243,7 @@ def _pretend(device: Device, native: bool) -> None:
 
         return call
 
-    names = ("image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual")
+    names = ("image_encoder", *(f"dense_match_{one}" for one in ("spans", "points", "groups", "mutual")))
     stand_in = SimpleNamespace(**{name: core(name) for name in names})
     for module in (image_encoder_cuda, dense_match_cuda):
         module._native = SimpleNamespace(require=lambda: stand_in)

@@ -39,6 +39,10 @@ class Strips(NamedTuple):
         return (self.cells, self.pixels, self.count, *(part.data_ptr() for part in parts))
 
 
+# Numbers of a patch in Scales.spans.
+SPAN = 16
+
+
 class Scales(NamedTuple):
     """A positive factor of the similarity to each pixel of an image."""
 
@@ -52,6 +56,8 @@ class Scales(NamedTuple):
     """[1] float32"""
     rows: Tensor
     """[H * strips along x] float32: the largest of each strip's pixels in each row"""
+    spans: Tensor | None = None
+    """[patches, SPAN] float32: what bounds a patch's cosines, PatchSpan in csrc/dense_match_span.hpp; for kernels"""
 
 
 class Band(NamedTuple):

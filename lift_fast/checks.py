@@ -47,9 +47,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
         return unchanged
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; fill it with NaN where it is masked, filled(np.nan)")
-    # Tensors have neither the other byte order nor negative strides.
+    # Tensors have neither the other byte order nor strides that are negative or no whole numbers of elements, such as
+    # those of a field of records.
     array = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
-    array = array.copy() if min(array.strides, default=0) < 0 else array
+    size = array.dtype.itemsize
+    array = array.copy() if size and any(stride < 0 or stride % size for stride in array.strides) else array
     try:
         with warnings.catch_warnings():
             # Nothing writes to it, although it may be read-only, such as a mapped file.

@@ -30,6 +30,8 @@ _CORNERS = np.array([[[0, 205, 255], [255, 232, 0]], [[140, 50, 255], [255, 50, 
 _INLIER, _OUTLIER = (0, 229, 255), (255, 84, 20)
 # A neighbour whose match lies further away than this many steps of the grid belongs to another surface.
 _JUMP = 3.0
+# Lines show matches that are at least so confident, if there are any.
+_CONFIDENT = 0.5
 SCALE = np.array(
     [[13, 8, 85], [84, 2, 163], [156, 23, 158], [204, 71, 120], [237, 121, 83], [253, 180, 47], [240, 249, 33]],
     dtype=np.float64,
@@ -58,6 +60,8 @@ class MatchView:
     """Shown on a banner across the top."""
     inliers: npt.NDArray[np.bool_] | None = None
     """[rows, columns]: valid matches that agree with one geometry; None if that was not tested."""
+    verdict: str = ""
+    """Of the geometric verification, in words; shown on a line of its own."""
 
 
 def position_colours(xy: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
@@ -107,11 +111,12 @@ def place_cells(cells: Pixels, size: tuple[int, int], covered: tuple[float, floa
 def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     """Draw the matches on one sheet.
 
-    A and B with lines between the most confident valid matches, spread over A
-    (:func:`lift_fast.match_field.spread_sample`): coloured by position in B, as B's frame shows, or, with ``inliers``,
-    by whether they are. B warped into A: each pixel of A shows its match in B. A coloured by the position of each
-    pixel's match in B. The confidence. Between the points of the grid the matches are interpolated where neighbours
-    agree; what has no valid match is pale grey.
+    A and B with at most ``lines`` lines between valid matches with a confidence of at least 0.5, spread over A
+    (:func:`lift_fast.match_field.spread_sample`); where there are none between the most confident, which the title
+    says. They are coloured by position in B, as B's frame shows, or, with ``inliers``, by whether they are. B warped
+    into A: each pixel of A shows its match in B. A coloured by the position of each pixel's match in B. The confidence.
+    Between the points of the grid the matches are interpolated where neighbours agree; what has no valid match is pale
+    grey.
 
     Raises:
         ValueError: if the shapes of the arrays do not agree, or for a negative number of ``lines``.
@@ -119,7 +124,8 @@ def draw_matches(view: MatchView, lines: int = 40) -> Image.Image:
     _check(view)
     if lines < 0:
         raise ValueError(f"lines must be at least 0, got {lines}")
-    sample = spread_sample(view.valid, view.confidence, lines)
+    confident = view.valid & (view.confidence >= _CONFIDENT)
+    sample = spread_sample(confident if confident.any() else view.valid, view.confidence, lines)
     pair = _draw_pair(view, sample)
     # Tall images leave room for the panels beside them.
     room = _WIDEST - pair.width - _GAP
@@ -281,36 +287,62 @@ def _with_text(title: str, image: Image.Image, note: str) -> Image.Image:
 
 
 def _draw_header(view: MatchView, sample: npt.NDArray[np.int64], width: int) -> Image.Image:
-    """The caption, and what the lines mean."""
+    """The caption, the verdict, and what the lines mean."""
     small, font = _font(_SMALL), _font(_TEXT)
     caption = wrap(view.caption, small, width) if view.caption else []
-    drawn, known = len(sample), int(view.valid.sum())
-    if 0 < drawn < known:
-        title = f"{drawn} of {known:,} valid matches: the most confident, spread over A."
-    else:
-        title = f"{known or 'No'} valid match{'' if known <= 1 else 'es'}."
-    legend: list[tuple[Colour | None, str]] = [(None, title)]
+    verdict = wrap(view.verdict[:1].upper() + view.verdict[1:], font, width) if view.verdict else []
+    title = _lines_title(view, sample)
+    drawn = len(sample)
+    legend: list[tuple[Colour | None, str]] = []
     if view.inliers is not None and drawn:
         inside = int(view.inliers[tuple(sample.T)].sum())
-        legend += [(_INLIER, f"inliers: {inside}"), (_OUTLIER, f"outliers: {drawn - inside}")]
+        legend = [
+            (None, f"Of the {_counted(drawn, 'line')}:"),
+            (_INLIER, _counted(inside, "inlier")),
+            (_OUTLIER, _counted(drawn - inside, "outlier")),
+        ]
     elif drawn:
-        legend.append((None, "Colours: position in B, as on its frame."))
+        legend = [(None, "Colours: position in B, as on its frame.")]
+    lengths = [round(font.getlength(text)) + (0 if colour is None else _TEXT) for colour, text in legend]
+    left = round(font.getlength(title)) + _GAP
+    # The legend stays whole.
+    below = left + sum(lengths) + _GAP * (len(legend) - 1) > width
+    step = _TEXT + _LEADING
     height = len(caption) * (_SMALL + _LEADING)
-    # Cut to the lines that the legend needs.
-    block = Image.new("RGB", (width, height + len(legend) * (_TEXT + _LEADING)), _PAPER)
+    block = Image.new("RGB", (width, height + (len(verdict) + 1 + below) * step), _PAPER)
     draw = ImageDraw.Draw(block)
     for number, line in enumerate(caption):
         draw.text((0, number * (_SMALL + _LEADING)), line, font=small, fill=_FAINT)
-    left = 0
-    for colour, text in legend:
-        long = round(font.getlength(text)) + (0 if colour is None else _TEXT)
-        if left and left + long > width:
-            left, height = 0, height + _TEXT + _LEADING
+    for line in (*verdict, title):
+        draw.text((0, height), line, font=font, fill=_INK)
+        height += step
+    if below:
+        left = 0
+    else:
+        height -= step
+    for (colour, text), long in zip(legend, lengths, strict=True):
         if colour is not None:
             draw.ellipse((left, height + 6, left + 15, height + 21), fill=colour, outline=_INK, width=2)
         draw.text((left + long, height), text, font=font, fill=_INK, anchor="ra")
         left += long + _GAP
-    return block.crop((0, 0, width, height + _TEXT + _LEADING))
+    return block
+
+
+def _lines_title(view: MatchView, sample: npt.NDArray[np.int64]) -> str:
+    """Which of the valid matches the lines show."""
+    drawn, known = len(sample), int(view.valid.sum())
+    if not known:
+        return "No valid match."
+    if not drawn:
+        return f"{known:,} valid match{'' if known == 1 else 'es'}."
+    title = f"{drawn} of {known:,} valid match{'' if known == 1 else 'es'}"
+    if view.confidence[tuple(sample.T)].min() >= _CONFIDENT:
+        return f"{title}: confidence of at least {_CONFIDENT}, spread over A."
+    return f"{title}: the most confident, spread over A; none reaches {_CONFIDENT}."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _draw_banner(text: str, width: int) -> Image.Image:

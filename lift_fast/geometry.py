@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from .checks import check_whole
@@ -26,6 +27,8 @@ SEEDS = 2**31
 _CONFIDENCE, _ITERATIONS = 0.999, 5000
 # Points whose spread across a line is below this share of that along it are collinear.
 _LINE = 0.03
+# A point so many times as far from the middle as half of the points are is no part of their spread.
+_FAR = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,13 +253,18 @@ def _degenerate(points: Array) -> str:
     """Why points ``[P, 2]`` cannot carry a matrix, "" if they can."""
     if len(np.unique(points, axis=0)) < LEAST:
         return f"are fewer than {LEAST} different points"
+    # A single wild point would make a line of all others.
+    away = np.abs(points - np.median(points, axis=0)).max(1)
+    points = points[away <= _FAR * max(np.median(away), np.finfo(np.float64).tiny)]
     spread = np.linalg.svd(points - points.mean(0), compute_uv=False)
     return "lie on a line" if spread[1] <= _LINE * spread[0] else ""
 
 
 def _as_array(points: Points, name: str) -> Array:
     try:
-        array = points.detach().cpu().numpy() if isinstance(points, Tensor) else np.asarray(points)
+        # NumPy has no bfloat16.
+        array = points.detach().cpu() if isinstance(points, Tensor) else points
+        array = np.asarray(array.float() if isinstance(array, Tensor) and array.dtype == torch.bfloat16 else array)
         found = array.astype(np.float64) if array.dtype.kind in "iuf" else None
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be [..., 2] real numbers (x, y): {error}") from error

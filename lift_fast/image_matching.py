@@ -146,6 +146,7 @@ class ImageMatches:
 
         if self.valid.dim() != 2:
             raise ValueError("draw() needs dense matches; leave points=None in match_images, with step=N for fewer")
+        verdict = "" if self.verification is None else self.verification.verdict
         frames, positions = [], []
         for image, (top, left, height, width), size, xy in (
             (self.picture_a, self.covered_a, self.size_a, self.xy_a),
@@ -166,6 +167,7 @@ class ImageMatches:
                 caption=caption,
                 warning=self.warning,
                 inliers=None if self.inliers is None else self.inliers.cpu().numpy(),
+                verdict="" if verdict in self.warning else verdict,
             ),
             lines=lines,
         )

@@ -103,6 +103,8 @@ def check_export(path: str | os.PathLike[str], names: Sequence[tuple[str, str]])
     for pair in names:
         if not isinstance(pair, tuple) or [type(name) for name in pair] != [str, str]:
             raise TypeError(f"names must be two strings, got {shown(pair)}")
+        if any("\0" in name for name in pair):
+            raise ValueError(f"names cannot hold a zero byte, got {shown(pair)}; give those of files")
     if suffix == ".flo":
         if len(names) != 1:
             raise ValueError(f"a .flo file holds one pair, got {len(names)}; write a file for each")

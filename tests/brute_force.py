@@ -50,3 +50,65 @@ def pixel_similarities(query_map, key_map, query_size, key_size, normalize):
     (query, query_scale), (key, key_scale) = descriptors(query_map, query_size), descriptors(key_map, key_size)
     values = query @ key.T
     return values.masked_fill(~torch.isfinite(values), -torch.inf), (TIE * query_scale * key_scale.T).nan_to_num(0.0)
+
+
+DEGENERATE = [
+    "nearly flat",
+    "flat but for rounding",
+    "repeated",
+    "one direction",
+    "zeros",
+    "opposite",
+    "of every length",
+    "smooth",
+]
+
+
+def degenerate_cells(kind, generator, cells, channels):
+    """Descriptors whose patches span fewer than four directions, or four that are nearly the same."""
+    rows = torch.randn(cells, channels, generator=generator)
+    if kind == "nearly flat":
+        return rows[:1] + 1e-3 * rows
+    if kind == "flat but for rounding":
+        return (rows[:1] + 1e-7 * rows).expand(cells, channels)
+    if kind == "repeated":
+        return rows[torch.randint(3, (cells,), generator=generator)]
+    if kind == "one direction":
+        return torch.randn(cells, 1, generator=generator) * rows[:1]
+    if kind == "zeros":
+        return rows * (torch.rand(cells, 1, generator=generator) < 0.5)
+    if kind == "opposite":
+        return rows[:1] * (1 - 2 * (torch.arange(cells)[:, None] % 2)) + 1e-3 * rows
+    if kind == "smooth":
+        return F.interpolate(rows[:3].T[None], size=cells, mode="linear")[0].T
+    return rows * torch.logspace(-3, 3, cells)[:, None]
+
+
+def degenerate_map(kind, seed, channels, h, w):
+    """[channels, h, w] of :func:`degenerate_cells`."""
+    rows = degenerate_cells(kind, torch.Generator().manual_seed(seed), h * w, channels)
+    return rows.t().unflatten(1, (h, w)).contiguous()
+
+
+def check_spans(spans, image):
+    """That random vectors' projections onto each patch of ``image`` have the lengths that ``spans [patches, 16]`` say.
+
+    Its corners must be independent.
+    """
+    (y, x), width = image.strips(), image.grid[1]
+    tokens = image.tokens.double()
+    assert spans.shape == (y.count * x.count, 16)
+    row, column = torch.tril_indices(4, 4)
+    for patch, numbers in enumerate(spans):
+        rows, columns = ((axis.low[i], axis.high[i]) for axis, i in zip((y, x), divmod(patch, x.count), strict=True))
+        a, b, d, e = (tokens[r * width + c] for r in rows for c in columns)
+        basis = torch.stack([a, b - a, d - a, (e - d) - (b - a)])
+        inverse = torch.zeros(4, 4, dtype=torch.float64)
+        inverse[row, column] = numbers[:10].double()
+        query = torch.randn(5, tokens.shape[1], dtype=torch.float64)
+        query[0] = e
+        # A border has fewer directions.
+        expected = (torch.linalg.pinv(basis, rtol=1e-9) @ basis @ query.T).norm(dim=0)
+        bound = (inverse @ (basis @ query.T)).norm(dim=0)
+        torch.testing.assert_close(bound, expected, rtol=1e-4, atol=1e-4)
+        assert bool((bound >= expected * (1 - 1e-9)).all())

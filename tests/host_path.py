@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -68,8 +69,8 @@ def matching(backend):
     points = torch.zeros(3, 2, dtype=torch.int64)
 
     def run():
-        for at in (None, points):
-            dense_match_gpu.match(stretched, stretched, at, False, backend)
+        for at, per_pixel in product((None, points), (False, True)):
+            dense_match_gpu.match(stretched, stretched, at, per_pixel, backend)
         if backend == "cuda":
             axes = stretched.strips()
             index, valid = torch.zeros(40 * 48, dtype=torch.int64), torch.zeros(40 * 48, dtype=torch.bool)
@@ -130,7 +131,7 @@ def kernels():
     modules = (cosine_loss, dense_match_kernel, head, nearest_rows, nearest_kernel, nearest_float32, propagate_labels)
     modules += (triton_encoder, upsample)
     names = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
-    return [*names, "image_encoder", "dense_match_points", "dense_match_groups", "dense_match_mutual"]
+    return [*names, "image_encoder", *(f"dense_match_{one}" for one in ("spans", "points", "groups", "mutual"))]
 
 
 class Waiting(AssertionError):

@@ -65,6 +65,7 @@ NATIVE_PARTS = {
     "most_": "nearest",
     "dense_match": "dense_match",
     "map_": "dense_match",
+    "descriptor_norms": "dense_match",
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
     "lift_forward": "LiFT decoder",
@@ -74,7 +75,7 @@ NATIVE_PARTS = {
 
 @needs_native
 def test_cpu_native_names_every_operator_of_the_core():
-    about = ("build_info", "cpu_isas", "cuda_probe", "image_encoder", "interface")
+    about = ("advise_huge_pages", "build_info", "cpu_isas", "cuda_probe", "image_encoder", "interface")
     functions = [name for name in dir(_native.require()) if not name.startswith("_") and name not in about]
     detail = lift_fast.backends()["cpu native"].detail
     for name in functions:

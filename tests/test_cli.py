@@ -105,8 +105,9 @@ def test_match(images, tmp_path, capsys, lift):
                 assert data[f"size_{side}"].tolist() == [original.height, original.width] == figures[f"size_{side}"]
                 assert (data[f"xy_{side}"] < original.size).all()
         assert data["xy_a"][..., 0].max() > 0.9 * data["size_a"][1]
-        expected = np.clip(data["similarity"], 0, 1) * 2.0 ** -data["distance"]
-        np.testing.assert_allclose(data["confidence"], expected, atol=1e-6)
+        # Its values have tests of their own, test_confidence.py.
+        assert ((data["confidence"] >= 0) & (data["confidence"] <= 1)).all()
+        assert data["confidence"].mean() == pytest.approx(figures["mean_confidence"])
         assert ((data["distance"] <= 1) == data["valid"]).all()
         assert data["random_weights"]
     assert {p.name for p in tmp_path.iterdir()} == {"images", "result.png", "result.npz"}

@@ -73,10 +73,12 @@ def test_two_blocks_fit_in_the_registers(cubins):
 
 
 def test_blocks_of_the_dense_matcher_share_a_multiprocessor(cubins):
-    """Registers leave room for 24 warps that match groups and for 32 other warps."""
+    """Registers leave room for 24 warps that match groups and for 32 other warps; spans are few and short work."""
     usage = {name: one["REG"] for name, one in resources(cubins["dense_match"]).items()}
-    assert len(usage) == 10
-    assert all(registers <= (80 if "groups" in name else 64) for name, registers in usage.items())
+    assert len(usage) == 11
+    assert all(
+        registers <= (80 if "groups" in name else 64) for name, registers in usage.items() if "spans" not in name
+    )
 
 
 @pytest.mark.parametrize("source", ["image_encoder", "image_encoder_stream", "image_encoder_spread"])

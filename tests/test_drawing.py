@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from lift_fast import match_images
 from lift_fast.drawing import MatchView, confidence_colours, draw_matches, position_colours, wrap
@@ -47,6 +47,20 @@ def panels(sheet, view):
         np.asarray(sheet.crop((left, bottom - height, left + width, bottom))).astype(int)
         for left in (24 + n * (width + 20) for n in range(3))
     ]
+
+
+def written(monkeypatch, view, **options):
+    """The texts of a sheet, in the order of drawing, with their font sizes."""
+    texts, write = [], ImageDraw.ImageDraw.text
+
+    def record(self, xy, text, *rest, font, **more):
+        texts.append((text, font.size))
+        write(self, xy, text, *rest, font=font, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageDraw.ImageDraw, "text", record)
+        draw_matches(view, **options)
+    return texts
 
 
 def count(sheet, colour, near=0):
@@ -246,12 +260,53 @@ def test_inliers_have_their_colour():
     assert count(all_of_them, OUTLIER, 3) < 600 < 2_000 < count(all_of_them, INLIER, 3)
 
 
+def test_lines_are_confident_where_any_match_is(monkeypatch):
+    view = make_view((60, 80), (60, 80))
+    confidence = np.full(view.valid.shape, 0.3)
+    confidence[::3, ::4] = np.linspace(0.5, 1, 25).reshape(5, 5)
+    view = replace(view, confidence=confidence, inliers=confidence >= 0.5)
+    sheet = draw_matches(view)
+    assert count(sheet, OUTLIER, 3) < 600 < 1_000 < count(sheet, INLIER, 3)
+    texts = [text for text, _ in written(monkeypatch, view)]
+    assert "25 of 300 valid matches: confidence of at least 0.5, spread over A." in texts
+    assert {"Of the 25 lines:", "25 inliers", "0 outliers"} <= set(texts)
+    # Where none is confident, the best are drawn and the title says what they are.
+    doubtful = replace(view, confidence=np.where(view.inliers, 0.3, np.nextafter(0.5, 0)))
+    sheet = draw_matches(doubtful)
+    assert count(sheet, INLIER, 3) < 600 < 1_000 < count(sheet, OUTLIER, 3)
+    texts = [text for text, _ in written(monkeypatch, doubtful)]
+    assert "40 of 300 valid matches: the most confident, spread over A; none reaches 0.5." in texts
+    # A confident match that is not valid is none.
+    invalid = replace(doubtful, valid=~view.inliers, confidence=np.where(view.inliers, 0.9, 0.3))
+    assert any("none reaches 0.5" in text for text, _ in written(monkeypatch, invalid))
+
+
+def test_counts_of_one_are_singular(monkeypatch):
+    view = make_view((60, 80), (60, 80), (1, 1), inliers=np.ones((1, 1), bool))
+    texts = [text for text, _ in written(monkeypatch, replace(view, confidence=np.ones((1, 1))))]
+    assert {"Of the 1 line:", "1 inlier", "0 outliers"} <= set(texts)
+    assert "1 of 1 valid match: confidence of at least 0.5, spread over A." in texts
+    assert "1 valid match." in [text for text, _ in written(monkeypatch, view, lines=0)]
+
+
+def test_the_verdict_stands_above_the_title_of_the_lines(monkeypatch):
+    view = make_view((60, 80), (60, 80), inliers=np.ones((15, 20), bool))
+    texts = written(monkeypatch, replace(view, verdict="not verified: 9 of 300 agree"))
+    above = texts.index(("a caption", 19))
+    assert texts[above + 1] == ("Not verified: 9 of 300 agree", 22)
+    assert "300 valid matches" in texts[above + 2][0]
+    plain, short, long = (draw_matches(replace(view, verdict=text)) for text in ("", "verified", "verified " * 60))
+    assert plain.height < short.height < long.height
+
+
 def test_verified_matches_are_drawn_as_inliers():
     pytest.importorskip("cv2")
     found = match_images(CAT, CAT, size=96, step=4, normalize="pixel", verify="homography")
     assert count(found.draw(), INLIER, 3) > 1_000
     assert count(replace(found, inliers=~found.inliers).draw(), OUTLIER, 3) > 1_000
     assert count(replace(found, inliers=None).draw(), INLIER, 3) < 600
+    # The verdict has a line of its own.
+    assert found.draw().height > replace(found, verification=None).draw().height + 20
 
 
 def test_position_colours_are_bright_distinct_and_smooth():

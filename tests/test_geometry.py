@@ -130,6 +130,28 @@ def test_no_coordinates_raise(kind, scale):
             assert 0 <= found.inliers <= found.points <= count
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("far", [1e5, 1e150])
+def test_one_wild_point_makes_no_line_of_the_others(kind, far):
+    a, b, _ = (
+        solid(np.random.default_rng(7), 100, 0)
+        if kind != "homography"
+        else (*planar(np.random.default_rng(7), 100, 0), 0)
+    )
+    found = verify_pairs(np.r_[a, [[far, -far]]], np.r_[b, [[-far, far / 2]]], kind, camera=CAMERAS)
+    assert "line" not in found.verdict
+    if far < 1e6:
+        assert found.verified
+        assert found.inliers >= 95
+
+
+def test_every_floating_point_dtype():
+    a, b = (torch.from_numpy(points) for points in planar(np.random.default_rng(8), 100, 0))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        found = verify_pairs(a.to(dtype), b.to(dtype))
+        assert found.agrees(a.to(dtype), b.to(dtype)).sum() == found.inliers
+
+
 def test_few_agreeing_pairs_are_not_verified():
     random = np.random.default_rng(6)
     a, b = random.uniform(0, 4000, (30, 2)), random.uniform(0, 4000, (30, 2))

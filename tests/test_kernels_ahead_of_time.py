@@ -212,7 +212,7 @@ def test_loads_are_in_flight_during_the_products(compiled):
 
 def test_matching_compiles_for_every_target(matching):
     kernels = {(one["kernel"], one["capability"]) for one in matching}
-    names = ["prepare", "search", "finish", "groups", "resolve", "mutual", "blocks", "rescore", "match"]
+    names = ["prepare", "search", "finish", "groups", "resolve", "mutual", "blocks", "rescore", "match", "spans"]
     assert kernels >= {(f"{name}_kernel", capability) for name in names for capability in (80, 90, 100)}
     assert ("pingpong_kernel", 90) in kernels
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from brute_force import pixel_similarities
+from brute_force import DEGENERATE, check_spans, degenerate_map, pixel_similarities
 
 from lift_fast import dense_match, devices
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
@@ -146,6 +146,43 @@ def test_cosines_of_every_magnitude(scale):
     rounding = 2e-5 * float(values.abs().amax())
     torch.testing.assert_close(similarity.double(), values.amax(1), rtol=0, atol=rounding)
     assert bool((values.gather(1, index[:, None])[:, 0] >= values.amax(1) - rounding).all())
+
+
+@numeric
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_projections_change_no_cosine(kind, monkeypatch):
+    """They divide by how far a patch's corners lie apart. Without them every patch that its range leaves is visited."""
+    seed = int(torch.randint(1 << 30, ()))
+    print("seed", seed)
+    cells = [degenerate_map(kind, seed + h, 5, h, w) for h, w in ((2, 2), (3, 4))]
+    sizes = (3, 4), (7, 9)
+    points = torch.tensor([[3, 2], [1, 1]])
+    ours = run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)
+    assert bool((ours[0][1] >= 0).all())
+    spans = kernel.spans
+    monkeypatch.setattr(kernel, "spans", lambda *arguments: spans(*arguments).fill_(torch.nan))
+    for some, every in zip(ours, (run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)), strict=True):
+        for part, expected in zip(some, every, strict=True):
+            assert torch.equal(part, expected)
+
+
+@numeric
+def test_patches_without_projections_are_passed_over(monkeypatch):
+    """After its first matches a search looks nowhere else if all spans are zero."""
+    arguments = *maps(6, (2, 2), (4, 5)), (5, 7), (11, 13), "pixel"
+    right = run(*arguments)[0]
+    spans = kernel.spans
+    monkeypatch.setattr(kernel, "spans", lambda *arguments: spans(*arguments).zero_())
+    wrong = run(*arguments)[0]
+    assert bool((wrong <= right).all())
+    assert not torch.equal(wrong, right)
+
+
+@numeric
+def test_spans_have_the_lengths_of_projections():
+    image = StretchedMap(torch.randn(12, 6).to(DEVICE), (3, 4), (17, 29))
+    spans = dense_match_gpu._Cosines(image, "triton").scales(image.strips()).spans
+    check_spans(spans.cpu(), image._replace(tokens=image.tokens.cpu()))
 
 
 def test_bands_cover_every_strip_once():

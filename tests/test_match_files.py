@@ -402,6 +402,7 @@ def test_bad_arguments(monkeypatch):
         ("m", one, 1, "got m"),
         ("m.h5", [], 1, "at least one pair"),
         ("m.h5", one, 0, "cell must be an integer"),
+        ("m.h5", [pair(("a\0c", "b"), arrays)], 1, "cannot hold a zero byte"),
         ("m.txt", [pair(("a", "a"), arrays)], 1, "matches no image with itself, and a has no other"),
         ("m.h5", [pair(("a", "b"), arrays, orientations=(1, 9))], 1, "orientation must be at most 8, got 9"),
         ("m.flo", one * 2, 1, "holds one pair, got 2"),
@@ -429,14 +430,14 @@ def test_old_files_stay_until_new_ones_are_whole(name, monkeypatch):
     rng = np.random.default_rng()
     export_matches(name, [pair(("a", "b"), dense(rng, SIZES[0], SIZES[0]))])
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    calls = []
+    calls, arrays = [], dense(rng, SIZES[0], SIZES[0])
 
     def load():
         calls.append(1)
         # Of two pairs the second fails when the first is written.
         if len(calls) > 3 or name == "m.flo":
             raise OSError(errno.EIO, "gone")
-        return dense(rng, SIZES[0], SIZES[0])
+        return arrays
 
     made = [MatchedPair(("a", "b"), load)] if name == "m.flo" else [MatchedPair(("a", c), load) for c in "bc"]
     with pytest.raises(OSError, match="gone"):

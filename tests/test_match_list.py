@@ -287,6 +287,14 @@ def test_exports_that_cannot_be_are_told_before_the_work(folder, capsys, monkeyp
         error = capsys.readouterr().err
         assert reason in error
         assert error.count("\n") == 1
+    for arguments in (one, many):
+        assert run(*arguments, "--export", "m.h5", "--root", "nowhere") == 2
+        assert "--root nowhere is not a folder" in capsys.readouterr().err
+        assert run(*arguments, "--export", "m.h5", "--export-cell", 2**20 + 1) == 2
+        assert "--export-cell must be at most 1048576 pixels, got 1048577" in capsys.readouterr().err
+    for exports in (("m.h5", "m_keypoints.h5"), ("m_keypoints.h5", "m.h5"), ("./m.h5", "m_keypoints.h5")):
+        assert run(*one, *(word for name in exports for word in ("--export", name))) == 2
+        assert "would both write" in capsys.readouterr().err
     Image.open(folder / "a.png").save(folder / "a.h5", format="PNG")
     assert run(folder / "a.h5", folder / "b.png", "--export", folder / "a.h5") == 2
     assert "is an input" in capsys.readouterr().err

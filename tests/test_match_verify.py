@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def test_verdict_is_printed_and_written(noise, capsys):
     assert "drawn matches (" in said
     assert "agree with one homography within 5 px" in said
     assert "verified: " in said
+    assert re.search(r"matched in \d+\.\d\d s ", said)
     assert "warning" not in said
     with np.load("matches.npz") as numbers:
         assert numbers["transform"].shape == (3, 3)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brute_force import DEGENERATE, degenerate_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from map_layouts import laid_out
@@ -91,29 +92,8 @@ def test_large_enough_to_skip_patches(isa, per_pixel, monkeypatch):
         check(query, key, None, per_pixel, 2e-5 if per_pixel else 2e-6)
 
 
-def maps_of(kind, generator, cells, channels):
-    """Descriptors whose patches span fewer than four directions, or four that are nearly the same."""
-    rows = torch.randn(cells, channels, generator=generator)
-    if kind == "nearly flat":
-        return rows[:1] + 1e-3 * rows
-    if kind == "flat but for rounding":
-        return (rows[:1] + 1e-7 * rows).expand(cells, channels)
-    if kind == "repeated":
-        return rows[torch.randint(3, (cells,), generator=generator)]
-    if kind == "one direction":
-        return torch.randn(cells, 1, generator=generator) * rows[:1]
-    if kind == "zeros":
-        return rows * (torch.rand(cells, 1, generator=generator) < 0.5)
-    if kind == "opposite":
-        return rows[:1] * (1 - 2 * (torch.arange(cells)[:, None] % 2)) + 1e-3 * rows
-    return rows * torch.logspace(-3, 3, cells)[:, None]
-
-
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(
-    "kind",
-    ["nearly flat", "flat but for rounding", "repeated", "one direction", "zeros", "opposite", "of every length"],
-)
+@pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("channels", [1, 2, 3, 40])
 def test_cosines_of_degenerate_maps(kind, channels, isa, monkeypatch):
     """The bounds divide by how far a patch's corners lie apart."""
@@ -121,7 +101,7 @@ def test_cosines_of_degenerate_maps(kind, channels, isa, monkeypatch):
     generator = torch.Generator().manual_seed(channels)
     grids, sizes = ((7, 21), (6, 19)), ((33, 64), (31, 77))
     query, key = (
-        image(maps_of(kind, generator, h * w, channels).contiguous(), (h, w), size)
+        image(degenerate_cells(kind, generator, h * w, channels).contiguous(), (h, w), size)
         for (h, w), size in zip(grids, sizes, strict=True)
     )
     similarity, index = cpu.match(query, key, None, True)

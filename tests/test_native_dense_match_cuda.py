@@ -7,14 +7,15 @@ import subprocess
 import compiled
 import pytest
 import torch
-from brute_force import pixel_similarities
+from brute_force import DEGENERATE, check_spans, degenerate_map, pixel_similarities
 from torch.nn import functional as F
 
 from lift_fast import _native, devices
+from lift_fast.kernels.strips import SPAN
 from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
 from lift_fast.ops.dense_match import op
-from lift_fast.ops.dense_match.bilinear import StretchedMap, scales_of
+from lift_fast.ops.dense_match.bilinear import StretchedMap
 
 numeric = pytest.mark.numeric("dense_match (CUDA C++)")
 PROTOCOLS = ["grid", "pixel", "none"]
@@ -42,7 +43,7 @@ def condition(flag, wanted):
 
 def image(y, x, scale):
     patches = y[2] * x[2]
-    counts = (y[1] * x[1], patches, patches, y[1] * x[2])
+    counts = (y[1] * x[1], patches, patches, y[1] * x[2], SPAN * patches)
     scales = (raw(address, 4 * count) for address, count in zip(scale, counts, strict=True))
     return axis(y) + axis(x) + b"".join(scales)
 
@@ -66,7 +67,8 @@ class Emulation:
 
     def run(self, kind, content, *results):
         """Send one call and write the answer to the results: (address, size)."""
-        self.calls.append(kind)
+        # The spans of patches come with every search of cosines.
+        self.calls += [kind] if kind != b"s" else []
         self.process.stdin.write(kind + struct.pack("<3q", self.order, self.seed, self.shared_block) + content)
         self.process.stdin.flush()
         for address, size in results:
@@ -74,6 +76,11 @@ class Emulation:
             if len(answer) != size:
                 raise AssertionError(self.process.stderr.read().decode()[-6000:])
             ctypes.memmove(address, answer, size)
+
+    def dense_match_spans(self, gram, y, x, high, spans, device, stream):
+        patches = y[2] * x[2]
+        content = raw(gram, 8 * 5 * y[0] * x[0]) + axis(y) + axis(x) + raw(high, 4 * patches)
+        self.run(b"s", content + raw(spans, 4 * SPAN * patches), (spans, 4 * SPAN * patches))
 
     def dense_match_groups(
         self, table, rows, key_y, key_x, key_scale, query_y, query_x, band, similarity, index, when, device, stream
@@ -204,6 +211,43 @@ def test_smooth_maps(normalize, emulation):
 
 
 @numeric
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("channels", [1, 2, 3, 40])
+def test_projections_change_no_cosine(kind, channels, emulation, monkeypatch):
+    """They divide by how far a patch's corners lie apart. Without them every patch that its range leaves is visited."""
+    seed = int(torch.randint(1 << 30, ()))
+    print("seed", seed)
+    cells = [degenerate_map(kind, seed + h, channels, h, w) for h, w in ((3, 4), (4, 7))]
+    sizes = (9, 15), (13, 22)
+    points = torch.tensor([[3, 4], [14, 8], [0, 0], [11, 7]])
+    ours = run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)
+    assert bool((ours[0][1] >= 0).all())
+    spans = dense_match_cuda.spans
+    monkeypatch.setattr(dense_match_cuda, "spans", lambda *arguments: spans(*arguments).fill_(torch.nan))
+    for some, every in zip(ours, (run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)), strict=True):
+        for part, expected in zip(some, every, strict=True):
+            assert torch.equal(part, expected)
+
+
+@numeric
+def test_spans_have_the_lengths_of_projections(emulation):
+    image = StretchedMap(torch.randn(12, 6), (3, 4), (17, 29))
+    check_spans(dense_match_gpu._Cosines(image, "cuda").scales(image.strips()).spans, image)
+
+
+@numeric
+def test_patches_without_projections_are_passed_over(emulation, monkeypatch):
+    """After its first matches a search looks nowhere else if all spans are zero."""
+    arguments = *maps(6, (2, 2), (5, 6)), (5, 7), (23, 29), "pixel"
+    right = run(*arguments, mutual=False)[0]
+    spans = dense_match_cuda.spans
+    monkeypatch.setattr(dense_match_cuda, "spans", lambda *arguments: spans(*arguments).zero_())
+    wrong = run(*arguments, mutual=False)[0]
+    assert bool((wrong <= right).all())
+    assert not torch.equal(wrong, right)
+
+
+@numeric
 def test_large_maps_take_more_warps(emulation):
     query_map, key_map = maps(4, (1, 2), (89, 97))
     emulation.order = 2
@@ -244,7 +288,9 @@ def test_bands(normalize, emulation, monkeypatch):
     monkeypatch.setattr(dense_match_gpu, "_TABLE_BUDGET", 4 * 20 * 4)
     query_map, key_map = maps(3, (3, 2), (5, 4))
     check(query_map, key_map, (5, 4), (9, 10), normalize)
-    assert emulation.calls == [b"g"] * 2 + [b"p"] * 4
+    # As many more as the matched pixels need.
+    assert emulation.calls[:3] == [b"g", b"g", b"p"]
+    assert set(emulation.calls[3:]) == {b"p"}
 
 
 @numeric
@@ -274,7 +320,7 @@ def test_zeros_of_either_sign_are_equal(normalize, emulation):
     """Such as a zero vector's products, with the first of them in any lane."""
     image = StretchedMap(torch.randn(40, 3), (5, 8), (23, 41))
     axes = image.strips()
-    scales = scales_of(image.inverse_norms() if normalize == "pixel" else None, axes)
+    scales = dense_match_gpu._Cosines(image, "cuda").scales(axes) if normalize == "pixel" else None
     table = torch.where(torch.rand(6, 40) < 0.5, -0.0, 0.0)
     similarity, index = torch.empty(6), torch.empty(6, dtype=torch.int64)
     dense_match_cuda.match(table, axes, scales, similarity, index)
@@ -403,126 +449,6 @@ def test_batches_through_the_operator(emulation):
         one = run(query_map[b], key_map[b], (5, 7), (6, 5))
         assert torch.equal(found[0][b], one[0])
         assert torch.equal(found[2][b], one[2])
-
-
-needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_run()[1])
-AXIS, SCALES, ADDRESS = (3, 9, 3, 1 << 20, 1 << 20, 1 << 20, 1 << 20, 6), (0, 0, 0, 0), 1 << 20
-GROUPS = {
-    "table": ADDRESS,
-    "rows": 9,
-    "key_y": AXIS,
-    "key_x": AXIS,
-    "key_scale": SCALES,
-    "query_y": AXIS,
-    "query_x": AXIS,
-    "band": (0, 3, 0, 3, 0, 0, 3),
-    "similarity": ADDRESS,
-    "index": ADDRESS,
-}
-POINTS = {
-    **{name: GROUPS[name] for name in ("table", "key_y", "key_x", "key_scale", "similarity", "index")},
-    "points": 5,
-}
-MUTUAL = {
-    **{name: GROUPS[name] for name in ("table", "key_y", "key_x", "query_y", "query_x", "index")},
-    "query_scale": SCALES,
-    "valid": ADDRESS,
-    "scratch": ADDRESS,
-    "scratch_words": 8 * 37,
-}
-
-
-def call(kind, **changes):
-    arguments = {"groups": GROUPS, "points": POINTS, "mutual": MUTUAL}[kind]
-    getattr(_native.require(), f"dense_match_{kind}")(
-        **{**arguments, "when": (0, True), "device": 0, "stream": 0, **changes}
-    )
-
-
-def axis_with(**changes):
-    names = ("cells", "pixels", "strips", "low", "high", "first", "weight", "longest")
-    return tuple(changes.get(name, value) for name, value in zip(names, AXIS, strict=True))
-
-
-@needs_native
-@pytest.mark.parametrize("kind", ["groups", "points", "mutual"])
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"key_y": (1, 2)}, "expected an axis .* got a tuple of 2"),
-        ({"key_y": axis_with(cells=0)}, "key needs cells, pixels and strips, got 0, 9 and 3"),
-        ({"key_x": axis_with(pixels=-1)}, "key needs cells"),
-        ({"key_x": axis_with(cells=(1 << 30) + 1)}, "key is too large"),
-        ({"key_x": axis_with(pixels=1 << 40)}, "key is too large"),
-        ({"key_x": axis_with(cells=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
-        ({"key_x": axis_with(pixels=1 << 29)}, "at most 2\\^31 - 2 pixels and 2\\^30 cells"),
-        ({"key_x": axis_with(strips=6)}, "key cannot have 6 strips of up to 6 pixels"),
-        ({"key_x": axis_with(longest=10)}, "key cannot have 3 strips of up to 10 pixels"),
-        ({"key_y": axis_with(low=0)}, "key low is null"),
-        ({"key_y": axis_with(high=0)}, "key high is null"),
-        ({"key_y": axis_with(first=2)}, "key first must be aligned to 4 bytes"),
-        ({"key_y": axis_with(weight=0)}, "key weight is null"),
-        ({"table": 0}, "table is null"),
-        ({"table": 6}, "table must be aligned to 4 bytes"),
-        ({"index": 0}, "index is null"),
-        ({"index": 4}, "index must be aligned to 8 bytes"),
-        ({"when": (6, True)}, "flag must be aligned to 4 bytes"),
-        ({"when": (0,)}, "expected a condition .* got a tuple of 1"),
-        ({"device": -1}, "device -1 does not exist"),
-    ],
-)
-def test_bad_arguments_are_refused(kind, changes, message):
-    with pytest.raises(ValueError, match=f"dense_match: .*{message}"):
-        call(kind, **changes)
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        ("groups", {"query_y": axis_with(strips=0)}, "query needs cells"),
-        ("groups", {"key_scale": (1, 2)}, "expected scales .* got a tuple of 2"),
-        ("groups", {"key_scale": (ADDRESS, 0, ADDRESS, ADDRESS)}, "key scale_high is null"),
-        ("groups", {"key_scale": (0, ADDRESS, ADDRESS, ADDRESS)}, "key scale is null"),
-        ("groups", {"key_scale": (ADDRESS, ADDRESS, ADDRESS, 0)}, "key scale_rows is null"),
-        ("groups", {"band": (1, 2)}, "expected a band .* got a tuple of 2"),
-        ("groups", {"band": (0, 4, 0, 3, 0, 0, 3)}, r"strips \[0, 4\) x \[0, 3\) are not in the query image"),
-        ("groups", {"band": (2, 2, 0, 3, 0, 0, 3)}, "are not in the query image"),
-        ("groups", {"band": (0, 3, -1, 3, 0, 0, 3)}, "are not in the query image"),
-        ("groups", {"band": (0, 3, 0, 3, 0, 1, 3)}, "the band's cells are not in the query image"),
-        ("groups", {"band": (0, 3, 0, 3, 3, 0, 3)}, "the band's cells are not in the query image"),
-        ("groups", {"band": (0, 3, 0, 3, 1, 0, 3)}, "a table of 9 rows does not hold rows of 3 cells"),
-        ("groups", {"rows": 8}, "a table of 8 rows does not hold"),
-        ("groups", {"similarity": 0}, "similarity is null"),
-        ("points", {"points": -1}, r"expected 0 to 2\^31 - 1 points, got -1"),
-        ("points", {"points": 1 << 31}, r"expected 0 to 2\^31 - 1 points"),
-        ("mutual", {"query_scale": (0, 0, ADDRESS, ADDRESS)}, "query scale is null"),
-        ("mutual", {"query_y": axis_with(pixels=2000, longest=700)}, "groups of 4200 query pixels are too large"),
-        ("mutual", {"key_y": axis_with(cells=8001)}, "at most 24000 key cells fit the mutual check, got 24003"),
-        ("mutual", {"valid": 0}, "valid is null"),
-        ("mutual", {"scratch": 1 << 20 | 8}, "scratch must be aligned to 16 bytes"),
-        ("mutual", {"scratch_words": 8 * 36}, "scratch must have 296 words, got 288"),
-        ("mutual", {"query_scale": (ADDRESS,) * 4}, "scratch must have 656 words, got 296"),
-    ],
-)
-def test_what_one_call_alone_refuses(kind, changes, message):
-    with pytest.raises(ValueError, match=f"dense_match: .*{message}"):
-        call(kind, **changes)
-
-
-@needs_native
-def test_limits_are_those_of_the_native_core():
-    native = _native.require()
-    assert native.most_mutual_group == dense_match_cuda.MOST_MUTUAL_GROUP
-    assert native.most_mutual_cells == dense_match_cuda.MOST_MUTUAL_CELLS
-
-
-@needs_native
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("kind", ["groups", "points", "mutual"])
-def test_without_a_device_it_says_so(kind):
-    with pytest.raises(RuntimeError, match="dense_match: "):
-        call(kind)
 
 
 def test_tensors_that_do_not_fit_are_refused():

@@ -107,6 +107,10 @@ def views(array):
     frozen = array.copy()
     frozen.flags.writeable = False
     yield frozen
+    # A field of packed records: rows lie an odd number of bytes apart.
+    records = np.zeros(len(array), [("mark", "u1"), ("row", array.dtype, array.shape[1:])])
+    records["row"] = array
+    yield records["row"]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])

@@ -201,6 +201,30 @@ def test_other_settings_are_refused_or_overwrite(video, both, tmp_path, capsys):
     assert (out / "masks" / "notes.txt").read_text() == "mine"
 
 
+def test_starting_over_leaves_files_of_other_names(video, both, tmp_path, monkeypatch):
+    Image.open(video / "frames" / "no 3.png").save(tmp_path / "clip.gif", save_all=True, append_images=[])
+    clip = [tmp_path / "clip.gif", "--points", "1,1", *SMALL]
+    out = tmp_path / "out"
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    for number, command in enumerate((both, clip, both)):
+        # The second run starts over after one that was stopped before it wrote a state.
+        with monkeypatch.context() as patch:
+            if number == 0:
+                patch.setattr(track_results.Results, "finish", interrupted)
+            assert run("track", *command, "--overwrite", "--out", out) == (130 if number == 0 else 0)
+        mine = [out / "overlay" / "holiday.jpg", out / "overlay" / "no 3 better.png", out / "points.txt"]
+        if number == 0:
+            mine.append(out / "masks" / "mine.png")
+            for path in mine:
+                path.write_text("mine")
+        assert all(path.read_text() == "mine" for path in mine)
+        names = {path.stem for path in (out / "overlay").iterdir()} - {"holiday", "no 3 better"}
+        assert names == ({"000000"} if command is clip else {f"no {frame + 3}" for frame in range(FRAMES)})
+
+
 @pytest.mark.parametrize("more", [["--points", "99,1"], ["--weights", "none.pth"], ["--temperature", "-1"]])
 def test_a_wrong_command_line_overwrites_nothing(both, tmp_path, more, capsys):
     out = tmp_path / "out"
@@ -271,6 +295,7 @@ def test_video_file(video, tmp_path):
         (["--points", "1,2", "--movie", "film.avi"], "--movie must end in .mp4, .webp, .gif"),
         (["--points", "1,2", "--movie", "film.gif", "--overlay", "none"], "leave out --overlay none"),
         (["--points", "1,2", "--movie", "no folder/film.gif"], "does not exist"),
+        (["--points", "1,2", "--movie", "{folder}/frames/film.gif"], "would lie among the frames"),
         (["--points", "1,2", "--temperature", "0"], "temperature must be a positive number"),
         (["--points", "1,2", "--iterations", "2", "--no-lift"], "--iterations repeats LiFT"),
         (["--mask", "none.png"], "no mask at none.png"),
@@ -278,10 +303,21 @@ def test_video_file(video, tmp_path):
 )
 def test_usage_errors(video, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
+    more = [word.replace("{folder}", str(video)) for word in more]
     assert run("track", video / "frames", *more, *SMALL) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_the_slowest_film(video, tmp_path, capsys):
+    given = ["--points", "1,1", *SMALL, "--out", tmp_path / "out", "--movie", tmp_path / "film.gif", "--fps"]
+    assert run("track", video / "frames", *given, "0.01") == 0
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.info["duration"] == 100_000
+    with pytest.raises(SystemExit):
+        run("track", video / "frames", *given, "0.001")
+    assert "expected frames per second, 0.01 to 1000, got '0.001'" in capsys.readouterr().err
 
 
 def test_what_lies_in_the_way(video, both, tmp_path, capsys):

@@ -27,13 +27,14 @@ MatchAxis axis(const py::tuple& t) {
 }
 
 MatchImage image(const py::tuple& y, const py::tuple& x, const py::tuple& scale) {
-  expect(scale, 4, "scales (pixel, high, low, rows)");
+  expect(scale, 5, "scales (pixel, high, low, rows, spans)");
   return {axis(y),
           axis(x),
           pointer<const float>(scale[0]),
           pointer<const float>(scale[1]),
           pointer<const float>(scale[2]),
-          pointer<const float>(scale[3])};
+          pointer<const float>(scale[3]),
+          pointer<const float>(scale[4])};
 }
 
 MatchWhen when_of(const py::tuple& t) {
@@ -53,14 +54,28 @@ template <class Call>
 void missing(const Call&, int, void*) {
   throw std::runtime_error("dense_match: built without CUDA: " LIFT_FAST_CUDA_REASON);
 }
+constexpr auto match_spans = &missing<MatchSpansCall>;
 constexpr auto match_groups = &missing<GroupMatchCall>;
 constexpr auto match_points = &missing<PointMatchCall>;
 constexpr auto match_mutual = &missing<MutualMatchCall>;
 #else
+constexpr auto match_spans = &match_spans_run;
 constexpr auto match_groups = &match_groups_run;
 constexpr auto match_points = &match_points_run;
 constexpr auto match_mutual = &match_mutual_run;
 #endif
+
+void spans(std::uintptr_t gram, const py::tuple& y, const py::tuple& x, std::uintptr_t scale_high, std::uintptr_t out,
+           int device, std::uintptr_t stream) {
+  MatchSpansCall call{};
+  call.gram = pointer<const double>(gram);
+  call.y = axis(y);
+  call.x = axis(x);
+  call.scale_high = pointer<const float>(scale_high);
+  call.spans = pointer<float>(out);
+  check_spans(call);
+  launch(match_spans, call, device, stream);
+}
 
 void groups(std::uintptr_t table, std::int64_t rows, const py::tuple& key_y, const py::tuple& key_x,
             const py::tuple& key_scale, const py::tuple& query_y, const py::tuple& query_x, const py::tuple& band,
@@ -117,6 +132,12 @@ void mutual(std::uintptr_t table, const py::tuple& query_y, const py::tuple& que
 }  // namespace
 
 void bind_dense_match_cuda(py::module_& m) {
+  m.def("dense_match_spans", &spans, py::arg("gram"), py::arg("key_y"), py::arg("key_x"), py::arg("scale_high"),
+        py::arg("spans"), py::arg("device"), py::arg("stream"),
+        "On a CUDA device, what bounds the cosines in each patch of an image, for the functions below: writes spans "
+        "[y strips, x strips, 16] float32, aligned to 16 bytes. gram [5, h, w] float64: products of each cell with "
+        "itself and its neighbours to the right, below, below to the right and below to the left, at the border with "
+        "the cell there. scale_high [y strips, x strips] float32, the largest factor in each patch.");
   m.def(
       "dense_match_groups", &groups, py::arg("table"), py::arg("rows"), py::arg("key_y"), py::arg("key_x"),
       py::arg("key_scale"), py::arg("query_y"), py::arg("query_x"), py::arg("band"), py::arg("similarity"),
@@ -126,8 +147,8 @@ void bind_dense_match_cuda(py::module_& m) {
       "key cells] float32, similarities of the band's query cells; similarity float32 and index int64, both of every "
       "query pixel, -inf and -1 where every value is NaN or infinite. An axis is (cells, pixels, strips, low, high, "
       "first, weight, longest): int32 low and high [strips], first [strips + 1], float32 weight [pixels]; these "
-      "arrays are not checked. key_scale is (pixel, high, low, rows), float32 factors of the key's pixels, their range "
-      "in each patch and the largest of each of its rows, or zeros. band is (first y, end y, first x, end x, top, left, "
+      "arrays are not checked. key_scale is (pixel, high, low, rows, spans), float32 factors of the key's pixels, their "
+      "range in each patch, the largest of each of its rows and what dense_match_spans wrote, or zeros. band is (first y, end y, first x, end x, top, left, "
       "width): query strips, and the table's first cell and row length. when is (flag, wanted), flag the address of an "
       "int32 on the device: the launch works only if (*flag != 0) == wanted; (0, True) means always. Launches on `stream` "
       "and returns.");

@@ -23,22 +23,6 @@ void require(bool holds, const std::string& what) {
 
 }  // namespace
 
-void corner_products(const double* gram, std::int64_t h, std::int64_t w, const std::int64_t (&row)[2],
-                     const std::int64_t (&column)[2], double (&products)[4][4]) {
-  const CellProducts<const double> of(gram, h, w);
-  // Of corner 2 i + j with 2 k + l, i <= k.
-  const auto product = [&](int i, int j, int k, int l) {
-    const std::int64_t at = row[i] * w + column[j];
-    const bool across = column[j] != column[l];
-    if (row[i] == row[k]) return across ? of.right[row[i] * w + column[0]] : of.own[at];
-    if (!across) return of.down[at];
-    return j < l ? of.diagonal[at] : of.back[at];
-  };
-  for (int p = 0; p < 4; ++p) {
-    for (int q = p; q < 4; ++q) products[p][q] = products[q][p] = product(p / 2, p % 2, q / 2, q % 2);
-  }
-}
-
 void check_axis(const DenseMatchAxis& axis, const std::string& name) {
   constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   require(axis.cells > 0 && axis.pixels > 0 && axis.strips > 0, name + " needs cells, pixels and strips");
@@ -54,60 +38,6 @@ void check_axis(const DenseMatchAxis& axis, const std::string& name) {
 }
 
 namespace {
-
-// Of the largest square of a norm: what float64 may round in products of cells, and the least part of a corner that
-// counts as a direction of its own.
-constexpr double kGramRounding = 0x1p-40, kLeastPivot = 0x1p-36;
-
-// The span of a patch's corners, factored in float64, from their products.
-PatchSpan span_of(const double (&corners)[4][4], float largest_scale) {
-  // Differences are nearly at right angles where the corners are nearly parallel, so float32 suffices for their values.
-  constexpr double basis[4][4] = {{1, 0, 0, 0}, {-1, 1, 0, 0}, {-1, 0, 1, 0}, {1, -1, -1, 1}};
-  double g[4][4];
-  const double most = std::max({corners[0][0], corners[1][1], corners[2][2], corners[3][3]});
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j <= i; ++j) {
-      g[i][j] = 0;
-      for (int p = 0; p < 4; ++p) {
-        for (int q = 0; q < 4; ++q) g[i][j] += basis[i][p] * basis[j][q] * corners[p][q];
-      }
-    }
-    // A shorter vector has a larger bound: room for what float64 rounds.
-    g[i][i] -= kGramRounding * most;
-  }
-  constexpr double epsilon = std::numeric_limits<float>::epsilon();
-  double factor[4][4] = {}, inverse[4][4] = {}, rounding[4] = {}, stretch = 1 + 4 * epsilon;
-  for (int i = 0; i < 4; ++i) {
-    double square = g[i][i];
-    for (int j = 0; j < i; ++j) {
-      double sum = g[i][j];
-      for (int k = 0; k < j; ++k) sum -= factor[i][k] * factor[j][k];
-      factor[i][j] = inverse[j][j] * sum;
-      square -= factor[i][j] * factor[i][j];
-    }
-    // What the corners before it say of this value: minus this row.
-    double row_of[4] = {};
-    for (int j = 0; j < i; ++j) {
-      for (int k = 0; k <= j; ++k) row_of[k] -= factor[i][j] * inverse[j][k];
-    }
-    row_of[i] = 1;
-    const bool spans = square > kLeastPivot * most;
-    const double length = spans ? std::sqrt(square) : 0;
-    for (int k = 0; k <= i; ++k) {
-      if (spans) inverse[i][k] = row_of[k] / length;
-      // A corner that adds no direction of its own adds no more than its whole value,
-      rounding[k] += spans ? 6 * epsilon * std::fabs(inverse[i][k]) : largest_scale * std::fabs(row_of[k]);
-    }
-    // and leaving out its own part may shorten the descriptors by as much.
-    if (!spans) stretch += std::sqrt(std::max(square, 0.0) + 2 * kGramRounding * most) * largest_scale;
-  }
-  PatchSpan span{};
-  for (int i = 0, at = 0; i < 4; ++i) {
-    for (int k = 0; k <= i; ++k) span.inverse[at++] = static_cast<float>(inverse[i][k] * stretch);
-    span.rounding[i] = static_cast<float>(rounding[i] * stretch);
-  }
-  return span;
-}
 
 DenseMatchScratch layout(const DenseMatchCall& call) {
   const std::int64_t patches = call.y.strips * call.strips_padded;

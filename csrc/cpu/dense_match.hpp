@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "dense_match_span.hpp"
 #include "isa.hpp"
 #include "stop.hpp"
 
@@ -20,21 +21,6 @@ struct DenseMatchAxis {
   const std::int32_t* first;  // [strips + 1] first pixel of each strip, ascending from 0; the last is `pixels`
   const float* weight;        // [pixels] share of the far cell
 };
-
-// Products of neighbouring cells of a map, [5, h, w]: each cell times itself and the cells to the right, below, below to
-// the right and below to the left. Beyond the border the neighbour is the cell at the border.
-namespace {
-template <class T>
-struct CellProducts {
-  T *own, *right, *down, *diagonal, *back;
-  CellProducts(T* gram, std::int64_t h, std::int64_t w)
-      : own(gram), right(own + h * w), down(right + h * w), diagonal(down + h * w), back(diagonal + h * w) {}
-};
-}  // namespace
-
-// Products of the four cells at two rows and two columns (y before x).
-void corner_products(const double* gram, std::int64_t h, std::int64_t w, const std::int64_t (&row)[2],
-                     const std::int64_t (&column)[2], double (&products)[4][4]);
 
 // Layout of a thread's working memory, in 4-byte words; multiples of 16.
 struct DenseMatchScratch {
@@ -84,16 +70,6 @@ struct DenseMatchCall {
 };
 
 constexpr std::int64_t dense_match_block = 64;  // points of a group that are matched together
-
-// Bounds a patch's cosines by the length of the query's projection onto the span of the four corner descriptors a, b, d,
-// e. For the values (a, b - a, d - a, (e - d) - (b - a)) of a bilinear function of the similarities, y = inverse * values
-// has that length; `rounding` times the magnitudes of the values bounds what float32 may hide.
-constexpr std::int64_t span_words = 16;
-struct PatchSpan {
-  float inverse[10];  // lower triangle, by rows
-  float rounding[4];
-  float unused[2];
-};
 
 // Throws std::invalid_argument for sizes or indices out of range, std::bad_alloc. If it is stopped, the outputs are
 // undefined.

@@ -8,7 +8,7 @@ namespace {
 constexpr const char* kName = "dense_match";
 
 ReadyKernels& kernels() {
-  static ReadyKernels ready(kName, match_groups_kernel<true, true>, match_groups_kernel<true, false>,
+  static ReadyKernels ready(kName, match_spans_kernel, match_groups_kernel<true, true>, match_groups_kernel<true, false>,
                             match_groups_kernel<false, true>, match_groups_kernel<false, false>,
                             match_points_kernel<true>, match_points_kernel<false>, find_mutual_kernel<true>,
                             find_mutual_kernel<false>, check_mutual_kernel<true>, check_mutual_kernel<false>);
@@ -27,6 +27,13 @@ void launch(Kernel kernel, const Params& params, const MatchLaunch& cut, void* s
 void dense_match_prepare(int device) {
   const DeviceGuard guard(device, kName);
   kernels().on(device);
+}
+
+void match_spans_run(const MatchSpansCall& call, int device, void* stream) {
+  check_spans(call);
+  const DeviceGuard guard(device, kName);
+  kernels().on(device);
+  launch(match_spans_kernel, span_params(call), span_launch(call), stream);
 }
 
 void match_groups_run(const GroupMatchCall& call, int device, void* stream) {

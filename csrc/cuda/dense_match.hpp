@@ -26,6 +26,15 @@ struct MatchImage {
   const float* scale_high;  // [y.strips, x.strips] the largest of each patch
   const float* scale_low;
   const float* scale_rows;  // [y.pixels, x.strips] the largest of each strip's pixels in each row
+  const float* spans;  // [y.strips, x.strips, span_words] of a MatchSpansCall
+};
+
+// With scales: what bounds the cosines in each patch of an image.
+struct MatchSpansCall {
+  const double* gram;  // products of the cells whose norms the scales divide by (CellProducts)
+  MatchAxis y, x;
+  const float* scale_high;  // as in MatchImage
+  float* spans;  // [y.strips, x.strips, span_words], see PatchSpan
 };
 
 // The part of the query image whose cells a table holds: strips [first, end), and cells from (top, left) on.
@@ -84,6 +93,7 @@ void dense_match_prepare(int device);
 
 // Each launches on `stream` of `device` and returns. Throws std::invalid_argument for impossible calls and
 // std::runtime_error if CUDA refuses. Allocates nothing, waits for nothing, and keeps the current device.
+void match_spans_run(const MatchSpansCall& call, int device, void* stream);
 void match_groups_run(const GroupMatchCall& call, int device, void* stream);
 void match_points_run(const PointMatchCall& call, int device, void* stream);
 void match_mutual_run(const MutualMatchCall& call, int device, void* stream);

@@ -46,13 +46,14 @@ inline void check_match_axes(const MatchAxis& y, const MatchAxis& x, const std::
 inline void check_match_image(const MatchImage& image, const std::string& name) {
   check_match_axes(image.y, image.x, name);
   if (image.scale == nullptr && image.scale_high == nullptr && image.scale_low == nullptr &&
-      image.scale_rows == nullptr) {
+      image.scale_rows == nullptr && image.spans == nullptr) {
     return;
   }
   check_match_pointer(image.scale, name + " scale", 4);
   check_match_pointer(image.scale_high, name + " scale_high", 4);
   check_match_pointer(image.scale_low, name + " scale_low", 4);
   check_match_pointer(image.scale_rows, name + " scale_rows", 4);
+  check_match_pointer(image.spans, name + " spans", 16);
 }
 
 inline void check_match_when(const MatchWhen& when) {
@@ -60,6 +61,13 @@ inline void check_match_when(const MatchWhen& when) {
 }
 
 // Throw std::invalid_argument if a pointer or a size is impossible.
+inline void check_spans(const MatchSpansCall& call) {
+  check_match_axes(call.y, call.x, "key");
+  check_match_pointer(call.gram, "gram", 8);
+  check_match_pointer(call.scale_high, "key scale_high", 4);
+  check_match_pointer(call.spans, "key spans", 16);
+}
+
 inline void check_groups(const GroupMatchCall& call) {
   check_match_image(call.key, "key");
   check_match_axes(call.query_y, call.query_x, "query");

@@ -56,10 +56,17 @@ __device__ __forceinline__ Bilinear seen_from(const MutualParams& p, const KeyPi
           key.similarity(p.table + at.low_left * cells), key.similarity(p.table + at.low_right * cells)};
 }
 
-// Whether a query pixel of this patch is more similar than the candidate's, or as similar and lower.
+// Whether a query pixel of this patch is more similar than the candidate's, or as similar and lower. With scales few
+// patches can hold one, by the key's projection onto them.
 template <bool kScale>
 __device__ __forceinline__ bool beaten_in(const MutualParams& p, const Candidate& candidate, int strip_y, int strip_x) {
   const Bilinear patch = seen_from(p, candidate.key, Corners(p.query.y, p.query.x, strip_y, strip_x));
+  if constexpr (kScale) {
+    const int number = strip_y * p.query.x.strips + strip_x;
+    const float size = magnitude(patch.near) + magnitude(patch.right) + magnitude(patch.down) + magnitude(patch.both);
+    const float slack = kMatchSlack * size * p.query.scale_high[number];
+    if (!reaches(p.query, number, patch, candidate.value - slack)) return false;
+  }
   bool beaten = false;
   // If a corner of a patch is not finite, none of its pixels is.
   each_pixel<kScale>(p.query, strip_y, strip_x, patch, [&](float value, int pixel) {

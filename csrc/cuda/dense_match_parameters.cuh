@@ -13,7 +13,7 @@ namespace lift_fast {
 constexpr int kMatchMaxWarps = 8;
 constexpr int kGroupPixels = 64;  // of a group that are matched together: two to a lane
 constexpr int kSeeds = 4;         // one for each query cell of a group
-// Of a block for a point, for four groups, and for rows of the table.
+// Of a block for a point, for four groups or for as many patches; and for rows of the table.
 constexpr int kMatchThreads = 128;
 constexpr int kCheckThreads = 256;
 
@@ -65,7 +65,14 @@ struct AxisParams {
 
 struct ImageParams {
   AxisParams y, x;
-  const float *scale, *scale_high, *scale_low, *scale_rows;
+  const float *scale, *scale_high, *scale_low, *scale_rows, *spans;
+};
+
+struct SpanParams {
+  const double* gram;
+  AxisParams y, x;
+  const float* scale_high;
+  float* spans;
 };
 
 struct Candidate;
@@ -113,7 +120,12 @@ inline AxisParams axis_params(const MatchAxis& axis) {
 }
 
 inline ImageParams image_params(const MatchImage& image) {
-  return {axis_params(image.y), axis_params(image.x), image.scale, image.scale_high, image.scale_low, image.scale_rows};
+  return {axis_params(image.y), axis_params(image.x), image.scale, image.scale_high,
+          image.scale_low,      image.scale_rows,     image.spans};
+}
+
+inline SpanParams span_params(const MatchSpansCall& call) {
+  return {call.gram, axis_params(call.y), axis_params(call.x), call.scale_high, call.spans};
 }
 
 inline GroupParams group_params(const GroupMatchCall& call, const MatchLaunch& launch) {
@@ -156,6 +168,11 @@ inline MutualParams mutual_params(const MutualMatchCall& call) {
   params.rows = cells <= 4096 ? 4 : cells <= 8192 ? 2 : 1;
   params.when = call.when;
   return params;
+}
+
+inline MatchLaunch span_launch(const MatchSpansCall& call) {
+  const std::int64_t patches = call.y.strips * call.x.strips;
+  return {(patches + kMatchThreads - 1) / kMatchThreads, kMatchThreads / 32, 0, 1, false};
 }
 
 inline MatchLaunch point_launch(const PointMatchCall& call) {

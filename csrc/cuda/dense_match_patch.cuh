@@ -66,6 +66,29 @@ __device__ __forceinline__ float scaled_bound(const ImageParams& p, int patch, f
   return multiply_add(slack, high, bound * (bound > 0.0f ? high : p.scale_low[patch]));
 }
 
+// Below this the squares of values would leave the range of float32.
+constexpr float kLeastLength = 1e-15f;
+
+// Whether a cosine of the patch can exceed `bar`, by the query's projection onto the span of its corners (PatchSpan).
+// `of` are the values that its pixels are computed from; `bar` leaves room for their rounding.
+__device__ __forceinline__ bool reaches(const ImageParams& p, int patch, const Bilinear& of, float bar) {
+  const float4* const span = reinterpret_cast<const float4*>(p.spans) + std::int64_t{4} * patch;
+  const float4 a = span[0], b = span[1], c = span[2], d = span[3];
+  const float first = a.x * of.near;
+  const float second = multiply_add(a.z, of.right, a.y * of.near);
+  const float third = multiply_add(b.y, of.down, multiply_add(b.x, of.right, a.w * of.near));
+  const float fourth = multiply_add(
+      c.y, of.both, multiply_add(c.x, of.down, multiply_add(b.w, of.right, b.z * of.near)));
+  const float square = multiply_add(
+      fourth, fourth, multiply_add(third, third, multiply_add(second, second, first * first)));
+  const float lost = multiply_add(
+      d.y, magnitude(of.both),
+      multiply_add(d.x, magnitude(of.down), multiply_add(c.w, magnitude(of.right), c.z * magnitude(of.near))));
+  const float least = bar - lost;
+  // Written so that NaN reaches.
+  return !(least > kLeastLength && square * (1 + kMatchSlack) < least * least);
+}
+
 // Calls visit(value, pixel) for the pixels of a patch that may be its largest, until that returns false.
 template <bool kScale, class Visit>
 __device__ __forceinline__ void each_pixel(const ImageParams& p, int strip_y, int strip_x, const Bilinear& patch,

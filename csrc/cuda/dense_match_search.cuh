@@ -5,11 +5,13 @@
 // Each of its warps visits the patches of its own strips whose bound exceeds the threshold: the least of the best
 // values that the group's pixels have so far. The patches around the best key cell of each query cell come first and
 // raise it. Without scales a patch is linear in each direction, so its largest value is at one of its four outermost
-// pixels.
+// pixels. With scales the similarities are cosines, up to the query's norm, and few of the patches that the bound leaves
+// can reach a pixel's best value by the projection of its descriptor onto the patch.
 #pragma once
 
 #include <cstdint>
 
+#include "dense_match_span.hpp"
 #include "dense_match_patch.cuh"
 
 namespace lift_fast {
@@ -223,11 +225,18 @@ class GroupMatcher {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float most = larger(larger(value[r][0], value[r][1]), larger(value[r][2], value[r][3]));
-      const float bound = scaled_bound<kScale>(p_.key, strip_y * p_.key.x.strips + strip_x, most, slack_);
-      unsigned open = ballot(!(bound < best_[r]));
+      const int number = strip_y * p_.key.x.strips + strip_x;
+      const float bound = scaled_bound<kScale>(p_.key, number, most, slack_);
+      bool open_here = !(bound < best_[r]);
+      unsigned open = ballot(open_here);
       if (open == 0) continue;
-      promising = true;
       const Bilinear patch(value[r][0], value[r][1], value[r][2], value[r][3]);
+      if constexpr (kScale) {
+        open_here = open_here && reaches(p_.key, number, patch, best_[r] - slack_ * p_.key.scale_high[number]);
+        open = ballot(open_here);
+        if (open == 0) continue;
+      }
+      promising = true;
       if constexpr (kScale) {
         if ((open & (open - 1)) == 0) {
           visit_for(lowest_bit(open), strip_y, strip_x, value[r], best_[r], index_[r]);
@@ -328,6 +337,17 @@ inline auto* groups_kernel(const GroupMatchCall& call, const MatchLaunch& cut) {
              : (cut.staged ? match_groups_kernel<false, true> : match_groups_kernel<false, false>);
 }
 
+// A thread for each patch.
+__global__ void __launch_bounds__(kMatchThreads) match_spans_kernel(const LIFT_FAST_GRID_CONSTANT SpanParams p) {
+  const int patch = static_cast<int>(blockIdx.x) * kMatchThreads + static_cast<int>(threadIdx.x);
+  if (patch >= p.y.strips * p.x.strips) return;
+  const int strip_y = patch / p.x.strips, strip_x = patch % p.x.strips;
+  double corners[4][4];
+  corner_products(p.gram, p.y.cells, p.x.cells, {p.y.low[strip_y], p.y.high[strip_y]},
+                  {p.x.low[strip_x], p.x.high[strip_x]}, corners);
+  reinterpret_cast<PatchSpan*>(p.spans)[patch] = span_of(corners, p.scale_high[patch]);
+}
+
 // One block for a point: its threads share the patches.
 template <bool kScale>
 __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LIFT_FAST_GRID_CONSTANT PointParams p) {
@@ -343,12 +363,17 @@ __global__ void __launch_bounds__(kMatchThreads, 8) match_points_kernel(const LI
     const Corners at(y, x, strip_y, strip_x);
     const float a = row[at.top_left], b = row[at.top_right], c = row[at.low_left], d = row[at.low_right];
     if ((zero_if_finite(a) + zero_if_finite(b)) + (zero_if_finite(c) + zero_if_finite(d)) != 0.0f) continue;
+    const Bilinear of(a, b, c, d);
     if constexpr (kScale) {
       const float most = larger(larger(a, b), larger(c, d));
       const float size = larger(larger(magnitude(a), magnitude(b)), larger(magnitude(c), magnitude(d)));
-      if (scaled_bound<kScale>(p.key, patch, most, kMatchSlack * size) < best) continue;
+      const float slack = kMatchSlack * size;
+      if (scaled_bound<kScale>(p.key, patch, most, slack) < best ||
+          !reaches(p.key, patch, of, best - slack * p.key.scale_high[patch])) {
+        continue;
+      }
     }
-    each_pixel<kScale>(p.key, strip_y, strip_x, Bilinear(a, b, c, d), [&](float value, int pixel) {
+    each_pixel<kScale>(p.key, strip_y, strip_x, of, [&](float value, int pixel) {
       improve(value, pixel, best, index);
       return true;
     });

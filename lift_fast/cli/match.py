@@ -15,7 +15,16 @@ from lift_fast._text import quoted
 
 from . import match_pair
 from .errors import UsageError, as_usage_error, check_output
-from .match_export import FLOW, add_export_options, check_exports, image_name, none_exported, totals, write_exports
+from .match_export import (
+    FLOW,
+    add_export_options,
+    check_export_options,
+    check_exports,
+    image_name,
+    none_exported,
+    totals,
+    write_exports,
+)
 from .match_list import run_list
 from .match_verify import add_verify_options, check_verify_options
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
@@ -59,7 +68,7 @@ def add_parser(commands: Any) -> None:
         help="a valid match must lead back to within one cell of the descriptor map (on)",
     )
     parser.add_argument("--normalize", default="pixel", choices=("pixel", "grid"), help="see dense_match (%(default)s)")
-    parser.add_argument("--lines", type=positive, default=40, metavar="N", help="match lines to draw (%(default)s)")
+    parser.add_argument("--lines", type=positive, default=40, metavar="N", help="most lines to draw (%(default)s)")
     parser.add_argument(
         "--timing", action="store_true", help="print each stage's seconds, imports and total (--json always does)"
     )
@@ -89,6 +98,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Match one pair or a list; return the exit status."""
     check_verify_options(arguments)
+    check_export_options(arguments)
     given = {name: getattr(arguments, name) not in (None, False) for name in (*_PAIR_ONLY, *_LIST_ONLY)}
     if arguments.pairs is not None:
         if any(given[name] for name in _PAIR_ONLY):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lift_fast.match_files import MatchedPair
 
 FLOW = ".flo"
+# Of export_matches.
+_MOST_CELL = 1 << 20
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,14 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_export_options(arguments: argparse.Namespace) -> None:
+    """Check them before the networks are loaded; raise ``UsageError``."""
+    if arguments.root is not None and not arguments.root.is_dir():
+        raise UsageError(f"--root {quoted(arguments.root)} is not a folder; give the one that holds all images")
+    if arguments.export_cell is not None and arguments.export_cell > _MOST_CELL:
+        raise UsageError(f"--export-cell must be at most {_MOST_CELL} pixels, got {arguments.export_cell}")
+
+
 def image_name(path: Path, root: Path) -> str:
     """Name of an image relative to the folder of all, with forward slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
@@ -61,6 +71,7 @@ def check_exports(
     from lift_fast.match_files import check_export
 
     inputs = list(inputs)
+    written: dict[str, Path] = {}
     for path in exports:
         if path.suffix.lower() == FLOW and len(names) > 1:
             raise UsageError(
@@ -71,6 +82,13 @@ def check_exports(
                 first, *more = check_export(path, names)
         except ImportError as error:
             raise UsageError(f"--export {quoted(path)}: {error}") from error
+        for each in (first, *more):
+            # The same file twice is harmless, unless it is to hold two things.
+            if written.setdefault(os.path.realpath(each), path) != path:
+                raise UsageError(
+                    f"--export {quoted(path)} and --export {quoted(written[os.path.realpath(each)])} would both write "
+                    f"{quoted(each)}; give one of them another name"
+                )
         check_output("export", first, inputs)
         for other in more:
             if other.suffix:

@@ -128,8 +128,6 @@ def _jobs(arguments: argparse.Namespace, out: Path) -> tuple[list[_Job], list[st
     """
     pairs, failed = read_pairs(arguments.pairs)
     root = arguments.pairs.parent if arguments.root is None else arguments.root
-    if not root.is_dir():
-        raise UsageError(f"--root {quoted(root)} is not a folder; give the one that holds the images of the list")
     if not any(os.path.exists(root / name) for pair in pairs for name in (pair.a, pair.b)):
         raise UsageError(
             f"no image of {quoted(arguments.pairs)} exists, the first would be {quoted(root / pairs[0].a)}; give "

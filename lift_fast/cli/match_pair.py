@@ -59,16 +59,21 @@ def match(
 
 
 def summary(arguments: argparse.Namespace, matches: ImageMatches) -> str:
-    """What was matched and found, on one line: the sheet's caption."""
+    """What was matched and found, on one line."""
     verdict = "" if matches.verification is None else matches.verification.verdict
-    # A warning that says it is printed, and drawn, besides.
+    # A warning that says it is printed besides.
+    return caption(arguments, matches) + (f"   {verdict}" if verdict not in matches.warning else "")
+
+
+def caption(arguments: argparse.Namespace, matches: ImageMatches) -> str:
+    """The sheet's line of what was matched; the verdict has a line of its own there."""
     loaded = [_by((image.height, image.width)) for image in (matches.picture_a, matches.picture_b)]
     return (
         f"{describe(arguments)}   A {loaded[0]}, B {loaded[1]} pixels, "
         f"maps of {_by(matches.grid_a)} and {_by(matches.grid_b)} cells   "
         f"{int(matches.valid.sum())} of {matches.valid.numel()} matches "
-        f"{'lead back to within a cell' if arguments.mutual else 'found'}   {sum(matches.seconds.values()):.2f} s"
-        + (f"   {verdict}" if verdict not in matches.warning else "")
+        f"{'lead back to within a cell' if arguments.mutual else 'found'}   "
+        f"matched in {sum(matches.seconds.values()):.2f} s"
     )
 
 
@@ -88,7 +93,7 @@ def write(
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays, **more)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
         if sheet is not None:
-            drawing = matches.draw(lines=arguments.lines, caption=summary(arguments, matches))
+            drawing = matches.draw(lines=arguments.lines, caption=caption(arguments, matches))
             with atomic_path(sheet) as drawn:
                 save_sheet(drawing, drawn)
     valid = arrays["valid"]

@@ -57,8 +57,9 @@ def _rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"expected frames per second, above 0 and at most 1000, got {text!r}")
+    # A frame of a GIF lasts at most 655 seconds.
+    if not 0.01 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"expected frames per second, 0.01 to 1000, got {text!r}")
     return value
 
 
@@ -135,6 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
             make_folder(arguments.out)
             stack.enter_context(reserved(arguments.out, "tracking"))
         if arguments.movie is not None:
+            if video.files and arguments.movie.resolve().parent == arguments.frames.resolve():
+                raise UsageError(
+                    f"--movie {quoted(arguments.movie)} would lie among the frames, and may be taken for one; give "
+                    "another folder"
+                )
             inputs = (arguments.mask, arguments.weights, arguments.lift, arguments.frames)
             check_output("movie", arguments.movie, inputs)
         return _run(arguments, video, mask, names, points)
@@ -163,7 +169,9 @@ def _run(
         raise UsageError(f"{quoted(arguments.frames)} holds no frame")
     if isinstance(first.image, FrameError):
         raise UsageError(f"{first.image}; it is the first frame, from which the others follow")
-    results = Results(arguments.out, _settings(arguments, video, mask, names, points), arguments.overlay, names)
+    results = Results(
+        arguments.out, _settings(arguments, video, mask, names, points), arguments.overlay, names, video.names
+    )
     if mask is not None:
         results.palette = mask.palette
     with as_usage_error():
@@ -239,7 +247,7 @@ def _write_movie(arguments: argparse.Namespace, results: Results, rate: float | 
     from lift_fast.tracking.movie import write_movie
 
     with as_usage_error(), writing(arguments.movie):
-        write_movie(arguments.movie, results.overlays(), arguments.fps or rate or 24.0)
+        write_movie(arguments.movie, results.overlays(), arguments.fps or max(rate or 24.0, 0.01))
 
 
 def _points(given: list[str] | None) -> tuple[list[str], list[tuple[float, float]]]:

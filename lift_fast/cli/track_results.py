@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -42,8 +43,13 @@ class Results:
         next: number of the next frame.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], overlay: str, identifiers: list[str]) -> None:
+    def __init__(
+        self, out: Path, settings: dict[str, Any], overlay: str, identifiers: list[str], frames: list[str] | None
+    ) -> None:
         self.out, self.settings, self.overlay, self.identifiers = out, settings, overlay, identifiers
+        # Their names; None if they are numbered.
+        self.frames = frames
+        self._before: dict[str, Any] | None = None
         self.palette = usual_palette()
         self.complete, self.next, self.written = False, 0, 0
         self._counts: dict[str, Any] = {"frames": 0, "failed": [], "objects": {}, "points": {}, "names": []}
@@ -68,7 +74,7 @@ class Results:
             ValueError: if that is the result of other settings and ``overwrite`` is not set, or of another program.
         """
         path = self.out / RECORD
-        before = self._record(path)
+        before = self._before = self._record(path)
         if before is None and any(self._ours()):
             raise ValueError(
                 f"{quoted(self.out)} holds {quoted(next(self._ours()).name)}, but no {RECORD} of "
@@ -87,7 +93,7 @@ class Results:
         """Make the folders, and bring ``tracker`` to where an earlier run stopped; else that run's files go."""
         self.tracker = tracker
         if self._state is None:
-            for old in list(self._ours()):
+            for old in list(self._earlier()):
                 old.unlink()
             self._write_record(complete=False)
         for name in ("masks",) * bool(tracker.objects) + ("overlay",) * (self.overlay != "none"):
@@ -199,9 +205,20 @@ class Results:
         entry["last"] = self.next
 
     def _ours(self) -> Iterator[Path]:
-        """Files that a run writes, but for the record."""
+        """Files as a run writes them, but for the record."""
         for pattern in ("masks/*.png", "overlay/*.jpg", "overlay/*.png", POINTS, STATE):
             yield from (path for path in self.out.glob(pattern) if not path.name.startswith("."))
+
+    def _earlier(self) -> Iterator[Path]:
+        """Those of the earlier run: others of such names in its folders may be somebody's own."""
+        if self._before is None:
+            return
+        planned = self._before.get("frames", [])
+        names = {*(planned or ()), *self._before["counts"]["names"]}
+        for path in self._ours():
+            numbered = planned is None and re.fullmatch("[0-9]{6,}", path.stem)
+            if path.parent == self.out or path.stem in names or numbered:
+                yield path
 
     def _all_there(self, record: dict[str, Any]) -> bool:
         try:
@@ -219,7 +236,8 @@ class Results:
             return None
         try:
             content = json.loads(path.read_text("utf-8"))
-            if content["command"] == _COMMAND and isinstance(content["settings"], dict):
+            counts = content["counts"]["names"]
+            if content["command"] == _COMMAND and isinstance(content["settings"], dict) and isinstance(counts, list):
                 return dict(content)
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -227,6 +245,7 @@ class Results:
 
     def _write_record(self, complete: bool) -> None:
         content = {"command": _COMMAND, "complete": complete, "settings": self.settings, "counts": self._counts}
+        content["frames"] = self.frames
         path = self.out / RECORD
         with writing(path, _NOTE), atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Video:
     """Number of frames; None where the file does not say."""
     rate: float | None = None
     """Frames per second, of a video file."""
+
+    @property
+    def names(self) -> list[str] | None:
+        """Names of a folder's frames; None for a file, whose frames are numbered with at least six digits."""
+        return _names(self.files) if self.files else None
 
     def frames(self, start: int = 0) -> Generator[Frame, None, None]:
         """The frames from number ``start`` on, in order."""
@@ -116,11 +122,13 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in images.SUFFIXES
 
 
+def _names(files: tuple[Path, ...]) -> list[str]:
+    counts = Counter(path.stem for path in files)
+    return [path.name if counts[path.stem] > 1 else path.stem for path in files]
+
+
 def _of_files(files: tuple[Path, ...], start: int) -> Generator[Frame, None, None]:
-    stems = [path.stem for path in files]
-    repeated = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
-    for path in files[start:]:
-        name = path.name if path.stem in repeated else path.stem
+    for path, name in zip(files[start:], _names(files)[start:], strict=True):
         try:
             yield Frame(name, images.read_image(path))
         except (ValueError, OSError) as error:

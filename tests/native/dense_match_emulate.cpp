@@ -51,9 +51,15 @@ struct Axis {
 
 struct Image {
   Axis y, x;
-  Bytes scale, high, low, rows;
+  Bytes scale, high, low, rows, spans;
   operator MatchImage() const {
-    return {y, x, scale.as<const float>(), high.as<const float>(), low.as<const float>(), rows.as<const float>()};
+    return {y,
+            x,
+            scale.as<const float>(),
+            high.as<const float>(),
+            low.as<const float>(),
+            rows.as<const float>(),
+            spans.as<const float>()};
   }
 };
 
@@ -71,6 +77,22 @@ struct Settings {
 void run(const Settings& settings, const MatchLaunch& cut, const std::function<void()>& kernel) {
   const auto order = static_cast<emulated::Order>(settings.order);
   emulated::run_blocks(cut.blocks, cut.warps, cut.shared, {emulated::Copies::early, order, settings.seed}, kernel);
+}
+
+void spans(const Settings& settings) {
+  MatchSpansCall call{};
+  const Bytes gram;
+  call.gram = gram.as<const double>();
+  const Axis y, x;
+  call.y = y;
+  call.x = x;
+  const Bytes high, written;
+  call.scale_high = high.as<const float>();
+  call.spans = written.as<float>();
+  check_spans(call);
+  const SpanParams params = span_params(call);
+  run(settings, span_launch(call), [&] { match_spans_kernel(params); });
+  written.reply();
 }
 
 void groups(const Settings& settings) {
@@ -153,6 +175,7 @@ void mutual(const Settings& settings) {
 int main() {
   for (int kind = std::getc(stdin); kind != EOF; kind = std::getc(stdin)) {
     const Settings settings;
+    if (kind == 's') spans(settings);
     if (kind == 'g') groups(settings);
     if (kind == 'p') points(settings);
     if (kind == 'm') mutual(settings);

@@ -178,7 +178,7 @@ MatchAxis axis(std::int64_t cells, std::int64_t pixels) {
 
 MatchImage image(bool scale) {
   const float* const factors = scale ? somewhere<float>() : nullptr;
-  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors};
+  return {axis(56, 448), axis(56, 448), factors, factors, factors, factors, factors};
 }
 
 void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloat16, bool pool = true,
@@ -201,6 +201,14 @@ void encode(int device, std::uintptr_t on, EncoderType type = EncoderType::bfloa
 }
 
 void match(int device, std::uintptr_t on, bool scale) {
+  if (scale) {
+    MatchSpansCall spans{};
+    spans.gram = somewhere<double>();
+    spans.y = spans.x = axis(56, 448);
+    spans.scale_high = somewhere<float>();
+    spans.spans = somewhere<float>();
+    match_spans_run(spans, device, stream(on));
+  }
   GroupMatchCall groups{};
   groups.table = somewhere<float>();
   groups.rows = 56 * 56;

@@ -134,10 +134,8 @@ def cut_strips(
     return Strips(cells, end - begin, *(one.to(device) for one in parts), int(count.max()))
 
 
-def scales_of(inverse: Tensor | None, strips: tuple[Strips, Strips]) -> Scales | None:
-    """The inverse norms ``[H, W]`` of an image's pixels, and their range in each patch; None without them."""
-    if inverse is None:
-        return None
+def scales_of(inverse: Tensor, strips: tuple[Strips, Strips]) -> Scales:
+    """The inverse norms ``[H, W]`` of an image's pixels, and their range in each patch."""
     rows = high = low = inverse
     for dim in (1, 0):
         axis = strips[dim]
@@ -229,8 +227,10 @@ class Norms:
             columns = (torch.arange(grid[1], device=cells.device) + right).clamp_(0, grid[1] - 1)
             return (cells * (cells[rows][:, columns] if down or right else cells)).sum(-1)
 
-        self.own, self.right, self.down = products(0, 0), products(0, 1), products(1, 0)
-        self.diagonal, self.back = products(1, 1), products(1, -1)
+        offsets = ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1))
+        self.gram = torch.stack([products(*offset) for offset in offsets])
+        """[5, h, w] float64: each cell times itself, right, down, diagonal and back"""
+        self.own, self.right, self.down, self.diagonal, self.back = self.gram
 
     def of_all(self) -> Tensor:
         """``[H, W]`` of the rows to search."""

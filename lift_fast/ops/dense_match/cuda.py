@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _native, memory
 from ...kernels import launch
-from ...kernels.strips import Band, Scales, Strips
+from ...kernels.strips import SPAN, Band, Scales, Strips
 
 # Limits of the mutual check: query pixels between the same four cells, which are compared all with all; key cells, as a
 # row of their similarities must fit into a block's memory. And the 4-byte words that a match to check occupies.
@@ -29,10 +29,13 @@ def _axis(strips: Strips) -> tuple[int, ...]:
     return (*strips.arguments(), strips.longest)
 
 
-def _factors(scales: Scales | None) -> tuple[int, int, int, int]:
+def _factors(scales: Scales | None) -> tuple[int, ...]:
     if scales is None:
-        return 0, 0, 0, 0
-    return scales.pixel.data_ptr(), scales.high.data_ptr(), scales.low.data_ptr(), scales.rows.data_ptr()
+        return (0,) * 5
+    if scales.spans is None:
+        raise ValueError("the kernels need the scales' spans, see spans()")
+    parts = (scales.pixel, scales.high, scales.low, scales.rows, scales.spans)
+    return tuple(part.data_ptr() for part in parts)
 
 
 def _condition(when: When | None) -> tuple[int, bool]:
@@ -78,11 +81,39 @@ def _check_image(device: torch.device, name: str, axes: tuple[Strips, Strips], s
                 f"{name} scale, rows": (scales.rows, (y.pixels * x.count,), torch.float32),
             },
         )
+        if scales.spans is not None:
+            _check(device, **{f"{name} spans": (scales.spans, (y.count * x.count, SPAN), torch.float32)})
 
 
 def _check_when(device: torch.device, when: When | None) -> None:
     if when is not None:
         _check(device, flag=(when.flag, (), torch.int32))
+
+
+def spans(gram: Tensor, strips: tuple[Strips, Strips], high: Tensor) -> Tensor:
+    """What bounds the cosines in an image's patches, ``Scales.spans``.
+
+    Args:
+        gram: ``[5, h, w]`` float64 contiguous, the products of neighbouring cells in ``Norms.gram``.
+        strips: the image's strips along y and x.
+        high: ``Scales.high``.
+
+    Raises:
+        ValueError: if dtypes, devices or shapes do not fit.
+        RuntimeError: if the native core has no CUDA part, or CUDA fails.
+    """
+    y, x = strips
+    _check_image(gram.device, "key", strips, None)
+    _check(
+        gram.device,
+        gram=(gram, (5, y.cells, x.cells), torch.float64),
+        **{"key scale, high": (high, (y.count * x.count,), torch.float32)},
+    )
+    written = memory.new_empty(high, (y.count * x.count, SPAN))
+    _native.require().dense_match_spans(
+        gram.data_ptr(), _axis(y), _axis(x), high.data_ptr(), written.data_ptr(), *_where(gram)
+    )
+    return written
 
 
 def match(

@@ -1,7 +1,8 @@
 """``dense_match`` on the GPU: tables of cell similarities in bands, each searched by one launch.
 
 The search runs in the native core's CUDA kernel, or in Triton if there is none. In addition to its results a call needs
-a table of at most 256 MB and one number per key pixel. It never waits for the device.
+a table of at most 256 MB and, for cosines of pixels, some numbers per key pixel and per patch. It never waits for the
+device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from ... import _env, devices, memory
 from ...kernels.strips import Band, Scales, Strips
 from . import cuda
-from .bilinear import StretchedMap, cut_strips, index_of, scales_of
+from .bilinear import Norms, StretchedMap, cut_strips, index_of, scales_of
 
 # Bytes of cell similarities that exist at one time.
 _TABLE_BUDGET = 256 << 20
@@ -51,13 +52,28 @@ def select(device: torch.device, backend: str | None = None) -> str:
     return backend
 
 
-def _launcher(backend: str) -> Any:
+def _kernels(backend: str) -> Any:
+    """The module with the kernels ``match`` and ``spans``."""
     if backend == "cuda":
-        return cuda.match
+        return cuda
     # Imported only here: Triton is optional and slow to load.
-    from ...kernels import dense_match as kernel
+    from ...kernels import dense_match as kernels
 
-    return kernel.match
+    return kernels
+
+
+class _Cosines:
+    """What divides the similarities to an image's pixels by their norms."""
+
+    def __init__(self, image: StretchedMap, backend: str) -> None:
+        norms = Norms(image)
+        self.inverse = norms.of_all()
+        """[H, W]"""
+        self._gram, self._spans = norms.gram, _kernels(backend).spans
+
+    def scales(self, strips: tuple[Strips, Strips]) -> Scales:
+        scales = scales_of(self.inverse, strips)
+        return scales._replace(spans=self._spans(self._gram, strips, scales.high))
 
 
 def fits(query: StretchedMap, key: StretchedMap) -> tuple[bool, str]:
@@ -82,7 +98,7 @@ def match(
         similarity, index = _match_image(query, key, per_pixel, backend)
         at = index_of(points, query.size)
         return similarity[at], index[at]
-    launch = _launcher(backend)
+    launch = _kernels(backend).match
     similarity = memory.new_empty(query.tokens, len(points))
     index = memory.empty(len(points), dtype=torch.int64, device=similarity.device)
     rows = _TABLE_BUDGET // (4 * key.tokens.shape[0])
@@ -132,14 +148,14 @@ def _match_image(
     query: StretchedMap, key: StretchedMap, per_pixel: bool, backend: str, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`match` of every pixel; writes to ``valid [H * W]``, if given, whether matches are mutual."""
-    launch = _launcher(backend)
+    launch = _kernels(backend).match
     similarity = memory.new_empty(query.tokens, query.pixels)
     index = memory.empty(query.pixels, dtype=torch.int64, device=similarity.device)
     rows = _TABLE_BUDGET // (4 * key.tokens.shape[0])
     # Bands are cut from strips that are not joined.
     single = rows >= query.tokens.shape[0]
     ways = _ways(query, key, per_pixel, backend, joinable=single)
-    own = query.inverse_norms() if per_pixel else None
+    own = _Cosines(query, backend) if per_pixel else None
     cells = query.tokens.unflatten(0, query.grid)
     for band, bottom, right in [(None, *query.grid)] if single else _bands(query, rows):
         top, left = (band.top, band.left) if band is not None else (0, 0)
@@ -148,9 +164,10 @@ def _match_image(
             cut = band or Band((0, way.query[0].count), (0, way.query[1].count), 0, 0, query.grid[1])
             launch(table, way.key, way.scales, similarity, index, way.query, cut, **way.condition)
             if valid is not None:
-                cuda.mutual(table, way.query, scales_of(own, way.query), way.key, index, valid, **way.condition)
+                scales = own.scales(way.query) if own is not None else None
+                cuda.mutual(table, way.query, scales, way.key, index, valid, **way.condition)
     if own is not None:
-        similarity *= own.flatten().masked_fill(index < 0, 1)
+        similarity *= own.inverse.flatten().masked_fill(index < 0, 1)
     return similarity, index
 
 
@@ -170,11 +187,12 @@ def _ways(query: StretchedMap, key: StretchedMap, per_pixel: bool, backend: str,
     If pixels lie at the centres of cells, up to half of the strips have a single cell. These are joined to others if
     every cell is finite, which only the device knows. So there are two launches, one of which does nothing.
     """
-    inverse = key.inverse_norms() if per_pixel else None
+    cosines = _Cosines(key, backend) if per_pixel else None
 
     def way(joined: bool, **condition: cuda.When) -> _Way:
         strips = key.strips(joined)
-        return _Way(query.strips(joined), strips, scales_of(inverse, strips), condition)
+        scales = cosines.scales(strips) if cosines is not None else None
+        return _Way(query.strips(joined), strips, scales, condition)
 
     # Joining pays where it removes many strips; even enlargements have single cells only beyond the outermost centres.
     joins = any(axis.count > axis.cells + 1 + axis.cells // 4 for axis in (*query.strips(), *key.strips()))

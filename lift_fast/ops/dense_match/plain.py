@@ -90,7 +90,7 @@ class _Patches:
         self.row_pixels, self.column_pixels = (axis.members() for axis in strips)
         y, x = key.axes()
         self.row_weights, self.column_weights = y.weight[self.row_pixels], x.weight[self.column_pixels]
-        self.scales = scales_of(inverse_norms, strips)
+        self.scales = None if inverse_norms is None else scales_of(inverse_norms, strips)
 
     def match(self, descriptors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Similarity and pixel index of the best pixel in the ``count`` most promising patches; whether proven."""
