@@ -8,10 +8,11 @@ namespace {
 constexpr const char* kName = "dense_match";
 
 ReadyKernels& kernels() {
-  static ReadyKernels ready(kName, match_spans_kernel, match_groups_kernel<true, true>, match_groups_kernel<true, false>,
-                            match_groups_kernel<false, true>, match_groups_kernel<false, false>,
-                            match_points_kernel<true>, match_points_kernel<false>, find_mutual_kernel<true>,
-                            find_mutual_kernel<false>, check_mutual_kernel<true>, check_mutual_kernel<false>);
+  static ReadyKernels ready(kName, match_spans_kernel, match_groups_kernel<true, true>,
+                            match_groups_kernel<true, false>, match_groups_kernel<false, true>,
+                            match_groups_kernel<false, false>, match_points_kernel<true>, match_points_kernel<false>,
+                            find_mutual_kernel<true>, find_mutual_kernel<false>, check_mutual_kernel<true>,
+                            check_mutual_kernel<false>);
   return ready;
 }
 

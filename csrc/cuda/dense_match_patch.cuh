@@ -77,10 +77,10 @@ __device__ __forceinline__ bool reaches(const ImageParams& p, int patch, const B
   const float first = a.x * of.near;
   const float second = multiply_add(a.z, of.right, a.y * of.near);
   const float third = multiply_add(b.y, of.down, multiply_add(b.x, of.right, a.w * of.near));
-  const float fourth = multiply_add(
-      c.y, of.both, multiply_add(c.x, of.down, multiply_add(b.w, of.right, b.z * of.near)));
-  const float square = multiply_add(
-      fourth, fourth, multiply_add(third, third, multiply_add(second, second, first * first)));
+  const float fourth = multiply_add(c.y, of.both,
+                                    multiply_add(c.x, of.down, multiply_add(b.w, of.right, b.z * of.near)));
+  const float square = multiply_add(fourth, fourth,
+                                    multiply_add(third, third, multiply_add(second, second, first * first)));
   const float lost = multiply_add(
       d.y, magnitude(of.both),
       multiply_add(d.x, magnitude(of.down), multiply_add(c.w, magnitude(of.right), c.z * magnitude(of.near))));

@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "dense_match_span.hpp"
 #include "dense_match_patch.cuh"
+#include "dense_match_span.hpp"
 
 namespace lift_fast {
 
