@@ -6,9 +6,13 @@
 
 #if defined(__CUDACC__)
 #define LIFT_FAST_ANYWHERE __host__ __device__
-#define LIFT_FAST_UNROLL _Pragma("unroll")
 #else
 #define LIFT_FAST_ANYWHERE
+#endif
+// Host compilers warn of what they do not know.
+#if defined(__CUDA_ARCH__)
+#define LIFT_FAST_UNROLL _Pragma("unroll")
+#else
 #define LIFT_FAST_UNROLL
 #endif
 
