@@ -112,3 +112,14 @@ def check_spans(spans, image):
         bound = (inverse @ (basis @ query.T)).norm(dim=0)
         torch.testing.assert_close(bound, expected, rtol=1e-4, atol=1e-4)
         assert bool((bound >= expected * (1 - 1e-9)).all())
+
+
+def check_projections(run, kernels, monkeypatch, cells, sizes, points):
+    """Without the spans of ``kernels`` a search visits all that its range leaves, and finds the same bit for bit."""
+    ours = run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)
+    assert bool((ours[0][1] >= 0).all())
+    spans = kernels.spans
+    monkeypatch.setattr(kernels, "spans", lambda *arguments: spans(*arguments).fill_(torch.nan))
+    for some, every in zip(ours, (run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)), strict=True):
+        for part, expected in zip(some, every, strict=True):
+            assert torch.equal(part, expected)

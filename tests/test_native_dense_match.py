@@ -128,7 +128,7 @@ def test_a_floor_changes_nothing(per_pixel, isa, monkeypatch):
     """Neither one just below the match nor one that no match reaches."""
     monkeypatch.setenv("LIFT_FAST_CPU_ISA", isa)
     query, key = random_images(torch.Generator().manual_seed(5), ((6, 9), (8, 21)), ((31, 40), (50, 81)), 8)
-    search = cpu._Search(query, key, per_pixel)
+    search = cpu._Search.of(query, key, per_pixel)
     similarity, index = search.match(None)
     for floor in (similarity - 1e-5, similarity.clone(), similarity + 1, torch.full_like(similarity, torch.nan)):
         ours = search.match(None, floor)

@@ -7,7 +7,7 @@ import subprocess
 import compiled
 import pytest
 import torch
-from brute_force import DEGENERATE, check_spans, degenerate_map, pixel_similarities
+from brute_force import DEGENERATE, check_projections, check_spans, degenerate_map, pixel_similarities
 from torch.nn import functional as F
 
 from lift_fast import _native, devices
@@ -220,13 +220,7 @@ def test_projections_change_no_cosine(kind, channels, emulation, monkeypatch):
     cells = [degenerate_map(kind, seed + h, channels, h, w) for h, w in ((3, 4), (4, 7))]
     sizes = (9, 15), (13, 22)
     points = torch.tensor([[3, 4], [14, 8], [0, 0], [11, 7]])
-    ours = run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)
-    assert bool((ours[0][1] >= 0).all())
-    spans = dense_match_cuda.spans
-    monkeypatch.setattr(dense_match_cuda, "spans", lambda *arguments: spans(*arguments).fill_(torch.nan))
-    for some, every in zip(ours, (run(*cells, *sizes, "pixel"), run(*cells, *sizes, "pixel", points)), strict=True):
-        for part, expected in zip(some, every, strict=True):
-            assert torch.equal(part, expected)
+    check_projections(run, dense_match_cuda, monkeypatch, cells, sizes, points)
 
 
 @numeric

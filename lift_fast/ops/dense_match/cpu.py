@@ -6,6 +6,7 @@ on both sides: points between the same four query cells search together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,15 @@ def match(query: StretchedMap, key: StretchedMap, points: Tensor | None, per_pix
     if count < query.tokens.shape[0]:
         at = pixel_grid(query.size, 0, count, query.tokens.device) if points is None else points
         return _match_few(query, key, at, per_pixel)
-    search = _Search(query, key, per_pixel)
+    search = _Search.of(query, key, per_pixel)
     similarity, index = search.match(points)
     return _cosines(similarity, index, search.own_inverse(points)), index
+
+
+def shares_table(query: StretchedMap, key: StretchedMap, points: Tensor | None) -> bool:
+    """Whether :func:`match_both_ways` is the faster way: where both ways have many points."""
+    count = query.pixels if points is None else len(points)
+    return count >= max(query.tokens.shape[0], key.tokens.shape[0])
 
 
 def match_both_ways(
@@ -82,10 +89,7 @@ def match_both_ways(
 
     Matches repeat, so each is looked up once; and the query that it comes from is a floor of its similarity.
     """
-    count = query.pixels if points is None else len(points)
-    search = _Search(query, key, per_pixel)
-    if count < max(query.tokens.shape[0], key.tokens.shape[0]):
-        return _match_back(query, key, per_pixel, *match(query, key, points, per_pixel))
+    search = _Search.of(query, key, per_pixel)
     similarity, index = search.match(points)
     own = search.own_inverse(points)
     similarity = _cosines(similarity, index, own)
@@ -94,22 +98,12 @@ def match_both_ways(
         return similarity, index, index
     back = search.turned()
     there = points_of(targets, key.size)
-    # Products may round otherwise than on the way there.
     floor = similarity.new_full((len(targets),), -torch.inf)
     floor.scatter_reduce_(0, which.clamp_min(0), similarity.masked_fill(index < 0, -torch.inf), "amax")
-    floor -= _ROUNDING * floor.abs().amax() if len(floor) and own is None else _ROUNDING
+    # Products may round otherwise than on the way there.
+    floor -= _ROUNDING if own is not None else _ROUNDING * floor.abs().amax()
     inverse = back.own_inverse(there)
     _, found = back.match(there, floor if inverse is None else floor.div_(inverse))
-    return similarity, index, torch.where(which < 0, -1, found[which])
-
-
-def _match_back(
-    query: StretchedMap, key: StretchedMap, per_pixel: bool, similarity: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    targets, which = unique_pixels(index, key.pixels)
-    if not len(targets):
-        return similarity, index, index
-    _, found = match(key, query, points_of(targets, key.size), per_pixel)
     return similarity, index, torch.where(which < 0, -1, found[which])
 
 
@@ -147,68 +141,87 @@ def _match_few(query: StretchedMap, key: StretchedMap, at: Tensor, per_pixel: bo
     return similarity, index
 
 
+class _Side(NamedTuple):
+    """An image of a search, with what the search needs of it."""
+
+    image: StretchedMap
+    rows: Tensor
+    """[h * w, C], of unit length if they are normalised"""
+    scale: _Scale
+
+    @staticmethod
+    def of(image: StretchedMap, per_pixel: bool) -> _Side:
+        rows = _unit_rows(image.tokens) if image.unnormalized else image.tokens
+        return _Side(image, rows, _scale(image, per_pixel))
+
+
+@dataclass
 class _Search:
     """Matches of many points of one image in another, from the similarities of cells."""
 
-    def __init__(self, query: StretchedMap, key: StretchedMap, per_pixel: bool) -> None:
-        self.query, self.key = query, key
-        self.queries, self.keys = (_unit_rows(m.tokens) if m.unnormalized else m.tokens for m in (query, key))
-        self.scale, self.own = _scale(key, per_pixel), _scale(query, per_pixel)
-        self.table: Tensor | None = None
+    query: _Side
+    key: _Side
+    table: Tensor | None = None
+    """[query cells, key cells], kept where it fits into the budget as a whole"""
+
+    @staticmethod
+    def of(query: StretchedMap, key: StretchedMap, per_pixel: bool) -> _Search:
+        return _Search(_Side.of(query, per_pixel), _Side.of(key, per_pixel))
 
     def turned(self) -> _Search:
         """The way back."""
-        back = object.__new__(_Search)
-        back.query, back.key, back.queries, back.keys = self.key, self.query, self.keys, self.queries
-        back.scale, back.own = self.own, self.scale
-        back.table = None if self.table is None else _allocate(self.table.shape[1], self.table.shape[0])
-        if self.table is not None and back.table is not None:
-            back.table.copy_(self.table.t())
-        return back
+        table = None
+        if self.table is not None:
+            table = _allocate(*self.table.t().shape)
+            table.copy_(self.table.t())
+        return _Search(self.key, self.query, table)
 
     def own_inverse(self, points: Tensor | None) -> Tensor | None:
         """Inverse norms ``[P]`` of the query's descriptors; None if they do not count."""
-        if self.own.inverse is None:
+        if self.query.scale.inverse is None:
             return None
-        own = self.own.inverse.flatten()
-        return own if points is None else own[index_of(points, self.query.size)]
+        own = self.query.scale.inverse.flatten()
+        return own if points is None else own[index_of(points, self.query.image.size)]
 
     def match(self, points: Tensor | None, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Similarity ``[P]``, not divided by the query's norms, and key pixel index ``[P]`` or -1.
 
         ``floor [P]`` is a similarity that each match should reach; the closer, the faster.
         """
-        count = self.query.pixels if points is None else len(points)
-        similarity = memory.new_empty(self.queries, count)
+        (query, queries, own), (key, keys, scale) = self.query, self.key
+        count = query.pixels if points is None else len(points)
+        similarity = memory.new_empty(queries, count)
         index = memory.empty(count, dtype=torch.int64, device="cpu")
         points = None if points is None else points.contiguous()
-        height, width = self.query.grid
+        height, width = query.grid
         # As many rows of query cells at a time as the budget allows.
-        band = max(1, _TABLE_BUDGET // (4 * self.keys.shape[0] * width) - 1)
+        band = max(1, _TABLE_BUDGET // (4 * keys.shape[0] * width) - 1)
         for top in range(0, height, band):
             end = min(top + band, height)
             rows = min(end + 1, height) - top
-            table = self.table if self.table is not None else _allocate(rows * width, self.keys.shape[0])
-            if self.table is None:
-                torch.mm(self.queries[top * width : (top + rows) * width], self.keys.t(), out=table)
+            table = self.table
+            if table is None:
+                table = _allocate(rows * width, keys.shape[0])
+                torch.mm(queries[top * width : (top + rows) * width], keys.t(), out=table)
             _native.require().dense_match_f32(
                 _native.address(table),
                 rows,
                 top,
                 end,
-                *(axis.arguments() for axis in self.query.strips()),
+                *(axis.arguments() for axis in query.strips()),
                 0 if points is None else _native.address(points),
                 count,
                 0 if floor is None else _native.address(floor),
-                *(axis.arguments() for axis in self.key.strips()),
-                *self.scale.arguments(),
-                *self.own.arguments(),
+                *(axis.arguments() for axis in key.strips()),
+                *scale.arguments(),
+                *own.arguments(),
                 _native.address(similarity),
                 _native.address(index),
                 torch.get_num_threads(),
                 _env.cpu_isa(),
             )
-            self.table = table if rows == height else None
+            if rows == height:
+                self.table = table
         return similarity, index
 
 

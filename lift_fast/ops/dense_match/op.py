@@ -142,7 +142,8 @@ def _both_ways(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_match`, and the query pixel ``[P]`` that is the best one of each match, or -1."""
     chosen = [_choose(*maps, exhaustive, backend) is cpu.match for maps in ((query, key), (key, query))]
-    if all(chosen) and max(query.pixels, key.pixels) <= (_MOST_SCALED if per_pixel else _MOST_PIXELS):
+    whole = max(query.pixels, key.pixels) <= (_MOST_SCALED if per_pixel else _MOST_PIXELS)
+    if all(chosen) and whole and cpu.shares_table(query, key, points):
         return cpu.match_both_ways(query, key, points, per_pixel)
     values, index = _match(query, key, points, per_pixel, exhaustive, backend)
     # Repeated matches cost a GPU less than counting them.
