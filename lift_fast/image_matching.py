@@ -25,12 +25,10 @@ from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, che
 from .images import (
     AnyImage,
     LoadSize,
-    as_image,
     bounded_size,
     check_size,
-    exif_orientation,
+    oriented_image,
     whole_patches,
-    without_stream,
 )
 from .map_cache import MapCache
 from .ops.dense_match.bilinear import cells_apart
@@ -298,9 +296,8 @@ def match_images(
         raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
 
     clock = _Clock()
-    a, b = without_stream(a, "a"), without_stream(b, "b")
-    images = [as_image(a, "a"), as_image(b, "b")]
-    orientations = exif_orientation(a), exif_orientation(b)
+    (image_a, orientation_a), (image_b, orientation_b) = oriented_image(a, "a"), oriented_image(b, "b")
+    images, orientations = [image_a, image_b], (orientation_a, orientation_b)
     sizes = [(image.height, image.width) for image in images]
     # Loading the weights is not part of any stage.
     paused = time.perf_counter()

@@ -135,6 +135,11 @@ def read_image(
         ValueError: naming the file, if it is not an image, is truncated, is not a regular file (pipes and devices are
             never opened), or has more than four times :func:`max_pixels` pixels or more than Pillow's limit.
     """
+    return _read(path, at_least, upright, name)[0]
+
+
+def _read(path: ImageFile, at_least: int | None, upright: bool, name: str) -> tuple[Image.Image, int]:
+    """:func:`read_image`, and the file's EXIF orientation, 1 to 8."""
     source: Path | io.BytesIO
     if isinstance(path, (str, os.PathLike)):
         require_regular_file(path, "image")
@@ -157,7 +162,7 @@ def read_image(
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
-            return to_rgb(_upright(image) if upright else image)
+            return to_rgb(_upright(image) if upright else image), _orientation(image)
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} is too large: {said(error).rstrip('.')}. If you trust the file, raise the limit "
@@ -167,38 +172,6 @@ def read_image(
         # Pillow's message for bytes ends with the address of an object.
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else said(error)
         raise ValueError(f"{name} cannot be read as an image: {reason}") from error
-
-
-def exif_orientation(image: AnyImage) -> int:
-    """EXIF orientation of a file, the bytes of one or a Pillow image, 1 to 8; 1 is upright and stands for none.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not an image.
-    """
-    if isinstance(image, (np.ndarray, Tensor)):
-        return 1
-    if isinstance(image, Image.Image):
-        found: Any = image.getexif().get(_ORIENTATION)
-        return int(found) if found in range(1, 9) else 1
-    source: Path | io.BytesIO
-    if isinstance(image, (str, os.PathLike)):
-        require_regular_file(image, "image")
-        source, name = Path(image), quoted(image)
-    else:
-        source, name = io.BytesIO(_content(image, "image")), "image"
-    try:
-        with Image.open(source) as opened:
-            return exif_orientation(opened)
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read as an image: {said(error)}") from error
-
-
-def without_stream(image: AnyImage, name: str) -> AnyImage:
-    """The same image; for a file object, which may be read only once, its bytes."""
-    if isinstance(image, (str, os.PathLike)) or not hasattr(image, "read"):
-        return image
-    return bytes(_content(image, name))  # type: ignore[arg-type]  # mypy does not narrow by hasattr
 
 
 def as_image(image: AnyImage, name: str = "image") -> Image.Image:
@@ -217,13 +190,18 @@ def as_image(image: AnyImage, name: str = "image") -> Image.Image:
         ValueError: for a file, bytes or Pillow image that cannot be read, for other shapes, dtypes or values, and for a
             tensor that is sparse, nested, quantized or on the meta device.
     """
+    return oriented_image(image, name)[0]
+
+
+def oriented_image(image: AnyImage, name: str = "image") -> tuple[Image.Image, int]:
+    """:func:`as_image`, and the EXIF orientation of what was given, 1 to 8; 1 is upright and stands for none."""
     if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
-        return read_image(image, name=name)  # type: ignore[arg-type]  # mypy does not narrow by hasattr
+        return _read(image, None, True, name)  # type: ignore[arg-type]  # mypy does not narrow by hasattr
     if isinstance(image, Image.Image):
         try:
             rgb = to_rgb(_upright(image))
             # A copy, so that later changes of the caller's image do not reach it.
-            return rgb.copy() if rgb is image else rgb
+            return rgb.copy() if rgb is image else rgb, _orientation(image)
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an image: {said(error)}") from error
     if isinstance(image, Tensor):
@@ -258,7 +236,7 @@ def as_image(image: AnyImage, name: str = "image") -> Image.Image:
         raise ValueError(f"{name} must be uint8 or floating point from 0 to 1, got {image.dtype}")
     if array.ndim == 2 or array.shape[2] == 1:
         array = np.broadcast_to(array.reshape(*array.shape[:2], 1), (*array.shape[:2], 3))
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(np.ascontiguousarray(array)), 1
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
@@ -487,9 +465,12 @@ def _from_numbers(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; without one, return the image itself, which Pillow would copy."""
-    if image.getexif().get(_ORIENTATION) not in range(2, 9):
-        return image
-    return ImageOps.exif_transpose(image)
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    found: Any = image.getexif().get(_ORIENTATION)
+    return int(found) if found in range(1, 9) else 1
 
 
 def _content(file: bytes | bytearray | memoryview | IO[bytes], name: str) -> bytes:
