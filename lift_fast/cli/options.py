@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lift_fast.extractor import ViTLiFTExtractor
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_ENGINES = ("auto", "torch", "openvino", "compile")
 
 
 def positive(text: str) -> int:
@@ -114,6 +115,12 @@ def add_model_options(
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
     group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
+    group.add_argument(
+        "--engine",
+        default="auto",
+        choices=_ENGINES,
+        help="what computes the backbone (%(default)s: the fastest here, without long compilation)",
+    )
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
 
@@ -191,6 +198,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             random_weights=arguments.random_weights,
             seed=arguments.seed,
             dtype=getattr(torch, arguments.dtype),
+            engine=arguments.engine,
         )
 
 
