@@ -20,6 +20,7 @@ from . import in_place, network, patches
 from .engines import ENGINES, Engine
 from .engines.graph import Position
 from .in_place import StandardBlocks
+from .native import NativeTransformer
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
 
@@ -134,7 +135,7 @@ class FrozenViT(nn.Module):
         if facet not in ("token", "final"):
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
-        self._standard = StandardBlocks()
+        self._native, self._standard = NativeTransformer(), StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, Position]] = OrderedDict()
         self.train(False)
         self.require_engine()
@@ -217,6 +218,9 @@ class FrozenViT(nn.Module):
     def _in_torch(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> Tensor:
         """:meth:`forward` by PyTorch; with ``position`` by its modules alone, for tracers."""
         model = self.model
+        native = self._native(self, imgs, grid) if position is None else None
+        if native is not None:
+            return model.norm(native) if self.facet == "final" else native
         tokens, rotary = self._embed(imgs, grid, position)
         last = self.layer if self._projection is not None else self.layer + 1
         # A list, because a slice of the container would be a new container.
@@ -239,10 +243,9 @@ class FrozenViT(nn.Module):
         super().train(False)
         return self
 
-    def has_native_blocks(self) -> bool:
-        """Whether PyTorch's engine has code of its own for the blocks of this network."""
-        last = self.layer + (self.facet in ("token", "final"))
-        return self._standard._standard(list(self.model.blocks)[:last])
+    def runs_in_native_core(self) -> bool:
+        """Whether the native core computes this network as it is now, on the CPU in plain inference."""
+        return self._native._ready(self) is not None
 
     def _embed(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> tuple[Tensor, Tensor | None]:
         x = patches.embed(self.model.patch_embed, imgs, self.stride, grid)

@@ -73,7 +73,8 @@ class Engine:
         name, reason = self._choose(vit, imgs)
         out = None
         if name != "torch":
-            out, reason = self._run(name, vit, imgs)
+            out, otherwise = self._run(name, vit, imgs)
+            reason = otherwise or reason
         self.used, self.reason = name if out is not None else "torch", reason
         return out
 
@@ -81,13 +82,13 @@ class Engine:
         """The engine for this call, and why."""
         if self.wish == "torch":
             return "torch", "as asked for"
-        if self.wish == "auto":
-            reason = _auto_keeps_torch(vit)
-            if reason is not None:
-                return "torch", reason
-        name = "openvino" if self.wish == "auto" else self.wish
-        reason = _not_plain(vit, imgs) or self._missing(vit)
-        return ("torch", reason) if reason else (name, "as asked for" if self.wish != "auto" else "the fastest here")
+        reason = _not_plain(vit, imgs)
+        if reason is None:
+            reason = _auto_keeps_torch(vit) if self.wish == "auto" else None
+        reason = reason or self._missing(vit)
+        if reason is not None:
+            return "torch", reason
+        return ("openvino", "the fastest here") if self.wish == "auto" else (self.wish, "as asked for")
 
     def _missing(self, vit: Any) -> str | None:
         """Why the engine does not run on this machine, or where the backbone is."""
@@ -113,7 +114,7 @@ class Engine:
         self._network, self._built, self._refused = Network(vit), None, None
         return self._network
 
-    def _run(self, name: str, vit: Any, imgs: Tensor) -> tuple[Tensor | None, str]:
+    def _run(self, name: str, vit: Any, imgs: Tensor) -> tuple[Tensor | None, str | None]:
         with self._lock:
             network = self._look(vit)
             if network.obstacle is not None:
@@ -134,15 +135,15 @@ class Engine:
                     return None, self._refused
             built = self._built
         out = built(vit, imgs, parts_of(vit._position(vit.grid(*imgs.shape[2:])))[0])
-        return out, "as asked for" if self.wish != "auto" else "the fastest here"
+        return out, "too many kinds of shapes" if out is None else None
 
 
 def _auto_keeps_torch(vit: Any) -> str | None:
     """Why "auto" leaves this backbone to PyTorch, or None."""
     if vit.device.type != "cpu":
         return f"the fastest on {vit.device}"
-    if vit.has_native_blocks():
-        return "the fastest for this network"
+    if vit.runs_in_native_core():
+        return "the fastest for this network, in the native core"
     low, high = _WORTHWHILE
     if not low <= sum(weight.numel() for weight in vit.model.parameters()) <= high:
         return f"a conversion is only worthwhile from {low:,} to {high:,} weights"
