@@ -121,32 +121,39 @@ class _Compiled:
         self._model = model
         self._idle: list[Any] = []
         # What requests hold between calls, so that they keep nobody's images and tokens alive.
-        inputs, out = _example(vit, 1, (1, 1)), torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype)
-        self._small = [*map(_shared, inputs)], _shared(out)
+        self._small = [*_plain(_example(vit, 1, (1, 1))), torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype)]
 
     def run(self, inputs: list[Tensor], out: Tensor) -> None:
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._model.create_infer_request()
-        _bind(request, [*map(_shared, inputs)], _shared(out))
+        # OpenVINO keeps no tensor alive: these names do, until it has finished.
+        tensors = [*_plain(inputs), out]
+        _bind(request, tensors)
         try:
             request.infer()
         finally:
-            _bind(request, *self._small)
+            _bind(request, self._small)
         self._idle.append(request)
 
 
-def _bind(request: Any, inputs: list[Any], out: Any) -> None:
+def _bind(request: Any, tensors: list[Tensor]) -> None:
+    """Let a request read all tensors but the last, and write that."""
+    *inputs, out = map(_shared, tensors)
     for index, tensor in enumerate(inputs):
         request.set_input_tensor(index, tensor)
     request.set_output_tensor(0, out)
 
 
-def _shared(tensor: Tensor) -> Any:
-    """The same memory as a tensor of OpenVINO; a copy only where the tensor is not contiguous."""
+def _plain(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values in plain memory: copies only where a tensor is not contiguous, or lazily negated."""
+    return [tensor.detach().contiguous().resolve_neg() for tensor in tensors]
+
+
+def _shared(plain: Tensor) -> Any:
+    """The same memory as a tensor of OpenVINO."""
     openvino = _openvino()
-    plain = tensor.detach().contiguous().resolve_neg()
     if plain.dtype == torch.bfloat16:
         # NumPy has no bfloat16.
         return openvino.Tensor(plain.view(torch.int16).numpy(), openvino.Shape(plain.shape), openvino.Type.bf16)
@@ -224,7 +231,7 @@ def _check(vit: Any, engine: OpenVINO) -> None:
     grid = (4, 3)
     with torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
         imgs, *parts = _example(vit, 2, grid)
-        ours, theirs = engine(vit, imgs, tuple(parts)).float(), vit._in_torch(imgs, grid).float()
+        ours, theirs = engine(vit, imgs, tuple(parts)).float(), vit._in_torch(imgs, grid, vit._position(grid)).float()
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
     if not error <= _TOLERANCE[vit.dtype]:
         raise EngineError(
