@@ -1,15 +1,15 @@
 """A plain Vision Transformer in the native core: from pixels to tokens or keys in one call, on the CPU.
 
-The same arithmetic as the modules' with packed weights, in other orders: LayerNorm, bias, GELU, LayerScale and residual
-sums happen where a matrix product leaves its results, attention never forms its whole table, and rows of tokens stay in a
-core's cache from one attention to the next (csrc/cpu/vit.hpp). Between blocks tokens are float32, also for bfloat16
-weights. Results do not depend on the number of threads or on the batch.
+The modules' arithmetic with packed weights, in other orders: LayerNorm, bias, GELU, LayerScale and residual sums happen
+where a matrix product leaves its results, attention never forms its whole table, and rows of tokens stay in a core's
+cache from one attention to the next (csrc/cpu/vit.hpp). Between blocks tokens are float32, also for bfloat16 weights.
+Results do not depend on the number of threads or on the batch.
 """
 
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,11 +19,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .. import _env, _native, devices, memory
 from ..untouched import Unchanged, is_original, is_untouched
 from ..witnesses import Witnesses
-from .in_place import is_standard
-
-if TYPE_CHECKING:
-    from .projection import FacetProjection
-    from .vit import FrozenViT
+from .in_place import is_plain_inference, is_standard
+from .projection import FacetProjection
 
 _UNIT = 32
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -62,7 +59,7 @@ _parts: WeakValueDictionary[tuple[Any, ...], _Part] = WeakValueDictionary()
 
 
 class NativeTransformer:
-    """Runs a :class:`FrozenViT` in the native core; keeps its packed weights. Copies and pickles do not."""
+    """Runs a ``FrozenViT`` in the native core and keeps its packed weights; copies and pickles do not."""
 
     def __init__(self) -> None:
         self._network: _Network | None = None
@@ -70,7 +67,7 @@ class NativeTransformer:
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeTransformer, ()
 
-    def why_not(self, vit: FrozenViT, dtype: torch.dtype | None = None) -> str:
+    def why_not(self, vit: Any, dtype: torch.dtype | None = None) -> str:
         """Why the native core cannot run ``vit`` in plain inference on the CPU; "" if it can."""
         runs, reason = devices.native_runs()
         if not runs:
@@ -82,8 +79,8 @@ class NativeTransformer:
             return "the native core runs backbones on processors with AVX2 or more"
         return _differs(vit)
 
-    def __call__(self, vit: FrozenViT, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Result of :meth:`FrozenViT.forward` for checked ``imgs``; None if the call or the network is not plain."""
+    def __call__(self, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Result of ``FrozenViT.forward`` for checked ``imgs``; None if the call or the network is not plain."""
         if not _is_plain(imgs):
             return None
         network = self._ready(vit)
@@ -91,12 +88,17 @@ class NativeTransformer:
             return None
         return _run(network, vit, imgs, grid)
 
-    def _ready(self, vit: FrozenViT) -> _Network | None:
+    def _ready(self, vit: Any) -> _Network | None:
         network = self._network
         isa, runs = _env.cpu_isa(), devices.native_runs()[0]
-        if network is not None and runs and network.key == _key(vit, isa):
-            if network.unchanged.still(_roots(vit)) and network.witnesses.recognise(_tensors(network.slots)):
-                return network
+        if (
+            network is not None
+            and runs
+            and network.key == _key(vit, isa)
+            and network.unchanged.still(_roots(vit))
+            and network.witnesses.recognise(_tensors(network.slots))
+        ):
+            return network
         self._network = None
         if self.why_not(vit):
             return None
@@ -116,28 +118,24 @@ def instructions(dtype: torch.dtype) -> str:
 def _is_plain(imgs: Tensor) -> bool:
     return (
         type(imgs) is Tensor
-        and imgs.device.type == "cpu"
         and imgs.dtype in _DTYPES
-        and not imgs.requires_grad
-        and not torch.compiler.is_compiling()
+        and is_plain_inference(imgs)
+        # Tracers record and counters count PyTorch's operations.
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        # Modes count or replace PyTorch's operations, and transforms such as vmap wrap the images.
         and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def _key(vit: FrozenViT, isa: str) -> tuple[Any, ...]:
+def _key(vit: Any, isa: str) -> tuple[Any, ...]:
     return isa, vit.dtype, vit.facet, vit.layer, vit.head_order
 
 
-def _roots(vit: FrozenViT) -> list[Any]:
+def _roots(vit: Any) -> list[Any]:
     model = vit.model
     return [model.patch_embed, model.pos_drop, model.norm_pre, *list(model.blocks)[: vit.layer + 1]]
 
 
-def _differs(vit: FrozenViT) -> str:
+def _differs(vit: Any) -> str:
     """What makes the network other than a plain one; "" if nothing does."""
     model, blocks = vit.model, list(vit.model.blocks)[: vit.layer + 1]
     embed = model.patch_embed
@@ -178,14 +176,14 @@ def _differs(vit: FrozenViT) -> str:
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         if [tuple(layer.weight.shape) for layer in layers] != wanted:
             return "its layers do not fit together"
-    tensors = [*_parameters(model.patch_embed), *(p for block in blocks for p in _parameters(block))]
+    modules = [m for root in (embed, *blocks) for m in root.modules()]
+    # Weights computed by hooks that are gone are plain attributes.
+    if any(name in m.__dict__ for m in modules for name in ("weight", "bias", "gamma")):
+        return "some of its weights are no parameters"
+    tensors = [p for m in modules for p in m._parameters.values() if p is not None]
     if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.dtype != vit.dtype for t in tensors):
         return "its weights differ in dtype or device, or are no plain tensors"
     return ""
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    return list(module.parameters())
 
 
 def _sizes(block: Any) -> tuple[int, int, int, int]:
@@ -194,9 +192,9 @@ def _sizes(block: Any) -> tuple[int, int, int, int]:
     return attention.qkv.in_features, attention.num_heads, inner // attention.num_heads, block.mlp.fc1.out_features
 
 
-def _build(vit: FrozenViT, isa: str) -> _Network:
+def _build(vit: Any, isa: str) -> _Network:
     model, blocks = vit.model, list(vit.model.blocks)
-    roots, width = _roots(vit), vit.model.embed_dim
+    roots = _roots(vit)
     norms = [norm for block in blocks[: vit.layer + 1] for norm in (block.norm1, block.norm2)]
     settings = [
         (itemgetter("fused_attn", "num_heads"), [block.attn.__dict__ for block in blocks[: vit.layer + 1]]),
@@ -226,7 +224,9 @@ def _rows(projection: FacetProjection, layer: nn.Linear) -> tuple[Tensor, Tensor
     start = projection.row * projection.width
     parts = [None if p is None else p[start : start + projection.width] for p in (layer.weight, layer.bias)]
     if projection.interleaved:
-        parts = [None if p is None else p.unflatten(0, (projection.heads, -1)).transpose(0, 1).flatten(0, 1) for p in parts]
+        parts = [
+            None if p is None else p.unflatten(0, (projection.heads, -1)).transpose(0, 1).flatten(0, 1) for p in parts
+        ]
     weight, bias = parts
     assert weight is not None
     return weight, bias
@@ -266,7 +266,10 @@ def _linear(
     core, name = _native.require(), _DTYPES[dtype]
     outputs, inputs = matrix.shape
     weights = [None if norm is None else norm.weight, None if norm is None else norm.bias, matrix, bias]
-    sources = [*weights[:2], *([matrix, bias] if layers is None else [p for l in layers for p in (l.weight, l.bias)])]
+    sources = [
+        *weights[:2],
+        *([matrix, bias] if layers is None else [p for layer in layers for p in (layer.weight, layer.bias)]),
+    ]
 
     def pack(addresses: list[int]) -> Tensor:
         packed = memory.empty(core.vit_linear_bytes(inputs, outputs, name, isa), dtype=torch.uint8, device="cpu")
@@ -292,7 +295,7 @@ def _tensors(slots: list[_Slot]) -> list[Tensor]:
     return [entries[name] for entries, name in slots]
 
 
-def _run(network: _Network, vit: FrozenViT, imgs: Tensor, grid: tuple[int, int]) -> Tensor:
+def _run(network: _Network, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, _, height, width = imgs.shape
     channels = network.sizes[0]
     prefix, position, _ = vit._position(grid)
