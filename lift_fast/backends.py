@@ -79,7 +79,7 @@ def _cpu_native() -> Part:
         "cpu native",
         True,
         f"nearest (search in {search}, rescored in float32), dense_match, label propagation, cosine loss, "
-        f"LiFT decoder, bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
+        f"LiFT decoder, plain ViT backbones, bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
     )
 
 

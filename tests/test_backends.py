@@ -69,6 +69,7 @@ NATIVE_PARTS = {
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
     "lift_forward": "LiFT decoder",
+    "vit": "plain ViT backbones",
     "bit_matrix": "bit matrix",
 }
 
