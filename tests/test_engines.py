@@ -33,6 +33,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Networks that several tests use are compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIFT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("LIFT_FAST_ENGINE_CACHE")
         yield
 
 
