@@ -121,7 +121,10 @@ class _Compiled:
         self._model = model
         self._idle: list[Any] = []
         # What requests hold between calls, so that they keep nobody's images and tokens alive.
-        self._small = [*_plain(_example(vit, 1, (1, 1))), torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype, device="cpu")]
+        self._small = [
+            *_plain(_example(vit, 1, (1, 1))),
+            torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype, device="cpu"),
+        ]
 
     def run(self, inputs: list[Tensor], out: Tensor) -> None:
         try:
