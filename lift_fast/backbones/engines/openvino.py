@@ -120,7 +120,7 @@ class _Compiled:
     def __init__(self, vit: Any, model: Any) -> None:
         self._model = model
         self._idle: list[Any] = []
-        # What requests hold between calls, so that they keep nobody's images and tokens alive.
+        # What requests point to between calls, when the caller's memory may be freed.
         self._small = [
             *_plain(_example(vit, 1, (1, 1))),
             torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype, device="cpu"),
