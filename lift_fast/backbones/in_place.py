@@ -45,7 +45,7 @@ class StandardBlocks:
         if known is not None and known.still(blocks):
             return True
         self._known = None
-        if not all(map(_is_standard, blocks)):
+        if not all(map(is_standard, blocks)):
             return False
         every: list[Any] = blocks
         settings = [
@@ -92,7 +92,8 @@ def _scaled(scale: Any, x: Tensor) -> Tensor:
     return x if isinstance(scale, nn.Identity) else x.mul_(scale.gamma)
 
 
-def _is_standard(block: Any) -> bool:
+def is_standard(block: Any) -> bool:
+    """Whether a block and its parts are timm's originals (or this package's twins of them), neither edited nor hooked."""
     classes, norm_classes, scale_classes, idle_classes = _classes(block)
     if (type(block), type(block.attn), type(block.mlp)) != classes:
         return False
