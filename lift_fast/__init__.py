@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
     from .image_matching import ImageMatches, match_images
+    from .image_stream import ImageDescriptors, extract_images
     from .lift import LiFT
     from .losses import CosineLoss, cosine_loss
     from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
@@ -46,6 +47,7 @@ __all__ = [
     "CosineLoss",
     "DenseMatches",
     "FrozenViT",
+    "ImageDescriptors",
     "ImageMatches",
     "LiFT",
     "NearestResult",
@@ -58,6 +60,7 @@ __all__ = [
     "clear_plans",
     "cosine_loss",
     "dense_match",
+    "extract_images",
     "load_backbone",
     "load_lift",
     "match_images",
@@ -72,6 +75,7 @@ _HOME = {
     "CosineLoss": ".losses",
     "DenseMatches": ".matching",
     "FrozenViT": ".backbones",
+    "ImageDescriptors": ".image_stream",
     "ImageMatches": ".image_matching",
     "LiFT": ".lift",
     "NearestResult": ".matching",
@@ -82,6 +86,7 @@ _HOME = {
     "clear_plans": ".ops.lift_forward.cache",
     "cosine_loss": ".losses",
     "dense_match": ".matching",
+    "extract_images": ".image_stream",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
     "match_images": ".image_matching",

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -239,6 +239,30 @@ def oriented_image(image: AnyImage, name: str = "image") -> tuple[Image.Image, i
     return Image.fromarray(np.ascontiguousarray(array)), 1
 
 
+def stored_size(image: AnyImage) -> tuple[int, int] | None:
+    """(width, height) of an image as stored, without decoding it: from the header of a file or of a file's bytes.
+
+    None for file objects, which are not touched, and for what :func:`as_image` refuses.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.size
+        if isinstance(image, (np.ndarray, Tensor)):
+            height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
+            return width, height
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            with Image.open(io.BytesIO(image)) as file:
+                return file.size
+        if isinstance(image, (str, os.PathLike)):
+            require_regular_file(image, "image")
+            with Image.open(image) as file:
+                return file.size
+    except Exception:
+        # Decoding will say what is wrong.
+        return None
+    return None
+
+
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """List the images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file lists itself.
 
@@ -388,11 +412,27 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
+    return normaliser(mean, std)(torch.from_numpy(np.array(to_rgb(image))).unsqueeze(0))
+
+
+def normaliser(
+    mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """The arithmetic of :func:`to_tensor`: ``[B, H, W, 3]`` uint8 on ``device`` to ``[B, 3, H, W]`` float32.
+
+    Raises:
+        ValueError: as :func:`to_tensor`, for ``mean`` and ``std``.
+    """
     centre, spread = _three("mean", mean), _three("std", std)
     if bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {std!r}")
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32).div(255)
-    return ((pixels - centre) / spread).unsqueeze(0).contiguous()
+    # Moved once: a copy from ordinary memory waits for the device's queue.
+    centre, spread = centre.to(device), spread.to(device)
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return ((pixels.permute(0, 3, 1, 2).to(torch.float32).div(255) - centre) / spread).contiguous()
+
+    return normalise
 
 
 def _three(name: str, values: Sequence[float]) -> Tensor:

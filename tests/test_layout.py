@@ -18,7 +18,7 @@ FLOORS = (
     "_operators backends lift losses matching propagation",
     "backbones checkpoints env_report graphs tuning",
     "extractor",
-    "image_matching map_cache tracking training",
+    "image_matching image_stream map_cache tracking training",
     "lift_fast",
     "evaluation show",
     "cli",
