@@ -184,16 +184,17 @@ class ViTLiFTExtractor(nn.Module):
         return self.backbone.random_weights or self._random_lift
 
     def preprocess(
-        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None
+        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None, *, out: Tensor | None = None
     ) -> tuple[Tensor, Image.Image]:
         """Read, resize and normalise an image.
 
         Args:
             image_path: file, bytes of one or a binary file object, or a Pillow image.
             load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
+            out: ``[1, 3, H, W]``, floating point: where the result is written, such as a part of a batch.
 
         Returns:
-            ``([1, 3, H, W] float32 on the CPU, the resized RGB image)``.
+            ``([1, 3, H, W] float32 on the CPU, or out; the resized RGB image)``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`; ValueError also as
@@ -204,7 +205,7 @@ class ViTLiFTExtractor(nn.Module):
         if image is image_path:
             # A copy, so that later changes of the caller's image do not reach it.
             image = image.copy()
-        return images.to_tensor(image, self.mean, self.std), image
+        return images.to_tensor(image, self.mean, self.std, out=out), image
 
     def check_size(self, height: int, width: int, lift_iter: int = 1) -> tuple[int, int]:
         """Grid ``(h, w)`` of the descriptors of an image of ``height x width`` pixels after ``lift_iter`` LiFTs.

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import memory
 from ._files import natural_key, require_regular_file
 from ._text import quoted, said
 from .checks import as_whole
@@ -378,21 +379,37 @@ def whole_patches(side: int, patch: int, stride: int) -> int:
     return patch + (max(side - patch, 0) + stride // 2) // stride * stride
 
 
-def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_tensor(
+    image: Image.Image, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None
+) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
+    Args:
+        image, mean, std: see above.
+        out: ``[1, 3, H, W]``, floating point, on any device: a batch's place for this image, which is filled and
+            returned. Values are rounded to its dtype once.
+
     Raises:
-        TypeError: if ``image`` is not a Pillow image.
+        TypeError: if ``image`` is not a Pillow image, or ``out`` not a tensor.
         ValueError: unless ``mean`` and ``std`` are three finite numbers each with ``std`` above 0; for an image without
-            pixels or one that cannot be converted to RGB.
+            pixels or one that cannot be converted to RGB; for an ``out`` of another shape or of integers.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
     centre, spread = _three("mean", mean), _three("std", std)
     if bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {std!r}")
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32).div(255)
-    return ((pixels - centre) / spread).unsqueeze(0).contiguous()
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor or None, got {type(out).__name__}")
+    shape = (1, 3, image.height, image.width)
+    if out is not None and (tuple(out.shape) != shape or not out.is_floating_point()):
+        raise ValueError(f"out must be {list(shape)} and floating point, got {list(out.shape)} {out.dtype}")
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    # In place, and only there: each temporary costs as much as all of this arithmetic.
+    inside = out is not None and out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+    result = out if out is not None and inside else memory.empty(shape, dtype=torch.float32, device="cpu")
+    result[0].copy_(pixels).div_(255).sub_(centre).div_(spread)
+    return result if out is None or inside else out.copy_(result)
 
 
 def _three(name: str, values: Sequence[float]) -> Tensor:
