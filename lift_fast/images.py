@@ -379,9 +379,7 @@ def whole_patches(side: int, patch: int, stride: int) -> int:
     return patch + (max(side - patch, 0) + stride // 2) // stride * stride
 
 
-def to_tensor(
-    image: Image.Image, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None
-) -> Tensor:
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
     Args:

@@ -1,4 +1,4 @@
-"""Two images of one size are one batch without copies: decoded side by side, written in place, matched where they lie."""
+"""A pair of one size is one batch without copies: decoded side by side, written in place, matched where it lies."""
 
 from __future__ import annotations
 
