@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import memory
 from ._files import natural_key, require_regular_file
 from ._text import quoted, said
 from .checks import as_whole
@@ -402,23 +403,38 @@ def whole_patches(side: int, patch: int, stride: int) -> int:
     return patch + (max(side - patch, 0) + stride // 2) // stride * stride
 
 
-def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
+    Args:
+        image, mean, std: see above.
+        out: ``[1, 3, H, W]``, floating point, on any device: a batch's place for this image, which is filled and
+            returned. Values are rounded to its dtype once.
+
     Raises:
-        TypeError: if ``image`` is not a Pillow image.
+        TypeError: if ``image`` is not a Pillow image, or ``out`` not a tensor.
         ValueError: unless ``mean`` and ``std`` are three finite numbers each with ``std`` above 0; for an image without
-            pixels or one that cannot be converted to RGB.
+            pixels or one that cannot be converted to RGB; for an ``out`` of another shape or of integers.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
-    return normaliser(mean, std)(torch.from_numpy(np.array(to_rgb(image))).unsqueeze(0))
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor or None, got {type(out).__name__}")
+    shape = (1, 3, image.height, image.width)
+    if out is not None and (tuple(out.shape) != shape or not out.is_floating_point()):
+        raise ValueError(f"out must be {list(shape)} and floating point, got {list(out.shape)} {out.dtype}")
+    normalise, pixels = normaliser(mean, std), torch.from_numpy(np.array(to_rgb(image))).unsqueeze(0)
+    inside = out is not None and out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+    result = normalise(pixels, out if inside else None)
+    return result if out is None or inside else out.copy_(result)
 
 
 def normaliser(
     mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """The arithmetic of :func:`to_tensor`: ``[B, H, W, 3]`` uint8 on ``device`` to ``[B, 3, H, W]`` float32.
+
+    The function's second argument, if given, is where the result is written.
 
     Raises:
         ValueError: as :func:`to_tensor`, for ``mean`` and ``std``.
@@ -429,8 +445,12 @@ def normaliser(
     # Moved once: a copy from ordinary memory waits for the device's queue.
     centre, spread = centre.to(device), spread.to(device)
 
-    def normalise(pixels: Tensor) -> Tensor:
-        return ((pixels.permute(0, 3, 1, 2).to(torch.float32).div(255) - centre) / spread).contiguous()
+    def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        batch, height, width, channels = pixels.shape
+        if out is None:
+            out = memory.new_empty(pixels, (batch, channels, height, width), dtype=torch.float32)
+        # In place, and only there: each temporary costs as much as all of this arithmetic.
+        return out.copy_(pixels.permute(0, 3, 1, 2)).div_(255).sub_(centre).div_(spread)
 
     return normalise
 
