@@ -33,6 +33,8 @@ class StandardBlocks:
         originals: if one is hooked, overridden or replaced, it must be called itself."""
         return (
             not torch.compiler.is_compiling()
+            # A trace would lose what is written into buffers.
+            and not torch.jit.is_tracing()
             and tokens.device.type == "cpu"
             and not tokens.requires_grad
             and not torch.is_autocast_enabled("cpu")
