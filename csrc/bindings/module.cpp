@@ -23,6 +23,7 @@ void bind_dense_match_cuda(py::module_& m);
 void bind_image_encoder(py::module_& m);
 void bind_lift_forward(py::module_& m);
 void bind_nearest(py::module_& m);
+void bind_vit(py::module_& m);
 void bind_window_nearest(py::module_& m);
 
 namespace {
@@ -95,5 +96,6 @@ PYBIND11_MODULE(_C, m) {
   lift_fast::bind_image_encoder(m);
   lift_fast::bind_lift_forward(m);
   lift_fast::bind_nearest(m);
+  lift_fast::bind_vit(m);
   lift_fast::bind_window_nearest(m);
 }

@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -11,6 +10,7 @@
 #endif
 
 #include "dispatch.hpp"
+#include "scratch.hpp"
 
 namespace lift_fast {
 namespace {
@@ -189,13 +189,6 @@ Header header_for(const LiftForwardChannels& n, LiftForwardType type, CpuIsa isa
   return header;
 }
 
-struct Scratch {
-  void* data = nullptr;
-  std::size_t bytes = 0;
-  ~Scratch() { std::free(data); }
-};
-thread_local Scratch scratch;
-
 }  // namespace
 
 LiftForwardLayout lift_forward_layout(const LiftForwardChannels& n, CpuIsa isa) {
@@ -329,30 +322,7 @@ void lift_forward_run(LiftForwardCall call, const void* packed, std::int64_t pac
   call.packed = reinterpret_cast<const float*>(static_cast<const char*>(packed) + kHeaderBytes);
   call.layout = lift_forward_layout(n, isa);
   HalfKernels::of(isa).run(call);
-  lift_forward_scratch_trim();
-}
-
-void* lift_forward_scratch(std::size_t bytes) {
-  if (bytes > scratch.bytes) {
-    const std::size_t page = std::size_t{2} << 20;
-    const std::size_t rounded = (bytes + page - 1) / page * page;
-    std::free(scratch.data);
-    scratch.bytes = 0;
-    scratch.data = std::aligned_alloc(page, rounded);
-    if (scratch.data == nullptr) throw std::bad_alloc();
-    scratch.bytes = rounded;
-#if defined(__linux__)
-    (void)madvise(scratch.data, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  return scratch.data;
-}
-
-void lift_forward_scratch_trim() {
-  if (scratch.bytes <= lift_forward_scratch_kept) return;
-  std::free(scratch.data);
-  scratch.data = nullptr;
-  scratch.bytes = 0;
+  trim_scratch();
 }
 
 }  // namespace lift_fast

@@ -102,10 +102,4 @@ struct LiftForwardKernel {
   void (*run)(const LiftForwardCall& call);
 };
 
-// Scratch of the calling thread, 64-byte aligned. Up to lift_forward_scratch_kept bytes are kept for its next call,
-// which then has no page faults; a larger one is released when the call ends.
-constexpr std::size_t lift_forward_scratch_kept = std::size_t{64} << 20;
-void* lift_forward_scratch(std::size_t bytes);
-void lift_forward_scratch_trim();
-
 }  // namespace lift_fast

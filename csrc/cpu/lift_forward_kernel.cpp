@@ -1,6 +1,7 @@
 // LiFT's decoder: the transforms of minimal filtering around matrix products.
+#include "gemm.hpp"
 #include "lift_forward.hpp"
-#include "lift_forward_gemm.hpp"
+#include "scratch.hpp"
 #include "simd/simd.hpp"
 #include "threads.hpp"
 
@@ -90,7 +91,7 @@ class Decoder {
   void execute() {
     const std::int64_t u_words = round_up(group_ * u_image_, kPageWords);
     u_ = static_cast<float*>(
-        lift_forward_scratch(static_cast<std::size_t>(u_words + workers_ * scratch_words_) * sizeof(float)));
+        kept_scratch(static_cast<std::size_t>(u_words + workers_ * scratch_words_) * sizeof(float)));
     scratch_ = u_ + u_words;
     for (std::int64_t first = 0; first < call_.batch; first += group_) {
       first_ = first;
@@ -200,7 +201,7 @@ class Decoder {
         const Word* inputs = scratch + point * point_stride;
         float* out = products + point * tiles * kPanel;
         for_row_pieces(tiles, kernels_, [&](std::int64_t row, std::int64_t, Micro kernel) {
-          kernel(inputs + row * kWords, block_stride, ranges, weights, out + row * kPanel);
+          kernel(inputs + row * kWords, block_stride, ranges, weights, out + row * kPanel, {});
         });
         weights += depth * kWords * kPanel;
       }
@@ -300,7 +301,7 @@ class Decoder {
         const Word* inputs = scratch + point * point_stride;
         float* out = products + point * tiles * kPanel;
         for_row_pieces(tiles, kernels_, [&](std::int64_t row, std::int64_t, Micro kernel) {
-          kernel(inputs + row * kWords, block_stride, all, weights, out + row * kPanel);
+          kernel(inputs + row * kWords, block_stride, all, weights, out + row * kPanel, {});
         });
         weights += blocks * kWords * kPanel;
       }
@@ -321,7 +322,7 @@ class Decoder {
       const Vec bias1 = load(call_.packed + layout_.out_bias_at + panel * kPanel + kLanes);
       const std::int64_t valid = smaller<std::int64_t>(kPanel, n_.tokens - panel * kPanel);
       for_row_pieces(tiles * kConvPixels, kernels_, [&](std::int64_t row, std::int64_t count, Micro kernel) {
-        kernel(v + row * kWords, pixel_stride, all, weights, rows);
+        kernel(v + row * kWords, pixel_stride, all, weights, rows, {});
         for (std::int64_t r = 0; r < count; ++r) {
           T* y = y_at(first, row + r);
           if (!y) continue;

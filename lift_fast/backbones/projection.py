@@ -47,6 +47,7 @@ class FacetProjection:
                 "use facet='token'"
             )
         self.facet = facet
+        self.row = _ROW[facet]
         self.interleaved = interleaved
         self.pre_norm = kind in _PRE_NORM_BLOCKS
         if split is not None:
@@ -80,7 +81,7 @@ class FacetProjection:
     def _project(self, norm: nn.Module | None, attention: Any, tokens: Tensor, prefix: int) -> Tensor:
         split = getattr(attention, f"{self.facet[0]}_proj", None)
         layer = attention.qkv if split is None else split
-        start = 0 if split is not None else _ROW[self.facet] * self.width
+        start = 0 if split is not None else self.row * self.width
         plain = type(layer) is nn.Linear and is_untouched(layer)
         if not plain or not (norm is None or (isinstance(norm, nn.LayerNorm) and is_untouched(norm))):
             # Adapters, quantisation or hooks may use all tokens and more than the weight.
@@ -140,7 +141,7 @@ class FacetProjection:
                 f"facet {self.facet!r} cannot be read: the edited block calls its projection {len(left)} times and its "
                 f"attention {len(entered)} times instead of once; use facet='token'"
             )
-        return self._rows(attention, layer, left[0], 0 if split is not None else _ROW[self.facet] * self.width)
+        return self._rows(attention, layer, left[0], 0 if split is not None else self.row * self.width)
 
     def _order(self, out: Tensor) -> Tensor:
         return out.unflatten(-1, (self.heads, -1)).transpose(-1, -2).flatten(-2) if self.interleaved else out

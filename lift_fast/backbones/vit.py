@@ -18,6 +18,7 @@ from ..precision import autocasts, without_autocast
 from ..witnesses import Witnesses
 from . import in_place, network, patches
 from .in_place import StandardBlocks
+from .native import NativeTransformer
 from .position import RULES, Grid
 from .projection import FACETS, HEAD_ORDERS, FacetProjection
 
@@ -125,7 +126,7 @@ class FrozenViT(nn.Module):
         if facet not in ("token", "final"):
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
-        self._standard = StandardBlocks()
+        self._native, self._standard = NativeTransformer(), StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
         self.train(False)
 
@@ -179,6 +180,9 @@ class FrozenViT(nn.Module):
         """
         grid = self._check(imgs)
         model = self.model
+        native = self._native(self, imgs, grid)
+        if native is not None:
+            return model.norm(native) if self.facet == "final" else native
         tokens, rotary = self._embed(imgs, grid)
         last = self.layer if self._projection is not None else self.layer + 1
         # A list, because a slice of the container would be a new container.

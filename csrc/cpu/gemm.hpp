@@ -1,6 +1,6 @@
-// Matrix products for LiFT's decoder. Activations lie as [point][K block][row][16 words]: a micro-kernel reads its rows
-// of one K block at constant distances, and the transforms write whole cache lines. A word is a float or two bfloat16,
-// see LiftForwardLayout.
+// Matrix products of networks. Activations lie as [K block][row][16 words]: a micro-kernel reads its rows of one K block
+// at constant distances, and what writes them writes whole cache lines. Weights lie as [panel][K word][panel columns]. A
+// word is a float or two bfloat16 of neighbouring channels.
 #pragma once
 
 #include "simd/simd.hpp"
@@ -92,11 +92,17 @@ struct Ranges {
   }
 };
 
+// Where a micro-kernel stores element (row, column) of its panel: at row * `row` + column / kLanes * `half` + column %
+// kLanes.
+struct Place {
+  std::int64_t row = kPanel, half = kLanes;
+};
+
 // out[r][0 .. panel) = sum over the K blocks of a[r] * b. Each row's sum runs in the same order for every R, so results
 // do not depend on how rows are grouped.
 template <int R>
 __attribute__((noinline)) void micro(const Word* a, std::int64_t block_stride, const Ranges& ranges, const Word* b,
-                                     float* out) {
+                                     float* out, Place place) {
   Vec acc[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
@@ -121,12 +127,12 @@ __attribute__((noinline)) void micro(const Word* a, std::int64_t block_stride, c
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    store(out + r * kPanel, acc[r][0]);
-    store(out + r * kPanel + kLanes, acc[r][1]);
+    store(out + r * place.row, acc[r][0]);
+    store(out + r * place.row + place.half, acc[r][1]);
   }
 }
 
-using Micro = void (*)(const Word*, std::int64_t, const Ranges&, const Word*, float*);
+using Micro = void (*)(const Word*, std::int64_t, const Ranges&, const Word*, float*, Place);
 
 template <int R>
 struct MicroTable {
