@@ -29,6 +29,7 @@ _operators.register_with_torch()
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
     from .checkpoints import load_lift, save_lift
+    from .export import export_onnx
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
     from .image_matching import ImageMatches, match_images
@@ -60,6 +61,7 @@ __all__ = [
     "clear_plans",
     "cosine_loss",
     "dense_match",
+    "export_onnx",
     "extract_images",
     "load_backbone",
     "load_lift",
@@ -86,6 +88,7 @@ _HOME = {
     "clear_plans": ".ops.lift_forward.cache",
     "cosine_loss": ".losses",
     "dense_match": ".matching",
+    "export_onnx": ".export",
     "extract_images": ".image_stream",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
@@ -96,7 +99,7 @@ _HOME = {
     "tune": ".tuning",
 }
 # What completion shows; any submodule is imported by its name.
-_SUBMODULES = ("backbones", "demonstration", "evaluation", "images", "show", "tracking", "training")
+_SUBMODULES = ("backbones", "demonstration", "evaluation", "export", "images", "show", "tracking", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import devices, images
+from ._exporting import crop, is_exporting
 from ._text import shown
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
@@ -360,12 +361,18 @@ class ViTLiFTExtractor(nn.Module):
             if not whole_patches:
                 return batch
             # LiFT crops to whole patches itself; before an enlargement the crop must come first for the grids to agree.
-            return batch[:, :, : p * h, : p * w]
-        start = (p - s) // 2
-        covered = batch[:, :, start : start + s * h, start : start + s * w]
-        # The CPU has no antialiased filter in half precision.
-        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=True)
+            return self._cropped(batch, 0, p * h, p * w)
+        covered = self._cropped(batch, (p - s) // 2, s * h, s * w)
+        # The CPU has no antialiased filter in half precision. It equals the plain one, as this enlarges, and some
+        # inference engines lack it.
+        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=not is_exporting())
         return resized.to(batch.dtype)
+
+    @staticmethod
+    def _cropped(batch: Tensor, start: int, height: int, width: int) -> Tensor:
+        if is_exporting():
+            return crop(batch, start, start, height, width)
+        return batch[:, :, start : start + height, start : start + width]
 
     def _prepare_lift(self, lift: nn.Module | None, random_lift: bool, seed: int, fused: bool) -> nn.Module | None:
         if self.lift_path is not None:

@@ -130,8 +130,7 @@ def _is_plain(imgs: Tensor) -> bool:
         type(imgs) is Tensor
         and imgs.dtype in _DTYPES
         and is_plain_inference(imgs)
-        # Tracers record and counters count PyTorch's operations.
-        and not torch.jit.is_tracing()
+        # Counters count PyTorch's operations.
         and not is_in_torch_dispatch_mode()
     )
 
