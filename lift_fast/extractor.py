@@ -18,12 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import devices, images
+from ._exporting import crop, is_exporting
 from ._text import shown
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
 from .checks import FLOATS, as_whole, check_dense, check_whole
 from .defaults import plain_defaults
 from .images import LoadSize
+from .precision import resolve_dtype
 
 Rectangle = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
@@ -37,7 +39,6 @@ class _DefaultDevice(str):
     """As :class:`_Default`, of the published class."""
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _Default(11)
 _DEVICE = _DefaultDevice("cuda")
 
@@ -67,7 +68,8 @@ class ViTLiFTExtractor(nn.Module):
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
         random_lift: use a LiFT with random weights, for tests.
         weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
-        dtype: of weights and descriptors; None is float32.
+        dtype: of weights and descriptors; None is float32, and ``"auto"`` bfloat16 where the device computes it
+            (:func:`lift_fast.precision.resolve_dtype`).
         fused: False forces LiFT's plain graph.
         head_order: channel order of key, query and value: ``"concatenated"`` (head after head) or ``"interleaved"``
             (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
@@ -106,7 +108,7 @@ class ViTLiFTExtractor(nn.Module):
         random_weights: bool = False,
         checkpoint_key: str | None = None,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         fused: bool = True,
         head_order: str | None = None,
         engine: str | None = None,
@@ -125,9 +127,7 @@ class ViTLiFTExtractor(nn.Module):
             )
             device = "cpu"
         place = devices.resolve(device)
-        dtype = torch.float32 if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
-            raise ValueError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
+        dtype = resolve_dtype(dtype, place)
         whole = as_whole(seed)
         if whole is None or not -(1 << 63) <= whole < 1 << 64:
             raise ValueError(f"seed must be an integer of at most 64 bits, got {shown(seed)}")
@@ -193,16 +193,17 @@ class ViTLiFTExtractor(nn.Module):
         return self.backbone.random_weights or self._random_lift
 
     def preprocess(
-        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None
+        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None, *, out: Tensor | None = None
     ) -> tuple[Tensor, Image.Image]:
         """Read, resize and normalise an image.
 
         Args:
             image_path: file, bytes of one or a binary file object, or a Pillow image.
             load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
+            out: ``[1, 3, H, W]``, floating point: where the result is written, such as a part of a batch.
 
         Returns:
-            ``([1, 3, H, W] float32 on the CPU, the resized RGB image)``.
+            ``([1, 3, H, W] float32 on the CPU, or out; the resized RGB image)``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`; ValueError also as
@@ -213,7 +214,7 @@ class ViTLiFTExtractor(nn.Module):
         if image is image_path:
             # A copy, so that later changes of the caller's image do not reach it.
             image = image.copy()
-        return images.to_tensor(image, self.mean, self.std), image
+        return images.to_tensor(image, self.mean, self.std, out=out), image
 
     def check_size(self, height: int, width: int, lift_iter: int = 1) -> tuple[int, int]:
         """Grid ``(h, w)`` of the descriptors of an image of ``height x width`` pixels after ``lift_iter`` LiFTs.
@@ -368,12 +369,18 @@ class ViTLiFTExtractor(nn.Module):
             if not whole_patches:
                 return batch
             # LiFT crops to whole patches itself; before an enlargement the crop must come first for the grids to agree.
-            return batch[:, :, : p * h, : p * w]
-        start = (p - s) // 2
-        covered = batch[:, :, start : start + s * h, start : start + s * w]
-        # The CPU has no antialiased filter in half precision.
-        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=True)
+            return self._cropped(batch, 0, p * h, p * w)
+        covered = self._cropped(batch, (p - s) // 2, s * h, s * w)
+        # The CPU has no antialiased filter in half precision. It equals the plain one, as this enlarges, and some
+        # inference engines lack it.
+        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=not is_exporting())
         return resized.to(batch.dtype)
+
+    @staticmethod
+    def _cropped(batch: Tensor, start: int, height: int, width: int) -> Tensor:
+        if is_exporting():
+            return crop(batch, start, start, height, width)
+        return batch[:, :, start : start + height, start : start + width]
 
     def _prepare_lift(self, lift: nn.Module | None, random_lift: bool, seed: int, fused: bool) -> nn.Module | None:
         if self.lift_path is not None:

@@ -90,11 +90,14 @@ def _scaled(scale: Any, x: Tensor) -> Tensor:
 
 
 def is_plain_inference(tensor: Tensor) -> bool:
-    """Whether operations on ``tensor`` only compute values on the CPU: no gradient, autocast, transform or compiler."""
+    """Whether operations on ``tensor`` only compute values on the CPU: no gradient, autocast, transform,
+    compiler or tracer."""
     return (
         tensor.device.type == "cpu"
         and not tensor.requires_grad
         and not torch.compiler.is_compiling()
+        # A trace would lose what is written into buffers.
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.peek_interpreter_stack() is None
     )
