@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
     from .image_matching import ImageMatches, match_images
+    from .image_stream import ImageDescriptors, extract_images
     from .lift import LiFT
     from .losses import CosineLoss, cosine_loss
     from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
@@ -47,6 +48,7 @@ __all__ = [
     "CosineLoss",
     "DenseMatches",
     "FrozenViT",
+    "ImageDescriptors",
     "ImageMatches",
     "LiFT",
     "NearestResult",
@@ -60,6 +62,7 @@ __all__ = [
     "cosine_loss",
     "dense_match",
     "export_onnx",
+    "extract_images",
     "load_backbone",
     "load_lift",
     "match_images",
@@ -74,6 +77,7 @@ _HOME = {
     "CosineLoss": ".losses",
     "DenseMatches": ".matching",
     "FrozenViT": ".backbones",
+    "ImageDescriptors": ".image_stream",
     "ImageMatches": ".image_matching",
     "LiFT": ".lift",
     "NearestResult": ".matching",
@@ -85,6 +89,7 @@ _HOME = {
     "cosine_loss": ".losses",
     "dense_match": ".matching",
     "export_onnx": ".export",
+    "extract_images": ".image_stream",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
     "match_images": ".image_matching",

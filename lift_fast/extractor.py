@@ -25,6 +25,7 @@ from .backbones.vit import shared_copy
 from .checks import FLOATS, as_whole, check_dense, check_whole
 from .defaults import plain_defaults
 from .images import LoadSize
+from .precision import resolve_dtype
 
 Rectangle = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
@@ -38,7 +39,6 @@ class _DefaultDevice(str):
     """As :class:`_Default`, of the published class."""
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHANNEL, _PATCH, _STRIDE, _LAYER = _Default(768), _Default(8), _Default(8), _Default(11)
 _DEVICE = _DefaultDevice("cuda")
 
@@ -68,12 +68,15 @@ class ViTLiFTExtractor(nn.Module):
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
         random_lift: use a LiFT with random weights, for tests.
         weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
-        dtype: of weights and descriptors; None is float32.
+        dtype: of weights and descriptors; None is float32, and ``"auto"`` bfloat16 where the device computes it
+            (:func:`lift_fast.precision.resolve_dtype`).
         fused: False forces LiFT's plain graph.
         head_order: channel order of key, query and value: ``"concatenated"`` (head after head) or ``"interleaved"``
             (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
             trained on that order, and concatenated for the backbone alone. Cosines between descriptors of the same
             order do not depend on it.
+        engine: what computes the backbone: ``"auto"``, ``"torch"``, ``"openvino"`` or ``"compile"``
+            (:class:`FrozenViT`). None is ``"auto"``, and that of a given FrozenViT.
 
     Attributes:
         backbone, lift, channel, patch (also ``p``), stride, layer, facet, mean, std, device, dtype, model_type,
@@ -81,6 +84,7 @@ class ViTLiFTExtractor(nn.Module):
 
     Raises:
         ValueError: for contradictory or invalid arguments.
+        EngineError: if an engine given by name does not run on this machine, or not with this network, device or dtype.
         WeightsNotFoundError, FileNotFoundError: as :func:`load_backbone`.
         RuntimeError: if a CUDA device is passed and not available.
     """
@@ -104,9 +108,10 @@ class ViTLiFTExtractor(nn.Module):
         random_weights: bool = False,
         checkpoint_key: str | None = None,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         fused: bool = True,
         head_order: str | None = None,
+        engine: str | None = None,
     ) -> None:
         super().__init__()
         given = [n for n, v in (("lift_path", lift_path), ("lift", lift), ("random_lift", random_lift or None)) if v]
@@ -122,15 +127,14 @@ class ViTLiFTExtractor(nn.Module):
             )
             device = "cpu"
         place = devices.resolve(device)
-        dtype = torch.float32 if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
-            raise ValueError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
+        dtype = resolve_dtype(dtype, place)
         whole = as_whole(seed)
         if whole is None or not -(1 << 63) <= whole < 1 << 64:
             raise ValueError(f"seed must be an integer of at most 64 bits, got {shown(seed)}")
         seed = whole
 
         options: dict[str, Any] = {"facet": facet, "layer": _typed(layer), "stride": _typed(stride)}
+        chosen: dict[str, Any] = {} if engine is None else {"engine": engine}
         if model is None:
             backbone = load_backbone(
                 model_type,
@@ -140,13 +144,14 @@ class ViTLiFTExtractor(nn.Module):
                 seed=seed,
                 head_order=head_order,
                 **options,
+                **chosen,
             )
         elif weights is not None or random_weights:
             raise ValueError("weights and random_weights do not apply to model=, which has its own; remove them")
         elif isinstance(model, FrozenViT):
-            backbone = _agree(model, options)
+            backbone = _agree(model, {**options, **chosen})
         else:
-            backbone = FrozenViT(model, head_order=head_order, **options)
+            backbone = FrozenViT(model, head_order=head_order, **options, **chosen)
         _expect("channel", _typed(channel), backbone.embed_dim, backbone.name)
         _expect("patch", _typed(patch), backbone.patch_size, backbone.name)
 
@@ -161,6 +166,8 @@ class ViTLiFTExtractor(nn.Module):
         self.load_size: tuple[int, int] | None = None
         self.num_patches: tuple[int, int] | None = None
         self.backbone = backbone.to(place, dtype)
+        # Once more, because the engine may not run there or in that dtype.
+        self.backbone.require_engine()
         self.lift = self._prepare_lift(lift, random_lift, seed, fused)
         self._random_lift = random_lift
         self.eval()
@@ -186,16 +193,17 @@ class ViTLiFTExtractor(nn.Module):
         return self.backbone.random_weights or self._random_lift
 
     def preprocess(
-        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None
+        self, image_path: images.ImageFile | Image.Image, load_size: LoadSize = None, *, out: Tensor | None = None
     ) -> tuple[Tensor, Image.Image]:
         """Read, resize and normalise an image.
 
         Args:
             image_path: file, bytes of one or a binary file object, or a Pillow image.
             load_size: pixels of the shorter side, ``(height, width)``, or None for the image's own size.
+            out: ``[1, 3, H, W]``, floating point: where the result is written, such as a part of a batch.
 
         Returns:
-            ``([1, 3, H, W] float32 on the CPU, the resized RGB image)``.
+            ``([1, 3, H, W] float32 on the CPU, or out; the resized RGB image)``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as :func:`lift_fast.images.read_image`; ValueError also as
@@ -206,7 +214,7 @@ class ViTLiFTExtractor(nn.Module):
         if image is image_path:
             # A copy, so that later changes of the caller's image do not reach it.
             image = image.copy()
-        return images.to_tensor(image, self.mean, self.std), image
+        return images.to_tensor(image, self.mean, self.std, out=out), image
 
     def check_size(self, height: int, width: int, lift_iter: int = 1) -> tuple[int, int]:
         """Grid ``(h, w)`` of the descriptors of an image of ``height x width`` pixels after ``lift_iter`` LiFTs.

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import memory
 from ._text import quoted
+from ._threads import side_by_side
 from .checks import check_flag, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
@@ -28,6 +30,7 @@ from .images import (
     bounded_size,
     check_size,
     oriented_image,
+    resize,
     whole_patches,
 )
 from .map_cache import MapCache
@@ -296,7 +299,10 @@ def match_images(
         raise ValueError("extractor is on the meta device, where nothing is computed; move it to cpu or cuda")
 
     clock = _Clock()
-    (image_a, orientation_a), (image_b, orientation_b) = oriented_image(a, "a"), oriented_image(b, "b")
+    decode = (partial(oriented_image, a, "a"), partial(oriented_image, b, "b"))
+    # Other objects than files by name may share what they read from.
+    apart = all(isinstance(image, (str, os.PathLike, bytes)) for image in (a, b))
+    (image_a, orientation_a), (image_b, orientation_b) = side_by_side(*decode) if apart else (f() for f in decode)
     images, orientations = [image_a, image_b], (orientation_a, orientation_b)
     sizes = [(image.height, image.width) for image in images]
     # Loading the weights is not part of any stage.
@@ -314,10 +320,11 @@ def match_images(
         except ValueError as error:
             raise ValueError(f"{quoted(given) if isinstance(given, (str, os.PathLike)) else name}: {error}") from error
         sides.append((height, width))
-    loaded = [extractor.preprocess(image, side) for image, side in zip(images, sides, strict=True)]
+    pictures = side_by_side(*(partial(resize, image, side) for image, side in zip(images, sides, strict=True)))
+    batches = _as_batches(extractor, pictures, sides)
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
-    maps = _descriptor_maps(extractor, [batch for batch, _ in loaded], lift_iter, clock, cache)
+    maps = _descriptor_maps(extractor, batches, lift_iter, clock, cache)
     covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
@@ -372,8 +379,8 @@ def match_images(
         valid=valid,
         size_a=sizes[0],
         size_b=sizes[1],
-        picture_a=loaded[0][1],
-        picture_b=loaded[1][1],
+        picture_a=pictures[0],
+        picture_b=pictures[1],
         covered_a=covered[0],
         covered_b=covered[1],
         grid_a=(maps[0].shape[2], maps[0].shape[3]),
@@ -428,10 +435,29 @@ class _Frame(NamedTuple):
         return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
 
 
+def _as_batches(
+    extractor: ViTLiFTExtractor, images: Sequence[Image.Image], sides: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """Two images of one size as one batch ``[2, 3, H, W]``, others as two of one image, in the extractor's dtype."""
+    counts = [2] if sides[0] == sides[1] else [1, 1]
+    batches = [
+        memory.empty((count, 3, *side), dtype=extractor.dtype, device="cpu")
+        for count, side in zip(counts, sides, strict=False)
+    ]
+    for image, place in zip(images, _one_by_one(batches), strict=True):
+        extractor.preprocess(image, out=place)
+    return batches
+
+
+def _one_by_one(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Views ``[1, ...]`` of every image."""
+    return [one for batch in batches for one in batch.split(1)]
+
+
 def _descriptor_maps(
     extractor: ViTLiFTExtractor, batches: Sequence[Tensor], lift_iter: int, clock: _Clock, cache: MapCache | None
 ) -> list[Tensor]:
-    """Two maps ``[1, c, h, w]``; without a cache, images of one size go through the networks together."""
+    """Two maps ``[1, c, h, w]``; without a cache, images of one batch go through the networks together."""
 
     def compute(inputs: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -442,10 +468,8 @@ def _descriptor_maps(
         return maps
 
     if cache is not None:
-        return cache.maps(extractor, lift_iter, batches, compute)
-    if batches[0].shape == batches[1].shape:
-        return list(compute([torch.cat(list(batches))])[0].split(1))
-    return compute(batches)
+        return cache.maps(extractor, lift_iter, _one_by_one(batches), compute)
+    return _one_by_one(compute(batches))
 
 
 def _match_both_ways(

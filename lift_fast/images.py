@@ -6,7 +6,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import memory
 from ._files import natural_key, require_regular_file
 from ._text import quoted, said
 from .checks import as_whole
@@ -239,6 +240,30 @@ def oriented_image(image: AnyImage, name: str = "image") -> tuple[Image.Image, i
     return Image.fromarray(np.ascontiguousarray(array)), 1
 
 
+def stored_size(image: AnyImage) -> tuple[int, int] | None:
+    """(width, height) of an image as stored, without decoding it: from the header of a file or of a file's bytes.
+
+    None for file objects, which are not touched, and for what :func:`as_image` refuses.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.size
+        if isinstance(image, (np.ndarray, Tensor)):
+            height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
+            return width, height
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            with Image.open(io.BytesIO(image)) as file:
+                return file.size
+        if isinstance(image, (str, os.PathLike)):
+            require_regular_file(image, "image")
+            with Image.open(image) as file:
+                return file.size
+    except Exception:
+        # Decoding will say what is wrong.
+        return None
+    return None
+
+
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """List the images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file lists itself.
 
@@ -378,21 +403,56 @@ def whole_patches(side: int, patch: int, stride: int) -> int:
     return patch + (max(side - patch, 0) + stride // 2) // stride * stride
 
 
-def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """``[1, 3, H, W]`` float32 on the CPU: pixels scaled to 0 to 1, minus ``mean``, over ``std`` (three values each).
 
+    Args:
+        image, mean, std: see above.
+        out: ``[1, 3, H, W]``, floating point, on any device: a batch's place for this image, which is filled and
+            returned. Values are rounded to its dtype once.
+
     Raises:
-        TypeError: if ``image`` is not a Pillow image.
+        TypeError: if ``image`` is not a Pillow image, or ``out`` not a tensor.
         ValueError: unless ``mean`` and ``std`` are three finite numbers each with ``std`` above 0; for an image without
-            pixels or one that cannot be converted to RGB.
+            pixels or one that cannot be converted to RGB; for an ``out`` of another shape or of integers.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor or None, got {type(out).__name__}")
+    shape = (1, 3, image.height, image.width)
+    if out is not None and (tuple(out.shape) != shape or not out.is_floating_point()):
+        raise ValueError(f"out must be {list(shape)} and floating point, got {list(out.shape)} {out.dtype}")
+    normalise, pixels = normaliser(mean, std), torch.from_numpy(np.array(to_rgb(image))).unsqueeze(0)
+    inside = out is not None and out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+    result = normalise(pixels, out if inside else None)
+    return result if out is None or inside else out.copy_(result)
+
+
+def normaliser(
+    mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """The arithmetic of :func:`to_tensor`: ``[B, H, W, 3]`` uint8 on ``device`` to ``[B, 3, H, W]`` float32.
+
+    The function's second argument, if given, is where the result is written.
+
+    Raises:
+        ValueError: as :func:`to_tensor`, for ``mean`` and ``std``.
+    """
     centre, spread = _three("mean", mean), _three("std", std)
     if bool((spread <= 0).any()):
         raise ValueError(f"std must be above 0, got {std!r}")
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).to(torch.float32).div(255)
-    return ((pixels - centre) / spread).unsqueeze(0).contiguous()
+    # Moved once: a copy from ordinary memory waits for the device's queue.
+    centre, spread = centre.to(device), spread.to(device)
+
+    def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        batch, height, width, channels = pixels.shape
+        if out is None:
+            out = memory.new_empty(pixels, (batch, channels, height, width), dtype=torch.float32)
+        # In place, and only there: each temporary costs as much as all of this arithmetic.
+        return out.copy_(pixels.permute(0, 3, 1, 2)).div_(255).sub_(centre).div_(spread)
+
+    return normalise
 
 
 def _three(name: str, values: Sequence[float]) -> Tensor:

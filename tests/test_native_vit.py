@@ -207,16 +207,8 @@ def _tanh(backbone: FrozenViT) -> None:
     backbone.model.blocks[2].mlp.act = nn.GELU("tanh")
 
 
-def _norm_pre(backbone: FrozenViT) -> None:
-    backbone.model.norm_pre = nn.LayerNorm(96)
-
-
-def _embed(backbone: FrozenViT) -> None:
-    backbone.model.patch_embed.register_forward_hook(lambda module, args, out: out)
-
-
 @NARROW
-@pytest.mark.parametrize("edit", [_hook, _forward, _norm, _tanh, _norm_pre, _embed])
+@pytest.mark.parametrize("edit", [_hook, _forward, _norm, _tanh])
 @pytest.mark.parametrize("late", [False, True])
 def test_edited_networks_run_their_modules(edit: Any, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, imgs = FrozenViT(network(), facet="token"), torch.randn(1, 3, 32, 32)
@@ -229,6 +221,33 @@ def test_edited_networks_run_their_modules(edit: Any, late: bool, monkeypatch: p
         got = backbone(imgs)
         assert not calls
         check(got, right(backbone.model, imgs, facet="token"))
+
+
+def _norm_pre(backbone: FrozenViT) -> None:
+    backbone.model.norm_pre = nn.LayerNorm(96)
+
+
+def _embed(backbone: FrozenViT) -> None:
+    backbone.model.patch_embed.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@NARROW
+@pytest.mark.parametrize("edit", [_norm_pre, _embed])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_run_after_an_edited_start(
+    edit: Any, late: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, imgs = FrozenViT(network().to(dtype)), torch.randn(2, 3, 44, 32, dtype=dtype)
+    with torch.no_grad():
+        if late:
+            backbone(imgs)
+        edit(backbone)
+        backbone.to(dtype)
+        calls = runs(monkeypatch)
+        got = backbone(imgs)
+        assert calls == [1]
+        check(got, right(backbone.model, imgs), dtype)
 
 
 @NARROW
@@ -256,6 +275,10 @@ def test_calls_that_are_not_plain_inference_run_the_modules(monkeypatch: pytest.
         patch.setenv("LIFT_FAST_CPU_ISA", "baseline")
         assert "AVX2" in backbone._native.why_not(backbone)
         backbone(imgs)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_has_tiles", lambda: True)
+        assert "AMX" in backbone._native.why_not(backbone, torch.bfloat16)
+        assert not backbone._native.why_not(backbone)
     assert "float64" in FrozenViT(network().double())._native.why_not(backbone, torch.float64)
     assert calls == [1]
     for parameter in backbone.parameters():
@@ -318,14 +341,13 @@ def test_threads_of_python_share_one_backbone() -> None:
     "name", ["dino_vits16", "vit_small_patch14_dinov2.lvd142m", "vit_base_patch16_clip_224.openai"]
 )
 def test_networks_of_the_field(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLIP normalises before its first block and is left to its modules."""
     backbone = load_backbone(name, random_weights=True, layer=1)
     side = 4 * backbone.patch_size
     imgs = torch.randn(1, 3, side, side)
     calls = runs(monkeypatch)
     with torch.no_grad():
         got = backbone(imgs)
-        assert len(calls) == (0 if "clip" in name else 1)
+        assert len(calls) == 1
         check(got, backbone.double()(imgs.double()))
 
 

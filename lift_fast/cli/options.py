@@ -15,7 +15,8 @@ from .errors import UsageError, as_usage_error
 if TYPE_CHECKING:
     from lift_fast.extractor import ViTLiFTExtractor
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ENGINES = ("auto", "torch", "openvino", "compile")
 
 
 def positive(text: str) -> int:
@@ -70,11 +71,12 @@ def add_model_options(
     facet_help: str = "(%(default)s)",
     size_note: str = "",
     longest_side: bool = False,
+    dtype: str = "float32",
 ) -> None:
     """Options for backbone, LiFT and device; with ``sizes`` also ``--size`` and ``--iterations``.
 
     ``facet`` is the default; None adds ``final`` to the choices and leaves the default to the command. ``size_note``
-    extends the help of ``--size``; ``longest_side`` adds ``--max-side``.
+    extends the help of ``--size``; ``longest_side`` adds ``--max-side``. ``dtype`` is the default of ``--dtype``.
     """
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -113,7 +115,18 @@ def add_model_options(
         add_longest_side(group)
     add_pixel_limit(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (CUDA if there is one)")
-    group.add_argument("--dtype", default="float32", choices=_DTYPES, help="compute in (%(default)s)")
+    group.add_argument(
+        "--dtype",
+        default=dtype,
+        choices=_DTYPES,
+        help="compute in; auto is bfloat16 where the processor multiplies it, else float32 (%(default)s)",
+    )
+    group.add_argument(
+        "--engine",
+        default="auto",
+        choices=_ENGINES,
+        help="what computes the backbone (%(default)s: the fastest here, without long compilation)",
+    )
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
 
@@ -148,9 +161,20 @@ def run_within_limits(arguments: argparse.Namespace) -> int:
         _env.check()
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if getattr(arguments, "dtype", None) == "auto":
+        arguments.dtype = _chosen_dtype(arguments.device)
     with pixel_limit(getattr(arguments, "max_pixels", None)):
         status: int = arguments.run(arguments)
     return status
+
+
+def _chosen_dtype(device: str | None) -> str:
+    """What ``--dtype auto`` means: results and what is kept of them name a dtype, wherever they were made."""
+    from lift_fast import devices
+    from lift_fast.precision import resolve_dtype
+
+    with as_usage_error():
+        return str(resolve_dtype("auto", devices.resolve(device))).removeprefix("torch.")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +215,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             random_weights=arguments.random_weights,
             seed=arguments.seed,
             dtype=getattr(torch, arguments.dtype),
+            engine=arguments.engine,
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lift_fast.precision import cpu_computes
+from lift_fast.precision import resolve_dtype
 
 from .objective import FrozenFeatures
 
@@ -58,12 +58,7 @@ def tuned_convolutions() -> Iterator[None]:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of ``precision``; ``"auto"`` is bfloat16 if the hardware supports it. No float16 on the CPU."""
     if precision == "auto":
-        fits = (
-            torch.cuda.get_device_capability(device) >= (8, 0)
-            if device.type == "cuda"
-            else device.type == "cpu" and cpu_computes(torch.bfloat16)
-        )
-        return torch.bfloat16 if fits else torch.float32
+        return resolve_dtype("auto", device)
     if precision == "float16" and device.type == "cpu":
         raise ValueError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")
     dtype: torch.dtype = getattr(torch, precision)
