@@ -115,7 +115,7 @@ def test_a_model_that_openvino_refuses_is_rebuilt(folder: Path, conversions: lis
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
-def test_what_is_no_file_is_left_alone(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_file_is_left_alone(kind: str, folder: Path, tmp_path: Path, conversions: list[int]) -> None:
     first = compute(network())
     (file,) = folder.glob("*.engine")
     target = tmp_path / "elsewhere"
@@ -123,6 +123,7 @@ def test_what_is_no_file_is_left_alone(kind: str, folder: Path, tmp_path: Path) 
     file.unlink()
     {"folder": file.mkdir, "link": lambda: file.symlink_to(target), "pipe": lambda: os.mkfifo(file)}[kind]()
     assert torch.equal(compute(network()), first)
+    assert len(conversions) == 2
     assert target.exists()
 
 

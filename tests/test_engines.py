@@ -12,8 +12,10 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ import lift_fast
 from lift_fast.backbones import EngineError, FrozenViT, load_backbone
 from lift_fast.backbones.engines import choice, openvino
 from lift_fast.backbones.vit import shared_copy
+from lift_fast.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
@@ -33,6 +36,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Networks that several tests use are compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIFT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("LIFT_FAST_ENGINE_CACHE")
         yield
 
 
@@ -465,3 +469,37 @@ def test_load_backbone_and_extractor_take_the_engine() -> None:
         plain = load_backbone("demo_vitt16", engine="torch")(imgs)
     assert one.engine_used == two.backbone.engine_used == "openvino"
     assert relative_error(one(imgs), plain.double()) <= 1e-5
+
+
+def test_the_command_line_takes_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(tmp_path / "images" / "a.png")
+    used: list[str | None] = []
+    forward = FrozenViT.forward
+    monkeypatch.setattr(
+        FrozenViT, "forward", lambda self, imgs: (forward(self, imgs), used.append(self.engine_used))[0]
+    )
+
+    def extract(engine: str, out: str) -> int:
+        words = ["extract", str(tmp_path / "images"), "--out", str(tmp_path / out), "--size", "48", "--threads", "1"]
+        return main([*words, "--device", "cpu", "--dtype", "float32", "--engine", engine])
+
+    assert extract("openvino", "one") == extract("torch", "two") == 0
+    assert used == ["openvino", "torch"]
+    one, two = (np.load(next((tmp_path / out).glob("*.npz"))) for out in ("one", "two"))
+    assert sorted(one.files) == sorted(two.files)
+    (name,) = [name for name in one.files if one[name].dtype.kind == "f" and one[name].ndim == 3]
+    assert not np.array_equal(one[name], two[name])
+    assert np.abs(one[name] - two[name]).max() <= 1e-4 * np.abs(two[name]).max()
+    # Another engine goes on where one ended: it is no setting of the features.
+    assert extract("torch", "one") == 0
+    assert used == ["openvino", "torch"]
+    capsys.readouterr()
+    monkeypatch.setenv("LIFT_FAST_DISABLE_OPENVINO", "1")
+    assert extract("openvino", "three") == 2
+    assert "engine='openvino' cannot run demo_vitt16: switched off by LIFT_FAST_DISABLE" in capsys.readouterr().err
+    assert main(["info"]) == 0
+    assert "openvino     no   switched off by LIFT_FAST_DISABLE_OPENVINO=1" in capsys.readouterr().out

@@ -109,7 +109,7 @@ class OpenVINO:
                     del self._compiled[next(iter(self._compiled))]
                 self._compiled[threads] = compiled
         h, w = vit.grid(*imgs.shape[2:])
-        out = memory.empty(imgs.shape[0], h * w, vit.embed_dim, dtype=imgs.dtype)
+        out = memory.empty(imgs.shape[0], h * w, vit.embed_dim, dtype=imgs.dtype, device="cpu")
         compiled.run([imgs, *parts], out)
         return out
 
@@ -120,8 +120,11 @@ class _Compiled:
     def __init__(self, vit: Any, model: Any) -> None:
         self._model = model
         self._idle: list[Any] = []
-        # What requests hold between calls, so that they keep nobody's images and tokens alive.
-        self._small = [*_plain(_example(vit, 1, (1, 1))), torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype)]
+        # What requests point to between calls, when the caller's memory may be freed.
+        self._small = [
+            *_plain(_example(vit, 1, (1, 1))),
+            torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype, device="cpu"),
+        ]
 
     def run(self, inputs: list[Tensor], out: Tensor) -> None:
         try:
@@ -229,7 +232,7 @@ def _example(vit: Any, batch: int, grid: Grid) -> list[Tensor]:
 def _check(vit: Any, engine: OpenVINO) -> None:
     """Compare with PyTorch on small images of noise."""
     grid = (4, 3)
-    with torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
+    with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
         imgs, *parts = _example(vit, 2, grid)
         ours, theirs = engine(vit, imgs, tuple(parts)).float(), vit._in_torch(imgs, grid, vit._position(grid)).float()
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
