@@ -246,7 +246,7 @@ def match_images(
         a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
             floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
-            (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
+            (:mod:`lift_fast.demonstration`), on CUDA if available, with ``dtype="auto"``, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.
         mutual: ``valid`` requires ``distance <= 1``. (``mutual`` of :func:`lift_fast.dense_match` is
             ``distance == 0``; few pixels of a dense layout pass that, since matches gather at the centres of cells.)
@@ -534,7 +534,7 @@ def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _default_extractor() -> ViTLiFTExtractor:
-    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True)
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 class _Clock:
