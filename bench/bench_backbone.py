@@ -1,8 +1,10 @@
-"""Keys of ViT-S/16's last block: early exit against hooking the keys of the whole network."""
+"""Keys of a ViT's last block, by engine: this package's, and others used directly, against eager PyTorch."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -10,7 +12,19 @@ import torch
 from lift_fast import load_backbone
 from lift_fast.backbones.reference import extract_hooked
 from lift_fast.evaluation.cost import flop_counter
+from lift_fast.precision import cpu_computes
 from lift_fast.testing import relative_error
+
+from . import keys
+
+LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
+OTHERS = {
+    "torch.compile of eager PyTorch": (keys.compiled, "torch"),
+    "OpenVINO": (keys.openvino, "openvino"),
+    "ONNX Runtime": (keys.onnxruntime, "onnxruntime"),
+}
+OURS = {f"lift_fast {engine}": engine for engine in ("torch", "openvino", "compile")}
+WORK = [("dino_vits16", 448), ("dino_vitb16", 448), ("dino_vits8", 224)]
 
 
 def flops(function):
@@ -19,9 +33,10 @@ def flops(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize(("batch", "size"), [(1, 224), (1, 448), (4, 224)], ids=lambda value: str(value))
 def test_early_exit(benchmark, compare, device, batch, size, dtype):
+    """Against hooking the keys of the whole network, as is usual."""
     benchmark.group = f"Keys of ViT-S/16, {device}, B{batch} {size}, {dtype}"
     # timm's position rule, because the hooked network is timm's own.
     backbone = load_backbone("dino_vits16", random_weights=True, position_rule="timm").to(device, getattr(torch, dtype))
@@ -31,4 +46,39 @@ def test_early_exit(benchmark, compare, device, batch, size, dtype):
         hooked = lambda: extract_hooked(whole, imgs, backbone.layer, "key")  # noqa: E731  one expression, timed as is
         error = relative_error(backbone(imgs), hooked())
         benchmark.extra_info["flops_ratio"] = flops(hooked) / flops(lambda: backbone(imgs))
-        compare(lambda: backbone(imgs), hooked, error=error, limit=1e-5 if dtype == "float32" else 2e-2)
+        compare(lambda: backbone(imgs), hooked, error=error, limit=LIMITS[dtype])
+
+
+@pytest.mark.parametrize("variant", [*OURS, *OTHERS])
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize(("model", "size"), WORK, ids=str)
+def test_engines(benchmark, compare, device, model, size, dtype, variant):
+    """One image; eager PyTorch, too, stops where the keys are known."""
+    cast = getattr(torch, dtype)
+    if device == "cpu" and not cpu_computes(cast):
+        pytest.skip(f"this CPU does not compute in {dtype}")
+    benchmark.group = f"Keys of {model}, engines, {device}, B1 {size}, {dtype}"
+    network = load_backbone(model, random_weights=True)
+    plain_keys = keys.Keys(network.model, (size, size))
+    imgs = torch.randn(1, 3, size, size, device=device, dtype=cast)
+    plain = keys.plain(plain_keys, imgs)
+    if variant in OURS:
+        engine = OURS[variant]
+        if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+            pytest.skip("OpenVINO is not installed")
+        if "engine" not in inspect.signature(load_backbone).parameters and engine != "torch":
+            pytest.skip("this version has no engines")
+        options = {"engine": engine} if engine != "torch" else {}
+        other = load_backbone(model, random_weights=True, **options).to(device, cast)
+    else:
+        build, package = OTHERS[variant]
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+        if build in (keys.openvino, keys.onnxruntime) and device != "cpu":
+            pytest.skip("measured on the CPU")
+        if build is keys.onnxruntime and dtype != "float32":
+            pytest.skip("ONNX Runtime computes in float32 on the CPU")
+        other = build(plain_keys, imgs)
+    with torch.inference_mode():
+        error = relative_error(other(imgs).float(), plain(imgs).float())
+        compare(lambda: other(imgs), lambda: plain(imgs), error=error, limit=LIMITS[dtype])

@@ -82,6 +82,13 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
             f"| **{row['speedup']:.2f}x** ({low:.2f} to {high:.2f}) | {row['error']:.1e} "
             f"| {plain_memory} | {own_memory} |"
         )
+    if staged := [row for row in rows if "stages_ms" in row]:
+        stages = list(staged[0]["stages_ms"])
+        lines += ["", "Stages, ms: plain / this.", "", f"| work | {' | '.join(stages)} |"]
+        lines.append(f"| --- |{' ---: |' * len(stages)}")
+        for row in staged:
+            cells = (f"{plain:.1f} / {ours:.1f}" for plain, ours in row["stages_ms"].values())
+            lines.append(f"| {row['group']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,9 +29,11 @@ _operators.register_with_torch()
 if TYPE_CHECKING:
     from .backbones import FrozenViT, WeightsNotFoundError, load_backbone
     from .checkpoints import load_lift, save_lift
+    from .export import export_onnx
     from .extractor import ViTLiFTExtractor
     from .graphs import CapturedExtractor, capture
     from .image_matching import ImageMatches, match_images
+    from .image_stream import ImageDescriptors, extract_images
     from .lift import LiFT
     from .losses import CosineLoss, cosine_loss
     from .matching import DenseMatches, NearestResult, Window, dense_match, nearest
@@ -46,6 +48,7 @@ __all__ = [
     "CosineLoss",
     "DenseMatches",
     "FrozenViT",
+    "ImageDescriptors",
     "ImageMatches",
     "LiFT",
     "NearestResult",
@@ -58,6 +61,8 @@ __all__ = [
     "clear_plans",
     "cosine_loss",
     "dense_match",
+    "export_onnx",
+    "extract_images",
     "load_backbone",
     "load_lift",
     "match_images",
@@ -72,6 +77,7 @@ _HOME = {
     "CosineLoss": ".losses",
     "DenseMatches": ".matching",
     "FrozenViT": ".backbones",
+    "ImageDescriptors": ".image_stream",
     "ImageMatches": ".image_matching",
     "LiFT": ".lift",
     "NearestResult": ".matching",
@@ -82,6 +88,8 @@ _HOME = {
     "clear_plans": ".ops.lift_forward.cache",
     "cosine_loss": ".losses",
     "dense_match": ".matching",
+    "export_onnx": ".export",
+    "extract_images": ".image_stream",
     "load_backbone": ".backbones",
     "load_lift": ".checkpoints",
     "match_images": ".image_matching",
@@ -91,7 +99,7 @@ _HOME = {
     "tune": ".tuning",
 }
 # What completion shows; any submodule is imported by its name.
-_SUBMODULES = ("backbones", "demonstration", "evaluation", "images", "show", "tracking", "training")
+_SUBMODULES = ("backbones", "demonstration", "evaluation", "export", "images", "show", "tracking", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,9 @@ VARIABLES = {
     "LIFT_FAST_DISABLE_TRITON": "1: run without the Triton kernels, on PyTorch's own convolutions",
     "LIFT_FAST_DISABLE_CUDA": "1: run without the native core's CUDA kernels, on the Triton ones",
     "LIFT_FAST_DISABLE_DIRECT_LAUNCH": "1: every Triton kernel through Triton's own launcher; read at its first launch",
-    "LIFT_FAST_CACHE": "folder for measured tile shapes; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
+    "LIFT_FAST_DISABLE_OPENVINO": "1: run without OpenVINO, as if it were not installed",
+    "LIFT_FAST_CACHE": "folder for tiles and compiled backbones; by default lift_fast in XDG_CACHE_HOME or ~/.cache",
+    "LIFT_FAST_ENGINE_CACHE": "most MiB of compiled backbones in that folder (2048); 0: keep none",
     "LIFT_FAST_CPU_ISA": f"instruction set of the native core on the CPU: {', '.join(_CPU_ISAS)}",
 }
 
@@ -46,6 +49,7 @@ def _on(name: str) -> bool:
 native_disabled = partial(_on, "LIFT_FAST_DISABLE_NATIVE")
 triton_disabled = partial(_on, "LIFT_FAST_DISABLE_TRITON")
 cuda_disabled = partial(_on, "LIFT_FAST_DISABLE_CUDA")
+openvino_disabled = partial(_on, "LIFT_FAST_DISABLE_OPENVINO")
 direct_launch_disabled = partial(_on, "LIFT_FAST_DISABLE_DIRECT_LAUNCH")
 
 
@@ -55,10 +59,25 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lift_fast"
 
 
+def engine_cache_bytes() -> int:
+    """LIFT_FAST_ENGINE_CACHE in bytes; ValueError unless it is a whole number of at most 15 digits."""
+    value = os.environ.get("LIFT_FAST_ENGINE_CACHE", "") or "2048"
+    if not (value.isascii() and value.isdecimal() and len(value) <= 15):
+        raise ValueError(f"environment variable LIFT_FAST_ENGINE_CACHE must be a whole number of MiB, got {value!r}")
+    return int(value) << 20
+
+
+def compiler() -> str:
+    """The C++ compiler that ``torch.compile`` calls: CXX, or the system's usual one."""
+    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    return os.environ.get("CXX") or usual
+
+
 def check() -> None:
     """Check every variable, also those that nothing would read; ValueError for an unknown value."""
     for name in _SWITCHES:
         _on(name)
+    engine_cache_bytes()
     cpu_isa()
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from ._text import quoted, with_article
 from .locks import Claim, claim
 
 _unfinished: set[str] = set()
+# Held while a temporary file is created and noted. Reentrant, because a signal's handler may run within.
+_creating = threading.RLock()
 _MARK = ".lift_fast-tmp"
 _LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*)?", re.DOTALL)
 _KINDS = (
@@ -66,8 +69,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {quoted(target)}: the folder {quoted(target.parent)} does not exist")
-    temporary, held = _temporary(target)
-    _unfinished.add(str(temporary))
+    with _creating:
+        temporary, held = _temporary(target)
+        _unfinished.add(str(temporary))
     try:
         yield temporary
         # mkstemp creates files that only their owner can read; give the result the usual permissions.
@@ -82,6 +86,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         held.release()
         _unfinished.discard(str(temporary))
+
+
+def begin_no_more(seconds: float = 0.5) -> None:
+    """Before the process exits: other threads that enter :func:`atomic_path` wait for that from now on.
+
+    ``seconds``: to wait for one that creates a file, on a slow file system.
+    """
+    _creating.acquire(timeout=seconds)
 
 
 def remove_unfinished() -> None:

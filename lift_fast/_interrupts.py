@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ._files import remove_unfinished
+from ._files import begin_no_more, remove_unfinished
 
 STATUS = 130
 _COMMAND = "lift-fast"
@@ -87,6 +87,7 @@ def ending_at_once(command: str) -> Iterator[None]:
 def _end(message: bytes) -> None:
     # Never released, so that a second thread waits here until the process exits.
     _ending.acquire()
+    begin_no_more()
     remove_unfinished()
     with suppress(OSError):
         os.write(2, message)

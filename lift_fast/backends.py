@@ -41,13 +41,14 @@ def backends() -> Backends:
     """Which parts run on the CPU and the GPU of this machine. May initialise CUDA; importing the package does not.
 
     Returns:
-        :class:`Backends` with the parts ``pytorch``, ``cpu native``, ``triton`` and ``cuda native``.
+        :class:`Backends` with the parts ``pytorch``, ``cpu native``, ``triton``, ``cuda native``, and the engines of
+        backbones ``openvino`` and ``compile``.
 
     Raises:
         ValueError: for a LIFT_FAST_... environment variable with an unknown value.
     """
     _env.check()
-    return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native()))
+    return Backends((_pytorch(), _cpu_native(), _triton(), _cuda_native(), _openvino(), _compile()))
 
 
 # The package imports this file at its start, and PyTorch not before its first use.
@@ -78,7 +79,7 @@ def _cpu_native() -> Part:
         "cpu native",
         True,
         f"nearest (search in {search}, rescored in float32), dense_match, label propagation, cosine loss, "
-        f"LiFT decoder, bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
+        f"LiFT decoder, plain ViT backbones, bit matrix (object discovery); {isa} of {', '.join(available)}; {threads}",
     )
 
 
@@ -102,3 +103,23 @@ def _cuda_native() -> Part:
     module = None if _env.cuda_disabled() else _native.load()
     built = module and module.build_info()["cuda_architectures"]
     return Part("cuda native", runs, f"{reason} (built for {built})" if built else reason)
+
+
+def _openvino() -> Part:
+    from .backbones.engines import openvino
+
+    runs, reason = openvino.installed()
+    if runs:
+        reason = f"{reason}: backbones on the CPU; engine auto takes it for networks without native blocks, such as Eva"
+    return Part("openvino", runs, reason)
+
+
+def _compile() -> Part:
+    import torch
+
+    from .backbones.engines import compiled
+
+    parts = [compiled.installed(kind) for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))]
+    runs = any(found for found, _ in parts)
+    reason = "; ".join(reason for _, reason in parts)
+    return Part("compile", runs, f"{reason}: backbones with engine compile, never by itself" if runs else reason)

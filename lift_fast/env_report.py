@@ -12,7 +12,7 @@ import torch
 from . import _env, _native
 from .backends import backends
 
-_PACKAGES = ("lift_fast", "torch", "timm", "triton", "numpy", "pillow", "safetensors", "huggingface_hub")
+_PACKAGES = ("lift_fast", "torch", "timm", "triton", "openvino", "numpy", "pillow", "safetensors", "huggingface_hub")
 
 
 def report() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import devices, images
+from ._exporting import crop, is_exporting
 from ._text import shown
 from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
@@ -74,6 +75,8 @@ class ViTLiFTExtractor(nn.Module):
             (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
             trained on that order, and concatenated for the backbone alone. Cosines between descriptors of the same
             order do not depend on it.
+        engine: what computes the backbone: ``"auto"``, ``"torch"``, ``"openvino"`` or ``"compile"``
+            (:class:`FrozenViT`). None is ``"auto"``, and that of a given FrozenViT.
 
     Attributes:
         backbone, lift, channel, patch (also ``p``), stride, layer, facet, mean, std, device, dtype, model_type,
@@ -81,6 +84,7 @@ class ViTLiFTExtractor(nn.Module):
 
     Raises:
         ValueError: for contradictory or invalid arguments.
+        EngineError: if an engine given by name does not run on this machine, or not with this network, device or dtype.
         WeightsNotFoundError, FileNotFoundError: as :func:`load_backbone`.
         RuntimeError: if a CUDA device is passed and not available.
     """
@@ -107,6 +111,7 @@ class ViTLiFTExtractor(nn.Module):
         dtype: torch.dtype | str | None = None,
         fused: bool = True,
         head_order: str | None = None,
+        engine: str | None = None,
     ) -> None:
         super().__init__()
         given = [n for n, v in (("lift_path", lift_path), ("lift", lift), ("random_lift", random_lift or None)) if v]
@@ -129,6 +134,7 @@ class ViTLiFTExtractor(nn.Module):
         seed = whole
 
         options: dict[str, Any] = {"facet": facet, "layer": _typed(layer), "stride": _typed(stride)}
+        chosen: dict[str, Any] = {} if engine is None else {"engine": engine}
         if model is None:
             backbone = load_backbone(
                 model_type,
@@ -138,13 +144,14 @@ class ViTLiFTExtractor(nn.Module):
                 seed=seed,
                 head_order=head_order,
                 **options,
+                **chosen,
             )
         elif weights is not None or random_weights:
             raise ValueError("weights and random_weights do not apply to model=, which has its own; remove them")
         elif isinstance(model, FrozenViT):
-            backbone = _agree(model, options)
+            backbone = _agree(model, {**options, **chosen})
         else:
-            backbone = FrozenViT(model, head_order=head_order, **options)
+            backbone = FrozenViT(model, head_order=head_order, **options, **chosen)
         _expect("channel", _typed(channel), backbone.embed_dim, backbone.name)
         _expect("patch", _typed(patch), backbone.patch_size, backbone.name)
 
@@ -159,6 +166,8 @@ class ViTLiFTExtractor(nn.Module):
         self.load_size: tuple[int, int] | None = None
         self.num_patches: tuple[int, int] | None = None
         self.backbone = backbone.to(place, dtype)
+        # Once more, because the engine may not run there or in that dtype.
+        self.backbone.require_engine()
         self.lift = self._prepare_lift(lift, random_lift, seed, fused)
         self._random_lift = random_lift
         self.eval()
@@ -360,12 +369,18 @@ class ViTLiFTExtractor(nn.Module):
             if not whole_patches:
                 return batch
             # LiFT crops to whole patches itself; before an enlargement the crop must come first for the grids to agree.
-            return batch[:, :, : p * h, : p * w]
-        start = (p - s) // 2
-        covered = batch[:, :, start : start + s * h, start : start + s * w]
-        # The CPU has no antialiased filter in half precision.
-        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=True)
+            return self._cropped(batch, 0, p * h, p * w)
+        covered = self._cropped(batch, (p - s) // 2, s * h, s * w)
+        # The CPU has no antialiased filter in half precision. It equals the plain one, as this enlarges, and some
+        # inference engines lack it.
+        resized = F.interpolate(covered.float(), size=(p * h, p * w), mode="bilinear", antialias=not is_exporting())
         return resized.to(batch.dtype)
+
+    @staticmethod
+    def _cropped(batch: Tensor, start: int, height: int, width: int) -> Tensor:
+        if is_exporting():
+            return crop(batch, start, start, height, width)
+        return batch[:, :, start : start + height, start : start + width]
 
     def _prepare_lift(self, lift: nn.Module | None, random_lift: bool, seed: int, fused: bool) -> nn.Module | None:
         if self.lift_path is not None:

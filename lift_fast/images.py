@@ -6,7 +6,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -240,6 +240,30 @@ def oriented_image(image: AnyImage, name: str = "image") -> tuple[Image.Image, i
     return Image.fromarray(np.ascontiguousarray(array)), 1
 
 
+def stored_size(image: AnyImage) -> tuple[int, int] | None:
+    """(width, height) of an image as stored, without decoding it: from the header of a file or of a file's bytes.
+
+    None for file objects, which are not touched, and for what :func:`as_image` refuses.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.size
+        if isinstance(image, (np.ndarray, Tensor)):
+            height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
+            return width, height
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            with Image.open(io.BytesIO(image)) as file:
+                return file.size
+        if isinstance(image, (str, os.PathLike)):
+            require_regular_file(image, "image")
+            with Image.open(image) as file:
+                return file.size
+    except Exception:
+        # Decoding will say what is wrong.
+        return None
+    return None
+
+
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """List the images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file lists itself.
 
@@ -394,20 +418,41 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float], *
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL.Image, got {type(image).__name__}")
-    centre, spread = _three("mean", mean), _three("std", std)
-    if bool((spread <= 0).any()):
-        raise ValueError(f"std must be above 0, got {std!r}")
     if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor or None, got {type(out).__name__}")
     shape = (1, 3, image.height, image.width)
     if out is not None and (tuple(out.shape) != shape or not out.is_floating_point()):
         raise ValueError(f"out must be {list(shape)} and floating point, got {list(out.shape)} {out.dtype}")
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    # In place, and only there: each temporary costs as much as all of this arithmetic.
+    normalise, pixels = normaliser(mean, std), torch.from_numpy(np.array(to_rgb(image))).unsqueeze(0)
     inside = out is not None and out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
-    result = out if out is not None and inside else memory.empty(shape, dtype=torch.float32, device="cpu")
-    result[0].copy_(pixels).div_(255).sub_(centre).div_(spread)
+    result = normalise(pixels, out if inside else None)
     return result if out is None or inside else out.copy_(result)
+
+
+def normaliser(
+    mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """The arithmetic of :func:`to_tensor`: ``[B, H, W, 3]`` uint8 on ``device`` to ``[B, 3, H, W]`` float32.
+
+    The function's second argument, if given, is where the result is written.
+
+    Raises:
+        ValueError: as :func:`to_tensor`, for ``mean`` and ``std``.
+    """
+    centre, spread = _three("mean", mean), _three("std", std)
+    if bool((spread <= 0).any()):
+        raise ValueError(f"std must be above 0, got {std!r}")
+    # Moved once: a copy from ordinary memory waits for the device's queue.
+    centre, spread = centre.to(device), spread.to(device)
+
+    def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        batch, height, width, channels = pixels.shape
+        if out is None:
+            out = memory.new_empty(pixels, (batch, channels, height, width), dtype=torch.float32)
+        # In place, and only there: each temporary costs as much as all of this arithmetic.
+        return out.copy_(pixels.permute(0, 3, 1, 2)).div_(255).sub_(centre).div_(spread)
+
+    return normalise
 
 
 def _three(name: str, values: Sequence[float]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import memory
+from ._exporting import crop, is_exporting, resize_patches
 from .checks import FLOATS, check_dense, check_flag, check_whole
 from .layers import LayerFinder, Up, conv_block
 from .lift_state import read_into
@@ -45,7 +46,8 @@ class LiFT(
 
     In evaluation mode without gradients the forward pass runs a folded, composed plan of the same function
     (:mod:`lift_fast.ops.lift_forward`), built once from the weights and rebuilt when one of them changes; set
-    ``fused = False`` to force the plain graph. Training, and evaluation with gradients, always run the plain graph.
+    ``fused = False`` to force the plain graph. Training, evaluation with gradients, and programs that ``torch.export``
+    or ``torch.onnx.export`` record always have the plain graph.
     PyTorch's version counters do not see changes of a weight through ``.data``: call ``eval()`` or
     :func:`lift_fast.clear_plans` after them.
     A network whose layers were edited (another activation, a bias, a stride, a further layer, a layer's own
@@ -255,11 +257,16 @@ class LiFT(
 
     def _forward_plain(self, imgs: Tensor, x: Tensor) -> Tensor:
         """The published graph. ``imgs`` is aligned (8 or 16 pixels per token), ``x`` is ``[B, C, h, w]``."""
+        out: Tensor = self.outc(self._decode(imgs, x))
+        return out
+
+    def _decode(self, imgs: Tensor, x: Tensor) -> Tensor:
+        """:meth:`_forward_plain` before its last layer: ``[B, c, 2h, 2w]``."""
         fine = None
         if self.use_image:
             fine = self.scale_adapter(self.image_convs_1(imgs))
             x = torch.cat([x, self.image_convs_2(fine)], dim=1)
-        out: Tensor = self.outc(self.up1(x, fine))
+        out: Tensor = self.up1(x, fine)
         return out
 
     def _align(self, imgs: Tensor, h: int, w: int) -> Tensor:
@@ -269,6 +276,9 @@ class LiFT(
         if p in (8, 16) and not torch.compiler.is_compiling() and imgs.shape[2:] == (p * h, p * w):
             return imgs
         # A backbone's patches begin at the top left corner.
+        if is_exporting():
+            imgs = crop(imgs, 0, 0, p * h, p * w)
+            return imgs if p in (8, 16) or not self.use_image else resize_patches(imgs.float(), p, 16).to(imgs.dtype)
         imgs = imgs[:, :, : p * h, : p * w]
         if p in (8, 16) or not self.use_image:
             return imgs
@@ -278,7 +288,7 @@ class LiFT(
 
     def _network(self) -> _Network | None:
         """The arguments of the plan; None if the plain graph must run whatever the inputs."""
-        if not self.fused or self.training:
+        if not self.fused or self.training or is_exporting():
             return None
         # The transforms of torch.func support plain operations only.
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

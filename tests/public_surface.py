@@ -29,6 +29,7 @@ PACKAGES = (
     "lift_fast.backbones",
     "lift_fast.evaluation.davis",
     "lift_fast.evaluation.spair",
+    "lift_fast.export",
     "lift_fast.show",
     "lift_fast.training",
 )

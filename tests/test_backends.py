@@ -13,7 +13,7 @@ import torch
 import lift_fast
 from lift_fast import _env, _native, devices
 
-PARTS = ["pytorch", "cpu native", "triton", "cuda native"]
+PARTS = ["pytorch", "cpu native", "triton", "cuda native", "openvino", "compile"]
 needs_native = pytest.mark.skipif(not _native.can_run()[0], reason=_native.can_run()[1])
 
 
@@ -39,7 +39,7 @@ def test_parts_and_reasons():
     assert json.loads(json.dumps(result.as_dict()))["pytorch"]["runs"] is True
     lines = str(result).splitlines()
     assert [line[:12].strip() for line in lines] == PARTS
-    with pytest.raises(KeyError, match=r"tpu.*cuda native"):
+    with pytest.raises(KeyError, match=r"tpu.*compile"):
         result["tpu"]
 
 
@@ -69,6 +69,7 @@ NATIVE_PARTS = {
     "window_nearest": "label propagation",
     "cosine_loss": "cosine loss",
     "lift_forward": "LiFT decoder",
+    "vit": "plain ViT backbones",
     "bit_matrix": "bit matrix",
 }
 
@@ -113,10 +114,11 @@ def test_bad_values_name_the_variable(variable, value, monkeypatch):
 
 
 def test_every_variable_is_described():
-    names = ("NATIVE", "TRITON", "CUDA", "DIRECT_LAUNCH")
+    names = ("NATIVE", "TRITON", "CUDA", "DIRECT_LAUNCH", "OPENVINO")
     assert tuple(_env.VARIABLES) == (
         *(f"LIFT_FAST_DISABLE_{name}" for name in names),
         "LIFT_FAST_CACHE",
+        "LIFT_FAST_ENGINE_CACHE",
         "LIFT_FAST_CPU_ISA",
     )
 

@@ -289,7 +289,7 @@ def test_extract_in_batches_equals_one_by_one(images, tmp_path):
     folder.mkdir()
     for number in range(3):
         Image.fromarray(skimage.data.chelsea()[: 200 + number, :250]).resize((80, 64)).save(folder / f"{number}.png")
-    assert run("extract", folder, "--out", tmp_path / "one", *TINY, "--quiet") == 0
+    assert run("extract", folder, "--out", tmp_path / "one", *TINY, "--quiet", "--batch-size", "1") == 0
     assert run("extract", folder, "--out", tmp_path / "two", *TINY, "--quiet", "--batch-size", "2") == 0
     for number in range(3):
         with np.load(tmp_path / "one" / f"{number}.npz") as one, np.load(tmp_path / "two" / f"{number}.npz") as two:

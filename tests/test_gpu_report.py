@@ -271,7 +271,7 @@ FIGURES = (
     "ceiling: copy", "forward B1 32", "forward B1 32, host alone", "upsample B1 32", "head B1 32",
     "nearest bf16, mutual", "nearest fp32", "chunked matmul + max, bf16", "cosine loss fp32", "cosine loss bf16",
     "training step, ours", "pair to mutual matches, demonstration pair, photographs, graph",
-    "interpolate + argmax, 30 points",
+    "interpolate + argmax, 30 points", "keys of ViT-S/16 B2 32, graph", "extract_images 32, an image",
 )  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def test_rehearsal_of_the_quarter_of_an_hour(tmp_path):
     smoke, figures = content["smoke"], content["figures"]
     for dtype in ("bf16", "fp16", "fp32"):
         assert {row["what"] for row in smoke if row["dtype"] == dtype} >= set(KERNELS[:-1])
-    assert {row["what"] for row in smoke} >= {KERNELS[-1], "capture", "cosine loss, channels_last"}
+    assert {row["what"] for row in smoke} >= {KERNELS[-1], "capture", "extract_images", "cosine loss, channels_last"}
     assert {row["what"] for row in figures} >= set(FIGURES)
     # What a rehearsal leaves out, and nothing else.
     allowed = ("needs a CUDA device", "compilation takes minutes", "not installed", "compile for minutes", "runs Gluon")

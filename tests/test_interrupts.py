@@ -12,7 +12,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lift_fast import _native
 
@@ -83,6 +85,57 @@ def test_what_is_being_written_is_removed(tmp_path):
     interrupt(process)
     assert process.returncode == 130
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.7])
+def test_extract_leaves_whole_files_only(delay, tmp_path):
+    """With threads that read and write beside the main one."""
+    image = Image.fromarray(np.random.default_rng().integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    for number in range(300):
+        image.save(tmp_path / f"{number}.png", compress_level=0)
+    out = tmp_path / "out"
+    process = start("-m", "lift_fast", "extract", str(tmp_path), "--out", str(out), "--size", "160", "--no-lift")
+    begun = time.monotonic()
+    while not (out.is_dir() and any(out.glob("*.npz"))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begun < 60
+        time.sleep(0.01)
+    time.sleep(delay)
+    seconds, said = interrupt(process)
+    assert process.returncode == 130
+    assert said.endswith("\nlift-fast extract: interrupted\n")
+    assert seconds < SECONDS
+    names = os.listdir(out)
+    assert 1 <= len(names) < 300
+    for name in names:
+        assert name.endswith(".npz")
+        with np.load(out / name) as data:
+            assert data["descriptors"].shape == (10, 13, 192)
+
+
+def test_no_file_is_begun_while_the_process_ends(tmp_path):
+    """A file that another thread began after the others were removed would stay behind."""
+    code = f"""
+import os, threading, time
+from lift_fast import _files
+def write():
+    for number in range(1000000):
+        try:
+            with _files.atomic_path({str(tmp_path)!r} + f"/{{number}}"):
+                pass
+        except FileNotFoundError:
+            pass
+threading.Thread(target=write, daemon=True).start()
+time.sleep(0.3)
+_files.begin_no_more()
+time.sleep(0.1)
+before = os.listdir({str(tmp_path)!r})
+time.sleep(0.2)
+os._exit(7 if before == os.listdir({str(tmp_path)!r}) else 8)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 
 
 def test_python_code_is_left_at_once_whatever_it_catches():

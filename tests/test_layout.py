@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; what stands in a row may import from its own row and from those before.
 FLOORS = (
-    "_checkout _env _text _threads checks defaults demonstration layers locks memory precision untouched witnesses",
+    "_checkout _env _exporting _text _threads checks defaults demonstration layers locks memory precision untouched "
+    "witnesses",
     "_files _native alignment confidence geometry interpreter drawing match_field match_files testing",
     "_interrupts images kernels lift_state tensor_files trust",
     "devices distributed ops",
-    "_operators backends lift losses matching propagation",
-    "backbones checkpoints env_report graphs tuning",
+    "_operators lift losses matching propagation",
+    "backbones backends checkpoints env_report graphs tuning",
     "extractor",
-    "image_matching map_cache tracking training",
+    "export image_matching image_stream map_cache tracking training",
     "lift_fast",
     "evaluation show",
     "cli",

@@ -17,8 +17,9 @@ OPERATORS = {
     ("bit_matrix",): False,
     ("cosine_loss",): True,
     ("dense_match", "dense_match_image", "descriptor_norms", "map_products"): True,
-    ("lift_forward",): True,
+    ("lift_forward", "scratch"): True,
     ("nearest",): False,
+    ("vit", "scratch"): True,
     ("window_nearest",): True,
 }
 CASES = [pytest.param("address", sources, id=f"address-{sources[0]}") for sources in OPERATORS]

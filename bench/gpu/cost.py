@@ -22,6 +22,14 @@ class Cost(NamedTuple):
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
+def keys_flops(tokens: int, channels: int, depth: int, patch: int) -> int:
+    """Multiplications and additions for the keys of the last of ``depth`` blocks, of one image with a class token."""
+    count = tokens + 1
+    linear = 12 * channels**2 * count
+    attention = 2 * count**2 * channels
+    return 2 * ((depth - 1) * (linear + attention) + tokens * channels * (channels + 3 * patch**2))
+
+
 def forward_cost(
     batch: int, h: int, w: int, channels: int, image: int = 32, pool: bool = True, itemsize: int = 2
 ) -> dict[str, Cost]:

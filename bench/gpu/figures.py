@@ -1,4 +1,4 @@
-"""Every figure's job, the most valuable first: ceilings, LiFT, matching, a pair, the loss, training, the rest."""
+"""Every figure's job, the most valuable first: ceilings, LiFT, matching, a pair, backbone, loss, training, the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.bench_cosine_loss import embedding_loss
 from bench.bench_cosine_loss import run as loss_step
 from lift_fast.ops.lift_forward import gpu as gpu_plan
 
-from . import figures_lift, figures_matching, figures_training
+from . import figures_backbone, figures_lift, figures_matching, figures_training
 from .clock import milliseconds, replay_milliseconds
 from .context import Context, Job, Row, Skip
 from .workloads import (
@@ -47,11 +47,13 @@ def jobs(rehearse: bool) -> list[Job]:
         Job("dense_match", figures_matching.dense_match, 4),
         Job("nearest bf16", figures_matching.nearest_half, 4),
         Job("pair", figures_matching.pair, 15),
+        Job("backbone", figures_backbone.keys, 6),
         Job("cosine loss", figures_training.loss, 4),
         Job("training", figures_training.training, 35),
         Job("nearest fp32", figures_matching.nearest_float32, 4),
         Job("propagate_labels", figures_matching.propagation, 4),
         Job("dense_match, other ways", figures_matching.dense_match_more, 8),
+        Job("extract_images", figures_backbone.stream, 8),
     ]
     first += [Job(f"forward {work[0]}", partial(figures_lift.forward, work), 4) for work in FURTHER]
     first += [

@@ -80,6 +80,7 @@ GROUPS = "nearest bf16, tile groups 128x256x64, 4 stages"
 WIDE_TILE = (256, 64, 3, 64, 8, 3, 2, 1)
 PLAIN = "plain bf16 channels_last"
 OURS = "training step, ours"
+STREAM = "extract_images 448, an image"
 COMPILED = "CosineEmbeddingLoss compiled fp32"
 
 
@@ -139,6 +140,15 @@ def table() -> list[Prediction]:
         row("nearest fp32, 50,176^2", _ms("nearest fp32"), "ms", "4.5 to 6"),
         row(f"nearest fp32 over {chunks}", _over(f"{chunks}, fp32", "nearest fp32"), "x", ""),
         row("pair to mutual matches, graph replay", _ms(PAIR), "ms", "", 3),
+        row("keys of ViT-S/16 B1 448, graph replay", _ms("keys of ViT-S/16 B1 448, graph"), "ms", "0.4 to 0.6"),
+        row("keys of ViT-S/16 B1 896, graph replay", _ms("keys of ViT-S/16 B1 896, graph"), "ms", "1 to 1.5"),
+        row(
+            "keys of ViT-S/16 B2 896, of the products' ceiling",
+            _of_products("keys of ViT-S/16 B2 896, graph"),
+            "",
+            "0.35 to 0.5",
+        ),
+        row("extract_images over its networks", _over(STREAM, "backbone and LiFT B16 448, an image"), "x", "1.3 to 2"),
         row("cosine loss fp32, of copy", _of_copy(loss), "", "0.86 to 0.92", 0.85, True),
         row("cosine loss bf16, of copy", _of_copy("cosine loss bf16"), "", "0.8 to 0.9", 0.85, True),
         row("cosine loss fp32 over permuted copies", _over(permuted, loss), "x", "8 to 10", 6, True),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import lift_fast
@@ -97,6 +98,7 @@ def groups(rehearse: bool) -> dict[str, list[Job]]:
     found["dense_match Triton"] = [Job("dense_match Triton", partial(_run_dense, "triton"), 20)]
     found["propagate_labels"] = [Job("propagate_labels", _run_propagation, 15)]
     found["capture"] = [Job("capture", _run_capture, 20)]
+    found["extract_images"] = [Job("extract_images", _run_stream, 15)]
     return found
 
 
@@ -364,3 +366,21 @@ def _run_capture(context: Context) -> Iterator[Row]:
         captured: Callable[[Tensor], Tensor] = module if context.rehearse else lift_fast.capture(module, shape)
         batch = torch.randn(shape, device=context.device, dtype=dtype)
         yield _row("capture", shape, dtype, relative_error(captured(batch), module(batch)), limit)
+
+
+@torch.no_grad()
+def _run_stream(context: Context) -> Iterator[Row]:
+    """``extract_images`` against one image after the other: batches, copies beside the networks, order."""
+    module = lift_fast.ViTLiFTExtractor(
+        "vit_tiny_patch16_224", random_weights=True, random_lift=True, device=context.device, silent=True
+    )
+    sizes = [(32 + 16 * (number % 3), 48) for number in range(6 if context.rehearse else 200)]
+    images = [torch.randint(256, (*size, 3), dtype=torch.uint8).numpy() for size in sizes]
+    batches = (2,) if context.rehearse else (None, 1, 7)
+    for batch_size in batches:
+        found = list(lift_fast.extract_images(images, extractor=module, size=None, batch_size=batch_size))
+        expected = [module(module.preprocess(Image.fromarray(image))[0])[0].cpu() for image in images]
+        error = max(
+            relative_error(one.descriptors.flatten(0, 1), other) for one, other in zip(found, expected, strict=True)
+        )
+        yield _row("extract_images", batch_size, torch.float32, error, 2e-3)

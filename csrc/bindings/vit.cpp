@@ -56,9 +56,22 @@ void pack_block(const py::sequence& weights, const py::sequence& epsilons, const
                 const std::string& dtype, std::uintptr_t packed, std::int64_t bytes, const std::string& isa) {
   const auto w = arrays(weights, 14);
   if (py::len(epsilons) != 2) throw std::invalid_argument("vit: epsilons must be two numbers");
-  const VitBlockWeights all{w[0], w[1], w[2],  w[3],  w[4],  w[5],
-                            w[6], w[7], w[8],  w[9],  w[10], w[11],
-                            w[12], w[13], py::cast<float>(epsilons[0]), py::cast<float>(epsilons[1])};
+  const VitBlockWeights all{w[0],
+                            w[1],
+                            w[2],
+                            w[3],
+                            w[4],
+                            w[5],
+                            w[6],
+                            w[7],
+                            w[8],
+                            w[9],
+                            w[10],
+                            w[11],
+                            w[12],
+                            w[13],
+                            py::cast<float>(epsilons[0]),
+                            py::cast<float>(epsilons[1])};
   const VitSizes n = as_sizes(sizes);
   const CpuIsa target = vit_isa(isa, vit_type(dtype));
   py::gil_scoped_release release;
@@ -98,8 +111,8 @@ void run(std::uintptr_t x, const py::object& images, const py::handle& head, con
   if (!images.is_none()) {
     const auto n = listed(images, 10, "images");
     const auto at = [&](int i) { return static_cast<std::uintptr_t>(n[i]); };
-    all.call.images = {pointer<const void>(at(0)), n[1], n[2], n[3], n[4], n[5], n[6],
-                       pointer<const float>(at(7)), pointer<const float>(at(8))};
+    all.call.images = {pointer<const void>(at(0)), n[1], n[2], n[3], n[4], n[5], n[6], pointer<const float>(at(7)),
+                       pointer<const float>(at(8))};
     all.call.prefix = n[9];
   }
   all.call.y = pointer<void>(y);

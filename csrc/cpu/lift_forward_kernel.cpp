@@ -1,7 +1,6 @@
 // LiFT's decoder: the transforms of minimal filtering around matrix products.
-#include "lift_forward.hpp"
-
 #include "gemm.hpp"
+#include "lift_forward.hpp"
 #include "scratch.hpp"
 #include "simd/simd.hpp"
 #include "threads.hpp"

@@ -293,7 +293,8 @@ void vit_run(VitCall call, const VitPacked& head, const std::vector<VitPacked>& 
     call.tail_layout = vit_linear_layout(call.sizes.width, call.tail_width, isa);
   }
   if (call.batch == 0 || call.skipped == call.tokens) return;
-  if (!call.y || (!call.x && (!call.images.data || !call.images.position || (call.prefix > 0 && !call.images.prefix)))) {
+  if (!call.y ||
+      (!call.x && (!call.images.data || !call.images.position || (call.prefix > 0 && !call.images.prefix)))) {
     refuse("the address of the tokens, the images, their position or the result is null");
   }
   HalfKernels::of(isa).run(call);

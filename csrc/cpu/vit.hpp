@@ -26,12 +26,15 @@ enum class VitType : std::int32_t { float32 = 0, bfloat16 = 1 };
 constexpr std::int64_t kVitUnit = 32;
 
 struct VitSizes {
-  std::int64_t width;     // C, a multiple of kVitUnit
+  std::int64_t width;  // C, a multiple of kVitUnit
   std::int64_t heads;
   std::int64_t head_dim;  // of one head; padded to padded_dim
-  std::int64_t hidden;    // of the MLP, a multiple of kVitUnit
+  std::int64_t hidden;  // of the MLP, a multiple of kVitUnit
 };
-inline std::int64_t vit_padded_dim(const VitSizes& n) { return (n.head_dim + kVitUnit - 1) / kVitUnit * kVitUnit; }
+// Not shared between instruction sets.
+namespace {
+constexpr std::int64_t vit_padded_dim(const VitSizes& n) { return (n.head_dim + kVitUnit - 1) / kVitUnit * kVitUnit; }
+}  // namespace
 
 // Packed parts, in 32-bit words from the end of the header. A matrix is followed panel by panel, see gemm.hpp.
 struct VitBlockLayout {
@@ -65,20 +68,20 @@ struct VitLinearWeights {
 struct VitImages {
   const void* data;  // [batch, 3, height, width] of the call's type
   std::int64_t height, width, patch, stride, rows, columns;
-  const float* prefix;    // [prefix tokens, C], with their position
+  const float* prefix;  // [prefix tokens, C], with their position
   const float* position;  // [rows * columns, C]
 };
 
 struct VitCall {
-  const void* x;     // [batch, tokens, C], or null with images
+  const void* x;  // [batch, tokens, C], or null with images
   VitImages images;  // unused with x
-  const float* head;                // packed patch embedding
-  const float* const* blocks;       // packed blocks
-  const float* tail;                // packed tail, or null
-  void* y;                          // [batch, tokens - skipped, C or tail_width]
-  std::int64_t batch, tokens;       // tokens of one image
-  std::int64_t prefix;              // tokens before the patches, with images
-  std::int64_t skipped;             // first tokens of each image that y lacks
+  const float* head;  // packed patch embedding
+  const float* const* blocks;  // packed blocks
+  const float* tail;  // packed tail, or null
+  void* y;  // [batch, tokens - skipped, C or tail_width]
+  std::int64_t batch, tokens;  // tokens of one image
+  std::int64_t prefix;  // tokens before the patches, with images
+  std::int64_t skipped;  // first tokens of each image that y lacks
   std::int64_t depth, tail_width;
   VitSizes sizes;
   VitBlockLayout layout;

@@ -8,39 +8,21 @@
 namespace lift_fast {
 namespace {
 
-typedef std::int32_t WholeVec __attribute__((vector_size(4 * kLanes)));
-
 constexpr std::int64_t kHiddenWords = std::int64_t{128} * 1024;  // of an item's MLP
 constexpr std::int64_t kMostRows = 8 * kRows;
 constexpr std::int64_t kKeyBlocks = 1024 / kBlock;  // of a chunk of keys
 constexpr std::int64_t kGroupWords = std::int64_t{12} << 20;
 
-inline Vec as_vec(WholeVec bits) {
-  Vec v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
-inline WholeVec as_whole(Vec v) {
-  WholeVec bits;
-  __builtin_memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
-
-// 2^x for x <= 0, to 8e-8 (3e-6 where the result becomes bfloat16); NaN is kept.
+// 2^x for x <= 0, to 8e-8 (8e-5 where the result becomes bfloat16); NaN is kept.
 inline Vec power_of_two(Vec x) {
-  const Vec low = splat(-126.f);
-  x = x < low ? low : x;
-  // Adding it leaves the nearest whole number in the last bits.
-  const Vec magic = splat(12582912.f);
-  const Vec shifted = x + magic;
-  const Vec f = x - (shifted - magic);
+  x = Isa::larger(splat(-126.f), x);
+  const Vec whole = Isa::nearest(x), f = x - whole;
   Vec p;
   if constexpr (kPairs) {
-    p = splat(0.009570087306201458f);
-    p = Isa::multiply_add(p, f, splat(0.05591785907745361f));
-    p = Isa::multiply_add(p, f, splat(0.2402474582195282f));
-    p = Isa::multiply_add(p, f, splat(0.6931217908859253f));
-    p = Isa::multiply_add(p, f, splat(0.9999992847442627f));
+    p = splat(0.05517154559493065f);
+    p = Isa::multiply_add(p, f, splat(0.2426111102104187f));
+    p = Isa::multiply_add(p, f, splat(0.6932610273361206f));
+    p = Isa::multiply_add(p, f, splat(0.9999280571937561f));
   } else {
     p = splat(0.0013276457320898771f);
     p = Isa::multiply_add(p, f, splat(0.009675540961325169f));
@@ -49,7 +31,7 @@ inline Vec power_of_two(Vec x) {
     p = Isa::multiply_add(p, f, splat(0.6931469440460205f));
     p = Isa::multiply_add(p, f, splat(1.0000001192092896f));
   }
-  return p * as_vec((as_whole(shifted) << 23) + (127 << 23));
+  return Isa::scale(p, whole);
 }
 
 // x (1 + erf(x / sqrt 2)) / 2 with a rational erf, to 2e-7 |x|.
@@ -73,6 +55,13 @@ inline Vec gelu(Vec x) {
   const Vec half = splat(.5f) * x;
   const Vec out = Isa::multiply_add(half, c * p / q, half);
   return x < -limit ? x * Vec{} : out;
+}
+
+constexpr int kSums = kVitUnit / kLanes;
+inline float sum_of(const Vec (&parts)[kSums]) {
+  Vec all = parts[0];
+  for (int i = 1; i < kSums; ++i) all += parts[i];
+  return Isa::sum(all);
 }
 
 inline void store_rows(float* to, const float* from, std::int64_t count) {
@@ -274,15 +263,22 @@ class Transformer {
     const float* biases = weights + width_;
     for (std::int64_t r = 0; r < item.rows; ++r) {
       const float* x = item.x + r * width_;
-      Vec total{};
-      for (std::int64_t k = 0; k < width_; k += kLanes) total += load(x + k);
-      const float mean = Isa::sum(total) / static_cast<float>(width_);
-      Vec squares{};
-      for (std::int64_t k = 0; k < width_; k += kLanes) {
-        const Vec centred = load(x + k) - splat(mean);
-        squares = Isa::multiply_add(centred, centred, squares);
+      // Several sums, so that no addition waits for the one before.
+      Vec total[kSums] = {};
+      for (std::int64_t k = 0; k < width_; k += kSums * kLanes) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) total[i] += load(x + k + i * kLanes);
       }
-      const float variance = Isa::sum(squares) / static_cast<float>(width_);
+      const float mean = sum_of(total) / static_cast<float>(width_);
+      Vec squares[kSums] = {};
+      for (std::int64_t k = 0; k < width_; k += kSums * kLanes) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) {
+          const Vec centred = load(x + k + i * kLanes) - splat(mean);
+          squares[i] = Isa::multiply_add(centred, centred, squares[i]);
+        }
+      }
+      const float variance = sum_of(squares) / static_cast<float>(width_);
       const Vec factor = splat(1.f / __builtin_sqrtf(variance + epsilon)), shift = splat(mean);
       for (std::int64_t k = 0; k < blocks; ++k) {
         Vec v[kVecs];
@@ -323,8 +319,8 @@ class Transformer {
                } else if (part == 1) {
                  write_keys(keys(item.image, layer, head), item.first + row, count, channel, vec);
                } else {
-                 write_values(values(item.image, layer, head) + channel * key_blocks_ * kWords, item.first + row,
-                              count, vec);
+                 write_values(values(item.image, layer, head) + channel * key_blocks_ * kWords, item.first + row, count,
+                              vec);
                }
              });
     if (item.first + item.rows == call_.tokens) clear_values(item.image, layer);
@@ -420,8 +416,7 @@ class Transformer {
       Ranges chunk;
       chunk.add(0, blocks);
       for (std::int64_t channel = 0; channel < dim_; channel += kPanel) {
-        const Word* value =
-            values(item.image, layer, head) + (channel * key_blocks_ + first * kPanel) * kWords;
+        const Word* value = values(item.image, layer, head) + (channel * key_blocks_ + first * kPanel) * kWords;
         float* room = tile(item);
         for_row_pieces(rows, kernels_, [&](std::int64_t row, std::int64_t count, Micro kernel) {
           kernel(scores + row * kWords, rows * kWords, chunk, value, room, {});
@@ -463,7 +458,8 @@ class Transformer {
         Vec top = load(factors + r * kLanes);
         for (int k = 0; k < kWords; k += kLanes) {
           const Vec v = load(scores + (line * rows + r) * kWords + k);
-          top = v > top ? v : top;
+          // Passes over NaN, which the power keeps.
+          top = Isa::larger(v, top);
         }
         store(factors + r * kLanes, top);
       }
@@ -545,8 +541,8 @@ class Transformer {
     item.rows -= start;
     item.x += start * width_;
     const std::int64_t out_width = call_.tail ? call_.tail_width : width_;
-    T* y = static_cast<T*>(call_.y) + ((first_ + item.image) * (call_.tokens - call_.skipped) + item.first -
-                                       call_.skipped) * out_width;
+    T* y = static_cast<T*>(call_.y) +
+           ((first_ + item.image) * (call_.tokens - call_.skipped) + item.first - call_.skipped) * out_width;
     if (!call_.tail) {
       for (std::int64_t i = 0; i < item.rows * width_; i += kLanes) store(y + i, load(item.x + i));
       return;

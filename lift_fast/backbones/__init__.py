@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from .checkpoints import Checkpoint, read_checkpoint
+from .engines import ENGINES, EngineError
 from .reference import extract_hooked
 from .registry import OFFICIAL, Backbone, WeightsNotFoundError, load_backbone
 from .vit import FrozenViT
 
 __all__ = [
+    "ENGINES",
     "OFFICIAL",
     "Backbone",
     "Checkpoint",
+    "EngineError",
     "FrozenViT",
     "WeightsNotFoundError",
     "extract_hooked",

@@ -32,10 +32,7 @@ class StandardBlocks:
         """Whether this is plain inference on the CPU without autocast, and all ``blocks`` and their parts are timm's
         originals: if one is hooked, overridden or replaced, it must be called itself."""
         return (
-            not torch.compiler.is_compiling()
-            and tokens.device.type == "cpu"
-            and not tokens.requires_grad
-            and not torch.is_autocast_enabled("cpu")
+            is_plain_inference(tokens)
             and not (torch.is_grad_enabled() and any(p.requires_grad for block in blocks for p in block.parameters()))
             and self._standard(blocks)
         )
@@ -92,12 +89,27 @@ def _scaled(scale: Any, x: Tensor) -> Tensor:
     return x if isinstance(scale, nn.Identity) else x.mul_(scale.gamma)
 
 
+def is_plain_inference(tensor: Tensor) -> bool:
+    """Whether operations on ``tensor`` only compute values on the CPU: no gradient, autocast, transform,
+    compiler or tracer."""
+    return (
+        tensor.device.type == "cpu"
+        and not tensor.requires_grad
+        and not torch.compiler.is_compiling()
+        # A trace would lose what is written into buffers.
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def is_standard(block: Any) -> bool:
-    """Whether a block and its parts are timm's originals (or this package's twins of them), neither edited nor hooked."""
+    """Whether a block and its parts are timm's originals or this package's twins, neither edited nor hooked."""
     classes, norm_classes, scale_classes, idle_classes = _classes(block)
-    if (type(block), type(block.attn), type(block.mlp)) != classes:
+    attention: Any = getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
+    if (type(block), type(attention), type(mlp)) != classes:
         return False
-    attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
     # No effect in evaluation mode.
     idle = (block.drop_path1, block.drop_path2, attention.proj_drop, mlp.drop1, mlp.drop2)

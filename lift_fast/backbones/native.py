@@ -1,15 +1,16 @@
 """A plain Vision Transformer in the native core: from pixels to tokens or keys in one call, on the CPU.
 
-The same arithmetic as the modules' with packed weights, in other orders: LayerNorm, bias, GELU, LayerScale and residual
-sums happen where a matrix product leaves its results, attention never forms its whole table, and rows of tokens stay in a
-core's cache from one attention to the next (csrc/cpu/vit.hpp). Between blocks tokens are float32, also for bfloat16
-weights. Results do not depend on the number of threads or on the batch.
+The modules' arithmetic with packed weights, in other orders: LayerNorm, bias, GELU, LayerScale and residual sums happen
+where a matrix product leaves its results, attention never forms its whole table, and rows of tokens stay in a core's
+cache from one attention to the next (csrc/cpu/vit.hpp). Between blocks tokens are float32, also for bfloat16 weights.
+Results do not depend on the number of threads or on the batch.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,11 +20,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .. import _env, _native, devices, memory
 from ..untouched import Unchanged, is_original, is_untouched
 from ..witnesses import Witnesses
-from .in_place import is_standard
-
-if TYPE_CHECKING:
-    from .projection import FacetProjection
-    from .vit import FrozenViT
+from .in_place import is_plain_inference, is_standard
+from .projection import FacetProjection
 
 _UNIT = 32
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -52,7 +50,8 @@ class _Network(NamedTuple):
     slots: list[_Slot]
     witnesses: Witnesses
     sizes: tuple[int, int, int, int]
-    head: _Part
+    head: _Part | None
+    """None where the modules make the tokens of the first block."""
     blocks: list[_Part]
     tail: _Part | None
     isa: str
@@ -62,7 +61,7 @@ _parts: WeakValueDictionary[tuple[Any, ...], _Part] = WeakValueDictionary()
 
 
 class NativeTransformer:
-    """Runs a :class:`FrozenViT` in the native core; keeps its packed weights. Copies and pickles do not."""
+    """Runs a ``FrozenViT`` in the native core and keeps its packed weights; copies and pickles do not."""
 
     def __init__(self) -> None:
         self._network: _Network | None = None
@@ -70,7 +69,7 @@ class NativeTransformer:
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeTransformer, ()
 
-    def why_not(self, vit: FrozenViT, dtype: torch.dtype | None = None) -> str:
+    def why_not(self, vit: Any, dtype: torch.dtype | None = None) -> str:
         """Why the native core cannot run ``vit`` in plain inference on the CPU; "" if it can."""
         runs, reason = devices.native_runs()
         if not runs:
@@ -80,10 +79,12 @@ class NativeTransformer:
             return f"the native core computes in float32 and bfloat16, not in {kind}"
         if instructions(kind) == "baseline":
             return "the native core runs backbones on processors with AVX2 or more"
+        if kind is torch.bfloat16 and _has_tiles():
+            return "this processor multiplies bfloat16 in tiles (AMX), which the native core does not use"
         return _differs(vit)
 
-    def __call__(self, vit: FrozenViT, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Result of :meth:`FrozenViT.forward` for checked ``imgs``; None if the call or the network is not plain."""
+    def __call__(self, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Result of ``FrozenViT.forward`` for checked ``imgs``; None if the call or the network is not plain."""
         if not _is_plain(imgs):
             return None
         network = self._ready(vit)
@@ -91,12 +92,17 @@ class NativeTransformer:
             return None
         return _run(network, vit, imgs, grid)
 
-    def _ready(self, vit: FrozenViT) -> _Network | None:
+    def _ready(self, vit: Any) -> _Network | None:
         network = self._network
         isa, runs = _env.cpu_isa(), devices.native_runs()[0]
-        if network is not None and runs and network.key == _key(vit, isa):
-            if network.unchanged.still(_roots(vit)) and network.witnesses.recognise(_tensors(network.slots)):
-                return network
+        if (
+            network is not None
+            and runs
+            and network.key == _key(vit, isa)
+            and network.unchanged.still(_roots(vit, network.head is not None))
+            and network.witnesses.recognise(_tensors(network.slots))
+        ):
+            return network
         self._network = None
         if self.why_not(vit):
             return None
@@ -113,49 +119,37 @@ def instructions(dtype: torch.dtype) -> str:
     return available[0] if wish == "auto" else wish
 
 
+@cache
+def _has_tiles() -> bool:
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(known and known())
+
+
 def _is_plain(imgs: Tensor) -> bool:
     return (
         type(imgs) is Tensor
-        and imgs.device.type == "cpu"
         and imgs.dtype in _DTYPES
-        and not imgs.requires_grad
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        # Modes count or replace PyTorch's operations, and transforms such as vmap wrap the images.
+        and is_plain_inference(imgs)
+        # Counters count PyTorch's operations.
         and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def _key(vit: FrozenViT, isa: str) -> tuple[Any, ...]:
+def _key(vit: Any, isa: str) -> tuple[Any, ...]:
     return isa, vit.dtype, vit.facet, vit.layer, vit.head_order
 
 
-def _roots(vit: FrozenViT) -> list[Any]:
+def _roots(vit: Any, start: bool) -> list[Any]:
     model = vit.model
-    return [model.patch_embed, model.pos_drop, model.norm_pre, *list(model.blocks)[: vit.layer + 1]]
+    blocks = list(model.blocks)[: vit.layer + 1]
+    return [*blocks, model.patch_embed, model.pos_drop, model.norm_pre] if start else blocks
 
 
-def _differs(vit: FrozenViT) -> str:
+def _differs(vit: Any) -> str:
     """What makes the network other than a plain one; "" if nothing does."""
     model, blocks = vit.model, list(vit.model.blocks)[: vit.layer + 1]
-    embed = model.patch_embed
-    projection = getattr(embed, "proj", None)
     if getattr(model, "rope", None) is not None:
         return "it has rotary position embeddings"
-    if not (
-        type(projection) is nn.Conv2d
-        and (projection.padding, projection.dilation, projection.groups) == ((0, 0), (1, 1), 1)
-        and is_original(embed)
-        and type(embed.norm) is nn.Identity
-        and is_untouched(embed, projection, embed.norm)
-    ):
-        return "its patch embedding is not a plain one"
-    if type(model.norm_pre) is not nn.Identity or type(model.pos_drop) not in (nn.Identity, nn.Dropout):
-        return "its tokens are normalised before the first block"
-    if not is_untouched(model.norm_pre, model.pos_drop):
-        return "its tokens are hooked before the first block"
     for index, block in enumerate(blocks):
         if not is_standard(block):
             return f"block {index} is a {type(block).__name__} that is not timm's plain one, or edited or hooked"
@@ -178,14 +172,30 @@ def _differs(vit: FrozenViT) -> str:
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         if [tuple(layer.weight.shape) for layer in layers] != wanted:
             return "its layers do not fit together"
-    tensors = [*_parameters(model.patch_embed), *(p for block in blocks for p in _parameters(block))]
+    modules = [m for block in blocks for m in block.modules()]
+    # Weights computed by hooks that are gone are plain attributes.
+    if any(name in m.__dict__ for m in modules for name in ("weight", "bias", "gamma")):
+        return "some of its weights are no parameters"
+    tensors = [p for m in modules for p in m._parameters.values() if p is not None]
     if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.dtype != vit.dtype for t in tensors):
         return "its weights differ in dtype or device, or are no plain tensors"
     return ""
 
 
-def _parameters(module: nn.Module) -> list[Tensor]:
-    return list(module.parameters())
+def _starts_plainly(vit: Any) -> bool:
+    """Whether tokens are patches times a matrix plus a bias and their position."""
+    model = vit.model
+    embed = model.patch_embed
+    projection = getattr(embed, "proj", None)
+    return (
+        type(projection) is nn.Conv2d
+        and (projection.padding, projection.dilation, projection.groups) == ((0, 0), (1, 1), 1)
+        and is_original(embed)
+        and type(embed.norm) is nn.Identity
+        and type(model.norm_pre) is nn.Identity
+        and type(model.pos_drop) in (nn.Identity, nn.Dropout)
+        and is_untouched(embed, projection, embed.norm, model.norm_pre, model.pos_drop)
+    )
 
 
 def _sizes(block: Any) -> tuple[int, int, int, int]:
@@ -194,23 +204,27 @@ def _sizes(block: Any) -> tuple[int, int, int, int]:
     return attention.qkv.in_features, attention.num_heads, inner // attention.num_heads, block.mlp.fc1.out_features
 
 
-def _build(vit: FrozenViT, isa: str) -> _Network:
+def _build(vit: Any, isa: str) -> _Network:
     model, blocks = vit.model, list(vit.model.blocks)
-    roots, width = _roots(vit), vit.model.embed_dim
     norms = [norm for block in blocks[: vit.layer + 1] for norm in (block.norm1, block.norm2)]
     settings = [
         (itemgetter("fused_attn", "num_heads"), [block.attn.__dict__ for block in blocks[: vit.layer + 1]]),
         (itemgetter("approximate"), [block.mlp.act.__dict__ for block in blocks[: vit.layer + 1]]),
         (itemgetter("eps", "normalized_shape"), [norm.__dict__ for norm in norms]),
-        (itemgetter("stride", "padding", "dilation", "groups"), [model.patch_embed.proj.__dict__]),
     ]
+    starts = _starts_plainly(vit)
+    if starts:
+        settings.append((itemgetter("stride", "padding", "dilation", "groups"), [model.patch_embed.proj.__dict__]))
+    roots = _roots(vit, starts)
     unchanged = Unchanged(roots, settings)
     slots = [(m._parameters, n) for r in roots for m in r.modules() for n, p in m._parameters.items() if p is not None]
     witnesses = Witnesses(_tensors(slots))
     dtype, sizes = vit.dtype, _sizes(blocks[0])
     projection, last = vit._projection, vit.layer + (vit._projection is None)
-    patch = model.patch_embed.proj
-    head = _linear((None, patch.weight.flatten(1), patch.bias), 0.0, dtype, isa, "head")
+    head = None
+    if starts:
+        patch = model.patch_embed.proj
+        head = _linear((None, patch.weight.flatten(1), patch.bias), 0.0, dtype, isa, "head", [patch])
     packed = [_block(block, sizes, dtype, isa) for block in blocks[:last]]
     tail = None
     if projection is not None:
@@ -226,7 +240,9 @@ def _rows(projection: FacetProjection, layer: nn.Linear) -> tuple[Tensor, Tensor
     start = projection.row * projection.width
     parts = [None if p is None else p[start : start + projection.width] for p in (layer.weight, layer.bias)]
     if projection.interleaved:
-        parts = [None if p is None else p.unflatten(0, (projection.heads, -1)).transpose(0, 1).flatten(0, 1) for p in parts]
+        parts = [
+            None if p is None else p.unflatten(0, (projection.heads, -1)).transpose(0, 1).flatten(0, 1) for p in parts
+        ]
     weight, bias = parts
     assert weight is not None
     return weight, bias
@@ -260,13 +276,16 @@ def _linear(
     dtype: torch.dtype,
     isa: str,
     kind: Any,
-    layers: list[nn.Linear] | None = None,
+    layers: list[Any],
 ) -> _Part:
     norm, matrix, bias = parts
     core, name = _native.require(), _DTYPES[dtype]
     outputs, inputs = matrix.shape
     weights = [None if norm is None else norm.weight, None if norm is None else norm.bias, matrix, bias]
-    sources = [*weights[:2], *([matrix, bias] if layers is None else [p for l in layers for p in (l.weight, l.bias)])]
+    sources = [
+        *weights[:2],
+        *([matrix, bias] if layers is None else [p for layer in layers for p in (layer.weight, layer.bias)]),
+    ]
 
     def pack(addresses: list[int]) -> Tensor:
         packed = memory.empty(core.vit_linear_bytes(inputs, outputs, name, isa), dtype=torch.uint8, device="cpu")
@@ -292,41 +311,36 @@ def _tensors(slots: list[_Slot]) -> list[Tensor]:
     return [entries[name] for entries, name in slots]
 
 
-def _run(network: _Network, vit: FrozenViT, imgs: Tensor, grid: tuple[int, int]) -> Tensor:
+def _run(network: _Network, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, _, height, width = imgs.shape
-    channels = network.sizes[0]
-    prefix, position, _ = vit._position(grid)
-    first = 0 if prefix is None else prefix.shape[1]
-    count = grid[0] * grid[1]
-    imgs = imgs.contiguous()
-    places = [None if t is None else t.to(torch.float32).contiguous() for t in (prefix, position)]
-    if places[1] is None:
-        places[1] = torch.zeros(count, channels)
+    channels, count = network.sizes[0], grid[0] * grid[1]
     wide = channels if network.tail is None else vit.embed_dim
-    out = memory.new_empty(imgs, (batch, count, wide))
-    images = (
-        _native.address(imgs),
-        height,
-        width,
-        vit.patch_size,
-        vit.stride,
-        *grid,
-        *(0 if t is None else _native.address(t) for t in places),
-        first,
-    )
+    if network.head is None:
+        tokens, images = vit._embed(imgs, grid)[0], None
+        first = tokens.shape[1] - count
+    else:
+        prefix, position, _ = vit._position(grid)
+        first = 0 if prefix is None else prefix.shape[1]
+        tokens = imgs = imgs.contiguous()
+        if position is None:
+            position = imgs.new_zeros(count, channels)
+        places = [None if t is None else t.to(torch.float32).contiguous() for t in (prefix, position)]
+        sizes = (height, width, vit.patch_size, vit.stride, *grid)
+        images = (_native.address(imgs), *sizes, *(0 if t is None else _native.address(t) for t in places), first)
+    out = memory.new_empty(tokens, (batch, count, wide))
     _native.require().vit(
-        0,
+        0 if images else _native.address(tokens),
         images,
-        network.head.place,
+        network.head.place if network.head else (0, 0),
         [block.place for block in network.blocks],
-        (0, 0) if network.tail is None else network.tail.place,
+        network.tail.place if network.tail else (0, 0),
         wide,
         _native.address(out),
         batch,
         first + count,
         first,
         network.sizes,
-        _DTYPES[imgs.dtype],
+        _DTYPES[vit.dtype],
         torch.get_num_threads(),
         network.isa,
     )

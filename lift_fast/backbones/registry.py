@@ -97,6 +97,7 @@ def load_backbone(
     position_rule: str | None = None,
     checkpoint_key: str | None = None,
     seed: int = 0,
+    engine: str = "auto",
 ) -> FrozenViT:
     """Build a frozen backbone by name.
 
@@ -111,6 +112,7 @@ def load_backbone(
             DINO, MoCo v3, Leopart or SelfPatch, timm's otherwise.
         checkpoint_key: entry of the checkpoint file to use, for example ``"student"``; None prefers the teacher.
         seed: of ``random_weights``.
+        engine: ``"auto"``, ``"torch"``, ``"openvino"`` or ``"compile"``: see :class:`FrozenViT`.
 
     Returns:
         :class:`FrozenViT` on the CPU in float32, regardless of PyTorch's default dtype and device. ``mean`` and ``std``
@@ -121,6 +123,7 @@ def load_backbone(
         ValueError: for an unknown name, an unsupported model, contradictory arguments, or a file that is damaged or
             does not fit, such as one of another patch size: weights are never resampled to fit.
         FileNotFoundError: if ``weights`` does not exist.
+        EngineError: if an engine given by name does not run here.
         WeightsNotFoundError: if ``weights`` is None and no weights can be found or downloaded.
     """
     if random_weights and weights is not None:
@@ -150,6 +153,7 @@ def load_backbone(
         std=std,
         name=name,
         random_weights=random_weights,
+        engine=engine,
     )
 
 

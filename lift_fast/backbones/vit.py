@@ -17,6 +17,8 @@ from ..images import check_cells
 from ..precision import autocasts, without_autocast
 from ..witnesses import Witnesses
 from . import in_place, network, patches
+from .engines import ENGINES, Engine
+from .engines.graph import Position
 from .in_place import StandardBlocks
 from .native import NativeTransformer
 from .position import RULES, Grid
@@ -24,7 +26,6 @@ from .projection import FACETS, HEAD_ORDERS, FacetProjection
 
 _CACHED_GRIDS = 8
 _Module = TypeVar("_Module", bound=nn.Module)
-_Position = tuple[Tensor | None, Tensor | None, Tensor | None]
 _Key = tuple[Grid, torch.device, torch.dtype]
 
 
@@ -70,13 +71,19 @@ class FrozenViT(nn.Module):
         mean, std: normalisation of the images, three values each; None reads the model's ``pretrained_cfg``.
         name: of the model in error messages and ``repr``.
         random_weights: whether the weights are random, for callers that report it.
+        engine: ``"torch"``; ``"openvino"`` (Intel and AMD processors; extra ``openvino``); ``"compile"``
+            (``torch.compile``); ``"auto"`` is the fastest of the first two here. Results agree up to the dtype's
+            rounding. Calls that need PyTorch, such as those with gradients, autocast or hooks, run there with every
+            engine (docs/engines.md).
 
     Attributes:
         patch_size, stride, embed_dim (channels of the output), depth, layer (non-negative), facet, head_order,
-        mean, std, name, random_weights; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the weights.
+        mean, std, name, random_weights, engine; ``model`` is the wrapped copy. ``device`` and ``dtype`` follow the
+        weights. ``engine_used`` is what computed the last call (None before the first), ``engine_reason`` why.
 
     Raises:
         ValueError: for an unsupported model or an argument out of range.
+        EngineError: if ``"openvino"`` or ``"compile"`` does not run on this machine or with this network.
         TypeError: if ``model`` is not an ``nn.Module``.
     """
 
@@ -99,9 +106,11 @@ class FrozenViT(nn.Module):
         std: Sequence[float] | None = None,
         name: str | None = None,
         random_weights: bool = False,
+        engine: str = "auto",
     ) -> None:
         super().__init__()
         patch = _check_model(model)
+        self._engine = Engine(_choice("engine", engine, ENGINES))
         config = getattr(model, "pretrained_cfg", None) or {}
         self.name = name or config.get("architecture") or type(model).__name__
         self._facet = _choice("facet", facet, FACETS)
@@ -127,8 +136,32 @@ class FrozenViT(nn.Module):
             self._projection = FacetProjection(vit.blocks[self.layer], facet, head_order == "interleaved")
             self.embed_dim = self._projection.width
         self._native, self._standard = NativeTransformer(), StandardBlocks()
-        self._positions: OrderedDict[_Key, tuple[Witnesses, _Position]] = OrderedDict()
+        self._positions: OrderedDict[_Key, tuple[Witnesses, Position]] = OrderedDict()
         self.train(False)
+        self.require_engine()
+
+    def require_engine(self) -> None:
+        """Check that an engine given by name runs with the weights where they are now.
+
+        Raises:
+            EngineError: with the reason, if it does not.
+        """
+        self._engine.require(self)
+
+    @property
+    def engine(self) -> str:
+        """The engine that was wished for."""
+        return self._engine.wish
+
+    @property
+    def engine_used(self) -> str | None:
+        """What computed the last call: ``"torch"``, ``"openvino"`` or ``"compile"``; None before the first."""
+        return self._engine.used
+
+    @property
+    def engine_reason(self) -> str:
+        """Why :attr:`engine_used` computed the last call."""
+        return self._engine.reason
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +198,7 @@ class FrozenViT(nn.Module):
         Raises:
             ValueError: unless ``stride`` is an integer from 1 to the patch size.
         """
-        same = ("facet", "layer", "head_order", "position_rule", "mean", "std", "name", "random_weights")
+        same = ("facet", "layer", "head_order", "position_rule", "mean", "std", "name", "random_weights", "engine")
         return FrozenViT(self.model, stride=stride, **{name: getattr(self, name) for name in same})
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -179,15 +212,20 @@ class FrozenViT(nn.Module):
             ValueError: for a wrong shape, dtype or device, an empty batch, and as :meth:`check_size`.
         """
         grid = self._check(imgs)
+        out = self._engine(self, imgs)
+        return self._in_torch(imgs, grid) if out is None else out
+
+    def _in_torch(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> Tensor:
+        """:meth:`forward` by PyTorch; with ``position`` by its modules alone, for tracers."""
         model = self.model
-        native = self._native(self, imgs, grid)
+        native = self._native(self, imgs, grid) if position is None else None
         if native is not None:
             return model.norm(native) if self.facet == "final" else native
-        tokens, rotary = self._embed(imgs, grid)
+        tokens, rotary = self._embed(imgs, grid, position)
         last = self.layer if self._projection is not None else self.layer + 1
         # A list, because a slice of the container would be a new container.
         blocks = list(model.blocks)[:last]
-        if self._standard(blocks, tokens):
+        if position is None and self._standard(blocks, tokens):
             tokens = in_place.run(blocks, tokens)
         else:
             for index, block in enumerate(blocks):
@@ -205,11 +243,15 @@ class FrozenViT(nn.Module):
         super().train(False)
         return self
 
-    def _embed(self, imgs: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    def runs_in_native_core(self) -> bool:
+        """Whether the native core computes this network as it is now, on the CPU in plain inference."""
+        return self._native._ready(self) is not None
+
+    def _embed(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> tuple[Tensor, Tensor | None]:
         x = patches.embed(self.model.patch_embed, imgs, self.stride, grid)
-        prefix, position, rotary = self._position(grid)
-        if position is not None:
-            x = x + position
+        prefix, added, rotary = self._position(grid) if position is None else position
+        if added is not None:
+            x = x + added
         if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
         # Without a class token the tokens are still a transposed view, which would slow down every residual sum.
@@ -222,7 +264,7 @@ class FrozenViT(nn.Module):
             out = block(tokens, rope=rotary[index] if getattr(self.model, "rope_mixed", False) else rotary)
         return out
 
-    def _position(self, grid: Grid) -> _Position:
+    def _position(self, grid: Grid) -> Position:
         """Class and register tokens with their position, patch positions, rotary embedding for ``grid``."""
         if torch.compiler.is_compiling():
             return self._build_position(grid)
@@ -242,7 +284,7 @@ class FrozenViT(nn.Module):
             self._positions.popitem(last=False)
         return position
 
-    def _build_position(self, grid: Grid) -> _Position:
+    def _build_position(self, grid: Grid) -> Position:
         model = self.model
         tokens = [t for t in (getattr(model, n, None) for n in _PREFIX) if t is not None]
         prefix = torch.cat([t.detach() for t in tokens], dim=1) if tokens else None
@@ -277,6 +319,7 @@ class FrozenViT(nn.Module):
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> FrozenViT:
         self._positions.clear()
+        self._engine.forget()
         super()._apply(fn, *args, **kwargs)
         return self
 

@@ -113,7 +113,9 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
             stride=arguments.stride,
             head_order="interleaved",
             seed=arguments.seed,
+            engine=arguments.engine,
         ).to(device, getattr(torch, arguments.dtype))
+        backbone.require_engine()
         lift: Any = arguments.lift
         # Commands that draw do not follow a published placement.
         image_branch = getattr(arguments, "image_branch", "aligned")

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,12 @@ from lift_fast._text import one_line, quoted
 from .errors import UsageError, as_usage_error, refuse_input, writing
 from .kept import FEATURES, check_kept, marks, settings_of
 from .options import add_model_options, add_output_options, build_extractor, positive, remarks
+from .written import BackgroundWriter
 
 if TYPE_CHECKING:
-    import torch
-
     from lift_fast.distributed import World
-
-# An image, the file for its result, and the image's (height, width).
-_Member = tuple[Path, Path, tuple[int, int]]
+    from lift_fast.extractor import ViTLiFTExtractor
+    from lift_fast.image_stream import ImageDescriptors
 
 _DESCRIPTION = """Write the descriptors of each image to an .npz file: descriptors [h, w, C], image_size (height, width
 of the loaded image), file_size (of the file), settings (JSON), source and source_bytes (name and length of the image's
@@ -48,7 +48,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results, created if missing"
     )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="most images of one size at once (on the CPU as many as fill 448 x 448 pixels, on a GPU 16 at most)",
+    )
     parser.add_argument(
         "--dtype-out", default="float32", choices=("float32", "float16"), help="stored as (%(default)s)"
     )
@@ -100,9 +105,7 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
         # None shows it on a terminal only.
         hidden = True if quiet else None
         with tqdm(total=len(waiting), unit="image", disable=hidden, file=sys.stderr) as bar:
-            for batch, members in _batches(extractor, waiting, arguments, failed, bar):
-                _extract(extractor, batch, members, arguments, settings)
-                bar.update(len(members))
+            _extract(extractor, waiting, arguments, settings, failed, bar)
     shares = world.gather((len(waiting) - len(failed), skipped, failed))
     if not world.leads:
         return 0
@@ -158,66 +161,53 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
     return jobs
 
 
-def _batches(
-    extractor: Any, waiting: dict[Path, Path], arguments: argparse.Namespace, failed: list[str], bar: Any
-) -> Iterator[tuple[list[torch.Tensor], list[_Member]]]:
-    """Consecutive images of one size, up to ``--batch-size``; errors of unreadable images go to ``failed``."""
-    from lift_fast.images import bounded_size, check_size, read_image
-
-    batch: list[torch.Tensor] = []
-    members: list[_Member] = []
-    for source, target in waiting.items():
-        try:
-            image = read_image(source)
-        except (ValueError, OSError) as error:
-            # The message names the file.
-            failed.append(str(error))
-            bar.update()
-            continue
-        try:
-            width, height = bounded_size(image.size, arguments.size, arguments.max_side, extractor.patch)
-            check_size((width, height), image.size)
-            extractor.check_size(height, width, arguments.iterations)
-        except ValueError as error:
-            failed.append(f"{quoted(source)}: {error}")
-            bar.update()
-            continue
-        tensor, _ = extractor.preprocess(image, (height, width))
-        if batch and (tensor.shape != batch[0].shape or len(batch) == arguments.batch_size):
-            yield batch, members
-            batch, members = [], []
-        batch.append(tensor)
-        members.append((source, target, (image.height, image.width)))
-    if batch:
-        yield batch, members
-
-
 def _extract(
-    extractor: Any,
-    batch: list[torch.Tensor],
-    members: list[_Member],
+    extractor: ViTLiFTExtractor,
+    waiting: dict[Path, Path],
     arguments: argparse.Namespace,
     settings: dict[str, Any],
+    failed: list[str],
+    bar: Any,
 ) -> None:
-    import numpy as np
+    """Write the results of ``waiting``; messages on unusable images go to ``failed``."""
     import torch
 
-    images = torch.cat(batch)
-    height, width = images.shape[2:]
-    with torch.inference_mode(), as_usage_error():
-        tokens = extractor.extract_descriptors_iterative_lift(images, arguments.iterations)
-    grid = extractor.backbone.grid(height, width)
-    if extractor.lift is not None:
-        grid = grid[0] << arguments.iterations, grid[1] << arguments.iterations
-    stored = tokens.unflatten(1, grid).to(getattr(torch, arguments.dtype_out)).cpu().numpy()
-    for descriptors, (source, target, file_size) in zip(stored, members, strict=True):
-        with writing(target, "the files written so far are kept"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(target) as temporary, temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    descriptors=descriptors,
-                    image_size=np.array([height, width]),
-                    file_size=np.array(file_size),
-                    **marks(settings, [source]),
-                )
+    from lift_fast.image_stream import extract_images
+
+    def skip(image: object, message: str) -> None:
+        failed.append(message)
+        bar.update()
+
+    def descriptors() -> Generator[ImageDescriptors, None, None]:
+        # Not around the loop below, whose errors are of another kind.
+        with as_usage_error():
+            yield from extract_images(
+                waiting,
+                extractor=extractor,
+                size=arguments.size,
+                max_side=arguments.max_side,
+                lift_iter=arguments.iterations,
+                batch_size=arguments.batch_size,
+                dtype=getattr(torch, arguments.dtype_out),
+                on_error=skip,
+            )
+
+    jobs = list(waiting.items())
+    with closing(descriptors()) as results, BackgroundWriter(bar.update) as writer:
+        for found in results:
+            writer.put(found.descriptors.nbytes, partial(_write, found, *jobs[found.position], settings))
+
+
+def _write(found: ImageDescriptors, source: Path, target: Path, settings: dict[str, Any]) -> None:
+    import numpy as np
+
+    with writing(target, "the files written so far are kept"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                descriptors=found.descriptors.numpy(),
+                image_size=np.array(found.image_size),
+                file_size=np.array(found.file_size),
+                **marks(settings, [source]),
+            )

@@ -19,7 +19,8 @@ FEATURES = (
     *("model", "weights", "random_weights", "lift", "random_lift", "iterations", "facet", "layer", "stride", "size"),
     *("max_side", "dtype", "seed"),
 )
-"""The options of :func:`lift_fast.cli.options.add_model_options` that change descriptors."""
+"""The options of :func:`lift_fast.cli.options.add_model_options` that change descriptors beyond the rounding of
+``dtype``, which device, engine and threads do not."""
 _WAY_OUT = "give another --out, or --overwrite"
 
 

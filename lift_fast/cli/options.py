@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lift_fast.extractor import ViTLiFTExtractor
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ENGINES = ("auto", "torch", "openvino", "compile")
 
 
 def positive(text: str) -> int:
@@ -120,6 +121,12 @@ def add_model_options(
         choices=_DTYPES,
         help="compute in; auto is bfloat16 where the processor multiplies it, else float32 (%(default)s)",
     )
+    group.add_argument(
+        "--engine",
+        default="auto",
+        choices=_ENGINES,
+        help="what computes the backbone (%(default)s: the fastest here, without long compilation)",
+    )
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (all)")
     group.add_argument("--seed", type=seed, default=0, help="of random weights (%(default)s)")
 
@@ -208,6 +215,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             random_weights=arguments.random_weights,
             seed=arguments.seed,
             dtype=getattr(torch, arguments.dtype),
+            engine=arguments.engine,
         )
 
 

@@ -26,6 +26,12 @@ struct avx2 {
   static Vec zip_high(Vec a, Vec b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
   }
+  static Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static Vec nearest(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec scale(Vec v, Vec n) {
+    return v *
+           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
   static void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
   static void fence() { _mm_sfence(); }
 

@@ -38,6 +38,10 @@ struct avx512 {
     return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
                                   b);
   }
+  // With a mask of all lanes, because the plain forms use undefined values on purpose, too.
+  static Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+  static Vec nearest(Vec v) { return _mm512_maskz_roundscale_ps(0xffff, v, 0); }
+  static Vec scale(Vec v, Vec n) { return _mm512_maskz_scalef_ps(0xffff, v, n); }
   static void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
   static void fence() { _mm_sfence(); }
 

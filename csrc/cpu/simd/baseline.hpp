@@ -26,6 +26,18 @@ struct baseline {
   }
   static Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
   static Vec zip_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+  static Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+  static Vec nearest(Vec v) {
+    // Adding it leaves no digits after the point.
+    const Vec magic = Vec{} + 12582912.f;
+    return (v + magic) - magic;
+  }
+  static Vec scale(Vec v, Vec n) {
+    const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec factor;
+    __builtin_memcpy(&factor, &bits, sizeof factor);
+    return v * factor;
+  }
   static void stream(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
   static void fence() {}
 

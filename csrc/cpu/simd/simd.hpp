@@ -16,6 +16,9 @@
 //   any, bits    of a comparison's result: whether a lane holds; bit i for lane i
 //   above        the same bits of v > limit
 //   zip_low      the first halves of two vectors, their lanes in turn; zip_high the second halves
+//   larger       of a and b, b where one of them is NaN
+//   nearest      whole numbers, for |v| < 2^22
+//   scale        v * 2^n for whole n from -126 to 127; NaN in n makes any value
 //   stream       an aligned store past the caches; fence: before its result is read or written again
 //   numbers      the shortest type that the set multiplies faster than float32; a word of Vec holds one float32 or two
 //                of another type

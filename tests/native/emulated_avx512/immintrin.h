@@ -48,6 +48,15 @@ static inline __mmask16 _mm512_movepi32_mask(__m512i value) {
 // What the kernel's vectors offer to other operators.
 static inline void _mm512_stream_ps(float* to, __m512 value) { std::memcpy(to, &value, sizeof value); }
 static inline void _mm_sfence() {}
+static inline __m512 _mm512_maskz_max_ps(__mmask16, __m512 a, __m512 b) { return a > b ? a : b; }
+static inline __m512 _mm512_maskz_roundscale_ps(__mmask16, __m512 a, int) {
+  for (int i = 0; i < 16; ++i) a[i] = __builtin_nearbyintf(a[i]);
+  return a;
+}
+static inline __m512 _mm512_maskz_scalef_ps(__mmask16, __m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) a[i] = __builtin_ldexpf(a[i], static_cast<int>(b[i]));
+  return a;
+}
 #define _mm512_setr_epi32(...) (__m512i{__VA_ARGS__})
 static inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i from, __m512 b) {
   __m512 mixed;
