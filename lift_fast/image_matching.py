@@ -246,7 +246,7 @@ def match_images(
         a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
             floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
-            (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
+            (:mod:`lift_fast.demonstration`), on CUDA if available, with ``dtype="auto"``, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.
         mutual: ``valid`` requires ``distance <= 1``. (``mutual`` of :func:`lift_fast.dense_match` is
             ``distance == 0``; few pixels of a dense layout pass that, since matches gather at the centres of cells.)
@@ -325,6 +325,7 @@ def match_images(
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
     maps = _descriptor_maps(extractor, batches, lift_iter, clock, cache)
+    del batches
     covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
@@ -355,7 +356,7 @@ def match_images(
     confidence = local.confidence(layout.at, layout.to).masked_fill(distance.isinf(), 0.0)
     clock.lap("match")
     xy_a = frames[0].to_original(at)
-    xy_b = frames[1].to_original(xy).masked_fill((xy < 0).any(-1, keepdim=True), -1.0)
+    xy_b = frames[1].to_original(xy).masked_fill_((xy < 0).any(-1, keepdim=True), -1.0)
     verification = inliers = None
     if verify is not None:
         verification = verify_field(
@@ -417,7 +418,8 @@ class _Frame(NamedTuple):
         """``[..., 2]`` float32 (x, y) in pixels of the original image."""
         top, left = self.covered[:2]
         scale = _pair(self.original[1] / self.loaded[1], self.original[0] / self.loaded[0], at)
-        return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
+        # In place: a dense layout at 896 x 896 takes 13 MB in float64.
+        return (at + _pair(left + 0.5, top + 0.5, at)).mul_(scale).sub_(0.5).to(torch.float32)
 
     def matrix(self) -> npt.NDArray[np.float64]:
         """``[3, 3]``: from (x, y, 1) in cells to pixels of the original image."""
@@ -532,7 +534,7 @@ def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _default_extractor() -> ViTLiFTExtractor:
-    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True)
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 class _Clock:
