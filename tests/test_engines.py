@@ -18,6 +18,7 @@ from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -240,6 +241,10 @@ def test_calls_that_need_pytorch_get_it() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(backbone, (imgs,), (imgs,))
     assert tangent.abs().sum() > 0
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        dual = forward_ad.unpack_dual(backbone(forward_ad.make_dual(imgs, imgs)))
+        assert relative_error(dual.tangent, tangent.double()) <= 1e-5
+    check("forward-mode")
     backbone.model.blocks[0].norm1.weight.requires_grad_(True)
     assert backbone(imgs).requires_grad
     check("weights require gradients")

@@ -33,9 +33,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
 
+# The process that uses OpenVINO.
+_user = 0
+
+
 @cache
 def _openvino() -> Any:
     """The package, without its optional reporter of usage, which would send events over the network."""
+    global _user
+    _user = os.getpid()
     reporter = "openvino_telemetry"
     quiet = reporter not in sys.modules
     if quiet:
@@ -73,13 +79,9 @@ def _probe() -> tuple[bool, str]:
     return True, f"OpenVINO {openvino.__version__.partition('-')[0]} on {name.strip()}"
 
 
-# A process that was forked has none of OpenVINO's threads, and waits for them without end.
-_process = os.getpid()
-
-
 def forked() -> bool:
-    """Whether this process was forked from the one that imported this module."""
-    return os.getpid() != _process
+    """Whether this process was forked from one that had used OpenVINO, whose threads it would wait for without end."""
+    return _openvino.cache_info().currsize > 0 and _user != os.getpid()
 
 
 class OpenVINO:
@@ -137,6 +139,8 @@ class _Compiled:
         _bind(request, tensors)
         try:
             request.infer()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed on {list(inputs[0].shape)}: {said(error)}") from error
         finally:
             _bind(request, self._small)
         self._idle.append(request)
