@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lift_fast import ViTLiFTExtractor, capture_pair, devices, graphs, match_images, memory
+from lift_fast import ViTLiFTExtractor, capture_pair, devices, graphs, load_backbone, match_images, memory
 from lift_fast.kernels.strips import Strips
 from lift_fast.ops.dense_match import bilinear, op
 from lift_fast.ops.dense_match import cuda as dense_match_cuda
@@ -220,6 +220,35 @@ def test_a_vector_is_filled_on_its_device():
     for dtype in (torch.float32, torch.float64, torch.int64):
         made = bilinear.vector(3, -7, dtype, torch.device("cpu"))
         assert torch.equal(made, torch.tensor([3, -7], dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["demo_vitt16", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_is_in_the_form_of_the_flash_kernels(name, dtype, monkeypatch):
+    """Blocks as a GPU runs them. PyTorch's flash kernels take heads with adjacent channels and without a mask."""
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
+    vit = load_backbone(name, random_weights=name != "demo_vitt16", engine="torch").to(torch.device("cpu"), dtype)
+    monkeypatch.setattr(vit, "_standard", lambda blocks, tokens: False)
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*heads, **options):
+        seen.append((heads, options))
+        return attention(*heads, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with torch.no_grad():
+        vit(torch.randn(2, 3, 48, 64, dtype=dtype))
+    # The keys of the last block need no attention.
+    assert len(seen) == vit.depth - 1
+    for heads, options in seen:
+        assert len(heads) == 3
+        assert {tuple(part.shape) for part in heads} == {(2, 3, 13, 64)}
+        assert all(part.stride(-1) == 1 and part.dtype == dtype for part in heads)
+        # Views of the projection's result: nothing was copied to separate them.
+        assert len({part.untyped_storage().data_ptr() for part in heads}) == 1
+        assert options.get("attn_mask") is None
+        assert not options.get("dropout_p")
+        assert not options.get("is_causal")
 
 
 @pytest.mark.gpu
