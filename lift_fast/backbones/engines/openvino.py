@@ -206,7 +206,9 @@ def _load(vit: Any, key: str | None, config: dict[str, Any]) -> Any:
             store.discard(key)
     try:
         # The converted model reads the backbone's own weights: only this one has a copy, which nobody changes.
-        whole = _core().compile_model(_convert(vit), "CPU", config).export_model().getvalue()
+        stream = io.BytesIO()
+        _core().compile_model(_convert(vit), "CPU", config).export_model(stream)
+        whole = stream.getvalue()
         model = _core().import_model(io.BytesIO(whole), "CPU", config)
     except Exception as error:
         raise EngineError(f"OpenVINO cannot compile {vit.name}: {said(error)}") from error
