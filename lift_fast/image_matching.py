@@ -20,7 +20,7 @@ from torch import Tensor
 from . import memory
 from ._text import quoted
 from ._threads import side_by_side
-from .checks import check_flag, check_whole
+from .checks import check_flag, check_rule, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
@@ -34,8 +34,8 @@ from .images import (
     whole_patches,
 )
 from .map_cache import MapCache
-from .ops.dense_match.bilinear import cells_apart
-from .ops.dense_match.op import match_both_ways
+from .ops.dense_match.bilinear import vector
+from .ops.dense_match.op import match_pixels
 from .trust import Field, Trust, local_maps, summarise, verify_field
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -246,7 +246,7 @@ def match_images(
         a, b: files (EXIF orientation applied), bytes of files or binary file objects, Pillow images, uint8 or 0-to-1
             floating point arrays ``[H, W, 3]`` or tensors ``[3, H, W]``; see :func:`lift_fast.images.as_image`.
         extractor: backbone and optional LiFT; None is the demonstration pair that ships with the package
-            (:mod:`lift_fast.demonstration`), on CUDA if available, and cached for further calls.
+            (:mod:`lift_fast.demonstration`), on CUDA if available, with ``dtype="auto"``, and cached for further calls.
         size: pixels of the shorter side, (height, width), or None for the size of each image.
         mutual: ``valid`` requires ``distance <= 1``. (``mutual`` of :func:`lift_fast.dense_match` is
             ``distance == 0``; few pixels of a dense layout pass that, since matches gather at the centres of cells.)
@@ -275,8 +275,7 @@ def match_images(
         ValueError: for images that cannot be read or are smaller than a patch, for more pixels or cells than
             :func:`lift_fast.images.max_pixels` allows, and options out of range.
     """
-    if normalize not in ("grid", "pixel"):
-        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
+    check_rule(normalize)
     step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
     if max_side is not None:
         max_side = check_whole("max_side", max_side, 1, math.inf)
@@ -325,6 +324,7 @@ def match_images(
     pixels = None if points is None else _as_points(points, sizes[0])
     clock.lap("decode")
     maps = _descriptor_maps(extractor, batches, lift_iter, clock, cache)
+    del batches
     covered = [extractor.covered(*side) for side in sides]
     (top, left, height, width), frame_b = covered[0], covered[1][2:]
     if pixels is None:
@@ -344,7 +344,7 @@ def match_images(
     ]
 
     def matched(at: Tensor) -> tuple[Field, tuple[Tensor, ...]]:
-        found = _match_both_ways(maps, (height, width), frame_b, at, normalize, mutual)
+        found = match_pixels(maps, (height, width), frame_b, at, normalize, mutual)
         return Field(frames[0].to_cells(at), frames[1].to_cells(found[0]), found[2]), found
 
     layout, (xy, similarity, distance, valid) = matched(at)
@@ -355,7 +355,7 @@ def match_images(
     confidence = local.confidence(layout.at, layout.to).masked_fill(distance.isinf(), 0.0)
     clock.lap("match")
     xy_a = frames[0].to_original(at)
-    xy_b = frames[1].to_original(xy).masked_fill((xy < 0).any(-1, keepdim=True), -1.0)
+    xy_b = frames[1].to_original(xy).masked_fill_((xy < 0).any(-1, keepdim=True), -1.0)
     verification = inliers = None
     if verify is not None:
         verification = verify_field(
@@ -417,7 +417,8 @@ class _Frame(NamedTuple):
         """``[..., 2]`` float32 (x, y) in pixels of the original image."""
         top, left = self.covered[:2]
         scale = _pair(self.original[1] / self.loaded[1], self.original[0] / self.loaded[0], at)
-        return ((at + _pair(left + 0.5, top + 0.5, at)) * scale - 0.5).to(torch.float32)
+        # In place: a dense layout at 896 x 896 takes 13 MB in float64.
+        return (at + _pair(left + 0.5, top + 0.5, at)).mul_(scale).sub_(0.5).to(torch.float32)
 
     def matrix(self) -> npt.NDArray[np.float64]:
         """``[3, 3]``: from (x, y, 1) in cells to pixels of the original image."""
@@ -472,21 +473,6 @@ def _descriptor_maps(
     return _one_by_one(compute(batches))
 
 
-def _match_both_ways(
-    maps: Sequence[Tensor], size_a: tuple[int, int], size_b: tuple[int, int], at: Tensor, normalize: str, mutual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance and valid ``[...]``."""
-    start = at.reshape(1, -1, 2)
-    points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
-    similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
-    found = xy[..., 0] >= 0
-    distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
-    distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
-    valid = found & (distance <= 1) if mutual else found
-    shape = at.shape[:-1]
-    return xy.view(*shape, 2), similarity.to(torch.float32).view(shape), distance.view(shape), valid.view(shape)
-
-
 def _whole_patches(
     image: Image.Image, size: LoadSize, max_side: int | None, extractor: ViTLiFTExtractor
 ) -> tuple[int, int]:
@@ -500,7 +486,7 @@ def _whole_patches(
 
 def _pair(x: float, y: float, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``[2]`` of x and y, on the device of ``like``."""
-    return torch.tensor([x, y], dtype=dtype, device=like.device)
+    return vector(x, y, dtype, like.device)
 
 
 def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
@@ -532,7 +518,7 @@ def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _default_extractor() -> ViTLiFTExtractor:
-    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True)
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 class _Clock:

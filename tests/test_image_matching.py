@@ -241,7 +241,7 @@ def test_default_extractor_is_the_command_lines_and_is_kept(monkeypatch):
     (here, options), (there, other) = made
     # The command line spells out what the extractor reads off the backbone.
     assert here == there == ("demo_vitt16", "lift_demo_vitt16")
-    assert options == {"device": None, "silent": True}
+    assert options == {"device": None, "silent": True, "dtype": "auto"}
     assert other["device"] is None
     assert arguments.size == match_images.__kwdefaults__["size"]
 

@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--overwrite", action="store_true", help="recompute existing results")
     add_verify_options(parser)
     add_export_options(parser)
-    add_model_options(parser, size_note=", rounded to whole patches", longest_side=True)
+    add_model_options(parser, size_note=", rounded to whole patches", longest_side=True, dtype="auto")
     add_output_options(parser)
     parser.set_defaults(run=run)
 

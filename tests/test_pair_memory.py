@@ -1,0 +1,39 @@
+"""Peak memory of a pair at 896 x 896: at most 1.5 times the weights and 1 GiB, PyTorch's libraries included."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples/photographs"
+PROGRAM = """
+import json, resource, sys, torch
+from lift_fast import ViTLiFTExtractor, match_images
+
+extractor = ViTLiFTExtractor(
+    "dino_vits16", random_weights=True, random_lift=True, device="cpu", silent=True, dtype=getattr(torch, sys.argv[1])
+)
+found = match_images(*sys.argv[2:], extractor=extractor, size=(896, 896), normalize="grid")
+print(json.dumps({
+    "matches": list(found.valid.shape),
+    "weights": sum(weight.nbytes for weight in extractor.parameters()),
+    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is another")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_a_pair(dtype):
+    # In a process of its own; what else runs in this one would count.
+    names = [str(FOLDER / name) for name in ("cat.jpg", "cat_second_view.jpg")]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, dtype, *names], capture_output=True, text=True, timeout=550, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["matches"] == [896, 896]
+    assert found["peak"] <= 1.5 * found["weights"] + (1 << 30), found
