@@ -98,7 +98,6 @@ def build_graph(network: Network, matching: bool, iterations: int, normalize: bo
             raise ValueError(f"{name} has values that are not finite (NaN or infinity)")
     with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
         twin = shared_copy(network).to("cpu", torch.float32).eval()
-        _leave_inference_mode(twin)
         if isinstance(twin, LiFT):
             return LiftGraph(_BasisLiFT(twin) if matching else twin, matching, normalize)
         if matching and isinstance(twin, ViTLiFTExtractor) and isinstance(twin.lift, LiFT):
@@ -120,14 +119,3 @@ def describe(network: Network, output: str, iterations: int, normalize: bool) ->
     names = ("name", "mean", "std", "patch_size", "stride", "facet", "layer", "head_order")
     about |= {"model" if name == "name" else name: getattr(backbone, name) for name in names}
     return about | {"random_weights": network.random_weights}
-
-
-def _leave_inference_mode(module: nn.Module) -> None:
-    """Tensors made in inference mode cannot be recorded: replace them by copies."""
-    for part in module.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None and weight.is_inference():
-                part._parameters[name] = nn.Parameter(weight.clone(), requires_grad=False)
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_inference():
-                part._buffers[name] = buffer.clone()
