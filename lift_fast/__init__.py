@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_lift, save_lift
     from .export import export_onnx
     from .extractor import ViTLiFTExtractor
-    from .graphs import CapturedExtractor, capture
+    from .graphs import CapturedExtractor, capture, capture_pair
     from .image_matching import ImageMatches, match_images
     from .image_stream import ImageDescriptors, extract_images
     from .lift import LiFT
@@ -58,6 +58,7 @@ __all__ = [
     "__version__",
     "backends",
     "capture",
+    "capture_pair",
     "clear_plans",
     "cosine_loss",
     "dense_match",
@@ -85,6 +86,7 @@ _HOME = {
     "WeightsNotFoundError": ".backbones",
     "Window": ".matching",
     "capture": ".graphs",
+    "capture_pair": ".graphs",
     "clear_plans": ".ops.lift_forward.cache",
     "cosine_loss": ".losses",
     "dense_match": ".matching",

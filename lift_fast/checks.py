@@ -148,3 +148,10 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
+
+
+def check_rule(normalize: object) -> str:
+    """``normalize`` of a backbone's maps; ValueError unless it is "grid" or "pixel"."""
+    if not isinstance(normalize, str) or normalize not in ("grid", "pixel"):
+        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
+    return normalize

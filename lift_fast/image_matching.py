@@ -20,7 +20,7 @@ from torch import Tensor
 from . import memory
 from ._text import quoted
 from ._threads import side_by_side
-from .checks import check_flag, check_whole
+from .checks import check_flag, check_rule, check_whole
 from .demonstration import BACKBONE, LIFT
 from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
 from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
@@ -34,8 +34,8 @@ from .images import (
     whole_patches,
 )
 from .map_cache import MapCache
-from .ops.dense_match.bilinear import cells_apart
-from .ops.dense_match.op import match_both_ways
+from .ops.dense_match.bilinear import vector
+from .ops.dense_match.op import match_pixels
 from .trust import Field, Trust, local_maps, summarise, verify_field
 
 STAGES = ("decode", "backbone", "lift", "match")
@@ -275,8 +275,7 @@ def match_images(
         ValueError: for images that cannot be read or are smaller than a patch, for more pixels or cells than
             :func:`lift_fast.images.max_pixels` allows, and options out of range.
     """
-    if normalize not in ("grid", "pixel"):
-        raise ValueError(f'normalize must be "grid" or "pixel", got {normalize!r}; these maps are not unit length')
+    check_rule(normalize)
     step, lift_iter = check_whole("step", step, 1, math.inf), check_lift_iter(lift_iter)
     if max_side is not None:
         max_side = check_whole("max_side", max_side, 1, math.inf)
@@ -345,7 +344,7 @@ def match_images(
     ]
 
     def matched(at: Tensor) -> tuple[Field, tuple[Tensor, ...]]:
-        found = _match_both_ways(maps, (height, width), frame_b, at, normalize, mutual)
+        found = match_pixels(maps, (height, width), frame_b, at, normalize, mutual)
         return Field(frames[0].to_cells(at), frames[1].to_cells(found[0]), found[2]), found
 
     layout, (xy, similarity, distance, valid) = matched(at)
@@ -474,21 +473,6 @@ def _descriptor_maps(
     return _one_by_one(compute(batches))
 
 
-def _match_both_ways(
-    maps: Sequence[Tensor], size_a: tuple[int, int], size_b: tuple[int, int], at: Tensor, normalize: str, mutual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Match the pixels ``at [..., 2]``: xy ``[..., 2]``, similarity, distance and valid ``[...]``."""
-    start = at.reshape(1, -1, 2)
-    points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
-    similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize)
-    found = xy[..., 0] >= 0
-    distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
-    distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
-    valid = found & (distance <= 1) if mutual else found
-    shape = at.shape[:-1]
-    return xy.view(*shape, 2), similarity.to(torch.float32).view(shape), distance.view(shape), valid.view(shape)
-
-
 def _whole_patches(
     image: Image.Image, size: LoadSize, max_side: int | None, extractor: ViTLiFTExtractor
 ) -> tuple[int, int]:
@@ -502,7 +486,7 @@ def _whole_patches(
 
 def _pair(x: float, y: float, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``[2]`` of x and y, on the device of ``like``."""
-    return torch.tensor([x, y], dtype=dtype, device=like.device)
+    return vector(x, y, dtype, like.device)
 
 
 def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:

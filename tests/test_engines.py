@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import pickle
 import subprocess
@@ -19,6 +18,7 @@ from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,7 +137,6 @@ def test_nothing_of_a_call_is_kept() -> None:
         backbone(images(2, 3, 24, 40, seed=1))
     assert torch.equal(out, copied)
     del imgs, out
-    gc.collect()
     assert [ref() for ref in held] == [None, None]
 
 
@@ -242,6 +241,10 @@ def test_calls_that_need_pytorch_get_it() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(backbone, (imgs,), (imgs,))
     assert tangent.abs().sum() > 0
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        dual = forward_ad.unpack_dual(backbone(forward_ad.make_dual(imgs, imgs)))
+        assert relative_error(dual.tangent, tangent.double()) <= 1e-5
+    check("forward-mode")
     backbone.model.blocks[0].norm1.weight.requires_grad_(True)
     assert backbone(imgs).requires_grad
     check("weights require gradients")
@@ -287,6 +290,30 @@ def test_threads_are_followed() -> None:
     finally:
         torch.set_num_threads(1)
     assert relative_error(results[2], results[1].double()) <= 1e-5
+
+
+def test_copies_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    convert = openvino._convert
+    monkeypatch.setattr(openvino, "_convert", lambda vit: (made.append(1), convert(vit))[1])
+    monkeypatch.setenv("LIFT_FAST_ENGINE_CACHE", "0")
+    imgs = images(1, 3, 32, 24)
+    one = FrozenViT(network(seed=5), engine="openvino")
+    two = copy.deepcopy(one)
+    with torch.no_grad():
+        assert torch.equal(one(imgs), two(imgs))
+        assert len(made) == 1
+        expected = two(imgs)
+        # The model has a copy of the weights: those of the backbone that it was made from may change.
+        for parameter in one.model.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(two(imgs), expected)
+        assert not torch.equal(one(imgs), expected)
+        assert torch.equal(two(imgs), expected)
+    assert len(made) == 2
+    model = weakref.ref(one._engine._built._compiled[1])
+    del one, two
+    assert model() is None
 
 
 def test_calls_from_several_threads_do_not_mix() -> None:
@@ -379,6 +406,7 @@ def test_a_wrong_result_is_never_served(wish: str, monkeypatch: pytest.MonkeyPat
         return convert(other)
 
     monkeypatch.setattr(openvino, "_convert", spoilt)
+    openvino._models.clear()
     monkeypatch.setenv("LIFT_FAST_ENGINE_CACHE", "0")
     model, imgs = wide(), images(1, 3, 32, 32)
     backbone = FrozenViT(model, engine=wish)

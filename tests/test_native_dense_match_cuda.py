@@ -445,6 +445,25 @@ def test_batches_through_the_operator(emulation):
         assert torch.equal(found[2][b], one[2])
 
 
+@numeric
+@pytest.mark.parametrize("normalize", ["grid", "pixel"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_ways_are_two_calls(shape, normalize, emulation):
+    """As a graph records them: without looking repeated matches up once."""
+    query, key = maps(6, *shape[:2])
+    query[:, -1, -1] = torch.nan
+    sizes = shape[2:]
+    similarity, xy, back = op.match_both_ways(query[None], key[None], *sizes, None, normalize, "cuda")
+    values, index, _ = run(query, key, *sizes, normalize, mutual=False)
+    assert torch.equal(similarity[0], values)
+    assert torch.equal(torch.where(xy[0, :, 0] < 0, -1, xy[0, :, 1] * sizes[1][1] + xy[0, :, 0]), index)
+    lost = index < 0
+    assert (back[0, lost] == -1).all()
+    if not bool(lost.all()):
+        _, there, _ = run(key, query, *sizes[::-1], normalize, xy[0, ~lost], mutual=False)
+        assert torch.equal(back[0, ~lost, 1] * sizes[0][1] + back[0, ~lost, 0], there)
+
+
 def test_tensors_that_do_not_fit_are_refused():
     key = StretchedMap(torch.zeros(6, 2), (2, 3), (5, 7))
     axes = key.strips()

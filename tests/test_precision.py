@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lift_fast import ViTLiFTExtractor, cli, precision
+from lift_fast import ViTLiFTExtractor, cli, env_report, precision
 from lift_fast.precision import resolve_dtype
 
 CPU = torch.device("cpu")
@@ -104,3 +104,12 @@ def test_the_extractor_and_the_command_line_resolve_it(computes, monkeypatch, tm
     assert run("auto", "--dtype", str(expected).removeprefix("torch.")) == 0
     assert run("nowhere", "--dtype", "auto", "--device", "cuda:99") == 2
     assert "cuda:99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_the_report_of_a_machine_says_it(computes, monkeypatch):
+    processor(monkeypatch, computes, False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    name = "bfloat16" if computes else "float32"
+    assert env_report.report()["dtype auto"] == {"cpu": name}
+    assert f"dtype auto       {name} on cpu" in env_report.report_text().splitlines()

@@ -47,6 +47,7 @@ def jobs(rehearse: bool) -> list[Job]:
         Job("dense_match", figures_matching.dense_match, 4),
         Job("nearest bf16", figures_matching.nearest_half, 4),
         Job("pair", figures_matching.pair, 15),
+        Job("captured pair", figures_matching.captured_pair, 20),
         Job("backbone", figures_backbone.keys, 6),
         Job("cosine loss", figures_training.loss, 4),
         Job("training", figures_training.training, 35),

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lift_fast import ViTLiFTExtractor, devices
+from lift_fast import ViTLiFTExtractor, capture_pair, devices
 from lift_fast.ops import propagate_labels as propagate_op
 from lift_fast.ops.dense_match import op as dense_op
+from lift_fast.ops.dense_match.bilinear import pixel_grid
 from lift_fast.ops.nearest import gpu as nearest_gpu
 from lift_fast.ops.nearest.op import nearest_by
 
 from .clock import recorded
 from .context import Context, Row, Skip
 from .cost import Cost
+from .predictions import CAPTURED
 from .workloads import (
     CHANNELS,
     GRID,
@@ -218,6 +220,39 @@ def _pair_rows(what: str, module: Any, batch: Tensor, context: Context, graph: b
         for normalize in ("grid", "pixel"):
             matcher = lambda: dense_op.dense_match(maps[:1], maps[1:], size, size, None, normalize, True)  # noqa: B023, E731
             yield timed(f"dense_match of {what}, {normalize}, mutual", matcher, context)
+
+
+@torch.no_grad()
+def captured_pair(context: Context) -> Iterator[Row]:
+    """The same as ``capture_pair`` records it, both ways; and at 896 what a ViT-S/16 would add to the matching."""
+    from lift_fast.demonstration import BACKBONE, LIFT
+
+    options = {"device": context.device, "dtype": torch.bfloat16, "silent": True}
+    module = ViTLiFTExtractor(BACKBONE, lift_path=LIFT, **options)
+    for side in (32,) if context.rehearse else (SIDE, 2 * SIDE):
+        a, b = (
+            module.preprocess(PHOTOGRAPHS / name, load_size=(side, side))[0].to(context.device, torch.bfloat16)
+            for name in ("cat.jpg", "cat_second_view.jpg")
+        )
+        for normalize in ("grid", "pixel"):
+            call = _captured(module, a, b, normalize)
+            yield timed(f"{CAPTURED} {side}, {normalize}", call, context, memory=False)
+    if not context.rehearse:
+        module = ViTLiFTExtractor("dino_vits16", random_weights=True, random_lift=True, **options)
+        batch = torch.cat([a, b])
+        maps = recorded(lambda: module.matching_map(batch), context.device)
+        yield timed("backbone and LiFT, ViT-S/16, 2 images of 896, graph", maps, context, memory=False)
+
+
+def _captured(module: Any, a: Tensor, b: Tensor, normalize: str) -> Callable[[], Any]:
+    if a.device.type == "cuda":
+        captured = capture_pair(module, a.shape[2:], normalize=normalize)
+        return lambda: captured(a, b)
+    # A rehearsal on the CPU: what the graph would record.
+    size = (a.shape[2], a.shape[3])
+    at = pixel_grid(size, 0, size[0] * size[1], a.device).view(*size, 2)
+    maps = module.matching_map(torch.cat([a, b])).split(1)
+    return lambda: dense_op.match_pixels(maps, size, size, at, normalize, True)
 
 
 @torch.no_grad()

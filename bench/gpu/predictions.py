@@ -73,6 +73,7 @@ class Prediction(NamedTuple):
 
 PRODUCTS, COPY = "ceiling: bf16 products", "ceiling: copy"
 DENSE, WIDE = (f"dense_match 448, {channels} channels, cuda" for channels in (193, 384))
+CAPTURED = "captured pair to matches and back, demonstration pair,"
 PAIR = "pair to mutual matches, demonstration pair, photographs, graph"
 # UPLiFT's Fast Mode, one 2x step, as published for an H100 PCIe in bfloat16; milliseconds.
 UPLIFT = {"B1 224": 0.31, "B1 448": 1.14, "B1 896": 4.04}
@@ -140,6 +141,11 @@ def table() -> list[Prediction]:
         row("nearest fp32, 50,176^2", _ms("nearest fp32"), "ms", "4.5 to 6"),
         row(f"nearest fp32 over {chunks}", _over(f"{chunks}, fp32", "nearest fp32"), "x", ""),
         row("pair to mutual matches, graph replay", _ms(PAIR), "ms", "", 3),
+        *(
+            row(f"captured pair, {side}, {rule}", _ms(f"{CAPTURED} {side}, {rule}"), "ms", "", goal)
+            for side, goal in ((448, 3), (896, 8))
+            for rule in ("grid", "pixel")
+        ),
         row("keys of ViT-S/16 B1 448, graph replay", _ms("keys of ViT-S/16 B1 448, graph"), "ms", "0.4 to 0.6"),
         row("keys of ViT-S/16 B1 896, graph replay", _ms("keys of ViT-S/16 B1 896, graph"), "ms", "1 to 1.5"),
         row(

@@ -30,9 +30,7 @@ _MOST_ERROR = 1e-4
 
 def add_parser(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
-    parser = commands.add_parser(
-        "export", help="write an ONNX file", description=_DESCRIPTION, epilog=_EXAMPLE
-    )
+    parser = commands.add_parser("export", help="write an ONNX file", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file, .onnx")
     parser.add_argument(
         "--what",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...precision import autocasts
 from . import compiled, openvino
@@ -160,7 +161,7 @@ def _not_plain(vit: Any, imgs: Tensor) -> str | None:
         return "the images require gradients"
     if torch.jit.is_tracing():
         return "the call is traced"
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a mode of PyTorch watches or changes every operation"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode gradients are on"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import memory
 from ...kernels.strips import Scales, Strips
 from ..nearest.plain import NORM_FLOOR
 
@@ -68,8 +69,16 @@ def index_of(points: Tensor, size: tuple[int, int]) -> Tensor:
 
 def cells_apart(a: Tensor, b: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Distance ``[...]`` float32 between (x, y) pixels ``[..., 2]``, in cells of a map of ``grid`` over ``size``."""
-    cells = torch.tensor([grid[1] / size[1], grid[0] / size[0]], dtype=torch.float32, device=a.device)
+    cells = vector(grid[1] / size[1], grid[0] / size[0], torch.float32, a.device)
     return torch.linalg.vector_norm((a - b) * cells, dim=-1)
+
+
+def vector(x: float, y: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[2]`` of x and y. A copy from the host would wait for a GPU, and break the recording of a CUDA graph."""
+    both = memory.empty(2, dtype=dtype, device=device)
+    both[0].fill_(x)
+    both[1].fill_(y)
+    return both
 
 
 def unique_pixels(index: Tensor, pixels: int) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,8 @@ def _both_ways(
         return cpu.match_both_ways(query, key, points, per_pixel)
     values, index = _match(query, key, points, per_pixel, exhaustive, backend)
     # Repeated matches cost a GPU less than counting them.
-    targets, which = (index.clamp_min(0), None) if index.is_cuda else unique_pixels(index, key.pixels)
+    on_gpu = index.is_cuda or backend is not None
+    targets, which = (index.clamp_min(0), None) if on_gpu else unique_pixels(index, key.pixels)
     _, back = _match(key, query, points_of(targets, key.size), per_pixel, exhaustive, backend)
     if which is not None:
         back = back[which] if len(targets) else index
@@ -238,10 +239,12 @@ def match_both_ways(
     key_size: tuple[int, int],
     points: Tensor | None,
     normalize: str,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matches of the query's pixels, and the matches of these, from one table of similarities where that is faster.
 
-    Arguments as :func:`lift_fast.dense_match`, of one image (``B = 1``) and with ``normalize`` "grid" or "pixel".
+    Arguments as :func:`dense_match`, of one image (``B = 1``) and with ``normalize`` "grid" or "pixel". Without
+    ``points`` the host never waits for a GPU.
 
     Returns:
         similarity ``[1, P]``; xy ``[1, P, 2]`` int64 in the key image; and the query pixels ``[1, P, 2]`` that are the
@@ -251,13 +254,41 @@ def match_both_ways(
     points = None if points is None else whole_pixels(points, query_size)[0]
     with torch.no_grad(), full_matmul_precision():
         maps = query_map.detach()[0].to(dtype), key_map.detach()[0].to(dtype)
-        query, key = _stretched(maps, (query_size, key_size), normalize, False, None)
-        similarity, index, back = _both_ways(query, key, points, normalize == "pixel")
+        query, key = _stretched(maps, (query_size, key_size), normalize, False, backend)
+        similarity, index, back = _both_ways(query, key, points, normalize == "pixel", backend=backend)
     xy, back_xy = (
         points_of(at, size).masked_fill_((at < 0)[..., None], -1)
         for at, size in ((index, key_size), (back, query_size))
     )
     return similarity.to(dtype)[None], xy[None], back_xy[None]
+
+
+def match_pixels(
+    maps: Sequence[Tensor],
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    at: Tensor,
+    normalize: str,
+    mutual: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Match the (x, y) pixels ``at [..., 2]`` of A to those of B, and back.
+
+    ``maps`` are two of ``[1, C, h, w]`` over ``size_a`` and ``size_b`` (H, W). As many pixels as A has, in two
+    dimensions, are all of them in their order; for these the host never waits for a GPU.
+
+    Returns:
+        xy ``[..., 2]`` int64, similarity, distance and valid ``[...]``, as :func:`lift_fast.match_images` has them.
+    """
+    start = at.reshape(1, -1, 2)
+    points = None if start.shape[1] == size_a[0] * size_a[1] and at.dim() == 3 else start
+    similarity, xy, back = match_both_ways(maps[0], maps[1], size_a, size_b, points, normalize, backend)
+    found = xy[..., 0] >= 0
+    distance = cells_apart(back, start, (maps[0].shape[2], maps[0].shape[3]), size_a)
+    distance = distance.masked_fill(back[..., 0] < 0, torch.inf)
+    valid = found & (distance <= 1) if mutual else found
+    shape = at.shape[:-1]
+    return xy.view(*shape, 2), similarity.to(torch.float32).view(shape), distance.view(shape), valid.view(shape)
 
 
 def _fake_dense_match(

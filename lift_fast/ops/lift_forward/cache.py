@@ -76,6 +76,11 @@ def prepared_plan(
     return ready
 
 
+def holder(weights: Sequence[Tensor]) -> object:
+    """What keeps the plan of these weights alive, for recorded graphs that read its tensors; None without a plan."""
+    return _entries.get(_key(weights)) if weights else None
+
+
 def clear_plans() -> None:
     """Forget every inference plan; the next forward pass in evaluation mode rebuilds its plan.
 
