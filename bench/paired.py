@@ -38,7 +38,7 @@ from lift_fast.testing import relative_error
 from . import folder, keys, pair, wide
 from .alternate import Paired, alternate, peak_memory
 
-PARTS = ("keys", "pair", "memory", "extract", "export", "xfeat")
+PARTS = ("keys", "pair", "large", "memory", "extract", "export", "xfeat")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16")}
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
 SIZE, LARGE = 448, 896
@@ -136,7 +136,7 @@ class Table:
             found = alternate(ours, other, "cpu", self.rounds)
             low, high = found.quartiles
             print(
-                f"{what:52}{_ms(found.ours):>10} | {name:30}{_ms(found.plain):>10} | {found.speedup:5.2f}x "
+                f"{what:52}{_ms(found.ours):>10} | {name:36}{_ms(found.plain):>10} | {found.speedup:5.2f}x "
                 f"({low:.2f} to {high:.2f}) | error {error:.0e}",
                 flush=True,
             )
@@ -186,6 +186,10 @@ def _keys(table: Table) -> None:
 def _pairs(table: Table) -> None:
     for name in _dtypes():
         _pair(table, "pair", SIZE, name)
+
+
+def _large(table: Table) -> None:
+    *_, name = _dtypes()
     _pair(table, "pair, large", LARGE, name)
 
 
@@ -204,7 +208,10 @@ def _pair(table: Table, what: str, size: int, name: str) -> None:
 
         return call
 
-    usual = {f"{engine} + parts": pair.UsualParts(_extractor(name), engine, size) for engine in engines}
+    usual = {
+        f"{engine} + parts, {pair.POINTS} x {pair.POINTS}": pair.UsualParts(_extractor(name), engine, size)
+        for engine in engines
+    }
     matches = ours()
     error = max(pair.disagreement(matches, run(*images)) for run in usual.values())
     others: dict[str, Any] = {label: staged(label, partial(run, *images)) for label, run in usual.items()}
@@ -310,7 +317,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     before = Before(arguments.before, arguments.threads) if arguments.before is not None else None
     table = Table(arguments.rounds, before)
-    functions = (_keys, _pairs, _memory, _extract, _export, _xfeat)
+    functions = (_keys, _pairs, _large, _memory, _extract, _export, _xfeat)
     start = time.perf_counter()
     for part, function in zip(PARTS, functions, strict=True):
         if part in arguments.only:
