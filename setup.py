@@ -37,7 +37,11 @@ MORE_FLAGS = {
     "avx512_int16": [*ISA_FLAGS["avx512"], "-mavx512vnni"],
     "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
 }
-MORE_ISAS = {"nearest_kernel": ("avx512_int16", "avx512_bf16"), "lift_forward_kernel": ("avx512_bf16",), "vit_kernel": ("avx512_bf16",)}
+MORE_ISAS = {
+    "nearest_kernel": ("avx512_int16", "avx512_bf16"),
+    "lift_forward_kernel": ("avx512_bf16",),
+    "vit_kernel": ("avx512_bf16",),
+}
 # nvcc and the bindings take 0.25 to 0.4 GB.
 COMPILER_MEMORY = 1 << 30
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Werror=uninitialized"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 
 import pytest
 import torch
 
 from lift_fast import load_backbone
+from lift_fast.backbones.engines import EngineError
 from lift_fast.backbones.reference import extract_hooked
 from lift_fast.evaluation.cost import flop_counter
 from lift_fast.precision import cpu_computes
@@ -63,13 +63,11 @@ def test_engines(benchmark, compare, device, model, size, dtype, variant):
     imgs = torch.randn(1, 3, size, size, device=device, dtype=cast)
     plain = keys.plain(plain_keys, imgs)
     if variant in OURS:
-        engine = OURS[variant]
-        if engine == "openvino" and importlib.util.find_spec("openvino") is None:
-            pytest.skip("OpenVINO is not installed")
-        if "engine" not in inspect.signature(load_backbone).parameters and engine != "torch":
-            pytest.skip("this version has no engines")
-        options = {"engine": engine} if engine != "torch" else {}
-        other = load_backbone(model, random_weights=True, **options).to(device, cast)
+        try:
+            other = load_backbone(model, random_weights=True, engine=OURS[variant]).to(device, cast)
+            other.require_engine()
+        except EngineError as error:
+            pytest.skip(str(error))
     else:
         build, package = OTHERS[variant]
         if importlib.util.find_spec(package) is None:

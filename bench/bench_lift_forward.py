@@ -6,11 +6,12 @@ The baseline is the plain module, NCHW, float32, eager, as people run it today; 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from lift_fast import LiFT
+from lift_fast import LiFT, export_onnx
 from lift_fast.testing import randomize, relative_error
 
 CASES = [(1, 224), (8, 224), (1, 448), (1, 896)]
@@ -63,3 +64,28 @@ def test_other_ways(benchmark, compare, lift, device, batch, size, variant):
     with torch.inference_mode():
         error = relative_error(other(cast_imgs, cast_x), plain(imgs, x))
         compare(lambda: other(cast_imgs, cast_x), lambda: plain(imgs, x), error=error, limit=limit)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("batch", "size"), CASES, ids=lambda value: str(value))
+def test_exported(benchmark, compare, lift, device, batch, size, engine, tmp_path):
+    """The ONNX file of :func:`lift_fast.export_onnx` in other engines."""
+    if device != "cpu":
+        pytest.skip("compared on the CPU")
+    module = pytest.importorskip(engine)
+    benchmark.group = f"LiFT forward, {device}, B{batch} {size}"
+    path, threads = export_onnx(lift, tmp_path / "lift.onnx"), torch.get_num_threads()
+    imgs, x = inputs(batch, size, device)
+    given = {"imgs": imgs.numpy(), "tokens": x.numpy()}
+    if engine == "onnxruntime":
+        options = module.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = module.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        other = partial(session.run, None, given)
+    else:
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        other = partial(module.Core().compile_model(path, "CPU", settings), given)
+    plain = plain_module(lift)
+    with torch.inference_mode():
+        error = relative_error(torch.from_numpy(other()[0]), plain(imgs, x))
+        compare(other, lambda: plain(imgs, x), error=error, limit=1e-4)

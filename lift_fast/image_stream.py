@@ -24,8 +24,8 @@ from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, list
 
 # Of images that threads decode, and of images and descriptors from the oldest that still waits for others of its size.
 _AHEAD_BYTES, _WINDOW_BYTES = 256 << 20, 256 << 20
-# On the CPU batches gain up to a fifth below this many pixels, and nothing above. On a GPU an image takes less time
-# than its launches; a batch takes no more than this much of the window.
+# On the CPU batches gain up to an eighth below this many pixels, and hardly anything above. On a GPU an image
+# takes less time than its launches; a batch takes no more than this much of the window.
 _CPU_PIXELS = 448 * 448
 _GPU_BATCH, _BATCH_BYTES = 16, 128 << 20
 _HEADERS_AHEAD = 32
@@ -81,7 +81,7 @@ def extract_images(
         size, max_side: as :func:`lift_fast.match_images`, but not rounded to whole patches.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         batch_size: most images of one size at once. None is as many as have 448 x 448 pixels together on the CPU, where
-            more gain nothing, and 16 on a GPU, fewer where images are large.
+            more hardly gain, and 16 on a GPU, fewer where images are large.
         dtype: of the descriptors; None is the extractor's.
         on_error: called with an image and the message if it cannot be read or loaded; it is then left out. None raises.
 

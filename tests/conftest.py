@@ -18,6 +18,9 @@ from lift_fast.testing import poisoned_outputs
 if not torch.cuda.is_available():
     interpreter.enable()
 
+# No test fills the user's cache of compiled backbones.
+os.environ.setdefault("LIFT_FAST_ENGINE_CACHE", "0")
+
 # Bytes that one process of the tests may take.
 PROCESS_MEMORY = 2 << 30
 

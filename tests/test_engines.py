@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import pickle
 import subprocess
@@ -12,11 +11,14 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +26,7 @@ import lift_fast
 from lift_fast.backbones import EngineError, FrozenViT, load_backbone
 from lift_fast.backbones.engines import choice, openvino
 from lift_fast.backbones.vit import shared_copy
+from lift_fast.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
@@ -33,6 +36,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Networks that several tests use are compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIFT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("LIFT_FAST_ENGINE_CACHE")
         yield
 
 
@@ -133,7 +137,6 @@ def test_nothing_of_a_call_is_kept() -> None:
         backbone(images(2, 3, 24, 40, seed=1))
     assert torch.equal(out, copied)
     del imgs, out
-    gc.collect()
     assert [ref() for ref in held] == [None, None]
 
 
@@ -238,6 +241,10 @@ def test_calls_that_need_pytorch_get_it() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(backbone, (imgs,), (imgs,))
     assert tangent.abs().sum() > 0
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        dual = forward_ad.unpack_dual(backbone(forward_ad.make_dual(imgs, imgs)))
+        assert relative_error(dual.tangent, tangent.double()) <= 1e-5
+    check("forward-mode")
     backbone.model.blocks[0].norm1.weight.requires_grad_(True)
     assert backbone(imgs).requires_grad
     check("weights require gradients")
@@ -283,6 +290,30 @@ def test_threads_are_followed() -> None:
     finally:
         torch.set_num_threads(1)
     assert relative_error(results[2], results[1].double()) <= 1e-5
+
+
+def test_copies_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    convert = openvino._convert
+    monkeypatch.setattr(openvino, "_convert", lambda vit: (made.append(1), convert(vit))[1])
+    monkeypatch.setenv("LIFT_FAST_ENGINE_CACHE", "0")
+    imgs = images(1, 3, 32, 24)
+    one = FrozenViT(network(seed=5), engine="openvino")
+    two = copy.deepcopy(one)
+    with torch.no_grad():
+        assert torch.equal(one(imgs), two(imgs))
+        assert len(made) == 1
+        expected = two(imgs)
+        # The model has a copy of the weights: those of the backbone that it was made from may change.
+        for parameter in one.model.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(two(imgs), expected)
+        assert not torch.equal(one(imgs), expected)
+        assert torch.equal(two(imgs), expected)
+    assert len(made) == 2
+    model = weakref.ref(one._engine._built._compiled[1])
+    del one, two
+    assert model() is None
 
 
 def test_calls_from_several_threads_do_not_mix() -> None:
@@ -375,6 +406,7 @@ def test_a_wrong_result_is_never_served(wish: str, monkeypatch: pytest.MonkeyPat
         return convert(other)
 
     monkeypatch.setattr(openvino, "_convert", spoilt)
+    openvino._models.clear()
     monkeypatch.setenv("LIFT_FAST_ENGINE_CACHE", "0")
     model, imgs = wide(), images(1, 3, 32, 32)
     backbone = FrozenViT(model, engine=wish)
@@ -465,3 +497,37 @@ def test_load_backbone_and_extractor_take_the_engine() -> None:
         plain = load_backbone("demo_vitt16", engine="torch")(imgs)
     assert one.engine_used == two.backbone.engine_used == "openvino"
     assert relative_error(one(imgs), plain.double()) <= 1e-5
+
+
+def test_the_command_line_takes_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(tmp_path / "images" / "a.png")
+    used: list[str | None] = []
+    forward = FrozenViT.forward
+    monkeypatch.setattr(
+        FrozenViT, "forward", lambda self, imgs: (forward(self, imgs), used.append(self.engine_used))[0]
+    )
+
+    def extract(engine: str, out: str) -> int:
+        words = ["extract", str(tmp_path / "images"), "--out", str(tmp_path / out), "--size", "48", "--threads", "1"]
+        return main([*words, "--device", "cpu", "--dtype", "float32", "--engine", engine])
+
+    assert extract("openvino", "one") == extract("torch", "two") == 0
+    assert used == ["openvino", "torch"]
+    one, two = (np.load(next((tmp_path / out).glob("*.npz"))) for out in ("one", "two"))
+    assert sorted(one.files) == sorted(two.files)
+    (name,) = [name for name in one.files if one[name].dtype.kind == "f" and one[name].ndim == 3]
+    assert not np.array_equal(one[name], two[name])
+    assert np.abs(one[name] - two[name]).max() <= 1e-4 * np.abs(two[name]).max()
+    # Another engine goes on where one ended: it is no setting of the features.
+    assert extract("torch", "one") == 0
+    assert used == ["openvino", "torch"]
+    capsys.readouterr()
+    monkeypatch.setenv("LIFT_FAST_DISABLE_OPENVINO", "1")
+    assert extract("openvino", "three") == 2
+    assert "engine='openvino' cannot run demo_vitt16: switched off by LIFT_FAST_DISABLE" in capsys.readouterr().err
+    assert main(["info"]) == 0
+    assert "openvino     no   switched off by LIFT_FAST_DISABLE_OPENVINO=1" in capsys.readouterr().out

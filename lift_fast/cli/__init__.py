@@ -1,5 +1,7 @@
-"""The command line: ``lift-fast match | track | extract | train | eval | show | info``. Only running one imports
-PyTorch."""
+"""The command line: ``lift-fast match | track | extract | export | train | eval | show | info``.
+
+Only running one imports PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from lift_fast._interrupts import STATUS, ending_at_once
 from lift_fast._text import one_line
 
 from . import eval as evaluation
-from . import extract, info, match, show, track, train
+from . import export, extract, info, match, show, track, train
 from .clock import process_start
 from .errors import UsageError
 from .options import run_within_limits
@@ -35,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (match, track, extract, train, evaluation, show, info):
+    for module in (match, track, extract, export, train, evaluation, show, info):
         module.add_parser(commands)
     return parser
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...precision import autocasts
 from . import compiled, openvino
@@ -84,7 +85,7 @@ class Engine:
             return "torch", "as asked for"
         reason = _not_plain(vit, imgs)
         if reason is None:
-            reason = _auto_keeps_torch(vit) if self.wish == "auto" else None
+            reason = _auto_keeps_torch(vit, self._built is None) if self.wish == "auto" else None
         reason = reason or self._missing(vit)
         if reason is not None:
             return "torch", reason
@@ -138,14 +139,14 @@ class Engine:
         return out, "too many kinds of shapes" if out is None else None
 
 
-def _auto_keeps_torch(vit: Any) -> str | None:
-    """Why "auto" leaves this backbone to PyTorch, or None."""
+def _auto_keeps_torch(vit: Any, new: bool) -> str | None:
+    """Why "auto" leaves this backbone to PyTorch, or None; ``new`` if nothing has been compiled for it yet."""
     if vit.device.type != "cpu":
         return f"the fastest on {vit.device}"
     if vit.runs_in_native_core():
         return "the fastest for this network, in the native core"
     low, high = _WORTHWHILE
-    if not low <= sum(weight.numel() for weight in vit.model.parameters()) <= high:
+    if new and not low <= sum(weight.numel() for weight in vit.model.parameters()) <= high:
         return f"a conversion is only worthwhile from {low:,} to {high:,} weights"
     return None
 
@@ -160,7 +161,7 @@ def _not_plain(vit: Any, imgs: Tensor) -> str | None:
         return "the images require gradients"
     if torch.jit.is_tracing():
         return "the call is traced"
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a mode of PyTorch watches or changes every operation"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode gradients are on"

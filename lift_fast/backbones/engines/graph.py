@@ -30,7 +30,8 @@ class PlainGraph(nn.Module):
     def __init__(self, vit: Any, given: tuple[bool, bool, bool]) -> None:
         super().__init__()
         # Its modules are this module's, itself is not: a tracer would follow its properties.
-        self._vit, self.model = (vit,), vit.model
+        self._vit: tuple[Any, ...] = (vit,)
+        self.model = vit.model
         self._given = given
         self.train(False)
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -32,9 +33,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
 
+# The process that uses OpenVINO.
+_user = 0
+
+
 @cache
 def _openvino() -> Any:
     """The package, without its optional reporter of usage, which would send events over the network."""
+    global _user
+    _user = os.getpid()
     reporter = "openvino_telemetry"
     quiet = reporter not in sys.modules
     if quiet:
@@ -72,13 +79,9 @@ def _probe() -> tuple[bool, str]:
     return True, f"OpenVINO {openvino.__version__.partition('-')[0]} on {name.strip()}"
 
 
-# A process that was forked has none of OpenVINO's threads, and waits for them without end.
-_process = os.getpid()
-
-
 def forked() -> bool:
-    """Whether this process was forked from the one that imported this module."""
-    return os.getpid() != _process
+    """Whether this process was forked from one that had used OpenVINO, whose threads it would wait for without end."""
+    return _openvino.cache_info().currsize > 0 and _user != os.getpid()
 
 
 class OpenVINO:
@@ -104,12 +107,12 @@ class OpenVINO:
         with self._lock:
             compiled = self._compiled.get(threads)
             if compiled is None:
-                compiled = _Compiled(vit, _load(vit, self._network, threads))
+                compiled = _compiled(vit, self._network, threads)
                 while len(self._compiled) >= _THREAD_COUNTS:
                     del self._compiled[next(iter(self._compiled))]
                 self._compiled[threads] = compiled
         h, w = vit.grid(*imgs.shape[2:])
-        out = memory.empty(imgs.shape[0], h * w, vit.embed_dim, dtype=imgs.dtype)
+        out = memory.empty(imgs.shape[0], h * w, vit.embed_dim, dtype=imgs.dtype, device="cpu")
         compiled.run([imgs, *parts], out)
         return out
 
@@ -120,8 +123,11 @@ class _Compiled:
     def __init__(self, vit: Any, model: Any) -> None:
         self._model = model
         self._idle: list[Any] = []
-        # What requests hold between calls, so that they keep nobody's images and tokens alive.
-        self._small = [*_plain(_example(vit, 1, (1, 1))), torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype)]
+        # What requests point to between calls, when the caller's memory may be freed.
+        self._small = [
+            *_plain(_example(vit, 1, (1, 1))),
+            torch.zeros(1, 1, vit.embed_dim, dtype=vit.dtype, device="cpu"),
+        ]
 
     def run(self, inputs: list[Tensor], out: Tensor) -> None:
         try:
@@ -133,6 +139,8 @@ class _Compiled:
         _bind(request, tensors)
         try:
             request.infer()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed on {list(inputs[0].shape)}: {said(error)}") from error
         finally:
             _bind(request, self._small)
         self._idle.append(request)
@@ -160,8 +168,12 @@ def _shared(plain: Tensor) -> Any:
     return openvino.Tensor(plain.numpy(), shared_memory=True)
 
 
-def _load(vit: Any, network: Network, threads: int) -> Any:
-    """The compiled model, from the cache or built and put there."""
+# By fingerprint and threads: copies of a backbone share one.
+_models: WeakValueDictionary[tuple[str | None, int], _Compiled] = WeakValueDictionary()
+
+
+def _compiled(vit: Any, network: Network, threads: int) -> _Compiled:
+    """The compiled model: another backbone's of the same weights, from the cache, or built and put there."""
     openvino, core = _openvino(), _core()
     name, abilities = (core.get_property("CPU", of) for of in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
     low = vit.dtype == torch.bfloat16 and "BF16" in abilities
@@ -177,25 +189,36 @@ def _load(vit: Any, network: Network, threads: int) -> Any:
     key = network.fingerprint(
         *("openvino", _FORMAT, openvino.__version__, torch.__version__, name, sorted(abilities), low, shapes)
     )
+    found = None if key is None else _models.get((key, threads))
+    if found is None:
+        found = _Compiled(vit, _load(vit, key, config))
+        if key is not None:
+            _models[key, threads] = found
+    return found
+
+
+def _load(vit: Any, key: str | None, config: dict[str, Any]) -> Any:
     kept = None if key is None else store.read(key)
     if key is not None and kept is not None:
         try:
-            return core.import_model(io.BytesIO(kept), "CPU", config)
+            return _core().import_model(io.BytesIO(kept), "CPU", config)
         except RuntimeError:
             store.discard(key)
     try:
-        compiled = core.compile_model(_convert(vit), "CPU", config)
-        if key is not None:
-            store.write(key, compiled.export_model().getvalue)
+        # The converted model reads the backbone's own weights: only this one has a copy, which nobody changes.
+        whole = _core().compile_model(_convert(vit), "CPU", config).export_model().getvalue()
+        model = _core().import_model(io.BytesIO(whole), "CPU", config)
     except Exception as error:
         raise EngineError(f"OpenVINO cannot compile {vit.name}: {said(error)}") from error
-    return compiled
+    if key is not None:
+        store.write(key, whole)
+    return model
 
 
 def _convert(vit: Any) -> Any:
     openvino = _openvino()
     with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
-        # Its constants are float32, whatever it computes in. They are the backbone's own memory if it has that dtype.
+        # Its constants are float32, whatever it computes in.
         exact = vit if vit.dtype == torch.float32 else copy.deepcopy(vit).float()
         one, other = _example(exact, 2, (2, 3)), _example(exact, 3, (5, 4))
         with warnings.catch_warnings():
@@ -203,6 +226,8 @@ def _convert(vit: Any) -> Any:
             warnings.simplefilter("ignore")
             graph = PlainGraph(exact, parts_of(exact._position((2, 3)))[1])
             model = openvino.convert_model(graph, example_input=tuple(one))
+            # OpenVINO may keep the graph for a while, but not the backbone.
+            graph._vit = ()
     model.reshape(
         {
             index: openvino.PartialShape(
@@ -229,7 +254,7 @@ def _example(vit: Any, batch: int, grid: Grid) -> list[Tensor]:
 def _check(vit: Any, engine: OpenVINO) -> None:
     """Compare with PyTorch on small images of noise."""
     grid = (4, 3)
-    with torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
+    with plain_defaults(), torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"):
         imgs, *parts = _example(vit, 2, grid)
         ours, theirs = engine(vit, imgs, tuple(parts)).float(), vit._in_torch(imgs, grid, vit._position(grid)).float()
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))

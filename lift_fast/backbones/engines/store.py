@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,13 +47,10 @@ def read(key: str) -> bytes | None:
     return content
 
 
-def write(key: str, make: Callable[[], bytes]) -> None:
-    """Keep what ``make`` returns, and remove the longest unused beyond the bound. Does nothing where that fails."""
+def write(key: str, content: bytes) -> None:
+    """Keep ``content``, and remove the longest unused beyond the bound. Does nothing where that fails."""
     path = _path(key)
-    if path is None:
-        return
-    content = make()
-    if len(_MARK) + _DIGEST + len(content) > _env.engine_cache_bytes():
+    if path is None or len(_MARK) + _DIGEST + len(content) > _env.engine_cache_bytes():
         return
     # ValueError: the folder cannot be made or written to.
     with suppress(OSError, ValueError):
