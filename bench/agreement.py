@@ -26,14 +26,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lift_fast import ViTLiFTExtractor, dense_match
+from lift_fast import ViTLiFTExtractor, dense_match, match_images
 from lift_fast.demonstration import BACKBONE, LIFT
 from lift_fast.evaluation.results import bootstrap
 from lift_fast.evaluation.warp.protocol import ALPHAS, MARGIN, project, render
 from lift_fast.images import list_images, read_image
 from lift_fast.training import split
 
-from .trust import SIZE, STEP, view
+from .trust import SIZE, STEP, corner_error, view
 
 Array = npt.NDArray[np.float64]
 NORMALIZE = ("pixel", "grid")
@@ -134,6 +134,25 @@ def measure(paths: list[Path], networks: dict[str, ViTLiFTExtractor]) -> dict[st
     return {"figures": figures, "errors": errors}
 
 
+def verified(paths: list[Path], networks: dict[str, ViTLiFTExtractor]) -> str:
+    """Homographies that ``match_images`` finds and verifies, as Markdown: their corner errors, and warnings."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    warned: dict[str, int] = defaultdict(int)
+    for path in tqdm(paths):
+        first = render(read_image(path), np.eye(3), SIZE)
+        second, truth = view(path, 1.0)
+        for name in (BASE, HALF):
+            matches = match_images(first, second, extractor=networks[name], size=SIZE, step=STEP, verify="homography")
+            errors[name].append(corner_error(matches.transform, truth))
+            warned[name] += bool(matches.warning)
+    lines = ["", f"| homographies, {len(paths)} pairs | median corner error, px | within 10 px | warned of |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, found in errors.items():
+        near = sum(error < 10 for error in found)
+        lines.append(f"| {name} | {np.median(found):.2f} | {near} | {warned[name]} |")
+    return "\n".join(lines)
+
+
 def tables(what: str, result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = []
@@ -180,6 +199,7 @@ def main() -> None:
         paths = split(paths, root=arguments.photographs)[1]
     chosen = [paths[index] for index in np.random.default_rng(0).permutation(len(paths))[: arguments.count]]
     networks = extractors(arguments.device, model_type=BACKBONE, lift_path=LIFT)
+    print(verified(chosen, networks))
     print(tables("demonstration pair", measure(chosen, networks)))
     if arguments.random:
         options = {"model_type": "dino_vits16", "random_weights": True, "random_lift": True}

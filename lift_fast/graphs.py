@@ -26,11 +26,15 @@ class _Recording:
     """A call of a module's networks as one CUDA graph, which reads and writes always the same memory."""
 
     def __init__(self, module: nn.Module, call: Callable[[], Any], device: torch.device) -> None:
+        # Kept, because a compiled module has constants of its own, which the graph reads.
+        self._module = module
         self._lifts = [part for part in module.modules() if isinstance(part, LiFT)]
         self.replay, self.output = _record(call, device)
         self._folded = Witnesses(self._weights())
-        # The graph reads what these caches made for it, and they drop what was not used for long.
-        self._read = [list(part._positions.values()) for part in module.modules() if isinstance(part, FrozenViT)]
+        # The graph reads this memory as long as it is replayed: weights, also of a dropped or moved module, and
+        # what caches made of them, which drop what was not used for long.
+        self._read = [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+        self._positions = [list(part._positions.values()) for part in module.modules() if isinstance(part, FrozenViT)]
         self._plans = [holder(lift._plan_sources()[0]) for lift in self._lifts]
 
     def check(self) -> None:
@@ -92,7 +96,7 @@ class CapturedExtractor:
         """
         _check_images("batch", batch, self.shape)
         self._recording.check()
-        self._input.copy_(batch, non_blocking=True)
+        self._input.copy_(batch.detach(), non_blocking=True)
         self._recording.replay()
         output: Tensor = self._recording.output
         return output.clone() if clone else output
@@ -161,7 +165,7 @@ class CapturedPair:
             _check_images(name, image, (1, 3, *size))
         self._recording.check()
         for place, image in zip(self._inputs, (a, b), strict=True):
-            place.copy_(image, non_blocking=True)
+            place.copy_(image.detach(), non_blocking=True)
         self._recording.replay()
         output: PairMatches = self._recording.output
         return PairMatches(*(part.clone() for part in output)) if clone else output
@@ -202,7 +206,9 @@ def capture(extractor: nn.Module, shape: Sequence[int], *, dtype: torch.dtype | 
     weight = next(extractor.parameters(), None)
     _require_cuda(None if weight is None else weight.device)
     assert weight is not None
-    return CapturedExtractor(extractor, sizes, weight.dtype if dtype is None else dtype, weight.device)
+    # Its memory is written by calls outside of inference mode, too.
+    with torch.inference_mode(False):
+        return CapturedExtractor(extractor, sizes, weight.dtype if dtype is None else dtype, weight.device)
 
 
 def capture_pair(
@@ -242,7 +248,8 @@ def capture_pair(
         extractor.check_size(height, width, lift_iter)
         sizes.append((height, width))
     _require_cuda(extractor.device)
-    return CapturedPair(extractor, sizes, normalize, lift_iter, mutual)
+    with torch.inference_mode(False):
+        return CapturedPair(extractor, sizes, normalize, lift_iter, mutual)
 
 
 def _require_cuda(device: torch.device | None) -> None:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lift_fast import ViTLiFTExtractor, capture_pair, devices, graphs, load_backbone, match_images, memory
+from lift_fast import (
+    ViTLiFTExtractor,
+    capture,
+    capture_pair,
+    clear_plans,
+    devices,
+    graphs,
+    load_backbone,
+    match_images,
+    memory,
+)
 from lift_fast.kernels.strips import Strips
 from lift_fast.ops.dense_match import bilinear, op
 from lift_fast.ops.dense_match import cuda as dense_match_cuda
 from lift_fast.ops.dense_match import gpu as dense_match_gpu
+from lift_fast.ops.lift_forward import cache
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -38,7 +53,9 @@ def replayed(monkeypatch):
 
         def replay():
             with torch.no_grad():
-                for place, value in zip(output, call(), strict=True):
+                again = call()
+                pairs = [(output, again)] if isinstance(output, torch.Tensor) else zip(output, again, strict=True)
+                for place, value in pairs:
                     place.copy_(value)
 
         return replay, output
@@ -132,16 +149,42 @@ def test_what_cannot_be_captured():
             capture_pair(extractor, **{"size_a": (32, 32), **options})
 
 
-def test_what_a_graph_reads_stays_alive(replayed):
-    """Caches drop position embeddings and plans that were not used for long; a graph still reads them."""
+@pytest.mark.usefixtures("replayed", "one_thread")
+@pytest.mark.parametrize("whole", ["pair", "extractor"])
+def test_what_a_graph_reads_stays_alive(whole, monkeypatch):
+    """Weights of a module that is dropped or moved, and what caches made of them and forget."""
+    # Position embeddings are cached where PyTorch's modules run, as on a GPU.
+    monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
+    extractor = network(engine="torch")
+    recorded = capture_pair(extractor, (32, 48)) if whole == "pair" else capture(extractor, (1, 3, 32, 48))
+    tensors = [*extractor.parameters(), *extractor.buffers()]
+    [(_, position)] = extractor.backbone._positions.values()
+    tensors += [one for one in position if one is not None]
+    storages = [StorageWeakRef(one.untyped_storage()) for one in tensors]
+    plan = weakref.ref(cache.holder(extractor.lift._plan_sources()[0]))
+    extractor.to(torch.float64)
+    clear_plans()
+    del extractor, tensors, position
+    gc.collect()
+    assert not any(one.expired() for one in storages)
+    assert plan() is not None
+    del recorded
+    gc.collect()
+    assert all(one.expired() for one in storages)
+    assert plan() is None
+
+
+@pytest.mark.usefixtures("replayed", "one_thread")
+def test_recorded_in_inference_mode_and_called_with_gradients():
     extractor = network()
-    captured = capture_pair(extractor, (32, 48))
-    [position] = extractor.backbone._positions.values() if extractor.backbone._positions else [None]
-    held = captured._recording
-    assert held._plans[0] is not None
-    extractor.backbone._positions.clear()
-    if position is not None:
-        assert held._read == [[position]]
+    with torch.inference_mode():
+        captured, features = capture_pair(extractor, (32, 32)), capture(extractor, (1, 3, 32, 32))
+        batch = torch.randn(1, 3, 32, 32)
+        captured(batch, batch)
+    images = torch.randn(2, 1, 3, 32, 32, requires_grad=True)
+    for _ in range(2):
+        assert not captured(images[0], images[1]).similarity.requires_grad
+        assert not features(images[0]).requires_grad
 
 
 class NothingFromTheHost(TorchDispatchMode):
