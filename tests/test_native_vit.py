@@ -267,6 +267,10 @@ def test_calls_that_are_not_plain_inference_run_the_modules(monkeypatch: pytest.
     assert counter.get_total_flops() > 0
     mapped = torch.vmap(lambda image: backbone(image[None])[0])(imgs)
     torch.testing.assert_close(mapped, wanted, rtol=1e-4, atol=1e-4)
+    first = FrozenViT(network(), layer=0)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(imgs, torch.ones_like(imgs))
+        assert torch.autograd.forward_ad.unpack_dual(first(dual)).tangent is not None
     with monkeypatch.context() as patch:
         patch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
         assert "LIFT_FAST_DISABLE_NATIVE" in backbone._native.why_not(backbone)

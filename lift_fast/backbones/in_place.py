@@ -100,6 +100,7 @@ def is_plain_inference(tensor: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
