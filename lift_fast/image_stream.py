@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from . import memory
 from ._text import quoted
 from .checks import check_whole
 from .extractor import ViTLiFTExtractor, check_lift_iter
@@ -268,7 +269,7 @@ def _on_gpu(batches: Iterator[list[_Turn]], work: _Work) -> _Computed:
     normalise = normaliser(work.extractor.mean, work.extractor.std, device)
     back = torch.cuda.Stream(device)
     queued: deque[tuple[list[_Turn], Tensor, torch.cuda.Event]] = deque()
-    pinned = partial(torch.empty, pin_memory=True)
+    pinned = partial(memory.empty, device="cpu", pin_memory=True)
     for batch in batches:
         with torch.cuda.device(device):
             pixels = pinned((len(batch), *batch[0][1].pixels.shape), dtype=torch.uint8)
