@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import lift_fast
-from lift_fast import image_stream, images
+from lift_fast import image_stream, memory, images
 from lift_fast.images import bounded_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,8 +291,8 @@ def test_the_way_of_a_gpu_without_one(folder, extractor, monkeypatch):
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nothing)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: said.append("kept"))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    empty = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     results = list(lift_fast.extract_images(folder, extractor=extractor, size=32, batch_size=3))
     monkeypatch.undo()
     queued = ["the copy waits for the networks", "kept", "recorded"]
