@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import lift_fast
-from lift_fast import image_stream, memory, images
+from lift_fast import image_stream, images, memory
 from lift_fast.images import bounded_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
