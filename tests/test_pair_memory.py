@@ -10,11 +10,19 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "examples/photographs"
 PROGRAM = """
 import json, resource, sys, torch
-from lift_fast import ViTLiFTExtractor, match_images
+from lift_fast import FrozenViT, ViTLiFTExtractor, match_images
+from lift_fast.backbones.network import VisionTransformer
 
+torch.manual_seed(0)
+# What DINO's file makes of "dino_vits16"; random weights by that name would import timm.
+model = VisionTransformer(384, 12, 6, 16, (14, 14)).eval()
+for weight in model.parameters():
+    torch.nn.init.trunc_normal_(weight, std=0.02)
 extractor = ViTLiFTExtractor(
-    "dino_vits16", random_weights=True, random_lift=True, device="cpu", silent=True, dtype=getattr(torch, sys.argv[1])
+    model=FrozenViT(model), channel=None, patch=None, stride=None, layer=None,
+    random_lift=True, device="cpu", silent=True, dtype=getattr(torch, sys.argv[1]),
 )
+del model
 found = match_images(*sys.argv[2:], extractor=extractor, size=(896, 896), normalize="grid")
 print(json.dumps({
     "matches": list(found.valid.shape),
