@@ -81,7 +81,7 @@ void advise_huge_pages(std::uintptr_t address, std::uintptr_t bytes) {
 
 PYBIND11_MODULE(_C, m) {
   // lift_fast/_native.py has the same number; a change of what the core takes raises both.
-  m.attr("interface") = 3;
+  m.attr("interface") = 4;
   m.doc() = "Native core of lift_fast";
   m.def("build_info", &lift_fast::build_info, "How this binary was built.");
   m.def("cpu_isas", &lift_fast::isas, "Instruction sets for the kernels on this CPU, best first.");
