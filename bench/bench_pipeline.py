@@ -16,9 +16,13 @@ from . import pair, wide
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-@pytest.mark.parametrize("engine", list(pair.ENGINES))
-@pytest.mark.parametrize("dtype", list(LIMITS))
-@pytest.mark.parametrize("size", [448, 896])
+@pytest.mark.parametrize(
+    ("size", "dtype", "engine"),
+    [
+        *((448, dtype, engine) for dtype in LIMITS for engine in pair.ENGINES),
+        *((896, dtype, "OpenVINO") for dtype in LIMITS),
+    ],
+)
 def test_pair(benchmark, compare, device, size, dtype, engine):
     cast = getattr(torch, dtype)
     if device != "cpu":
