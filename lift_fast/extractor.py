@@ -68,8 +68,8 @@ class ViTLiFTExtractor(nn.Module):
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
         random_lift: use a LiFT with random weights, for tests.
         weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
-        dtype: of weights and descriptors; None is float32, and ``"auto"`` bfloat16 where the device computes it
-            (:func:`lift_fast.precision.resolve_dtype`).
+        dtype: of weights and descriptors, as a torch dtype or its name (``"float32"``); None is float32, and ``"auto"``
+            bfloat16 where the device computes it (:func:`lift_fast.precision.resolve_dtype`).
         fused: False forces LiFT's plain graph.
         head_order: channel order of key, query and value: ``"concatenated"`` (head after head) or ``"interleaved"``
             (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
