@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,6 +25,7 @@ from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
 from .checks import FLOATS, as_whole, check_dense, check_whole
 from .defaults import plain_defaults
+from .demonstration import BACKBONE, LIFT
 from .images import LoadSize
 from .precision import resolve_dtype
 
@@ -418,6 +420,12 @@ class ViTLiFTExtractor(nn.Module):
         else:
             name = Path(self.lift_path).name if self.lift_path is not None else type(self.lift).__name__
             print(f"Loaded LiFT: {name}{' (random weights)' if self._random_lift else ''}")
+
+
+@lru_cache(maxsize=1)
+def demonstration_extractor() -> ViTLiFTExtractor:
+    """The demonstration pair, on CUDA if available, with ``dtype="auto"``; one for all calls."""
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 def check_lift_iter(lift_iter: int) -> int:
