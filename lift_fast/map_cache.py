@@ -21,9 +21,9 @@ _Key = tuple[int, tuple[int, ...], bytes]
 class MapCache:
     """Maps for ``match_images(cache=...)``, found by the pixels of the loaded image; those used last are kept.
 
-    Every image goes through the networks by itself, so that results do not depend on the order of the pairs. They
-    differ by rounding from those without a cache, where two images of one size go together. A cache serves one
-    extractor, whose weights must not change meanwhile; another extractor empties it.
+    Every image goes through the networks by itself, so that results do not depend on the order of the pairs. Where a
+    batch of two changes the rounding, they differ by that from results without a cache. A cache serves one extractor,
+    whose weights must not change meanwhile; another extractor empties it.
 
     Args:
         max_bytes: of all maps, 1 GiB by default: 56 x 75 cells of 193 channels take 3.2 MB. The maps of the latest pair

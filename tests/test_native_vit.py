@@ -295,12 +295,12 @@ def test_calls_that_are_not_plain_inference_run_the_modules(monkeypatch: pytest.
 
 
 @NARROW
-def test_packed_weights_are_shared_and_freed() -> None:
+def test_packed_weights_are_shared_with_other_strides_and_freed() -> None:
     model, imgs = network(), torch.randn(1, 3, 32, 32)
-    first, second = FrozenViT(model), FrozenViT(model, facet="value", layer=1)
-    third = FrozenViT(copy.deepcopy(model))
+    first, third = FrozenViT(model), FrozenViT(model)
+    second = first.strided(4)
     with torch.no_grad():
-        for backbone in (first, second, third, first.strided(4)):
+        for backbone in (first, second, third):
             backbone(imgs)
     blocks = [b._native._network.blocks for b in (first, second, third)]
     assert blocks[1][0] is blocks[0][0]
@@ -312,12 +312,147 @@ def test_packed_weights_are_shared_and_freed() -> None:
     # The part of one network must not serve another after a change.
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.mul_(2)
-        check(second(imgs), right(model, imgs, facet="value", layer=1))
+        check(second(imgs), right(model, imgs, stride=4))
         check(first(imgs), right(model, imgs))
     packed = weakref.ref(first._native._network.blocks[-1])
     del blocks, first, second, third, backbone, other
     gc.collect()
     assert packed() is None
+
+
+@NARROW
+def test_edits_that_leave_no_trace_count_after_eval() -> None:
+    model, imgs = network(), torch.randn(1, 3, 32, 32)
+    first, second = FrozenViT(model), FrozenViT(model)
+    with torch.no_grad():
+        first(imgs), second(imgs)
+        model.blocks[0].mlp.fc1.weight.data.mul_(2)
+        model.pos_embed.data.mul_(2)
+        check(first.eval()(imgs), right(model, imgs))
+        check(FrozenViT(model)(imgs), right(model, imgs))
+        check(nn.Sequential(second).train()(imgs), right(model, imgs))
+
+
+@NARROW
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bfloat16(),
+        lambda o: o.double(),
+        lambda o: o[..., :32].contiguous(),
+        lambda o: o[:1],
+        lambda o: o.flatten(0, 1),
+        lambda o: o.requires_grad_(),
+    ],
+)
+def test_tokens_that_are_not_plain_go_to_the_modules(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a hook makes of the first block's tokens: the modules' result, or their error."""
+    model = network(width=64, heads=2)
+    model.norm_pre.register_forward_hook(lambda module, args, out: change(out))
+    found: list[Any] = []
+    imgs = torch.randn(2, 3, 64, 80)
+    for disabled in ("0", "1"):
+        monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", disabled)
+        try:
+            found.append(FrozenViT(model)(imgs))
+        except Exception as error:
+            found.append(type(error))
+    if isinstance(found[1], Tensor):
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        assert found[0].requires_grad == found[1].requires_grad
+    else:
+        assert found[0] == found[1]
+
+
+@NARROW
+def test_tokens_of_any_layout_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts behind the class token, transposed tokens; what made the tokens may keep them."""
+    model, imgs, kept = network(), torch.randn(2, 3, 40, 24), []
+    prompts = torch.randn(3, 96)
+
+    def insert(module: Any, args: Any, out: Tensor) -> Tensor:
+        more = torch.cat([out[:, :1], prompts.to(out).expand(len(out), -1, -1), out[:, 1:]], dim=1)
+        kept.append(more.transpose(1, 2).contiguous().transpose(1, 2))
+        return kept[-1]
+
+    model.norm_pre.register_forward_hook(insert)
+    calls = runs(monkeypatch)
+    with torch.no_grad():
+        got = FrozenViT(model, facet="token")(imgs)
+        before = kept[-1].clone()
+        check(got, right(model, imgs, facet="token"))
+        assert calls == [1]
+        assert got.shape[1] == 3 + 15
+        monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
+        check(FrozenViT(model, facet="token")(imgs), right(model, imgs, facet="token"))
+    assert all(torch.equal(tokens, before) for tokens in kept if tokens.dtype == before.dtype)
+
+
+@NARROW
+def test_trainable_parts_before_the_blocks_get_gradients() -> None:
+    backbone, imgs = FrozenViT(network(pre_norm=True)), torch.randn(1, 3, 32, 32)
+    backbone.model.norm_pre.weight.requires_grad_()
+    backbone(imgs).sum().backward()
+    assert backbone.model.norm_pre.weight.grad.abs().max() > 0
+
+
+def _set_none(owner: str, name: str) -> Any:
+    return lambda backbone: setattr(backbone.model.get_submodule(owner), name, None)
+
+
+def _set(owner: str, name: str, value: Any) -> Any:
+    return lambda backbone: setattr(backbone.model.get_submodule(owner), name, value)
+
+
+@NARROW
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _set_none("blocks.1.attn.qkv", "bias"),
+        _set_none("blocks.0.mlp.fc1", "bias"),
+        _set_none("patch_embed.proj", "bias"),
+        _set("blocks.0.ls1", "gamma", nn.Parameter(torch.tensor([0.7]))),
+        _set("blocks.0.attn.proj", "bias", nn.Parameter(torch.tensor([0.7]))),
+        _set("", "pos_embed", nn.Parameter(torch.randn(1, 17, 1))),
+        _set("blocks.1.mlp.drop1", "training", True),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_parameters_that_are_missing_or_stretched(edit: Any, late: bool) -> None:
+    backbone, imgs = FrozenViT(network(init_values=0.5), facet="token"), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        if late:
+            backbone(imgs)
+        edit(backbone)
+        check(backbone(imgs), right(backbone.model, imgs, facet="token"))
+        wider = torch.randn(1, 3, 40, 32)
+        check(backbone(wider), right(backbone.model, wider, facet="token"))
+
+
+@NARROW
+def test_lazily_negated_images_and_weights() -> None:
+    backbone, imgs = FrozenViT(network()), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        check(backbone(torch._neg_view(imgs)), right(backbone.model, -imgs))
+        layer = backbone.model.blocks[0].attn.qkv
+        layer.weight = nn.Parameter(torch._neg_view(layer.weight.detach().clone()), requires_grad=False)
+        check(backbone(imgs), right(backbone.model, imgs))
+
+
+@NARROW
+def test_a_projection_whose_weight_is_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, imgs = FrozenViT(network()), torch.randn(1, 3, 32, 32)
+    projection = backbone.model.patch_embed.proj
+    weight = projection.weight.detach().clone()
+    del projection.weight
+    projection.weight = weight
+    with torch.no_grad():
+        for factor in (1, 3):
+            weight.mul_(factor)
+            monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "0")
+            got = backbone(imgs)
+            monkeypatch.setenv("LIFT_FAST_DISABLE_NATIVE", "1")
+            check(got, backbone(imgs).double())
 
 
 @NARROW

@@ -48,14 +48,17 @@ class StandardBlocks:
         settings = [
             (itemgetter("fused_attn", "num_heads"), [block.attn.__dict__ for block in every]),
             (itemgetter("approximate"), [block.mlp.act.__dict__ for block in every]),
+            (itemgetter("training"), [part.__dict__ for block in every for part in idle_parts(block)]),
         ]
         self._known = Unchanged(blocks, settings)
         return True
 
 
 def run(blocks: list[nn.Module], tokens: Tensor) -> Tensor:
-    """``[B, N, C]`` contiguous tokens through ``blocks``; overwrites ``tokens`` and returns it."""
+    """``[B, N, C]`` tokens through ``blocks``, as new memory."""
     batch, count, width = tokens.shape
+    # What made the tokens may have kept them.
+    tokens = memory.new_empty(tokens, tokens.shape).copy_(tokens)
     x = tokens.view(batch * count, width)
     wide, narrow = memory.new_empty(tokens, 0), memory.empty_like(x)
     for item in blocks:
@@ -104,6 +107,11 @@ def is_plain_inference(tensor: Tensor) -> bool:
     )
 
 
+def idle_parts(block: Any) -> list[Any]:
+    """What has no effect in evaluation mode."""
+    return [block.drop_path1, block.drop_path2, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
+
+
 def is_standard(block: Any) -> bool:
     """Whether a block and its parts are timm's originals or this package's twins, neither edited nor hooked."""
     classes, norm_classes, scale_classes, idle_classes = _classes(block)
@@ -112,8 +120,6 @@ def is_standard(block: Any) -> bool:
     if (type(block), type(attention), type(mlp)) != classes:
         return False
     norms = (block.norm1, block.norm2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
-    # No effect in evaluation mode.
-    idle = (block.drop_path1, block.drop_path2, attention.proj_drop, mlp.drop1, mlp.drop2)
     return (
         attention.fused_attn
         and getattr(attention, "gate", None) is None
@@ -121,7 +127,8 @@ def is_standard(block: Any) -> bool:
         and type(mlp.act) is nn.GELU
         and all(type(scale) in (*scale_classes, nn.Identity) for scale in (block.ls1, block.ls2))
         and all(type(norm) in (*norm_classes, nn.LayerNorm, nn.Identity) for norm in norms)
-        and all(type(part) in (*idle_classes, nn.Dropout, nn.Identity) for part in idle)
+        and all(type(part) in (*idle_classes, nn.Dropout, nn.Identity) for part in idle_parts(block))
+        and not any(part.training for part in idle_parts(block))
         and all(is_original(part) for part in (block, attention, mlp))
         and is_untouched(*block.modules())
     )

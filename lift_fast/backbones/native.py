@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .. import _env, _native, devices, memory
 from ..untouched import Unchanged, is_original, is_untouched
 from ..witnesses import Witnesses
-from .in_place import is_plain_inference, is_standard
+from .in_place import idle_parts, is_plain_inference, is_standard
 from .projection import FacetProjection
 
 _UNIT = 32
@@ -48,6 +48,8 @@ class _Network(NamedTuple):
     key: tuple[Any, ...]
     unchanged: Unchanged
     slots: list[_Slot]
+    absent: list[bool]
+    """Which of the slots are None."""
     witnesses: Witnesses
     sizes: tuple[int, int, int, int]
     head: _Part | None
@@ -57,14 +59,19 @@ class _Network(NamedTuple):
     isa: str
 
 
-_parts: WeakValueDictionary[tuple[Any, ...], _Part] = WeakValueDictionary()
+_Parts = WeakValueDictionary[tuple[Any, ...], _Part]
 
 
 class NativeTransformer:
     """Runs a ``FrozenViT`` in the native core and keeps its packed weights; copies and pickles do not."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: _Parts | None = None) -> None:
         self._network: _Network | None = None
+        self._parts: _Parts = WeakValueDictionary() if parts is None else parts
+
+    def sibling(self) -> NativeTransformer:
+        """For a backbone on the same weights, with which it shares the packed ones."""
+        return NativeTransformer(self._parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeTransformer, ()
@@ -84,13 +91,33 @@ class NativeTransformer:
         return _differs(vit)
 
     def __call__(self, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Result of ``FrozenViT.forward`` for checked ``imgs``; None if the call or the network is not plain."""
-        if not _is_plain(imgs):
+        """``[B, h * w, C]`` of checked ``imgs``, before a final norm.
+
+        None if the call or the network is not plain, or if the modules must make the first block's tokens.
+        """
+        network = self._for(vit, imgs)
+        return None if network is None or network.head is None else _from_images(network, vit, imgs, grid)
+
+    def blocks(self, vit: Any, tokens: Tensor) -> Tensor | None:
+        """The same from the first block's ``tokens``, which the modules have made; None if they are no plain ones."""
+        network = self._for(vit, tokens)
+        if network is None or tokens.dim() != 3 or tokens.shape[2] != network.sizes[0] or tokens.dtype != vit.dtype:
+            return None
+        return _from_tokens(network, vit, tokens)
+
+    def forget(self) -> None:
+        """Pack the weights anew at the next call."""
+        self._network, self._parts = None, WeakValueDictionary()
+
+    def _for(self, vit: Any, tensor: Tensor) -> _Network | None:
+        """What computes this call; None if PyTorch must."""
+        if not _is_plain(tensor):
             return None
         network = self._ready(vit)
-        if network is None or (torch.is_grad_enabled() and any(p.requires_grad for p in _tensors(network.slots))):
+        wants = torch.is_grad_enabled() and network is not None
+        if network is None or (wants and any(p is not None and p.requires_grad for p in _tensors(network.slots))):
             return None
-        return _run(network, vit, imgs, grid)
+        return network
 
     def _ready(self, vit: Any) -> _Network | None:
         network = self._network
@@ -100,15 +127,16 @@ class NativeTransformer:
             and runs
             and network.key == _key(vit, isa)
             and network.unchanged.still(_roots(vit, network.head is not None))
-            and network.witnesses.recognise(_tensors(network.slots))
         ):
-            return network
+            tensors = _tensors(network.slots)
+            if [t is None for t in tensors] == network.absent and network.witnesses.recognise(_present(tensors)):
+                return network
         self._network = None
         if self.why_not(vit):
             return None
         # Built outside inference mode, because it outlives this call.
         with torch.inference_mode(False), torch.no_grad():
-            self._network = _build(vit, isa)
+            self._network = _build(vit, isa, self._parts)
         return self._network
 
 
@@ -130,6 +158,8 @@ def _is_plain(imgs: Tensor) -> bool:
         type(imgs) is Tensor
         and imgs.dtype in _DTYPES
         and is_plain_inference(imgs)
+        # Of what the core reads at its address, these are other values.
+        and not imgs.is_neg()
         # Counters count PyTorch's operations.
         and not is_in_torch_dispatch_mode()
     )
@@ -167,19 +197,37 @@ def _differs(vit: Any) -> str:
     width, heads, dim, hidden = sizes.pop()
     if width % _UNIT or hidden % _UNIT or width != vit.model.embed_dim or vit.embed_dim % _UNIT:
         return f"its {width} channels and the {hidden} of its MLPs are no multiples of {_UNIT}"
-    wanted = [(3 * heads * dim, width), (width, heads * dim), (hidden, width), (width, hidden)]
+    inner = heads * dim
+    layers = [("attn.qkv", 3 * inner, width), ("attn.proj", width, inner), ("mlp.fc1", hidden, width)]
+    layers.append(("mlp.fc2", width, hidden))
+    vectors = ((width,), None)
     for block in blocks:
-        layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        if [tuple(layer.weight.shape) for layer in layers] != wanted:
-            return "its layers do not fit together"
+        for name, outputs, inputs in layers:
+            layer = block.get_submodule(name)
+            if _shape(layer.weight) != (outputs, inputs) or _shape(layer.bias) not in ((outputs,), None):
+                return "its layers do not fit together"
+        for part in (block.norm1, block.norm2):
+            shapes = (tuple(part.normalized_shape), _shape(part.weight) or (width,), _shape(part.bias) or (width,))
+            if shapes != ((width,),) * 3:
+                return "its norms do not fit its channels"
+        if any(_shape(getattr(scale, "gamma", None)) not in vectors for scale in (block.ls1, block.ls2)):
+            return "its scales do not fit its channels"
     modules = [m for block in blocks for m in block.modules()]
     # Weights computed by hooks that are gone are plain attributes.
     if any(name in m.__dict__ for m in modules for name in ("weight", "bias", "gamma")):
         return "some of its weights are no parameters"
-    tensors = [p for m in modules for p in m._parameters.values() if p is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.dtype != vit.dtype for t in tensors):
+    if not all(_is_plain_weight(p, vit.dtype) for m in modules for p in m._parameters.values() if p is not None):
         return "its weights differ in dtype or device, or are no plain tensors"
     return ""
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _is_plain_weight(weight: Tensor, dtype: torch.dtype) -> bool:
+    known = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided and not weight.is_neg()
+    return known and weight.device.type == "cpu" and weight.dtype == dtype
 
 
 def _starts_plainly(vit: Any) -> bool:
@@ -195,6 +243,12 @@ def _starts_plainly(vit: Any) -> bool:
         and type(model.norm_pre) is nn.Identity
         and type(model.pos_drop) in (nn.Identity, nn.Dropout)
         and is_untouched(embed, projection, embed.norm, model.norm_pre, model.pos_drop)
+        and not model.pos_drop.training
+        and "weight" in projection._parameters
+        and "bias" in projection._parameters
+        and _shape(projection.weight) == (vit.model.embed_dim, 3, vit.patch_size, vit.patch_size)
+        and _shape(projection.bias) in ((vit.model.embed_dim,), None)
+        and all(_is_plain_weight(p, vit.dtype) for p in projection._parameters.values() if p is not None)
     )
 
 
@@ -204,35 +258,39 @@ def _sizes(block: Any) -> tuple[int, int, int, int]:
     return attention.qkv.in_features, attention.num_heads, inner // attention.num_heads, block.mlp.fc1.out_features
 
 
-def _build(vit: Any, isa: str) -> _Network:
+def _build(vit: Any, isa: str, parts: _Parts) -> _Network:
     model, blocks = vit.model, list(vit.model.blocks)
     norms = [norm for block in blocks[: vit.layer + 1] for norm in (block.norm1, block.norm2)]
     settings = [
         (itemgetter("fused_attn", "num_heads"), [block.attn.__dict__ for block in blocks[: vit.layer + 1]]),
         (itemgetter("approximate"), [block.mlp.act.__dict__ for block in blocks[: vit.layer + 1]]),
         (itemgetter("eps", "normalized_shape"), [norm.__dict__ for norm in norms]),
+        (itemgetter("training"), [part.__dict__ for block in blocks[: vit.layer + 1] for part in idle_parts(block)]),
     ]
     starts = _starts_plainly(vit)
     if starts:
         settings.append((itemgetter("stride", "padding", "dilation", "groups"), [model.patch_embed.proj.__dict__]))
+        settings.append((itemgetter("training"), [model.pos_drop.__dict__]))
     roots = _roots(vit, starts)
     unchanged = Unchanged(roots, settings)
-    slots = [(m._parameters, n) for r in roots for m in r.modules() for n, p in m._parameters.items() if p is not None]
-    witnesses = Witnesses(_tensors(slots))
+    slots = [(m._parameters, n) for r in roots for m in r.modules() for n in m._parameters]
+    tensors = _tensors(slots)
+    witnesses = Witnesses(_present(tensors))
     dtype, sizes = vit.dtype, _sizes(blocks[0])
     projection, last = vit._projection, vit.layer + (vit._projection is None)
     head = None
     if starts:
         patch = model.patch_embed.proj
-        head = _linear((None, patch.weight.flatten(1), patch.bias), 0.0, dtype, isa, "head", [patch])
-    packed = [_block(block, sizes, dtype, isa) for block in blocks[:last]]
+        head = _linear((None, patch.weight.flatten(1), patch.bias), 0.0, dtype, isa, parts, "head", [patch])
+    packed = [_block(block, sizes, dtype, isa, parts) for block in blocks[:last]]
     tail = None
     if projection is not None:
         block = blocks[vit.layer]
         weight, bias = _rows(projection, block.attn.qkv)
         order = ("tail", projection.facet, projection.interleaved, projection.heads)
-        tail = _linear((block.norm1, weight, bias), block.norm1.eps, dtype, isa, order, [block.attn.qkv])
-    return _Network(_key(vit, isa), unchanged, slots, witnesses, sizes, head, packed, tail, isa)
+        tail = _linear((block.norm1, weight, bias), block.norm1.eps, dtype, isa, parts, order, [block.attn.qkv])
+    absent = [t is None for t in tensors]
+    return _Network(_key(vit, isa), unchanged, slots, absent, witnesses, sizes, head, packed, tail, isa)
 
 
 def _rows(projection: FacetProjection, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -248,7 +306,7 @@ def _rows(projection: FacetProjection, layer: nn.Linear) -> tuple[Tensor, Tensor
     return weight, bias
 
 
-def _block(block: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype, isa: str) -> _Part:
+def _block(block: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype, isa: str, parts: _Parts) -> _Part:
     attention, mlp = block.attn, block.mlp
     scales = [getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2)]
     first = (block.norm1, attention.qkv, attention.proj)
@@ -267,78 +325,92 @@ def _block(block: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype, isa
         core.vit_pack_block(addresses, epsilons, sizes, name, _native.address(packed), packed.numel(), isa)
         return packed
 
-    return _shared((isa, dtype, sizes, epsilons), weights, weights, pack)
+    return _shared(parts, (isa, dtype, sizes, epsilons), weights, weights, pack)
 
 
 def _linear(
-    parts: tuple[Any, Tensor, Tensor | None],
+    layer: tuple[Any, Tensor, Tensor | None],
     epsilon: float,
     dtype: torch.dtype,
     isa: str,
+    parts: _Parts,
     kind: Any,
     layers: list[Any],
 ) -> _Part:
-    norm, matrix, bias = parts
+    norm, matrix, bias = layer
     core, name = _native.require(), _DTYPES[dtype]
     outputs, inputs = matrix.shape
     weights = [None if norm is None else norm.weight, None if norm is None else norm.bias, matrix, bias]
-    sources = [
-        *weights[:2],
-        *([matrix, bias] if layers is None else [p for layer in layers for p in (layer.weight, layer.bias)]),
-    ]
+    sources = [*weights[:2], *(p for source in layers for p in (source.weight, source.bias))]
 
     def pack(addresses: list[int]) -> Tensor:
         packed = memory.empty(core.vit_linear_bytes(inputs, outputs, name, isa), dtype=torch.uint8, device="cpu")
         core.vit_pack_linear(addresses, epsilon, inputs, outputs, name, _native.address(packed), packed.numel(), isa)
         return packed
 
-    return _shared((isa, dtype, kind, epsilon), sources, weights, pack)
+    return _shared(parts, (isa, dtype, kind, epsilon), sources, weights, pack)
 
 
-def _shared(key: tuple[Any, ...], sources: list[Any], weights: list[Any], pack: Any) -> _Part:
+def _shared(parts: _Parts, key: tuple[Any, ...], sources: list[Any], weights: list[Any], pack: Any) -> _Part:
     """The part packed from these weights, by another network or now."""
     given = [t for t in sources if t is not None]
     key = (*key, *(0 if t is None else t.data_ptr() for t in sources))
-    part = _parts.get(key)
+    part = parts.get(key)
     if part is None or not part.witnesses.recognise(given):
         single = [None if t is None else t.detach().to(torch.float32).contiguous() for t in weights]
         part = _Part(given, pack([0 if t is None else _native.address(t) for t in single]))
-        _parts[key] = part
+        parts[key] = part
     return part
 
 
-def _tensors(slots: list[_Slot]) -> list[Tensor]:
-    return [entries[name] for entries, name in slots]
+def _tensors(slots: list[_Slot]) -> list[Tensor | None]:
+    return [entries.get(name) for entries, name in slots]
 
 
-def _run(network: _Network, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor:
-    batch, _, height, width = imgs.shape
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _from_images(network: _Network, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
     channels, count = network.sizes[0], grid[0] * grid[1]
-    wide = channels if network.tail is None else vit.embed_dim
-    if network.head is None:
-        tokens, images = vit._embed(imgs, grid)[0], None
-        first = tokens.shape[1] - count
-    else:
-        prefix, position, _ = vit._position(grid)
-        first = 0 if prefix is None else prefix.shape[1]
-        tokens = imgs = imgs.contiguous()
-        if position is None:
-            position = imgs.new_zeros(count, channels)
-        places = [None if t is None else t.to(torch.float32).contiguous() for t in (prefix, position)]
-        sizes = (height, width, vit.patch_size, vit.stride, *grid)
-        images = (_native.address(imgs), *sizes, *(0 if t is None else _native.address(t) for t in places), first)
-    out = memory.new_empty(tokens, (batch, count, wide))
+    prefix, position, _ = vit._position(grid)
+    first = 0 if prefix is None else prefix.shape[1]
+    if position is None:
+        position = imgs.new_zeros(1, count, channels)
+    # PyTorch would stretch others over the tokens.
+    if _shape(position) != (1, count, channels) or _shape(prefix) not in ((1, first, channels), None):
+        return None
+    imgs = imgs.contiguous()
+    places = [None if t is None else t.to(torch.float32).contiguous() for t in (prefix, position)]
+    sizes = (*imgs.shape[2:], vit.patch_size, vit.stride, *grid)
+    images = (_native.address(imgs), *sizes, *(0 if t is None else _native.address(t) for t in places), first)
+    return _run(network, vit, imgs, 0, images, first + count, first)
+
+
+def _from_tokens(network: _Network, vit: Any, tokens: Tensor) -> Tensor | None:
+    first, count = vit.model.num_prefix_tokens, tokens.shape[1]
+    if not 0 <= first < count:
+        return None
+    tokens = tokens.contiguous()
+    return _run(network, vit, tokens, _native.address(tokens), None, count, first)
+
+
+def _run(
+    network: _Network, vit: Any, given: Tensor, x: int, images: tuple[int, ...] | None, tokens: int, skipped: int
+) -> Tensor:
+    wide = network.sizes[0] if network.tail is None else vit.embed_dim
+    out = memory.new_empty(given, (given.shape[0], tokens - skipped, wide))
     _native.require().vit(
-        0 if images else _native.address(tokens),
+        x,
         images,
-        network.head.place if network.head else (0, 0),
+        network.head.place if images and network.head else (0, 0),
         [block.place for block in network.blocks],
         network.tail.place if network.tail else (0, 0),
         wide,
         _native.address(out),
-        batch,
-        first + count,
-        first,
+        given.shape[0],
+        tokens,
+        skipped,
         network.sizes,
         _DTYPES[vit.dtype],
         torch.get_num_threads(),

@@ -53,7 +53,7 @@ class FrozenViT(nn.Module):
 
     The given model is not changed: the wrapper holds a copy of its modules that shares the weight storage. In-place
     updates of the given model (``load_state_dict``, optimiser steps) therefore take effect; moving it to another device
-    or dtype does not.
+    or dtype does not. PyTorch does not count updates through ``.data`` or NumPy: call ``eval()`` after them.
 
     Args:
         model: a timm ``VisionTransformer`` (also distilled) or ``Eva`` with a convolutional, square patch embedding.
@@ -137,7 +137,7 @@ class FrozenViT(nn.Module):
             self.embed_dim = self._projection.width
         self._native, self._standard = NativeTransformer(), StandardBlocks()
         self._positions: OrderedDict[_Key, tuple[Witnesses, Position]] = OrderedDict()
-        self.train(False)
+        super().train(False)
         self.require_engine()
 
     def require_engine(self) -> None:
@@ -199,7 +199,9 @@ class FrozenViT(nn.Module):
             ValueError: unless ``stride`` is an integer from 1 to the patch size.
         """
         same = ("facet", "layer", "head_order", "position_rule", "mean", "std", "name", "random_weights", "engine")
-        return FrozenViT(self.model, stride=stride, **{name: getattr(self, name) for name in same})
+        other = FrozenViT(self.model, stride=stride, **{name: getattr(self, name) for name in same})
+        other._native = self._native.sibling()
+        return other
 
     def forward(self, imgs: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised images to ``[B, h * w, embed_dim]`` tokens, row-major on :meth:`grid`.
@@ -219,9 +221,11 @@ class FrozenViT(nn.Module):
         """:meth:`forward` by PyTorch; with ``position`` by its modules alone, for tracers."""
         model = self.model
         native = self._native(self, imgs, grid) if position is None else None
+        if native is None:
+            tokens, rotary = self._embed(imgs, grid, position)
+            native = self._native.blocks(self, tokens) if position is None else None
         if native is not None:
             return model.norm(native) if self.facet == "final" else native
-        tokens, rotary = self._embed(imgs, grid, position)
         last = self.layer if self._projection is not None else self.layer + 1
         # A list, because a slice of the container would be a new container.
         blocks = list(model.blocks)[:last]
@@ -239,8 +243,14 @@ class FrozenViT(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
-        """Stay in evaluation mode: the backbone is frozen even if a parent module trains."""
+        """Stay in evaluation mode: the backbone is frozen even if a parent module trains.
+
+        Forgets what was computed from the weights, as after edits through ``.data``, which leave no trace.
+        """
         super().train(False)
+        self._positions.clear()
+        self._native.forget()
+        self._engine.forget()
         return self
 
     def runs_in_native_core(self) -> bool:
