@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,6 +25,7 @@ from .backbones import FrozenViT, load_backbone
 from .backbones.vit import shared_copy
 from .checks import FLOATS, as_whole, check_dense, check_whole
 from .defaults import plain_defaults
+from .demonstration import BACKBONE, LIFT
 from .images import LoadSize
 from .precision import resolve_dtype
 
@@ -68,8 +70,8 @@ class ViTLiFTExtractor(nn.Module):
         lift: a LiFT module instead of ``lift_path``; it is moved to ``device``, frozen and set to evaluation mode.
         random_lift: use a LiFT with random weights, for tests.
         weights, random_weights, checkpoint_key, seed: see :func:`load_backbone`; ``seed`` also seeds ``random_lift``.
-        dtype: of weights and descriptors; None is float32, and ``"auto"`` bfloat16 where the device computes it
-            (:func:`lift_fast.precision.resolve_dtype`).
+        dtype: of weights and descriptors, as a torch dtype or its name (``"float32"``); None is float32, and ``"auto"``
+            bfloat16 where the device computes it (:func:`lift_fast.precision.resolve_dtype`).
         fused: False forces LiFT's plain graph.
         head_order: channel order of key, query and value: ``"concatenated"`` (head after head) or ``"interleaved"``
             (as in the published extractor). None is interleaved with a LiFT, because published LiFT weights were
@@ -418,6 +420,12 @@ class ViTLiFTExtractor(nn.Module):
         else:
             name = Path(self.lift_path).name if self.lift_path is not None else type(self.lift).__name__
             print(f"Loaded LiFT: {name}{' (random weights)' if self._random_lift else ''}")
+
+
+@lru_cache(maxsize=1)
+def demonstration_extractor() -> ViTLiFTExtractor:
+    """The demonstration pair, on CUDA if available, with ``dtype="auto"``; one for all calls."""
+    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 def check_lift_iter(lift_iter: int) -> int:

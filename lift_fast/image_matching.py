@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,14 +21,14 @@ from . import memory
 from ._text import quoted
 from ._threads import side_by_side
 from .checks import check_flag, check_rule, check_whole
-from .demonstration import BACKBONE, LIFT
-from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter
+from .extractor import Rectangle, ViTLiFTExtractor, check_lift_iter, demonstration_extractor
 from .geometry import SEEDS, Verification, as_cameras, as_focal, check_kind, check_threshold, guessed_camera, opencv
 from .images import (
     AnyImage,
     LoadSize,
     bounded_size,
     check_size,
+    file_name,
     oriented_image,
     resize,
     whole_patches,
@@ -306,7 +306,7 @@ def match_images(
     sizes = [(image.height, image.width) for image in images]
     # Loading the weights is not part of any stage.
     paused = time.perf_counter()
-    extractor = _default_extractor() if extractor is None else extractor
+    extractor = demonstration_extractor() if extractor is None else extractor
     clock.start += time.perf_counter() - paused
     clock.device = extractor.device if timing else None
     sides = []
@@ -391,13 +391,9 @@ def match_images(
         transform=None if verification is None else verification.matrix,
         verification=verification,
         trust=summarise(valid, field, local, (frames[0].grid, frames[1].grid), verification),
-        files=(_file_name(a), _file_name(b)),
+        files=(file_name(a), file_name(b)),
         orientations=orientations,
     )
-
-
-def _file_name(image: AnyImage) -> str | None:
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
 
 
 class _Frame(NamedTuple):
@@ -514,11 +510,6 @@ def _as_points(points: Tensor | npt.ArrayLike, size: tuple[int, int]) -> Tensor:
             f"{size[0]}; {int(outside.sum())} of {outside.numel()} do not, the first is {pixels[outside][0].tolist()}"
         )
     return pixels
-
-
-@lru_cache(maxsize=1)
-def _default_extractor() -> ViTLiFTExtractor:
-    return ViTLiFTExtractor(BACKBONE, LIFT, device=None, silent=True, dtype="auto")
 
 
 class _Clock:

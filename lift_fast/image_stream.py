@@ -20,8 +20,19 @@ from torch import Tensor
 from . import memory
 from ._text import quoted
 from .checks import check_whole
-from .extractor import ViTLiFTExtractor, check_lift_iter
-from .images import AnyImage, LoadSize, as_image, bounded_size, check_size, list_images, normaliser, resize, stored_size
+from .extractor import ViTLiFTExtractor, check_lift_iter, demonstration_extractor
+from .images import (
+    AnyImage,
+    LoadSize,
+    as_image,
+    bounded_size,
+    check_size,
+    file_name,
+    list_images,
+    normaliser,
+    resize,
+    stored_size,
+)
 
 # Of images that threads decode, and of images and descriptors from the oldest that still waits for others of its size.
 _AHEAD_BYTES, _WINDOW_BYTES = 256 << 20, 256 << 20
@@ -48,6 +59,16 @@ class ImageDescriptors(NamedTuple):
     """(height, width) of the image as loaded for the backbone."""
     file_size: tuple[int, int]
     """(height, width) of the original image, upright."""
+    file: str | None = None
+    """The image as given or found in the folder, where it was a path."""
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.descriptors.shape))
+        loaded, original = (f"{width} x {height}" for height, width in (self.image_size, self.file_size))
+        return (
+            f"ImageDescriptors({self.position}{'' if self.file is None else f', {quoted(self.file)}'}: {shape} "
+            f"{str(self.descriptors.dtype).removeprefix('torch.')}, loaded at {loaded} of {original} pixels)"
+        )
 
 
 class _Loaded(NamedTuple):
@@ -55,12 +76,13 @@ class _Loaded(NamedTuple):
     pixels: npt.NDArray[np.uint8]
     grid: tuple[int, int]
     file_size: tuple[int, int]
+    file: str | None
 
 
 def extract_images(
     images: str | os.PathLike[str] | Iterable[AnyImage],
     *,
-    extractor: ViTLiFTExtractor,
+    extractor: ViTLiFTExtractor | None = None,
     size: LoadSize = 448,
     max_side: int | None = None,
     lift_iter: int = 1,
@@ -78,7 +100,8 @@ def extract_images(
     Args:
         images: a folder or file (:func:`lift_fast.images.list_images`), or images in any form that
             :func:`lift_fast.match_images` takes; they are asked for 32 ahead.
-        extractor: backbone and optional LiFT. It must not change meanwhile.
+        extractor: backbone and optional LiFT, which must not change meanwhile; None is the demonstration pair, as for
+            :func:`lift_fast.match_images`.
         size, max_side: as :func:`lift_fast.match_images`, but not rounded to whole patches.
         lift_iter: applications of LiFT; 0 is the backbone alone.
         batch_size: most images of one size at once. None is as many as have 448 x 448 pixels together on the CPU, where
@@ -95,8 +118,8 @@ def extract_images(
             iterating, without ``on_error``, as :func:`lift_fast.images.as_image` and for sizes that
             :meth:`ViTLiFTExtractor.check_size` refuses.
     """
-    if not isinstance(extractor, ViTLiFTExtractor):
-        raise TypeError(f"extractor must be a ViTLiFTExtractor, got {type(extractor).__name__}")
+    if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
+        raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
     lift_iter = check_lift_iter(lift_iter)
     for name, value in (("max_side", max_side), ("batch_size", batch_size)):
         if value is not None:
@@ -105,6 +128,7 @@ def extract_images(
         raise ValueError(f"dtype must be a floating point dtype or None, got {dtype!r}")
     if isinstance(images, (str, os.PathLike)):
         images = list_images(images)
+    extractor = demonstration_extractor() if extractor is None else extractor
     dtype = extractor.dtype if dtype is None else dtype
     work = _Work(extractor, size, max_side, lift_iter, batch_size, dtype)
     return _stream(images, work, on_error)
@@ -139,7 +163,7 @@ class _Work(NamedTuple):
             grid = self.extractor.check_size(height, width, self.lift_iter)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        return _Loaded(index, np.array(resize(rgb, (height, width))), grid, (rgb.height, rgb.width))
+        return _Loaded(index, np.array(resize(rgb, (height, width))), grid, (rgb.height, rgb.width), file_name(image))
 
     def held(self, image: _Loaded) -> int:
         """Bytes of an image and its descriptors."""
@@ -166,7 +190,9 @@ def _stream(
         for batch, found in computed(_batches(taken, work), work):
             for (place, image), descriptors in zip(batch, found, strict=True):
                 height, width = image.pixels.shape[:2]
-                waiting[place] = ImageDescriptors(image.position, descriptors, (height, width), image.file_size)
+                waiting[place] = ImageDescriptors(
+                    image.position, descriptors, (height, width), image.file_size, image.file
+                )
             # Else this batch would be held while the next is computed.
             del batch, found, image, descriptors
             while turn in waiting:

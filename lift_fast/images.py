@@ -264,6 +264,11 @@ def stored_size(image: AnyImage) -> tuple[int, int] | None:
     return None
 
 
+def file_name(image: AnyImage) -> str | None:
+    """The path of an image that is given as one."""
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+
+
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """List the images in a folder and its subfolders, in natural order (2.jpg before 10.jpg); a file lists itself.
 

@@ -12,7 +12,7 @@ _AMPERE = (8, 0)
 
 
 def resolve_dtype(wish: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype of networks on ``device``: ``wish``, or float32 for None.
+    """The dtype of networks on ``device``: ``wish``, a dtype or its name (``"bfloat16"``), or float32 for None.
 
     ``"auto"`` is bfloat16 where the processor multiplies it: CPUs with AVX512-BF16 or AMX, and CUDA devices of compute
     capability 8.0 or later. It is float32 elsewhere.
@@ -24,9 +24,12 @@ def resolve_dtype(wish: torch.dtype | str | None, device: torch.device) -> torch
         return torch.float32
     if isinstance(wish, str) and wish == "auto":
         return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
-    if not isinstance(wish, torch.dtype) or wish not in DTYPES:
-        raise ValueError(f'dtype must be {", ".join(map(str, DTYPES))}, "auto" or None, got {wish!r}')
-    return wish
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    found = named.get(wish) if isinstance(wish, str) else wish
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        words = ", ".join(f'"{name}"' for name in (*named, "auto"))
+        raise ValueError(f"dtype must be {', '.join(map(str, DTYPES))}, {words} or None, got {wish!r}")
+    return found
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -77,7 +77,9 @@ def test_no_command_prints_help(capsys):
 @pytest.mark.parametrize("lift", [[], ["--random-lift"], ["--random-lift", "--iterations", "2"]])
 def test_match(images, tmp_path, capsys, lift):
     out = tmp_path / "result.png"
-    assert run("match", *images, "--out", out, *TINY, *lift, "--json", "--step", "3") == 0
+    dtype = "bfloat16" if lift else "float32"
+    options = ("--step", "3", "--dtype", dtype, "--engine", "torch", "--json")
+    assert run("match", *images, "--out", out, *TINY, *lift, *options) == 0
     figures = json.loads(capsys.readouterr().out)
     loaded_a, loaded_b = figures["loaded_size_a"], figures["loaded_size_b"]
     assert min(loaded_a) == min(loaded_b) == 64
@@ -95,8 +97,11 @@ def test_match(images, tmp_path, capsys, lift):
     with np.load(out.with_suffix(".npz")) as data:
         assert {name for name in data.files if name not in shapes} == {
             *(f"{name}_{side}" for name in ("size", "loaded_size", "covered", "grid") for side in "ab"),
-            "random_weights",
+            *("random_weights", "settings", "source", "source_bytes", "orientation", "engine"),
         }
+        assert figures["dtype"] == json.loads(str(data["settings"]))["dtype"] == dtype
+        assert figures["engine"] == str(data["engine"]) == "torch"
+        assert data["source"].tolist() == [path.name for path in images]
         assert all(data[name].shape == (rows, columns, *shape) for name, shape in shapes.items())
         assert figures["points"] == rows * columns
         assert int(data["valid"].sum()) == figures["valid"]

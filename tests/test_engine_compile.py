@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 import lift_fast
 from lift_fast.backbones import EngineError, FrozenViT
 from lift_fast.backbones.engines import compiled
+from lift_fast.backbones.engines.graph import Network
 from lift_fast.backbones.network import VisionTransformer
+from lift_fast.cli import eval_options, options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +44,22 @@ def exact(model: VisionTransformer, imgs: Tensor) -> Tensor:
 def error(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape
     return float((ours.double() - theirs).abs().max() / theirs.abs().max())
+
+
+def test_cuda_without_a_gpu_is_no_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    # Both places where Python keeps the module.
+    monkeypatch.setattr(torch.utils, "cpp_extension", cpp_extension)
+    monkeypatch.delitem(sys.modules, "torch.utils.cpp_extension")
+    backbone = FrozenViT(network(), engine="compile")
+    compiled.Compiled(backbone, Network(backbone))
+    assert "torch.utils.cpp_extension" in sys.modules
+    assert caplog.records == []
 
 
 @pytest.mark.slow
@@ -88,3 +110,16 @@ def test_other_devices_are_a_reason() -> None:
     runs, reason = compiled.installed("meta")
     assert not runs
     assert "needs a CPU or a CUDA device, got meta" in reason
+
+
+@pytest.mark.parametrize("build", [options.build_extractor, eval_options.build])
+def test_the_wait_is_announced(build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compiled, "installed", lambda kind: (True, ""))
+    for more, announced in (((), True), (("--quiet",), False), (("--engine", "torch"), False)):
+        parser = argparse.ArgumentParser()
+        options.add_model_options(parser)
+        options.add_output_options(parser)
+        arguments = parser.parse_args(["--device", "cpu", "--engine", "compile", *more])
+        arguments.method = ["lift"]
+        build(arguments)
+        assert ("compiles before the first image" in capsys.readouterr().err) == announced

@@ -440,7 +440,7 @@ def test_numpys_integers_are_whole_numbers():
 BUILD = {
     "device": ({"device": "a"}, ValueError, "device must be cpu, cuda"),
     "device number": ({"device": 2.5}, ValueError, "device must be cpu, cuda"),
-    "dtype": ({"dtype": "float32"}, ValueError, "dtype must be torch.float32"),
+    "dtype": ({"dtype": "single"}, ValueError, "dtype must be torch.float32"),
     "dtype integer": ({"dtype": torch.int8}, ValueError, "dtype must be torch.float32"),
     "float8": ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype must be torch.float32"),
     "seed": ({"seed": 2**70, "random_lift": True}, ValueError, "seed must be an integer of at most 64 bits"),

@@ -226,17 +226,16 @@ def test_default_extractor_is_the_command_lines_and_is_kept(monkeypatch):
         made.append((arguments, options))
         return extractor()
 
-    monkeypatch.setattr(lift_fast.image_matching, "ViTLiFTExtractor", build)
-    lift_fast.image_matching._default_extractor.cache_clear()
+    monkeypatch.setattr(lift_fast.extractor, "ViTLiFTExtractor", build)
+    lift_fast.extractor.demonstration_extractor.cache_clear()
     try:
-        first = lift_fast.image_matching._default_extractor()
-        assert lift_fast.image_matching._default_extractor() is first
+        first = lift_fast.extractor.demonstration_extractor()
+        assert lift_fast.extractor.demonstration_extractor() is first
     finally:
-        lift_fast.image_matching._default_extractor.cache_clear()
+        lift_fast.extractor.demonstration_extractor.cache_clear()
     parser = argparse.ArgumentParser()
     add_model_options(parser)
     arguments = parser.parse_args([])
-    monkeypatch.setattr(lift_fast.extractor, "ViTLiFTExtractor", build)
     build_extractor(arguments)
     (here, options), (there, other) = made
     # The command line spells out what the extractor reads off the backbone.

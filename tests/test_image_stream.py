@@ -108,6 +108,33 @@ def test_any_form_of_an_image(folder, extractor):
     assert list(lift_fast.extract_images([], extractor=extractor)) == []
 
 
+def test_results_say_where_they_come_from(folder, extractor):
+    array = noise(40, 64)
+    for given, expected in ((folder, str(folder / "0.png")), ([str(folder / "0.png")], str(folder / "0.png"))):
+        found = next(lift_fast.extract_images(given, extractor=extractor, size=32))
+        assert found.file == expected
+        assert repr(found) == (
+            f"ImageDescriptors(0, {expected}: 4 x 6 x 192 float32, loaded at 51 x 32 of 64 x 40 pixels)"
+        )
+    (found,) = lift_fast.extract_images([array], extractor=extractor, size=None, dtype=torch.float16)
+    assert found.file is None
+    assert repr(found) == "ImageDescriptors(0: 4 x 8 x 192 float16, loaded at 64 x 40 of 64 x 40 pixels)"
+
+
+def test_without_extractor_the_demonstration_pair_of_match_images(folder, monkeypatch):
+    own, made = make_extractor(), []
+    monkeypatch.setattr(lift_fast.extractor, "ViTLiFTExtractor", lambda *names, **options: made.append(names) or own)
+    lift_fast.extractor.demonstration_extractor.cache_clear()
+    try:
+        (found,) = lift_fast.extract_images(folder / "0.png", size=32)
+        lift_fast.match_images(folder / "0.png", folder / "1.png", size=32)
+    finally:
+        lift_fast.extractor.demonstration_extractor.cache_clear()
+    assert made == [("demo_vitt16", "lift_demo_vitt16")]
+    (expected,) = lift_fast.extract_images(folder / "0.png", extractor=own, size=32)
+    assert torch.equal(found.descriptors, expected.descriptors)
+
+
 def test_images_of_one_size_go_together_past_others(extractor, seen):
     arrays = [noise(32, 48 if number % 2 else 64) for number in range(12)]
     results = list(lift_fast.extract_images(arrays, extractor=extractor, size=None, batch_size=4))
@@ -222,7 +249,7 @@ def test_unusable_images_are_told_in_order(folder, extractor):
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
-        ({"extractor": "dino_vits16"}, TypeError, "extractor must be a ViTLiFTExtractor, got str"),
+        ({"extractor": "dino_vits16"}, TypeError, "extractor must be a ViTLiFTExtractor or None, got str"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"batch_size": 1.5}, ValueError, "batch_size"),
         ({"max_side": -1}, ValueError, "max_side"),

@@ -75,9 +75,11 @@ def test_only_what_is_asked_for_changes(monkeypatch):
     assert resolve_dtype(None, CPU) == torch.float32
     for dtype in precision.DTYPES:
         assert resolve_dtype(dtype, CPU) == dtype
+    for name in ("float32", "bfloat16", "float16", "float64"):
+        assert resolve_dtype(name, CPU) == getattr(torch, name)
     assert resolve_dtype("auto", torch.device("meta")) == torch.float32
-    for wrong in ("bfloat16", "Auto", torch.int8, torch.complex64, 32, float):
-        with pytest.raises(ValueError, match=r'dtype must be torch.float32, .*, "auto" or None, got'):
+    for wrong in ("int8", "torch.bfloat16", "Auto", "", torch.int8, torch.complex64, 32, float):
+        with pytest.raises(ValueError, match=r'dtype must be torch.float32, .*"float64", "auto" or None, got'):
             resolve_dtype(wrong, CPU)
 
 
@@ -89,6 +91,7 @@ def test_the_extractor_and_the_command_line_resolve_it(computes, monkeypatch, tm
     made = ViTLiFTExtractor("vit_tiny_patch16_224", dtype="auto", **options)
     assert made.dtype == made.lift.outc.weight.dtype == expected
     assert ViTLiFTExtractor("vit_tiny_patch16_224", **options).dtype == torch.float32
+    assert ViTLiFTExtractor("vit_tiny_patch16_224", dtype="float64", **options).dtype == torch.float64
     Image.fromarray(np.random.default_rng().integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
 
     def run(out: str, *more: str) -> int:

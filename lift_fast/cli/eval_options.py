@@ -14,7 +14,14 @@ from lift_fast.demonstration import BACKBONE, LIFT
 from lift_fast.evaluation.rules import IMAGE_BRANCHES
 
 from .errors import UsageError, as_usage_error, check_output
-from .options import add_model_options, add_output_options, positive, remarks, takes_demonstration_lift
+from .options import (
+    add_model_options,
+    add_output_options,
+    announce_compilation,
+    positive,
+    remarks,
+    takes_demonstration_lift,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +123,7 @@ def build(arguments: argparse.Namespace) -> tuple[FrozenViT, list[Method]]:
             engine=arguments.engine,
         ).to(device, getattr(torch, arguments.dtype))
         backbone.require_engine()
+        announce_compilation(arguments)
         lift: Any = arguments.lift
         # Commands that draw do not follow a published placement.
         image_branch = getattr(arguments, "image_branch", "aligned")

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Write the networks as an ONNX file in float32. Input "imgs" [batch, 3, height, width]: RGB between 0
 and 1, less the mean, divided by the standard deviation; both are in the file's metadata (lift_fast.mean,
 lift_fast.std). Outputs: "descriptors" [batch, cells, channels], or "matching_map" [batch, channels, rows, columns], the
-same inner products in half the channels. Batch, height and width are free unless --static fixes them. Exit status: 0
-if the file was written, 1 if --check finds a relative error above 1e-4, 2 for invalid input."""
+same inner products in half the channels (in all of them without LiFT). --no-lift writes the backbone alone. Batch,
+height and width are free unless --static fixes them. Exit status: 0 if the file was written, 1 if --check finds a
+relative error above 1e-4, 2 for invalid input."""
 _EXAMPLE = "example: lift-fast export --what matching-map --check --out maps.onnx"
 _WHAT = ("descriptors", "matching-map", "lift")
 _MOST_ERROR = 1e-4
@@ -36,8 +37,8 @@ def add_parser(commands: Any) -> None:
         "--what",
         default="descriptors",
         choices=_WHAT,
-        help="images to descriptors, images to a matching map, or LiFT alone, which also takes the backbone's tokens "
-        "(%(default)s)",
+        help="images to descriptors (with --no-lift the backbone's tokens), images to a matching map, or LiFT alone, "
+        "which also takes the backbone's tokens (%(default)s)",
     )
     parser.add_argument("--normalize", action="store_true", help="divide each descriptor of a matching map by its norm")
     parser.add_argument("--static", type=_size, metavar="HxW", help="for images of this size only")

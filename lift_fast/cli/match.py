@@ -34,8 +34,10 @@ sheet, and write them to an .npz file next to it: xy_a and xy_b [rows, columns, 
 files, (-1, -1) for no match; similarity, distance (forward-backward, in cells of A's descriptor map), confidence
 (0 to 1, agreement with the matches around) and valid, each [rows, columns]; size_a, size_b,
 loaded_size_a, loaded_size_b (height, width of the files and of the loaded images); covered_a, covered_b (top, left,
-height, width of the matched pixels of the loaded images); grid_a, grid_b (cells of the descriptor maps) and
-random_weights; with --verify, inliers [rows, columns] and transform [3, 3]. A warning is printed where the matches
+height, width of the matched pixels of the loaded images); grid_a, grid_b (cells of the descriptor maps),
+random_weights; settings (JSON, with the dtype), engine (what computed the backbone), source, source_bytes and
+orientation (names, lengths and EXIF orientations of the two files); with --verify, inliers [rows, columns] and
+transform [3, 3]. A warning is printed where the matches
 should not be believed. --pairs matches the pairs of a list instead. Exit status: 0 if all pairs were matched, 1 if some
 could not be read, 2 for invalid input."""
 _EXAMPLE = """examples: lift-fast match left.jpg right.jpg --model dino_vits16 --lift lift_dino_vits16.pth;
@@ -138,8 +140,9 @@ def _run_pair(arguments: argparse.Namespace) -> int:
     for remark in remarks(arguments):
         say(remark)
     with as_usage_error():
-        matches = match_pair.match(arguments, extractor, arguments.a, arguments.b)
-    figures = match_pair.write(arguments, matches, sheet, numbers, {})
+        matches = match_pair.match(arguments, extractor, *images)
+        origins = match_pair.origin(arguments, extractor, matches, images)
+    figures = match_pair.write(arguments, matches, sheet, numbers, origins)
     exported: dict[str, list[int]] = {}
     if exports:
         from lift_fast.match_files import MatchedPair

@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 from lift_fast._files import make_folder
 from lift_fast._text import one_line, quoted
 
-from . import match_pair, match_verify
+from . import match_pair
 from .errors import UsageError, as_usage_error
-from .kept import FEATURES, check_kept, marks, settings_of
+from .kept import check_kept, settings_of
 from .match_export import FLOW, check_exports, image_name, none_exported, totals, write_exports
 from .options import build_extractor, remarks
 from .pair_list import name_results, read_pairs
-
-_SETTINGS = (*FEATURES, "step", "mutual", "normalize", *match_verify.OPTIONS)
 
 
 class _Job(NamedTuple):
@@ -54,7 +52,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         [job.names for job in jobs],
         (arguments.pairs, arguments.weights, arguments.lift, *{path for job in jobs for path in job.images}),
     )
-    settings = settings_of(arguments, _SETTINGS)
+    settings = settings_of(arguments, match_pair.SETTINGS)
     waiting = list(jobs)
     if not arguments.overwrite:
         waiting = [job for job in jobs if not _is_kept(job, settings)]
@@ -77,7 +75,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         hidden = True if arguments.quiet else None
         for job in tqdm(waiting, unit="pair", disable=hidden, file=sys.stderr):
             try:
-                found = _match(arguments, extractor, job, settings, cache)
+                found = _match(arguments, extractor, job, cache)
             except (ValueError, OSError) as error:
                 failed.append(f"line {job.line}: {error}")
                 lost.add(job)
@@ -172,16 +170,11 @@ def _is_kept(job: _Job, settings: Mapping[str, Any]) -> bool:
     return job.sheet is None or job.sheet.is_file()
 
 
-def _match(
-    arguments: argparse.Namespace, extractor: Any, job: _Job, settings: Mapping[str, Any], cache: Any
-) -> dict[str, Any]:
+def _match(arguments: argparse.Namespace, extractor: Any, job: _Job, cache: Any) -> dict[str, Any]:
     """Match and write a pair; return its figures."""
-    import numpy as np
-
     matches = match_pair.match(arguments, extractor, *job.images, cache)
-    more = marks(settings, job.images)
-    more["orientation"] = np.array(matches.orientations)
-    return match_pair.write(arguments, matches, job.sheet, job.numbers, more)
+    origins = match_pair.origin(arguments, extractor, matches, job.images)
+    return match_pair.write(arguments, matches, job.sheet, job.numbers, origins)
 
 
 def _export(

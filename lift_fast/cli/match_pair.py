@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lift_fast._files import atomic_path
 
 from .errors import writing
-from .match_verify import record
+from .kept import FEATURES, marks, settings_of
+from .match_verify import OPTIONS, record
 from .options import describe
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lift_fast.image_matching import ImageMatches
     from lift_fast.map_cache import MapCache
 
+SETTINGS = (*FEATURES, "step", "mutual", "normalize", *OPTIONS)
+"""The options that change matches, stored with them."""
 # Pillow's format and options for each ending. Lines one pixel wide do not survive JPEG's halved colour.
 SHEETS: dict[str, tuple[str, dict[str, Any]]] = {
     # Of zlib's levels the first: 0.09 s instead of 0.39 s, and a tenth larger.
@@ -77,21 +80,34 @@ def caption(arguments: argparse.Namespace, matches: ImageMatches) -> str:
     )
 
 
+def origin(
+    arguments: argparse.Namespace, extractor: ViTLiFTExtractor, matches: ImageMatches, images: Sequence[Path]
+) -> dict[str, Any]:
+    """Arrays that say how and from which files the matches were made; ``dtype`` is one of the settings."""
+    import numpy as np
+
+    return {
+        **marks(settings_of(arguments, SETTINGS), images),
+        "orientation": np.array(matches.orientations),
+        "engine": np.array(str(extractor.backbone.engine_used)),
+    }
+
+
 def write(
     arguments: argparse.Namespace,
     matches: ImageMatches,
     sheet: Path | None,
     numbers: Path,
-    more: Mapping[str, Any],
+    origins: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write both files or neither, the numbers with the arrays of ``more``; return the figures for ``--json``."""
+    """Write both files or neither, the numbers with those of :func:`origin`; return the figures for ``--json``."""
     import numpy as np
 
     start = time.perf_counter()
     arrays = matches.numpy()
     with writing(sheet or numbers), atomic_path(numbers) as temporary:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays, **more)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
+            np.savez_compressed(file, **arrays, **origins)  # type: ignore[arg-type]  # numpy's stubs miss keyword arrays
         if sheet is not None:
             drawing = matches.draw(lines=arguments.lines, caption=caption(arguments, matches))
             with atomic_path(sheet) as drawn:
@@ -102,6 +118,8 @@ def write(
         "npz": str(numbers),
         "model": arguments.model,
         "lift": arguments.lift,
+        "dtype": arguments.dtype,
+        "engine": str(origins["engine"]),
         "random_weights": matches.random_weights,
         **{
             name: arrays[name].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from lift_fast import _env, demonstration
@@ -200,7 +201,7 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
     if arguments.lift is None and not arguments.random_lift and arguments.iterations != 1:
         raise UsageError("--iterations repeats LiFT, which is missing; give --lift FILE (or --random-lift)")
     with as_usage_error():
-        return ViTLiFTExtractor(
+        extractor = ViTLiFTExtractor(
             arguments.model,
             arguments.lift,
             channel=None,
@@ -217,6 +218,14 @@ def build_extractor(arguments: argparse.Namespace) -> ViTLiFTExtractor:
             dtype=getattr(torch, arguments.dtype),
             engine=arguments.engine,
         )
+    announce_compilation(arguments)
+    return extractor
+
+
+def announce_compilation(arguments: argparse.Namespace) -> None:
+    """Say that the first image will keep its reader waiting, where it does."""
+    if arguments.engine == "compile" and not arguments.quiet:
+        print("--engine compile: PyTorch compiles before the first image, for up to a minute", file=sys.stderr)
 
 
 def takes_demonstration_lift(arguments: argparse.Namespace) -> bool:

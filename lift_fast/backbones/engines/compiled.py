@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import types
@@ -38,6 +39,7 @@ class Compiled:
 
     def __init__(self, vit: Any, network: Network) -> None:
         self._lock = threading.Lock()
+        _import_cuda_search()
         graph = PlainGraph(vit, parts_of(vit._position((1, 1)))[1])
         self._program = _program(graph, frozen=vit.device.type == "cpu")
 
@@ -54,6 +56,17 @@ class Compiled:
             except Exception as error:
                 raise EngineError(f"torch.compile failed for {vit.name}: {said(error)}") from error
         return out
+
+
+def _import_cuda_search() -> None:
+    """Import what PyTorch's compiler imports later; it warns where CUDA is installed on a machine without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    finally:
+        logger.setLevel(level)
 
 
 def _program(graph: PlainGraph, frozen: bool) -> Any:
