@@ -303,7 +303,12 @@ def _images_below(folder: Path, above: frozenset[str]) -> list[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder = entry.is_dir()
+        except OSError:
+            # A link to itself, which is as broken as one to nothing.
+            is_folder = False
+        if is_folder:
             found += _images_below(folder / entry.name, above | {where})
         elif Path(entry.name).suffix.lower() in SUFFIXES and not _is_broken_link(entry):
             found.append(folder / entry.name)
