@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from ._text import quoted
+from ._text import quoted, shown
 from .checks import check_whole
 from .extractor import ViTLiFTExtractor, check_lift_iter, demonstration_extractor
 from .images import (
@@ -121,17 +121,34 @@ def extract_images(
     if extractor is not None and not isinstance(extractor, ViTLiFTExtractor):
         raise TypeError(f"extractor must be a ViTLiFTExtractor or None, got {type(extractor).__name__}")
     lift_iter = check_lift_iter(lift_iter)
-    for name, value in (("max_side", max_side), ("batch_size", batch_size)):
-        if value is not None:
-            check_whole(name, value, 1, math.inf)
+    # Of any image: the form of both, and whether they contradict each other.
+    bounded_size((1, 1), size, max_side)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1, math.inf)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point dtype or None, got {dtype!r}")
+    if on_error is not None and not callable(on_error):
+        raise TypeError(f"on_error must be a function or None, got {shown(on_error)}")
     if isinstance(images, (str, os.PathLike)):
         images = list_images(images)
+    elif _is_one(images):
+        raise TypeError(
+            f"images must be a folder, a file or several images, got one {type(images).__name__}; put it in a list"
+        )
     extractor = demonstration_extractor() if extractor is None else extractor
     dtype = extractor.dtype if dtype is None else dtype
     work = _Work(extractor, size, max_side, lift_iter, batch_size, dtype)
     return _stream(images, work, on_error)
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is one image, or something else that holds none; an array or tensor of four dimensions is a
+    batch."""
+    if isinstance(images, (np.ndarray, Tensor)):
+        return images.ndim < 4
+    if isinstance(images, (bytes, bytearray, memoryview)) or hasattr(images, "read"):
+        return True
+    return not hasattr(images, "__iter__") and not hasattr(images, "__getitem__")
 
 
 class _Work(NamedTuple):
@@ -143,10 +160,11 @@ class _Work(NamedTuple):
     dtype: torch.dtype
 
     def footprint(self, image: AnyImage) -> int:
-        """Bytes that decoding an image takes at most; 0 if its header does not say."""
+        """Bytes that decoding an image takes at most; 0 for one that cannot be decoded, and all that there are for a
+        stream, whose header can be read only once."""
         stored = stored_size(image)
         if stored is None:
-            return 0
+            return _AHEAD_BYTES if hasattr(image, "read") else 0
         try:
             width, height = bounded_size(stored, self.size, self.max_side, self.extractor.patch)
         except ValueError:
@@ -249,7 +267,7 @@ def _usable(reader: _Reader, on_error: OnError | None) -> Iterator[_Loaded]:
     for image, loaded in reader:
         try:
             found = loaded.result()
-        except (ValueError, OSError) as error:
+        except (TypeError, ValueError, OSError) as error:
             if on_error is None:
                 raise
             on_error(image, str(error))

@@ -243,7 +243,8 @@ def oriented_image(image: AnyImage, name: str = "image") -> tuple[Image.Image, i
 def stored_size(image: AnyImage) -> tuple[int, int] | None:
     """(width, height) of an image as stored, without decoding it: from the header of a file or of a file's bytes.
 
-    None for file objects, which are not touched, and for what :func:`as_image` refuses.
+    File objects stand afterwards where they stood. None for those that cannot go back, which are not touched, and for
+    what :func:`as_image` refuses.
     """
     try:
         if isinstance(image, Image.Image):
@@ -258,6 +259,14 @@ def stored_size(image: AnyImage) -> tuple[int, int] | None:
             require_regular_file(image, "image")
             with Image.open(image) as file:
                 return file.size
+        if hasattr(image, "read") and image.seekable():
+            place = image.tell()
+            try:
+                image.seek(0)
+                with Image.open(image) as file:
+                    return file.size
+            finally:
+                image.seek(place)
     except Exception:
         # Decoding will say what is wrong.
         return None
@@ -308,7 +317,12 @@ def _images_below(folder: Path, above: frozenset[str]) -> list[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder = entry.is_dir()
+        except OSError:
+            # A link to itself, which is as broken as one to nothing.
+            is_folder = False
+        if is_folder:
             found += _images_below(folder / entry.name, above | {where})
         elif Path(entry.name).suffix.lower() in SUFFIXES and not _is_broken_link(entry):
             found.append(folder / entry.name)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .untouched import Unchanged
+from .untouched import Unchanged, is_untouched
 
 
 class DoubleConv(nn.Module):
@@ -128,6 +128,13 @@ def _find(lift: Any) -> Layers | None:
         return _published(_parts(lift), lift.patch_size)
     except AttributeError:
         return None
+
+
+def is_plain_output(layer: Any) -> bool:
+    """Whether ``layer`` computes what the published ``outc`` does, a 1x1 convolution, and nothing hooks it."""
+    if not _computes_as(layer, nn.Conv2d) or not is_untouched(layer):
+        return False
+    return tuple(getattr(layer, name) for name in _SETTINGS) == _OUT
 
 
 def _look(lift: Any) -> Unchanged:

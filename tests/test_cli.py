@@ -12,6 +12,7 @@ import skimage.data
 from PIL import Image
 
 import lift_fast._files
+from lift_fast import image_stream
 from lift_fast.cli import main
 
 TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "64"]
@@ -309,6 +310,27 @@ def test_extract_skips_and_names_corrupt_images(images, tmp_path, capsys):
     figures = json.loads(captured.out)
     assert figures["written"] == 2
     assert len(figures["failed"]) == 1
+
+
+def test_extract_outlives_images_that_vanish_or_change(images, tmp_path, monkeypatch, capsys):
+    length, read = images[0].stat().st_size, image_stream.as_image
+
+    def touched(path, name):
+        image = read(path, name)
+        if path == images[0]:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes() + b"more")
+        return image
+
+    monkeypatch.setattr(image_stream, "as_image", touched)
+    assert run("extract", images[0].parent, "--out", tmp_path / "out", *TINY, "--quiet") == 1
+    assert capsys.readouterr().err == f"skipped: {images[1]} changed while it was read; run the same command again\n"
+    assert [path.name for path in (tmp_path / "out").rglob("*.npz")] == ["astronaut.npz"]
+    with np.load(tmp_path / "out" / "astronaut.npz") as data:
+        assert int(data["source_bytes"]) == length
+    monkeypatch.undo()
+    assert run("extract", images[1].parent, "--out", tmp_path / "out" / "deep", *TINY, "--quiet") == 0
 
 
 def test_extract_never_lets_two_images_share_a_file(images, tmp_path):

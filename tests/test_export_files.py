@@ -145,6 +145,42 @@ def test_a_backbone_has_no_matching_map(tmp_path):
         export_program(lift, output="matching_map")
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(conv):
+    conv.register_forward_hook(lambda module, given, found: 2 * found)
+    return conv
+
+
+def with_own_forward(conv):
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hooked,
+        with_own_forward,
+        lambda conv: Doubled(conv.in_channels, conv.out_channels, 1),
+        *(
+            lambda conv, options=options: nn.Conv2d(conv.in_channels, conv.out_channels, 1, **options)
+            for options in ({"padding": 1}, {"stride": 2}, {"groups": 3}, {"padding": "same"})
+        ),
+    ],
+)
+def test_a_matching_map_needs_a_plain_last_layer(make):
+    lift = network(6, 16, seed=1)
+    export_program(lift, output="matching_map")
+    lift.outc = make(lift.outc)
+    with pytest.raises(ValueError, match="matching_map needs a 1x1 convolution as outc"):
+        export_program(lift.eval(), output="matching_map")
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -186,9 +186,11 @@ def test_an_image_waits_for_others_within_a_bound(extractor, monkeypatch):
     assert 7 <= most <= 10
 
 
-def test_memory_of_decoding_is_bounded(folder, extractor, monkeypatch):
+@pytest.mark.parametrize("kind", ["path", "file", "stream"])
+def test_memory_of_decoding_is_bounded(kind, folder, extractor, monkeypatch):
     """Headers are read first: no more is decoded ahead than fits, but always one."""
-    paths = [folder / "0.png"] * 30
+    content = (folder / "0.png").read_bytes()
+    given = {"path": lambda: folder / "0.png", "file": lambda: io.BytesIO(content), "stream": lambda: Stream(content)}
     one = image_stream._BYTES_OF_A_PIXEL * (40 * 64 + 32 * 51)
     load, lock, decoded = image_stream.as_image, threading.Lock(), 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -200,15 +202,26 @@ def test_memory_of_decoding_is_bounded(folder, extractor, monkeypatch):
         return load(image, name)
 
     monkeypatch.setattr(image_stream, "as_image", count)
-    for room, most in ((3 * one, 3), (0, 1), (one - 1, 1)):
+    for room, most in ((3 * one, 1 if kind == "stream" else 3), (1, 1), (one - 1, 1)):
         monkeypatch.setattr(image_stream, "_AHEAD_BYTES", room)
         decoded = 0
+        forms = [given[kind]() for _ in range(30)]
         for number, _ in enumerate(
-            lift_fast.extract_images(paths, extractor=extractor, size=32, batch_size=1), start=1
+            lift_fast.extract_images(forms, extractor=extractor, size=32, batch_size=1), start=1
         ):
             time.sleep(0.01)
             assert decoded <= number + most
         assert decoded == 30
+
+
+class Stream(io.BytesIO):
+    """As an answer of the network: it cannot go back."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise OSError("cannot go back")
 
 
 def test_headers(folder):
@@ -217,7 +230,24 @@ def test_headers(folder):
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     for image in (folder / "2.png", file.getvalue(), Image.open(file), array, array[..., 0], tensor, tensor[0]):
         assert images.stored_size(image) == (97, 33)
-    for image in (file, folder, folder / "none.png", b"no image", b"", 3, np.zeros(3), None):
+    for place in (0, 5):
+        file.seek(place)
+        assert images.stored_size(file) == (97, 33)
+        assert (file.tell(), file.closed) == (place, False)
+    with (folder / "2.png").open("rb") as opened:
+        assert images.stored_size(opened) == (97, 33)
+        assert opened.tell() == 0
+    for image in (
+        Stream(file.getvalue()),
+        io.StringIO("text"),
+        folder,
+        folder / "none.png",
+        b"no image",
+        b"",
+        3,
+        np.zeros(3),
+        None,
+    ):
         assert images.stored_size(image) is None
 
 
@@ -229,7 +259,7 @@ def test_unusable_images_are_told_in_order(folder, extractor):
     told = []
     results = list(
         lift_fast.extract_images(
-            [*paths, np.zeros(3)],
+            [*paths, np.zeros(3), 7],
             extractor=extractor,
             size=32,
             on_error=lambda image, message: told.append((image, message)),
@@ -241,6 +271,7 @@ def test_unusable_images_are_told_in_order(folder, extractor):
     assert f"{paths[3]}: an image of 3000 x 1 pixels is too long" in told[1][1]
     assert told[2][1] == f"no image at {paths[7]}"
     assert told[3][1] == "images[9] must be [H, W, 3], [H, W, 1] or [H, W], got [3]"
+    assert told[4][1].startswith("images[10] must be a path, bytes")
     with pytest.raises(ValueError, match=r"1\.png cannot be read"):
         list(lift_fast.extract_images(paths, extractor=extractor, size=32))
     assert readers() == []
@@ -253,6 +284,17 @@ def test_unusable_images_are_told_in_order(folder, extractor):
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"batch_size": 1.5}, ValueError, "batch_size"),
         ({"max_side": -1}, ValueError, "max_side"),
+        ({"size": 0}, ValueError, "load_size must be pixels"),
+        ({"size": "448"}, ValueError, "load_size must be pixels"),
+        ({"size": (448, 0)}, ValueError, "load_size must be"),
+        ({"size": (448, 64), "max_side": 100}, ValueError, "more than max_side"),
+        ({"on_error": "skip"}, TypeError, "on_error must be a function or None, got 'skip'"),
+        ({"images": noise(16, 16)}, TypeError, "got one ndarray; put it in a list"),
+        ({"images": torch.zeros(3, 16, 16)}, TypeError, "got one Tensor; put it in a list"),
+        ({"images": Image.new("RGB", (16, 16))}, TypeError, "got one Image; put it in a list"),
+        ({"images": b"content"}, TypeError, "got one bytes; put it in a list"),
+        ({"images": io.BytesIO(b"content")}, TypeError, "got one BytesIO; put it in a list"),
+        ({"images": 3}, TypeError, "got one int; put it in a list"),
         ({"lift_iter": -1}, ValueError, "lift_iter"),
         ({"dtype": torch.int8}, ValueError, "dtype must be"),
         ({"images": "nowhere"}, FileNotFoundError, "nowhere"),

@@ -98,6 +98,9 @@ def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path) -> No
     (root / "cats").symlink_to(tmp_path / "store" / "cats")
     (root / "circle").symlink_to(root)
     (root / "nowhere.jpg").symlink_to(tmp_path / "nothing")
+    (root / "itself.jpg").symlink_to("itself.jpg")
+    (root / "one").symlink_to("other")
+    (root / "other").symlink_to("one")
     assert list_images(root) == [root / "cats" / "a.jpg"]
 
 

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -178,11 +178,20 @@ def _extract(
         failed.append(message)
         bar.update()
 
+    lengths: dict[Path, int] = {}
+
+    def sources() -> Iterator[Path]:
+        """The images, each measured before it is read."""
+        for source in waiting:
+            with suppress(OSError):
+                lengths[source] = source.stat().st_size
+            yield source
+
     def descriptors() -> Generator[ImageDescriptors, None, None]:
         # Not around the loop below, whose errors are of another kind.
         with as_usage_error():
             yield from extract_images(
-                waiting,
+                sources(),
                 extractor=extractor,
                 size=arguments.size,
                 max_side=arguments.max_side,
@@ -195,10 +204,24 @@ def _extract(
     jobs = list(waiting.items())
     with closing(descriptors()) as results, BackgroundWriter(bar.update) as writer:
         for found in results:
-            writer.put(found.descriptors.nbytes, partial(_write, found, *jobs[found.position], settings))
+            source, target = jobs[found.position]
+            length = lengths.pop(source, None)
+            if length is None or _differs(source, length):
+                # Which of both was read is not known.
+                skip(source, f"{quoted(source)} changed while it was read; run the same command again")
+                continue
+            writer.put(found.descriptors.nbytes, partial(_write, found, source, length, target, settings))
 
 
-def _write(found: ImageDescriptors, source: Path, target: Path, settings: dict[str, Any]) -> None:
+def _differs(source: Path, length: int) -> bool:
+    """Whether the file has another length now; one that is gone was read before."""
+    try:
+        return source.stat().st_size != length
+    except OSError:
+        return False
+
+
+def _write(found: ImageDescriptors, source: Path, length: int, target: Path, settings: dict[str, Any]) -> None:
     import numpy as np
 
     with writing(target, "the files written so far are kept"):
@@ -209,5 +232,5 @@ def _write(found: ImageDescriptors, source: Path, target: Path, settings: dict[s
                 descriptors=found.descriptors.numpy(),
                 image_size=np.array(found.image_size),
                 file_size=np.array(found.file_size),
-                **marks(settings, [source]),
+                **marks(settings, [source], [length]),
             )

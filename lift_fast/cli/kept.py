@@ -33,12 +33,14 @@ def settings_of(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str
     return settings
 
 
-def marks(settings: Mapping[str, Any], sources: Sequence[Path]) -> dict[str, Any]:
-    """What :func:`check_kept` compares, as arrays for a result's .npz file."""
+def marks(settings: Mapping[str, Any], sources: Sequence[Path], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """What :func:`check_kept` compares, as arrays for a result's .npz file; ``lengths`` of the files, in bytes, if they
+    may have changed since they were read."""
     import numpy as np
 
     one = len(sources) == 1
-    names, lengths = [source.name for source in sources], [source.stat().st_size for source in sources]
+    names = [source.name for source in sources]
+    lengths = [source.stat().st_size for source in sources] if lengths is None else lengths
     return {
         "settings": np.array(json.dumps(settings)),
         "source": np.array(names[0] if one else names),

@@ -12,6 +12,7 @@ from ..backbones import FrozenViT
 from ..backbones.vit import shared_copy
 from ..defaults import plain_defaults
 from ..extractor import ViTLiFTExtractor
+from ..layers import is_plain_output
 from ..lift import LiFT
 from ..ops.lift_forward.plan import span_basis
 from ..precision import without_autocast
@@ -24,14 +25,17 @@ class _BasisLiFT(nn.Module):
     call.
 
     Raises:
-        ValueError: if the network's last layer is no 1x1 convolution.
+        ValueError: if the network's last layer is no plain 1x1 convolution.
     """
 
     def __init__(self, lift: LiFT) -> None:
         super().__init__()
         outc = lift.outc
-        if not isinstance(outc, nn.Conv2d) or outc.kernel_size != (1, 1):
-            raise ValueError(f"matching_map needs a 1x1 convolution as outc, this network has {outc}")
+        if not is_plain_output(outc):
+            raise ValueError(
+                "matching_map needs a 1x1 convolution as outc (stride 1, no padding or groups, no hooks or forward of "
+                f"its own), this network has {outc}"
+            )
         self.lift = lift
         weight = outc.weight.flatten(1)
         _, r = span_basis(weight, weight.new_zeros(len(weight)) if outc.bias is None else outc.bias)
