@@ -18,7 +18,7 @@ _unfinished: set[str] = set()
 # Held while a temporary file is created and noted. Reentrant, because a signal's handler may run within.
 _creating = threading.RLock()
 _MARK = ".lift_fast-tmp"
-_LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*)?", re.DOTALL)
+_LEFTOVER = re.compile(r"\..*\.[a-z0-9_]{8}" + re.escape(_MARK) + r"(\.[^.]*(\.data)?)?", re.DOTALL)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -61,7 +61,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; on success it replaces ``path``, on any error it is removed.
 
     The temporary file keeps the suffix of ``path``, because image and array writers choose their format by it.
-    :func:`make_folder` removes the temporary files of killed processes.
+    :func:`make_folder` and :func:`collect_leftovers` remove the temporary files of killed processes, and what these
+    wrote next to them under the same name and ``.data``.
 
     Raises:
         FileNotFoundError: if the folder of ``path`` does not exist.
@@ -141,7 +142,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot write to the folder {quoted(folder)}: {reason}; give another one") from error
-    _collect_leftovers(folder)
+    collect_leftovers(folder)
     return folder
 
 
@@ -149,10 +150,13 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     """Check that a file can be written, before long work whose result it holds.
 
     Raises:
-        ValueError: if its folder is missing, full or not writable, or if it is a folder, pipe or device.
+        ValueError: if its folder is missing, full or not writable, or if it is a folder, pipe or device, or no name of
+            a file.
     """
     target = Path(path)
     folder = target.parent
+    if "\0" in str(target):
+        raise ValueError("a file name holds no zero byte; give another one")
     try:
         if not os.path.isdir(folder):
             raise ValueError(f"the folder {quoted(folder)} does not exist; create it first")
@@ -188,12 +192,15 @@ def _temporary(target: Path) -> tuple[Path, Claim]:
             return Path(name), held
 
 
-def _collect_leftovers(folder: Path) -> None:
+def collect_leftovers(folder: Path) -> None:
     """Remove temporary files of :func:`atomic_path` whose writers have ended: no process holds their lock."""
     with suppress(OSError), os.scandir(folder) as entries:
-        for name in [entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)]:
+        for name in sorted(entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name)):
             # Files of other users cannot be opened and stay.
             with suppress(OSError):
+                if name.endswith(".data") and os.path.lexists(folder / name.removesuffix(".data")):
+                    # Its writer holds the other file, which would have been removed just now.
+                    continue
                 held = claim(folder / name)
                 if held is None:
                     continue

@@ -333,6 +333,22 @@ def test_extract_outlives_images_that_vanish_or_change(images, tmp_path, monkeyp
     assert run("extract", images[1].parent, "--out", tmp_path / "out" / "deep", *TINY, "--quiet") == 0
 
 
+def test_extract_collects_what_killed_runs_left_in_subfolders(images, tmp_path):
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "deep" / ".coffee.0123abcd.lift_fast-tmp.npz").write_bytes(b"half")
+    assert run("extract", images[0].parent, "--out", tmp_path / "out", *TINY, "--quiet") == 0
+    assert os.listdir(tmp_path / "out" / "deep") == ["coffee.npz"]
+
+
+def test_extract_says_in_one_line_that_a_result_has_no_name(images, tmp_path, capsys):
+    # With .npz instead of its suffix, of which it has none.
+    long = images[0].rename(tmp_path / ("x" * 255))
+    assert run("extract", long, "--out", tmp_path / "out", *TINY, "--quiet") == 2
+    error = capsys.readouterr().err
+    assert "File name too long; rename the image" in error
+    assert error.count("\n") == 1
+
+
 def test_extract_never_lets_two_images_share_a_file(images, tmp_path):
     Image.open(images[0]).save(images[0].with_suffix(".png"))
     assert run("extract", *[images[0], images[0].with_suffix(".png")], "--out", tmp_path / "out", *TINY, "--quiet") == 0

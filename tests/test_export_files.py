@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shutil
 import sys
 
 import onnxruntime
@@ -89,6 +91,48 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("lift.onnx", "old")]
 
 
+def test_the_weights_of_a_replaced_file_go_unless_another_names_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "_MOST_BYTES", 1000)
+    path = tmp_path / "lift.onnx"
+    seen = []
+    for seed in (1, 2, 2):
+        export_onnx(network(6, 16, seed=seed), path)
+        (weights,) = tmp_path.glob("*.data")
+        seen.append(weights.name)
+    assert seen[0] != seen[1] == seen[2]
+    shutil.copy(path, tmp_path / "copy.onnx")
+    monkeypatch.undo()
+    export_onnx(network(6, 16, seed=3), path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy.onnx", "lift.onnx", seen[2]]
+    run(tmp_path / "copy.onnx", *inputs(16, 40, 70, 6))
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_failed_last_write_leaves_only_the_old_files(same, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "_MOST_BYTES", 1000)
+    path = tmp_path / "lift.onnx"
+    export_onnx(network(6, 16, seed=1), path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    replace = os.replace
+
+    def fail(source, target):
+        if target == path:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(network(6, 16, seed=1 if same else 2), path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_leftovers_of_killed_exports_are_collected(tmp_path):
+    for name in (".lift.0123abcd.lift_fast-tmp.onnx", ".lift.0123abcd.lift_fast-tmp.onnx.data"):
+        (tmp_path / name).write_bytes(b"half")
+    export_onnx(network(6, 16, seed=1), tmp_path / "lift.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["lift.onnx"]
+
+
 def broken(lift: LiFT) -> LiFT:
     lift.outc.weight.data[0] = float("nan")
     return lift
@@ -124,6 +168,7 @@ def edited() -> LiFT:
         (None, {"dynamic": "no"}, TypeError, "dynamic must be True or False"),
         (None, {"opset": 17}, ValueError, "opset must be an integer >= 18"),
         (None, {"path": "lift.pt"}, ValueError, r"path must end in \.onnx"),
+        (None, {"path": "a\0b.onnx"}, ValueError, "a file name holds no zero byte"),
         (None, {"path": "nowhere/lift.onnx"}, ValueError, "does not exist"),
     ],
 )

@@ -106,17 +106,19 @@ def test_temporary_files_of_killed_writers_are_collected_and_no_others(tmp_path)
         name = writer.stdout.readline().strip()
         assert name.startswith(".result.")
         assert name.endswith(".png")
+        # What it writes beside.
+        (tmp_path / f"{name}.data").touch()
         with atomic_path(tmp_path / "mine.npz") as mine:
             mine.write_bytes(b"half")
             make_folder(tmp_path)
             # While their writers live they stay.
-            assert sorted(os.listdir(tmp_path)) == sorted([*kept, name, mine.name])
+            assert sorted(os.listdir(tmp_path)) == sorted([*kept, name, f"{name}.data", mine.name])
     finally:
         writer.kill()
         writer.wait()
         writer.stdout.close()
     (tmp_path / "mine.npz").unlink()
-    assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, name, f"{name}.data"])
     make_folder(tmp_path)
     assert sorted(os.listdir(tmp_path)) == kept
 

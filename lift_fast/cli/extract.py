@@ -84,6 +84,8 @@ def _run(arguments: argparse.Namespace, world: World) -> int:
     with as_usage_error():
         jobs = _jobs(arguments.input, arguments.out)
         make_folder(arguments.out)
+    for target in jobs.values():
+        _check_name(target, arguments.out)
     settings = settings_of(arguments, _SETTINGS)
     if not arguments.overwrite:
         # Every process checks all results, so that none has written when another one refuses.
@@ -161,6 +163,18 @@ def _jobs(inputs: list[Path], out: Path) -> dict[Path, Path]:
     return jobs
 
 
+def _check_name(target: Path, out: Path) -> None:
+    """Check that the system has no objection to a result's name, such as its length."""
+    try:
+        target.is_file()
+        # Its own folder may be missing, which would be reported first.
+        (out / target.name).is_file()
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {quoted(target)}: {error.strerror}; rename the image or give another --out"
+        ) from error
+
+
 def _extract(
     extractor: ViTLiFTExtractor,
     waiting: dict[Path, Path],
@@ -202,6 +216,9 @@ def _extract(
             )
 
     jobs = list(waiting.items())
+    with as_usage_error():
+        for folder in dict.fromkeys(target.parent for target in waiting.values()):
+            make_folder(folder)
     with closing(descriptors()) as results, BackgroundWriter(bar.update) as writer:
         for found in results:
             source, target = jobs[found.position]
@@ -224,13 +241,15 @@ def _differs(source: Path, length: int) -> bool:
 def _write(found: ImageDescriptors, source: Path, length: int, target: Path, settings: dict[str, Any]) -> None:
     import numpy as np
 
-    with writing(target, "the files written so far are kept"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                descriptors=found.descriptors.numpy(),
-                image_size=np.array(found.image_size),
-                file_size=np.array(found.file_size),
-                **marks(settings, [source], [length]),
-            )
+    with (
+        writing(target, "the files written so far are kept"),
+        atomic_path(target) as temporary,
+        temporary.open("wb") as file,
+    ):
+        np.savez(
+            file,
+            descriptors=found.descriptors.numpy(),
+            image_size=np.array(found.image_size),
+            file_size=np.array(found.file_size),
+            **marks(settings, [source], [length]),
+        )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._files import atomic_path, require_writable
+from .._files import atomic_path, collect_leftovers, require_writable
 from .._text import quoted, said
 from ..checks import check_whole
 from ..lift import LiFT
@@ -45,7 +49,8 @@ def export_onnx(
     ``mean``, ``std``, ``patch_size``, ``stride``, ``model`` and others.
 
     The file is written atomically. Weights of more than almost 2 GiB, which the format does not hold, go to a second
-    file next to it, whose name is that of ``path`` with a checksum; keep both together.
+    file next to it, whose name is that of ``path`` with a checksum; keep both together. The second file of a replaced
+    ``path`` is removed, unless another .onnx file there names it.
 
     Args:
         network, dynamic, output, size, batch, iterations, normalize: as :func:`lift_fast.export.export_program`.
@@ -81,18 +86,49 @@ def export_onnx(
         raise ValueError(f"PyTorch cannot translate this network to ONNX: {said(error)}") from error
     large = sum(tensor.nbytes for tensor in program.state_dict.values()) > _MOST_BYTES
     about = describe(network, output, iterations, normalize)
-    with atomic_path(path) as temporary:
-        weights = temporary.with_name(f"{temporary.name}.data")
-        try:
-            translated.save(temporary, external_data=large)
-            model = onnx.load(temporary, load_external_data=False)
-            _annotate(model, about, dynamic)
-            if large:
-                _move_weights(model, weights, path)
-            temporary.write_bytes(model.SerializeToString())
-        finally:
-            weights.unlink(missing_ok=True)
+    collect_leftovers(path.parent)
+    # A link stays a file of others, with its weights.
+    own = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
+    present = {file for file in path.parent.iterdir() if own.fullmatch(file.name)}
+    moved: set[Path] = set()
+    replaced = {file for file in present if not path.is_symlink() and _names(path, file.name)}
+    try:
+        with atomic_path(path) as temporary:
+            weights = temporary.with_name(f"{temporary.name}.data")
+            try:
+                translated.save(temporary, external_data=large)
+                model = onnx.load(temporary, load_external_data=False)
+                _annotate(model, about, dynamic)
+                if large:
+                    moved.add(_move_weights(model, weights, path))
+                temporary.write_bytes(model.SerializeToString())
+            finally:
+                weights.unlink(missing_ok=True)
+    except BaseException:
+        _remove_unused(moved - present)
+        raise
+    _remove_unused(replaced)
     return path
+
+
+def _names(path: Path, name: str) -> bool:
+    """Whether the bytes of a file contain ``name``; a model names its second file as plain text."""
+    with (
+        suppress(OSError, ValueError),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m,
+    ):
+        return m.find(name.encode()) >= 0
+    return False
+
+
+def _remove_unused(files: Iterable[Path]) -> None:
+    """Remove files of weights that no .onnx file next to them names."""
+    for file in files:
+        with suppress(OSError):
+            models = [other for other in file.parent.iterdir() if other.suffix.lower() == ".onnx"]
+            if not any(_names(model, file.name) for model in models):
+                file.unlink()
 
 
 def require_onnx() -> Any:
@@ -135,9 +171,9 @@ def _annotate(model: Any, about: dict[str, Any], dynamic: bool) -> None:
                 dim.dim_param = name
 
 
-def _move_weights(model: Any, weights: Path, path: Path) -> None:
-    """Put the file of weights next to ``path`` under a name of its own, so that an older file of ``path`` keeps its
-    weights until it is replaced."""
+def _move_weights(model: Any, weights: Path, path: Path) -> Path:
+    """Put the file of weights next to ``path`` under a name of its own, which is returned, so that an older file of
+    ``path`` keeps its weights until it is replaced."""
     digest = hashlib.sha256()
     with weights.open("rb") as file:
         while block := file.read(1 << 20):
@@ -147,4 +183,6 @@ def _move_weights(model: Any, weights: Path, path: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
-    os.replace(weights, path.with_name(name))
+    moved = path.with_name(name)
+    os.replace(weights, moved)
+    return moved
