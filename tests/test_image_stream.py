@@ -122,12 +122,14 @@ def test_results_say_where_they_come_from(folder, extractor):
 
 
 def test_without_extractor_the_demonstration_pair_of_match_images(folder, monkeypatch):
+    # Loaded before the class is replaced, or its module would keep the replacement.
+    match_images = lift_fast.match_images
     own, made = make_extractor(), []
     monkeypatch.setattr(lift_fast.extractor, "ViTLiFTExtractor", lambda *names, **options: made.append(names) or own)
     lift_fast.extractor.demonstration_extractor.cache_clear()
     try:
         (found,) = lift_fast.extract_images(folder / "0.png", size=32)
-        lift_fast.match_images(folder / "0.png", folder / "1.png", size=32)
+        match_images(folder / "0.png", folder / "1.png", size=32)
     finally:
         lift_fast.extractor.demonstration_extractor.cache_clear()
     assert made == [("demo_vitt16", "lift_demo_vitt16")]
