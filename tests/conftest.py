@@ -21,6 +21,11 @@ if not torch.cuda.is_available():
 # No test fills the user's cache of compiled backbones.
 os.environ.setdefault("LIFT_FAST_ENGINE_CACHE", "0")
 
+# torch.compile takes CXX as the name of a program; .ci/run gives builds a command of several words.
+if len(os.environ.get("CXX", "").split()) > 1:
+    os.environ["BUILD_CXX"] = os.environ["CXX"]
+    os.environ["CXX"] = os.environ["CXX"].split()[-1]
+
 # Bytes that one process of the tests may take.
 PROCESS_MEMORY = 2 << 30
 

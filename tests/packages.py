@@ -40,7 +40,8 @@ def copy_tree(target: Path) -> Path:
 
 def caching_compiler() -> str:
     """For CXX: most objects are the same from one build to the next, whatever tree they are made in."""
-    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    given = os.environ.get("BUILD_CXX") or os.environ.get("CXX")
+    compiler = given or sysconfig.get_config_var("CXX") or "c++"
     script = ROOT / "tests" / "compiler_cache.py"
     # .ci/run has set it for all of its builds.
     return (

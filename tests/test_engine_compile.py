@@ -102,6 +102,8 @@ def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(EngineError, match=r"engine='compile' cannot run .* and no-such-compiler is not found"):
             FrozenViT(network(), engine="compile")
         assert lift_fast.backends()["compile"].detail == reason
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert "without arguments, got 'ccache g++'" in compiled.installed("cpu")[1]
     monkeypatch.setenv("CXX", os.environ.get("SHELL", "/bin/sh"))
     assert compiled.installed("cpu")[0]
 

@@ -29,6 +29,8 @@ def installed(kind: str) -> tuple[bool, str]:
     # PyTorch's own search imports its compiler, which takes seconds.
     name = _env.compiler()
     found = shutil.which(name)
+    if found is None and len(name.split()) > 1:
+        return False, f"torch.compile takes the name of a program as CXX, without arguments, got {name!r}; set another"
     if found is None:
         return False, f"torch.compile needs a C++ compiler on the CPU, and {name} is not found; install one or set CXX"
     return True, f"torch.compile with {found}"
