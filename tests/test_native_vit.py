@@ -456,6 +456,18 @@ def test_a_projection_whose_weight_is_no_parameter(monkeypatch: pytest.MonkeyPat
 
 
 @NARROW
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_call_looks_at_the_weights_once(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, imgs = FrozenViT(network(), engine=engine), torch.randn(1, 3, 32, 32)
+    looks, ready = [], native.NativeTransformer.ready
+    monkeypatch.setattr(native.NativeTransformer, "ready", lambda self, vit: (looks.append(1), ready(self, vit))[1])
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            backbone(imgs)
+            assert len(looks) == count
+
+
+@NARROW
 def test_threads_of_python_share_one_backbone() -> None:
     backbone, imgs = FrozenViT(network()), torch.randn(8, 1, 3, 56, 40)
     with torch.no_grad():

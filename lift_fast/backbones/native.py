@@ -90,12 +90,13 @@ class NativeTransformer:
             return "this processor multiplies bfloat16 in tiles (AMX), which the native core does not use"
         return _differs(vit)
 
-    def __call__(self, vit: Any, imgs: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def __call__(self, vit: Any, imgs: Tensor, grid: tuple[int, int], ready: _Network | None = None) -> Tensor | None:
         """``[B, h * w, C]`` of checked ``imgs``, before a final norm.
 
-        None if the call or the network is not plain, or if the modules must make the first block's tokens.
+        None if the call or the network is not plain, or if the modules must make the first block's tokens. ``ready`` is
+        :meth:`ready`, if it is known for this call.
         """
-        network = self._for(vit, imgs)
+        network = self._for(vit, imgs, ready)
         return None if network is None or network.head is None else _from_images(network, vit, imgs, grid)
 
     def blocks(self, vit: Any, tokens: Tensor) -> Tensor | None:
@@ -109,17 +110,18 @@ class NativeTransformer:
         """Pack the weights anew at the next call."""
         self._network, self._parts = None, WeakValueDictionary()
 
-    def _for(self, vit: Any, tensor: Tensor) -> _Network | None:
+    def _for(self, vit: Any, tensor: Tensor, ready: _Network | None = None) -> _Network | None:
         """What computes this call; None if PyTorch must."""
         if not _is_plain(tensor):
             return None
-        network = self._ready(vit)
+        network = self.ready(vit) if ready is None else ready
         wants = torch.is_grad_enabled() and network is not None
         if network is None or (wants and any(p is not None and p.requires_grad for p in _tensors(network.slots))):
             return None
         return network
 
-    def _ready(self, vit: Any) -> _Network | None:
+    def ready(self, vit: Any) -> _Network | None:
+        """``vit`` as it is now, its weights packed; None if the native core cannot run it."""
         network = self._network
         isa, runs = _env.cpu_isa(), devices.native_runs()[0]
         if (

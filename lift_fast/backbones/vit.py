@@ -214,13 +214,16 @@ class FrozenViT(nn.Module):
             ValueError: for a wrong shape, dtype or device, an empty batch, and as :meth:`check_size`.
         """
         grid = self._check(imgs)
-        out = self._engine(self, imgs)
-        return self._in_torch(imgs, grid) if out is None else out
+        out, ready = self._engine(self, imgs)
+        return self._in_torch(imgs, grid, ready=ready) if out is None else out
 
-    def _in_torch(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> Tensor:
-        """:meth:`forward` by PyTorch; with ``position`` by its modules alone, for tracers."""
+    def _in_torch(self, imgs: Tensor, grid: Grid, position: Position | None = None, ready: Any = None) -> Tensor:
+        """:meth:`forward` by PyTorch; with ``position`` by its modules alone, for tracers.
+
+        ``ready`` is :meth:`in_native_core`, if it is known for this call.
+        """
         model = self.model
-        native = self._native(self, imgs, grid) if position is None else None
+        native = self._native(self, imgs, grid, ready) if position is None else None
         if native is None:
             tokens, rotary = self._embed(imgs, grid, position)
             native = self._native.blocks(self, tokens) if position is None else None
@@ -253,9 +256,9 @@ class FrozenViT(nn.Module):
         self._engine.forget()
         return self
 
-    def runs_in_native_core(self) -> bool:
-        """Whether the native core computes this network as it is now, on the CPU in plain inference."""
-        return self._native._ready(self) is not None
+    def in_native_core(self) -> Any:
+        """This network as the native core computes it in plain inference on the CPU; None if it cannot."""
+        return self._native.ready(self)
 
     def _embed(self, imgs: Tensor, grid: Grid, position: Position | None = None) -> tuple[Tensor, Tensor | None]:
         x = patches.embed(self.model.patch_embed, imgs, self.stride, grid)

@@ -63,33 +63,40 @@ class Engine:
         if reason is not None:
             raise EngineError(f"engine={self.wish!r} cannot run {vit.name}: {reason}; use engine='auto' or 'torch'")
 
-    def __call__(self, vit: Any, imgs: Tensor) -> Tensor | None:
-        """``[B, h * w, C]`` of checked images, or None: then PyTorch computes.
+    def __call__(self, vit: Any, imgs: Tensor) -> tuple[Tensor | None, Any]:
+        """``[B, h * w, C]`` of checked images, or None: then PyTorch computes, in the native core where one was found.
+
+        The second result is what the native core computes of this backbone, None if it was not asked for or cannot:
+        to look at all weights twice would cost more than some calls.
 
         Raises:
             EngineError: if the engine that was wished for by name turns out not to run.
         """
         if torch.compiler.is_compiling():
-            return None
-        name, reason = self._choose(vit, imgs)
+            return None, None
+        name, reason, native = self._choose(vit, imgs)
         out = None
         if name != "torch":
             out, otherwise = self._run(name, vit, imgs)
             reason = otherwise or reason
         self.used, self.reason = name if out is not None else "torch", reason
-        return out
+        return out, native
 
-    def _choose(self, vit: Any, imgs: Tensor) -> tuple[str, str]:
-        """The engine for this call, and why."""
+    def _choose(self, vit: Any, imgs: Tensor) -> tuple[str, str, Any]:
+        """The engine for this call, why, and what the native core computes if it was asked."""
+        native = None
         if self.wish == "torch":
-            return "torch", "as asked for"
+            return "torch", "as asked for", native
         reason = _not_plain(vit, imgs)
-        if reason is None:
-            reason = _auto_keeps_torch(vit, self._built is None) if self.wish == "auto" else None
+        if reason is None and self.wish == "auto":
+            if vit.device.type == "cpu":
+                native = vit.in_native_core()
+            reason = _auto_keeps_torch(vit, native is not None, self._built is None)
         reason = reason or self._missing(vit)
         if reason is not None:
-            return "torch", reason
-        return ("openvino", "the fastest here") if self.wish == "auto" else (self.wish, "as asked for")
+            return "torch", reason, native
+        name, reason = ("openvino", "the fastest here") if self.wish == "auto" else (self.wish, "as asked for")
+        return name, reason, native
 
     def _missing(self, vit: Any) -> str | None:
         """Why the engine does not run on this machine, or where the backbone is."""
@@ -139,11 +146,14 @@ class Engine:
         return out, "too many kinds of shapes" if out is None else None
 
 
-def _auto_keeps_torch(vit: Any, new: bool) -> str | None:
-    """Why "auto" leaves this backbone to PyTorch, or None; ``new`` if nothing has been compiled for it yet."""
+def _auto_keeps_torch(vit: Any, native: bool, new: bool) -> str | None:
+    """Why "auto" leaves this backbone to PyTorch, or None.
+
+    ``native`` if the native core computes it, ``new`` if nothing has been compiled for it yet.
+    """
     if vit.device.type != "cpu":
         return f"the fastest on {vit.device}"
-    if vit.runs_in_native_core():
+    if native:
         return "the fastest for this network, in the native core"
     low, high = _WORTHWHILE
     if new and not low <= sum(weight.numel() for weight in vit.model.parameters()) <= high:
